@@ -1,0 +1,1 @@
+//! Micro-benchmarks of the engine: see the files beside `src/`.

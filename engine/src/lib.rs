@@ -1,0 +1,6 @@
+//! The secondary's receive side of QEMU COLO: everything between a socket and a committed checkpoint.
+
+pub mod blocks;
+pub mod store;
+pub mod units;
+pub mod wire;

@@ -1,0 +1,1 @@
+//! Guest memory: RAM image, cache slots, dirty bitmap, flush, commit.

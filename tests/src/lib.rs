@@ -1,0 +1,1 @@
+//! What the tests of the whole share: the laboratory with real QEMU, captures, the command under test.

@@ -1,0 +1,1 @@
+//! The parts of the command `colo-ring`, as a library for its tests.

@@ -1,0 +1,2 @@
+//! The command `colo-ring`.
+fn main() {}
