@@ -2,6 +2,7 @@
 
 pub mod blocks;
 pub mod host;
+pub mod metrics;
 pub mod store;
 pub mod units;
 pub mod wire;
