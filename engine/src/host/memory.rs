@@ -2,6 +2,7 @@
 #![forbid(unsafe_code)]
 
 use super::proc;
+use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::sys::resource::{RLIM_INFINITY, Resource, getrlimit};
 use serde::Serialize;
 
@@ -39,6 +40,8 @@ pub struct MemoryReport {
     /// Whether this process has CAP_IPC_LOCK. The kernel counts it only in the initial user namespace, so a
     /// container may have it in vain: [`super::RegistrationReport::beyond_limit`] is what was tried.
     pub cap_ipc_lock: bool,
+    /// Whether a memfd can be made: what guest memory is held in. The error otherwise.
+    pub memfd: Result<(), String>,
 }
 
 impl MemoryReport {
@@ -54,6 +57,9 @@ impl MemoryReport {
             thp_shmem: choice("/sys/kernel/mm/transparent_hugepage/shmem_enabled"),
             memlock_limit_bytes: memlock_limit(),
             cap_ipc_lock: has_capability(&proc::text("/proc/self/status").unwrap_or_default(), CAP_IPC_LOCK),
+            memfd: memfd_create(c"colo-ring-probe", MFdFlags::MFD_CLOEXEC)
+                .map(drop)
+                .map_err(|errno| std::io::Error::from(errno).to_string()),
         }
     }
 
