@@ -66,6 +66,10 @@ fn multifd_as_each_version_has_it() {
             let seen = session(&options, 5);
             let memory = seen.memory.lock().unwrap();
             let old = version == Version::V7_2;
+            // Per section: START, one PART, END, 5 checkpoints. Per round: START, two in END, and one or two in each
+            // checkpoint, two where the scan for dirty pages wraps.
+            let markers = if old { 8..9 } else { 8 + 1..8 + 5 + 1 };
+            assert!(markers.contains(&memory.markers), "{} markers", memory.markers);
             assert_eq!(memory.syncs_with_pages > 0, old);
             assert_eq!(memory.stale_packets > 0, old);
             assert_eq!(memory.zero_on_main > 0, old);

@@ -33,6 +33,7 @@ pub(super) struct Memory {
     /// How often each page of the guest was received.
     pub(super) received: Vec<u32>,
     pub(super) device_state: Vec<u8>,
+    pub(super) markers: u32,
     pub(super) syncs_with_pages: u32,
     pub(super) stale_packets: u32,
     pub(super) zero_on_main: u32,
@@ -163,7 +164,6 @@ struct MainSide {
     channels: usize,
     mode: Option<SyncMode>,
     last_block: Option<usize>,
-    markers: u32,
 }
 
 impl MainSide {
@@ -205,7 +205,7 @@ impl MainSide {
 
     fn marker(&mut self) {
         if self.channels > 0 {
-            self.markers += 1;
+            self.seen.memory.lock().unwrap().markers += 1;
             self.seen.marker(self.channels);
         }
     }
@@ -429,7 +429,6 @@ pub(super) fn secondary(options: &SynthOptions) -> Secondary {
             channels,
             mode: None,
             last_block: None,
-            markers: 0,
         };
         let checkpoints = side.run(version);
         threads.into_iter().for_each(|thread| thread.join().unwrap());
