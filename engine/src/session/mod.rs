@@ -148,9 +148,13 @@ enum Stage {
     Committed,
     Idle,
     WaitSend,
-    Live { ram_seen: bool },
+    Live {
+        ram_seen: bool,
+    },
     WaitSize,
-    DeviceState { missing: u64 },
+    DeviceState {
+        missing: u64,
+    },
 }
 
 /// PINGs that are answered before RAM: 11.x sends one. More would be a way to make us write without end.
@@ -210,7 +214,9 @@ impl Session {
     /// The session is over: see [`SessionError`], which names the byte on the main channel.
     pub fn step<'a>(&mut self, input: &'a [u8]) -> Result<(usize, Action<'a>), SessionError> {
         let position = self.position;
-        let (consumed, action) = self.advance(input).map_err(|error| SessionError::at(position, error))?;
+        let (consumed, action) = self
+            .advance(input)
+            .map_err(|error| SessionError::at(position, error))?;
         self.position += consumed as u64;
         Ok((consumed, action))
     }
@@ -220,7 +226,10 @@ impl Session {
     /// # Panics
     /// If there was none to commit.
     pub fn committed(&mut self) {
-        assert!(matches!(self.stage, Stage::Committing), "only after Action::Commit");
+        assert!(
+            matches!(self.stage, Stage::Committing),
+            "only after Action::Commit"
+        );
         self.checkpoint = Some(self.next_checkpoint());
         self.stage = Stage::Committed;
     }
@@ -291,7 +300,9 @@ impl Session {
     }
 
     fn read_header<'a>(&mut self, input: &'a [u8]) -> Result<(usize, Action<'a>), WireError> {
-        let Some((header, consumed)) = StreamHeader::parse(input)? else { return Ok((0, Action::NeedMore)) };
+        let Some((header, consumed)) = StreamHeader::parse(input)? else {
+            return Ok((0, Action::NeedMore));
+        };
         self.header = input[..consumed].to_vec();
         self.machine_type = header.machine_type;
         self.stage = Stage::Setup;
@@ -300,7 +311,9 @@ impl Session {
 
     /// Between the configuration and RAM START: what is sent here decides which kind of primary this is (spec §5).
     fn read_setup<'a>(&mut self, input: &'a [u8]) -> Result<(usize, Action<'a>), WireError> {
-        let Some((section, consumed)) = Section::parse(input)? else { return Ok((0, Action::NeedMore)) };
+        let Some((section, consumed)) = Section::parse(input)? else {
+            return Ok((0, Action::NeedMore));
+        };
         let mut action = Action::Continue;
         match section {
             Section::Command(Command::OpenReturnPath) => self.return_path = true,
@@ -315,7 +328,11 @@ impl Session {
                 self.pings += 1;
                 if self.pings > PINGS_MAX {
                     let (seen, limit) = (u64::from(self.pings), u64::from(PINGS_MAX));
-                    return Err(WireError::Limit { field: "the number of PINGs", seen, limit });
+                    return Err(WireError::Limit {
+                        field: "the number of PINGs",
+                        seen,
+                        limit,
+                    });
                 }
                 action = Action::Send(Answer::Pong(value));
             }
@@ -329,7 +346,10 @@ impl Session {
             }
             Section::Full { idstr, .. } => {
                 let what = format!("the state of device \"{}\" before RAM", idstr.escape_ascii());
-                return Err(WireError::refused(what, "remove this device (virtio-mem, for example)"));
+                return Err(WireError::refused(
+                    what,
+                    "remove this device (virtio-mem, for example)",
+                ));
             }
             other => return Err(unexpected(format!("{other:?} before the RAM section"))),
         }
@@ -351,9 +371,15 @@ impl Session {
     }
 
     fn read_block_list<'a>(&mut self, input: &'a [u8]) -> Result<(usize, Action<'a>), WireError> {
-        let Stage::BlockList(list) = &mut self.stage else { return Ok((0, Action::Continue)) };
-        let Some((entry, consumed)) = BlockEntry::parse(input)? else { return Ok((0, Action::NeedMore)) };
-        let Some(table) = list.push(entry)? else { return Ok((consumed, Action::Continue)) };
+        let Stage::BlockList(list) = &mut self.stage else {
+            return Ok((0, Action::Continue));
+        };
+        let Some((entry, consumed)) = BlockEntry::parse(input)? else {
+            return Ok((0, Action::NeedMore));
+        };
+        let Some(table) = list.push(entry)? else {
+            return Ok((consumed, Action::Continue));
+        };
         let table = Arc::new(table);
         self.blocks = Some(table.clone());
         self.stage = Stage::Records(Body::Start);
@@ -376,12 +402,18 @@ impl Session {
     }
 
     fn read_precopy<'a>(&mut self, input: &'a [u8]) -> Result<(usize, Action<'a>), WireError> {
-        let Some((section, consumed)) = Section::parse(input)? else { return Ok((0, Action::NeedMore)) };
+        let Some((section, consumed)) = Section::parse(input)? else {
+            return Ok((0, Action::NeedMore));
+        };
         match section {
             Section::Part { id } => self.begin_body(Body::Part, id)?,
             Section::End { id } => self.begin_body(Body::End, id)?,
             Section::Command(Command::SwitchoverStart) => {}
-            other => return Err(unexpected(format!("{other:?} between the parts of the RAM section"))),
+            other => {
+                return Err(unexpected(format!(
+                    "{other:?} between the parts of the RAM section"
+                )));
+            }
         }
         Ok((consumed, Action::Continue))
     }
@@ -389,7 +421,11 @@ impl Session {
     fn begin_body(&mut self, body: Body, id: u32) -> Result<(), WireError> {
         if id != self.ram_section {
             let (seen, expected) = (u64::from(id), u64::from(self.ram_section));
-            return Err(WireError::Mismatch { field: "the id of a section part", seen, expected });
+            return Err(WireError::Mismatch {
+                field: "the id of a section part",
+                seen,
+                expected,
+            });
         }
         self.marker_last = false;
         self.stage = Stage::Records(body);
@@ -397,7 +433,9 @@ impl Session {
     }
 
     fn read_devices<'a>(&mut self, input: &'a [u8]) -> Result<(usize, Action<'a>), WireError> {
-        let Stage::Devices(finder) = &mut self.stage else { return Ok((0, Action::Continue)) };
+        let Stage::Devices(finder) = &mut self.stage else {
+            return Ok((0, Action::Continue));
+        };
         if finder.buffered() == 0 {
             // Commands may come first; the first device section begins the part that has no lengths.
             match input.first() {
@@ -409,9 +447,14 @@ impl Session {
         if input.is_empty() {
             return Ok((0, Action::NeedMore));
         }
-        let Some(initial) = finder.push(input)? else { return Ok((input.len(), Action::NeedMore)) };
+        let Some(initial) = finder.push(input)? else {
+            return Ok((input.len(), Action::NeedMore));
+        };
         colo::check_device_state(&initial.device_state)?;
-        let blocks = self.blocks.clone().ok_or_else(|| unexpected("device state before the block list"))?;
+        let blocks = self
+            .blocks
+            .clone()
+            .ok_or_else(|| unexpected("device state before the block list"))?;
         self.record = Some(Arc::new(SessionRecord {
             header: std::mem::take(&mut self.header),
             machine_type: self.machine_type.clone(),
@@ -435,7 +478,9 @@ impl Session {
     fn answer_commit(&mut self) -> Action<'static> {
         self.stage = Stage::Idle;
         Action::Send(match self.checkpoint {
-            Some(CheckpointId(0)) | None => Answer::Ready { return_path: self.return_path },
+            Some(CheckpointId(0)) | None => Answer::Ready {
+                return_path: self.return_path,
+            },
             Some(_) => Answer::Loaded,
         })
     }
@@ -445,7 +490,9 @@ impl Session {
         input: &'a [u8],
         expected: Message,
     ) -> Result<(usize, Action<'a>), WireError> {
-        let Some((message, consumed)) = Message::parse(input)? else { return Ok((0, Action::NeedMore)) };
+        let Some((message, consumed)) = Message::parse(input)? else {
+            return Ok((0, Action::NeedMore));
+        };
         if message != expected {
             return Err(unexpected(format!("{message:?} where {expected:?} belongs")));
         }
@@ -459,7 +506,9 @@ impl Session {
     }
 
     fn read_live<'a>(&mut self, ram_seen: bool, input: &'a [u8]) -> Result<(usize, Action<'a>), WireError> {
-        let Some((section, consumed)) = Section::parse(input)? else { return Ok((0, Action::NeedMore)) };
+        let Some((section, consumed)) = Section::parse(input)? else {
+            return Ok((0, Action::NeedMore));
+        };
         let action = match section {
             Section::Command(Command::SwitchoverStart) => Action::Continue,
             Section::Part { id } if !ram_seen => {
@@ -491,7 +540,11 @@ impl Session {
         }
     }
 
-    fn read_device_state<'a>(&mut self, missing: u64, input: &'a [u8]) -> Result<(usize, Action<'a>), WireError> {
+    fn read_device_state<'a>(
+        &mut self,
+        missing: u64,
+        input: &'a [u8],
+    ) -> Result<(usize, Action<'a>), WireError> {
         let taken = usize::try_from(missing).unwrap_or(usize::MAX).min(input.len());
         // Grows by what has arrived, never by what was announced.
         self.device_state.extend_from_slice(&input[..taken]);
@@ -507,7 +560,10 @@ impl Session {
 }
 
 fn unexpected(what: impl Into<std::borrow::Cow<'static, str>>) -> WireError {
-    WireError::refused(what, "this is not how QEMU's COLO protocol goes on: use QEMU 7.2 to 11 as the primary")
+    WireError::refused(
+        what,
+        "this is not how QEMU's COLO protocol goes on: use QEMU 7.2 to 11 as the primary",
+    )
 }
 
 /// The shape of every step that waits for one parsed element.

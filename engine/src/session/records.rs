@@ -41,7 +41,9 @@ pub enum PageContent<'a> {
 
 impl Session {
     pub(super) fn read_record<'a>(&mut self, body: Body, input: &'a [u8]) -> Step<'a> {
-        let Some((record, consumed)) = Record::parse(input)? else { return Ok((0, Action::NeedMore)) };
+        let Some((record, consumed)) = Record::parse(input)? else {
+            return Ok((0, Action::NeedMore));
+        };
         let after_marker = std::mem::replace(&mut self.marker_last, false);
         let action = match record {
             Record::MemSize { total } => {
@@ -54,10 +56,17 @@ impl Session {
             Record::Eos => self.end_of_body(body, after_marker)?,
             Record::MultifdFlush => self.flush_marker(body)?,
             Record::Zero { block, offset } => self.page(block, offset, PageContent::Zero)?,
-            Record::Page { block, offset, content } => self.page(block, offset, PageContent::Bytes(content))?,
+            Record::Page {
+                block,
+                offset,
+                content,
+            } => self.page(block, offset, PageContent::Bytes(content))?,
             Record::Xbzrle { block, offset, delta } => {
                 if self.limits.channels > 0 {
-                    return Err(WireError::refused("XBZRLE pages beside multifd", "switch its capability xbzrle off"));
+                    return Err(WireError::refused(
+                        "XBZRLE pages beside multifd",
+                        "switch its capability xbzrle off",
+                    ));
                 }
                 crate::wire::xbzrle::check(delta)?;
                 self.page(block, offset, PageContent::Xbzrle(delta))?
@@ -72,15 +81,21 @@ impl Session {
         offset: u64,
         content: PageContent<'a>,
     ) -> Result<Action<'a>, WireError> {
-        let table = self.blocks.as_ref().ok_or_else(|| unexpected("a page before the block list"))?;
+        let table = self
+            .blocks
+            .as_ref()
+            .ok_or_else(|| unexpected("a page before the block list"))?;
         let block = match block {
             BlockRef::Continue => self.continued.0.ok_or(WireError::NothingToContinue)?,
-            BlockRef::Named(name) => {
-                table.by_name(name).ok_or_else(|| WireError::unknown_block(name))?
-            }
+            BlockRef::Named(name) => table
+                .by_name(name)
+                .ok_or_else(|| WireError::unknown_block(name))?,
         };
         self.continued = Continued(Some(block));
-        Ok(Action::Page(Page { page: table.page(block, offset)?, content }))
+        Ok(Action::Page(Page {
+            page: table.page(block, offset)?,
+            content,
+        }))
     }
 
     fn flush_marker(&mut self, body: Body) -> Result<Action<'static>, WireError> {
@@ -96,7 +111,11 @@ impl Session {
         match self.sync_mode {
             None if body == Body::Start => self.sync_mode = Some(SyncMode::PerRound),
             Some(SyncMode::PerRound) => {}
-            _ => return Err(unexpected("MULTIFD_FLUSH after sections that were synced at their end")),
+            _ => {
+                return Err(unexpected(
+                    "MULTIFD_FLUSH after sections that were synced at their end",
+                ));
+            }
         }
         self.marker_last = true;
         Ok(Action::Marker)
@@ -112,9 +131,9 @@ impl Session {
         }
         match *self.sync_mode.get_or_insert(SyncMode::PerSection) {
             SyncMode::PerSection => Ok(Action::Marker),
-            SyncMode::PerRound if body == Body::End && !after_marker => {
-                Err(unexpected("the end of a RAM round without a MULTIFD_FLUSH before it"))
-            }
+            SyncMode::PerRound if body == Body::End && !after_marker => Err(unexpected(
+                "the end of a RAM round without a MULTIFD_FLUSH before it",
+            )),
             SyncMode::PerRound => Ok(Action::Continue),
         }
     }

@@ -40,7 +40,9 @@ pub struct GateClosed;
 impl Rendezvous {
     /// For a session with this many multifd channels; 0 is plain mode, where every sync is complete at once.
     pub fn new(channels: u8) -> Self {
-        let channel = |_| Channel { busy: AtomicBool::new(false) };
+        let channel = |_| Channel {
+            busy: AtomicBool::new(false),
+        };
         Self {
             channels: (0..channels).map(channel).collect(),
             arrived: AtomicU32::new(0),
@@ -56,7 +58,10 @@ impl Rendezvous {
         let ticket = Ticket(self.generation.load(Ordering::Acquire));
         // Release: the pages of this channel are visible to whoever sees it arrived.
         let before = self.arrived.fetch_add(1, Ordering::AcqRel);
-        (ticket, usize::try_from(before).is_ok_and(|n| n + 1 == self.channels.len()))
+        (
+            ticket,
+            usize::try_from(before).is_ok_and(|n| n + 1 == self.channels.len()),
+        )
     }
 
     /// Whether the channel parked with this ticket may be read on.
@@ -94,7 +99,9 @@ impl Rendezvous {
 
     /// The packet's pages are in place.
     pub fn end_packet(&self, channel: ChannelId) {
-        self.channels[usize::from(channel.0)].busy.store(false, Ordering::Release);
+        self.channels[usize::from(channel.0)]
+            .busy
+            .store(false, Ordering::Release);
     }
 
     /// The RAM round is complete; nothing may be written until [`Self::open_gate`].
@@ -105,7 +112,10 @@ impl Rendezvous {
         self.gate_closed.store(true, Ordering::Relaxed);
         fence(Ordering::SeqCst);
         // Acquire: what a channel wrote before it ended its packet is visible to the commit.
-        let busy = self.channels.iter().position(|channel| channel.busy.load(Ordering::Acquire));
+        let busy = self
+            .channels
+            .iter()
+            .position(|channel| channel.busy.load(Ordering::Acquire));
         match busy.map(u8::try_from) {
             None => Ok(()),
             Some(position) => Err(ChannelId(position.unwrap_or(u8::MAX))),

@@ -1,6 +1,9 @@
 //! Tests of the wire format as a whole: the spec's worked examples, round trips with every cut, hostile input.
 
+mod device_state;
 mod examples;
+mod hostile;
+mod roundtrip;
 
 use super::Parsed;
 use std::fmt::Debug;
