@@ -14,7 +14,9 @@ mod summary;
 
 pub use log::VALUES_PER_LOGGED_UNIT;
 pub use queue::{SAMPLES_MAX, SampleQueue};
-pub use recorder::{MetricsError, Recorder, Report, RunDescription, SCHEMA, SCHEMA_VERSION, SESSIONS_KEPT};
+pub use recorder::{
+    INTERVAL, MetricsError, Recorder, Report, RunDescription, SCHEMA, SCHEMA_VERSION, SESSIONS_KEPT,
+};
 pub use summary::{Accumulator, PhaseSummary, Summary, display_nanoseconds};
 
 use serde::{Deserialize, Serialize};

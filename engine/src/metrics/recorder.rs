@@ -23,6 +23,9 @@ pub const SCHEMA_VERSION: u32 = 1;
 /// Ended sessions whose figures are kept for the report; of older ones only the total remains.
 pub const SESSIONS_KEPT: usize = 1024;
 
+/// Length of an interval in the logs, as far as [`Recorder::tick`] is called often enough.
+pub const INTERVAL: Duration = Duration::from_secs(1);
+
 /// Why measurements could not be written.
 #[derive(Debug, Error)]
 pub enum MetricsError {
@@ -181,6 +184,17 @@ impl Recorder {
     /// Checkpoints whose sample found no room in the queue.
     pub fn dropped(&self) -> u64 {
         self.dropped
+    }
+
+    /// Ends the running interval at `now` if it is [`INTERVAL`] old, see [`Self::write_interval`].
+    ///
+    /// # Errors
+    /// As there.
+    pub fn tick(&mut self, now: Duration) -> Result<(), MetricsError> {
+        if now.saturating_sub(self.interval_start) < INTERVAL {
+            return Ok(());
+        }
+        self.write_interval(now)
     }
 
     /// Ends the running interval at `now` (since the receiver's start) and appends it to the logs: one line per
