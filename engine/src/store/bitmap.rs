@@ -139,7 +139,7 @@ impl DirtyBitmap {
     /// Moves all marks into `plan`, in address order; what `plan` held before is dropped.
     pub fn take(&self, plan: &mut Plan) {
         plan.clear();
-        let drained = |words: &Box<[AtomicU64]>, at: u64| take_word(&words[index(at)]);
+        let drained = |words: &[AtomicU64], at: u64| take_word(&words[index(at)]);
         for at in 0..self.summary_words {
             let summary = self.or_ed(|shard| drained(&shard.summary, at));
             for bit in set_bits(summary) {
@@ -156,7 +156,7 @@ impl DirtyBitmap {
 
     /// How many pages are marked now. Marks made meanwhile may be counted or not.
     pub fn count(&self) -> u64 {
-        let read = |words: &Box<[AtomicU64]>, at: u64| words[index(at)].load(Ordering::Relaxed);
+        let read = |words: &[AtomicU64], at: u64| words[index(at)].load(Ordering::Relaxed);
         let mut pages = 0;
         for at in 0..self.summary_words {
             for bit in set_bits(self.or_ed(|shard| read(&shard.summary, at))) {

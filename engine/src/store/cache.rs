@@ -197,7 +197,7 @@ impl SlabMemory {
         let mapping = Mapping::anonymous(length)?;
         if self.transparent.is_none() {
             // Advice: where the kernel declines it, pages are ordinary ones, as they would be without it.
-            drop(mapping.advise_huge());
+            let _ = mapping.advise_huge();
         }
         Ok(mapping)
     }

@@ -176,7 +176,7 @@ impl Flusher {
             let ready = core.map_or(Ok(()), pin);
             let on = ready.is_ok();
             // Nobody listens only if the thread that waits below is gone, and the process with it.
-            drop(started.send(ready));
+            let _ = started.send(ready);
             if on {
                 hand_over.help(|flush| flush.work());
             }

@@ -82,7 +82,11 @@ impl RamImage {
     fn ask_for_transparent_pages(&self, asked: HugePages, notes: &mut Vec<Fallback>) {
         match huge::transparent_shared() {
             // Advice: a mapping that cannot follow it (hugetlb, or too small) is no worse than before.
-            None => self.blocks.iter().for_each(|block| drop(block.advise_huge())),
+            None => {
+                for block in &self.blocks {
+                    let _ = block.advise_huge();
+                }
+            }
             Some(note) if asked == HugePages::Thp => notes.push(note),
             // The notes on the pool have said "ordinary pages" already.
             Some(_) => {}
@@ -177,7 +181,9 @@ fn memfd_of_huge_pages(block: &RamBlock, pages: HugePages) -> Option<Result<Mapp
         HugePages::Huge2M => &[(HUGE_2M, MFdFlags::MFD_HUGE_2MB)],
         HugePages::Thp | HugePages::Off => &[],
     };
-    let (page, flag) = *sizes.iter().find(|(page, _)| block.used_length % page == 0)?;
+    let (page, flag) = *sizes
+        .iter()
+        .find(|(page, _)| block.used_length.is_multiple_of(*page))?;
     let flags = MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_HUGETLB | flag;
     let mapped = memfd_create(memfd_name(), flags).and_then(|file| {
         let length = block.used_length;

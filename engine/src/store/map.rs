@@ -136,9 +136,9 @@ impl Mapping {
     /// Unless they lie inside the mapping.
     pub(super) fn copy_out(&self, offset: usize, out: &mut [u8]) {
         let from = self.bytes(offset, out.len());
-        // SAFETY: `bytes` has checked that they lie inside the mapping, which is readable; `out` is the caller's own
-        // and no part of it. Volatile, because the kernel wrote there last.
         for (position, byte) in out.iter_mut().enumerate() {
+            // SAFETY: `bytes` has checked that they lie inside the mapping, which is readable. Volatile, because the
+            // kernel wrote there last.
             *byte = unsafe { from.add(position).read_volatile() };
         }
     }
