@@ -60,6 +60,16 @@ impl Slab {
         index(self.slot_bytes + HEADER_AREA)
     }
 
+    /// Copies out what a read has put where [`Self::header`] points.
+    ///
+    /// # Panics
+    /// With more than [`HEADER_BYTES`] bytes.
+    pub fn read_header(&self, channel: ChannelId, out: &mut [u8]) {
+        assert!(out.len() <= index(HEADER_BYTES), "a header has its own area");
+        let offset = self.slot_bytes + u64::from(channel.0) * HEADER_BYTES;
+        self.memory.copy_out(index(offset), out);
+    }
+
     /// [`HEADER_BYTES`] bytes for the headers of that channel, aligned to as much. The store never touches them; by
     /// convention the channel's own receiver alone does.
     pub fn header(&self, channel: ChannelId) -> *mut u8 {

@@ -130,6 +130,19 @@ impl Mapping {
         u64::try_from(self.length).unwrap_or(u64::MAX)
     }
 
+    /// Copies bytes at `offset` out, which need not be pages.
+    ///
+    /// # Panics
+    /// Unless they lie inside the mapping.
+    pub(super) fn copy_out(&self, offset: usize, out: &mut [u8]) {
+        let from = self.bytes(offset, out.len());
+        for (position, byte) in out.iter_mut().enumerate() {
+            // SAFETY: `bytes` has checked that they lie inside the mapping, which is readable. Volatile, because the
+            // kernel wrote there last.
+            *byte = unsafe { from.add(position).read_volatile() };
+        }
+    }
+
     /// The pointer to `length` bytes at `offset`, which need not be pages.
     ///
     /// # Panics
