@@ -14,8 +14,10 @@
 #![forbid(unsafe_code)]
 
 use super::map::index;
+#[cfg(not(loom))]
+use super::map::zeroed_words;
 use super::plan::Plan;
-use super::sync::{AtomicU64, Ordering, zeroed_words};
+use crate::sync::{AtomicU64, Ordering};
 use crate::units::PageIndex;
 
 /// Pages that one word of a bitmap stands for.
@@ -24,6 +26,12 @@ pub(super) const WORD_PAGES: u64 = 64;
 /// Words of padding behind each shard's words, so that no cache line (nor pair of lines, which some processors
 /// fetch together) holds words of two shards.
 const PADDING_WORDS: usize = 16;
+
+/// Words of zero that loom watches.
+#[cfg(loom)]
+fn zeroed_words(count: usize) -> Box<[AtomicU64]> {
+    (0..count).map(|_| AtomicU64::new(0)).collect()
+}
 
 /// Where a page's bit is: word and mask.
 fn bit(page: PageIndex) -> (u64, u64) {
@@ -258,7 +266,6 @@ mod tests {
 
     proptest! {
         #[test]
-        #[cfg_attr(miri, ignore = "thousands of steps take Miri too long")]
         fn agrees_with_a_set_of_numbers(steps in prop::collection::vec(step(), 1..40)) {
             let bitmap = DirtyBitmap::new(PAGES, SHARDS);
             let received = PageSet::new(PAGES);
@@ -317,7 +324,7 @@ mod tests {
     }
 }
 
-/// Run with `RUSTFLAGS="--cfg loom" cargo test -p colo-ring --lib loom --release`.
+/// Run with `scripts/test loom`.
 #[cfg(all(test, loom))]
 mod loom_tests {
     use super::*;
