@@ -14,7 +14,8 @@
 #   seed=N    of the random places                                                      default 1
 #
 # Lines on COM1: "ready <pages in region>", "tick <n> pages <written> checked <n>", "error page <index>", "quiet".
-# A byte 'q' received on COM1 makes it quiet: it writes "quiet" and halts with interrupts off, for good.
+# A byte received on COM1, looked at once per tick: 'q' makes it quiet: it writes "quiet" and halts with interrupts
+# off, for good; 'x' spoils one word in every page of the region, so that its checks can be seen to fail.
 #
 # Each page carries (index, generation, a mix of both, magic) and a content that follows from index and
 # generation; the table at 2 MiB holds the generation that each page must have. A page that came back older,
@@ -126,6 +127,13 @@ tick:
     in al, dx
     cmp al, 'q'
     je quiet
+    cmp al, 'x'
+    jne 3f
+    mov ecx, [region_pages]
+    mov edi, REGION + 2048
+4:  inc dword ptr [edi]
+    add edi, 4096
+    loop 4b
 3:  ret
 
 quiet:
