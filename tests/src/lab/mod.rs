@@ -6,6 +6,7 @@
 
 mod error;
 mod guest;
+mod image;
 mod network;
 mod protect;
 mod qemu;
@@ -24,11 +25,12 @@ use nix::fcntl::{Flock, FlockArg};
 
 pub use error::LabError;
 pub use guest::{Content, Guest, LinuxGuest, Pattern, TestGuest};
+pub use image::check_test_guest_image;
 pub use network::{Address, CongestionControl, Transport};
 pub use protect::{Protection, ZeroPageDetection};
-pub use qemu::{Machine, Qemu};
+pub use qemu::{Devices, Machine, Qemu};
 pub use qmp::{Event, Qmp};
-pub use ram::{PMEMSAVE_EXEMPT, assert_same_ram};
+pub use ram::SavedRam;
 pub use receiver::{Backend, Dump, Receiver, ReceiverOptions};
 pub use stats::{Distribution, host};
 
@@ -81,6 +83,17 @@ impl Lab {
     #[must_use]
     pub fn file(&self, name: &str) -> PathBuf {
         self.scratch.join(name)
+    }
+}
+
+/// Runs the body of a test in the laboratory.
+///
+/// # Panics
+/// With the error's text when the laboratory is missing or the body fails; the ends of all logs are printed then.
+pub fn experiment(body: impl FnOnce(&Lab) -> Result<(), LabError>) {
+    let lab = Lab::open().unwrap_or_else(|error| panic!("{error}"));
+    if let Err(error) = body(&lab) {
+        panic!("{error}");
     }
 }
 

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use serde_json::json;
 
 use super::qmp::Event;
-use super::{Address, LabError, Qemu, wait_for};
+use super::{Address, LabError, Qemu, SavedRam, wait_for};
 
 /// Longer than any test: no checkpoint comes by itself.
 const NEVER_MS: u32 = 3_600_000;
@@ -128,7 +128,7 @@ impl Qemu {
     ///
     /// # Errors
     /// When another checkpoint came in between, so that what was saved and what was committed differ in time.
-    pub fn commit_stopped(&mut self, memory_mib: u32, saved: &Path) -> Result<(), LabError> {
+    pub fn commit_stopped(&mut self, save_to: &Path) -> Result<SavedRam, LabError> {
         // Changing the delay starts a checkpoint at once; the timer then waits for the new delay.
         let before = self.checkpoints()?;
         self.set_checkpoint_delay_ms(NEVER_MS)?;
@@ -138,7 +138,7 @@ impl Qemu {
         std::thread::sleep(Duration::from_millis(100));
         let resumes_before = self.resumes()?.len();
         self.qmp().execute("stop", &json!({}))?;
-        self.pmemsave(memory_mib, saved)?;
+        let saved = self.save_ram(save_to)?;
         if self.resumes()?.len() != resumes_before {
             return Err(LabError::Ended {
                 what: "the stop of the guest".into(),
@@ -157,7 +157,7 @@ impl Qemu {
                 detail: format!("{taken} checkpoints were taken, so the guest ran before the last of them"),
             });
         }
-        Ok(())
+        Ok(saved)
     }
 
     fn set_channels(&mut self, channels: u8) -> Result<(), LabError> {

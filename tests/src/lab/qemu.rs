@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use serde_json::{Value, json};
 
-use super::{Guest, Lab, LabError, Qmp, wait_for};
+use super::{Guest, Lab, LabError, Qmp, SavedRam, wait_for};
 
 /// A guest machine. Primary and QEMU's own secondary are started from the same one.
 #[derive(Clone, Debug)]
@@ -18,12 +18,20 @@ pub struct Machine {
     pub machine: String,
     /// Guest memory, MiB; at most 2 GiB, so that it is one range from guest-physical 0.
     pub memory_mib: u32,
-    /// Virtual CPUs.
-    pub cpus: u32,
-    /// Further arguments: devices, and what they need.
-    pub extra: Vec<String>,
+    /// What is in it beside memory and a serial port.
+    pub devices: Devices,
     /// What it boots.
     pub guest: Guest,
+}
+
+/// What a machine has beside memory and a serial port.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Devices {
+    /// One CPU, nothing else.
+    None,
+    /// Two CPUs, VGA, e1000, xHCI with a tablet, virtio network, balloon, random numbers and serial. Its RAM is a
+    /// shared file, because `pmemsave` cannot read what lies behind the VGA window.
+    Many,
 }
 
 impl Machine {
@@ -33,22 +41,41 @@ impl Machine {
         Self {
             machine: machine.to_owned(),
             memory_mib,
-            cpus: 1,
-            extra: Vec::new(),
+            devices: Devices::None,
             guest,
         }
     }
 
-    /// A pc with two CPUs, VGA, e1000, xHCI with a tablet, and virtio devices.
+    /// A pc with two CPUs and many devices.
     #[must_use]
     pub fn with_devices(memory_mib: u32, guest: Guest) -> Self {
-        let devices = "-vga std -netdev user,id=n0 -device e1000,netdev=n0 -netdev user,id=n1 \
-             -device virtio-net-pci,netdev=n1 -device qemu-xhci -device usb-tablet -device virtio-balloon-pci \
-             -device virtio-rng-pci -device virtio-serial-pci";
         Self {
-            cpus: 2,
-            extra: devices.split_whitespace().map(str::to_owned).collect(),
+            devices: Devices::Many,
             ..Self::bare("pc", memory_mib, guest)
+        }
+    }
+
+    fn args(&self, ram_file: &Path) -> Vec<String> {
+        let memory_mib = self.memory_mib;
+        match self.devices {
+            Devices::None => vec![
+                "-m".into(),
+                format!("{memory_mib}M"),
+                "-machine".into(),
+                self.machine.clone(),
+            ],
+            Devices::Many => {
+                let ram = ram_file.display();
+                let machine = &self.machine;
+                let args = format!(
+                    "-m {memory_mib}M -machine {machine},memory-backend=pc.ram -smp 2 -vga std \
+                     -object memory-backend-file,id=pc.ram,mem-path={ram},size={memory_mib}M,share=on \
+                     -netdev user,id=n0 -device e1000,netdev=n0 -netdev user,id=n1 -device virtio-net-pci,netdev=n1 \
+                     -device qemu-xhci -device usb-tablet -device virtio-balloon-pci -device virtio-rng-pci \
+                     -device virtio-serial-pci"
+                );
+                args.split_whitespace().map(str::to_owned).collect()
+            }
         }
     }
 }
@@ -58,6 +85,8 @@ impl Machine {
 pub struct Qemu {
     process: Child,
     qmp: Qmp,
+    machine: Machine,
+    ram_file: PathBuf,
     serial_log: PathBuf,
     serial_socket: PathBuf,
 }
@@ -83,6 +112,7 @@ impl Qemu {
         let qmp_socket = lab.file(&format!("{name}.qmp"));
         let serial_socket = lab.file(&format!("{name}.serial"));
         let serial_log = lab.file(&format!("{name}-serial.log"));
+        let ram_file = lab.file(&format!("{name}.ram"));
         let log_path = lab.file(&format!("{name}.log"));
         let log = File::create(&log_path).map_err(LabError::io(format!("create {}", log_path.display())))?;
         let mut command = Command::new(&lab.qemu);
@@ -95,16 +125,13 @@ impl Qemu {
                 "-accel",
                 "tcg",
             ])
-            .args(["-machine", &machine.machine])
-            .args(["-m", &format!("{}M", machine.memory_mib)])
-            .args(["-smp", &machine.cpus.to_string()])
+            .args(machine.args(&ram_file))
             .args([
                 "-qmp",
                 &format!("unix:{},server=on,wait=off", qmp_socket.display()),
             ])
             .args(["-chardev", &serial_chardev(&serial_socket, &serial_log)])
             .args(["-serial", "chardev:serial"])
-            .args(&machine.extra)
             .args(machine.guest.args(lab))
             .args(more)
             .stdin(Stdio::null())
@@ -116,6 +143,8 @@ impl Qemu {
             Ok(qmp) => Ok(Self {
                 process,
                 qmp,
+                machine: machine.clone(),
+                ram_file,
                 serial_log,
                 serial_socket,
             }),
@@ -193,14 +222,23 @@ impl Qemu {
         }
     }
 
-    /// Saves guest-physical memory from 0 to a file, as the guest's CPU would read it.
+    /// Saves the guest's RAM. Only with the guest stopped are all its pages of one instant.
     ///
     /// # Errors
-    /// Those of QEMU.
-    pub fn pmemsave(&mut self, memory_mib: u32, file: &Path) -> Result<(), LabError> {
-        let size = u64::from(memory_mib) << 20;
-        let arguments = json!({"val": 0, "size": size, "filename": file});
-        self.qmp.execute("pmemsave", &arguments).map(|_| ())
+    /// Those of QEMU, and of copying the RAM file where there is one.
+    pub fn save_ram(&mut self, to: &Path) -> Result<SavedRam, LabError> {
+        let size = u64::from(self.machine.memory_mib) << 20;
+        self.qmp
+            .execute("pmemsave", &json!({"val": 0, "size": size, "filename": to}))?;
+        let block = match self.machine.devices {
+            Devices::None => None,
+            Devices::Many => {
+                let copy = to.with_extension("block");
+                fs::copy(&self.ram_file, &copy).map_err(LabError::io("copy the RAM file"))?;
+                Some(copy)
+            }
+        };
+        Ok(SavedRam::new(to.to_owned(), block))
     }
 
     /// Sets migration capabilities on.

@@ -3,21 +3,49 @@
 use std::fs::File;
 use std::io::Read;
 use std::ops::Range;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use super::LabError;
 
 const PAGE: usize = 4096;
 const PAGE_BYTES: u64 = 4096;
 
-/// Guest-physical addresses where `pmemsave` reads firmware ROM instead of the RAM block (spec §15).
-pub const PMEMSAVE_EXEMPT: Range<u64> = 0xe_0000..0x10_0000;
+/// Guest-physical addresses where `pmemsave` may read firmware ROM instead of the RAM block (spec §15).
+const FIRMWARE: Range<u64> = 0xe_0000..0x10_0000;
+/// Guest-physical addresses where `pmemsave` reads the VGA card instead of the RAM block.
+const VGA_WINDOW: Range<u64> = 0xa_0000..0xc_0000;
 
-/// Compares a RAM block's image with what the primary saved; pages inside `exempt` are passed over.
+/// A primary's RAM as the primary itself saved it.
+#[derive(Debug)]
+pub struct SavedRam {
+    by_pmemsave: PathBuf,
+    block: Option<PathBuf>,
+}
+
+impl SavedRam {
+    pub(super) fn new(by_pmemsave: PathBuf, block: Option<PathBuf>) -> Self {
+        Self { by_pmemsave, block }
+    }
+
+    /// Compares a RAM block's image with it, bit for bit. Where the machine has a VGA card, its RAM is a file, and
+    /// every page of that is compared too; else all but the firmware's range.
+    ///
+    /// # Errors
+    /// [`LabError::RamDiffers`] with the ranges that differ.
+    pub fn assert_equal(&self, image: &Path) -> Result<(), LabError> {
+        let Some(block) = &self.block else {
+            return assert_same(image, &self.by_pmemsave, &[FIRMWARE]);
+        };
+        assert_same(image, block, &[])?;
+        assert_same(image, &self.by_pmemsave, &[FIRMWARE, VGA_WINDOW])
+    }
+}
+
+/// Compares two files of RAM; pages inside `exempt` are passed over.
 ///
 /// # Errors
 /// [`LabError::RamDiffers`] with the ranges that differ; [`LabError::Malformed`] if the sizes do.
-pub fn assert_same_ram(image: &Path, saved: &Path, exempt: &[Range<u64>]) -> Result<(), LabError> {
+fn assert_same(image: &Path, saved: &Path, exempt: &[Range<u64>]) -> Result<(), LabError> {
     let (mut image_file, image_bytes) = open(image)?;
     let (mut saved_file, saved_bytes) = open(saved)?;
     if image_bytes != saved_bytes || image_bytes == 0 || image_bytes % PAGE_BYTES != 0 {
