@@ -132,12 +132,12 @@ impl Receiver {
         serde_json::from_str(&text).map_err(|error| malformed("colo-ring status --json", &error))
     }
 
-    /// `colo-ring dump` of a session's last committed checkpoint into a directory.
+    /// `colo-ring dump` of its only session's last committed checkpoint into a directory.
     ///
     /// # Errors
-    /// When the command fails or what it wrote is not as documented.
-    pub fn dump(&self, session: u64, out: &Path) -> Result<Dump, LabError> {
-        let session = session.to_string();
+    /// When there is not exactly one session, the command fails or what it wrote is not as documented.
+    pub fn dump(&self, out: &Path) -> Result<Dump, LabError> {
+        let session = self.only_session()?.to_string();
         self.control_command(
             "dump",
             [
@@ -196,6 +196,20 @@ impl Receiver {
                 .try_wait()
                 .map_err(LabError::io("wait for colo-ring"))
         })
+    }
+
+    fn only_session(&self) -> Result<u64, LabError> {
+        let status = self.status()?;
+        let numbers: Option<Vec<u64>> = status["sessions"]
+            .as_array()
+            .and_then(|list| list.iter().map(|entry| entry["session"].as_u64()).collect());
+        match numbers.as_deref() {
+            Some([number]) => Ok(*number),
+            _ => Err(LabError::Malformed {
+                what: "colo-ring status --json".into(),
+                detail: format!("one numbered session was expected: {status}"),
+            }),
+        }
     }
 
     fn check_alive(&mut self) -> Result<(), LabError> {
