@@ -42,6 +42,7 @@ pub struct Lab {
     initrd: PathBuf,
     test_guest: PathBuf,
     scratch: PathBuf,
+    files_made: AtomicU32,
     _turn: Flock<File>,
 }
 
@@ -74,6 +75,7 @@ impl Lab {
             initrd,
             test_guest,
             scratch,
+            files_made: AtomicU32::new(0),
             _turn: turn,
         })
     }
@@ -83,6 +85,12 @@ impl Lab {
     #[must_use]
     pub fn file(&self, name: &str) -> PathBuf {
         self.scratch.join(name)
+    }
+
+    /// A path as of [`Lab::file`], with a number that no other has.
+    fn fresh_file(&self, stem: &str, extension: &str) -> PathBuf {
+        let number = self.files_made.fetch_add(1, Ordering::Relaxed);
+        self.scratch.join(format!("{stem}-{number}.{extension}"))
     }
 }
 

@@ -32,7 +32,7 @@ impl Address {
     /// When loopback has no free port.
     pub fn free(lab: &Lab, transport: Transport) -> Result<Self, LabError> {
         match transport {
-            Transport::Unix => Ok(Self::Unix(lab.file("migration.sock"))),
+            Transport::Unix => Ok(Self::Unix(lab.fresh_file("migration", "sock"))),
             Transport::Tcp => {
                 let port = TcpListener::bind(("127.0.0.1", 0))
                     .and_then(|listener| listener.local_addr())

@@ -109,6 +109,23 @@ impl Qemu {
         })
     }
 
+    /// Waits until the guest stands still for a checkpoint.
+    ///
+    /// # Errors
+    /// [`LabError::Timeout`]; [`LabError::Ended`] if the primary has left COLO.
+    pub fn wait_paused(&mut self, limit: Duration) -> Result<(), LabError> {
+        wait_for("a checkpoint to begin", limit, || {
+            self.resumes()?;
+            let last = self
+                .qmp()
+                .events()
+                .into_iter()
+                .rev()
+                .find(|event| matches!(&*event.name, "STOP" | "RESUME"));
+            Ok(last.filter(|event| event.name == "STOP").map(|_| ()))
+        })
+    }
+
     /// How long the guest stood still at each checkpoint, µs, by the time stamps of QEMU's events.
     pub fn pauses_us(&mut self) -> Vec<u64> {
         let mut stopped_at_us = None;

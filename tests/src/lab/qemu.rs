@@ -7,6 +7,8 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 use serde_json::{Value, json};
 
 use super::{Guest, Lab, LabError, Qmp, SavedRam, wait_for};
@@ -239,6 +241,27 @@ impl Qemu {
             }
         };
         Ok(SavedRam::new(to.to_owned(), block))
+    }
+
+    /// Stops the whole process, QEMU's own threads too, wherever they are ([`Qemu::thaw`] lets it go on).
+    ///
+    /// # Errors
+    /// When the process is gone.
+    pub fn freeze(&self) -> Result<(), LabError> {
+        self.signal(Signal::SIGSTOP)
+    }
+
+    /// Ends a [`Qemu::freeze`].
+    ///
+    /// # Errors
+    /// When the process is gone.
+    pub fn thaw(&self) -> Result<(), LabError> {
+        self.signal(Signal::SIGCONT)
+    }
+
+    fn signal(&self, signal: Signal) -> Result<(), LabError> {
+        let pid = i32::try_from(self.pid()).expect("process ids are below 2^22 on Linux");
+        kill(Pid::from_raw(pid), signal).map_err(|errno| LabError::io("signal QEMU")(errno.into()))
     }
 
     /// Sets migration capabilities on.

@@ -13,6 +13,8 @@ use serde_json::Value;
 
 use super::{Address, Lab, LabError, wait_for};
 
+const CONTROL_LIMIT: Duration = Duration::from_secs(30);
+
 /// The receive backends.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Backend {
@@ -88,9 +90,9 @@ impl Receiver {
     /// When there is no command, or it ends at once; its own words are in the error.
     pub fn start(lab: &Lab, address: &Address, options: &ReceiverOptions) -> Result<Self, LabError> {
         let command = command_under_test()?;
-        let control = format!("unix:{}", lab.file("control.sock").display());
-        let log = lab.file("receiver.log");
-        let histograms = lab.file("receiver");
+        let control = format!("unix:{}", lab.fresh_file("control", "sock").display());
+        let log = lab.fresh_file("receiver", "log");
+        let histograms = log.with_extension("");
         let stderr = File::create(&log).map_err(LabError::io(format!("create {}", log.display())))?;
         let process = Command::new(&command)
             .args(["receive", "--listen", &address.to_string()])
@@ -231,11 +233,28 @@ impl Receiver {
         I: IntoIterator,
         I::Item: AsRef<OsStr>,
     {
-        let output = Command::new(&self.command)
+        let mut child = Command::new(&self.command)
             .args([name, "--control", &self.control])
             .args(arguments)
-            .output()
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
             .map_err(LabError::io(format!("run colo-ring {name}")))?;
+        // Its output is far smaller than a pipe's buffer, so it need not be read before the end.
+        let ended = wait_for(&format!("colo-ring {name} to end"), CONTROL_LIMIT, || {
+            child
+                .try_wait()
+                .map_err(LabError::io(format!("wait for colo-ring {name}")))
+        });
+        if ended.is_err() {
+            // It may have ended in this moment; either way the next call reaps it.
+            let _ = child.kill();
+        }
+        let output = child
+            .wait_with_output()
+            .map_err(LabError::io(format!("read from colo-ring {name}")))?;
+        ended?;
         if output.status.success() {
             return Ok(String::from_utf8_lossy(&output.stdout).into_owned());
         }
