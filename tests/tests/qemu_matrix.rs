@@ -64,6 +64,7 @@ impl Case {
         let options = ReceiverOptions {
             channels: self.channels,
             backend: self.backend,
+            once: true,
             extra: Vec::new(),
         };
         let mut receiver = Receiver::start(lab, &address, &options)?;
@@ -80,12 +81,12 @@ impl Case {
 
         // While checkpoints go on, any dump is the guest's memory of one instant.
         primary.wait_checkpoints(CHECKPOINTS_MIN / 2, LIMIT)?;
-        let running = receiver.dump(&lab.file("running"))?;
+        let running = receiver.dump_only(&lab.file("running"))?;
         check_test_guest_image(&running.block("pc.ram")?, &self.load())?;
         primary.wait_checkpoints(CHECKPOINTS_MIN, LIMIT)?;
 
         let saved = primary.commit_stopped(&lab.file("saved.ram"))?;
-        let stopped = receiver.dump(&lab.file("stopped"))?;
+        let stopped = receiver.dump_only(&lab.file("stopped"))?;
         saved.assert_equal(&stopped.block("pc.ram")?)?;
         primary.check_guest()?;
         self.check_description(&running, &stopped, primary.checkpoints()?)?;

@@ -51,6 +51,7 @@ fn pauses_with_receiver(lab: &Lab, block: usize) -> Result<Vec<u64>, LabError> {
     let options = ReceiverOptions {
         channels: CHANNELS,
         backend: Backend::Uring,
+        once: true,
         extra: Vec::new(),
     };
     let _receiver = Receiver::start(lab, &address, &options)?;

@@ -22,9 +22,15 @@ pub struct Machine {
     pub memory_mib: u32,
     /// What is in it beside memory and a serial port.
     pub devices: Devices,
+    /// `-uuid`, by which a receiver tells the channels of several guests apart.
+    pub uuid: Option<String>,
     /// What it boots.
     pub guest: Guest,
 }
+
+const MANY_DEVICES: &str = "-smp 2 -vga std -netdev user,id=n0 -device e1000,netdev=n0 \
+    -netdev user,id=n1 -device virtio-net-pci,netdev=n1 -device qemu-xhci -device usb-tablet \
+    -device virtio-balloon-pci -device virtio-rng-pci -device virtio-serial-pci";
 
 /// What a machine has beside memory and a serial port.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -44,6 +50,7 @@ impl Machine {
             machine: machine.to_owned(),
             memory_mib,
             devices: Devices::None,
+            uuid: None,
             guest,
         }
     }
@@ -58,27 +65,24 @@ impl Machine {
     }
 
     fn args(&self, ram_file: &Path) -> Vec<String> {
-        let memory_mib = self.memory_mib;
+        let (machine, memory_mib) = (&self.machine, self.memory_mib);
+        let mut args = vec!["-m".to_owned(), format!("{memory_mib}M"), "-machine".to_owned()];
         match self.devices {
-            Devices::None => vec![
-                "-m".into(),
-                format!("{memory_mib}M"),
-                "-machine".into(),
-                self.machine.clone(),
-            ],
+            Devices::None => args.push(machine.clone()),
             Devices::Many => {
-                let ram = ram_file.display();
-                let machine = &self.machine;
-                let args = format!(
-                    "-m {memory_mib}M -machine {machine},memory-backend=pc.ram -smp 2 -vga std \
-                     -object memory-backend-file,id=pc.ram,mem-path={ram},size={memory_mib}M,share=on \
-                     -netdev user,id=n0 -device e1000,netdev=n0 -netdev user,id=n1 -device virtio-net-pci,netdev=n1 \
-                     -device qemu-xhci -device usb-tablet -device virtio-balloon-pci -device virtio-rng-pci \
-                     -device virtio-serial-pci"
-                );
-                args.split_whitespace().map(str::to_owned).collect()
+                args.push(format!("{machine},memory-backend=pc.ram"));
+                args.push("-object".to_owned());
+                let file = ram_file.display();
+                args.push(format!(
+                    "memory-backend-file,id=pc.ram,mem-path={file},size={memory_mib}M,share=on"
+                ));
+                args.extend(MANY_DEVICES.split_whitespace().map(str::to_owned));
             }
         }
+        if let Some(uuid) = &self.uuid {
+            args.extend(["-uuid".to_owned(), uuid.clone()]);
+        }
+        args
     }
 }
 

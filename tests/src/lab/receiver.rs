@@ -48,6 +48,8 @@ pub struct ReceiverOptions {
     pub channels: u8,
     /// Receive backend.
     pub backend: Backend,
+    /// `--once`: it ends after its first session.
+    pub once: bool,
     /// Further arguments.
     pub extra: Vec<String>,
 }
@@ -98,7 +100,8 @@ impl Receiver {
             .args(["receive", "--listen", &address.to_string()])
             .args(["--channels", &options.channels.to_string()])
             .args(["--backend", options.backend.name()])
-            .args(["--control", &control, "--once"])
+            .args(["--control", &control])
+            .args(options.once.then_some("--once"))
             .arg("--hist")
             .arg(&histograms)
             .args(&options.extra)
@@ -134,12 +137,40 @@ impl Receiver {
         serde_json::from_str(&text).map_err(|error| malformed("colo-ring status --json", &error))
     }
 
-    /// `colo-ring dump` of its only session's last committed checkpoint into a directory.
+    /// The numbers of its sessions, as `colo-ring status` lists them.
     ///
     /// # Errors
-    /// When there is not exactly one session, the command fails or what it wrote is not as documented.
-    pub fn dump(&self, out: &Path) -> Result<Dump, LabError> {
-        let session = self.only_session()?.to_string();
+    /// When the command fails or its answer is not as documented.
+    pub fn sessions(&self) -> Result<Vec<u64>, LabError> {
+        let status = self.status()?;
+        let sessions = status["sessions"].as_array();
+        let numbers = sessions.and_then(|list| list.iter().map(|entry| entry["session"].as_u64()).collect());
+        numbers.ok_or_else(|| LabError::Malformed {
+            what: "colo-ring status --json".into(),
+            detail: format!("it lists no numbered sessions: {status}"),
+        })
+    }
+
+    /// [`Receiver::dump`] of its only session.
+    ///
+    /// # Errors
+    /// When there is not exactly one session, and those of [`Receiver::dump`].
+    pub fn dump_only(&self, out: &Path) -> Result<Dump, LabError> {
+        match self.sessions()?[..] {
+            [session] => self.dump(session, out),
+            ref sessions => Err(LabError::Malformed {
+                what: "the list of sessions".into(),
+                detail: format!("one was expected: {sessions:?}"),
+            }),
+        }
+    }
+
+    /// `colo-ring dump` of a session's last committed checkpoint into a directory.
+    ///
+    /// # Errors
+    /// When the command fails or what it wrote is not as documented.
+    pub fn dump(&self, session: u64, out: &Path) -> Result<Dump, LabError> {
+        let session = session.to_string();
         self.control_command(
             "dump",
             [
@@ -198,20 +229,6 @@ impl Receiver {
                 .try_wait()
                 .map_err(LabError::io("wait for colo-ring"))
         })
-    }
-
-    fn only_session(&self) -> Result<u64, LabError> {
-        let status = self.status()?;
-        let numbers: Option<Vec<u64>> = status["sessions"]
-            .as_array()
-            .and_then(|list| list.iter().map(|entry| entry["session"].as_u64()).collect());
-        match numbers.as_deref() {
-            Some([number]) => Ok(*number),
-            _ => Err(LabError::Malformed {
-                what: "colo-ring status --json".into(),
-                detail: format!("one numbered session was expected: {status}"),
-            }),
-        }
     }
 
     fn check_alive(&mut self) -> Result<(), LabError> {
