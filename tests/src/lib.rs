@@ -1,1 +1,4 @@
 //! What the tests of the whole share: the laboratory with real QEMU, captures, the command under test.
+
+pub mod capture;
+pub mod model;

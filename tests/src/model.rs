@@ -208,8 +208,12 @@ impl Model {
             return false;
         }
         assert_eq!((main.number(4), main.number(4)), (1, 3), "REQUEST and SEND");
-        while main.bytes[main.at] != 0 {
+        // The recording may end right behind SEND; it does not end inside the few bytes of sections.
+        while main.left() > 0 && main.bytes[main.at] != 0 {
             self.section(main, channels, flush_marks);
+        }
+        if main.left() == 0 {
+            return false;
         }
         main.take(1);
         assert_eq!(main.number(4), 4, "SIZE");

@@ -5,5 +5,6 @@ mod cli;
 pub mod doctor;
 pub mod options;
 pub mod output;
+pub mod synth;
 
 pub use cli::main;

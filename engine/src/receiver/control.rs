@@ -14,7 +14,7 @@ use super::dump::Dumped;
 use super::status::StatusReport;
 use serde::{Deserialize, Serialize};
 use std::path::PathBuf;
-use std::rc::Rc;
+use std::sync::Arc;
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
 use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::{Semaphore, mpsc, oneshot};
@@ -78,7 +78,7 @@ struct Line {
 
 /// Serves the socket for ever.
 pub(super) async fn serve(listener: UnixListener, ask: mpsc::Sender<Asked>) {
-    let places = Rc::new(Semaphore::new(CONVERSATIONS_MAX));
+    let places = Arc::new(Semaphore::new(CONVERSATIONS_MAX));
     loop {
         let Ok(place) = places.clone().acquire_owned().await else { return };
         match listener.accept().await {

@@ -30,6 +30,9 @@ use tokio::sync::{Notify, mpsc};
 /// How often deadlines are looked at and samples taken.
 const TICK: Duration = Duration::from_millis(200);
 
+/// Length of an interval in the interval logs.
+const LOG_INTERVAL: Duration = Duration::from_secs(1);
+
 /// How long a primary may be silent after what looks like device state without vmdesc.
 const SUPPRESSED_AFTER: Duration = Duration::from_secs(5);
 
@@ -104,13 +107,15 @@ pub(super) async fn direct(
         ended_sessions: 0,
     };
     let mut tick = tokio::time::interval(TICK);
+    let mut interval = tokio::time::interval(LOG_INTERVAL);
     loop {
         tokio::select! {
             Some(connection) = accepted.recv() => book.accept(connection),
             Some(result) = identified.recv() => book.identify(result),
             Some(asked) = wires.asked.recv() => book.answer(asked, &listeners),
             () = wires.changed.notified() => book.settle(),
-            _ = tick.tick() => book.tick()?,
+            _ = tick.tick() => book.tick(),
+            _ = interval.tick() => book.log_interval(),
             () = wires.stop.notified() => break,
         }
         if book.director.options.once && book.ended_sessions > 0 {
@@ -257,12 +262,11 @@ impl Book {
         SessionStatus::of(&entry.guest, fallbacks.get(&id).cloned().unwrap_or_default(), summary)
     }
 
-    fn tick(&mut self) -> Result<(), ReceiverError> {
+    fn tick(&mut self) {
         let now = Instant::now();
         let outcomes = self.assembler.expire(now);
         self.carry_out(outcomes);
         self.director.recorder.drain(&self.director.around.samples);
-        self.director.recorder.tick(self.director.around.started.elapsed())?;
         for entry in &mut self.entries {
             let position = entry.guest.suppressed_at.load(Ordering::Relaxed);
             match entry.suppressed {
@@ -275,7 +279,14 @@ impl Book {
                 _ => entry.suppressed = Some((position, now)),
             }
         }
-        Ok(())
+    }
+
+    /// Appends to the interval logs. A full disk costs measurements, never a session.
+    fn log_interval(&mut self) {
+        self.director.recorder.drain(&self.director.around.samples);
+        if let Err(error) = self.director.recorder.write_interval(self.director.around.started.elapsed()) {
+            self.warn(error.to_string());
+        }
     }
 
     fn answer(&mut self, asked: Asked, listeners: &[Rc<Listener>]) {

@@ -76,10 +76,11 @@ pub(super) fn dump(guest: &Guest, directory: &Path) -> Result<Dumped, String> {
     let report = store.dump(directory).map_err(|error| error.to_string())?;
     std::fs::write(directory.join(HEADER_FILE), &record.header).map_err(failed)?;
     std::fs::write(directory.join(VMDESC_FILE), &record.vmdesc).map_err(failed)?;
-    let blocks = store.table().iter().zip(report.files).map(|((_, block), file)| DumpedBlock {
-        name: block.display_name().into_owned(),
-        used_length: block.used_length,
-        file,
+    let name = |path: &Path| path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+    let blocks = report.blocks.iter().map(|block| DumpedBlock {
+        name: String::from_utf8_lossy(&block.name).into_owned(),
+        used_length: block.bytes,
+        file: name(&block.file),
     });
     let dumped = Dumped {
         schema: DUMP_SCHEMA.into(),
@@ -90,7 +91,7 @@ pub(super) fn dump(guest: &Guest, directory: &Path) -> Result<Dumped, String> {
         page_size: crate::units::PAGE_BYTES,
         ram_section: record.ram_section,
         blocks: blocks.collect(),
-        device_state_file: report.device_state_file,
+        device_state_file: name(&report.device_state),
         header_file: HEADER_FILE.into(),
         vmdesc_file: VMDESC_FILE.into(),
     };

@@ -10,9 +10,9 @@ use crate::wire::multifd::{INIT_LEN, Init};
 use crate::wire::stream::{ChannelKind, classify};
 use crate::ring::own_descriptor;
 use nix::sys::socket::sockopt::{PeerCredentials, TcpNoDelay};
-use nix::sys::socket::{MsgFlags, Shutdown, getsockopt, recv, setsockopt, shutdown};
+use nix::sys::socket::{Shutdown, getsockopt, setsockopt, shutdown};
 use std::io;
-use std::net::TcpListener;
+use std::net::{TcpListener, TcpStream};
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::fs::FileTypeExt;
 use std::os::unix::net::{UnixListener, UnixStream};
@@ -20,7 +20,7 @@ use std::path::Path;
 use std::rc::Rc;
 use std::time::Duration;
 use thiserror::Error;
-use tokio::io::unix::AsyncFd;
+use tokio::io::AsyncReadExt;
 use tokio::sync::mpsc;
 
 /// Bytes that tell the kind of a connection.
@@ -130,7 +130,7 @@ impl Listener {
         let is_tcp = self.is_tcp();
         let (origin, from) = if is_tcp {
             setsockopt(&socket, TcpNoDelay, &true)?;
-            let stream = std::net::TcpStream::from(socket.try_clone()?);
+            let stream = TcpStream::from(socket.try_clone()?);
             let peer = stream.peer_addr()?;
             (Origin::Host(peer.ip()), peer.to_string())
         } else {
@@ -143,8 +143,8 @@ impl Listener {
 
 enum Acceptor {
     Uring(tokio_uring::net::TcpListener),
-    Tcp(AsyncFd<TcpListener>),
-    Unix(AsyncFd<UnixListener>),
+    Tcp(tokio::net::TcpListener),
+    Unix(tokio::net::UnixListener),
 }
 
 impl Acceptor {
@@ -152,37 +152,30 @@ impl Acceptor {
         if !is_tcp {
             let listener = UnixListener::from(socket);
             listener.set_nonblocking(true)?;
-            return Ok(Self::Unix(AsyncFd::new(listener)?));
+            return Ok(Self::Unix(tokio::net::UnixListener::from_std(listener)?));
         }
         let listener = TcpListener::from(socket);
         if uring {
             return Ok(Self::Uring(tokio_uring::net::TcpListener::from_std(listener)));
         }
         listener.set_nonblocking(true)?;
-        Ok(Self::Tcp(AsyncFd::new(listener)?))
+        Ok(Self::Tcp(tokio::net::TcpListener::from_std(listener)?))
     }
 
+    /// The accepted socket; it blocks, as the data plane wants it.
     async fn accept(&self) -> io::Result<OwnedFd> {
         match self {
             Acceptor::Uring(listener) => own_descriptor(&listener.accept().await?.0),
             Acceptor::Tcp(listener) => {
-                when_readable(listener, |listener| Ok(listener.accept()?.0.into())).await
+                let stream = listener.accept().await?.0.into_std()?;
+                stream.set_nonblocking(false)?;
+                Ok(stream.into())
             }
             Acceptor::Unix(listener) => {
-                when_readable(listener, |listener| Ok(listener.accept()?.0.into())).await
+                let stream = listener.accept().await?.0.into_std()?;
+                stream.set_nonblocking(false)?;
+                Ok(stream.into())
             }
-        }
-    }
-}
-
-async fn when_readable<T: AsRawFd, R>(
-    socket: &AsyncFd<T>,
-    mut attempt: impl FnMut(&T) -> io::Result<R>,
-) -> io::Result<R> {
-    loop {
-        let mut ready = socket.readable().await?;
-        if let Ok(result) = ready.try_io(|socket| attempt(socket.get_ref())) {
-            return result;
         }
     }
 }
@@ -193,18 +186,21 @@ async fn when_readable<T: AsRawFd, R>(
 /// What an operator should know: it is no migration channel, or ended or stayed silent.
 pub(super) async fn identify(accepted: &Accepted, uring: bool, deadline: Duration) -> Result<Identity, String> {
     let reading = async {
-        let reader = Reader::new(accepted, uring).map_err(|error| error.to_string())?;
+        let text = |error: io::Error| error.to_string();
+        let mut reader = Reader::new(accepted, uring).map_err(text)?;
         let first: [u8; FIRST_LEN] = reader.read().await?;
-        match classify(first).map_err(|error| error.to_string())? {
-            ChannelKind::Main => Ok(Identity::Main),
+        let identity = match classify(first).map_err(|error| error.to_string())? {
+            ChannelKind::Main => Identity::Main,
             ChannelKind::Multifd => {
                 let mut init = [0; INIT_LEN];
                 let rest: [u8; INIT_LEN - FIRST_LEN] = reader.read().await?;
                 init[..FIRST_LEN].copy_from_slice(&first);
                 init[FIRST_LEN..].copy_from_slice(&rest);
-                Init::decode(&init).map(Identity::Multifd).map_err(|error| error.to_string())
+                Init::decode(&init).map(Identity::Multifd).map_err(|error| error.to_string())?
             }
-        }
+        };
+        reader.done().map_err(text)?;
+        Ok(identity)
     };
     let result = match tokio::time::timeout(deadline, reading).await {
         Ok(result) => result,
@@ -220,46 +216,65 @@ pub(super) async fn identify(accepted: &Accepted, uring: bool, deadline: Duratio
 enum Reader {
     UringTcp(tokio_uring::net::TcpStream),
     UringUnix(tokio_uring::net::UnixStream),
-    Ready(AsyncFd<OwnedFd>),
+    Tcp(tokio::net::TcpStream),
+    Unix(tokio::net::UnixStream),
 }
 
 impl Reader {
     fn new(accepted: &Accepted, uring: bool) -> io::Result<Self> {
         let socket = accepted.socket.try_clone()?;
-        Ok(match (uring, accepted.is_tcp) {
-            (true, true) => Self::UringTcp(tokio_uring::net::TcpStream::from_std(socket.into())),
-            (true, false) => Self::UringUnix(tokio_uring::net::UnixStream::from_std(socket.into())),
-            (false, _) => Self::Ready(AsyncFd::new(socket)?),
-        })
+        if accepted.is_tcp {
+            let stream = TcpStream::from(socket);
+            if uring {
+                return Ok(Self::UringTcp(tokio_uring::net::TcpStream::from_std(stream)));
+            }
+            stream.set_nonblocking(true)?;
+            return Ok(Self::Tcp(tokio::net::TcpStream::from_std(stream)?));
+        }
+        let stream = UnixStream::from(socket);
+        if uring {
+            return Ok(Self::UringUnix(tokio_uring::net::UnixStream::from_std(stream)));
+        }
+        stream.set_nonblocking(true)?;
+        Ok(Self::Unix(tokio::net::UnixStream::from_std(stream)?))
     }
 
     /// Exactly N bytes, and not one more: what follows belongs to the data plane.
-    async fn read<const N: usize>(&self) -> Result<[u8; N], String> {
+    async fn read<const N: usize>(&mut self) -> Result<[u8; N], String> {
         let mut bytes = [0; N];
         let mut have = 0;
         while have < N {
-            let part = Vec::with_capacity(N - have);
-            let (count, part) = match self {
-                Self::UringTcp(stream) => stream.read(part).await,
-                Self::UringUnix(stream) => stream.read(part).await,
-                Self::Ready(socket) => {
-                    let mut part = vec![0; N - have];
-                    let flags = MsgFlags::MSG_DONTWAIT;
-                    let count = when_readable(socket, |socket| Ok(recv(socket.as_raw_fd(), &mut part, flags)?)).await;
-                    (count, part)
-                }
+            let rest = &mut bytes[have..];
+            let count = match self {
+                Self::UringTcp(stream) => keep(stream.read(Vec::with_capacity(rest.len())).await, rest),
+                Self::UringUnix(stream) => keep(stream.read(Vec::with_capacity(rest.len())).await, rest),
+                Self::Tcp(stream) => stream.read(rest).await,
+                Self::Unix(stream) => stream.read(rest).await,
             };
             match count {
                 Ok(0) => return Err("it was closed before it said what it is".into()),
-                Ok(count) => {
-                    bytes[have..have + count].copy_from_slice(&part[..count]);
-                    have += count;
-                }
+                Ok(count) => have += count,
                 Err(error) => return Err(error.to_string()),
             }
         }
         Ok(bytes)
     }
+
+    /// Gives the socket back as it was: the mode belongs to the connection, not to the descriptor.
+    fn done(self) -> io::Result<()> {
+        match self {
+            Self::UringTcp(_) | Self::UringUnix(_) => Ok(()),
+            Self::Tcp(stream) => stream.into_std()?.set_nonblocking(false),
+            Self::Unix(stream) => stream.into_std()?.set_nonblocking(false),
+        }
+    }
+}
+
+/// Moves what an owned buffer holds to where it belongs.
+fn keep((count, part): (io::Result<usize>, Vec<u8>), to: &mut [u8]) -> io::Result<usize> {
+    let count = count?;
+    to[..count].copy_from_slice(&part[..count]);
+    Ok(count)
 }
 
 /// Binds a UNIX socket. A socket file that nobody listens on any more is replaced, as after a kill.

@@ -32,7 +32,7 @@ pub use status::{STATUS_SCHEMA, STATUS_VERSION, SessionState, SessionStatus, Sta
 use crate::host::Machine;
 use crate::metrics::{MetricsError, Recorder, Report, RunDescription, SampleQueue};
 use crate::ring::{BackendKind, Plane, PlaneError, PlaneOptions};
-use crate::store::{CopyMethod, Flusher, Store};
+use crate::store::{CopyMethod, Flusher, FlusherError, Store};
 use budget::RamBudget;
 use control::Asked;
 use director::{Director, Wires, direct};
@@ -82,6 +82,9 @@ pub enum ReceiverError {
     /// The data plane did not start.
     #[error(transparent)]
     Plane(#[from] PlaneError),
+    /// The helpers of the flush did not start.
+    #[error(transparent)]
+    Flusher(#[from] FlusherError),
     /// Measurements cannot be written.
     #[error(transparent)]
     Metrics(#[from] MetricsError),
@@ -248,9 +251,12 @@ fn make_director(
     let threads = options.backend == BackendKind::Threads;
     // The baseline flushes as QEMU does: one thread, memcpy.
     let flusher = match threads {
-        true => Flusher::new(CopyMethod::Memcpy, &[]),
-        false => Flusher::new(CopyMethod::NonTemporal, options.cores.get(1..).unwrap_or(&[])),
-    };
+        true => Flusher::new(CopyMethod::Memcpy, 0, &[]),
+        false => {
+            let cores = options.cores.get(1..).unwrap_or(&[]);
+            Flusher::new(CopyMethod::NonTemporal, cores.len(), cores)
+        }
+    }?;
     let mut store_options = options.store.clone();
     store_options.shards = if threads { usize::from(options.channels) + 1 } else { options.cores.len() };
     let budget = Arc::new(RamBudget::new(options.ram_limit_bytes));

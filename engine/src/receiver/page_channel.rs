@@ -13,7 +13,6 @@ use crate::units::{ChannelId, PAGE_SIZE};
 use crate::wire::multifd::{self, HEADER_LEN, INIT_LEN, PacketHeader, PageList, START_LEN};
 use std::ops::ControlFlow;
 use std::os::fd::RawFd;
-use std::ptr::NonNull;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
@@ -125,20 +124,20 @@ impl PageChannel {
         self.plan.wait_all = true;
         for run in self.landing.runs() {
             if self.style.coalesce {
-                self.plan.push(run.address, run.bytes);
+                self.plan.push(run.address, run.length);
                 continue;
             }
-            for page in 0..run.bytes / PAGE_SIZE {
-                let address = run.address.as_ptr().wrapping_add(page * PAGE_SIZE);
-                self.plan.push(NonNull::new(address).expect("within a run"), PAGE_SIZE);
+            for page in 0..run.length / PAGE_SIZE {
+                self.plan.push(run.address.wrapping_add(page * PAGE_SIZE), PAGE_SIZE);
             }
         }
-        let slab = self.landing.slab().map(usize::from);
-        let buffer = slab.and_then(|slab| self.buffers?.checked_add(u16::try_from(slab).ok()?));
+        let slab = self.landing.slab();
+        let buffer = slab.and_then(|slab| self.buffers?.checked_add(slab.0));
         self.plan.registered = buffer;
         let header_follows = match (slab, buffer) {
             _ if sync || !self.style.chain_header => HeaderPlace::None,
             (Some(slab), Some(_)) => {
+                let slab = usize::from(slab.0);
                 self.plan.push(store.slabs()[slab].header(self.id), HEADER_LEN);
                 HeaderPlace::Slab(slab)
             }
@@ -161,7 +160,11 @@ impl PageChannel {
         match header_follows {
             HeaderPlace::None => {}
             HeaderPlace::Own => self.header.fill(HEADER_LEN),
-            HeaderPlace::Slab(slab) => store.slabs()[slab].take_header(self.id, &mut self.header),
+            HeaderPlace::Slab(slab) => {
+                let mut header = [0; HEADER_LEN];
+                store.slabs()[slab].read_header(self.id, &mut header);
+                self.header.put(&header);
+            }
         }
         self.end_of_packet(pages);
         match (sync, header_follows) {

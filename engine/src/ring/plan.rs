@@ -5,8 +5,6 @@
 //! (its own buffers, and the store by an `Arc`) and is not dropped while a receive is posted; pages of guest memory
 //! are excepted from "nobody but" as `store::copy` explains. A plan never moves while it is posted: it is boxed.
 
-use std::ptr::NonNull;
-
 /// Most pieces of a plan: the pages of one packet, and the header of the next.
 pub const PIECES_MAX: usize = crate::units::PACKET_PAGES + 2;
 
@@ -56,8 +54,8 @@ impl ReceivePlan {
     ///
     /// # Panics
     /// With more than [`PIECES_MAX`] pieces: a packet has at most 128 pages, whatever the peer says.
-    pub fn push(&mut self, address: NonNull<u8>, bytes: usize) {
-        self.pieces[self.end] = libc::iovec { iov_base: address.as_ptr().cast(), iov_len: bytes };
+    pub(crate) fn push(&mut self, address: *mut u8, bytes: usize) {
+        self.pieces[self.end] = libc::iovec { iov_base: address.cast(), iov_len: bytes };
         self.end += 1;
         self.remaining += bytes;
     }
@@ -107,7 +105,7 @@ mod tests {
     #[test]
     fn partial_receipts_leave_the_rest() {
         let mut memory = [0u8; 64];
-        let base = NonNull::new(memory.as_mut_ptr()).unwrap();
+        let base = memory.as_mut_ptr();
         let mut plan = ReceivePlan::new();
         plan.push(base, 10);
         plan.push(base, 20);

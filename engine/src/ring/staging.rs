@@ -47,7 +47,7 @@ impl Staging {
         assert!(bytes.len() <= free, "room for them");
         // SAFETY: the space is that long and nobody else's while no receive is posted; `bytes` is not part of it,
         // being borrowed beside `&mut self`.
-        unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), space.as_ptr(), bytes.len()) };
+        unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), space, bytes.len()) };
         self.fill(bytes.len());
     }
 
@@ -59,7 +59,7 @@ impl Staging {
 
     /// Free space, after moving what is left to the front when the end is near. None while the buffer is full of
     /// unconsumed bytes. Only to be called while no receive is posted.
-    pub fn space(&mut self) -> Option<(NonNull<u8>, usize)> {
+    pub fn space(&mut self) -> Option<(*mut u8, usize)> {
         let pos = self.pos.get();
         if pos == self.filled {
             self.pos.set(0);
@@ -74,9 +74,7 @@ impl Staging {
             self.pos.set(0);
         }
         let free = self.capacity - self.filled;
-        // SAFETY: filled <= capacity, so this is within the buffer or one past its end, where free is 0.
-        let end = unsafe { self.memory.add(self.filled) };
-        (free > 0).then_some((end, free))
+        (free > 0).then_some((self.memory.as_ptr().wrapping_add(self.filled), free))
     }
 }
 

@@ -210,7 +210,7 @@ impl Backend for UringBackend {
     }
 
     fn register(&mut self, index: u16, slab: &Slab) -> io::Result<()> {
-        let buffer = libc::iovec { iov_base: slab.base().as_ptr().cast(), iov_len: slab.len() };
+        let buffer = libc::iovec { iov_base: slab.base().cast(), iov_len: slab.bytes() };
         // SAFETY: the slab stays mapped until every endpoint of its guest is gone, and the core gives the index
         // back before it drops the last of them.
         unsafe { self.ring.submitter().register_buffers_update(u32::from(index), &[buffer], None) }

@@ -34,7 +34,7 @@ use crate::wire::ram::{BlockEntry, BlockList};
 use crate::wire::return_path::RpMessage;
 use crate::wire::stream::{Command, Section, StreamHeader, parse_footer};
 use crate::wire::vmdesc::EndFinder;
-use crate::wire::{Parsed, WireError};
+use crate::wire::WireError;
 use records::{Continued, SyncMode};
 use std::sync::Arc;
 

@@ -112,7 +112,7 @@ impl Init {
     /// # Errors
     /// If magic, version or a reserved byte is wrong.
     pub fn decode(bytes: &[u8; INIT_LEN]) -> Result<Self, WireError> {
-        check_magic(&bytes[..4], be32::<{ init_at::VERSION }, INIT_LEN>(bytes))?;
+        check_magic(&bytes[..4], be32::<{ init_at::VERSION }, _>(bytes))?;
         check_reserved(&bytes[init_at::RESERVED..])?;
         let mut uuid = [0; 16];
         uuid.copy_from_slice(&bytes[init_at::UUID..init_at::CHANNEL]);
@@ -137,8 +137,8 @@ impl Init {
 /// # Errors
 /// As [`PacketHeader::decode`].
 pub fn check_start(bytes: &[u8; START_LEN]) -> Result<(), WireError> {
-    check_magic(&bytes[..4], be32::<{ at::VERSION }, START_LEN>(bytes))?;
-    check_flags(be32::<{ at::FLAGS }, START_LEN>(bytes)).map(drop)
+    check_magic(&bytes[..4], be32::<{ at::VERSION }, _>(bytes))?;
+    check_flags(be32::<{ at::FLAGS }, _>(bytes)).map(drop)
 }
 
 fn check_flags(flags: u32) -> Result<Method, WireError> {
@@ -170,27 +170,15 @@ impl<'a> PacketHeader<'a> {
     /// # Errors
     /// If a field breaks a rule of spec §8 or §21, or the packet is of a kind that cannot be received.
     pub fn decode(bytes: &'a [u8; HEADER_LEN]) -> Result<Self, WireError> {
-        check_magic(&bytes[..4], be32::<{ at::VERSION }, HEADER_LEN>(bytes))?;
-        let flags = be32::<{ at::FLAGS }, HEADER_LEN>(bytes);
+        check_magic(&bytes[..4], be32::<{ at::VERSION }, _>(bytes))?;
+        let flags = be32::<{ at::FLAGS }, _>(bytes);
         let method = check_flags(flags)?;
         check_reserved(&bytes[at::RESERVED..at::BLOCK])?;
         let room = u16::try_from(PACKET_PAGES).expect("128 pages");
-        let pages_alloc = count(
-            "pages_alloc",
-            be32::<{ at::PAGES_ALLOC }, HEADER_LEN>(bytes),
-            room,
-        )?;
-        let normal = count(
-            "normal_pages",
-            be32::<{ at::NORMAL }, HEADER_LEN>(bytes),
-            pages_alloc,
-        )?;
-        let zero = count(
-            "zero_pages",
-            be32::<{ at::ZERO }, HEADER_LEN>(bytes),
-            pages_alloc - normal,
-        )?;
-        let announced = be32::<{ at::PAYLOAD }, HEADER_LEN>(bytes);
+        let pages_alloc = count("pages_alloc", be32::<{ at::PAGES_ALLOC }, _>(bytes), room)?;
+        let normal = count("normal_pages", be32::<{ at::NORMAL }, _>(bytes), pages_alloc)?;
+        let zero = count("zero_pages", be32::<{ at::ZERO }, _>(bytes), pages_alloc - normal)?;
+        let announced = be32::<{ at::PAYLOAD }, _>(bytes);
         if normal > 0 {
             method.check_payload(normal, announced)?;
         }
@@ -236,8 +224,8 @@ impl<'a> PacketHeader<'a> {
 
     /// The primary's count of packets over all channels. For messages only: 7.2 repeats numbers.
     pub fn packet_num(&self) -> u64 {
-        let high = be32::<{ at::PACKET_NUM }, HEADER_LEN>(self.bytes);
-        let low = be32::<{ at::PACKET_NUM + 4 }, HEADER_LEN>(self.bytes);
+        let high = be32::<{ at::PACKET_NUM }, _>(self.bytes);
+        let low = be32::<{ at::PACKET_NUM + 4 }, _>(self.bytes);
         u64::from(high) << 32 | u64::from(low)
     }
 

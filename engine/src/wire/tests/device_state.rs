@@ -77,6 +77,16 @@ fn the_end_is_found_and_the_layout_fits() {
     assert_eq!(layout.walk(&state), Ok(()));
 }
 
+/// The zero bytes of a length lie between the EOF byte and the text.
+#[test]
+fn texts_of_any_length_are_found() {
+    for length in [255, 256, 257, 65_535, 65_536] {
+        let text = format!("{{{}\"devices\":[]}}", " ".repeat(length - 14));
+        assert_eq!(text.len(), length);
+        assert!(is_end(&text), "{length}");
+    }
+}
+
 #[test]
 fn states_unlike_their_description() {
     let (state, text) = example();
