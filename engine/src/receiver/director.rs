@@ -127,8 +127,8 @@ pub(super) async fn direct(
     }
     book.end_all(&wires.changed).await;
     for task in accepting {
-        // It has ended: its socket is shut down.
-        let _ = task.await;
+        // What it had in flight has ended with the shutdown; a task that only waits for readiness would wait on.
+        task.abort();
     }
     book.close()
 }

@@ -40,7 +40,7 @@ const HEADER_AREA: u64 = HEADERS * HEADER_BYTES;
 
 /// Pages in a slab: 512 MiB, so that with the header area it stays below 1 GiB, the most that an io_uring takes as
 /// one registered buffer. 64 Ki slabs are then 32 TiB.
-const SLAB_PAGES: u64 = 1 << 17;
+pub(super) const SLAB_PAGES: u64 = 1 << 17;
 
 /// A piece of cache memory that a ring registers as one buffer: slots, and behind them a header area, so that one
 /// read may fill the slots of a packet and take the next packet's header.
@@ -81,18 +81,27 @@ impl Slab {
 /// A slot for every page of the guest: page and slot have the same number.
 pub(super) struct Mirror {
     slabs: Vec<Slab>,
+    /// Pages in each slab but the last: a power of two, so that a page is found by shift and mask.
+    slab_shift: u32,
 }
 
 impl Mirror {
-    /// Maps slabs for `pages` pages; their memory is not yet populated.
+    /// Maps slabs of `slab_pages` pages (a power of two, [`SLAB_PAGES`] but for tests) for `pages` pages; their memory
+    /// is not yet populated.
     ///
     /// # Errors
     /// If there is not even address space. Too few huge pages are a fallback, noted in `notes`.
-    pub(super) fn map(pages: u64, huge: HugePages, notes: &mut Vec<Fallback>) -> Result<Self, StoreError> {
+    pub(super) fn map(
+        pages: u64,
+        slab_pages: u64,
+        huge: HugePages,
+        notes: &mut Vec<Fallback>,
+    ) -> Result<Self, StoreError> {
+        assert!(slab_pages.is_power_of_two(), "pages are found by shift and mask");
         let mut memory = SlabMemory::new(huge);
-        let mut slabs = Vec::with_capacity(index(pages.div_ceil(SLAB_PAGES)));
-        for first in (0..pages).step_by(index(SLAB_PAGES)) {
-            let slot_bytes = SLAB_PAGES.min(pages - first) * PAGE_BYTES;
+        let mut slabs = Vec::with_capacity(index(pages.div_ceil(slab_pages)));
+        for first in (0..pages).step_by(index(slab_pages)) {
+            let slot_bytes = slab_pages.min(pages - first) * PAGE_BYTES;
             let mapped = memory.map(slot_bytes + HEADER_AREA);
             let memory = mapped.map_err(|errno| StoreError::NoCacheMemory {
                 bytes: pages * PAGE_BYTES,
@@ -101,7 +110,8 @@ impl Mirror {
             slabs.push(Slab { memory, slot_bytes });
         }
         notes.extend(memory.note(slabs.len()));
-        Ok(Self { slabs })
+        let slab_shift = slab_pages.trailing_zeros();
+        Ok(Self { slabs, slab_shift })
     }
 
     pub(super) fn mappings(&self) -> impl Iterator<Item = &Mapping> {
@@ -109,8 +119,9 @@ impl Mirror {
     }
 
     /// The slab of a page, and its byte offset there.
-    fn locate(page: PageIndex) -> (usize, u64) {
-        let (slab, slot) = (page.get() / SLAB_PAGES, page.get() % SLAB_PAGES);
+    fn locate(&self, page: PageIndex) -> (usize, u64) {
+        let slab = page.get() >> self.slab_shift;
+        let slot = page.get() & ((1 << self.slab_shift) - 1);
         (index(slab), slot * PAGE_BYTES)
     }
 }
@@ -126,7 +137,7 @@ impl Cache for Mirror {
 
     fn place(&self, pages: &[PageIndex], landing: &mut Landing) {
         for page in pages {
-            let (slab, offset) = Self::locate(*page);
+            let (slab, offset) = self.locate(*page);
             landing.push(
                 *page,
                 Some(slab_id(slab)),
@@ -140,7 +151,7 @@ impl Cache for Mirror {
     }
 
     fn newest(&self, run: PageRun) -> Span<'_> {
-        let (slab, offset) = Self::locate(run.first);
+        let (slab, offset) = self.locate(run.first);
         let slab = &self.slabs[slab];
         let left = (slab.slot_bytes - offset) / PAGE_BYTES;
         slab.memory.span(offset, run.pages.min(left))

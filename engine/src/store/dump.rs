@@ -249,3 +249,45 @@ impl DumpFiles {
         })
     }
 }
+
+#[cfg(all(test, not(loom), not(miri)))]
+mod tests {
+    use super::*;
+    use crate::store::{CopyMethod, Flusher, HugePages, Store, StoreOptions};
+    use std::sync::Arc;
+
+    /// A full disk, seen by the first write: the error names it, and commits go on.
+    #[test]
+    fn a_full_disk_is_an_error() {
+        let entries = vec![(b"pc.ram".as_slice().into(), 8 * PAGE_BYTES)];
+        let table = Arc::new(BlockTable::new(entries, 8 * PAGE_BYTES).unwrap());
+        let options = StoreOptions {
+            hugepages: HugePages::Off,
+            ..StoreOptions::default()
+        };
+        let (store, _) = Store::create(table.clone(), "test", &options).unwrap();
+        store.write(
+            0,
+            table.page(crate::units::BlockId(0), PAGE_BYTES).unwrap(),
+            &[7; 4096],
+        );
+        let flusher = Flusher::new(CopyMethod::Memcpy, 0, &[]).unwrap();
+        store.commit(CheckpointId(0), &mut Vec::new(), &flusher);
+        let full = || DumpFile {
+            path: "/dev/full".into(),
+            part: "/nonexistent/pc.ram~part".into(),
+            file: File::options().write(true).open("/dev/full").unwrap(),
+        };
+        let files = DumpFiles {
+            directory: "/nonexistent".into(),
+            blocks: vec![full()],
+            device_state: full(),
+        };
+        let committed = store.into_committed();
+        let refused = committed.dump_passes(&files).unwrap_err();
+        assert_eq!(
+            refused.to_string(),
+            "/nonexistent/pc.ram~part: No space left on device (os error 28)"
+        );
+    }
+}

@@ -332,3 +332,24 @@ pub(super) fn zeroed_words(count: usize) -> Box<[AtomicU64]> {
     // the box is handed over whole.
     unsafe { Box::from_raw(Box::into_raw(words) as *mut [AtomicU64]) }
 }
+
+#[cfg(all(test, not(loom)))]
+impl super::Landing {
+    /// Lets the kernel fill the runs with `bytes`, as a ring does, but from a file.
+    pub(super) fn fill_by_kernel(&self, bytes: &[u8]) {
+        use std::io::Write;
+        let name = c"colo-ring-test";
+        let mut file =
+            File::from(nix::sys::memfd::memfd_create(name, nix::sys::memfd::MFdFlags::empty()).unwrap());
+        file.write_all(bytes).unwrap();
+        let vector = |run: &LandingRun| libc::iovec {
+            iov_base: run.address.cast(),
+            iov_len: run.length,
+        };
+        let vectors: Vec<_> = self.runs().iter().map(vector).collect();
+        let count = i32::try_from(vectors.len()).unwrap();
+        // SAFETY: the runs are memory of a store that the calling test keeps alive, and are as long as they say.
+        let read = unsafe { libc::preadv(file.as_raw_fd(), vectors.as_ptr(), count, 0) };
+        assert_eq!(usize::try_from(read), Ok(bytes.len()));
+    }
+}

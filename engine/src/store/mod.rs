@@ -146,12 +146,21 @@ impl Store {
         label: &str,
         options: &StoreOptions,
     ) -> Result<(Self, Vec<Fallback>), StoreError> {
+        Self::with_slabs(table, label, options, cache::SLAB_PAGES)
+    }
+
+    fn with_slabs(
+        table: Arc<BlockTable>,
+        label: &str,
+        options: &StoreOptions,
+        slab_pages: u64,
+    ) -> Result<(Self, Vec<Fallback>), StoreError> {
         let (pages, bytes) = (table.total_pages(), table.total_bytes());
         let mut notes = Vec::new();
         let ram_dir = options.ram_dir.as_deref();
         let image = RamImage::map(table, label, options.hugepages, ram_dir, &mut notes)?;
         let cache = match options.cache {
-            CacheKind::Mirror => Mirror::map(pages, options.hugepages, &mut notes)?,
+            CacheKind::Mirror => Mirror::map(pages, slab_pages, options.hugepages, &mut notes)?,
         };
         let mappings: Vec<&Mapping> = image.mappings().iter().chain(cache.mappings()).collect();
         map::populate(&mappings).map_err(|errno| StoreError::NoMemory {
