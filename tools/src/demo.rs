@@ -10,9 +10,7 @@ use crate::synth::{Address, SynthOptions, SynthPrimary, Version};
 use clap::Args;
 use colo_ring::host::Machine;
 use colo_ring::metrics::{Phase, Summary, display_nanoseconds};
-use colo_ring::receiver::{
-    Answer, Event, ListenAddress, Receiver, ReceiverOptions, Request, SessionState, StatusReport,
-};
+use colo_ring::receiver::{Answer, Event, ListenAddress, Receiver, ReceiverOptions, Request, StatusReport};
 use colo_ring::store::StoreOptions;
 use hdrhistogram::Histogram;
 use serde::Serialize;
@@ -260,15 +258,15 @@ impl Contestant {
             let Some(session) = sessions.first() else {
                 return Ok(());
             };
-            if session.state == SessionState::Ended {
-                let request = Request::Discard {
-                    session: session.session,
-                };
-                self.receiver.ask(request).map_err(CommandError::Failed)?;
-            } else if started.elapsed() > PATIENCE {
+            let request = Request::Discard {
+                session: session.session,
+            };
+            // Refused until the last of its connections has left.
+            let refused = self.receiver.ask(request).err();
+            if let Some(reason) = refused.filter(|_| started.elapsed() > PATIENCE) {
+                let backend = self.backend;
                 return Err(CommandError::Failed(format!(
-                    "the receiver ({}) did not notice the end of its session",
-                    self.backend
+                    "the receiver ({backend}) did not end its session within {PATIENCE:?}: {reason}"
                 )));
             }
             std::thread::sleep(Duration::from_millis(1));
