@@ -60,7 +60,7 @@ pub struct ReceiveArgs {
     #[arg(long, value_name = "SIZE")]
     ram_limit: Option<Size>,
 
-    /// Write latency histograms to PREFIX.<phase>.hlog while it runs and PREFIX.json at the end; files of an earlier
+    /// Write latency histograms to PREFIX.PHASE.hlog while it runs and PREFIX.json at the end; files of an earlier
     /// run are replaced
     #[arg(long, value_name = "PREFIX")]
     hist: Option<PathBuf>,
