@@ -7,6 +7,7 @@ use colo_ring::blocks::BlockTable;
 use colo_ring::units::{PACKET_PAGES, PAGE_BYTES};
 use colo_ring::wire::codec::Method;
 use colo_ring::wire::multifd::{HEADER_LEN, PacketFields, PacketHeader, PageList, raw_payload_len};
+use colo_ring_benches::{Numbers, machine};
 use std::hint::black_box;
 use std::time::Instant;
 
@@ -73,15 +74,11 @@ fn table() -> BlockTable {
 }
 
 fn packets(normal: usize, zero: usize) -> Vec<[u8; HEADER_LEN]> {
-    let mut state = 0x9e37_79b9_7f4a_7c15u64;
+    let mut numbers = Numbers::new(1);
     let mut packet = || {
         let mut pages = Vec::with_capacity(PACKET_PAGES);
         while pages.len() < normal + zero {
-            // The high bits of a multiplicative sequence.
-            state = state
-                .wrapping_mul(6_364_136_223_846_793_005)
-                .wrapping_add(1_442_695_040_888_963_407);
-            let offset = (state >> 44) % RAM_PAGES * PAGE_BYTES;
+            let offset = numbers.below(RAM_PAGES) * PAGE_BYTES;
             if !pages.contains(&offset) {
                 pages.push(offset);
             }
@@ -106,19 +103,4 @@ fn packets(normal: usize, zero: usize) -> Vec<[u8; HEADER_LEN]> {
         header
     };
     (0..PACKETS).map(|_| packet()).collect()
-}
-
-/// The machine and its kernel, for whoever compares figures.
-fn machine() -> String {
-    let read = |path: &str| std::fs::read_to_string(path).unwrap_or_default();
-    let cpuinfo = read("/proc/cpuinfo");
-    let model = cpuinfo.lines().find(|line| line.starts_with("model name"));
-    let model = model
-        .and_then(|line| line.split_once(": "))
-        .map_or("an unknown processor", |(_, name)| name);
-    let cores = std::thread::available_parallelism().map_or(0, usize::from);
-    format!(
-        "{model}, {cores} cores, Linux {}",
-        read("/proc/sys/kernel/osrelease").trim()
-    )
 }

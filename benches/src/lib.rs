@@ -1,1 +1,64 @@
-//! Micro-benchmarks of the engine: see the files beside `src/`.
+//! What the micro-benchmarks beside `src/` share.
+#![forbid(unsafe_code)]
+
+use colo_ring::blocks::BlockTable;
+use colo_ring::units::{BlockId, PAGE_BYTES, PageIndex};
+
+/// The machine and its kernel, for whoever compares figures.
+pub fn machine() -> String {
+    let read = |path: &str| std::fs::read_to_string(path).unwrap_or_default();
+    let cpuinfo = read("/proc/cpuinfo");
+    let model = cpuinfo.lines().find(|line| line.starts_with("model name"));
+    let model = model
+        .and_then(|line| line.split_once(": "))
+        .map_or("an unknown processor", |(_, name)| name);
+    let cores = std::thread::available_parallelism().map_or(0, usize::from);
+    let kernel = read("/proc/sys/kernel/osrelease");
+    format!("{model}, {cores} cores, Linux {}", kernel.trim())
+}
+
+/// The same random numbers each time: a linear congruential generator, of which the high bits are used.
+pub struct Numbers(u64);
+
+impl Numbers {
+    /// The sequence of that seed.
+    pub fn new(seed: u64) -> Self {
+        Self(seed)
+    }
+
+    /// The next number, below `limit`, which is at most 2³².
+    pub fn below(&mut self, limit: u64) -> u64 {
+        let next = self.0.wrapping_mul(6_364_136_223_846_793_005);
+        self.0 = next.wrapping_add(1_442_695_040_888_963_407);
+        (self.0 >> 32) % limit
+    }
+}
+
+/// A guest with one block of `pages` pages.
+pub fn guest(pages: u64) -> BlockTable {
+    let block = (b"pc.ram".as_slice().into(), pages * PAGE_BYTES);
+    BlockTable::new(vec![block], pages * PAGE_BYTES).expect("a valid list")
+}
+
+/// `count` different pages of the guest, at random.
+pub fn random_pages(table: &BlockTable, count: usize, numbers: &mut Numbers) -> Vec<PageIndex> {
+    let mut seen = std::collections::HashSet::with_capacity(count);
+    let mut pages = Vec::with_capacity(count);
+    while pages.len() < count {
+        let offset = numbers.below(table.total_pages()) * PAGE_BYTES;
+        let page = table.page(BlockId(0), offset).expect("below the block's end");
+        if seen.insert(page) {
+            pages.push(page);
+        }
+    }
+    pages
+}
+
+/// The middle one of some measurements.
+///
+/// # Panics
+/// Without any.
+pub fn median(mut values: Vec<f64>) -> f64 {
+    values.sort_by(f64::total_cmp);
+    values[values.len() / 2]
+}

@@ -1,7 +1,13 @@
 //! The synchronisation primitives, so that loom can explore the hand-overs between cores.
 
 #[cfg(not(loom))]
-pub(crate) use std::sync::atomic::{AtomicBool, AtomicU32, Ordering, fence};
+pub(crate) use std::sync::{
+    Condvar, Mutex,
+    atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering, fence},
+};
 
 #[cfg(loom)]
-pub(crate) use loom::sync::atomic::{AtomicBool, AtomicU32, Ordering, fence};
+pub(crate) use loom::sync::{
+    Condvar, Mutex,
+    atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering, fence},
+};

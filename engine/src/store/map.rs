@@ -329,10 +329,11 @@ unsafe impl Send for LandingRun {}
 // SAFETY: as above.
 unsafe impl Sync for LandingRun {}
 
-/// `count` words of zero, in memory that is touched by writing only.
+/// `count` words of zero. The operating system gives the memory on first touch, so words that are never written
+/// cost address space only.
+#[cfg(not(loom))]
 pub(super) fn zeroed_words(count: usize) -> Box<[AtomicU64]> {
     const { assert!(align_of::<AtomicU64>() == align_of::<u64>()) }
-    // A zeroed allocation of this size class comes from fresh pages of the operating system, unwritten.
     let words = vec![0u64; count].into_boxed_slice();
     // SAFETY: AtomicU64 has the size, the validity (documented by std) and the alignment (asserted above) of u64, and
     // the box is handed over whole.

@@ -39,7 +39,6 @@ mod landing;
 mod map;
 mod names;
 mod plan;
-mod sync;
 
 #[cfg(all(test, not(loom), not(miri)))]
 mod tests;
