@@ -29,6 +29,16 @@ impl RamBlock {
         self.used_length / PAGE_BYTES
     }
 
+    #[cold]
+    fn refuse(&self, offset: u64) -> NotAPage {
+        let name = self.display_name().into_owned();
+        NotAPage {
+            name,
+            offset,
+            used_length: self.used_length,
+        }
+    }
+
     /// The name for people.
     pub fn display_name(&self) -> std::borrow::Cow<'_, str> {
         String::from_utf8_lossy(&self.name)
@@ -173,18 +183,14 @@ impl BlockTable {
     ///
     /// # Errors
     /// If the offset is not page-aligned or the page does not lie whole in the block.
+    #[inline]
     pub fn page(&self, id: BlockId, offset: u64) -> Result<PageIndex, NotAPage> {
         let block = self.block(id);
         // used_length is a positive multiple of the page size, so an aligned offset below it has its whole page.
-        if offset % PAGE_BYTES == 0 && offset < block.used_length {
+        if offset.is_multiple_of(PAGE_BYTES) && offset < block.used_length {
             return Ok(PageIndex::new(block.first_page.get() + offset / PAGE_BYTES));
         }
-        let name = block.display_name().into_owned();
-        Err(NotAPage {
-            name,
-            offset,
-            used_length: block.used_length,
-        })
+        Err(block.refuse(offset))
     }
 
     /// The block a page lies in, and its byte offset there.

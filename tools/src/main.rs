@@ -1,2 +1,6 @@
 //! The command `colo-ring`.
-fn main() {}
+#![forbid(unsafe_code)]
+
+fn main() -> std::process::ExitCode {
+    colo_ring_tools::main()
+}

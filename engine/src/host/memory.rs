@@ -1,0 +1,135 @@
+//! Memory, huge pages, and how much of it this process may pin.
+#![forbid(unsafe_code)]
+
+use super::proc;
+use nix::sys::memfd::{MFdFlags, memfd_create};
+use nix::sys::resource::{RLIM_INFINITY, Resource, getrlimit};
+use serde::Serialize;
+
+/// Number of CAP_IPC_LOCK in the capability sets (capabilities(7)).
+const CAP_IPC_LOCK: u32 = 14;
+
+/// The pool of one size of huge pages.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct HugePagePool {
+    /// Size of one page.
+    pub page_bytes: u64,
+    /// Pages in the pool.
+    pub pages: u64,
+    /// Pages of them that nobody uses or has reserved.
+    pub pages_free: u64,
+    /// Pages that the kernel may add on demand.
+    pub pages_overcommit: u64,
+}
+
+/// See the module's documentation.
+#[derive(Clone, Debug, Serialize)]
+pub struct MemoryReport {
+    /// Memory of the machine.
+    pub total_bytes: u64,
+    /// What could be used without swapping.
+    pub available_bytes: u64,
+    /// Every size of huge pages that the kernel has.
+    pub huge_page_pools: Vec<HugePagePool>,
+    /// Transparent huge pages for private memory: `always`, `madvise` or `never`.
+    pub thp: Option<String>,
+    /// Transparent huge pages for shared memory (memfd, tmpfs).
+    pub thp_shmem: Option<String>,
+    /// RLIMIT_MEMLOCK; none means unlimited.
+    pub memlock_limit_bytes: Option<u64>,
+    /// Whether this process has CAP_IPC_LOCK. The kernel counts it only in the initial user namespace, so a
+    /// container may have it in vain: [`super::RegistrationReport::beyond_limit`] is what was tried.
+    pub cap_ipc_lock: bool,
+    /// Whether a memfd can be made: what guest memory is held in. The error otherwise.
+    pub memfd: Result<(), String>,
+}
+
+impl MemoryReport {
+    /// Reads it; what cannot be read is 0 or none.
+    pub fn read() -> Self {
+        let meminfo = proc::text("/proc/meminfo").unwrap_or_default();
+        let choice = |path| Some(proc::chosen(&proc::text(path)?)?.to_owned());
+        Self {
+            total_bytes: meminfo_bytes(&meminfo, "MemTotal"),
+            available_bytes: meminfo_bytes(&meminfo, "MemAvailable"),
+            huge_page_pools: huge_page_pools(),
+            thp: choice("/sys/kernel/mm/transparent_hugepage/enabled"),
+            thp_shmem: choice("/sys/kernel/mm/transparent_hugepage/shmem_enabled"),
+            memlock_limit_bytes: memlock_limit(),
+            cap_ipc_lock: has_capability(&proc::text("/proc/self/status").unwrap_or_default(), CAP_IPC_LOCK),
+            memfd: memfd_create(c"colo-ring-probe", MFdFlags::MFD_CLOEXEC)
+                .map(drop)
+                .map_err(|errno| std::io::Error::from(errno).to_string()),
+        }
+    }
+
+    /// The pool of one size, if the kernel has that size.
+    pub fn pool(&self, page_bytes: u64) -> Option<&HugePagePool> {
+        self.huge_page_pools
+            .iter()
+            .find(|pool| pool.page_bytes == page_bytes)
+    }
+}
+
+/// Memory of the machine, 0 if unknown.
+pub(super) fn total_bytes() -> u64 {
+    meminfo_bytes(&proc::text("/proc/meminfo").unwrap_or_default(), "MemTotal")
+}
+
+fn meminfo_bytes(meminfo: &str, key: &str) -> u64 {
+    let kilobytes = proc::field(meminfo, key).and_then(|value| value.strip_suffix(" kB")?.parse().ok());
+    kilobytes.and_then(|kb: u64| kb.checked_mul(1024)).unwrap_or(0)
+}
+
+fn huge_page_pools() -> Vec<HugePagePool> {
+    let Ok(entries) = std::fs::read_dir("/sys/kernel/mm/hugepages") else {
+        return Vec::new();
+    };
+    let pool = |entry: std::fs::DirEntry| {
+        let name = entry.file_name().into_string().ok()?;
+        let kilobytes: u64 = name
+            .strip_prefix("hugepages-")?
+            .strip_suffix("kB")?
+            .parse()
+            .ok()?;
+        let value = |file: &str| proc::number(entry.path().join(file)).unwrap_or(0);
+        Some(HugePagePool {
+            page_bytes: kilobytes.checked_mul(1024)?,
+            pages: value("nr_hugepages"),
+            pages_free: value("free_hugepages").saturating_sub(value("resv_hugepages")),
+            pages_overcommit: value("nr_overcommit_hugepages"),
+        })
+    };
+    let mut pools: Vec<_> = entries.flatten().filter_map(pool).collect();
+    pools.sort_by_key(|pool| pool.page_bytes);
+    pools
+}
+
+fn memlock_limit() -> Option<u64> {
+    let (soft, _) = getrlimit(Resource::RLIMIT_MEMLOCK).unwrap_or((0, 0));
+    (soft != RLIM_INFINITY).then_some(soft)
+}
+
+fn has_capability(status: &str, capability: u32) -> bool {
+    let effective = proc::field(status, "CapEff").and_then(|hex| u64::from_str_radix(hex, 16).ok());
+    effective.is_some_and(|set| set >> capability & 1 == 1)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn capabilities_are_read_from_the_effective_set() {
+        let status = |effective: &str| format!("CapPrm:\t000001ffffffffff\nCapEff:\t{effective}\n");
+        assert!(has_capability(&status("0000000000004000"), CAP_IPC_LOCK));
+        assert!(!has_capability(&status("000001ffffffbfff"), CAP_IPC_LOCK));
+        assert!(!has_capability("", CAP_IPC_LOCK));
+    }
+
+    #[test]
+    fn meminfo_is_in_kibibytes() {
+        assert_eq!(meminfo_bytes("MemTotal:       4 kB", "MemTotal"), 4096);
+        assert_eq!(meminfo_bytes("MemTotal:       4", "MemTotal"), 0);
+    }
+}

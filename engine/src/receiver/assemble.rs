@@ -1,0 +1,385 @@
+//! Which connections make up a session (spec §2).
+//!
+//! Nothing on the main channel names its guest, and the UUID in the init packets is often zero. What is sure: all
+//! connections of a session come to one listener from one origin (an IP address, or a process on a UNIX socket), the
+//! multifd channels carry one UUID, and a primary connects its main channel first. Where that leaves a choice,
+//! nothing is guessed, because a guest with another guest's pages would be worse than none: the connections are
+//! refused, with a way out.
+
+use crate::units::ChannelId;
+use crate::wire::multifd::Init;
+use std::net::IpAddr;
+use std::time::{Duration, Instant};
+use thiserror::Error;
+
+/// Where a connection comes from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Origin {
+    Host(IpAddr),
+    Process(i32),
+}
+
+/// Connections of one session agree in this.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Peer {
+    /// Position of the listener among the receiver's.
+    pub(super) listener: usize,
+    pub(super) origin: Origin,
+}
+
+/// What the first bytes of a connection said.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Identity {
+    Main,
+    Multifd(Init),
+}
+
+/// An accepted connection, in the order of acceptance.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) struct Arrival(u64);
+
+/// All connections of a session.
+#[derive(Debug)]
+pub(super) struct Complete<S> {
+    pub(super) main: S,
+    /// In the order of their ids.
+    pub(super) channels: Vec<S>,
+}
+
+/// What became of connections.
+#[derive(Debug)]
+pub(super) enum Outcome<S> {
+    Complete(Complete<S>),
+    Refused(Vec<S>, Refusal),
+}
+
+/// Why connections were refused.
+#[derive(Clone, Debug, PartialEq, Eq, Error)]
+pub(super) enum Refusal {
+    #[error("{channel} connected, but only channels 0 to {} are expected: make --channels and the primary's multifd-channels equal", .expected - 1)]
+    ChannelTooHigh { channel: ChannelId, expected: u8 },
+    #[error("a multifd channel connected, but this receiver is set up for plain migration: switch the capability multifd off on the primary, or start the receiver with --channels as its multifd-channels")]
+    Plain,
+    #[error("{0} connected twice")]
+    Twice(ChannelId),
+    #[error("two primaries of one host connect to one listener at the same time, and nothing tells their main channels apart: start them one after the other, or give each a --listen address of its own")]
+    Ambiguous,
+    #[error("{present} of {expected} multifd channels {} within {deadline:?}: is the capability multifd on, and multifd-channels {expected}, on the primary?", if *.main { "and a main channel came" } else { "came, but no main channel," })]
+    Deadline { main: bool, present: usize, expected: u8, deadline: Duration },
+}
+
+struct Set<S> {
+    peer: Peer,
+    uuid: Option<[u8; 16]>,
+    main: Option<S>,
+    channels: Vec<Option<S>>,
+    since: Instant,
+}
+
+struct Held<S> {
+    arrival: Arrival,
+    peer: Peer,
+    init: Init,
+    connection: S,
+    since: Instant,
+}
+
+/// Collects connections until sessions are complete. `S` is the connection itself.
+pub(super) struct Assembler<S> {
+    channels: u8,
+    deadline: Duration,
+    next: u64,
+    /// Accepted, but their first bytes have not come: any of them may be a main channel.
+    unidentified: Vec<(Arrival, Peer)>,
+    held: Vec<Held<S>>,
+    sets: Vec<Set<S>>,
+}
+
+impl<S> Assembler<S> {
+    pub(super) fn new(channels: u8, deadline: Duration) -> Self {
+        Self { channels, deadline, next: 0, unidentified: Vec::new(), held: Vec::new(), sets: Vec::new() }
+    }
+
+    /// Connections that are not part of a complete session yet.
+    pub(super) fn pending(&self) -> usize {
+        let in_sets = self.sets.iter().map(|set| set.channels.iter().flatten().count() + 1).sum::<usize>();
+        self.unidentified.len() + self.held.len() + in_sets
+    }
+
+    /// A connection was accepted.
+    pub(super) fn accepted(&mut self, peer: Peer) -> Arrival {
+        let arrival = Arrival(self.next);
+        self.next += 1;
+        self.unidentified.push((arrival, peer));
+        arrival
+    }
+
+    /// An accepted connection will not be identified.
+    pub(super) fn given_up(&mut self, arrival: Arrival) -> Vec<Outcome<S>> {
+        self.unidentified.retain(|(other, _)| *other != arrival);
+        self.place_held()
+    }
+
+    /// An accepted connection has said what it is.
+    pub(super) fn identified(
+        &mut self,
+        arrival: Arrival,
+        peer: Peer,
+        identity: Identity,
+        connection: S,
+        now: Instant,
+    ) -> Vec<Outcome<S>> {
+        self.unidentified.retain(|(other, _)| *other != arrival);
+        let mut outcomes = Vec::new();
+        match identity {
+            Identity::Main => outcomes.extend(self.add_main(peer, connection, now)),
+            Identity::Multifd(_) if self.channels == 0 => {
+                outcomes.push(Outcome::Refused(vec![connection], Refusal::Plain));
+            }
+            Identity::Multifd(Init { channel, .. }) if channel.0 >= self.channels => {
+                let refusal = Refusal::ChannelTooHigh { channel, expected: self.channels };
+                outcomes.push(Outcome::Refused(vec![connection], refusal));
+            }
+            Identity::Multifd(init) => {
+                self.held.push(Held { arrival, peer, init, connection, since: now });
+                self.held.sort_by_key(|held| held.arrival);
+            }
+        }
+        outcomes.append(&mut self.place_held());
+        outcomes
+    }
+
+    /// Refuses what has waited too long.
+    pub(super) fn expire(&mut self, now: Instant) -> Vec<Outcome<S>> {
+        let (deadline, expected) = (self.deadline, self.channels);
+        let late = |since: Instant| now.saturating_duration_since(since) > deadline;
+        let sets = self.sets.extract_if(.., |set| late(set.since)).map(|set| {
+            let present = set.channels.iter().flatten().count();
+            let refusal = Refusal::Deadline { main: set.main.is_some(), present, expected, deadline };
+            Outcome::Refused(set.connections(), refusal)
+        });
+        let mut outcomes: Vec<_> = sets.collect();
+        outcomes.extend(self.held.extract_if(.., |held| late(held.since)).map(|held| {
+            let refusal = Refusal::Deadline { main: false, present: 1, expected, deadline };
+            Outcome::Refused(vec![held.connection], refusal)
+        }));
+        outcomes
+    }
+
+    fn add_main(&mut self, peer: Peer, connection: S, now: Instant) -> Option<Outcome<S>> {
+        let mut without_main = (0..self.sets.len())
+            .filter(|&position| self.sets[position].peer == peer && self.sets[position].main.is_none());
+        match (without_main.next(), without_main.next()) {
+            (Some(position), None) => {
+                self.sets[position].main = Some(connection);
+                self.take_if_complete(position)
+            }
+            (None, _) => {
+                let channels = (0..self.channels).map(|_| None).collect();
+                self.sets.push(Set { peer, uuid: None, main: Some(connection), channels, since: now });
+                self.take_if_complete(self.sets.len() - 1)
+            }
+            (Some(_), Some(_)) => Some(self.refuse_ambiguous(peer, connection)),
+        }
+    }
+
+    /// Places channels, oldest first, until one has to wait.
+    fn place_held(&mut self) -> Vec<Outcome<S>> {
+        let mut outcomes = Vec::new();
+        let mut position = 0;
+        while position < self.held.len() {
+            let held = &self.held[position];
+            let known = self.sets.iter().any(|set| set.peer == held.peer && set.uuid == Some(held.init.uuid));
+            // A connection that came before it and has not spoken may be the main channel of this one's guest.
+            let older = self.unidentified.iter().any(|(a, peer)| *a < held.arrival && *peer == held.peer);
+            if !known && older {
+                position += 1;
+                continue;
+            }
+            let held = self.held.remove(position);
+            outcomes.extend(self.add_channel(held));
+        }
+        outcomes
+    }
+
+    fn add_channel(&mut self, held: Held<S>) -> Option<Outcome<S>> {
+        let Held { peer, init, connection, since, .. } = held;
+        let of_peer = |set: &Set<S>| set.peer == peer;
+        let known = self.sets.iter().position(|set| of_peer(set) && set.uuid == Some(init.uuid));
+        let mut unnamed =
+            (0..self.sets.len()).filter(|&n| of_peer(&self.sets[n]) && self.sets[n].uuid.is_none());
+        let position = match (known, unnamed.next(), unnamed.next()) {
+            (Some(known), ..) => known,
+            (None, Some(one), None) => one,
+            (None, None, _) => {
+                let channels = (0..self.channels).map(|_| None).collect();
+                self.sets.push(Set { peer, uuid: None, main: None, channels, since });
+                self.sets.len() - 1
+            }
+            (None, Some(_), Some(_)) => return Some(self.refuse_ambiguous(peer, connection)),
+        };
+        let set = &mut self.sets[position];
+        set.uuid = Some(init.uuid);
+        let place = &mut set.channels[usize::from(init.channel.0)];
+        if place.is_some() {
+            return Some(Outcome::Refused(vec![connection], Refusal::Twice(init.channel)));
+        }
+        *place = Some(connection);
+        self.take_if_complete(position)
+    }
+
+    fn refuse_ambiguous(&mut self, peer: Peer, connection: S) -> Outcome<S> {
+        let involved = |set: &mut Set<S>| set.peer == peer && (set.main.is_none() || set.uuid.is_none());
+        let mut connections: Vec<S> =
+            self.sets.extract_if(.., involved).flat_map(|set| set.connections()).collect();
+        connections.push(connection);
+        Outcome::Refused(connections, Refusal::Ambiguous)
+    }
+
+    fn take_if_complete(&mut self, position: usize) -> Option<Outcome<S>> {
+        let set = &self.sets[position];
+        if set.main.is_none() || set.channels.iter().any(Option::is_none) {
+            return None;
+        }
+        let set = self.sets.remove(position);
+        let channels = set.channels.into_iter().flatten().collect();
+        set.main.map(|main| Outcome::Complete(Complete { main, channels }))
+    }
+}
+
+impl<S> Set<S> {
+    fn connections(self) -> Vec<S> {
+        self.main.into_iter().chain(self.channels.into_iter().flatten()).collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const HOST: Origin = Origin::Host(IpAddr::V4(std::net::Ipv4Addr::LOCALHOST));
+    const PEER: Peer = Peer { listener: 0, origin: HOST };
+
+    struct Bench {
+        assembler: Assembler<&'static str>,
+        now: Instant,
+    }
+
+    impl Bench {
+        fn new(channels: u8) -> Self {
+            Self { assembler: Assembler::new(channels, Duration::from_secs(10)), now: Instant::now() }
+        }
+
+        fn say(&mut self, arrival: Arrival, identity: Identity, name: &'static str) -> Vec<Outcome<&'static str>> {
+            self.assembler.identified(arrival, PEER, identity, name, self.now)
+        }
+
+        fn come(&mut self, identity: Identity, name: &'static str) -> Vec<Outcome<&'static str>> {
+            let arrival = self.assembler.accepted(PEER);
+            self.say(arrival, identity, name)
+        }
+    }
+
+    fn channel(uuid: u8, id: u8) -> Identity {
+        Identity::Multifd(Init { uuid: [uuid; 16], channel: ChannelId(id) })
+    }
+
+    fn complete(outcomes: &[Outcome<&'static str>]) -> Vec<&'static str> {
+        match outcomes {
+            [Outcome::Complete(complete)] => [&[complete.main], &complete.channels[..]].concat(),
+            other => panic!("{other:?}"),
+        }
+    }
+
+    fn refused(outcomes: &[Outcome<&'static str>]) -> (Vec<&'static str>, Refusal) {
+        match outcomes {
+            [Outcome::Refused(connections, refusal)] => (connections.clone(), refusal.clone()),
+            other => panic!("{other:?}"),
+        }
+    }
+
+    #[test]
+    fn every_order_of_arrival_makes_the_session() {
+        let parts = [(Identity::Main, "main"), (channel(7, 0), "c0"), (channel(7, 1), "c1")];
+        for order in [[0, 1, 2], [0, 2, 1], [1, 0, 2], [1, 2, 0], [2, 0, 1], [2, 1, 0]] {
+            let mut bench = Bench::new(2);
+            assert!(bench.come(parts[order[0]].0, parts[order[0]].1).is_empty());
+            assert!(bench.come(parts[order[1]].0, parts[order[1]].1).is_empty());
+            let outcomes = bench.come(parts[order[2]].0, parts[order[2]].1);
+            assert_eq!(complete(&outcomes), ["main", "c0", "c1"], "{order:?}");
+            assert_eq!(bench.assembler.pending(), 0);
+        }
+    }
+
+    #[test]
+    fn plain_mode_needs_the_main_channel_alone() {
+        let mut bench = Bench::new(0);
+        assert_eq!(complete(&bench.come(Identity::Main, "main")), ["main"]);
+        assert_eq!(refused(&bench.come(channel(0, 0), "c0")), (vec!["c0"], Refusal::Plain));
+    }
+
+    #[test]
+    fn a_channel_waits_for_an_older_silent_connection() {
+        let mut bench = Bench::new(1);
+        // Two primaries: the first main channel has spoken, the second has not when its channel does.
+        bench.come(Identity::Main, "main a");
+        let main_b = bench.assembler.accepted(PEER);
+        assert!(bench.come(channel(2, 0), "b0").is_empty());
+        // Now both main channels are there and one channel: it could belong to either.
+        let (connections, refusal) = refused(&bench.say(main_b, Identity::Main, "main b"));
+        assert_eq!(refusal, Refusal::Ambiguous);
+        assert_eq!(connections.len(), 3);
+    }
+
+    #[test]
+    fn a_silent_stranger_only_delays() {
+        let mut bench = Bench::new(1);
+        let stranger = bench.assembler.accepted(PEER);
+        bench.come(Identity::Main, "main");
+        assert!(bench.come(channel(1, 0), "c0").is_empty());
+        assert_eq!(complete(&bench.assembler.given_up(stranger)), ["main", "c0"]);
+    }
+
+    #[test]
+    fn primaries_one_after_the_other_do_not_mix() {
+        let mut bench = Bench::new(1);
+        bench.come(Identity::Main, "main a");
+        assert_eq!(complete(&bench.come(channel(1, 0), "a0")), ["main a", "a0"]);
+        bench.come(Identity::Main, "main b");
+        assert_eq!(complete(&bench.come(channel(2, 0), "b0")), ["main b", "b0"]);
+    }
+
+    #[test]
+    fn other_hosts_and_listeners_are_other_sessions() {
+        let mut bench = Bench::new(1);
+        bench.come(Identity::Main, "main a");
+        let other = Peer { listener: 1, origin: HOST };
+        let arrival = bench.assembler.accepted(other);
+        let now = bench.now;
+        assert!(bench.assembler.identified(arrival, other, channel(1, 0), "c0", now).is_empty());
+        assert_eq!(bench.assembler.pending(), 3);
+    }
+
+    #[test]
+    fn bad_channels_cost_themselves_alone() {
+        let mut bench = Bench::new(2);
+        bench.come(Identity::Main, "main");
+        bench.come(channel(1, 0), "c0");
+        assert_eq!(refused(&bench.come(channel(1, 0), "again")).1, Refusal::Twice(ChannelId(0)));
+        let (connections, refusal) = refused(&bench.come(channel(1, 2), "high"));
+        assert_eq!((connections, refusal.to_string().contains("0 to 1")), (vec!["high"], true));
+        assert_eq!(complete(&bench.come(channel(1, 1), "c1")), ["main", "c0", "c1"]);
+    }
+
+    #[test]
+    fn incomplete_sessions_expire() {
+        let mut bench = Bench::new(4);
+        bench.come(Identity::Main, "main");
+        bench.come(channel(1, 3), "c3");
+        assert!(bench.assembler.expire(bench.now + Duration::from_secs(9)).is_empty());
+        let (connections, refusal) = refused(&bench.assembler.expire(bench.now + Duration::from_secs(11)));
+        assert_eq!(connections, ["main", "c3"]);
+        assert!(refusal.to_string().starts_with("1 of 4 multifd channels and a main channel came within 10s"));
+        assert_eq!(bench.assembler.pending(), 0);
+    }
+}

@@ -1,0 +1,369 @@
+//! The control thread: puts connections together to sessions, starts them, watches their ends, answers questions and
+//! writes the measurements down. It is never on a page's way.
+
+use super::assemble::{Arrival, Assembler, Complete, Identity, Outcome};
+use super::budget::RamBudget;
+use super::control::{Answer, Asked, Request};
+use super::dump::dump;
+use super::end::SessionEnd;
+use super::guest::{Connection, Guest, Surroundings};
+use super::listen::{Accepted, FIRST_LEN, Listener, PENDING_MAX, identify};
+use super::main_channel::MainChannel;
+use super::page_channel::PageChannel;
+use super::status::{STATUS_SCHEMA, STATUS_VERSION, SessionStatus, StatusReport};
+use super::{Event, Events, Outcome as ReceiverOutcome, ReceiverError, ReceiverOptions};
+use crate::metrics::{Recorder, Summary};
+use crate::ring::{BackendKind, Driver, Plane};
+use crate::session::SessionLimits;
+use crate::units::ChannelId;
+use crate::wire::stream::MAIN_MAGIC;
+use crate::wire::vmdesc::EndFinder;
+use nix::sys::socket::{Shutdown, shutdown};
+use std::collections::HashMap;
+use std::os::fd::AsRawFd;
+use std::rc::Rc;
+use std::sync::atomic::Ordering;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+use tokio::sync::{Notify, mpsc};
+
+/// How often deadlines are looked at and samples taken.
+const TICK: Duration = Duration::from_millis(200);
+
+/// Length of an interval in the interval logs.
+const LOG_INTERVAL: Duration = Duration::from_secs(1);
+
+/// How long a primary may be silent after what looks like device state without vmdesc.
+const SUPPRESSED_AFTER: Duration = Duration::from_secs(5);
+
+/// Ended sessions without a checkpoint that stay in reports.
+const ENDED_KEPT: usize = 1024;
+
+/// What the receiver was started with and what it has made of it.
+pub(super) struct Director {
+    pub(super) options: ReceiverOptions,
+    pub(super) around: Arc<Surroundings>,
+    pub(super) plane: Plane,
+    pub(super) budget: Arc<RamBudget>,
+    pub(super) fallbacks: Arc<Mutex<HashMap<u32, Vec<String>>>>,
+    pub(super) recorder: Recorder,
+    pub(super) events: Arc<Events>,
+    pub(super) uring: bool,
+}
+
+/// The wires to the control thread.
+pub(super) struct Wires {
+    pub(super) asked: mpsc::Receiver<Asked>,
+    pub(super) changed: Arc<Notify>,
+    pub(super) stop: Arc<Notify>,
+}
+
+/// A session in the director's book.
+struct Entry {
+    guest: Arc<Guest>,
+    /// Its figures, once all endpoints have left.
+    summary: Option<Summary>,
+    suppressed: Option<(u64, Instant)>,
+}
+
+type Identified = (Arrival, Rc<Accepted>, Result<Identity, String>);
+
+/// The book of a running receiver.
+struct Book {
+    director: Director,
+    assembler: Assembler<Accepted>,
+    entries: Vec<Entry>,
+    /// Sessions that left no checkpoint, and discarded ones.
+    past: Vec<SessionStatus>,
+    unidentified: Vec<std::rc::Weak<Accepted>>,
+    tell_identified: mpsc::Sender<Identified>,
+    next: u32,
+    ended_sessions: u64,
+}
+
+/// Runs until it is told to stop, or, with `once`, until the first session has ended.
+pub(super) async fn direct(
+    director: Director,
+    listeners: Vec<Rc<Listener>>,
+    mut wires: Wires,
+) -> Result<ReceiverOutcome, ReceiverError> {
+    let (tell_accepted, mut accepted) = mpsc::channel(64);
+    let (tell_identified, mut identified) = mpsc::channel(64);
+    let accepting: Vec<_> = (listeners.iter().enumerate())
+        .map(|(position, listener)| {
+            let listener = listener.clone().accept_all(position, director.uring, tell_accepted.clone());
+            tokio::task::spawn_local(listener)
+        })
+        .collect();
+    let assembler = Assembler::new(director.options.channels, director.options.identify_deadline);
+    let mut book = Book {
+        director,
+        assembler,
+        entries: Vec::new(),
+        past: Vec::new(),
+        unidentified: Vec::new(),
+        tell_identified,
+        next: 1,
+        ended_sessions: 0,
+    };
+    let mut tick = tokio::time::interval(TICK);
+    let mut interval = tokio::time::interval(LOG_INTERVAL);
+    loop {
+        tokio::select! {
+            Some(connection) = accepted.recv() => book.accept(connection),
+            Some(result) = identified.recv() => book.identify(result),
+            Some(asked) = wires.asked.recv() => book.answer(asked, &listeners),
+            () = wires.changed.notified() => book.settle(),
+            _ = tick.tick() => book.tick(),
+            _ = interval.tick() => book.log_interval(),
+            () = wires.stop.notified() => break,
+        }
+        if book.director.options.once && book.ended_sessions > 0 {
+            break;
+        }
+    }
+    for listener in &listeners {
+        listener.close();
+    }
+    book.end_all(&wires.changed).await;
+    for task in accepting {
+        // What it had in flight has ended with the shutdown; a task that only waits for readiness would wait on.
+        task.abort();
+    }
+    book.close()
+}
+
+impl Book {
+    fn warn(&self, text: String) {
+        (self.director.around.warn)(text);
+    }
+
+    fn accept(&mut self, accepted: Result<Accepted, String>) {
+        let accepted = match accepted {
+            Ok(accepted) => accepted,
+            Err(text) => return self.warn(text),
+        };
+        if self.assembler.pending() >= PENDING_MAX {
+            return self.warn(format!("{}: closed: too many connections wait to be identified", accepted.from));
+        }
+        let arrival = self.assembler.accepted(accepted.peer);
+        let accepted = Rc::new(accepted);
+        self.unidentified.retain(|weak| weak.strong_count() > 0);
+        self.unidentified.push(Rc::downgrade(&accepted));
+        let (tell, uring) = (self.tell_identified.clone(), self.director.uring);
+        let deadline = self.director.options.identify_deadline;
+        tokio::task::spawn_local(async move {
+            let result = identify(&accepted, uring, deadline).await;
+            // Only at the receiver's end nobody listens.
+            let _ = tell.send((arrival, accepted, result)).await;
+        });
+    }
+
+    fn identify(&mut self, (arrival, accepted, result): Identified) {
+        let outcomes = match (result, Rc::try_unwrap(accepted)) {
+            (Ok(identity), Ok(accepted)) => {
+                let peer = accepted.peer;
+                self.assembler.identified(arrival, peer, identity, accepted, Instant::now())
+            }
+            (Ok(_), Err(accepted)) => {
+                self.warn(format!("{}: closed while it was identified", accepted.from));
+                self.assembler.given_up(arrival)
+            }
+            (Err(reason), Ok(accepted)) => {
+                self.warn(format!("{}: closed: {reason}", accepted.from));
+                self.assembler.given_up(arrival)
+            }
+            (Err(_), Err(_)) => self.assembler.given_up(arrival),
+        };
+        self.carry_out(outcomes);
+    }
+
+    fn carry_out(&mut self, outcomes: Vec<Outcome<Accepted>>) {
+        for outcome in outcomes {
+            match outcome {
+                Outcome::Complete(complete) => self.begin(complete),
+                Outcome::Refused(connections, refusal) => {
+                    let from: Vec<_> = connections.iter().map(|c| c.from.as_str()).collect();
+                    self.warn(format!("{}: closed: {refusal}", from.join(" and ")));
+                }
+            }
+        }
+    }
+
+    /// All connections of a session are here: it begins.
+    fn begin(&mut self, complete: Complete<Accepted>) {
+        let (plane, options) = (&self.director.plane, &self.director.options);
+        let id = self.next;
+        self.next += 1;
+        let first = usize::try_from(id).unwrap_or(0);
+        // The main channel shares its core with channel 0; with several guests each begins at another core.
+        let main_driver = plane.driver(first);
+        let drivers: Vec<Driver> = (0..complete.channels.len()).map(|n| plane.driver(first + n)).collect();
+        let (peer, is_tcp) = (complete.main.from.clone(), complete.main.is_tcp);
+        let connect = |accepted: Accepted, driver: &Driver| Connection {
+            socket: accepted.socket,
+            waker: driver.waker.clone(),
+        };
+        let main = connect(complete.main, &main_driver);
+        let channels = complete.channels.into_iter().zip(&drivers).map(|(c, driver)| connect(c, driver)).collect();
+        let guest = Guest::new(id, peer.clone(), self.director.around.clone(), main, channels);
+        let style = options.backend.style();
+        let limits = SessionLimits { channels: options.channels, ram_limit_bytes: options.ram_limit_bytes };
+        let threads = options.backend == BackendKind::Threads;
+        let mut endpoints: Vec<(&Driver, Box<dyn crate::ring::Endpoint>)> = Vec::new();
+        let first_bytes: &[u8; FIRST_LEN] = &MAIN_MAGIC;
+        let shard = if threads { 0 } else { main_driver.core() };
+        let main = MainChannel::new(guest.clone(), limits, shard, style, is_tcp, first_bytes);
+        endpoints.push((&main_driver, Box::new(main)));
+        for (driver, channel) in drivers.iter().zip(0..options.channels) {
+            let shard = if threads { usize::from(channel) + 1 } else { driver.core() };
+            let channel = PageChannel::new(guest.clone(), ChannelId(channel), shard, style);
+            endpoints.push((driver, Box::new(channel)));
+        }
+        (self.director.events)(Event::Began { session: id, peer });
+        for (driver, endpoint) in endpoints {
+            if let Err(error) = plane.attach(driver, endpoint) {
+                guest.finish(SessionEnd::NoMemory(format!("no thread for a channel: {error}")));
+            }
+        }
+        self.entries.push(Entry { guest, summary: None, suppressed: None });
+    }
+
+    /// Looks for sessions whose endpoints have all left: nothing writes to their memory any more.
+    fn settle(&mut self) {
+        while let Some(position) = self.entries.iter().position(|e| e.summary.is_none() && e.guest.is_over()) {
+            self.director.recorder.drain(&self.director.around.samples);
+            let entry = &mut self.entries[position];
+            let guest = entry.guest.clone();
+            entry.summary = Some(self.director.recorder.end_session(guest.id));
+            let status = self.status_of(&self.entries[position]);
+            (self.director.events)(Event::Ended(Box::new(status.clone())));
+            self.ended_sessions += 1;
+            match guest.store().filter(|store| store.committed().is_some()) {
+                Some(store) => store.drop_uncommitted(),
+                None => self.forget(position, status),
+            }
+        }
+    }
+
+    /// Gives up a session's memory; its figures stay for the report.
+    fn forget(&mut self, position: usize, status: SessionStatus) {
+        self.entries.remove(position);
+        if self.past.len() == ENDED_KEPT {
+            self.past.remove(0);
+        }
+        self.past.push(status);
+    }
+
+    fn status_of(&self, entry: &Entry) -> SessionStatus {
+        let id = entry.guest.id;
+        let summary = entry.summary.clone().unwrap_or_else(|| self.director.recorder.session(id));
+        let fallbacks = self.director.fallbacks.lock().unwrap_or_else(PoisonError::into_inner);
+        SessionStatus::of(&entry.guest, fallbacks.get(&id).cloned().unwrap_or_default(), summary)
+    }
+
+    fn tick(&mut self) {
+        let now = Instant::now();
+        let outcomes = self.assembler.expire(now);
+        self.carry_out(outcomes);
+        self.director.recorder.drain(&self.director.around.samples);
+        for entry in &mut self.entries {
+            let position = entry.guest.suppressed_at.load(Ordering::Relaxed);
+            match entry.suppressed {
+                _ if position == 0 => entry.suppressed = None,
+                Some((same, since)) if same == position => {
+                    if now - since > SUPPRESSED_AFTER {
+                        entry.guest.finish(SessionEnd::Suppressed(EndFinder::suppressed()));
+                    }
+                }
+                _ => entry.suppressed = Some((position, now)),
+            }
+        }
+    }
+
+    /// Appends to the interval logs. A full disk costs measurements, never a session.
+    fn log_interval(&mut self) {
+        self.director.recorder.drain(&self.director.around.samples);
+        if let Err(error) = self.director.recorder.write_interval(self.director.around.started.elapsed()) {
+            self.warn(error.to_string());
+        }
+    }
+
+    fn answer(&mut self, asked: Asked, listeners: &[Rc<Listener>]) {
+        let answer = match asked.request {
+            Request::Status => Ok(Answer::Status(Box::new(self.status(listeners)))),
+            Request::Discard { session } => self.discard(session),
+            Request::Dump { session, directory } => {
+                match self.entries.iter().find(|entry| entry.guest.id == session) {
+                    None => Err(no_session(session)),
+                    Some(entry) => {
+                        let guest = entry.guest.clone();
+                        // It takes as long as the disk; the answer goes out from there.
+                        tokio::task::spawn_blocking(move || {
+                            let _ = asked.reply.send(dump(&guest, &directory).map(Answer::Dumped));
+                        });
+                        return;
+                    }
+                }
+            }
+        };
+        // Whoever asked may be gone.
+        let _ = asked.reply.send(answer);
+    }
+
+    fn status(&self, listeners: &[Rc<Listener>]) -> StatusReport {
+        let options = &self.director.options;
+        StatusReport {
+            schema: STATUS_SCHEMA.into(),
+            schema_version: STATUS_VERSION,
+            listen: listeners.iter().map(|listener| listener.address().to_string()).collect(),
+            backend: options.backend.name().into(),
+            ring: self.director.plane.features().map(|features| features.to_string()),
+            cores: options.cores.clone(),
+            uptime_ms: u64::try_from(self.director.around.started.elapsed().as_millis()).unwrap_or(u64::MAX),
+            ram_held_bytes: self.director.budget.held(),
+            ram_limit_bytes: self.director.budget.limit(),
+            sessions: self.entries.iter().map(|entry| self.status_of(entry)).collect(),
+        }
+    }
+
+    fn discard(&mut self, session: u32) -> Result<Answer, String> {
+        let position = self.entries.iter().position(|entry| entry.guest.id == session);
+        let position = position.ok_or_else(|| no_session(session))?;
+        if self.entries[position].summary.is_none() {
+            return Err(format!("session {session} is running: its primary is connected"));
+        }
+        let status = self.status_of(&self.entries[position]);
+        self.forget(position, status);
+        Ok(Answer::Discarded { discarded: session })
+    }
+
+    /// Ends all sessions and waits until they are over.
+    async fn end_all(&mut self, changed: &Notify) {
+        for accepted in self.unidentified.iter().filter_map(std::rc::Weak::upgrade) {
+            let _ = shutdown(accepted.socket.as_raw_fd(), Shutdown::Both);
+        }
+        for entry in &self.entries {
+            entry.guest.finish(SessionEnd::Stopped);
+        }
+        while self.entries.iter().any(|entry| !entry.guest.is_over()) {
+            changed.notified().await;
+        }
+        self.settle();
+    }
+
+    fn close(mut self) -> Result<ReceiverOutcome, ReceiverError> {
+        let entries = std::mem::take(&mut self.entries);
+        let mut sessions = std::mem::take(&mut self.past);
+        sessions.extend(entries.iter().map(|entry| self.status_of(entry)));
+        sessions.sort_by_key(|session| session.session);
+        drop(entries);
+        self.director.plane.stop();
+        let report = self.director.recorder.finish(self.director.around.started.elapsed())?;
+        Ok(ReceiverOutcome { sessions, report })
+    }
+}
+
+fn no_session(session: u32) -> String {
+    format!("there is no session {session}, or it left no checkpoint; `colo-ring status` lists them")
+}

@@ -1,0 +1,76 @@
+//! How a session ended.
+
+use crate::session::{Ending, SessionError};
+use crate::units::ChannelId;
+use crate::wire::WireError;
+use thiserror::Error;
+
+/// The one reason for which a session ended.
+#[derive(Debug, Error)]
+pub enum SessionEnd {
+    /// The primary's connections ended.
+    #[error("{0}")]
+    PrimaryLost(Ending),
+    /// The main connection broke.
+    #[error("{ending} (main channel: {error})")]
+    Broken {
+        /// What this host's kernel said.
+        error: std::io::Error,
+        /// What it means for the guest.
+        ending: Ending,
+    },
+    /// Bytes on the main channel that no primary should send.
+    #[error("{0}")]
+    MainChannel(#[from] SessionError),
+    /// Bytes on a multifd channel that no primary should send.
+    #[error("{channel}, packet {packet}, byte {position}: {error}")]
+    Channel {
+        /// The channel.
+        channel: ChannelId,
+        /// Its packet, counted from 0.
+        packet: u64,
+        /// Where the packet began, counted from the channel's first byte.
+        position: u64,
+        /// What is wrong.
+        error: ChannelError,
+    },
+    /// A RAM round ended while a channel was in the middle of a packet (spec §10, quiet channels).
+    #[error("{channel}: a packet goes on after the last sync of a checkpoint")]
+    NotQuiet {
+        /// The channel.
+        channel: ChannelId,
+    },
+    /// The device state has no vmdesc, so its end cannot be known (spec §11.3).
+    #[error("main channel: {0}")]
+    Suppressed(WireError),
+    /// The primary does not take its answers.
+    #[error("the primary does not read its answers: {0}")]
+    Answer(std::io::Error),
+    /// The guest's memory could not be made.
+    #[error("no memory for this guest: {0}")]
+    NoMemory(String),
+    /// The receiver was told to end.
+    #[error("the receiver was stopped")]
+    Stopped,
+}
+
+impl SessionEnd {
+    /// Whether the session ended as sessions do: by the primary's going away, or by our being stopped.
+    pub fn is_orderly(&self) -> bool {
+        matches!(self, Self::PrimaryLost(_) | Self::Broken { .. } | Self::Stopped)
+    }
+}
+
+/// What is wrong with a packet.
+#[derive(Clone, Debug, PartialEq, Eq, Error)]
+pub enum ChannelError {
+    /// The packet itself.
+    #[error(transparent)]
+    Wire(#[from] WireError),
+    /// Every channel begins with a SYNC without pages (spec §8.2).
+    #[error("the channel's first packet is not a SYNC without pages")]
+    NoFirstSync,
+    /// Pages after the last sync of a round (spec §10, quiet channels).
+    #[error("pages after the last sync of a checkpoint, before the next one was answered")]
+    NotQuiet,
+}

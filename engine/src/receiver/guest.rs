@@ -1,0 +1,202 @@
+//! One protected guest: what its main channel, its multifd channels and the control thread share.
+//!
+//! It ends once, for one reason: whoever finds the reason records it, shuts all sockets down and wakes everybody.
+//! Its endpoints then leave one by one; when the last has left, nothing writes to its memory any more, and the
+//! control thread may drop what was not committed.
+
+use super::budget::RamLease;
+use super::end::SessionEnd;
+use crate::blocks::BlockTable;
+use crate::metrics::SampleQueue;
+use crate::ring::Waker;
+use crate::session::{Rendezvous, SessionRecord};
+use crate::store::{Flusher, Store};
+use crate::units::ChannelId;
+use nix::sys::socket::{Shutdown, shutdown};
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, OnceLock};
+use std::time::Instant;
+
+/// Called when something about a guest has changed that the control thread should look at.
+pub(super) type Notify = Arc<dyn Fn() + Send + Sync>;
+
+/// Tells an operator something.
+pub(super) type Warn = Arc<dyn Fn(String) + Send + Sync>;
+
+/// Makes a guest's memory; may take seconds. Called once, on a thread of its own.
+pub(super) type MakeStore = dyn Fn(&Guest, Arc<BlockTable>) -> Made + Send + Sync;
+
+/// A guest's memory with its part of the budget, or why there is none.
+pub(super) type Made = Result<(Store, RamLease), String>;
+
+/// A connection of a guest, with who drives it.
+pub(super) struct Connection {
+    pub(super) socket: OwnedFd,
+    pub(super) waker: Waker,
+}
+
+/// What the receiver's parts are given to work with.
+pub(super) struct Surroundings {
+    pub(super) started: Instant,
+    pub(super) samples: Arc<SampleQueue>,
+    pub(super) flusher: Arc<Flusher>,
+    pub(super) make_store: Arc<MakeStore>,
+    pub(super) notify: Notify,
+    pub(super) warn: Warn,
+}
+
+/// Counters for people; written at syncs and commits, never per packet.
+#[derive(Debug, Default)]
+pub(super) struct Counters {
+    /// Pages received with content.
+    pub(super) pages: AtomicU64,
+    /// Pages received as zero.
+    pub(super) zero_pages: AtomicU64,
+    /// Bytes received on all channels.
+    pub(super) bytes: AtomicU64,
+    /// Nanoseconds from the receiver's start to the last commit; 0 before.
+    pub(super) committed_at_ns: AtomicU64,
+    /// The last checkpoint's pause in nanoseconds.
+    pub(super) pause_ns: AtomicU64,
+}
+
+/// A guest's memory, and what it takes of the budget.
+struct Memory {
+    store: Arc<Store>,
+    _lease: RamLease,
+}
+
+/// The shared state.
+pub(super) struct Guest {
+    pub(super) id: u32,
+    pub(super) peer: String,
+    pub(super) around: Arc<Surroundings>,
+    pub(super) rendezvous: Rendezvous,
+    pub(super) counters: Counters,
+    pub(super) record: OnceLock<Arc<SessionRecord>>,
+    /// The main channel's position while the device state looks as if its vmdesc were suppressed; else 0.
+    pub(super) suppressed_at: AtomicU64,
+    main: Connection,
+    channels: Vec<Connection>,
+    memory: OnceLock<Memory>,
+    end: OnceLock<SessionEnd>,
+    channel_lost: AtomicBool,
+    endpoints: AtomicUsize,
+}
+
+impl Guest {
+    /// A session that is about to begin. `channels` are in the order of their ids.
+    pub(super) fn new(
+        id: u32,
+        peer: String,
+        around: Arc<Surroundings>,
+        main: Connection,
+        channels: Vec<Connection>,
+    ) -> Arc<Self> {
+        let count = u8::try_from(channels.len()).expect("a session has at most 255 channels");
+        Arc::new(Self {
+            id,
+            peer,
+            around,
+            rendezvous: Rendezvous::new(count),
+            counters: Counters::default(),
+            record: OnceLock::new(),
+            suppressed_at: AtomicU64::new(0),
+            endpoints: AtomicUsize::new(channels.len() + 1),
+            main,
+            channels,
+            memory: OnceLock::new(),
+            end: OnceLock::new(),
+            channel_lost: AtomicBool::new(false),
+        })
+    }
+
+    pub(super) fn main_fd(&self) -> RawFd {
+        self.main.socket.as_raw_fd()
+    }
+
+    pub(super) fn channel_fd(&self, channel: ChannelId) -> RawFd {
+        self.channels[usize::from(channel.0)].socket.as_raw_fd()
+    }
+
+    /// The guest's memory, once it is made.
+    pub(super) fn store(&self) -> Option<&Arc<Store>> {
+        self.memory.get().map(|memory| &memory.store)
+    }
+
+    /// Hands the memory over and wakes the main channel, which waits for it.
+    pub(super) fn memory_made(&self, made: Made) {
+        match made {
+            Err(reason) => self.finish(SessionEnd::NoMemory(reason)),
+            Ok((store, lease)) => {
+                // Set once: only the one block list of a session asks for memory.
+                let _ = self.memory.set(Memory { store: Arc::new(store), _lease: lease });
+                self.wake_all();
+            }
+        }
+    }
+
+    /// Wakes the main channel's driver: all channels have arrived at a sync.
+    pub(super) fn wake_main(&self) {
+        self.main.waker.wake();
+    }
+
+    /// Wakes everybody who drives a channel: they were released. Every driver once.
+    pub(super) fn wake_channels(&self) {
+        for (position, channel) in self.channels.iter().enumerate() {
+            if !self.channels[..position].iter().any(|before| before.waker.same(&channel.waker)) {
+                channel.waker.wake();
+            }
+        }
+    }
+
+    fn wake_all(&self) {
+        self.main.waker.wake();
+        self.wake_channels();
+    }
+
+    /// Ends the session. The first reason stays.
+    pub(super) fn finish(&self, end: SessionEnd) {
+        if self.end.set(end).is_err() {
+            return;
+        }
+        for connection in self.channels.iter().chain([&self.main]) {
+            // It fails only where the peer has closed already.
+            let _ = shutdown(connection.socket.as_raw_fd(), Shutdown::Both);
+        }
+        self.wake_all();
+        (self.around.notify)();
+    }
+
+    /// Why the session has ended.
+    pub(super) fn end(&self) -> Option<&SessionEnd> {
+        self.end.get()
+    }
+
+    /// A multifd channel's stream ended. The main channel may still hold what completes a checkpoint, so it is
+    /// read to its end, and that end decides (spec §14.1).
+    pub(super) fn channel_ended(&self) {
+        self.channel_lost.store(true, Ordering::Release);
+        // On Linux what has arrived can still be read after this; then comes the end of the stream.
+        let _ = shutdown(self.main.socket.as_raw_fd(), Shutdown::Read);
+        self.wake_main();
+    }
+
+    /// Whether a multifd channel's stream has ended: a sync that is not complete will never be.
+    pub(super) fn is_channel_lost(&self) -> bool {
+        self.channel_lost.load(Ordering::Acquire)
+    }
+
+    /// An endpoint is gone.
+    pub(super) fn leave(&self) {
+        if self.endpoints.fetch_sub(1, Ordering::AcqRel) == 1 {
+            (self.around.notify)();
+        }
+    }
+
+    /// Whether all endpoints are gone: nothing is received any more.
+    pub(super) fn is_over(&self) -> bool {
+        self.endpoints.load(Ordering::Acquire) == 0
+    }
+}

@@ -1,0 +1,307 @@
+//! The receiver: listeners, sessions, their cores and their memory, put together.
+//!
+//! ```text
+//!  control thread (tokio-uring, or readiness without it)          data plane (a thread per core, or per connection)
+//!  ┌────────────────────────────────────────────────┐             ┌──────────────────────────────────────────┐
+//!  │ accept ─► identify ─► assemble ─► begin session ├─ endpoints ─►  MainChannel: session ─► store.commit     │
+//!  │ status, dump, histograms, deadlines             ◄─ samples ────┤  PageChannel: packet ─► slots ─► dirty   │
+//!  └────────────────────────────────────────────────┘             └──────────────────────────────────────────┘
+//! ```
+
+mod assemble;
+mod budget;
+mod control;
+mod director;
+mod dump;
+mod end;
+mod guest;
+mod listen;
+mod main_channel;
+mod options;
+mod page_channel;
+mod status;
+mod timeline;
+
+pub use control::{Answer, Request};
+pub use dump::{DUMP_SCHEMA, DUMP_VERSION, Dumped, DumpedBlock};
+pub use end::{ChannelError, SessionEnd};
+pub use listen::ListenError;
+pub use options::{AddressError, ListenAddress, ReceiverOptions};
+pub use status::{STATUS_SCHEMA, STATUS_VERSION, SessionState, SessionStatus, StatusReport};
+
+use crate::host::Machine;
+use crate::metrics::{MetricsError, Recorder, Report, RunDescription, SampleQueue};
+use crate::ring::{BackendKind, Plane, PlaneError, PlaneOptions};
+use crate::store::{CopyMethod, Flusher, FlusherError, Store};
+use budget::RamBudget;
+use control::Asked;
+use director::{Director, Wires, direct};
+use guest::{MakeStore, Surroundings};
+use listen::Listener;
+use std::collections::HashMap;
+use std::future::Future;
+use std::path::PathBuf;
+use std::rc::Rc;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::JoinHandle;
+use std::time::{Instant, SystemTime};
+use thiserror::Error;
+use tokio::sync::{Notify, mpsc, oneshot};
+
+/// What happens in a receiver, for the person who watches it.
+#[derive(Debug)]
+pub enum Event {
+    /// Something is not as it was asked for, or a connection was refused.
+    Warning(String),
+    /// A session has all of its connections.
+    Began {
+        /// Its number.
+        session: u32,
+        /// Where it comes from.
+        peer: String,
+    },
+    /// A session is over; the status says how.
+    Ended(Box<SessionStatus>),
+}
+
+/// Takes events, on any thread.
+pub(crate) type Events = dyn Fn(Event) + Send + Sync;
+
+/// Why a receiver did not start or had to end.
+#[derive(Debug, Error)]
+pub enum ReceiverError {
+    /// No address was given.
+    #[error("no address to listen on: give --listen tcp:HOST:PORT or unix:PATH")]
+    NoAddress,
+    /// No core was given.
+    #[error("no core to receive on: give --cores")]
+    NoCore,
+    /// An address is not to be had.
+    #[error(transparent)]
+    Listen(#[from] ListenError),
+    /// The data plane did not start.
+    #[error(transparent)]
+    Plane(#[from] PlaneError),
+    /// The helpers of the flush did not start.
+    #[error(transparent)]
+    Flusher(#[from] FlusherError),
+    /// Measurements cannot be written.
+    #[error(transparent)]
+    Metrics(#[from] MetricsError),
+    /// The control socket.
+    #[error("the control socket {path}: {source}")]
+    Control {
+        /// Its path.
+        path: PathBuf,
+        /// What the system said.
+        source: std::io::Error,
+    },
+    /// The control thread.
+    #[error("the control thread: {0}")]
+    Thread(std::io::Error),
+}
+
+/// What a receiver leaves when it has ended.
+#[derive(Debug)]
+pub struct Outcome {
+    /// All sessions it had (of very many, the last ones), in their order.
+    pub sessions: Vec<SessionStatus>,
+    /// The measurements.
+    pub report: Report,
+}
+
+/// A running receiver.
+pub struct Receiver {
+    addresses: Vec<ListenAddress>,
+    stop: Arc<Notify>,
+    ask: mpsc::Sender<Asked>,
+    thread: JoinHandle<Result<Outcome, ReceiverError>>,
+}
+
+/// Ends a receiver from elsewhere.
+#[derive(Clone, Debug)]
+pub struct StopHandle(Arc<Notify>);
+
+impl StopHandle {
+    /// Sockets are closed, histograms written; then [`Receiver::wait`] returns.
+    pub fn stop(&self) {
+        self.0.notify_one();
+    }
+}
+
+impl Receiver {
+    /// Starts listening. `events` is called on several threads.
+    ///
+    /// # Errors
+    /// See [`ReceiverError`]; nothing is left running then.
+    pub fn start(
+        mut options: ReceiverOptions,
+        events: impl Fn(Event) + Send + Sync + 'static,
+    ) -> Result<Self, ReceiverError> {
+        if options.listen.is_empty() {
+            return Err(ReceiverError::NoAddress);
+        }
+        if options.cores.is_empty() {
+            return Err(ReceiverError::NoCore);
+        }
+        let events: Arc<Events> = Arc::new(events);
+        let listeners: Vec<Listener> =
+            options.listen.iter().map(Listener::bind).collect::<Result<_, _>>()?;
+        let addresses = listeners.iter().map(|listener| listener.address().clone()).collect();
+        let control = options.control.as_deref().map(bind_control).transpose()?;
+        let plane = start_plane(&mut options, &events)?;
+        let changed = Arc::new(Notify::new());
+        let director = make_director(options, plane, events, &changed)?;
+        let stop = Arc::new(Notify::new());
+        let (ask, asked) = mpsc::channel(64);
+        let wires = Wires { asked, changed, stop: stop.clone() };
+        let control_ask = ask.clone();
+        let thread = std::thread::Builder::new().name("colo-control".into());
+        let thread = thread.spawn(move || {
+            let uring = director.uring;
+            let main = async move {
+                if let Some((listener, path)) = control {
+                    let failed = |source| ReceiverError::Control { path, source };
+                    let listener = tokio::net::UnixListener::from_std(listener).map_err(failed)?;
+                    tokio::task::spawn_local(control::serve(listener, control_ask));
+                }
+                direct(director, listeners.into_iter().map(Rc::new).collect(), wires).await
+            };
+            block_on(uring, main)
+        });
+        Ok(Self { addresses, stop, ask, thread: thread.map_err(ReceiverError::Thread)? })
+    }
+
+    /// Addresses with their real ports, in the order of the options.
+    pub fn addresses(&self) -> &[ListenAddress] {
+        &self.addresses
+    }
+
+    /// For ending it from a signal's thread.
+    pub fn stop_handle(&self) -> StopHandle {
+        StopHandle(self.stop.clone())
+    }
+
+    /// Asks what the control socket can be asked. Not to be called from an asynchronous task.
+    ///
+    /// # Errors
+    /// In words, or that the receiver has ended.
+    pub fn ask(&self, request: Request) -> Result<Answer, String> {
+        let (reply, answer) = oneshot::channel();
+        let gone = || "the receiver has ended".to_owned();
+        self.ask.blocking_send(Asked { request, reply }).map_err(|_| gone())?;
+        answer.blocking_recv().map_err(|_| gone())?
+    }
+
+    /// Whether [`Self::wait`] would return at once.
+    pub fn is_finished(&self) -> bool {
+        self.thread.is_finished()
+    }
+
+    /// Waits for its end: a stop, or with `once` the end of the first session.
+    ///
+    /// # Errors
+    /// If it could not go on.
+    pub fn wait(self) -> Result<Outcome, ReceiverError> {
+        let panicked = |_| Err(ReceiverError::Thread(std::io::Error::other("it panicked")));
+        self.thread.join().unwrap_or_else(panicked)
+    }
+}
+
+fn bind_control(path: &std::path::Path) -> Result<(std::os::unix::net::UnixListener, PathBuf), ReceiverError> {
+    use std::os::unix::fs::PermissionsExt;
+    let failed = |source| ReceiverError::Control { path: path.to_owned(), source };
+    let listener = listen::bind_control(path)?;
+    std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o600)).map_err(failed)?;
+    listener.set_nonblocking(true).map_err(failed)?;
+    Ok((listener, path.to_owned()))
+}
+
+/// Starts the data plane; where io_uring is not to be had, with epoll instead, and says so.
+fn start_plane(options: &mut ReceiverOptions, events: &Arc<Events>) -> Result<Plane, PlaneError> {
+    let start = |backend| {
+        let (cores, registered) = (options.cores.clone(), options.registered);
+        let events = events.clone();
+        Plane::start(PlaneOptions { backend, cores, registered }, move |text| events(Event::Warning(text)))
+    };
+    let plane = match start(options.backend) {
+        Err(error @ PlaneError::Backend { backend: BackendKind::Uring, .. }) => {
+            events(Event::Warning(format!("{error}; receiving with epoll instead")));
+            start(BackendKind::Epoll)?
+        }
+        other => other?,
+    };
+    options.backend = plane.options().backend;
+    if options.registered && plane.features().is_some_and(|features| !features.registered) {
+        events(Event::Warning(
+            "this kernel's io_uring has no sparse table of registered buffers (Linux 5.19); pages are received \
+             without them"
+                .into(),
+        ));
+    }
+    Ok(plane)
+}
+
+fn make_director(
+    options: ReceiverOptions,
+    plane: Plane,
+    events: Arc<Events>,
+    changed: &Arc<Notify>,
+) -> Result<Director, ReceiverError> {
+    let threads = options.backend == BackendKind::Threads;
+    // The baseline flushes as QEMU does: one thread, memcpy.
+    let flusher = match threads {
+        true => Flusher::new(CopyMethod::Memcpy, 0, &[]),
+        false => {
+            let cores = options.cores.get(1..).unwrap_or(&[]);
+            Flusher::new(CopyMethod::NonTemporal, cores.len(), cores)
+        }
+    }?;
+    let mut store_options = options.store.clone();
+    store_options.shards = if threads { usize::from(options.channels) + 1 } else { options.cores.len() };
+    let budget = Arc::new(RamBudget::new(options.ram_limit_bytes));
+    let fallbacks: Arc<Mutex<HashMap<u32, Vec<String>>>> = Arc::default();
+    let make_store = {
+        let (budget, fallbacks, events) = (budget.clone(), fallbacks.clone(), events.clone());
+        move |guest: &guest::Guest, table: Arc<crate::blocks::BlockTable>| {
+            let lease = RamBudget::take(&budget, table.total_bytes())?;
+            let label = format!("session-{}", guest.id);
+            let (store, notes) = Store::create(table, &label, &store_options).map_err(|e| e.to_string())?;
+            let notes: Vec<String> = notes.iter().map(ToString::to_string).collect();
+            for note in &notes {
+                events(Event::Warning(format!("session {}: {note}", guest.id)));
+            }
+            let mut all = fallbacks.lock().unwrap_or_else(PoisonError::into_inner);
+            all.insert(guest.id, notes);
+            Ok((store, lease))
+        }
+    };
+    let run = RunDescription {
+        started: SystemTime::now(),
+        options: options.described.clone(),
+        machine: Machine::read(),
+    };
+    let recorder = Recorder::start(options.hist.as_deref(), run)?;
+    let (changed, warn_events) = (changed.clone(), events.clone());
+    let around = Surroundings {
+        started: Instant::now(),
+        samples: Arc::new(SampleQueue::new()),
+        flusher: Arc::new(flusher),
+        make_store: Arc::new(make_store) as Arc<MakeStore>,
+        notify: Arc::new(move || changed.notify_one()),
+        warn: Arc::new(move |text| warn_events(Event::Warning(text))),
+    };
+    // Without it there is nothing to start tokio-uring on; the listeners then wait for readiness.
+    let uring = io_uring::IoUring::new(2).is_ok();
+    let around = Arc::new(around);
+    Ok(Director { options, around, plane, budget, fallbacks, recorder, events, uring })
+}
+
+fn block_on<F: Future<Output = Result<Outcome, ReceiverError>>>(uring: bool, main: F) -> F::Output {
+    if uring {
+        return tokio_uring::start(main);
+    }
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+    let local = tokio::task::LocalSet::new();
+    local.block_on(&runtime.map_err(ReceiverError::Thread)?, main)
+}

@@ -1,0 +1,118 @@
+//! What the receiver says about itself.
+#![forbid(unsafe_code)]
+
+use super::guest::Guest;
+use crate::metrics::Summary;
+use serde::{Deserialize, Serialize};
+use std::sync::atomic::{AtomicU64, Ordering};
+
+/// Name of the schema of [`StatusReport`].
+pub const STATUS_SCHEMA: &str = "colo-ring.status";
+
+/// Its version: raised when a key changes its meaning or goes.
+pub const STATUS_VERSION: u32 = 1;
+
+/// The receiver and its sessions.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct StatusReport {
+    /// Always [`STATUS_SCHEMA`].
+    pub schema: String,
+    /// See [`STATUS_VERSION`].
+    pub schema_version: u32,
+    /// Addresses with their real ports.
+    pub listen: Vec<String>,
+    /// The backend in force.
+    pub backend: String,
+    /// What io_uring offers, where it is used.
+    pub ring: Option<String>,
+    /// Cores in use.
+    pub cores: Vec<usize>,
+    /// Milliseconds since the start.
+    pub uptime_ms: u64,
+    /// Guest RAM held, in bytes, and how much may be.
+    pub ram_held_bytes: u64,
+    /// See `--ram-limit`.
+    pub ram_limit_bytes: u64,
+    /// Running sessions and those whose checkpoint is kept.
+    pub sessions: Vec<SessionStatus>,
+}
+
+/// Where a session stands.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum SessionState {
+    /// The initial state is on its way: nothing can be restored.
+    Precopy,
+    /// There is a committed checkpoint, and the primary is connected.
+    Protected,
+    /// The primary is gone. A committed checkpoint, if there is one, is kept.
+    Ended,
+}
+
+/// One session.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct SessionStatus {
+    /// Its number in this receiver, from 1.
+    pub session: u32,
+    /// Where its main channel came from.
+    pub peer: String,
+    /// Where it stands.
+    pub state: SessionState,
+    /// Why it ended.
+    pub end: Option<String>,
+    /// Whether it ended as sessions do, and not by an error.
+    pub orderly: Option<bool>,
+    /// The machine type, once known.
+    pub machine: Option<String>,
+    /// Bytes over all RAM blocks, once known.
+    pub ram_bytes: Option<u64>,
+    /// The last committed checkpoint; 0 is the state at the end of precopy.
+    pub checkpoint: Option<u64>,
+    /// Its age in milliseconds.
+    pub checkpoint_age_ms: Option<u64>,
+    /// The last pause as seen here, in nanoseconds.
+    pub last_pause_ns: u64,
+    /// Pages received with content, over the whole session.
+    pub pages: u64,
+    /// Pages received as zero.
+    pub zero_pages: u64,
+    /// Bytes received on all channels.
+    pub bytes: u64,
+    /// Steps down from the options asked for: each says what and why.
+    pub fallbacks: Vec<String>,
+    /// Figures of its checkpoints.
+    #[serde(flatten)]
+    pub summary: Summary,
+}
+
+impl SessionStatus {
+    pub(super) fn of(guest: &Guest, fallbacks: Vec<String>, summary: Summary) -> Self {
+        let read = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
+        let counters = &guest.counters;
+        let checkpoint = guest.store().and_then(|store| store.committed());
+        let now = u64::try_from(guest.around.started.elapsed().as_nanos()).unwrap_or(u64::MAX);
+        let age = checkpoint.map(|_| now.saturating_sub(read(&counters.committed_at_ns)) / 1_000_000);
+        let state = match (guest.end(), checkpoint) {
+            (Some(_), _) => SessionState::Ended,
+            (None, None) => SessionState::Precopy,
+            (None, Some(_)) => SessionState::Protected,
+        };
+        Self {
+            session: guest.id,
+            peer: guest.peer.clone(),
+            state,
+            end: guest.end().map(ToString::to_string),
+            orderly: guest.end().map(|end| end.is_orderly()),
+            machine: guest.record.get().map(|record| record.machine_type.clone()),
+            ram_bytes: guest.store().map(|store| store.table().total_bytes()),
+            checkpoint: checkpoint.map(|id| id.0),
+            checkpoint_age_ms: age,
+            last_pause_ns: read(&counters.pause_ns),
+            pages: read(&counters.pages),
+            zero_pages: read(&counters.zero_pages),
+            bytes: read(&counters.bytes),
+            fallbacks,
+            summary,
+        }
+    }
+}

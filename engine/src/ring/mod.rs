@@ -1,0 +1,100 @@
+//! The data plane: moves bytes from sockets to the places that endpoints name. It knows nothing of what the bytes
+//! mean.
+//!
+//! An [`Endpoint`] is one connection. It is driven by one thread at a time, in a fixed cycle: asked for a
+//! [`ReceivePlan`], the backend receives into it, the endpoint is told how many bytes came, and so on. An endpoint
+//! without a plan is *parked* until somebody wakes its [`Waker`].
+//!
+//! Three backends drive endpoints:
+//!
+//! | backend | a thread per | receives by |
+//! |---|---|---|
+//! | `uring` | core | one io_uring per core: registered-buffer reads, or RECVMSG |
+//! | `epoll` | core | readiness and recvmsg, for hosts without io_uring |
+//! | `threads` | connection | blocking recvmsg: how QEMU does it, as the baseline to compare with |
+
+mod core;
+mod epoll;
+mod plan;
+mod plane;
+mod receive;
+mod staging;
+mod threads;
+mod uring;
+mod wake;
+
+pub use plan::{PIECES_MAX, ReceivePlan};
+pub use plane::{BackendKind, Driver, Plane, PlaneError, PlaneOptions};
+pub use receive::{own_descriptor, quick_ack};
+pub use staging::Staging;
+pub use uring::RingFeatures;
+pub use wake::{CoreWake, Semaphore, Waker};
+
+use crate::store::Slab;
+use std::io;
+use std::ops::ControlFlow;
+use std::os::fd::RawFd;
+
+/// Why a connection gives no more bytes.
+#[derive(Debug)]
+pub enum Loss {
+    /// The peer closed its side.
+    Eof,
+    /// A reset, a timeout, or an error of this host.
+    Error(io::Error),
+}
+
+/// One connection, as the data plane sees it.
+///
+/// `Break` means that the endpoint has reported its end to whom it concerns and wants to be dropped.
+pub trait Endpoint: Send {
+    /// The socket. It stays the same and open for the endpoint's life.
+    fn fd(&self) -> RawFd;
+
+    /// The guest this connection belongs to: a number that names it among all guests of the process.
+    fn guest(&self) -> u64;
+
+    /// What to receive next; None parks the endpoint. Asked only while no receive is posted. The plan must not be
+    /// changed or dropped before [`Self::received`] or [`Self::lost`].
+    fn plan(&mut self) -> Option<&mut ReceivePlan>;
+
+    /// The posted receive has put `bytes` bytes, at least one, into the plan's places.
+    fn received(&mut self, bytes: usize) -> ControlFlow<()>;
+
+    /// The connection has ended. The endpoint is dropped next.
+    fn lost(&mut self, loss: Loss);
+
+    /// Its waker was woken. A receive may be posted.
+    fn resume(&mut self) -> ControlFlow<()>;
+
+    /// The guest's cache slabs, once there are any, for registration as buffers.
+    fn slabs(&self) -> &[Slab];
+
+    /// From now on slab `n` is buffer `first + n` of the ring that drives this endpoint.
+    fn use_buffers(&mut self, first: u16);
+}
+
+/// How an endpoint shapes its plans: what the backend is good at.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ReceiveStyle {
+    /// A packet's header in two reads, as QEMU does it.
+    pub split_header: bool,
+    /// The next packet's header in one receive with the payload.
+    pub chain_header: bool,
+    /// Adjacent pages as one piece.
+    pub coalesce: bool,
+    /// The main channel reads on while it waits at a marker.
+    pub read_ahead: bool,
+    /// The main channel is woken by each channel that arrives at a sync, not by the last one alone.
+    pub wake_each: bool,
+}
+
+impl ReceiveStyle {
+    /// For the rings and epoll: as few operations as possible.
+    pub const RING: Self =
+        Self { split_header: false, chain_header: true, coalesce: true, read_ahead: true, wake_each: false };
+
+    /// For a thread per channel: what QEMU's receiver does.
+    pub const THREADS: Self =
+        Self { split_header: true, chain_header: false, coalesce: false, read_ahead: false, wake_each: true };
+}

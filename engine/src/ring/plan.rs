@@ -1,0 +1,122 @@
+//! What to receive next, and where to: the hand-over between an endpoint and a backend.
+//!
+//! Contract: the addresses in a plan stay valid and are touched by nobody but the kernel from the moment the plan is
+//! posted until the backend reports its completion. The endpoint that owns the plan upholds it: it holds the memory
+//! (its own buffers, and the store by an `Arc`) and is not dropped while a receive is posted; pages of guest memory
+//! are excepted from "nobody but" as `store::copy` explains. A plan never moves while it is posted: it is boxed.
+
+/// Most pieces of a plan: the pages of one packet, and the header of the next.
+pub const PIECES_MAX: usize = crate::units::PACKET_PAGES + 2;
+
+/// A list of memory pieces to be filled from a socket, in order, and how much of it is still missing.
+pub struct ReceivePlan {
+    pieces: [libc::iovec; PIECES_MAX],
+    first: usize,
+    end: usize,
+    remaining: usize,
+    message: libc::msghdr,
+    /// Where set, complete only when every byte is there (the kernel waits); else with what has arrived.
+    pub wait_all: bool,
+    /// The registered buffer in which every piece lies, if one does: an index of the ring that drives this plan.
+    pub registered: Option<u16>,
+}
+
+// SAFETY: the raw addresses are only numbers until a backend hands them to the kernel; the endpoint that owns the
+// plan answers for the memory behind them (contract above), on whatever thread it is driven.
+unsafe impl Send for ReceivePlan {}
+
+impl ReceivePlan {
+    /// An empty plan.
+    pub fn new() -> Box<Self> {
+        let nothing = libc::iovec { iov_base: std::ptr::null_mut(), iov_len: 0 };
+        // SAFETY: all-zero is a valid msghdr: null pointers with zero lengths.
+        let message = unsafe { std::mem::zeroed() };
+        Box::new(Self {
+            pieces: [nothing; PIECES_MAX],
+            first: 0,
+            end: 0,
+            remaining: 0,
+            message,
+            wait_all: false,
+            registered: None,
+        })
+    }
+
+    /// Forgets all pieces.
+    pub fn clear(&mut self) {
+        self.first = 0;
+        self.end = 0;
+        self.remaining = 0;
+        self.registered = None;
+    }
+
+    /// Adds `bytes` bytes at `address`.
+    ///
+    /// # Panics
+    /// With more than [`PIECES_MAX`] pieces: a packet has at most 128 pages, whatever the peer says.
+    pub(crate) fn push(&mut self, address: *mut u8, bytes: usize) {
+        self.pieces[self.end] = libc::iovec { iov_base: address.cast(), iov_len: bytes };
+        self.end += 1;
+        self.remaining += bytes;
+    }
+
+    /// Bytes that are still missing.
+    pub fn remaining(&self) -> usize {
+        self.remaining
+    }
+
+    /// Takes note of `bytes` received bytes.
+    ///
+    /// # Panics
+    /// With more bytes than were missing: no backend reports more than it was asked for.
+    pub fn advance(&mut self, bytes: usize) {
+        self.remaining = self.remaining.checked_sub(bytes).expect("the kernel fills no more than it was given");
+        let mut left = bytes;
+        while left > 0 {
+            let piece = &mut self.pieces[self.first];
+            if left < piece.iov_len {
+                piece.iov_base = piece.iov_base.cast::<u8>().wrapping_add(left).cast();
+                piece.iov_len -= left;
+                return;
+            }
+            left -= piece.iov_len;
+            self.first += 1;
+        }
+    }
+
+    /// The pieces that are still missing.
+    pub(super) fn pieces(&self) -> &[libc::iovec] {
+        &self.pieces[self.first..self.end]
+    }
+
+    /// The same as a message header for recvmsg. It points into this plan.
+    pub(super) fn message(&mut self) -> &mut libc::msghdr {
+        self.message.msg_iov = self.pieces[self.first..self.end].as_mut_ptr();
+        self.message.msg_iovlen = self.end - self.first;
+        self.message.msg_flags = 0;
+        &mut self.message
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn partial_receipts_leave_the_rest() {
+        let mut memory = [0u8; 64];
+        let base = memory.as_mut_ptr();
+        let mut plan = ReceivePlan::new();
+        plan.push(base, 10);
+        plan.push(base, 20);
+        plan.push(base, 30);
+        plan.advance(10);
+        assert_eq!((plan.remaining(), plan.pieces().len()), (50, 2));
+        plan.advance(5);
+        assert_eq!((plan.remaining(), plan.pieces()[0].iov_len), (45, 15));
+        plan.advance(20);
+        assert_eq!((plan.pieces().len(), plan.pieces()[0].iov_len), (1, 25));
+        plan.advance(25);
+        assert_eq!((plan.remaining(), plan.pieces().len()), (0, 0));
+    }
+}

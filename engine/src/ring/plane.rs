@@ -1,0 +1,273 @@
+//! Starting a backend on its cores, and handing endpoints to it.
+
+use super::core::{Core, Inbox, Warn};
+use super::epoll::EpollBackend;
+use super::uring::{RingFeatures, UringBackend};
+use super::wake::{CoreWake, Semaphore, Waker};
+use super::{Endpoint, ReceiveStyle, threads};
+use nix::sched::{CpuSet, sched_setaffinity};
+use nix::unistd::Pid;
+use std::io;
+use std::sync::atomic::Ordering;
+use std::sync::{Arc, Mutex, PoisonError, mpsc};
+use std::thread::{self, JoinHandle};
+use thiserror::Error;
+
+/// How bytes are received.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum BackendKind {
+    /// One io_uring per core.
+    Uring,
+    /// One epoll per core.
+    Epoll,
+    /// One thread per connection.
+    Threads,
+}
+
+impl BackendKind {
+    /// As on the command line.
+    pub fn name(self) -> &'static str {
+        match self {
+            BackendKind::Uring => "uring",
+            BackendKind::Epoll => "epoll",
+            BackendKind::Threads => "threads",
+        }
+    }
+
+    /// How endpoints shape their plans for it.
+    pub fn style(self) -> ReceiveStyle {
+        match self {
+            BackendKind::Uring | BackendKind::Epoll => ReceiveStyle::RING,
+            BackendKind::Threads => ReceiveStyle::THREADS,
+        }
+    }
+}
+
+/// What to start.
+#[derive(Clone, Debug)]
+pub struct PlaneOptions {
+    /// The backend.
+    pub backend: BackendKind,
+    /// Cores to run on, at least one; each gets one ring. `threads` runs on them all as the scheduler likes.
+    pub cores: Vec<usize>,
+    /// Whether `uring` may use registered buffers.
+    pub registered: bool,
+}
+
+/// Why a backend did not start.
+#[derive(Debug, Error)]
+pub enum PlaneError {
+    /// A core cannot be used.
+    #[error("receiving on core {core} is not possible: {source}; `taskset -cp $$` shows the cores allowed here")]
+    Pin {
+        /// The core.
+        core: usize,
+        /// What the kernel said.
+        source: io::Error,
+    },
+    /// The backend is not to be had.
+    #[error("the backend {} is not available: {reason}", .backend.name())]
+    Backend {
+        /// Which one.
+        backend: BackendKind,
+        /// Why, with the remedy where there is one.
+        reason: String,
+    },
+    /// A thread could not be started.
+    #[error("a receiving thread could not be started: {0}")]
+    Thread(#[from] io::Error),
+}
+
+/// A place to drive an endpoint at.
+#[derive(Clone, Debug)]
+pub struct Driver {
+    /// Wakes it.
+    pub waker: Waker,
+    core: usize,
+}
+
+impl Driver {
+    /// Position of its core among the plane's.
+    pub fn core(&self) -> usize {
+        self.core
+    }
+}
+
+struct CoreHandle {
+    inbox: Arc<Inbox>,
+    wake: Arc<CoreWake>,
+    thread: JoinHandle<()>,
+}
+
+/// The running data plane.
+pub struct Plane {
+    options: PlaneOptions,
+    features: Option<RingFeatures>,
+    cores: Vec<CoreHandle>,
+    threads: Mutex<Vec<JoinHandle<()>>>,
+}
+
+impl Plane {
+    /// Starts the backend. `warn` is told what an operator should know while it runs.
+    ///
+    /// # Errors
+    /// See [`PlaneError`]; nothing is left running then.
+    pub fn start(
+        options: PlaneOptions,
+        warn: impl Fn(String) + Send + Sync + 'static,
+    ) -> Result<Self, PlaneError> {
+        let warn: Warn = Arc::new(warn);
+        let mut plane = Self { options, features: None, cores: Vec::new(), threads: Mutex::default() };
+        for position in 0..plane.options.cores.len() {
+            if plane.options.backend == BackendKind::Threads {
+                let core = plane.options.cores[position];
+                check_core(core)?;
+                continue;
+            }
+            match start_core(&plane.options, position, warn.clone()) {
+                Ok((handle, features)) => {
+                    plane.features = features.or(plane.features);
+                    plane.cores.push(handle);
+                }
+                Err(error) => {
+                    plane.stop();
+                    return Err(error);
+                }
+            }
+        }
+        Ok(plane)
+    }
+
+    /// What was asked for.
+    pub fn options(&self) -> &PlaneOptions {
+        &self.options
+    }
+
+    /// What the kernel's io_uring offers, with that backend.
+    pub fn features(&self) -> Option<RingFeatures> {
+        self.features
+    }
+
+    /// A place for one endpoint: the `n`-th core, counted around.
+    pub fn driver(&self, n: usize) -> Driver {
+        let core = n % self.options.cores.len();
+        let waker = match self.cores.get(core) {
+            Some(handle) => Waker::Core(handle.wake.clone()),
+            None => Waker::Thread(Arc::new(Semaphore::default())),
+        };
+        Driver { waker, core }
+    }
+
+    /// Hands an endpoint to a driver of this plane, which drives it to its end.
+    ///
+    /// # Errors
+    /// If a thread of its own was needed and could not be started.
+    pub fn attach(&self, driver: &Driver, endpoint: Box<dyn Endpoint>) -> io::Result<()> {
+        match &driver.waker {
+            Waker::Core(wake) => {
+                self.cores[driver.core].inbox.endpoints.push(endpoint);
+                Waker::Core(wake.clone()).wake();
+            }
+            Waker::Thread(turn) => {
+                let (turn, cores) = (turn.clone(), self.options.cores.clone());
+                let thread = thread::Builder::new().name("colo-channel".into()).spawn(move || {
+                    // The cores were tried at the start; if one has gone since, the scheduler decides.
+                    let _ = pin(&cores);
+                    threads::run(endpoint, &turn);
+                })?;
+                let mut threads = self.threads.lock().unwrap_or_else(PoisonError::into_inner);
+                threads.retain(|thread| !thread.is_finished());
+                threads.push(thread);
+            }
+        }
+        Ok(())
+    }
+
+    /// Waits until all endpoints have ended (their sockets must have been shut down), and ends the threads.
+    pub fn stop(self) {
+        for core in &self.cores {
+            core.inbox.stop.store(true, Ordering::Release);
+            Waker::Core(core.wake.clone()).wake();
+        }
+        let threads = self.threads.into_inner().unwrap_or_else(PoisonError::into_inner);
+        for thread in self.cores.into_iter().map(|core| core.thread).chain(threads) {
+            // A thread that panicked has said so itself.
+            let _ = thread.join();
+        }
+    }
+}
+
+fn start_core(
+    options: &PlaneOptions,
+    position: usize,
+    warn: Warn,
+) -> Result<(CoreHandle, Option<RingFeatures>), PlaneError> {
+    let core = options.cores[position];
+    let (backend, registered) = (options.backend, options.registered);
+    let wake = Arc::new(CoreWake::new().map_err(io::Error::from)?);
+    let inbox = Arc::new(Inbox::default());
+    let (started, report) = mpsc::channel();
+    let thread = {
+        let (wake, inbox) = (wake.clone(), inbox.clone());
+        thread::Builder::new().name(format!("colo-core-{core}")).spawn(move || {
+            if let Err(source) = pin(&[core]) {
+                let _ = started.send(Err(PlaneError::Pin { core, source }));
+                return;
+            }
+            let failed = |error: io::Error| PlaneError::Backend { backend, reason: explain(&error) };
+            let ended = if backend == BackendKind::Uring {
+                match UringBackend::new(wake.clone(), registered) {
+                    Err(error) => return drop(started.send(Err(failed(error)))),
+                    Ok(ring) => {
+                        let _ = started.send(Ok(Some(ring.features())));
+                        Core::new(ring, wake, inbox, warn.clone()).run()
+                    }
+                }
+            } else {
+                match EpollBackend::new(wake.clone()) {
+                    Err(error) => return drop(started.send(Err(failed(error)))),
+                    Ok(epoll) => {
+                        let _ = started.send(Ok(None));
+                        Core::new(epoll, wake, inbox, warn.clone()).run()
+                    }
+                }
+            };
+            if let Err(error) = ended {
+                warn(format!("core {core} receives no more, its sessions stand still: {error}"));
+            }
+        })?
+    };
+    match report.recv() {
+        Ok(Ok(features)) => Ok((CoreHandle { inbox, wake, thread }, features)),
+        Ok(Err(error)) => Err(error),
+        Err(_) => Err(PlaneError::Backend { backend, reason: "its thread ended at once".into() }),
+    }
+}
+
+fn pin(cores: &[usize]) -> io::Result<()> {
+    let mut set = CpuSet::new();
+    for core in cores {
+        set.set(*core)?;
+    }
+    Ok(sched_setaffinity(Pid::from_raw(0), &set)?)
+}
+
+/// Tries a core on a thread of its own, so that the caller's affinity stays as it is.
+fn check_core(core: usize) -> Result<(), PlaneError> {
+    let tried = thread::spawn(move || pin(&[core])).join();
+    let result = tried.unwrap_or_else(|_| Err(io::Error::other("the thread that tried it panicked")));
+    result.map_err(|source| PlaneError::Pin { core, source })
+}
+
+fn explain(error: &io::Error) -> String {
+    let remedy = match error.raw_os_error() {
+        Some(libc::ENOSYS) => "; this kernel has no io_uring",
+        Some(libc::EPERM | libc::EACCES) => {
+            "; it is disabled here: `sysctl kernel.io_uring_disabled=0`, or allow it in the container's seccomp profile"
+        }
+        Some(libc::ENOMEM) => "; raise the limit of locked memory, `ulimit -l`",
+        Some(libc::EMFILE) => "; raise the limit of open files, `ulimit -n`",
+        _ => "",
+    };
+    format!("{error}{remedy}")
+}

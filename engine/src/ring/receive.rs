@@ -1,0 +1,41 @@
+//! recvmsg(2) into a plan, for the backends that call it themselves.
+
+use super::plan::ReceivePlan;
+use std::io;
+use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd, RawFd};
+
+/// Receives into `plan`, with MSG_WAITALL if the plan asks for it, and with `flags` besides.
+///
+/// # Errors
+/// Of recvmsg(2); EAGAIN where the socket or the flags say not to block.
+pub(super) fn receive(fd: RawFd, plan: &mut ReceivePlan, flags: libc::c_int) -> io::Result<usize> {
+    let wait_all = if plan.wait_all { libc::MSG_WAITALL } else { 0 };
+    let message = plan.message();
+    // SAFETY: the message's pieces are memory that the plan's endpoint answers for (contract of `plan`); the call
+    // ends before it returns here.
+    let received = unsafe { libc::recvmsg(fd, message, flags | wait_all) };
+    // Negative is -1, the error.
+    usize::try_from(received).map_err(|_| io::Error::last_os_error())
+}
+
+/// Lets the kernel acknowledge at once what the TCP socket receives next. It falls back to delayed acknowledgements
+/// by itself, when we send for example, so this is repeated after every read (tcp(7), TCP_QUICKACK).
+pub fn quick_ack(fd: RawFd) {
+    let on: libc::c_int = 1;
+    let length = libc::socklen_t::try_from(size_of_val(&on)).expect("the size of an int");
+    // SAFETY: the option's value is a live int of that length; an invalid descriptor is an error, not undefined.
+    // The result is of no use: on a socket that has failed meanwhile the next receive says why.
+    let _ = unsafe {
+        libc::setsockopt(fd, libc::IPPROTO_TCP, libc::TCP_QUICKACK, std::ptr::from_ref(&on).cast(), length)
+    };
+}
+
+/// A descriptor of our own for what `owner` has open.
+///
+/// # Errors
+/// Of fcntl(2): too many open files.
+pub fn own_descriptor(owner: &impl AsRawFd) -> io::Result<OwnedFd> {
+    // SAFETY: `owner` is borrowed for the whole call and keeps its descriptor open.
+    let descriptor = unsafe { BorrowedFd::borrow_raw(owner.as_raw_fd()) };
+    descriptor.try_clone_to_owned()
+}

@@ -1,0 +1,122 @@
+//! A receive buffer that the kernel fills at its end while its beginning is being read.
+//!
+//! Contract: `space` is asked for only while no receive into it is posted, and bytes behind `filled` are never read.
+//! So what Rust sees as a slice and what the kernel writes never overlap.
+
+use std::cell::Cell;
+use std::ptr::NonNull;
+
+/// Bytes `pos..filled` have arrived and are not yet consumed; `filled..capacity` is free.
+pub struct Staging {
+    memory: NonNull<u8>,
+    capacity: usize,
+    pos: Cell<usize>,
+    filled: usize,
+}
+
+// SAFETY: it owns its memory alone, like a Vec.
+unsafe impl Send for Staging {}
+
+impl Staging {
+    /// An empty buffer of `capacity` bytes.
+    pub fn new(capacity: usize) -> Self {
+        let memory = Box::leak(vec![0u8; capacity].into_boxed_slice());
+        Self { memory: NonNull::from(memory).cast(), capacity, pos: Cell::new(0), filled: 0 }
+    }
+
+    /// What has arrived and was not consumed.
+    pub fn bytes(&self) -> &[u8] {
+        // SAFETY: pos <= filled <= capacity always; bytes below `filled` are written by nobody while this borrow
+        // lives: `space`, which moves them, needs `&mut self`, and the kernel was given memory behind `filled` only.
+        unsafe { std::slice::from_raw_parts(self.memory.as_ptr().add(self.pos.get()), self.filled - self.pos.get()) }
+    }
+
+    /// The first `count` of [`Self::bytes`] are done with. They stay readable through slices taken before, until
+    /// [`Self::space`] moves what is left.
+    pub fn consume(&self, count: usize) {
+        assert!(count <= self.filled - self.pos.get(), "no more can be consumed than has arrived");
+        self.pos.set(self.pos.get() + count);
+    }
+
+    /// Appends bytes that came another way. Like [`Self::space`], only while no receive is posted.
+    ///
+    /// # Panics
+    /// If there is no room for them.
+    pub fn put(&mut self, bytes: &[u8]) {
+        let Some((space, free)) = self.space() else { return assert!(bytes.is_empty()) };
+        assert!(bytes.len() <= free, "room for them");
+        // SAFETY: the space is that long and nobody else's while no receive is posted; `bytes` is not part of it,
+        // being borrowed beside `&mut self`.
+        unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), space, bytes.len()) };
+        self.fill(bytes.len());
+    }
+
+    /// The kernel has put `count` bytes into the space it was given.
+    pub fn fill(&mut self, count: usize) {
+        assert!(count <= self.capacity - self.filled, "the kernel fills no more than it was given");
+        self.filled += count;
+    }
+
+    /// Free space, after moving what is left to the front when the end is near. None while the buffer is full of
+    /// unconsumed bytes. Only to be called while no receive is posted.
+    pub fn space(&mut self) -> Option<(*mut u8, usize)> {
+        let pos = self.pos.get();
+        if pos == self.filled {
+            self.pos.set(0);
+            self.filled = 0;
+        } else if self.capacity - self.filled < self.capacity / 2 && pos > 0 {
+            // SAFETY: both ranges lie in the buffer; no receive is posted, so nobody else touches it.
+            unsafe {
+                let from = self.memory.as_ptr().add(pos);
+                std::ptr::copy(from, self.memory.as_ptr(), self.filled - pos);
+            }
+            self.filled -= pos;
+            self.pos.set(0);
+        }
+        let free = self.capacity - self.filled;
+        (free > 0).then_some((self.memory.as_ptr().wrapping_add(self.filled), free))
+    }
+}
+
+impl Drop for Staging {
+    fn drop(&mut self) {
+        let slice = std::ptr::slice_from_raw_parts_mut(self.memory.as_ptr(), self.capacity);
+        // SAFETY: made by Box::leak of a slice of this length in `new`; the owner drops it with no receive posted.
+        drop(unsafe { Box::from_raw(slice) });
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn bytes_come_out_in_order_over_many_wraps() {
+        let mut staging = Staging::new(16);
+        let (mut next_in, mut next_out) = (0u8, 0u8);
+        for round in 0..1000usize {
+            let count = round % 7;
+            if staging.space().is_some_and(|(_, free)| free >= count) {
+                let chunk: Vec<u8> = (0..count).map(|_| { next_in = next_in.wrapping_add(1); next_in }).collect();
+                staging.put(&chunk);
+            }
+            let take = staging.bytes().len().min(round % 5);
+            for byte in &staging.bytes()[..take] {
+                next_out = next_out.wrapping_add(1);
+                assert_eq!(*byte, next_out);
+            }
+            staging.consume(take);
+        }
+        assert!(next_out > 0);
+    }
+
+    #[test]
+    fn a_full_buffer_has_no_space() {
+        let mut staging = Staging::new(4);
+        staging.put(&[1, 2, 3, 4]);
+        assert!(staging.space().is_none());
+        staging.consume(1);
+        assert_eq!(staging.space().map(|(_, free)| free), Some(1));
+        assert_eq!(staging.bytes(), [2, 3, 4]);
+    }
+}

@@ -1,0 +1,229 @@
+//! The backend `uring`: the one file that knows io_uring.
+//!
+//! Contract: a posted receive belongs to the kernel until its completion is reaped; `user_data` is the slot's
+//! number, and a slot has one receive at a time, so no completion can be taken for another's. Every submission has
+//! exactly one completion: no multishot, no link, no skipped success. The ring is dropped only when nothing is
+//! posted (the core's loop ends when its last slot is empty).
+//!
+//! What the kernel offers is tried, never guessed from its version:
+//!
+//! | feature | since | else |
+//! |---|---|---|
+//! | SINGLE_ISSUER + DEFER_TASKRUN: completions run when we wait, not at any time | 6.1 | COOP_TASKRUN (5.19), then none |
+//! | sparse buffer table | 5.19 | no registered buffers |
+//! | READV_FIXED: a scattered packet in one registered read | 6.15 | READ_FIXED for one run, RECVMSG for several |
+
+use super::ReceivePlan;
+use super::core::{Backend, Completion, Wait};
+use super::wake::CoreWake;
+use crate::store::Slab;
+use io_uring::{IoUring, Probe, cqueue, opcode, squeue, types};
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, RawFd};
+use std::sync::Arc;
+
+const WAKE: u64 = u64::MAX;
+
+/// Submission entries. A core posts one receive a connection and submits whenever it waits, so this bounds a burst.
+const SUBMISSIONS: u32 = 256;
+
+/// Completion entries: more than one for every connection a core is likely to have. The kernel keeps what overflows.
+const COMPLETIONS: u32 = 4096;
+
+/// Registered buffers of one ring, the kernel's own limit: 16 TiB of slabs of 1 GiB.
+const BUFFERS: u16 = 16384;
+
+/// What the kernel gave us.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct RingFeatures {
+    /// Setup flags in force, for people.
+    pub setup: &'static str,
+    /// Receives can go to registered buffers.
+    pub registered: bool,
+    /// Scattered ones too.
+    pub readv_fixed: bool,
+}
+
+impl std::fmt::Display for RingFeatures {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let buffers = match (self.registered, self.readv_fixed) {
+            (true, true) => "registered buffers by READV_FIXED",
+            (true, false) => "registered buffers by READ_FIXED where pages are adjacent",
+            (false, _) => "no registered buffers",
+        };
+        write!(f, "{}; {buffers}", self.setup)
+    }
+}
+
+pub(super) struct UringBackend {
+    ring: IoUring,
+    wake: Arc<CoreWake>,
+    features: RingFeatures,
+    /// Which buffer indices are taken.
+    buffers: Vec<bool>,
+    wake_armed: bool,
+}
+
+impl UringBackend {
+    /// Must be called on the thread that will drive the ring.
+    pub(super) fn new(wake: Arc<CoreWake>, registered: bool) -> io::Result<Self> {
+        let (ring, setup) = build()?;
+        let mut probe = Probe::new();
+        ring.submitter().register_probe(&mut probe)?;
+        for (code, name) in [(opcode::RecvMsg::CODE, "RECVMSG"), (opcode::PollAdd::CODE, "POLL_ADD")] {
+            if !probe.is_supported(code) {
+                let message = format!("this kernel's io_uring lacks the operation {name}");
+                return Err(io::Error::new(io::ErrorKind::Unsupported, message));
+            }
+        }
+        let registered = registered
+            && probe.is_supported(opcode::ReadFixed::CODE)
+            && ring.submitter().register_buffers_sparse(u32::from(BUFFERS)).is_ok();
+        let readv_fixed = registered && probe.is_supported(opcode::ReadvFixed::CODE);
+        let features = RingFeatures { setup, registered, readv_fixed };
+        let buffers = vec![false; if registered { usize::from(BUFFERS) } else { 0 }];
+        Ok(Self { ring, wake, features, buffers, wake_armed: false })
+    }
+
+    pub(super) fn features(&self) -> RingFeatures {
+        self.features
+    }
+
+    fn entry(&self, fd: RawFd, plan: &mut ReceivePlan) -> squeue::Entry {
+        let fd = types::Fd(fd);
+        if let Some(index) = plan.registered {
+            let pieces = plan.pieces();
+            if let [piece] = pieces {
+                let length = u32::try_from(piece.iov_len).unwrap_or(u32::MAX);
+                return opcode::ReadFixed::new(fd, piece.iov_base.cast(), length, index).build();
+            }
+            if self.features.readv_fixed {
+                let count = u32::try_from(pieces.len()).unwrap_or(u32::MAX);
+                return opcode::ReadvFixed::new(fd, pieces.as_ptr(), count, index).build();
+            }
+        }
+        let flags = if plan.wait_all { libc::MSG_WAITALL.cast_unsigned() } else { 0 };
+        opcode::RecvMsg::new(fd, plan.message()).flags(flags).build()
+    }
+
+    fn push(&mut self, entry: &squeue::Entry) -> io::Result<()> {
+        // SAFETY: what the entry points at stays valid until its completion: a plan by the contract of `core`, and
+        // POLL_ADD points at nothing.
+        while unsafe { self.ring.submission().push(entry) }.is_err() {
+            self.ring.submit()?;
+        }
+        Ok(())
+    }
+
+    fn arm_wake(&mut self) -> io::Result<()> {
+        if !self.wake_armed {
+            let fd = types::Fd(self.wake.as_fd().as_raw_fd());
+            let events = u32::from(libc::POLLIN.cast_unsigned());
+            self.push(&opcode::PollAdd::new(fd, events).build().user_data(WAKE))?;
+            self.wake_armed = true;
+        }
+        Ok(())
+    }
+
+    fn reap(&mut self, done: &mut Vec<Completion>) -> bool {
+        let mut woken = false;
+        for entry in self.ring.completion() {
+            match classify(&entry) {
+                Reaped::Wake => woken = true,
+                Reaped::Receive(completion) => done.push(completion),
+            }
+        }
+        if woken {
+            self.wake_armed = false;
+            self.wake.clear();
+        }
+        woken
+    }
+}
+
+enum Reaped {
+    Wake,
+    Receive(Completion),
+}
+
+fn classify(entry: &cqueue::Entry) -> Reaped {
+    if entry.user_data() == WAKE {
+        return Reaped::Wake;
+    }
+    let slot = usize::try_from(entry.user_data()).expect("a slot's number went in");
+    // Negative is an errno.
+    let result = usize::try_from(entry.result()).map_err(|_| io::Error::from_raw_os_error(-entry.result()));
+    Reaped::Receive(Completion { slot, result })
+}
+
+/// The best ring this kernel sets up, and what it is called.
+fn build() -> io::Result<(IoUring, &'static str)> {
+    let mut best = IoUring::builder();
+    best.setup_single_issuer().setup_defer_taskrun();
+    let mut good = IoUring::builder();
+    good.setup_coop_taskrun();
+    let steps = [
+        (best, "SINGLE_ISSUER, DEFER_TASKRUN"),
+        (good, "COOP_TASKRUN"),
+        (IoUring::builder(), "no setup flags"),
+    ];
+    let mut last = io::Error::from(io::ErrorKind::Unsupported);
+    for (mut builder, name) in steps {
+        builder.setup_cqsize(COMPLETIONS).setup_clamp().dontfork();
+        match builder.build(SUBMISSIONS) {
+            Ok(ring) => return Ok((ring, name)),
+            // An unknown flag; anything else would be no different without it.
+            Err(error) if error.raw_os_error() == Some(libc::EINVAL) => last = error,
+            Err(error) => return Err(error),
+        }
+    }
+    Err(last)
+}
+
+impl Backend for UringBackend {
+    fn post(&mut self, slot: usize, fd: RawFd, plan: &mut ReceivePlan) {
+        let user_data = u64::try_from(slot).unwrap_or(WAKE);
+        let entry = self.entry(fd, plan).user_data(user_data);
+        // A submission that fails for good also fails in `wait`, which reports it.
+        let _ = self.push(&entry);
+    }
+
+    fn wait(&mut self, wait: Wait, done: &mut Vec<Completion>) -> io::Result<bool> {
+        self.arm_wake()?;
+        let want = usize::from(wait == Wait::Block);
+        match self.ring.submit_and_wait(want) {
+            Ok(_) => {}
+            // Interrupted, or completions must be taken first: both are cured by reaping and coming back.
+            Err(error) if matches!(error.raw_os_error(), Some(libc::EINTR | libc::EBUSY | libc::EAGAIN)) => {}
+            Err(error) => return Err(error),
+        }
+        Ok(self.reap(done))
+    }
+
+    fn forget(&mut self, _slot: usize, _fd: RawFd) {}
+
+    fn reserve_buffers(&mut self, count: u16) -> Option<u16> {
+        let count = usize::from(count);
+        let free = self.buffers.windows(count.max(1)).position(|window| window.iter().all(|taken| !taken))?;
+        self.buffers[free..free + count].fill(true);
+        u16::try_from(free).ok()
+    }
+
+    fn register(&mut self, index: u16, slab: &Slab) -> io::Result<()> {
+        let buffer = libc::iovec { iov_base: slab.base().cast(), iov_len: slab.bytes() };
+        // SAFETY: the slab stays mapped until every endpoint of its guest is gone, and the core gives the index
+        // back before it drops the last of them.
+        unsafe { self.ring.submitter().register_buffers_update(u32::from(index), &[buffer], None) }
+    }
+
+    fn release_buffers(&mut self, first: u16, count: u16) {
+        let nothing = libc::iovec { iov_base: std::ptr::null_mut(), iov_len: 0 };
+        for index in first..first + count {
+            // SAFETY: an empty buffer refers to no memory; no receive into the old one is posted any more.
+            let result =
+                unsafe { self.ring.submitter().register_buffers_update(u32::from(index), &[nothing], None) };
+            debug_assert!(result.is_ok(), "clearing a slot of the buffer table: {result:?}");
+            self.buffers[usize::from(index)] = false;
+        }
+    }
+}

@@ -1,0 +1,50 @@
+//! How a session can end, for an operator.
+
+use crate::units::CheckpointId;
+use crate::wire::WireError;
+use thiserror::Error;
+
+/// Bytes on the main channel that end the session.
+#[derive(Clone, Debug, PartialEq, Eq, Error)]
+#[error("main channel, byte {position}: {error}")]
+pub struct SessionError {
+    /// Where the element began, counted from the channel's first byte.
+    pub position: u64,
+    /// What is wrong.
+    pub error: WireError,
+}
+
+impl SessionError {
+    pub(super) fn at(position: u64, error: WireError) -> Self {
+        Self { position, error }
+    }
+}
+
+/// What it means that the primary is gone (spec §14.1). A crash, a cut and a deliberate takeover look alike.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Error)]
+pub enum Ending {
+    /// Before the initial state was complete.
+    #[error(
+        "the primary went away before its initial state was complete; nothing can be restored here, and its guest, \
+         if it lives, goes on there"
+    )]
+    InPrecopy,
+    /// After the initial state, before any checkpoint, from a primary that may not do COLO at all (spec §5).
+    #[error(
+        "no COLO: the primary completed a plain migration. Its guest is stopped there (`cont` lets it go on) and \
+         stored here; switch the capability x-colo on before `migrate`"
+    )]
+    PlainMigration,
+    /// With nothing in flight.
+    #[error("the primary went away; the last committed checkpoint is {last}")]
+    BetweenCheckpoints {
+        /// What is kept.
+        last: CheckpointId,
+    },
+    /// In the middle of a checkpoint, which is dropped.
+    #[error("the primary went away during a checkpoint, which is dropped; the last committed one is {last}")]
+    DuringCheckpoint {
+        /// What is kept.
+        last: CheckpointId,
+    },
+}

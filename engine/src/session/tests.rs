@@ -1,0 +1,438 @@
+//! The state machine driven by hand-made streams, in every fragmentation.
+
+use super::*;
+use crate::units::{BlockId, PAGE_BYTES, PAGE_SIZE};
+use crate::wire::ram::{Record, encode_block_list};
+use crate::wire::stream::encode_footer;
+
+const RAM: u32 = 2;
+const VMDESC: &[u8] = br#"{"configuration":{},"page_size":4096,"devices":[]}"#;
+const DEVICE_STATE: &[u8] =
+    b"\x04\x00\x00\x00\x09\x01x\x00\x00\x00\x00\x00\x00\x00\x01body\x7e\x00\x00\x00\x09\x00";
+
+fn table() -> BlockTable {
+    let entries = vec![
+        (b"pc.ram"[..].into(), 8 * PAGE_BYTES),
+        (b"bios"[..].into(), 2 * PAGE_BYTES),
+    ];
+    BlockTable::new(entries, 10 * PAGE_BYTES).unwrap()
+}
+
+/// Builds the bytes of a primary's main channel.
+struct Stream(Vec<u8>);
+
+impl Stream {
+    fn begin(commands: &[Command]) -> Self {
+        let mut stream = Self(Vec::new());
+        let header = StreamHeader {
+            machine_type: "pc-i440fx-11.1".into(),
+            target_page_bits: false,
+            capabilities: false,
+            uuid: None,
+        };
+        header.encode(&mut stream.0);
+        commands.iter().for_each(|command| command.encode(&mut stream.0));
+        stream
+    }
+
+    fn new_qemu() -> Self {
+        Self::begin(&[Command::OpenReturnPath, Command::Ping(1)])
+    }
+
+    fn section(mut self, section: Section<'_>) -> Self {
+        section.encode(&mut self.0);
+        self
+    }
+
+    fn blocks(mut self) -> Self {
+        encode_block_list(&mut self.0, &table());
+        self
+    }
+
+    fn record(mut self, record: Record<'_>) -> Self {
+        record.encode(&mut self.0);
+        self
+    }
+
+    fn footer(mut self) -> Self {
+        encode_footer(&mut self.0, RAM);
+        self
+    }
+
+    fn bytes(mut self, bytes: &[u8]) -> Self {
+        self.0.extend_from_slice(bytes);
+        self
+    }
+
+    fn message(mut self, message: Message) -> Self {
+        message.encode(&mut self.0);
+        self
+    }
+
+    /// START with the block list, PART without pages, END, as 11.1 does with multifd.
+    fn precopy(self) -> Self {
+        self.section(Section::RamStart { id: RAM })
+            .blocks()
+            .record(Record::MultifdFlush)
+            .record(Record::Eos)
+            .footer()
+            .section(Section::Part { id: RAM })
+            .record(Record::Eos)
+            .footer()
+            .section(Section::Command(Command::SwitchoverStart))
+            .round()
+    }
+
+    fn round(self) -> Self {
+        self.section(Section::End { id: RAM })
+            .record(Record::MultifdFlush)
+            .record(Record::MultifdFlush)
+            .record(Record::Eos)
+            .footer()
+    }
+
+    fn devices(self) -> Self {
+        let length = u32::try_from(VMDESC.len()).unwrap();
+        self.bytes(DEVICE_STATE)
+            .section(Section::VmDescription { length })
+            .bytes(VMDESC)
+    }
+
+    fn checkpoint(self) -> Self {
+        let size = DEVICE_STATE.len() as u64;
+        self.message(Message::CheckpointRequest)
+            .message(Message::VmstateSend)
+            .round()
+            .section(Section::Eof)
+            .message(Message::VmstateSize(size))
+            .bytes(DEVICE_STATE)
+    }
+}
+
+fn limits(channels: u8) -> SessionLimits {
+    SessionLimits {
+        channels,
+        ram_limit_bytes: 1 << 30,
+    }
+}
+
+/// Plays `pieces` and writes down what the session wants, in words.
+fn play<'a>(
+    session: &mut Session,
+    pieces: impl Iterator<Item = &'a [u8]>,
+) -> Result<Vec<String>, SessionError> {
+    let mut log = Vec::new();
+    let mut buffer = Vec::new();
+    for piece in pieces {
+        buffer.extend_from_slice(piece);
+        loop {
+            let (consumed, action) = session.step(&buffer)?;
+            match &action {
+                Action::NeedMore | Action::Continue => {}
+                Action::Page(page) => log.push(match page.content {
+                    PageContent::Bytes(bytes) => format!("page {} of {}", page.page.get(), bytes[0]),
+                    PageContent::Zero => format!("zero {}", page.page.get()),
+                    PageContent::Xbzrle(delta) => format!("delta {} of {}", page.page.get(), delta.len()),
+                }),
+                Action::Memory(table) => log.push(format!("memory of {}", table.total_bytes())),
+                Action::Commit(id) => log.push(format!("commit {id}")),
+                other => log.push(format!("{other:?}")),
+            }
+            let commit = matches!(action, Action::Commit(_));
+            let done = matches!(action, Action::NeedMore);
+            buffer.drain(..consumed);
+            if commit {
+                assert_eq!(session.device_state(), DEVICE_STATE);
+                session.committed();
+            }
+            if done {
+                break;
+            }
+        }
+    }
+    assert!(buffer.is_empty(), "{} bytes were not taken", buffer.len());
+    Ok(log)
+}
+
+fn play_whole(channels: u8, stream: Stream) -> Result<Vec<String>, SessionError> {
+    // The initial device state ends where the primary falls silent: what follows comes in pieces of its own.
+    let mut session = Session::new(limits(channels));
+    let end = find(&stream.0, VMDESC).map_or(stream.0.len(), |at| at + VMDESC.len());
+    let (first, rest) = stream.0.split_at(end);
+    play(
+        &mut session,
+        [first, rest].into_iter().filter(|piece| !piece.is_empty()),
+    )
+}
+
+fn find(haystack: &[u8], needle: &[u8]) -> Option<usize> {
+    haystack.windows(needle.len()).position(|window| window == needle)
+}
+
+const MULTIFD: [&str; 15] = [
+    "Send(Pong(1))",
+    "memory of 40960",
+    "Marker",
+    "Marker",
+    "Marker",
+    "RamComplete",
+    "commit 0",
+    "Send(Ready { return_path: true })",
+    "Send(Reply)",
+    "TransferBegins",
+    "Marker",
+    "Marker",
+    "RamComplete",
+    "commit 1",
+    "Send(Loaded)",
+];
+
+#[test]
+fn a_session_of_11_1_with_multifd() {
+    let stream = Stream::new_qemu().precopy().devices().checkpoint();
+    assert_eq!(play_whole(4, stream).unwrap(), MULTIFD);
+}
+
+#[test]
+fn fragmentation_changes_nothing() {
+    let stream = Stream::new_qemu().precopy().devices().checkpoint();
+    let end = find(&stream.0, VMDESC).unwrap() + VMDESC.len();
+    for size in 1..64 {
+        let mut session = Session::new(limits(4));
+        let pieces = stream.0[..end].chunks(size).chain(stream.0[end..].chunks(size));
+        assert_eq!(
+            play(&mut session, pieces).unwrap(),
+            MULTIFD,
+            "in pieces of {size}"
+        );
+    }
+}
+
+#[test]
+fn every_cut_is_an_ending_and_no_error() {
+    let stream = Stream::new_qemu().precopy().devices().checkpoint();
+    let end = find(&stream.0, VMDESC).unwrap() + VMDESC.len();
+    for cut in 0..=stream.0.len() {
+        let mut session = Session::new(limits(4));
+        let mut buffer = Vec::new();
+        for &byte in &stream.0[..cut] {
+            buffer.push(byte);
+            loop {
+                let (consumed, action) = session.step(&buffer).unwrap();
+                let (commit, done) = (
+                    matches!(action, Action::Commit(_)),
+                    matches!(action, Action::NeedMore),
+                );
+                buffer.drain(..consumed);
+                if commit {
+                    session.committed();
+                }
+                if done {
+                    break;
+                }
+            }
+        }
+        let last = CheckpointId(u64::from(cut == stream.0.len()));
+        let expected = match cut {
+            _ if cut < end => Ending::InPrecopy,
+            _ if cut < end + 4 => Ending::PlainMigration,
+            _ if cut == stream.0.len() => Ending::BetweenCheckpoints { last },
+            _ => Ending::DuringCheckpoint { last },
+        };
+        assert_eq!(session.ending(), expected, "cut at {cut}");
+    }
+}
+
+#[test]
+fn a_session_of_7_2_syncs_at_every_end_of_section() {
+    let stream = Stream::begin(&[Command::EnableColo])
+        .section(Section::RamStart { id: RAM })
+        .blocks()
+        .record(Record::Eos)
+        .footer()
+        .section(Section::End { id: RAM })
+        .record(Record::Zero {
+            block: crate::wire::ram::BlockRef::Named(b"bios"),
+            offset: PAGE_BYTES,
+        })
+        .record(Record::Eos)
+        .footer()
+        .devices();
+    let log = play_whole(4, stream).unwrap();
+    let expected = [
+        "memory of 40960",
+        "Marker",
+        "zero 9",
+        "Marker",
+        "RamComplete",
+        "commit 0",
+    ];
+    assert_eq!(log[..6], expected);
+    assert_eq!(log[6], "Send(Ready { return_path: false })");
+}
+
+#[test]
+fn plain_mode_carries_pages_and_continues_blocks_over_sections() {
+    use crate::wire::ram::BlockRef::{Continue, Named};
+    let page = [7; PAGE_SIZE];
+    let stream = Stream::new_qemu()
+        .section(Section::RamStart { id: RAM })
+        .blocks()
+        .record(Record::Eos)
+        .footer()
+        .section(Section::Part { id: RAM })
+        .record(Record::Page {
+            block: Named(b"pc.ram"),
+            offset: 0,
+            content: &page,
+        })
+        .record(Record::Eos)
+        .footer()
+        .section(Section::End { id: RAM })
+        .record(Record::Zero {
+            block: Continue,
+            offset: PAGE_BYTES,
+        })
+        .record(Record::Xbzrle {
+            block: Continue,
+            offset: 0,
+            delta: &[3, 1, 9],
+        })
+        .record(Record::Eos)
+        .footer()
+        .devices();
+    let log = play_whole(0, stream).unwrap();
+    let expected = [
+        "Send(Pong(1))",
+        "memory of 40960",
+        "page 0 of 7",
+        "zero 1",
+        "delta 0 of 3",
+        "RamComplete",
+    ];
+    assert_eq!(log[..6], expected);
+}
+
+/// Plays a stream that must be refused, and returns what is said.
+fn refusal(channels: u8, stream: Stream) -> String {
+    play_whole(channels, stream).unwrap_err().to_string()
+}
+
+#[test]
+fn settings_that_cannot_work_are_named() {
+    let start = |stream: Stream| stream.section(Section::RamStart { id: RAM });
+    let both = start(Stream::begin(&[Command::OpenReturnPath, Command::EnableColo]));
+    assert!(refusal(4, both).contains("switch its capability return-path off"));
+    assert!(refusal(4, start(Stream::begin(&[]))).contains("switch its capability x-colo on"));
+    let plain = start(Stream::new_qemu()).blocks().record(Record::MultifdFlush);
+    assert!(refusal(0, plain).contains("switch its capability multifd off"));
+    let delta = start(Stream::new_qemu())
+        .blocks()
+        .record(Record::MultifdFlush)
+        .record(Record::Xbzrle {
+            block: crate::wire::ram::BlockRef::Named(b"bios"),
+            offset: 0,
+            delta: &[0, 1, 9],
+        });
+    assert!(refusal(4, delta).contains("switch its capability xbzrle off"));
+    let device = Stream::new_qemu().section(Section::Full {
+        id: 1,
+        idstr: b"virtio-mem",
+        instance: 0,
+        version: 1,
+    });
+    assert!(refusal(4, device).contains("virtio-mem"));
+}
+
+#[test]
+fn a_guest_over_the_limit_is_refused_before_memory_is_made() {
+    let stream = Stream::new_qemu().section(Section::RamStart { id: RAM }).blocks();
+    let mut session = Session::new(SessionLimits {
+        channels: 0,
+        ram_limit_bytes: 9 * PAGE_BYTES,
+    });
+    let error = play(&mut session, [&stream.0[..]].into_iter()).unwrap_err();
+    assert!(error.to_string().contains("40960"), "{error}");
+}
+
+#[test]
+fn order_is_kept() {
+    let ready = || Stream::new_qemu().precopy().devices();
+    let wrong = [
+        ready().message(Message::VmstateSend),
+        ready().message(Message::CheckpointReply),
+        ready()
+            .message(Message::CheckpointRequest)
+            .message(Message::CheckpointRequest),
+        ready()
+            .message(Message::CheckpointRequest)
+            .message(Message::VmstateSend)
+            .section(Section::Eof),
+        ready()
+            .message(Message::CheckpointRequest)
+            .message(Message::VmstateSend)
+            .round()
+            .round(),
+        ready()
+            .message(Message::CheckpointRequest)
+            .message(Message::VmstateSend)
+            .round()
+            .section(Section::Eof)
+            .message(Message::CheckpointRequest),
+        ready().checkpoint().message(Message::VmstateSend),
+    ];
+    for stream in wrong {
+        let length = stream.0.len() as u64;
+        let error = play_whole(4, stream).unwrap_err();
+        assert!(error.position < length && error.position > 0, "{error}");
+    }
+}
+
+#[test]
+fn a_round_without_its_last_marker_is_refused() {
+    let stream = Stream::new_qemu()
+        .section(Section::RamStart { id: RAM })
+        .blocks()
+        .record(Record::MultifdFlush)
+        .record(Record::Eos)
+        .footer()
+        .section(Section::End { id: RAM })
+        .record(Record::MultifdFlush)
+        .record(Record::Zero {
+            block: crate::wire::ram::BlockRef::Named(b"bios"),
+            offset: 0,
+        })
+        .record(Record::Eos);
+    assert!(refusal(4, stream).contains("without a MULTIFD_FLUSH"));
+}
+
+#[test]
+fn device_state_that_is_none_is_refused() {
+    let ready = || Stream::new_qemu().precopy().devices();
+    let begin = || {
+        ready()
+            .message(Message::CheckpointRequest)
+            .message(Message::VmstateSend)
+            .round()
+            .section(Section::Eof)
+    };
+    for (size, blob) in [(3, b"\x05\x00\x00"), (3, b"\x04\x00\x01")] {
+        let stream = begin().message(Message::VmstateSize(size)).bytes(blob);
+        assert!(refusal(4, stream).contains("byte of the device state"));
+    }
+}
+
+#[test]
+fn the_record_holds_what_a_restart_needs() {
+    let stream = Stream::new_qemu().precopy().devices();
+    let mut session = Session::new(limits(4));
+    play(&mut session, [&stream.0[..]].into_iter()).unwrap();
+    let record = session.record().unwrap();
+    assert_eq!(
+        (record.machine_type.as_str(), record.ram_section),
+        ("pc-i440fx-11.1", RAM)
+    );
+    assert_eq!(record.header, Stream::begin(&[]).0);
+    assert_eq!(record.vmdesc, VMDESC);
+    assert_eq!(record.blocks.block(BlockId(1)).used_length, 2 * PAGE_BYTES);
+}

@@ -1,0 +1,65 @@
+//! The last committed checkpoint: the RAM image, the device state and the checkpoint's number, which change together
+//! under one lock.
+#![forbid(unsafe_code)]
+
+use super::bitmap::DirtyBitmap;
+use super::image::RamImage;
+use crate::blocks::BlockTable;
+use crate::units::CheckpointId;
+use std::sync::{Arc, Mutex, MutexGuard};
+
+/// What can be asked of a guest's committed state. It is part of a [`super::Store`] and outlives the session in
+/// [`super::Store::into_committed`].
+pub struct CommittedImage {
+    pub(super) image: Arc<RamImage>,
+    record: Mutex<Record>,
+    /// Held by the one dump there is at a time.
+    pub(super) dumping: Mutex<()>,
+}
+
+/// The commit record. Who holds its lock alone may write the image.
+#[derive(Default)]
+pub(super) struct Record {
+    pub(super) checkpoint: Option<CheckpointId>,
+    pub(super) device_state: Vec<u8>,
+    /// The pages that commits have changed, while a dump is under way.
+    pub(super) tracking: Option<DirtyBitmap>,
+    /// The session is over: nothing is committed any more.
+    pub(super) ended: bool,
+}
+
+impl Record {
+    /// Takes the device state of the checkpoint whose pages are in the image now, and gives back the buffer of the
+    /// one before, emptied.
+    pub(super) fn adopt(&mut self, id: CheckpointId, device_state: &mut Vec<u8>) {
+        std::mem::swap(&mut self.device_state, device_state);
+        device_state.clear();
+        self.checkpoint = Some(id);
+    }
+}
+
+impl CommittedImage {
+    pub(super) fn new(image: Arc<RamImage>) -> Self {
+        Self {
+            image,
+            record: Mutex::default(),
+            dumping: Mutex::new(()),
+        }
+    }
+
+    pub(super) fn lock(&self) -> MutexGuard<'_, Record> {
+        self.record
+            .lock()
+            .expect("a commit that panicked may have torn the image: nothing may be asked of it")
+    }
+
+    /// The guest's RAM blocks.
+    pub fn table(&self) -> &Arc<BlockTable> {
+        self.image.table()
+    }
+
+    /// The last committed checkpoint; `None` in precopy.
+    pub fn committed(&self) -> Option<CheckpointId> {
+        self.lock().checkpoint
+    }
+}

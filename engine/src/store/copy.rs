@@ -1,0 +1,368 @@
+//! Copies to, from and within guest memory. Nothing else in the store reads or writes it.
+//!
+//! # Why this is sound
+//! The same guest page may be written by several at the same time: two channels may carry it in one epoch (spec
+//! §10: QEMU 7.2 does, and a hostile primary can at will), one of them through the kernel and one through
+//! [`zero`]. A plain Rust access that races with such a write is undefined behaviour, whatever the value is used for.
+//! Therefore:
+//!
+//! * No reference to guest memory is ever made: it is known as [`Span`] (a raw pointer with bounds and lifetime).
+//! * On x86-64 every access is inline assembly (or a call of the C library made in inline assembly). To the compiler
+//!   such a block is opaque: it may touch memory whose address has escaped, and races inside of it are the
+//!   machine's matter, not the language's. On the machine a race has one outcome, a page that is a mix of both
+//!   writers' bytes, and that is what the protocol's own rules then make good or end (the page comes
+//!   again, or both writers wrote the same).
+//! * On other targets, and under Miri, which executes no assembly, accesses are loops of relaxed 64-bit atomics.
+//!
+//! The Rust side of a copy (`&[u8; PAGE_SIZE]`) is ordinary memory of the caller's.
+//!
+//! # Order
+//! Non-temporal stores are not ordered by a release: whoever used [`CopyMethod::NonTemporal`] calls [`fence`]
+//! before it tells another thread.
+
+use super::map::Span;
+use crate::units::PAGE_SIZE;
+
+/// How pages are copied to the RAM image.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum CopyMethod {
+    /// Stores that bypass the caches, with the widest registers that the processor has: neither are the image's
+    /// lines read only to be overwritten, nor is what the cache holds thrown out for them.
+    NonTemporal,
+    /// The C library's `memcpy`, as QEMU flushes: the baseline.
+    Memcpy,
+}
+
+/// Copies `source` to `target`, which are equally long.
+pub(super) fn copy(target: Span<'_>, source: Span<'_>, method: CopyMethod) {
+    assert_eq!(
+        target.pages(),
+        source.pages(),
+        "a copy is between spans of one length"
+    );
+    let (to, from, length) = (target.start(), source.start(), target.bytes());
+    // SAFETY: both spans are whole mapped pages of that length, as `Span` promises.
+    unsafe {
+        match method {
+            CopyMethod::NonTemporal => arch::copy_non_temporal(to, from, length),
+            CopyMethod::Memcpy => arch::copy(to, from, length),
+        }
+    }
+}
+
+/// Orders the non-temporal stores of this thread before everything it stores afterwards.
+pub(super) fn fence() {
+    arch::fence();
+}
+
+/// Fills one page from ordinary memory.
+pub(super) fn fill(target: Span<'_>, bytes: &[u8; PAGE_SIZE]) {
+    let target = target.first(1);
+    // SAFETY: the span is a mapped page.
+    unsafe { arch::fill(target.start(), bytes) }
+}
+
+/// Reads one page to ordinary memory.
+pub(super) fn read(source: Span<'_>, bytes: &mut [u8; PAGE_SIZE]) {
+    let source = source.first(1);
+    // SAFETY: the span is a mapped page.
+    unsafe { arch::read(source.start(), bytes) }
+}
+
+/// Makes a span all zeros, writing only if it is not yet.
+pub(super) fn zero(target: Span<'_>) {
+    if !is_zero(target) {
+        // SAFETY: mapped pages of that length, as `Span` promises.
+        unsafe { arch::zero(target.start(), target.bytes()) }
+    }
+}
+
+/// Whether a span was all zeros when it was looked at.
+pub(super) fn is_zero(span: Span<'_>) -> bool {
+    // SAFETY: mapped pages of that length, as `Span` promises.
+    unsafe { arch::is_zero(span.start(), span.bytes()) }
+}
+
+#[cfg(all(target_arch = "x86_64", not(miri)))]
+mod arch {
+    use crate::units::PAGE_SIZE;
+    use std::arch::asm;
+
+    /// # Safety
+    /// A page at `to` can be written.
+    pub(super) unsafe fn fill(to: *mut u8, bytes: &[u8; PAGE_SIZE]) {
+        // SAFETY: the caller vouches for `to`; `bytes` is as long and ordinary memory.
+        unsafe { copy(to, bytes.as_ptr(), PAGE_SIZE) }
+    }
+
+    /// # Safety
+    /// A page at `from` can be read.
+    pub(super) unsafe fn read(from: *const u8, bytes: &mut [u8; PAGE_SIZE]) {
+        // SAFETY: the caller vouches for `from`; `bytes` is as long and the caller's alone.
+        unsafe { copy(bytes.as_mut_ptr(), from, PAGE_SIZE) }
+    }
+
+    /// # Safety
+    /// `length` bytes at `from` can be read and at `to` be written; they do not overlap.
+    pub(super) unsafe fn copy(to: *mut u8, from: *const u8, length: usize) {
+        // SAFETY: memcpy by the C calling convention, all of whose scratch registers are given as clobbered; the
+        // caller upholds memcpy's own rules.
+        unsafe {
+            asm!(
+                "call {memcpy}",
+                memcpy = sym libc::memcpy,
+                inout("rdi") to => _,
+                inout("rsi") from => _,
+                inout("rdx") length => _,
+                clobber_abi("C"),
+            );
+        }
+    }
+
+    /// # Safety
+    /// As [`copy`]; `length` is a positive multiple of 256, and both addresses are aligned to 64.
+    pub(super) unsafe fn copy_non_temporal(to: *mut u8, from: *const u8, length: usize) {
+        // SAFETY: handed on; the instruction set asked for was found.
+        unsafe {
+            if is_x86_feature_detected!("avx512f") {
+                copy_avx512(to, from, length);
+            } else if is_x86_feature_detected!("avx2") {
+                copy_avx2(to, from, length);
+            } else {
+                copy_sse2(to, from, length);
+            }
+        }
+    }
+
+    /// A loop that copies 256 bytes a turn with four registers of a kind.
+    macro_rules! streaming_copy {
+        ($name:ident, $step:literal, $load:literal, $store:literal, $register:literal, $last:literal) => {
+            /// # Safety
+            /// As [`copy_non_temporal`], on a processor with these registers.
+            unsafe fn $name(to: *mut u8, from: *const u8, length: usize) {
+                // SAFETY: the loop reads and writes `length` bytes, which the caller vouches for.
+                unsafe {
+                    asm!(
+                        "2:",
+                        concat!($load, " ", $register, "0, [rsi]"),
+                        concat!($load, " ", $register, "1, [rsi + ", $step, "]"),
+                        concat!($load, " ", $register, "2, [rsi + 2*", $step, "]"),
+                        concat!($load, " ", $register, "3, [rsi + 3*", $step, "]"),
+                        concat!($store, " [rdi], ", $register, "0"),
+                        concat!($store, " [rdi + ", $step, "], ", $register, "1"),
+                        concat!($store, " [rdi + 2*", $step, "], ", $register, "2"),
+                        concat!($store, " [rdi + 3*", $step, "], ", $register, "3"),
+                        concat!("add rsi, 4*", $step),
+                        concat!("add rdi, 4*", $step),
+                        concat!("sub rdx, 4*", $step),
+                        "jnz 2b",
+                        $last,
+                        inout("rdi") to => _,
+                        inout("rsi") from => _,
+                        inout("rdx") length => _,
+                        out("xmm0") _, out("xmm1") _, out("xmm2") _, out("xmm3") _,
+                        options(nostack),
+                    );
+                }
+            }
+        };
+    }
+
+    streaming_copy!(copy_avx512, "64", "vmovdqa64", "vmovntdq", "zmm", "vzeroupper");
+    streaming_copy!(copy_avx2, "32", "vmovdqa", "vmovntdq", "ymm", "vzeroupper");
+    streaming_copy!(copy_sse2, "16", "movdqa", "movntdq", "xmm", "");
+
+    pub(super) fn fence() {
+        // SAFETY: orders stores, nothing else.
+        unsafe { asm!("sfence", options(nostack, preserves_flags)) }
+    }
+
+    /// # Safety
+    /// `length` bytes at `to` can be written.
+    pub(super) unsafe fn zero(to: *mut u8, length: usize) {
+        // SAFETY: the direction flag is clear on entry to an asm block; the caller vouches for the memory.
+        unsafe {
+            asm!(
+                "rep stosb",
+                inout("rdi") to => _,
+                inout("rcx") length => _,
+                in("al") 0u8,
+                options(nostack, preserves_flags),
+            );
+        }
+    }
+
+    /// # Safety
+    /// `length` bytes at `from` can be read; `length` is a positive multiple of 64, `from` is aligned to 16.
+    pub(super) unsafe fn is_zero(from: *const u8, length: usize) -> bool {
+        let equal_bytes: u32;
+        // SAFETY: the loop reads at most `length` bytes, which the caller vouches for; SSE2 is part of x86-64.
+        unsafe {
+            asm!(
+                "pxor xmm1, xmm1",
+                "2:",
+                "movdqa xmm0, [{from}]",
+                "por xmm0, [{from} + 16]",
+                "por xmm0, [{from} + 32]",
+                "por xmm0, [{from} + 48]",
+                "pcmpeqb xmm0, xmm1",
+                "pmovmskb {equal:e}, xmm0",
+                "cmp {equal:e}, 0xffff",
+                "jne 3f",
+                "add {from}, 64",
+                "sub {length}, 64",
+                "jnz 2b",
+                "3:",
+                from = inout(reg) from => _,
+                length = inout(reg) length => _,
+                equal = out(reg) equal_bytes,
+                out("xmm0") _, out("xmm1") _,
+                options(nostack, readonly),
+            );
+        }
+        equal_bytes == 0xffff
+    }
+
+    #[cfg(test)]
+    mod tests {
+        use crate::store::map::Mapping;
+        use crate::units::{PAGE_BYTES, PAGE_SIZE};
+
+        #[test]
+        fn every_instruction_set_copies_every_byte() {
+            type Copy = unsafe fn(*mut u8, *const u8, usize);
+            let mut sets: Vec<(&str, Copy)> = vec![("sse2", super::copy_sse2), ("memcpy", super::copy)];
+            if is_x86_feature_detected!("avx2") {
+                sets.push(("avx2", super::copy_avx2));
+            }
+            if is_x86_feature_detected!("avx512f") {
+                sets.push(("avx512", super::copy_avx512));
+            }
+            let bytes: [u8; PAGE_SIZE] = std::array::from_fn(|at| (at % 251).to_le_bytes()[0]);
+            for (name, copy) in sets {
+                let memory = Mapping::anonymous(3 * PAGE_BYTES).unwrap();
+                let (source, target) = (memory.span(0, 1), memory.span(PAGE_BYTES, 1));
+                super::super::fill(source, &bytes);
+                // SAFETY: two mapped pages that do not overlap, aligned, on a processor that has the set.
+                unsafe { copy(target.start(), source.start(), PAGE_SIZE) };
+                super::fence();
+                let mut seen = [0; PAGE_SIZE];
+                super::super::read(target, &mut seen);
+                assert!(seen == bytes, "{name}");
+                assert!(
+                    super::super::is_zero(memory.span(2 * PAGE_BYTES, 1)),
+                    "{name} wrote behind its page"
+                );
+            }
+        }
+    }
+}
+
+#[cfg(any(not(target_arch = "x86_64"), miri))]
+mod arch {
+    use std::sync::atomic::{AtomicU64, Ordering, fence as memory_fence};
+
+    const WORD: usize = size_of::<u64>();
+
+    /// # Safety
+    /// `at` is an aligned word of guest memory.
+    unsafe fn word<'a>(at: *const u8) -> &'a AtomicU64 {
+        // SAFETY: the caller vouches for the word, and all accesses of this module are atomic.
+        unsafe { AtomicU64::from_ptr(at.cast_mut().cast()) }
+    }
+
+    /// # Safety
+    /// A page at `to` can be written.
+    pub(super) unsafe fn fill(to: *mut u8, bytes: &[u8; PAGE_SIZE]) {
+        for (at, chunk) in bytes.as_chunks::<WORD>().0.iter().enumerate() {
+            // SAFETY: a word of that page.
+            unsafe { word(to.add(at * WORD)) }.store(u64::from_ne_bytes(*chunk), Ordering::Relaxed);
+        }
+    }
+
+    /// # Safety
+    /// A page at `from` can be read.
+    pub(super) unsafe fn read(from: *const u8, bytes: &mut [u8; PAGE_SIZE]) {
+        for (at, chunk) in bytes.as_chunks_mut::<WORD>().0.iter_mut().enumerate() {
+            // SAFETY: a word of that page.
+            *chunk = unsafe { word(from.add(at * WORD)) }
+                .load(Ordering::Relaxed)
+                .to_ne_bytes();
+        }
+    }
+
+    /// # Safety
+    /// `length` bytes at `from` can be read and at `to` be written; both are guest memory of whole words.
+    pub(super) unsafe fn copy(to: *mut u8, from: *const u8, length: usize) {
+        for at in (0..length).step_by(WORD) {
+            // SAFETY: inside of what the caller vouches for.
+            let (to, from) = unsafe { (word(to.add(at)), word(from.add(at))) };
+            to.store(from.load(Ordering::Relaxed), Ordering::Relaxed);
+        }
+    }
+
+    pub(super) use copy as copy_non_temporal;
+
+    pub(super) fn fence() {
+        memory_fence(Ordering::Release);
+    }
+
+    /// # Safety
+    /// `length` bytes at `to` can be written; `length` is a multiple of 8.
+    pub(super) unsafe fn zero(to: *mut u8, length: usize) {
+        for at in (0..length).step_by(WORD) {
+            // SAFETY: inside of what the caller vouches for.
+            unsafe { word(to.add(at)) }.store(0, Ordering::Relaxed);
+        }
+    }
+
+    /// # Safety
+    /// `length` bytes at `from` can be read; `length` is a multiple of 8.
+    pub(super) unsafe fn is_zero(from: *const u8, length: usize) -> bool {
+        // SAFETY: inside of what the caller vouches for.
+        let read = |at| unsafe { word(from.add(at)) }.load(Ordering::Relaxed);
+        (0..length).step_by(WORD).all(|at| read(at) == 0)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::store::map::Mapping;
+    use crate::units::PAGE_BYTES;
+
+    #[test]
+    fn zero_and_is_zero_see_every_byte() {
+        let memory = Mapping::anonymous(2 * PAGE_BYTES).unwrap();
+        let page = memory.span(PAGE_BYTES, 1);
+        let step = if cfg!(miri) { 1021 } else { 7 };
+        for at in (0..PAGE_SIZE).step_by(step).chain([PAGE_SIZE - 1]) {
+            let mut bytes = [0; PAGE_SIZE];
+            bytes[at] = 1;
+            fill(page, &bytes);
+            assert!(!is_zero(page), "byte {at}");
+            assert!(is_zero(memory.span(0, 1)), "byte {at} spilled");
+            zero(page);
+            assert!(is_zero(page), "byte {at}");
+        }
+    }
+
+    #[test]
+    fn copies_do_not_mix_pages_up() {
+        let memory = Mapping::anonymous(8 * PAGE_BYTES).unwrap();
+        let tags = 1..=4u8;
+        for method in [CopyMethod::NonTemporal, CopyMethod::Memcpy] {
+            for tag in tags.clone() {
+                fill(memory.span(u64::from(tag - 1) * PAGE_BYTES, 1), &[tag; PAGE_SIZE]);
+            }
+            copy(memory.span(4 * PAGE_BYTES, 4), memory.span(0, 4), method);
+            fence();
+            for tag in tags.clone() {
+                let mut seen = [0; PAGE_SIZE];
+                read(memory.span(u64::from(tag + 3) * PAGE_BYTES, 1), &mut seen);
+                assert!(seen == [tag; PAGE_SIZE], "{method:?}");
+            }
+            zero(memory.span(0, 8));
+        }
+    }
+}

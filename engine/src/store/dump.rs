@@ -1,0 +1,293 @@
+//! A consistent dump of the last committed checkpoint, while further checkpoints are committed.
+//!
+//! In passes: the first copies the whole image without a lock, while every commit records the pages that it
+//! changes; the next ones copy those again; the last one copies what is left under the commit lock, together with
+//! the device state. So a commit waits for the little that changed during the last unlocked pass, not for the
+//! guest's whole RAM, and the dump is of one checkpoint: the one committed at the end.
+#![forbid(unsafe_code)]
+
+use super::bitmap::DirtyBitmap;
+use super::committed::CommittedImage;
+use super::error::StoreError;
+use super::image::RamImage;
+use super::names::file_names;
+use super::plan::{PageRun, Plan};
+use super::{copy, map::Span};
+use crate::blocks::BlockTable;
+use crate::units::{CheckpointId, PAGE_BYTES};
+use std::fs::{self, File};
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::sync::PoisonError;
+
+/// File name of the device state.
+pub const DEVICE_STATE_FILE: &str = "device-state.bin";
+
+/// Passes without the lock, the first included: after these the rest is copied under it, however much it is.
+const UNLOCKED_PASSES_MAX: u32 = 3;
+
+/// Pages few enough to be copied under the lock: 4 MiB, about 2 ms.
+const LOCKED_PAGES: u64 = 1024;
+
+/// Pages written by one call.
+const CHUNK_PAGES: u64 = 256;
+
+/// What a dump holds.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct DumpReport {
+    /// The checkpoint it is of.
+    pub checkpoint: CheckpointId,
+    /// The RAM blocks, in the order of the guest's list.
+    pub blocks: Vec<DumpedBlock>,
+    /// The device state's file: [`DEVICE_STATE_FILE`].
+    pub device_state: PathBuf,
+    /// Passes over the image, the last one under the lock included.
+    pub passes: u32,
+}
+
+/// One block of a dump.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct DumpedBlock {
+    /// The block's name, as the primary gave it.
+    pub name: Box<[u8]>,
+    /// Its file: byte `o` of the block at offset `o`, with holes for zeros.
+    pub file: PathBuf,
+    /// Its length.
+    pub bytes: u64,
+}
+
+impl CommittedImage {
+    /// Dumps the last committed checkpoint into `directory`, which is made if it does not exist: a file per block and
+    /// [`DEVICE_STATE_FILE`]. Files of an earlier dump there are replaced, once the new one is complete.
+    ///
+    /// One dump at a time: another one waits.
+    ///
+    /// # Errors
+    /// Before the first commit, or when a file cannot be written. Then nothing of this dump is left behind.
+    pub fn dump(&self, directory: &Path) -> Result<DumpReport, StoreError> {
+        // The lock guards no data: a dump that panicked leaves nothing behind that matters to the next.
+        let _only_one = self.dumping.lock().unwrap_or_else(PoisonError::into_inner);
+        self.begin_tracking()?;
+        let dumped = DumpFiles::create(directory, self.table()).and_then(|files| {
+            self.dump_passes(&files)
+                .map(|(checkpoint, passes)| (files, checkpoint, passes))
+        });
+        self.lock().tracking = None;
+        let (files, checkpoint, passes) = dumped?;
+        files.finish(self.table(), checkpoint, passes)
+    }
+
+    fn begin_tracking(&self) -> Result<(), StoreError> {
+        let mut record = self.lock();
+        if record.checkpoint.is_none() {
+            return Err(StoreError::NothingCommitted);
+        }
+        record.tracking = Some(DirtyBitmap::new(self.table().total_pages(), 1));
+        Ok(())
+    }
+
+    fn dump_passes(&self, files: &DumpFiles) -> Result<(CheckpointId, u32), StoreError> {
+        files.write_all(&self.image)?;
+        let mut plan = Plan::default();
+        let mut passes = 1;
+        loop {
+            let record = self.lock();
+            if let Some(tracking) = &record.tracking {
+                tracking.take(&mut plan);
+            }
+            passes += 1;
+            if plan.pages() <= LOCKED_PAGES || passes > UNLOCKED_PASSES_MAX {
+                files.write_plan(&self.image, &plan)?;
+                files.write_device_state(&record.device_state)?;
+                let checkpoint = record.checkpoint.ok_or(StoreError::NothingCommitted)?;
+                return Ok((checkpoint, passes));
+            }
+            drop(record);
+            files.write_plan(&self.image, &plan)?;
+        }
+    }
+}
+
+/// A file that has its name only when the dump is complete.
+struct DumpFile {
+    path: PathBuf,
+    part: PathBuf,
+    file: File,
+}
+
+impl DumpFile {
+    fn create(path: PathBuf, bytes: u64) -> Result<Self, StoreError> {
+        let mut part = path.clone().into_os_string();
+        // No block's own file can be named so (`names.rs`).
+        part.push("~part");
+        let part = PathBuf::from(part);
+        let made = || {
+            // Of a dump that was killed. Never written through: it might be a link.
+            match fs::remove_file(&part) {
+                Err(error) if error.kind() != std::io::ErrorKind::NotFound => return Err(error),
+                _ => {}
+            }
+            let file = File::options().write(true).create_new(true).open(&part)?;
+            file.set_len(bytes)?;
+            Ok(file)
+        };
+        let file = made().map_err(|error| StoreError::file(&part, error))?;
+        Ok(Self { path, part, file })
+    }
+
+    fn refused(&self, source: std::io::Error) -> StoreError {
+        StoreError::file(&self.part, source)
+    }
+
+    fn write(&self, span: Span<'_>, offset: u64) -> Result<(), StoreError> {
+        span.write_to(&self.file, offset)
+            .map_err(|error| self.refused(error))
+    }
+
+    /// Writes a block's pages but for those of zeros, which are holes of the new file.
+    fn write_sparse(&self, image: &RamImage, block: PageRun) -> Result<(), StoreError> {
+        let is_zero = |at: &u64| copy::is_zero(image.span(PageRun::one(block.skip(*at).first)));
+        let mut at = 0;
+        while at < block.pages {
+            let end = block.pages.min(at + CHUNK_PAGES);
+            let first = (at..end).find(|at| !is_zero(at)).unwrap_or(end);
+            at = (first..end).find(is_zero).unwrap_or(end);
+            if first < at {
+                self.write(
+                    image.span(block.skip(first)).first(at - first),
+                    first * PAGE_BYTES,
+                )?;
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Drop for DumpFile {
+    fn drop(&mut self) {
+        // Renamed by now if the dump is complete; else half a file, of which an error has told.
+        drop(fs::remove_file(&self.part));
+    }
+}
+
+/// The files of a dump under way.
+struct DumpFiles {
+    directory: PathBuf,
+    /// In the order of the table.
+    blocks: Vec<DumpFile>,
+    device_state: DumpFile,
+}
+
+impl DumpFiles {
+    fn create(directory: &Path, table: &BlockTable) -> Result<Self, StoreError> {
+        fs::create_dir_all(directory).map_err(|error| StoreError::file(directory, error))?;
+        let names = file_names(table, &[DEVICE_STATE_FILE]);
+        let blocks = table.iter().zip(names);
+        let create = |((_, block), name): ((_, &crate::blocks::RamBlock), String)| {
+            DumpFile::create(directory.join(name), block.used_length)
+        };
+        Ok(Self {
+            directory: directory.to_owned(),
+            blocks: blocks.map(create).collect::<Result<_, _>>()?,
+            device_state: DumpFile::create(directory.join(DEVICE_STATE_FILE), 0)?,
+        })
+    }
+
+    fn write_all(&self, image: &RamImage) -> Result<(), StoreError> {
+        let blocks = image.table().iter().zip(&self.blocks);
+        for ((_, block), file) in blocks {
+            let (first, pages) = (block.first_page, block.pages());
+            file.write_sparse(image, PageRun { first, pages })?;
+        }
+        Ok(())
+    }
+
+    fn write_plan(&self, image: &RamImage, plan: &Plan) -> Result<(), StoreError> {
+        for mut run in plan.runs(0..plan.len()) {
+            while run.pages > 0 {
+                let (id, offset) = image.table().locate(run.first);
+                let span = image.span(run);
+                self.blocks[usize::from(id.0)].write(span, offset)?;
+                run = run.skip(span.pages());
+            }
+        }
+        Ok(())
+    }
+
+    fn write_device_state(&self, bytes: &[u8]) -> Result<(), StoreError> {
+        let wrote = (&self.device_state.file).write_all(bytes);
+        wrote.map_err(|error| self.device_state.refused(error))
+    }
+
+    /// Gives the files their names, once all of them are on the disk: some file systems tell that they are full
+    /// only then.
+    fn finish(
+        self,
+        table: &BlockTable,
+        checkpoint: CheckpointId,
+        passes: u32,
+    ) -> Result<DumpReport, StoreError> {
+        let files = || self.blocks.iter().chain([&self.device_state]);
+        for file in files() {
+            file.file.sync_all().map_err(|error| file.refused(error))?;
+        }
+        for file in files() {
+            fs::rename(&file.part, &file.path).map_err(|error| StoreError::file(&file.path, error))?;
+        }
+        let synced = File::open(&self.directory).and_then(|directory| directory.sync_all());
+        synced.map_err(|error| StoreError::file(&self.directory, error))?;
+        let dumped = |((_, block), file): ((_, &crate::blocks::RamBlock), &DumpFile)| DumpedBlock {
+            name: block.name.clone(),
+            file: file.path.clone(),
+            bytes: block.used_length,
+        };
+        Ok(DumpReport {
+            checkpoint,
+            blocks: table.iter().zip(&self.blocks).map(dumped).collect(),
+            device_state: self.device_state.path.clone(),
+            passes,
+        })
+    }
+}
+
+#[cfg(all(test, not(loom), not(miri)))]
+mod tests {
+    use super::*;
+    use crate::store::{CopyMethod, Flusher, HugePages, Store, StoreOptions};
+    use std::sync::Arc;
+
+    /// A full disk, seen by the first write: the error names it, and commits go on.
+    #[test]
+    fn a_full_disk_is_an_error() {
+        let entries = vec![(b"pc.ram".as_slice().into(), 8 * PAGE_BYTES)];
+        let table = Arc::new(BlockTable::new(entries, 8 * PAGE_BYTES).unwrap());
+        let options = StoreOptions {
+            hugepages: HugePages::Off,
+            ..StoreOptions::default()
+        };
+        let (store, _) = Store::create(table.clone(), "test", &options).unwrap();
+        store.write(
+            0,
+            table.page(crate::units::BlockId(0), PAGE_BYTES).unwrap(),
+            &[7; 4096],
+        );
+        let flusher = Flusher::new(CopyMethod::Memcpy, 0, &[]).unwrap();
+        store.commit(CheckpointId(0), &mut Vec::new(), &flusher);
+        let full = || DumpFile {
+            path: "/dev/full".into(),
+            part: "/nonexistent/pc.ram~part".into(),
+            file: File::options().write(true).open("/dev/full").unwrap(),
+        };
+        let files = DumpFiles {
+            directory: "/nonexistent".into(),
+            blocks: vec![full()],
+            device_state: full(),
+        };
+        let committed = store.into_committed();
+        let refused = committed.dump_passes(&files).unwrap_err();
+        assert_eq!(
+            refused.to_string(),
+            "/nonexistent/pc.ram~part: No space left on device (os error 28)"
+        );
+    }
+}

@@ -1,0 +1,85 @@
+//! What can go wrong with guest memory.
+#![forbid(unsafe_code)]
+
+use crate::blocks::RamBlock;
+use nix::errno::Errno;
+use std::io;
+use std::path::{Path, PathBuf};
+use thiserror::Error;
+
+/// Why a store could not be made or dumped.
+#[derive(Debug, Error)]
+pub enum StoreError {
+    /// No memory for a RAM block.
+    #[error(
+        "no memory for ram block {block} of {mib} MiB: {source}; free some, raise the memory limit of this process's \
+         cgroup, or (for a --ram-dir on hugetlbfs) give the pool more pages"
+    )]
+    NoImageMemory {
+        /// The block's name.
+        block: String,
+        /// What was to be mapped, rounded up.
+        mib: u64,
+        /// What the kernel said.
+        source: io::Error,
+    },
+    /// No address space for the cache.
+    #[error(
+        "no memory for a cache of {bytes} bytes: {source}; free some, or raise the memory limit of this process's cgroup"
+    )]
+    NoCacheMemory {
+        /// What the guest's pages take.
+        bytes: u64,
+        /// What the kernel said.
+        source: io::Error,
+    },
+    /// Mapped, but the memory is not there.
+    #[error(
+        "no memory for a guest of {bytes} bytes, which takes twice as much (ram image and cache): {source}; free some, \
+         or raise the memory limit of this process's cgroup"
+    )]
+    NoMemory {
+        /// What the guest's pages take.
+        bytes: u64,
+        /// What the kernel said.
+        source: io::Error,
+    },
+    /// The directory for RAM images is on a disk.
+    #[error(
+        "{} is neither on tmpfs nor on hugetlbfs, so a ram image there would be written to a disk all the time; \
+         use a directory below /dev/shm, or mount one of the two", .0.display()
+    )]
+    RamDirectory(PathBuf),
+    /// The file of a RAM image is there already.
+    #[error(
+        "{} exists already: a ram image of an earlier session, which a virtual machine may still use; \
+         remove it if nothing does", .0.display()
+    )]
+    RamFileExists(PathBuf),
+    /// A file could not be made or written.
+    #[error("{}: {source}", path.display())]
+    File {
+        /// Which.
+        path: PathBuf,
+        /// What the system said.
+        source: io::Error,
+    },
+    /// A dump before the first commit.
+    #[error("there is no committed checkpoint to dump yet: the guest is still in precopy")]
+    NothingCommitted,
+}
+
+impl StoreError {
+    pub(super) fn file(path: &Path, source: io::Error) -> Self {
+        let path = path.to_owned();
+        Self::File { path, source }
+    }
+
+    pub(super) fn no_memory(block: &RamBlock, bytes: u64, errno: Errno) -> Self {
+        Self::NoImageMemory {
+            block: block.display_name().into_owned(),
+            mib: bytes.div_ceil(1 << 20),
+            source: errno.into(),
+        }
+    }
+}

@@ -1,0 +1,355 @@
+//! Mapped memory: the one file of the store that maps and unmaps, and hands out pointers into what it mapped.
+//!
+//! It owns every byte of guest memory through [`Mapping`] and lends it as [`Span`]: whole pages, in bounds, for no
+//! longer than the mapping lives. What may be done with a span is in `copy.rs`. No reference (`&[u8]`) to
+//! guest memory exists anywhere: the kernel and other threads may write it at any time.
+//!
+//! Memory is **populated** before it is used ([`populate`]): a lack of it is an error when the guest arrives, never
+//! a SIGBUS later.
+
+use crate::units::{PAGE_BYTES, PAGE_SIZE};
+use nix::errno::Errno;
+use nix::sys::mman::{self, MapFlags, MmapAdvise, ProtFlags};
+use std::alloc::Layout;
+use std::fs::File;
+use std::marker::PhantomData;
+use std::num::NonZeroUsize;
+use std::os::fd::{AsFd, AsRawFd};
+use std::ptr::NonNull;
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+
+/// How much one thread populates at a time.
+const POPULATE_CHUNK: usize = 64 << 20;
+
+/// Most threads that populate at once: the kernel's zeroing is bound by memory bandwidth beyond that.
+const POPULATE_THREADS_MAX: usize = 8;
+
+/// A position in memory as `usize`. The store addresses guest memory, which only a 64-bit host can hold.
+pub(super) fn index(position: u64) -> usize {
+    usize::try_from(position).expect("positions in mapped memory fit the address space")
+}
+
+/// How a mapping was made, which decides how it ends.
+enum Origin {
+    Mmap,
+    HugepageRs(Layout),
+}
+
+/// A piece of memory mapped for reading and writing, unmapped when dropped.
+pub(super) struct Mapping {
+    base: NonNull<u8>,
+    length: usize,
+    origin: Origin,
+}
+
+// SAFETY: a Mapping owns its memory, which is not bound to a thread; it lends raw pointers only, and those
+// who read or write through them (`copy.rs`, the kernel) do it in ways that allow others to do so too.
+unsafe impl Send for Mapping {}
+// SAFETY: as above: no method gives out a reference into the memory.
+unsafe impl Sync for Mapping {}
+
+fn pages_only(length: u64) -> NonZeroUsize {
+    assert!(length.is_multiple_of(PAGE_BYTES), "mappings are whole pages");
+    NonZeroUsize::new(index(length)).expect("mappings are not empty: no RAM block and no slab is")
+}
+
+const READ_WRITE: ProtFlags = ProtFlags::PROT_READ.union(ProtFlags::PROT_WRITE);
+
+impl Mapping {
+    /// The first `length` bytes of `file`, shared with whoever maps it too. Reserves what a hugetlb file needs.
+    pub(super) fn shared(file: impl AsFd, length: u64) -> Result<Self, Errno> {
+        let size = pages_only(length);
+        // SAFETY: the kernel chooses the place, so that no memory in use is mapped over.
+        let base = unsafe { mman::mmap(None, size, READ_WRITE, MapFlags::MAP_SHARED, file, 0)? };
+        Ok(Self {
+            base: base.cast(),
+            length: size.get(),
+            origin: Origin::Mmap,
+        })
+    }
+
+    /// Private memory of ordinary pages.
+    pub(super) fn anonymous(length: u64) -> Result<Self, Errno> {
+        let size = pages_only(length);
+        // SAFETY: the kernel chooses the place, so that no memory in use is mapped over.
+        let base = unsafe { mman::mmap_anonymous(None, size, READ_WRITE, MapFlags::MAP_PRIVATE)? };
+        Ok(Self {
+            base: base.cast(),
+            length: size.get(),
+            origin: Origin::Mmap,
+        })
+    }
+
+    /// Private memory of this host's default huge pages, reserved.
+    ///
+    /// The caller has made sure that the kernel has huge pages at all: `hugepage-rs` panics where
+    /// `/proc/meminfo` does not say their size.
+    pub(super) fn huge(length: u64) -> Result<Self, Errno> {
+        let size = pages_only(length);
+        let layout = Layout::from_size_align(size.get(), PAGE_SIZE).map_err(|_| Errno::ENOMEM)?;
+        // SAFETY: the layout's size is not zero (`pages_only`).
+        let base = unsafe { hugepage_rs::alloc(layout) };
+        // Null stands for a failed mmap, whose errno is still there.
+        let base = NonNull::new(base).ok_or_else(Errno::last)?;
+        Ok(Self {
+            base,
+            length: size.get(),
+            origin: Origin::HugepageRs(layout),
+        })
+    }
+
+    pub(super) fn len(&self) -> usize {
+        self.length
+    }
+
+    pub(super) fn base(&self) -> *mut u8 {
+        self.base.as_ptr()
+    }
+
+    /// `pages` pages from byte `offset` on.
+    ///
+    /// # Panics
+    /// Unless they are whole pages inside the mapping.
+    pub(super) fn span(&self, offset: u64, pages: u64) -> Span<'_> {
+        let length = pages.checked_mul(PAGE_BYTES);
+        let end = length.and_then(|length| offset.checked_add(length));
+        let inside = end.is_some_and(|end| end <= self.length_u64()) && offset.is_multiple_of(PAGE_BYTES);
+        assert!(
+            inside,
+            "{pages} pages at {offset:#x} do not lie in {:#x} bytes",
+            self.length
+        );
+        Span {
+            start: self.base.as_ptr().wrapping_add(index(offset)),
+            pages,
+            life: PhantomData,
+        }
+    }
+
+    fn length_u64(&self) -> u64 {
+        u64::try_from(self.length).unwrap_or(u64::MAX)
+    }
+
+    /// Copies bytes at `offset` out, which need not be pages.
+    ///
+    /// # Panics
+    /// Unless they lie inside the mapping.
+    pub(super) fn copy_out(&self, offset: usize, out: &mut [u8]) {
+        let from = self.bytes(offset, out.len());
+        for (position, byte) in out.iter_mut().enumerate() {
+            // SAFETY: `bytes` has checked that they lie inside the mapping, which is readable. Volatile, because the
+            // kernel wrote there last.
+            *byte = unsafe { from.add(position).read_volatile() };
+        }
+    }
+
+    /// The pointer to `length` bytes at `offset`, which need not be pages.
+    ///
+    /// # Panics
+    /// Unless they lie inside the mapping.
+    pub(super) fn bytes(&self, offset: usize, length: usize) -> *mut u8 {
+        let end = offset.checked_add(length);
+        assert!(
+            end.is_some_and(|end| end <= self.length),
+            "{length} bytes at {offset:#x}"
+        );
+        self.base.as_ptr().wrapping_add(offset)
+    }
+
+    /// Asks for transparent huge pages, where the kernel has them.
+    pub(super) fn advise_huge(&self) -> Result<(), Errno> {
+        self.advise(0, self.length, MmapAdvise::MADV_HUGEPAGE)
+    }
+
+    /// Keeps the memory out of forked children: it is pinned by the ring, and a copy of it would be costly.
+    pub(super) fn keep_from_children(&self) -> Result<(), Errno> {
+        self.advise(0, self.length, MmapAdvise::MADV_DONTFORK)
+    }
+
+    /// Gives `length` bytes at `offset` their memory now.
+    fn populate(&self, offset: usize, length: usize) -> Result<(), Errno> {
+        loop {
+            match self.advise(offset, length, MmapAdvise::MADV_POPULATE_WRITE) {
+                Err(Errno::EINTR | Errno::EAGAIN) => {}
+                // Before Linux 5.14. `image.rs` has then reserved a file's memory; private memory has no SIGBUS to fear.
+                Err(Errno::EINVAL) => return self.touch(offset, length),
+                done => return done,
+            }
+        }
+    }
+
+    fn touch(&self, offset: usize, length: usize) -> Result<(), Errno> {
+        for page in (offset..offset + length).step_by(PAGE_SIZE) {
+            let word = self.bytes(page, size_of::<u64>()).cast::<u64>();
+            // SAFETY: aligned and inside the mapping (`bytes` checked it), and only accessed atomically or outside
+            // of Rust's memory model while it lives (`copy.rs`).
+            unsafe { AtomicU64::from_ptr(word) }.fetch_or(0, Ordering::Relaxed);
+        }
+        Ok(())
+    }
+
+    fn advise(&self, offset: usize, length: usize, advice: MmapAdvise) -> Result<(), Errno> {
+        let start = NonNull::new(self.bytes(offset, length)).ok_or(Errno::EFAULT)?;
+        // SAFETY: the range lies in this mapping (`bytes` checked it), and none of the advices used in this file
+        // takes memory away or changes its content.
+        unsafe { mman::madvise(start.cast(), length, advice) }
+    }
+}
+
+impl Drop for Mapping {
+    fn drop(&mut self) {
+        match self.origin {
+            // SAFETY: exactly what `mmap` gave; spans borrow the mapping, so none is left. Those who hold bare
+            // addresses (operations of a ring) have ended before, which the contract of `Store` demands.
+            Origin::Mmap => unsafe {
+                let gone = mman::munmap(self.base.cast(), self.length);
+                debug_assert_eq!(gone, Ok(()));
+            },
+            // SAFETY: as above, with the layout it was allocated with.
+            Origin::HugepageRs(layout) => unsafe { hugepage_rs::dealloc(self.base.as_ptr(), layout) },
+        }
+    }
+}
+
+/// For an address that is aligned as a page, and means nothing.
+#[repr(align(4096))]
+struct PageAligned;
+
+/// Whether this kernel has `MADV_POPULATE_WRITE` (Linux 5.14), which reports a lack of memory.
+pub(super) fn can_populate() -> bool {
+    // Of zero bytes: the kernel looks at the advice and does nothing.
+    // SAFETY: as no byte is meant, there is none that could be harmed.
+    unsafe {
+        mman::madvise(
+            NonNull::<PageAligned>::dangling().cast(),
+            0,
+            MmapAdvise::MADV_POPULATE_WRITE,
+        ) != Err(Errno::EINVAL)
+    }
+}
+
+/// Gives all of `mappings` their memory, with several threads where the process may use several cores.
+///
+/// # Errors
+/// `ENOMEM` or `EFAULT` where there is not enough of it.
+pub(super) fn populate(mappings: &[&Mapping]) -> Result<(), Errno> {
+    let chunks_of = |mapping: &Mapping| mapping.len().div_ceil(POPULATE_CHUNK);
+    let chunks: Vec<(&Mapping, usize)> = mappings
+        .iter()
+        .flat_map(|mapping| (0..chunks_of(mapping)).map(|chunk| (*mapping, chunk * POPULATE_CHUNK)))
+        .collect();
+    let next = AtomicUsize::new(0);
+    let work = || {
+        while let Some((mapping, offset)) = chunks.get(next.fetch_add(1, Ordering::Relaxed)) {
+            mapping.populate(*offset, POPULATE_CHUNK.min(mapping.len() - offset))?;
+        }
+        Ok(())
+    };
+    let cores = std::thread::available_parallelism().map_or(1, NonZeroUsize::get);
+    let helpers = cores
+        .min(POPULATE_THREADS_MAX)
+        .min(chunks.len())
+        .saturating_sub(1);
+    std::thread::scope(|scope| {
+        let helpers: Vec<_> = (0..helpers).map(|_| scope.spawn(work)).collect();
+        let mine = work();
+        let join = |helper: std::thread::ScopedJoinHandle<'_, _>| helper.join().unwrap_or(Err(Errno::EIO));
+        helpers.into_iter().map(join).fold(mine, Result::and)
+    })
+}
+
+/// Whole pages inside a [`Mapping`]: readable, writable, aligned to the page size, valid for `'a`.
+#[derive(Clone, Copy)]
+pub(super) struct Span<'a> {
+    start: *mut u8,
+    pages: u64,
+    life: PhantomData<&'a Mapping>,
+}
+
+impl Span<'_> {
+    pub(super) fn start(self) -> *mut u8 {
+        self.start
+    }
+
+    pub(super) fn pages(self) -> u64 {
+        self.pages
+    }
+
+    pub(super) fn bytes(self) -> usize {
+        index(self.pages * PAGE_BYTES)
+    }
+
+    /// The first `pages` of it.
+    pub(super) fn first(self, pages: u64) -> Self {
+        assert!(pages <= self.pages, "a part is not longer than the whole");
+        Self { pages, ..self }
+    }
+
+    /// Writes it to `file` at `offset`. The kernel alone reads the pages, so others may write them meanwhile;
+    /// what then reaches the file is a mix.
+    pub(super) fn write_to(self, file: &File, offset: u64) -> std::io::Result<()> {
+        let mut done = 0;
+        while done < self.bytes() {
+            let at = i64::try_from(offset + u64::try_from(done).unwrap_or(u64::MAX));
+            let at = at.map_err(|_| std::io::Error::from(std::io::ErrorKind::FileTooLarge))?;
+            let start = self.start.wrapping_add(done);
+            // SAFETY: `bytes() - done` bytes from there on are inside the span, readable for as long as `self`.
+            let wrote = unsafe { libc::pwrite(file.as_raw_fd(), start.cast(), self.bytes() - done, at) };
+            match usize::try_from(wrote) {
+                Ok(0) => return Err(std::io::ErrorKind::WriteZero.into()),
+                Ok(wrote) => done += wrote,
+                Err(_) => match std::io::Error::last_os_error() {
+                    error if error.kind() == std::io::ErrorKind::Interrupted => {}
+                    error => return Err(error),
+                },
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Where a kernel is to put bytes of a packet: the address and length of an I/O vector.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct LandingRun {
+    /// First byte. It lies in memory of the [`super::Store`] that filled the [`super::Landing`], and is valid
+    /// for as long as that store lives.
+    pub address: *mut u8,
+    /// Bytes from there on: whole pages.
+    pub length: usize,
+}
+
+// SAFETY: an address alone; using it is unsafe anyway, and the memory behind it is not bound to a thread.
+unsafe impl Send for LandingRun {}
+// SAFETY: as above.
+unsafe impl Sync for LandingRun {}
+
+/// `count` words of zero, in memory that is touched by writing only.
+pub(super) fn zeroed_words(count: usize) -> Box<[AtomicU64]> {
+    const { assert!(align_of::<AtomicU64>() == align_of::<u64>()) }
+    // A zeroed allocation of this size class comes from fresh pages of the operating system, unwritten.
+    let words = vec![0u64; count].into_boxed_slice();
+    // SAFETY: AtomicU64 has the size, the validity (documented by std) and the alignment (asserted above) of u64, and
+    // the box is handed over whole.
+    unsafe { Box::from_raw(Box::into_raw(words) as *mut [AtomicU64]) }
+}
+
+#[cfg(all(test, not(loom)))]
+impl super::Landing {
+    /// Lets the kernel fill the runs with `bytes`, as a ring does, but from a file.
+    pub(super) fn fill_by_kernel(&self, bytes: &[u8]) {
+        use std::io::Write;
+        let name = c"colo-ring-test";
+        let mut file =
+            File::from(nix::sys::memfd::memfd_create(name, nix::sys::memfd::MFdFlags::empty()).unwrap());
+        file.write_all(bytes).unwrap();
+        let vector = |run: &LandingRun| libc::iovec {
+            iov_base: run.address.cast(),
+            iov_len: run.length,
+        };
+        let vectors: Vec<_> = self.runs().iter().map(vector).collect();
+        let count = i32::try_from(vectors.len()).unwrap();
+        // SAFETY: the runs are memory of a store that the calling test keeps alive, and are as long as they say.
+        let read = unsafe { libc::preadv(file.as_raw_fd(), vectors.as_ptr(), count, 0) };
+        assert_eq!(usize::try_from(read), Ok(bytes.len()));
+    }
+}

@@ -1,0 +1,142 @@
+//! What is to be flushed: a list of bitmap words in address order, read as runs of consecutive pages.
+#![forbid(unsafe_code)]
+
+use super::bitmap::WORD_PAGES;
+use crate::units::PageIndex;
+use std::ops::Range;
+
+/// The dirty pages of one word of the bitmap.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct DirtyWord {
+    /// Which word: its first page is 64 times this.
+    pub(super) index: u64,
+    pub(super) bits: u64,
+}
+
+/// Consecutive pages.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct PageRun {
+    /// The first of them.
+    pub first: PageIndex,
+    /// How many.
+    pub pages: u64,
+}
+
+impl PageRun {
+    /// The number behind the last page.
+    pub fn end(&self) -> u64 {
+        self.first.get() + self.pages
+    }
+
+    pub(super) fn one(page: PageIndex) -> Self {
+        Self {
+            first: page,
+            pages: 1,
+        }
+    }
+
+    /// What is left behind the first `pages` of it.
+    pub(super) fn skip(self, pages: u64) -> Self {
+        Self {
+            first: PageIndex::new(self.first.get() + pages),
+            pages: self.pages - pages,
+        }
+    }
+}
+
+/// A set of pages taken from a [`super::DirtyBitmap`], in address order. It is made once and filled again for each
+/// checkpoint; its memory grows to the largest checkpoint seen (16 bytes a word, so at most 16 a page).
+#[derive(Default)]
+pub struct Plan {
+    words: Vec<DirtyWord>,
+    pages: u64,
+}
+
+impl Plan {
+    pub(super) fn clear(&mut self) {
+        self.words.clear();
+        self.pages = 0;
+    }
+
+    /// Appends a word that lies behind all words so far.
+    pub(super) fn push(&mut self, index: u64, bits: u64) {
+        debug_assert!(self.words.last().is_none_or(|last| last.index < index));
+        if bits != 0 {
+            self.words.push(DirtyWord { index, bits });
+            self.pages += u64::from(bits.count_ones());
+        }
+    }
+
+    /// How many pages are in it.
+    pub fn pages(&self) -> u64 {
+        self.pages
+    }
+
+    /// Its length in words: the unit in which threads share a plan out.
+    pub(super) fn len(&self) -> usize {
+        self.words.len()
+    }
+
+    pub(super) fn words(&self) -> &[DirtyWord] {
+        &self.words
+    }
+
+    /// The pages of some of its words as runs, each as long as these words allow.
+    pub(super) fn runs(&self, words: Range<usize>) -> Runs<'_> {
+        Runs {
+            words: &self.words[words],
+            first_page: 0,
+            bits: 0,
+        }
+    }
+}
+
+/// See [`Plan::runs`].
+pub(super) struct Runs<'a> {
+    words: &'a [DirtyWord],
+    /// First page of the word in hand, and what is left of its bits.
+    first_page: u64,
+    bits: u64,
+}
+
+impl Runs<'_> {
+    /// Takes the next word in hand.
+    fn advance(&mut self) -> Option<()> {
+        let (word, rest) = self.words.split_first()?;
+        (self.first_page, self.bits) = (word.index * WORD_PAGES, word.bits);
+        self.words = rest;
+        Some(())
+    }
+
+    /// The lowest run of the word in hand, which is not empty.
+    fn next_in_word(&mut self) -> PageRun {
+        let skip = self.bits.trailing_zeros();
+        let length = (self.bits >> skip).trailing_ones();
+        // Shifted twice: a run of all 64 pages would shift by the word's whole width.
+        self.bits &= u64::MAX.wrapping_shl(skip + length - 1) << 1;
+        PageRun {
+            first: PageIndex::new(self.first_page + u64::from(skip)),
+            pages: u64::from(length),
+        }
+    }
+}
+
+impl Iterator for Runs<'_> {
+    type Item = PageRun;
+
+    fn next(&mut self) -> Option<PageRun> {
+        if self.bits == 0 {
+            self.advance()?;
+        }
+        let mut run = self.next_in_word();
+        // A run that fills its word to the end goes on where the next word begins with a page.
+        while let Some(word) = self.words.first() {
+            if run.end() != word.index * WORD_PAGES || word.bits & 1 == 0 {
+                break;
+            }
+            self.advance()?;
+            run.pages += self.next_in_word().pages;
+        }
+        Some(run)
+    }
+}

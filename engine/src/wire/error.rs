@@ -1,0 +1,104 @@
+//! What can be wrong with received bytes, said for an operator.
+
+use crate::blocks::{BlockListError, NotAPage};
+use std::borrow::Cow;
+use thiserror::Error;
+
+/// Bytes that are not a stream this receiver can take. Says what was seen and what was expected, and where the
+/// primary can be set up otherwise, how; the caller adds the channel, the packet and the byte offset.
+#[derive(Clone, Debug, PartialEq, Eq, Error)]
+pub enum WireError {
+    /// The first bytes of a connection belong to neither kind of channel (spec §2).
+    #[error("the connection begins with \"{first}\", which is no migration channel{hint}")]
+    NotAChannel {
+        /// The first four bytes, escaped.
+        first: String,
+        /// What it looks like, where that can be told.
+        hint: &'static str,
+    },
+    /// A field holds a value that the format does not allow.
+    #[error("{field} is {seen:#x}, expected {expected}")]
+    Value {
+        /// The field's name.
+        field: &'static str,
+        /// What it holds.
+        seen: u64,
+        /// What it may hold.
+        expected: &'static str,
+    },
+    /// A number is above its limit.
+    #[error("{field} is {seen}, expected at most {limit}")]
+    Limit {
+        /// What the number counts.
+        field: &'static str,
+        /// The number.
+        seen: u64,
+        /// The limit.
+        limit: u64,
+    },
+    /// Two numbers that must be equal are not.
+    #[error("{field} is {seen}, expected {expected}")]
+    Mismatch {
+        /// What the number is.
+        field: &'static str,
+        /// What was received.
+        seen: u64,
+        /// What follows from what was received before.
+        expected: u64,
+    },
+    /// Valid on the wire, but it cannot be received here.
+    #[error("the primary sends {what}, which cannot be received here; {remedy}")]
+    Refused {
+        /// What the primary does.
+        what: Cow<'static, str>,
+        /// Which of its settings to change.
+        remedy: &'static str,
+    },
+    /// A page of a block that is not in the block list.
+    #[error("block \"{name}\" is not in the block list")]
+    UnknownBlock {
+        /// Its name, escaped.
+        name: String,
+    },
+    /// The first page record of the stream refers to the block of the one before.
+    #[error("a page record continues the block of the one before, but there is none")]
+    NothingToContinue,
+    /// One packet has the same page twice (spec §8.2).
+    #[error("offset {offset:#x} of block \"{name}\" stands twice in one packet")]
+    PageTwice {
+        /// The block's name, escaped.
+        name: String,
+        /// The repeated offset.
+        offset: u64,
+    },
+    /// An XBZRLE delta that does not fit its page or itself (spec §7.4).
+    #[error("a bad XBZRLE delta: {0}")]
+    Xbzrle(&'static str),
+    /// A bad block list.
+    #[error(transparent)]
+    BlockList(#[from] BlockListError),
+    /// A bad page address.
+    #[error(transparent)]
+    NotAPage(#[from] NotAPage),
+}
+
+impl WireError {
+    pub(crate) fn value(field: &'static str, seen: impl Into<u64>, expected: &'static str) -> Self {
+        let seen = seen.into();
+        Self::Value {
+            field,
+            seen,
+            expected,
+        }
+    }
+
+    pub(crate) fn refused(what: impl Into<Cow<'static, str>>, remedy: &'static str) -> Self {
+        let what = what.into();
+        Self::Refused { what, remedy }
+    }
+
+    pub(crate) fn unknown_block(name: &[u8]) -> Self {
+        let name = name.escape_ascii().to_string();
+        Self::UnknownBlock { name }
+    }
+}

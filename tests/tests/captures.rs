@@ -1,0 +1,223 @@
+//! Captured sessions of QEMU 7.2 and 10.0, fed to the real session, wire and store without a socket, in the order
+//! and pieces in which they were recorded. What is committed must equal a naive reading of the same bytes.
+
+use colo_ring::session::{Action, PageContent, Rendezvous, Session, SessionLimits, Ticket};
+use colo_ring::store::{CacheKind, CommitMode, CopyMethod, Flusher, HugePages, Store, StoreOptions};
+use colo_ring::units::{ChannelId, CheckpointId, PAGE_SIZE};
+use colo_ring::wire::multifd::{HEADER_LEN, INIT_LEN, Init, PacketHeader, PageList};
+use colo_ring_tests::capture::Capture;
+use colo_ring_tests::model::Model;
+
+const CHANNELS: u8 = 4;
+
+/// A multifd channel that is fed by hand.
+struct Channel {
+    id: Option<ChannelId>,
+    arrived: Vec<u8>,
+    parked: Option<Ticket>,
+}
+
+/// The secondary without sockets.
+struct Secondary {
+    session: Session,
+    meeting: Rendezvous,
+    main: Vec<u8>,
+    channels: Vec<Channel>,
+    at_marker: bool,
+    store: Option<Store>,
+    flusher: Flusher,
+    committed: Vec<CheckpointId>,
+    zero_over_content: usize,
+}
+
+impl Secondary {
+    fn new(connections: usize) -> Self {
+        let limits = SessionLimits { channels: CHANNELS, ram_limit_bytes: 1 << 30 };
+        let channel = |_| Channel { id: None, arrived: Vec::new(), parked: None };
+        Self {
+            session: Session::new(limits),
+            meeting: Rendezvous::new(CHANNELS),
+            main: Vec::new(),
+            channels: (0..connections).map(channel).collect(),
+            at_marker: false,
+            store: None,
+            flusher: Flusher::new(CopyMethod::NonTemporal, 1, &[]).unwrap(),
+            committed: Vec::new(),
+            zero_over_content: 0,
+        }
+    }
+
+    /// Goes on wherever something can go on.
+    fn settle(&mut self) {
+        loop {
+            let before = (self.session.position(), self.progress());
+            self.drive_main();
+            for position in 0..self.channels.len() {
+                while self.packet(position) {}
+            }
+            if before == (self.session.position(), self.progress()) {
+                return;
+            }
+        }
+    }
+
+    fn progress(&self) -> (usize, usize) {
+        let waiting = self.channels.iter().map(|channel| channel.arrived.len()).sum();
+        (waiting, self.channels.iter().filter(|channel| channel.parked.is_some()).count())
+    }
+
+    fn drive_main(&mut self) {
+        loop {
+            if self.at_marker {
+                if !self.meeting.all_arrived() {
+                    return;
+                }
+                self.meeting.release();
+                self.at_marker = false;
+            }
+            let (consumed, action) = self.session.step(&self.main).unwrap();
+            let mut device_state_complete = None;
+            match action {
+                Action::NeedMore => {
+                    self.main.drain(..consumed);
+                    return;
+                }
+                Action::Continue | Action::TransferBegins | Action::Send(_) => {}
+                Action::Memory(table) => {
+                    let options = StoreOptions {
+                        hugepages: HugePages::Off,
+                        ram_dir: None,
+                        cache: CacheKind::Mirror,
+                        commit: CommitMode::Sync,
+                        shards: 1,
+                    };
+                    self.store = Some(Store::create(table, "capture", &options).unwrap().0);
+                }
+                Action::Page(page) => {
+                    let store = self.store.as_ref().unwrap();
+                    match page.content {
+                        PageContent::Zero => {
+                            let mut content = [0; PAGE_SIZE];
+                            store.read_newest(page.page, &mut content);
+                            self.zero_over_content += usize::from(content != [0; PAGE_SIZE]);
+                            store.zero(0, page.page);
+                        }
+                        PageContent::Bytes(bytes) => store.write(0, page.page, bytes),
+                        PageContent::Xbzrle(_) => panic!("no XBZRLE in these captures"),
+                    }
+                }
+                Action::Marker => self.at_marker = true,
+                Action::RamComplete => self.meeting.close_gate().unwrap(),
+                Action::Commit(id) => device_state_complete = Some(id),
+            }
+            self.main.drain(..consumed);
+            if let Some(id) = device_state_complete {
+                self.commit(id);
+            }
+        }
+    }
+
+    fn commit(&mut self, id: CheckpointId) {
+        let store = self.store.as_ref().unwrap();
+        if id == CheckpointId(0) {
+            assert_eq!(store.unseen_pages(), 0, "precopy sends every page");
+            store.begin_colo();
+        }
+        store.commit(id, self.session.device_state(), &self.flusher);
+        self.session.committed();
+        self.meeting.open_gate();
+        self.committed.push(id);
+    }
+
+    /// Takes a packet off a channel, if there is a whole one and the channel may be read.
+    fn packet(&mut self, position: usize) -> bool {
+        let channel = &mut self.channels[position];
+        if channel.parked.is_some_and(|ticket| !self.meeting.is_released(ticket)) {
+            return false;
+        }
+        channel.parked = None;
+        let Some(id) = channel.id else {
+            let Some(init) = channel.arrived.first_chunk::<INIT_LEN>() else { return false };
+            channel.id = Some(Init::decode(init).unwrap().channel);
+            channel.arrived.drain(..INIT_LEN);
+            return true;
+        };
+        let Some(header) = channel.arrived.first_chunk::<HEADER_LEN>() else { return false };
+        let header = PacketHeader::decode(header).unwrap();
+        let payload = usize::try_from(header.payload_len()).unwrap();
+        if channel.arrived.len() < HEADER_LEN + payload {
+            return false;
+        }
+        if header.has_pages() {
+            let store = self.store.as_ref().unwrap();
+            let (mut normal, mut zero) = (PageList::default(), PageList::default());
+            header.resolve(store.table(), &mut normal, &mut zero).unwrap();
+            self.meeting.begin_packet(id).unwrap();
+            let pages = channel.arrived[HEADER_LEN..HEADER_LEN + payload].as_chunks::<PAGE_SIZE>().0;
+            for (page, content) in normal.as_slice().iter().zip(pages) {
+                store.write(0, *page, content);
+            }
+            for page in zero.as_slice() {
+                store.zero(0, *page);
+            }
+            self.meeting.end_packet(id);
+        }
+        let sync = header.is_sync();
+        channel.arrived.drain(..HEADER_LEN + payload);
+        if sync {
+            channel.parked = Some(self.meeting.arrive().0);
+        }
+        true
+    }
+}
+
+fn play(name: &str) -> (Secondary, Model) {
+    let capture = Capture::read(name);
+    let model = Model::of(&capture);
+    let mut secondary = Secondary::new(capture.connections.len());
+    for chunk in &capture.chunks {
+        let bytes = &capture.connections[chunk.connection][chunk.begin..chunk.begin + chunk.length];
+        if chunk.connection == capture.main {
+            secondary.main.extend_from_slice(bytes);
+        } else {
+            secondary.channels[chunk.connection].arrived.extend_from_slice(bytes);
+        }
+        secondary.settle();
+    }
+    (secondary, model)
+}
+
+/// The committed image and device state equal the model's, block for block.
+fn compare(secondary: &Secondary, model: &Model, name: &str) {
+    let directory = std::env::temp_dir().join(format!("colo-ring-dump-{}-{name}", std::process::id()));
+    let store = secondary.store.as_ref().unwrap();
+    let report = store.dump(&directory).unwrap();
+    assert_eq!(report.checkpoint.0, model.checkpoints);
+    assert_eq!(report.blocks.len(), model.blocks.len());
+    for (dumped, (name, content)) in report.blocks.iter().zip(&model.blocks) {
+        assert_eq!(&*dumped.name, &name[..]);
+        let file = std::fs::read(directory.join(&dumped.file)).unwrap();
+        let differing = file.chunks(PAGE_SIZE).zip(content.chunks(PAGE_SIZE)).filter(|(a, b)| a != b).count();
+        assert_eq!((file.len(), differing), (content.len(), 0), "block {}", String::from_utf8_lossy(name));
+    }
+    assert_eq!(std::fs::read(directory.join(&report.device_state)).unwrap(), model.device_state);
+    std::fs::remove_dir_all(directory).unwrap();
+}
+
+#[test]
+fn a_session_of_qemu_7_2() {
+    let (secondary, model) = play("colo-multifd4-7.2");
+    compare(&secondary, &model, "7.2");
+    assert!(model.checkpoints >= 4, "{} checkpoints", model.checkpoints);
+    assert!(model.twice > 0, "this version sends pages twice");
+    assert!(secondary.zero_over_content > 0, "zero pages overwrite content");
+    assert_eq!(secondary.session.record().unwrap().machine_type, "pc-i440fx-7.2");
+}
+
+#[test]
+fn a_session_of_qemu_10() {
+    let (secondary, model) = play("colo-multifd4-10");
+    compare(&secondary, &model, "10");
+    assert!(model.checkpoints >= 4, "{} checkpoints", model.checkpoints);
+    assert_eq!(secondary.session.record().unwrap().machine_type, "pc-i440fx-10.0");
+}

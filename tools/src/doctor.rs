@@ -1,0 +1,373 @@
+//! `colo-ring doctor`: what this machine lacks, what that means, and the command that mends it.
+
+use crate::options::Size;
+use crate::output::{CommandError, print, print_json};
+use clap::Args;
+use colo_ring::host::{HostReport, RegistrationReport, RingReport};
+use serde::Serialize;
+use std::fmt::Write;
+use std::process::ExitCode;
+
+/// Options of `colo-ring doctor`.
+#[derive(Debug, Args)]
+pub struct DoctorArgs {
+    /// Print JSON (schema colo-ring.doctor, version 1) with everything that was found out
+    #[arg(long)]
+    json: bool,
+}
+
+/// How well a thing stands.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum State {
+    /// As it should be.
+    Ok,
+    /// A receiver works, but slower or with less.
+    Warn,
+    /// A receiver does not work.
+    Missing,
+}
+
+/// One line of the doctor's table.
+#[derive(Clone, Debug, Serialize)]
+pub struct Check {
+    /// What was looked at.
+    pub item: &'static str,
+    /// How it stands.
+    pub state: State,
+    /// What was seen.
+    pub seen: String,
+    /// What that means for a receiver; empty if all is well.
+    pub meaning: String,
+    /// The command that mends it; none if there is nothing to mend, or no command does.
+    pub mend: Option<String>,
+}
+
+#[derive(Serialize)]
+struct DoctorReport<'a> {
+    schema: &'static str,
+    schema_version: u32,
+    usable: bool,
+    checks: &'a [Check],
+    host: &'a HostReport,
+}
+
+/// Looks at this machine and prints what it found.
+///
+/// # Errors
+/// If the result cannot be printed.
+pub fn run(args: &DoctorArgs) -> Result<ExitCode, CommandError> {
+    let host = HostReport::probe();
+    let checks = checks(&host);
+    let usable = !checks.iter().any(|check| check.state == State::Missing);
+    if args.json {
+        print_json(&DoctorReport {
+            schema: "colo-ring.doctor",
+            schema_version: 1,
+            usable,
+            checks: &checks,
+            host: &host,
+        })?;
+    } else {
+        print(&format!("{}\n\n{}", host.machine, render(&checks)))?;
+    }
+    Ok(if usable {
+        ExitCode::SUCCESS
+    } else {
+        ExitCode::FAILURE
+    })
+}
+
+fn render(checks: &[Check]) -> String {
+    let width = checks.iter().map(|check| check.item.len()).max().unwrap_or(0);
+    let mut text = String::new();
+    for check in checks {
+        let state = match check.state {
+            State::Ok => "ok",
+            State::Warn => "warn",
+            State::Missing => "MISSING",
+        };
+        let line = |text: &mut String, left: &str, item: &str, right: &str| {
+            writeln!(text, "{left:<8} {item:<width$}  {right}")
+                .expect("a string takes all that is written to it");
+        };
+        line(&mut text, state, check.item, &check.seen);
+        if !check.meaning.is_empty() {
+            line(&mut text, "", "", &check.meaning);
+        }
+        if let Some(command) = &check.mend {
+            line(&mut text, "", "", &format!("mend: {command}"));
+        }
+    }
+    let bad = |state| checks.iter().filter(|check| check.state == state).count();
+    let verdict = match (bad(State::Missing), bad(State::Warn)) {
+        (0, 0) => "A receiver finds all it can use here.".to_owned(),
+        (0, warnings) => format!("A receiver works here; {warnings} warnings say where it falls short."),
+        (missing, _) => format!("A receiver does not work here: {missing} essential things are missing."),
+    };
+    text.push('\n');
+    text.push_str(&verdict);
+    text.push('\n');
+    text
+}
+
+impl Check {
+    fn ok(item: &'static str, seen: impl Into<String>) -> Self {
+        let seen = seen.into();
+        Self {
+            item,
+            state: State::Ok,
+            seen,
+            meaning: String::new(),
+            mend: None,
+        }
+    }
+
+    fn warn(item: &'static str, seen: impl Into<String>, meaning: &str, mend: Option<&str>) -> Self {
+        let (seen, meaning, mend) = (seen.into(), meaning.to_owned(), mend.map(str::to_owned));
+        Self {
+            item,
+            state: State::Warn,
+            seen,
+            meaning,
+            mend,
+        }
+    }
+
+    fn missing(item: &'static str, seen: impl Into<String>, meaning: &str, mend: Option<&str>) -> Self {
+        Self {
+            state: State::Missing,
+            ..Self::warn(item, seen, meaning, mend)
+        }
+    }
+}
+
+/// Judges a report.
+pub fn checks(host: &HostReport) -> Vec<Check> {
+    let mut checks = vec![cores(host), numa(host), memory(host), shareable_memory(host)];
+    checks.extend(huge_pages(host));
+    match &host.ring {
+        Ok(ring) => {
+            checks.push(Check::ok(
+                "io_uring",
+                format!("set up with flags {}", ring.setup.name()),
+            ));
+            checks.push(opcodes(ring));
+            checks.push(registered_buffers(host, &ring.registration));
+        }
+        Err(unavailable) => checks.push(Check::warn(
+            "io_uring",
+            unavailable.reason.clone(),
+            "the backend epoll is used instead, without registered buffers",
+            Some(&unavailable.remedy),
+        )),
+    }
+    checks.extend(network(host));
+    checks
+}
+
+fn cores(host: &HostReport) -> Check {
+    let seen = format!(
+        "{} of {} may be used",
+        host.cores_allowed.len(),
+        host.machine.cores_online
+    );
+    match host.cores_allowed.len() {
+        0 => Check::missing(
+            "cores",
+            seen,
+            "the kernel does not say on which cores this process may run",
+            None,
+        ),
+        1 => Check::warn(
+            "cores",
+            seen,
+            "one core receives, commits and does everything else",
+            None,
+        ),
+        _ => Check::ok("cores", seen),
+    }
+}
+
+fn numa(host: &HostReport) -> Check {
+    let nodes: Vec<_> = host
+        .numa_nodes
+        .iter()
+        .filter(|node| !node.cores.is_empty())
+        .collect();
+    let seen = format!("{} with cores", nodes.len());
+    if nodes.len() < 2 {
+        return Check::ok("NUMA nodes", seen);
+    }
+    let lists = nodes
+        .iter()
+        .map(|node| format!("node {}: {:?}", node.node, node.cores));
+    Check::warn(
+        "NUMA nodes",
+        lists.collect::<Vec<_>>().join(", "),
+        "receive on cores of the node to which the network card belongs: cat /sys/class/net/DEVICE/device/numa_node",
+        Some("colo-ring receive --cores LIST"),
+    )
+}
+
+fn memory(host: &HostReport) -> Check {
+    let seen = format!(
+        "{} GiB, {} GiB of it available",
+        gib(host.memory.total_bytes),
+        gib(host.memory.available_bytes)
+    );
+    Check::ok("memory", seen + "; a guest takes twice its RAM (image and cache)")
+}
+
+fn shareable_memory(host: &HostReport) -> Check {
+    match &host.memory.memfd {
+        Ok(()) => Check::ok("memfd", "can be made"),
+        Err(error) => Check::missing(
+            "memfd",
+            error.clone(),
+            "there is nothing to hold guest memory in; --ram-dir on a tmpfs takes its place",
+            None,
+        ),
+    }
+}
+
+fn huge_pages(host: &HostReport) -> Vec<Check> {
+    const MIB: u64 = 1 << 20;
+    const GIB: u64 = 1 << 30;
+    let pool = |bytes| {
+        host.memory
+            .pool(bytes)
+            .filter(|pool| pool.pages_free + pool.pages_overcommit > 0)
+    };
+    let pool_seen =
+        |pool: &colo_ring::host::HugePagePool| format!("{} free of {}", pool.pages_free, pool.pages);
+    let two = match pool(2 * MIB) {
+        Some(pool) => Check::ok("2 MiB huge pages", pool_seen(pool)),
+        None => Check::warn(
+            "2 MiB huge pages",
+            "none free",
+            "guest memory is made of ordinary pages: more page-table walks on the way of every page; \
+             a guest takes its RAM twice, so 1024 pages hold one of 1 GiB",
+            Some("sysctl -w vm.nr_hugepages=1024"),
+        ),
+    };
+    let mut checks = vec![two];
+    // Nobody needs them who does not ask for them with --hugepages 1G.
+    checks.extend(pool(GIB).map(|pool| Check::ok("1 GiB huge pages", pool_seen(pool))));
+    let thp = |item, choice: &Option<String>, meaning, mend| match choice.as_deref() {
+        Some("never" | "deny") => Check::warn(item, choice.clone().unwrap_or_default(), meaning, Some(mend)),
+        Some(choice) => Check::ok(item, choice),
+        None => Check::warn(item, "not in this kernel", meaning, None),
+    };
+    checks.push(thp(
+        "THP, private memory",
+        &host.memory.thp,
+        "cache slots without a pool of huge pages are made of 4 KiB pages",
+        "echo madvise > /sys/kernel/mm/transparent_hugepage/enabled",
+    ));
+    checks.push(thp(
+        "THP, shared memory",
+        &host.memory.thp_shmem,
+        "a RAM image without a pool of huge pages is made of 4 KiB pages",
+        "echo advise > /sys/kernel/mm/transparent_hugepage/shmem_enabled",
+    ));
+    checks
+}
+
+fn opcodes(ring: &RingReport) -> Check {
+    let lacking: Vec<_> = ring.opcodes.iter().filter(|opcode| !opcode.supported).collect();
+    if lacking.is_empty() {
+        return Check::ok("io_uring operations", format!("all {}", ring.opcodes.len()));
+    }
+    let list = lacking
+        .iter()
+        .map(|opcode| format!("{} ({})", opcode.name, opcode.purpose));
+    let meaning = if lacking.iter().any(|opcode| opcode.essential) {
+        "rings cannot receive without them: the backend epoll is used instead; a newer kernel has them"
+    } else {
+        "others take their place (RECVMSG receives without registered buffers); a newer kernel has them"
+    };
+    let seen = format!("without {}", list.collect::<Vec<_>>().join(", "));
+    Check::warn("io_uring operations", seen, meaning, None)
+}
+
+fn registered_buffers(host: &HostReport, registration: &RegistrationReport) -> Check {
+    const ITEM: &str = "registered buffers";
+    const MEND: &str = "ulimit -l unlimited   (service: LimitMEMLOCK=infinity; docker: --ulimit memlock=-1)";
+    const MEANING: &str = "the cache of a guest with more RAM cannot be registered: RECVMSG is used instead";
+    if let Err(error) = &registration.small {
+        return Check::warn(ITEM, format!("refused: {error}"), MEANING, Some(MEND));
+    }
+    let Some(limit) = host.memory.memlock_limit_bytes else {
+        return Check::ok(ITEM, "RLIMIT_MEMLOCK is unlimited");
+    };
+    let seen = format!("RLIMIT_MEMLOCK is {}", Size(limit));
+    match registration.beyond_limit {
+        Some(true) => Check::ok(ITEM, format!("{seen}, but does not bind this process")),
+        // Too large to be tried, so what is left is what the kernel goes by.
+        None if host.memory.cap_ipc_lock => Check::ok(ITEM, format!("{seen}; CAP_IPC_LOCK lifts it")),
+        Some(false) | None => Check::warn(ITEM, seen, MEANING, Some(MEND)),
+    }
+}
+
+fn network(host: &HostReport) -> Vec<Check> {
+    /// One main channel and the most multifd channels that a primary can have.
+    const CONNECTIONS_MAX: u64 = 256;
+    /// Smaller fixed buffers were measured to stall big checkpoints.
+    const RECEIVE_BUFFER_MIN: u64 = 4 << 20;
+    let network = &host.network;
+    let unreadable = |item| Check::warn(item, "cannot be read here", "look at it on the host", None);
+    let control = match network.congestion_control.as_deref() {
+        Some(name @ ("cubic" | "reno")) => Check::ok("congestion control", name),
+        Some(name) => Check::warn(
+            "congestion control",
+            name,
+            "counts where data is sent: on the primary's host, and here for measurements on loopback; \
+             one that paces, like bbr, blurs them",
+            Some("sysctl -w net.ipv4.tcp_congestion_control=cubic"),
+        ),
+        None => unreadable("congestion control"),
+    };
+    let slow_start = match network.slow_start_after_idle {
+        Some(false) => Check::ok("slow start after idle", "off"),
+        Some(true) => Check::warn(
+            "slow start after idle",
+            "on",
+            "counts where data is sent: on the primary's host every checkpoint after a pause starts slowly",
+            Some("sysctl -w net.ipv4.tcp_slow_start_after_idle=0   (on the primary's host too)"),
+        ),
+        None => unreadable("slow start after idle"),
+    };
+    let backlog = match network.somaxconn {
+        Some(connections) if connections >= CONNECTIONS_MAX => {
+            Check::ok("listen backlog", format!("{connections} connections"))
+        }
+        Some(connections) => Check::warn(
+            "listen backlog",
+            format!("{connections} connections"),
+            "many channels that connect at once are delayed by a second and more",
+            Some("sysctl -w net.core.somaxconn=4096"),
+        ),
+        None => unreadable("listen backlog"),
+    };
+    let buffer = match network.tcp_rmem_max_bytes {
+        Some(bytes) if bytes >= RECEIVE_BUFFER_MIN => {
+            Check::ok("receive buffers", format!("grow to {}", Size(bytes)))
+        }
+        Some(bytes) => Check::warn(
+            "receive buffers",
+            format!("grow to {} only", Size(bytes)),
+            "big checkpoints wait for acknowledgements",
+            Some("sysctl -w net.ipv4.tcp_rmem='4096 131072 33554432'"),
+        ),
+        None => unreadable("receive buffers"),
+    };
+    vec![control, slow_start, backlog, buffer]
+}
+
+fn gib(bytes: u64) -> String {
+    format!("{:.1}", bytes as f64 / f64::from(1 << 30))
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,175 @@
+use super::*;
+use colo_ring::host::{
+    HugePagePool, Machine, MemoryReport, NetworkReport, NumaNode, OpcodeSupport, RingUnavailable, SetupLevel,
+};
+use std::io;
+
+/// A machine with nothing to complain of.
+fn good() -> HostReport {
+    let opcode = |name, essential| OpcodeSupport {
+        name,
+        purpose: "tests",
+        essential,
+        supported: true,
+    };
+    HostReport {
+        machine: Machine {
+            cpu_model: "Test".to_owned(),
+            cores_online: 4,
+            cores_allowed: 4,
+            kernel: "0".to_owned(),
+            memory_bytes: 8 << 30,
+            congestion_control: "cubic".to_owned(),
+        },
+        ring: Ok(RingReport {
+            setup: SetupLevel::DeferTaskrun,
+            opcodes: vec![opcode("RECVMSG", true), opcode("READV_FIXED", false)],
+            registration: RegistrationReport {
+                small: Ok(()),
+                beyond_limit: None,
+            },
+        }),
+        memory: MemoryReport {
+            total_bytes: 8 << 30,
+            available_bytes: 7 << 30,
+            huge_page_pools: vec![HugePagePool {
+                page_bytes: 2 << 20,
+                pages: 8,
+                pages_free: 8,
+                pages_overcommit: 0,
+            }],
+            thp: Some("madvise".to_owned()),
+            thp_shmem: Some("advise".to_owned()),
+            memlock_limit_bytes: None,
+            cap_ipc_lock: false,
+            memfd: Ok(()),
+        },
+        network: NetworkReport {
+            congestion_control: Some("cubic".to_owned()),
+            slow_start_after_idle: Some(false),
+            somaxconn: Some(4096),
+            tcp_rmem_max_bytes: Some(32 << 20),
+        },
+        cores_allowed: vec![0, 1, 2, 3],
+        numa_nodes: vec![NumaNode {
+            node: 0,
+            cores: vec![0, 1, 2, 3],
+        }],
+    }
+}
+
+/// The checks that are not ok, as `item: mend`.
+fn complaints(host: &HostReport) -> Vec<(&'static str, State, String)> {
+    let bad = checks(host).into_iter().filter(|check| check.state != State::Ok);
+    bad.map(|check| {
+        assert!(
+            !check.meaning.is_empty(),
+            "{} says nothing of what it means",
+            check.item
+        );
+        (check.item, check.state, check.mend.unwrap_or_default())
+    })
+    .collect()
+}
+
+/// Spoils one thing of the good machine and expects exactly one complaint about it.
+fn expect(item: &str, state: State, mend: &str, spoil: impl FnOnce(&mut HostReport)) {
+    let mut host = good();
+    spoil(&mut host);
+    match complaints(&host).as_slice() {
+        [(seen, seen_state, command)] => {
+            assert_eq!((*seen, *seen_state), (item, state));
+            assert!(command.contains(mend), "{item}: {command}");
+        }
+        other => panic!("{item}: {other:?}"),
+    }
+}
+
+#[test]
+fn a_good_machine_has_no_complaints() {
+    assert_eq!(complaints(&good()), []);
+    assert!(render(&checks(&good())).contains("finds all it can use"));
+}
+
+#[test]
+fn each_lack_is_told_with_its_remedy() {
+    let warn = State::Warn;
+    expect("io_uring", warn, "kernel.io_uring_disabled=0", |host| {
+        let refused = io::Error::from_raw_os_error(1);
+        host.ring = Err(RingUnavailable::explain(&refused, Some(2)));
+    });
+    expect("io_uring operations", warn, "", |host| {
+        host.ring.as_mut().unwrap().opcodes[1].supported = false;
+    });
+    expect("registered buffers", warn, "ulimit -l unlimited", |host| {
+        host.memory.memlock_limit_bytes = Some(8 << 20);
+        host.ring.as_mut().unwrap().registration.beyond_limit = Some(false);
+    });
+    expect("registered buffers", warn, "ulimit -l unlimited", |host| {
+        host.memory.memlock_limit_bytes = Some(1 << 30);
+    });
+    expect("2 MiB huge pages", warn, "vm.nr_hugepages", |host| {
+        host.memory.huge_page_pools[0].pages_free = 0;
+    });
+    expect("2 MiB huge pages", warn, "vm.nr_hugepages", |host| {
+        host.memory.huge_page_pools.clear()
+    });
+    expect("THP, shared memory", warn, "shmem_enabled", |host| {
+        host.memory.thp_shmem = Some("never".to_owned());
+    });
+    expect(
+        "THP, private memory",
+        warn,
+        "transparent_hugepage/enabled",
+        |host| {
+            host.memory.thp = Some("never".to_owned());
+        },
+    );
+    expect("NUMA nodes", warn, "--cores", |host| {
+        host.numa_nodes.push(NumaNode {
+            node: 1,
+            cores: vec![4],
+        });
+    });
+    expect("congestion control", warn, "cubic", |host| {
+        host.network.congestion_control = Some("bbr".to_owned());
+    });
+    expect("slow start after idle", warn, "slow_start_after_idle=0", |host| {
+        host.network.slow_start_after_idle = Some(true);
+    });
+    expect("listen backlog", warn, "somaxconn", |host| {
+        host.network.somaxconn = Some(128)
+    });
+    expect("receive buffers", warn, "tcp_rmem", |host| {
+        host.network.tcp_rmem_max_bytes = Some(1 << 20)
+    });
+}
+
+#[test]
+fn without_cores_or_memory_a_receiver_does_not_work() {
+    expect("cores", State::Missing, "", |host| host.cores_allowed.clear());
+    expect("memfd", State::Missing, "", |host| {
+        host.memory.memfd = Err("ENOSYS".to_owned())
+    });
+    let mut host = good();
+    host.memory.memfd = Err("ENOSYS".to_owned());
+    assert!(render(&checks(&host)).contains("does not work here"));
+}
+
+#[test]
+fn a_memory_only_node_is_no_second_node() {
+    let mut host = good();
+    host.numa_nodes.push(NumaNode {
+        node: 1,
+        cores: vec![],
+    });
+    assert_eq!(complaints(&host), []);
+}
+
+#[test]
+fn a_limit_that_does_not_bind_is_no_complaint() {
+    let mut host = good();
+    host.memory.memlock_limit_bytes = Some(8 << 20);
+    host.ring.as_mut().unwrap().registration.beyond_limit = Some(true);
+    assert_eq!(complaints(&host), []);
+}

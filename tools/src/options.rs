@@ -1,0 +1,218 @@
+//! Values of options as types: read from the command line, written back as they would be typed.
+
+use clap::ValueEnum;
+use serde::Serialize;
+use std::fmt;
+use std::path::PathBuf;
+use std::str::FromStr;
+use thiserror::Error;
+
+/// Why the value of an option was refused.
+#[derive(Clone, Debug, PartialEq, Eq, Error)]
+pub enum OptionError {
+    /// Something else than a UNIX socket where only that will do.
+    #[error("'{0}' is no UNIX socket; write unix:PATH")]
+    NotUnix(String),
+    /// A size that is none.
+    #[error(
+        "'{0}' is no size; write a number of bytes, or one with K, M, G or T (powers of 1024), like 512M or 6G"
+    )]
+    Size(String),
+}
+
+/// The control socket: `unix:PATH`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ControlAddress(pub PathBuf);
+
+impl FromStr for ControlAddress {
+    type Err = OptionError;
+
+    fn from_str(text: &str) -> Result<Self, OptionError> {
+        let path = text.strip_prefix("unix:").filter(|path| !path.is_empty());
+        path.map(|path| Self(PathBuf::from(path)))
+            .ok_or_else(|| OptionError::NotUnix(text.to_owned()))
+    }
+}
+
+impl fmt::Display for ControlAddress {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "unix:{}", self.0.display())
+    }
+}
+
+/// A number of bytes: `4096`, `512M`, `6G`, `6GiB`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Size(pub u64);
+
+impl FromStr for Size {
+    type Err = OptionError;
+
+    fn from_str(text: &str) -> Result<Self, OptionError> {
+        let malformed = || OptionError::Size(text.to_owned());
+        let digits = text.bytes().take_while(u8::is_ascii_digit).count();
+        let (number, unit) = text.split_at(digits);
+        let shift = match unit.to_ascii_uppercase().as_str() {
+            "" | "B" => 0,
+            "K" | "KIB" => 10,
+            "M" | "MIB" => 20,
+            "G" | "GIB" => 30,
+            "T" | "TIB" => 40,
+            _ => return Err(malformed()),
+        };
+        let number: u64 = number.parse().map_err(|_| malformed())?;
+        number.checked_mul(1 << shift).map(Self).ok_or_else(malformed)
+    }
+}
+
+impl fmt::Display for Size {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let units = [(1u64 << 40, "T"), (1 << 30, "G"), (1 << 20, "M"), (1 << 10, "K")];
+        let whole = units
+            .into_iter()
+            .find(|(unit, _)| self.0 >= *unit && self.0.is_multiple_of(*unit));
+        match whole {
+            Some((unit, name)) => write!(f, "{}{name}", self.0 / unit),
+            None => write!(f, "{}", self.0),
+        }
+    }
+}
+
+/// How bytes are received.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Backend {
+    /// One io_uring per core
+    Uring,
+    /// One epoll per core, for hosts without io_uring
+    Epoll,
+    /// A thread per channel, as QEMU does it: the baseline to compare with
+    Threads,
+}
+
+impl Backend {
+    /// Every backend.
+    pub const ALL: [Self; 3] = [Self::Uring, Self::Epoll, Self::Threads];
+
+    /// The name on the command line and in reports.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Uring => "uring",
+            Self::Epoll => "epoll",
+            Self::Threads => "threads",
+        }
+    }
+}
+
+impl fmt::Display for Backend {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(self.name())
+    }
+}
+
+/// A switch.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Switch {
+    /// Use it
+    On,
+    /// Do without
+    Off,
+}
+
+/// Where received pages wait for their commit.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Cache {
+    /// A slot for every page of the guest: takes as much memory again as the guest has
+    Mirror,
+}
+
+/// When a checkpoint's pages are copied to the RAM image.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Commit {
+    /// Before the primary goes on
+    Sync,
+}
+
+/// What guest memory is made of.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize)]
+pub enum HugePages {
+    /// The pool of 2 MiB pages
+    #[value(name = "2M")]
+    #[serde(rename = "2M")]
+    TwoMiB,
+    /// The pool of 1 GiB pages
+    #[value(name = "1G")]
+    #[serde(rename = "1G")]
+    OneGiB,
+    /// Ordinary pages that the kernel may join
+    #[serde(rename = "thp")]
+    Thp,
+    /// Ordinary pages
+    #[serde(rename = "off")]
+    Off,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_control_address_is_a_unix_socket() {
+        let address: ControlAddress = "unix:/run/colo.sock".parse().unwrap();
+        assert_eq!(address.0, PathBuf::from("/run/colo.sock"));
+        assert_eq!(address.to_string(), "unix:/run/colo.sock");
+        for text in ["", "unix:", "/run/colo.sock", "tcp:127.0.0.1:1"] {
+            assert_eq!(
+                text.parse::<ControlAddress>(),
+                Err(OptionError::NotUnix(text.to_owned()))
+            );
+        }
+    }
+
+    #[test]
+    fn sizes_are_powers_of_1024() {
+        for (text, bytes) in [
+            ("0", 0),
+            ("4096", 4096),
+            ("1k", 1024),
+            ("512M", 512 << 20),
+            ("6G", 6 << 30),
+            ("6GiB", 6 << 30),
+            ("16777215T", 16_777_215 << 40),
+        ] {
+            assert_eq!(text.parse(), Ok(Size(bytes)), "{text}");
+        }
+        for text in [
+            "",
+            "G",
+            "-1",
+            "+1",
+            "1.5G",
+            "1 G",
+            "1GB",
+            "1P",
+            "16777216T",
+            "18446744073709551616",
+        ] {
+            assert!(text.parse::<Size>().is_err(), "{text}");
+        }
+        for text in ["6G", "1536M", "4097", "0", "2T"] {
+            assert_eq!(text.parse::<Size>().unwrap().to_string(), text);
+        }
+    }
+
+    #[test]
+    fn names_agree_between_the_command_line_and_reports() {
+        for backend in Backend::ALL {
+            let typed = backend.to_possible_value().unwrap();
+            assert_eq!(typed.get_name(), backend.name());
+            assert_eq!(serde_json::to_value(backend).unwrap(), backend.name());
+        }
+        for size in HugePages::value_variants() {
+            let typed = size.to_possible_value().unwrap();
+            assert_eq!(serde_json::to_value(size).unwrap(), typed.get_name());
+        }
+    }
+}

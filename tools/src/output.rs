@@ -1,0 +1,131 @@
+//! What the command prints: results on standard output, everything else on standard error.
+
+use serde::Serialize;
+use std::io::{self, IsTerminal, Write};
+use std::process::ExitCode;
+use thiserror::Error;
+
+/// Why a subcommand failed.
+#[derive(Debug, Error)]
+pub enum CommandError {
+    /// Options that cannot go together or that this machine cannot honour: exit code 2.
+    #[error("{0}")]
+    Usage(String),
+    /// It was tried and failed: exit code 1. The message says what to do.
+    #[error("{0}")]
+    Failed(String),
+    /// Standard output cannot be written.
+    #[error("cannot write the result: {0}")]
+    Output(#[from] io::Error),
+}
+
+impl CommandError {
+    /// Tells it on standard error, and returns the exit code that belongs to it.
+    pub fn report(&self) -> ExitCode {
+        match self {
+            // Whoever read the output has had enough of it.
+            Self::Output(error) if error.kind() == io::ErrorKind::BrokenPipe => return ExitCode::SUCCESS,
+            _ => tell(&format!("colo-ring: {self}")),
+        }
+        match self {
+            Self::Usage(_) => ExitCode::from(2),
+            Self::Failed(_) | Self::Output(_) => ExitCode::FAILURE,
+        }
+    }
+}
+
+/// A line on standard error. It has nowhere to go if that is closed, so it is lost then.
+pub fn tell(line: &str) {
+    let _ = writeln!(io::stderr(), "{line}");
+}
+
+/// A result for people, on standard output.
+///
+/// # Errors
+/// If standard output cannot be written.
+pub fn print(text: &str) -> Result<(), CommandError> {
+    let mut out = io::stdout().lock();
+    out.write_all(text.as_bytes())?;
+    Ok(out.flush()?)
+}
+
+/// A result for machines, on standard output.
+///
+/// # Errors
+/// If standard output cannot be written.
+pub fn print_json(value: &impl Serialize) -> Result<(), CommandError> {
+    let mut text = serde_json::to_string_pretty(value).map_err(io::Error::from)?;
+    text.push('\n');
+    print(&text)
+}
+
+/// The line at the bottom of a terminal that shows how things stand. Without a terminal there is none.
+pub struct ProgressLine {
+    shown: bool,
+    terminal: bool,
+}
+
+impl ProgressLine {
+    /// A line that is still empty; `wanted` is whether there should be one at all.
+    pub fn new(wanted: bool) -> Self {
+        Self {
+            shown: false,
+            terminal: wanted && io::stderr().is_terminal(),
+        }
+    }
+
+    /// Shows `text` in place of what was shown.
+    pub fn show(&mut self, text: &str) {
+        if self.terminal {
+            let _ = write!(io::stderr(), "\r\x1b[K{text}");
+            self.shown = true;
+        }
+    }
+
+    /// Takes the line away, before something else is told.
+    pub fn clear(&mut self) {
+        if std::mem::take(&mut self.shown) {
+            let _ = write!(io::stderr(), "\r\x1b[K");
+        }
+    }
+}
+
+impl Drop for ProgressLine {
+    fn drop(&mut self) {
+        self.clear();
+    }
+}
+
+/// A table of texts: the first column to the left, the others to the right, as numbers are.
+pub fn table(rows: &[Vec<String>]) -> String {
+    let columns = rows.iter().map(Vec::len).max().unwrap_or(0);
+    let width = |column: usize| {
+        let cells = rows.iter().filter_map(|row| row.get(column));
+        cells.map(|cell| cell.chars().count()).max().unwrap_or(0)
+    };
+    let widths: Vec<_> = (0..columns).map(width).collect();
+    let mut text = String::new();
+    for row in rows {
+        let cells = row.iter().zip(&widths).enumerate();
+        let cells = cells.map(|(column, (cell, width))| match column {
+            0 => format!("{cell:<width$}"),
+            _ => format!("{cell:>width$}"),
+        });
+        text.push_str(cells.collect::<Vec<_>>().join("  ").trim_end());
+        text.push('\n');
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn tables_line_up() {
+        let rows = [vec!["phase", "p50"], vec!["transfer", "1.00 µs"], vec!["x"]];
+        let rows = rows.map(|row| row.into_iter().map(str::to_owned).collect());
+        assert_eq!(table(&rows), "phase         p50\ntransfer  1.00 µs\nx\n");
+        assert_eq!(table(&[]), "");
+    }
+}

@@ -1,0 +1,187 @@
+//! The primary's sockets: connecting, and the main channel with its buffer.
+
+use super::{Address, SynthError};
+use colo_ring::wire::Parsed;
+use std::fmt::Debug;
+use std::io::{self, IoSlice, Read, Write};
+use std::net::{Shutdown, TcpStream};
+use std::os::unix::net::UnixStream;
+use std::time::Duration;
+
+/// A connected stream of either kind.
+#[derive(Debug)]
+pub(super) enum Socket {
+    Tcp(TcpStream),
+    Unix(UnixStream),
+}
+
+impl Socket {
+    /// Connects one channel. Reads and writes give up after `patience`.
+    pub(super) fn connect(address: &Address, what: &str, patience: Duration) -> Result<Self, SynthError> {
+        let connect = || -> io::Result<Self> {
+            Ok(match address {
+                Address::Tcp(host_port) => {
+                    let socket = TcpStream::connect(host_port)?;
+                    socket.set_read_timeout(Some(patience))?;
+                    socket.set_write_timeout(Some(patience))?;
+                    Self::Tcp(socket)
+                }
+                Address::Unix(path) => {
+                    let socket = UnixStream::connect(path)?;
+                    socket.set_read_timeout(Some(patience))?;
+                    socket.set_write_timeout(Some(patience))?;
+                    Self::Unix(socket)
+                }
+            })
+        };
+        connect().map_err(|source| SynthError::Connect {
+            what: what.to_owned(),
+            address: address.to_string(),
+            source,
+        })
+    }
+
+    /// Switches Nagle's algorithm off where there is one.
+    pub(super) fn set_nodelay(&self) -> io::Result<()> {
+        match self {
+            Self::Tcp(socket) => socket.set_nodelay(true),
+            Self::Unix(_) => Ok(()),
+        }
+    }
+
+    pub(super) fn shutdown(&self) {
+        // A peer that has closed already makes this fail, which is the same in the end.
+        let _ = match self {
+            Self::Tcp(socket) => socket.shutdown(Shutdown::Both),
+            Self::Unix(socket) => socket.shutdown(Shutdown::Both),
+        };
+    }
+
+    pub(super) fn try_clone(&self) -> io::Result<Self> {
+        Ok(match self {
+            Self::Tcp(socket) => Self::Tcp(socket.try_clone()?),
+            Self::Unix(socket) => Self::Unix(socket.try_clone()?),
+        })
+    }
+
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        match self {
+            Self::Tcp(socket) => socket.read(buffer),
+            Self::Unix(socket) => socket.read(buffer),
+        }
+    }
+
+    /// Writes all of `parts`, in as few calls as the system allows.
+    pub(super) fn write_parts(&mut self, mut parts: &mut [IoSlice<'_>]) -> io::Result<()> {
+        IoSlice::advance_slices(&mut parts, 0);
+        while !parts.is_empty() {
+            let written = match self {
+                Self::Tcp(socket) => socket.write_vectored(parts),
+                Self::Unix(socket) => socket.write_vectored(parts),
+            };
+            match written {
+                Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
+                Ok(written) => IoSlice::advance_slices(&mut parts, written),
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Bytes that QEMU's main channel collects before it writes them of its own accord.
+const BUFFER_BYTES: usize = 32 << 10;
+
+/// The main channel. Nagle's algorithm stays on, as with QEMU: what a secondary does about it is part of the measurement.
+#[derive(Debug)]
+pub(super) struct MainLink {
+    socket: Socket,
+    patience: Duration,
+    /// Encoded, not yet written. Encoders append here.
+    pub(super) out: Vec<u8>,
+    /// Read, not yet taken.
+    answers: Vec<u8>,
+}
+
+impl MainLink {
+    pub(super) fn new(socket: Socket, patience: Duration) -> Self {
+        Self {
+            socket,
+            patience,
+            out: Vec::with_capacity(2 * BUFFER_BYTES),
+            answers: Vec::new(),
+        }
+    }
+
+    pub(super) fn socket(&self) -> &Socket {
+        &self.socket
+    }
+
+    /// Writes what is buffered.
+    pub(super) fn flush(&mut self) -> Result<(), SynthError> {
+        let written = self.socket.write_parts(&mut [IoSlice::new(&self.out)]);
+        self.out.clear();
+        written.map_err(|source| io_error("writing", source))
+    }
+
+    /// Writes what is buffered if it is much: between records.
+    pub(super) fn flush_if_full(&mut self) -> Result<(), SynthError> {
+        if self.out.len() < BUFFER_BYTES {
+            return Ok(());
+        }
+        self.flush()
+    }
+
+    /// Waits for the answer `expected`, as `parse` reads it.
+    pub(super) fn expect<T: PartialEq + Debug>(
+        &mut self,
+        expected: T,
+        parse: impl Fn(&[u8]) -> Parsed<T>,
+    ) -> Result<(), SynthError> {
+        loop {
+            let unexpected = |seen: String| SynthError::Unexpected {
+                expected: format!("{expected:?}"),
+                seen,
+            };
+            match parse(&self.answers) {
+                Ok(Some((seen, consumed))) if seen == expected => {
+                    self.answers.drain(..consumed);
+                    return Ok(());
+                }
+                Ok(Some((seen, _))) => return Err(unexpected(format!("{seen:?}"))),
+                Err(error) => return Err(unexpected(error.to_string())),
+                Ok(None) => self.read_answers(&expected)?,
+            }
+        }
+    }
+
+    fn read_answers(&mut self, expected: &dyn Debug) -> Result<(), SynthError> {
+        let mut buffer = [0; 256];
+        let expected = || format!("{expected:?}");
+        match self.socket.read(&mut buffer) {
+            Ok(0) => Err(SynthError::Closed { expected: expected() }),
+            Ok(read) => {
+                self.answers.extend_from_slice(&buffer[..read]);
+                Ok(())
+            }
+            Err(error) => match error.kind() {
+                io::ErrorKind::Interrupted => Ok(()),
+                io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut => Err(SynthError::Silent {
+                    expected: expected(),
+                    waited: self.patience,
+                }),
+                io::ErrorKind::ConnectionReset => Err(SynthError::Closed { expected: expected() }),
+                _ => Err(io_error("reading an answer", error)),
+            },
+        }
+    }
+}
+
+fn io_error(doing: &'static str, source: io::Error) -> SynthError {
+    SynthError::Io {
+        what: "main channel".to_owned(),
+        doing,
+        source,
+    }
+}
