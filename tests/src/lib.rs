@@ -1,4 +1,5 @@
 //! What the tests of the whole share: the laboratory with real QEMU, captures, the command under test.
 
 pub mod capture;
+pub mod lab;
 pub mod model;

@@ -1,6 +1,9 @@
 //! The command line: which subcommands there are.
 
+use crate::demo::{self, DemoArgs};
 use crate::doctor::{self, DoctorArgs};
+use crate::receive::{self, ReceiveArgs};
+use crate::status::{self, DiscardArgs, DumpArgs, StatusArgs};
 use clap::{Parser, Subcommand};
 use std::process::ExitCode;
 
@@ -11,7 +14,7 @@ use std::process::ExitCode;
 ///
 /// Exit codes: 0 done, 1 failed, 2 wrong usage.
 #[derive(Debug, Parser)]
-#[command(name = "colo-ring", version, max_term_width = 110)]
+#[command(name = "colo-ring", version)]
 struct Cli {
     #[command(subcommand)]
     command: Command,
@@ -19,6 +22,43 @@ struct Cli {
 
 #[derive(Debug, Subcommand)]
 enum Command {
+    /// Be the secondary: accept primaries and keep the last committed checkpoint of each
+    ///
+    /// One receiver holds many guests: each primary that migrates to it is a session. A lost primary's checkpoint
+    /// is kept until it is discarded or the receiver ends. What happens is told on standard error, the report at the
+    /// end is printed on standard output. SIGINT and SIGTERM end it cleanly.
+    #[command(
+        after_help = "Example:\n  colo-ring receive --listen tcp:0.0.0.0:4444 --channels 4 \\\n      --control unix:/run/colo-ring.sock --hist /var/log/colo/guest1\n\nThe primary then needs, over QMP: x-colo, return-path and multifd on, multifd-channels 4,\nx-checkpoint-delay as wanted, and migrate to this address: see docs/primary.md."
+    )]
+    Receive(Box<ReceiveArgs>),
+
+    /// Print how a running receiver and its sessions stand
+    #[command(after_help = "Example:\n  colo-ring status --control unix:/run/colo-ring.sock")]
+    Status(StatusArgs),
+
+    /// Write the last committed checkpoint of a session to files: RAM blocks and device state
+    ///
+    /// What is written is one checkpoint, the last one when the dump ends; the primary goes on meanwhile, and one of its
+    /// checkpoints waits a little at the end. The receiver writes the files: one per RAM block, the device state, and
+    /// checkpoint.json that lists them.
+    #[command(
+        after_help = "Example:\n  colo-ring dump --control unix:/run/colo-ring.sock --session 1 --out /tmp/checkpoint"
+    )]
+    Dump(DumpArgs),
+
+    /// Give up the checkpoint and the memory of a session that has ended
+    #[command(after_help = "Example:\n  colo-ring discard --control unix:/run/colo-ring.sock --session 1")]
+    Discard(DiscardArgs),
+
+    /// Measure every backend with a synthetic primary on this machine alone
+    ///
+    /// Needs no root, no huge pages and no QEMU; what is missing is told. Prints p50 and p99 of every phase. Primary
+    /// and receiver share the machine's cores, so the figures compare backends and are not those of two hosts.
+    #[command(
+        after_help = "Example:\n  colo-ring demo\n  colo-ring demo --ram 256M --pages 10000 --interval 100"
+    )]
+    Demo(DemoArgs),
+
     /// Say what this machine lacks, what that means, and the command that mends it
     ///
     /// Everything is tried or read, nothing is changed. Exit code 0 if a receiver works here, 1 if something
@@ -33,6 +73,11 @@ enum Command {
 pub fn main() -> ExitCode {
     let cli = Cli::parse();
     let result = match cli.command {
+        Command::Receive(args) => receive::run(*args),
+        Command::Status(args) => status::run_status(&args),
+        Command::Dump(args) => status::run_dump(&args),
+        Command::Discard(args) => status::run_discard(&args),
+        Command::Demo(args) => demo::run(&args),
         Command::Doctor(args) => doctor::run(&args),
     };
     result.unwrap_or_else(|error| error.report())

@@ -2,9 +2,14 @@
 #![forbid(unsafe_code)]
 
 mod cli;
+mod control;
+pub mod demo;
 pub mod doctor;
 pub mod options;
 pub mod output;
+pub mod receive;
+mod signals;
+pub mod status;
 pub mod synth;
 
 pub use cli::main;

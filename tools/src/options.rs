@@ -1,7 +1,9 @@
 //! Values of options as types: read from the command line, written back as they would be typed.
 
 use clap::ValueEnum;
-use serde::Serialize;
+use colo_ring::ring::BackendKind;
+use colo_ring::store::{self, CacheKind, CommitMode};
+use serde::{Serialize, Serializer};
 use std::fmt;
 use std::path::PathBuf;
 use std::str::FromStr;
@@ -61,6 +63,12 @@ impl FromStr for Size {
         };
         let number: u64 = number.parse().map_err(|_| malformed())?;
         number.checked_mul(1 << shift).map(Self).ok_or_else(malformed)
+    }
+}
+
+impl Serialize for Size {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.serialize_u64(self.0)
     }
 }
 
@@ -152,6 +160,43 @@ pub enum HugePages {
     /// Ordinary pages
     #[serde(rename = "off")]
     Off,
+}
+
+impl From<Backend> for BackendKind {
+    fn from(value: Backend) -> Self {
+        match value {
+            Backend::Uring => Self::Uring,
+            Backend::Epoll => Self::Epoll,
+            Backend::Threads => Self::Threads,
+        }
+    }
+}
+
+impl From<Cache> for CacheKind {
+    fn from(value: Cache) -> Self {
+        match value {
+            Cache::Mirror => Self::Mirror,
+        }
+    }
+}
+
+impl From<Commit> for CommitMode {
+    fn from(value: Commit) -> Self {
+        match value {
+            Commit::Sync => Self::Sync,
+        }
+    }
+}
+
+impl From<HugePages> for store::HugePages {
+    fn from(value: HugePages) -> Self {
+        match value {
+            HugePages::TwoMiB => Self::Huge2M,
+            HugePages::OneGiB => Self::Huge1G,
+            HugePages::Thp => Self::Thp,
+            HugePages::Off => Self::Off,
+        }
+    }
 }
 
 #[cfg(test)]

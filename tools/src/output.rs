@@ -74,6 +74,11 @@ impl ProgressLine {
         }
     }
 
+    /// Whether anybody sees it, so that what it would show need not be found out otherwise.
+    pub fn is_shown(&self) -> bool {
+        self.terminal
+    }
+
     /// Shows `text` in place of what was shown.
     pub fn show(&mut self, text: &str) {
         if self.terminal {

@@ -124,14 +124,11 @@ pub(super) async fn direct(
             break;
         }
     }
-    for listener in &listeners {
-        listener.close();
-    }
+    // Tasks first: a socket that is shut down may stay readable without ever giving a connection.
+    accepting.iter().for_each(tokio::task::JoinHandle::abort);
+    tokio::task::yield_now().await;
+    listeners.iter().for_each(|listener| listener.close());
     book.end_all(&wires.changed).await;
-    for task in accepting {
-        // It has ended: its socket is shut down.
-        let _ = task.await;
-    }
     book.close()
 }
 

@@ -81,7 +81,6 @@ pub struct SessionStatus {
     /// Steps down from the options asked for: each says what and why.
     pub fallbacks: Vec<String>,
     /// Figures of its checkpoints.
-    #[serde(flatten)]
     pub summary: Summary,
 }
 

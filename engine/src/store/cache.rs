@@ -60,6 +60,11 @@ impl Slab {
         index(self.slot_bytes + HEADER_AREA)
     }
 
+    /// Gives the memory back to the host, as far as it takes it; else it goes with the slab.
+    pub(super) fn give_back(&self) {
+        let _ = self.memory.give_back();
+    }
+
     /// Copies out what a read has put where [`Self::header`] points.
     ///
     /// # Panics

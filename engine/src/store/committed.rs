@@ -8,9 +8,8 @@ use crate::blocks::BlockTable;
 use crate::units::CheckpointId;
 use std::sync::{Arc, Mutex, MutexGuard};
 
-/// What can be asked of a guest's committed state. It is part of a [`super::Store`] and outlives the session in
-/// [`super::Store::into_committed`].
-pub struct CommittedImage {
+/// What can be asked of a guest's committed state: the part of a [`super::Store`] that outlives the session.
+pub(super) struct CommittedImage {
     pub(super) image: Arc<RamImage>,
     record: Mutex<Record>,
     /// Held by the one dump there is at a time.

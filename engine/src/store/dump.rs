@@ -283,8 +283,7 @@ mod tests {
             blocks: vec![full()],
             device_state: full(),
         };
-        let committed = store.into_committed();
-        let refused = committed.dump_passes(&files).unwrap_err();
+        let refused = store.committed.dump_passes(&files).unwrap_err();
         assert_eq!(
             refused.to_string(),
             "/nonexistent/pc.ram~part: No space left on device (os error 28)"

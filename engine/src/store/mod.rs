@@ -45,7 +45,6 @@ mod tests;
 
 pub use bitmap::DirtyBitmap;
 pub use cache::{HEADER_BYTES, Slab, SlabId};
-pub use committed::CommittedImage;
 pub use copy::CopyMethod;
 pub use dump::{DEVICE_STATE_FILE, DumpReport, DumpedBlock};
 pub use error::StoreError;
@@ -59,6 +58,7 @@ use crate::blocks::BlockTable;
 use crate::units::{CheckpointId, PAGE_SIZE, PageIndex};
 use bitmap::PageSet;
 use cache::{Cache, Mirror};
+use committed::CommittedImage;
 use flusher::Flush;
 use image::RamImage;
 use map::Mapping;
@@ -324,24 +324,21 @@ impl Store {
         self.committed.committed()
     }
 
-    /// Ends the session: what was received since the last commit is dropped, and nothing can be committed any more. The
-    /// memory stays (late operations may still write to the cache) until [`Store::into_committed`] or the end of
-    /// the store.
+    /// Ends the session: what was received since the last commit is dropped, nothing can be committed any more, and
+    /// the cache's memory goes back to the host. The caller has seen to it that nobody is receiving (see the module) and
+    /// that no ring has a slab registered.
     pub fn drop_uncommitted(&self) {
         self.committed.lock().ended = true;
         self.dirty.clear();
+        self.cache.slabs().iter().for_each(Slab::give_back);
     }
 
-    /// Keeps what was committed and frees all else. That the caller owns the store shows that no ring holds it.
-    pub fn into_committed(self) -> CommittedImage {
-        self.drop_uncommitted();
-        self.committed
-    }
-
-    /// See [`CommittedImage::dump`].
+    /// Dumps the last committed checkpoint into `directory`, which is made if it does not exist: a file per block and
+    /// [`DEVICE_STATE_FILE`]. Files of an earlier dump there are replaced once the new one is complete. Checkpoints go
+    /// on meanwhile; another dump waits.
     ///
     /// # Errors
-    /// As there.
+    /// Before the first commit, or when a file cannot be written. Then nothing of this dump is left behind.
     pub fn dump(&self, directory: &Path) -> Result<DumpReport, StoreError> {
         self.committed.dump(directory)
     }

@@ -1,0 +1,195 @@
+//! The laboratory: real QEMU primaries with guests that dirty memory, and the secondaries that they are protected by.
+//!
+//! `scripts/qemu-lab` makes it; [`Lab::open`] finds it and fails with that command where it is missing, so that no
+//! test passes without QEMU. One `Lab` exists at a time on a machine (a file lock), because its QEMUs and the
+//! receiver would otherwise disturb each other's times. Every process and file of a `Lab` ends with it.
+
+mod error;
+mod guest;
+mod image;
+mod network;
+mod protect;
+mod qemu;
+mod qmp;
+mod ram;
+mod receiver;
+mod stats;
+
+use std::fs::{self, File};
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::{Duration, Instant};
+
+use nix::fcntl::{Flock, FlockArg};
+
+pub use error::LabError;
+pub use guest::{Content, Guest, LinuxGuest, Pattern, TestGuest};
+pub use image::check_test_guest_image;
+pub use network::{Address, CongestionControl, Transport};
+pub use protect::{Protection, ZeroPageDetection};
+pub use qemu::{Devices, Machine, Qemu};
+pub use qmp::{Event, Qmp};
+pub use ram::SavedRam;
+pub use receiver::{Backend, Dump, Receiver, ReceiverOptions};
+pub use stats::{Distribution, host};
+
+/// The laboratory, held by one test at a time.
+#[derive(Debug)]
+pub struct Lab {
+    qemu: PathBuf,
+    kernel: PathBuf,
+    initrd: PathBuf,
+    test_guest: PathBuf,
+    scratch: PathBuf,
+    files_made: AtomicU32,
+    _turn: Flock<File>,
+}
+
+impl Lab {
+    /// Finds the laboratory, waits for its turn and assembles the test guest.
+    ///
+    /// # Errors
+    /// [`LabError::Missing`] with the command that makes it.
+    pub fn open() -> Result<Self, LabError> {
+        let dir = PathBuf::from(script_output("path")?);
+        let qemu = dir.join("bin/qemu-system-x86_64");
+        let kernel = dir.join("linux/vmlinuz");
+        let initrd = dir.join("linux/initrd.gz");
+        for file in [&qemu, &kernel, &initrd] {
+            if !file.exists() {
+                return Err(LabError::Missing { file: file.clone() });
+            }
+        }
+        let lock_path = dir.join("turn.lock");
+        let lock_file =
+            File::create(&lock_path).map_err(LabError::io(format!("create {}", lock_path.display())))?;
+        let turn = Flock::lock(lock_file, FlockArg::LockExclusive)
+            .map_err(|(_, errno)| LabError::io(format!("lock {}", lock_path.display()))(errno.into()))?;
+        let scratch = make_scratch()?;
+        let test_guest = scratch.join("dirtier.elf");
+        assemble_test_guest(&test_guest)?;
+        Ok(Self {
+            qemu,
+            kernel,
+            initrd,
+            test_guest,
+            scratch,
+            files_made: AtomicU32::new(0),
+            _turn: turn,
+        })
+    }
+
+    /// A path for a file or socket of this test; removed with the `Lab`. Logs are named `*.log`: a failing test prints
+    /// their ends.
+    #[must_use]
+    pub fn file(&self, name: &str) -> PathBuf {
+        self.scratch.join(name)
+    }
+
+    /// A path as of [`Lab::file`], with a number that no other has.
+    fn fresh_file(&self, stem: &str, extension: &str) -> PathBuf {
+        let number = self.files_made.fetch_add(1, Ordering::Relaxed);
+        self.scratch.join(format!("{stem}-{number}.{extension}"))
+    }
+}
+
+/// Runs the body of a test in the laboratory.
+///
+/// # Panics
+/// With the error's text when the laboratory is missing or the body fails; the ends of all logs are printed then.
+pub fn experiment(body: impl FnOnce(&Lab) -> Result<(), LabError>) {
+    let lab = Lab::open().unwrap_or_else(|error| panic!("{error}"));
+    if let Err(error) = body(&lab) {
+        panic!("{error}");
+    }
+}
+
+impl Drop for Lab {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            print_logs(&self.scratch);
+        }
+        // What cannot be removed is a scratch directory left in the temporary directory.
+        let _ = fs::remove_dir_all(&self.scratch);
+    }
+}
+
+fn repository() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("..")
+}
+
+fn script_output(word: &str) -> Result<String, LabError> {
+    let script = repository().join("scripts/qemu-lab");
+    let output = Command::new(&script)
+        .arg(word)
+        .output()
+        .map_err(LabError::io(format!("run {}", script.display())))?;
+    Ok(String::from_utf8_lossy(&output.stdout).trim().to_owned())
+}
+
+fn assemble_test_guest(out: &Path) -> Result<(), LabError> {
+    let script = repository().join("tests/guest/build");
+    let output = Command::new(&script)
+        .arg(out)
+        .output()
+        .map_err(LabError::io(format!("run {}", script.display())))?;
+    if output.status.success() {
+        return Ok(());
+    }
+    Err(LabError::Guest {
+        detail: String::from_utf8_lossy(&output.stderr).into_owned(),
+    })
+}
+
+// Short, because the path of a UNIX socket has at most 107 bytes.
+fn make_scratch() -> Result<PathBuf, LabError> {
+    static NEXT: AtomicU32 = AtomicU32::new(0);
+    let name = format!(
+        "colo-lab-{}-{}",
+        std::process::id(),
+        NEXT.fetch_add(1, Ordering::Relaxed)
+    );
+    let dir = std::env::temp_dir().join(name);
+    fs::create_dir_all(&dir).map_err(LabError::io(format!("create {}", dir.display())))?;
+    Ok(dir)
+}
+
+fn print_logs(dir: &Path) {
+    const LINES_MAX: usize = 30;
+    let Ok(entries) = fs::read_dir(dir) else { return };
+    for path in entries.flatten().map(|entry| entry.path()) {
+        if path.extension().is_some_and(|extension| extension == "log") {
+            let text = String::from_utf8_lossy(&fs::read(&path).unwrap_or_default()).into_owned();
+            let lines: Vec<&str> = text.lines().collect();
+            eprintln!("---- end of {}", path.display());
+            for line in &lines[lines.len().saturating_sub(LINES_MAX)..] {
+                eprintln!("{line}");
+            }
+        }
+    }
+}
+
+/// Asks `ready` every few milliseconds until it gives a value.
+///
+/// # Errors
+/// Those of `ready`, and [`LabError::Timeout`] after `limit`.
+pub fn wait_for<T>(
+    what: &str,
+    limit: Duration,
+    mut ready: impl FnMut() -> Result<Option<T>, LabError>,
+) -> Result<T, LabError> {
+    let deadline = Instant::now() + limit;
+    loop {
+        if let Some(value) = ready()? {
+            return Ok(value);
+        }
+        if Instant::now() >= deadline {
+            return Err(LabError::Timeout {
+                what: what.to_owned(),
+                limit,
+            });
+        }
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}

@@ -1,0 +1,224 @@
+//! Putting a QEMU under COLO and following its checkpoints by its events.
+//!
+//! A checkpoint is one `STOP` → `RESUME` of the primary after the first such pair, which is the switch-over.
+
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use serde_json::json;
+
+use super::qmp::Event;
+use super::{Address, LabError, Qemu, SavedRam, wait_for};
+
+/// Longer than any test: no checkpoint comes by itself.
+const NEVER_MS: u32 = 3_600_000;
+const COLO_LIMIT: Duration = Duration::from_secs(60);
+const CHECKPOINT_LIMIT: Duration = Duration::from_secs(30);
+
+/// How a primary is protected.
+#[derive(Clone, Debug)]
+pub struct Protection {
+    /// multifd channels; 0 = without multifd.
+    pub channels: u8,
+    /// `x-checkpoint-delay`.
+    pub checkpoint_delay_ms: u32,
+    /// `zero-page-detection`; the machine type's default where not given.
+    pub zero_page_detection: Option<ZeroPageDetection>,
+}
+
+/// QEMU's `zero-page-detection`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ZeroPageDetection {
+    /// Zero pages are sent as pages.
+    None,
+    /// Zero pages are found by the main thread and sent on the main channel.
+    Legacy,
+    /// Zero pages are found by the multifd threads and listed in their packets.
+    Multifd,
+}
+
+impl ZeroPageDetection {
+    fn qmp_name(self) -> &'static str {
+        match self {
+            Self::None => "none",
+            Self::Legacy => "legacy",
+            Self::Multifd => "multifd",
+        }
+    }
+}
+
+impl Qemu {
+    /// Migrates to a secondary at `address` with COLO and waits until it is in COLO, with its guest running.
+    ///
+    /// # Errors
+    /// When QEMU refuses a setting, the migration fails or does not get there in time.
+    pub fn protect(&mut self, address: &Address, protection: &Protection) -> Result<(), LabError> {
+        self.set_channels(protection.channels)?;
+        let mut parameters = json!({
+            "x-checkpoint-delay": protection.checkpoint_delay_ms,
+            "max-bandwidth": 100_000_000_000_u64,
+        });
+        if let Some(detection) = protection.zero_page_detection {
+            parameters["zero-page-detection"] = detection.qmp_name().into();
+        }
+        self.qmp().execute("migrate-set-parameters", &parameters)?;
+        self.qmp()
+            .execute("migrate", &json!({"uri": address.to_string()}))?;
+        wait_for("the primary to be in COLO", COLO_LIMIT, || {
+            let state = self.qmp().execute("query-migrate", &json!({}))?;
+            match state["status"].as_str() {
+                Some("colo") => Ok(Some(())),
+                Some("failed" | "completed" | "cancelled") => Err(LabError::Ended {
+                    what: "the migration".into(),
+                    detail: state.to_string(),
+                }),
+                _ => Ok(None),
+            }
+        })?;
+        wait_for("the guest to run in COLO", COLO_LIMIT, || {
+            Ok(self.resumes()?.first().map(|_| ()))
+        })
+    }
+
+    /// Makes this QEMU, started by [`Qemu::start_incoming`], the COLO secondary at `address`.
+    ///
+    /// # Errors
+    /// When QEMU refuses a setting or the address.
+    pub fn be_secondary(&mut self, address: &Address, channels: u8) -> Result<(), LabError> {
+        self.set_channels(channels)?;
+        self.qmp()
+            .execute("migrate-incoming", &json!({"uri": address.to_string()}))
+            .map(|_| ())
+    }
+
+    /// Number of checkpoints so far.
+    ///
+    /// # Errors
+    /// [`LabError::Ended`] if the primary has left COLO.
+    pub fn checkpoints(&mut self) -> Result<usize, LabError> {
+        Ok(self.resumes()?.len().saturating_sub(1))
+    }
+
+    /// Waits until `count` checkpoints are complete.
+    ///
+    /// # Errors
+    /// [`LabError::Timeout`]; [`LabError::Ended`] if the primary has left COLO.
+    pub fn wait_checkpoints(&mut self, count: usize, limit: Duration) -> Result<(), LabError> {
+        wait_for(&format!("{count} checkpoints"), limit, || {
+            Ok((self.checkpoints()? >= count).then_some(()))
+        })
+    }
+
+    /// Waits until the guest stands still for a checkpoint.
+    ///
+    /// # Errors
+    /// [`LabError::Timeout`]; [`LabError::Ended`] if the primary has left COLO.
+    pub fn wait_paused(&mut self, limit: Duration) -> Result<(), LabError> {
+        wait_for("a checkpoint to begin", limit, || {
+            self.resumes()?;
+            let last = self
+                .qmp()
+                .events()
+                .into_iter()
+                .rev()
+                .find(|event| matches!(&*event.name, "STOP" | "RESUME"));
+            Ok(last.filter(|event| event.name == "STOP").map(|_| ()))
+        })
+    }
+
+    /// How long the guest stood still at each checkpoint, µs, by the time stamps of QEMU's events.
+    pub fn pauses_us(&mut self) -> Vec<u64> {
+        let mut stopped_at_us = None;
+        let mut pauses = Vec::new();
+        for event in self.qmp().events() {
+            match event.name.as_str() {
+                "STOP" => stopped_at_us = Some(event.at_us),
+                "RESUME" => pauses.extend(stopped_at_us.take().map(|stop| event.at_us.saturating_sub(stop))),
+                _ => {}
+            }
+        }
+        pauses.into_iter().skip(1).collect()
+    }
+
+    /// Stops the guest under load, saves its RAM, and lets one checkpoint take exactly that RAM. Afterwards no
+    /// checkpoint comes by itself, so that the secondary keeps it. Call it once, at the end.
+    ///
+    /// # Errors
+    /// When another checkpoint came in between, so that what was saved and what was committed differ in time.
+    pub fn commit_stopped(&mut self, save_to: &Path) -> Result<SavedRam, LabError> {
+        // Changing the delay starts a checkpoint at once; the timer then waits for the new delay.
+        let before = self.checkpoints()?;
+        self.set_checkpoint_delay_ms(NEVER_MS)?;
+        self.wait_checkpoints(before + 1, CHECKPOINT_LIMIT)?;
+        self.wait_until_quiet()?;
+        // The guest has dirtied memory since: what is committed now is not what the last checkpoint had.
+        std::thread::sleep(Duration::from_millis(100));
+        let resumes_before = self.resumes()?.len();
+        self.qmp().execute("stop", &json!({}))?;
+        let saved = self.save_ram(save_to)?;
+        if self.resumes()?.len() != resumes_before {
+            return Err(LabError::Ended {
+                what: "the stop of the guest".into(),
+                detail: "a checkpoint let it run while its RAM was saved".into(),
+            });
+        }
+        self.set_checkpoint_delay_ms(NEVER_MS)?;
+        wait_for("the checkpoint of the stopped guest", CHECKPOINT_LIMIT, || {
+            Ok((self.resumes()?.len() > resumes_before).then_some(()))
+        })?;
+        self.wait_until_quiet()?;
+        let taken = self.resumes()?.len() - resumes_before;
+        if taken != 1 {
+            return Err(LabError::Ended {
+                what: "the checkpoint of the stopped guest".into(),
+                detail: format!("{taken} checkpoints were taken, so the guest ran before the last of them"),
+            });
+        }
+        Ok(saved)
+    }
+
+    fn set_channels(&mut self, channels: u8) -> Result<(), LabError> {
+        self.enable(&["x-colo", "return-path"])?;
+        if channels > 0 {
+            self.enable(&["multifd"])?;
+            self.qmp()
+                .execute("migrate-set-parameters", &json!({"multifd-channels": channels}))?;
+        }
+        Ok(())
+    }
+
+    fn set_checkpoint_delay_ms(&mut self, delay_ms: u32) -> Result<(), LabError> {
+        self.qmp()
+            .execute("migrate-set-parameters", &json!({"x-checkpoint-delay": delay_ms}))
+            .map(|_| ())
+    }
+
+    // Until no checkpoint has begun or ended for a while.
+    fn wait_until_quiet(&mut self) -> Result<(), LabError> {
+        const QUIET: Duration = Duration::from_millis(200);
+        let mut seen = 0;
+        let mut since = Instant::now();
+        wait_for("the last checkpoint", CHECKPOINT_LIMIT, || {
+            let count = self.qmp().events().len();
+            if count != seen {
+                seen = count;
+                since = Instant::now();
+            }
+            Ok((since.elapsed() >= QUIET).then_some(()))
+        })
+    }
+
+    fn resumes(&mut self) -> Result<Vec<Event>, LabError> {
+        let events = self.qmp().events();
+        if let Some(exit) = events.iter().find(|event| event.name == "COLO_EXIT") {
+            return Err(LabError::Ended {
+                what: "COLO on the primary".into(),
+                detail: exit.data.to_string(),
+            });
+        }
+        Ok(events
+            .into_iter()
+            .filter(|event| event.name == "RESUME")
+            .collect())
+    }
+}

@@ -1,0 +1,309 @@
+//! A QEMU process: its command line, its monitor, its serial port, its end.
+
+use std::fs::{self, File};
+use std::io::Write;
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::Duration;
+
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use serde_json::{Value, json};
+
+use super::{Guest, Lab, LabError, Qmp, SavedRam, wait_for};
+
+/// A guest machine. Primary and QEMU's own secondary are started from the same one.
+#[derive(Clone, Debug)]
+pub struct Machine {
+    /// `-machine`, such as `pc` or `pc-i440fx-8.0`.
+    pub machine: String,
+    /// Guest memory, MiB; at most 2 GiB, so that it is one range from guest-physical 0.
+    pub memory_mib: u32,
+    /// What is in it beside memory and a serial port.
+    pub devices: Devices,
+    /// `-uuid`, by which a receiver tells the channels of several guests apart.
+    pub uuid: Option<String>,
+    /// What it boots.
+    pub guest: Guest,
+}
+
+const MANY_DEVICES: &str = "-smp 2 -vga std -netdev user,id=n0 -device e1000,netdev=n0 \
+    -netdev user,id=n1 -device virtio-net-pci,netdev=n1 -device qemu-xhci -device usb-tablet \
+    -device virtio-balloon-pci -device virtio-rng-pci -device virtio-serial-pci";
+
+/// What a machine has beside memory and a serial port.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Devices {
+    /// One CPU, nothing else.
+    None,
+    /// Two CPUs, VGA, e1000, xHCI with a tablet, virtio network, balloon, random numbers and serial. Its RAM is a
+    /// shared file, because `pmemsave` cannot read what lies behind the VGA window.
+    Many,
+}
+
+impl Machine {
+    /// A bare machine with one CPU.
+    #[must_use]
+    pub fn bare(machine: &str, memory_mib: u32, guest: Guest) -> Self {
+        Self {
+            machine: machine.to_owned(),
+            memory_mib,
+            devices: Devices::None,
+            uuid: None,
+            guest,
+        }
+    }
+
+    /// A pc with two CPUs and many devices.
+    #[must_use]
+    pub fn with_devices(memory_mib: u32, guest: Guest) -> Self {
+        Self {
+            devices: Devices::Many,
+            ..Self::bare("pc", memory_mib, guest)
+        }
+    }
+
+    fn args(&self, ram_file: &Path) -> Vec<String> {
+        let (machine, memory_mib) = (&self.machine, self.memory_mib);
+        let mut args = vec!["-m".to_owned(), format!("{memory_mib}M"), "-machine".to_owned()];
+        match self.devices {
+            Devices::None => args.push(machine.clone()),
+            Devices::Many => {
+                args.push(format!("{machine},memory-backend=pc.ram"));
+                args.push("-object".to_owned());
+                let file = ram_file.display();
+                args.push(format!(
+                    "memory-backend-file,id=pc.ram,mem-path={file},size={memory_mib}M,share=on"
+                ));
+                args.extend(MANY_DEVICES.split_whitespace().map(str::to_owned));
+            }
+        }
+        if let Some(uuid) = &self.uuid {
+            args.extend(["-uuid".to_owned(), uuid.clone()]);
+        }
+        args
+    }
+}
+
+/// A running QEMU, killed when dropped.
+#[derive(Debug)]
+pub struct Qemu {
+    process: Child,
+    qmp: Qmp,
+    machine: Machine,
+    ram_file: PathBuf,
+    serial_log: PathBuf,
+    serial_socket: PathBuf,
+}
+
+impl Qemu {
+    /// Starts a QEMU whose guest runs at once.
+    ///
+    /// # Errors
+    /// When QEMU does not start; its own words are in `NAME.log`.
+    pub fn start(lab: &Lab, name: &str, machine: &Machine) -> Result<Self, LabError> {
+        Self::launch(lab, name, machine, &[])
+    }
+
+    /// Starts a QEMU that waits for `migrate-incoming`.
+    ///
+    /// # Errors
+    /// As [`Qemu::start`].
+    pub fn start_incoming(lab: &Lab, name: &str, machine: &Machine) -> Result<Self, LabError> {
+        Self::launch(lab, name, machine, &["-incoming", "defer"])
+    }
+
+    fn launch(lab: &Lab, name: &str, machine: &Machine, more: &[&str]) -> Result<Self, LabError> {
+        let qmp_socket = lab.file(&format!("{name}.qmp"));
+        let serial_socket = lab.file(&format!("{name}.serial"));
+        let serial_log = lab.file(&format!("{name}-serial.log"));
+        let ram_file = lab.file(&format!("{name}.ram"));
+        let log_path = lab.file(&format!("{name}.log"));
+        let log = File::create(&log_path).map_err(LabError::io(format!("create {}", log_path.display())))?;
+        let mut command = Command::new(&lab.qemu);
+        command
+            .args([
+                "-nodefaults",
+                "-no-user-config",
+                "-display",
+                "none",
+                "-accel",
+                "tcg",
+            ])
+            .args(machine.args(&ram_file))
+            .args([
+                "-qmp",
+                &format!("unix:{},server=on,wait=off", qmp_socket.display()),
+            ])
+            .args(["-chardev", &serial_chardev(&serial_socket, &serial_log)])
+            .args(["-serial", "chardev:serial"])
+            .args(machine.guest.args(lab))
+            .args(more)
+            .stdin(Stdio::null())
+            .stderr(log);
+        let mut process = command
+            .spawn()
+            .map_err(LabError::io(format!("start {}", lab.qemu.display())))?;
+        match Qmp::connect(&qmp_socket, Duration::from_secs(20)) {
+            Ok(qmp) => Ok(Self {
+                process,
+                qmp,
+                machine: machine.clone(),
+                ram_file,
+                serial_log,
+                serial_socket,
+            }),
+            Err(error) => {
+                let _ = process.kill();
+                let _ = process.wait();
+                let said = fs::read_to_string(&log_path).unwrap_or_default();
+                Err(LabError::Ended {
+                    what: format!("QEMU {name}: {error}"),
+                    detail: said,
+                })
+            }
+        }
+    }
+
+    /// QEMU's process id.
+    #[must_use]
+    pub fn pid(&self) -> u32 {
+        self.process.id()
+    }
+
+    /// Its monitor.
+    pub fn qmp(&mut self) -> &mut Qmp {
+        &mut self.qmp
+    }
+
+    /// What the guest has printed on its serial port.
+    #[must_use]
+    pub fn serial(&self) -> String {
+        // QEMU makes the file when the first byte is written.
+        String::from_utf8_lossy(&fs::read(&self.serial_log).unwrap_or_default()).into_owned()
+    }
+
+    /// Sends bytes to the guest's serial port.
+    ///
+    /// # Errors
+    /// When the serial port's socket does not take them.
+    pub fn send_serial(&self, bytes: &[u8]) -> Result<(), LabError> {
+        UnixStream::connect(&self.serial_socket)
+            .and_then(|mut socket| socket.write_all(bytes))
+            .map_err(LabError::io("write to the serial port"))
+    }
+
+    /// Waits until a line of the guest starts with `prefix`, and returns the first such line.
+    ///
+    /// # Errors
+    /// [`LabError::Timeout`].
+    pub fn wait_serial(&self, prefix: &str, limit: Duration) -> Result<String, LabError> {
+        wait_for(&format!("the guest to print '{prefix}'"), limit, || {
+            Ok(self
+                .serial()
+                .lines()
+                .find(|line| line.starts_with(prefix))
+                .map(str::to_owned))
+        })
+    }
+
+    /// The number of the guest's last complete tick; 0 before the first.
+    #[must_use]
+    pub fn ticks(&self) -> u64 {
+        last_tick(&self.serial())
+    }
+
+    /// Fails if the guest has found its own memory to be wrong.
+    ///
+    /// # Errors
+    /// With the guest's first error line.
+    pub fn check_guest(&self) -> Result<(), LabError> {
+        match self.serial().lines().find(|line| line.starts_with("error")) {
+            None => Ok(()),
+            Some(line) => Err(LabError::Ended {
+                what: "the guest is inconsistent".into(),
+                detail: line.to_owned(),
+            }),
+        }
+    }
+
+    /// Saves the guest's RAM. Only with the guest stopped are all its pages of one instant.
+    ///
+    /// # Errors
+    /// Those of QEMU, and of copying the RAM file where there is one.
+    pub fn save_ram(&mut self, to: &Path) -> Result<SavedRam, LabError> {
+        let size = u64::from(self.machine.memory_mib) << 20;
+        self.qmp
+            .execute("pmemsave", &json!({"val": 0, "size": size, "filename": to}))?;
+        let block = match self.machine.devices {
+            Devices::None => None,
+            Devices::Many => {
+                let copy = to.with_extension("block");
+                fs::copy(&self.ram_file, &copy).map_err(LabError::io("copy the RAM file"))?;
+                Some(copy)
+            }
+        };
+        Ok(SavedRam::new(to.to_owned(), block))
+    }
+
+    /// Stops the whole process, QEMU's own threads too, wherever they are ([`Qemu::thaw`] lets it go on).
+    ///
+    /// # Errors
+    /// When the process is gone.
+    pub fn freeze(&self) -> Result<(), LabError> {
+        self.signal(Signal::SIGSTOP)
+    }
+
+    /// Ends a [`Qemu::freeze`].
+    ///
+    /// # Errors
+    /// When the process is gone.
+    pub fn thaw(&self) -> Result<(), LabError> {
+        self.signal(Signal::SIGCONT)
+    }
+
+    fn signal(&self, signal: Signal) -> Result<(), LabError> {
+        let pid = i32::try_from(self.pid()).expect("process ids are below 2^22 on Linux");
+        kill(Pid::from_raw(pid), signal).map_err(|errno| LabError::io("signal QEMU")(errno.into()))
+    }
+
+    /// Sets migration capabilities on.
+    pub(super) fn enable(&mut self, capabilities: &[&str]) -> Result<(), LabError> {
+        let list: Vec<Value> = capabilities
+            .iter()
+            .map(|name| json!({"capability": name, "state": true}))
+            .collect();
+        self.qmp
+            .execute("migrate-set-capabilities", &json!({"capabilities": list}))
+            .map(|_| ())
+    }
+}
+
+impl Drop for Qemu {
+    fn drop(&mut self) {
+        // It may have ended by itself; either way it is reaped.
+        let _ = self.process.kill();
+        let _ = self.process.wait();
+    }
+}
+
+// Output goes to the log whether or not somebody is connected.
+fn serial_chardev(socket: &Path, log: &Path) -> String {
+    format!(
+        "socket,id=serial,path={},server=on,wait=off,logfile={}",
+        socket.display(),
+        log.display()
+    )
+}
+
+fn last_tick(serial: &str) -> u64 {
+    let complete = &serial[..serial.rfind('\n').unwrap_or(0)];
+    let tick = complete
+        .lines()
+        .rev()
+        .find_map(|line| line.trim_end().strip_prefix("tick "));
+    tick.and_then(|rest| rest.split(' ').next())
+        .and_then(|number| number.parse().ok())
+        .unwrap_or(0)
+}

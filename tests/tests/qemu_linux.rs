@@ -1,0 +1,72 @@
+//! A Linux guest on two CPUs with many devices, protected for longer: it writes and checks files in memory all the
+//! while. `COLO_RING_LINUX_SECONDS` makes it as long as one likes; 30 s otherwise.
+
+use std::time::{Duration, Instant};
+
+use colo_ring_tests::lab::{
+    Address, Backend, Distribution, Guest, LinuxGuest, Machine, Protection, Qemu, Receiver, ReceiverOptions,
+    Transport, experiment, host,
+};
+
+const CHANNELS: u8 = 4;
+
+#[test]
+fn linux_guest_is_protected_while_it_writes() {
+    let seconds = match std::env::var("COLO_RING_LINUX_SECONDS") {
+        Ok(text) => text
+            .parse()
+            .expect("COLO_RING_LINUX_SECONDS is a number of seconds"),
+        Err(_) => 30,
+    };
+    experiment(|lab| {
+        let guest = LinuxGuest {
+            touch_kib: 1024,
+            files: 32,
+            pause_ms: 50,
+        };
+        let machine = Machine::with_devices(256, Guest::Linux(guest));
+        let address = Address::free(lab, Transport::Tcp)?;
+        let options = ReceiverOptions {
+            channels: CHANNELS,
+            backend: Backend::Uring,
+            once: true,
+            extra: Vec::new(),
+        };
+        let mut receiver = Receiver::start(lab, &address, &options)?;
+        let mut primary = Qemu::start(lab, "primary", &machine)?;
+        primary.wait_serial("tick 1", Duration::from_secs(120))?;
+        let protection = Protection {
+            channels: CHANNELS,
+            checkpoint_delay_ms: 300,
+            zero_page_detection: None,
+        };
+        primary.protect(&address, &protection)?;
+
+        let (began, ticks_before) = (Instant::now(), primary.ticks());
+        while began.elapsed() < Duration::from_secs(seconds) {
+            let next = primary.checkpoints()? + 1;
+            primary.wait_checkpoints(next, Duration::from_secs(30))?;
+            primary.check_guest()?;
+        }
+        let (checkpoints, ticks) = (primary.checkpoints()?, primary.ticks() - ticks_before);
+        println!(
+            "{checkpoints} checkpoints and {ticks} ticks of the guest in {seconds} s on {}",
+            host()
+        );
+        println!("pause: {}", Distribution::of_us(&primary.pauses_us()));
+        // Every second had a checkpoint and a tick, at the least: neither hung.
+        assert!(
+            u64::try_from(checkpoints).is_ok_and(|count| count >= seconds),
+            "{checkpoints} checkpoints"
+        );
+        assert!(ticks >= seconds, "{ticks} ticks");
+
+        let saved = primary.commit_stopped(&lab.file("saved.ram"))?;
+        saved.assert_equal(&receiver.dump_only(&lab.file("stopped"))?.block("pc.ram")?)?;
+        primary.check_guest()?;
+        let ticks = primary.ticks();
+        primary.wait_serial(&format!("tick {}", ticks + 3), Duration::from_secs(30))?;
+        drop(primary);
+        receiver.wait_exit().map(|_| ())
+    });
+}

@@ -1,0 +1,84 @@
+//! A checkpoint that is still on its way cannot be seen: whatever moment the primary is frozen at, a dump is the memory
+//! of the last complete checkpoint.
+
+use std::time::Duration;
+
+use colo_ring_tests::lab::{
+    Address, Backend, Guest, Lab, LabError, Machine, Protection, Qemu, Receiver, ReceiverOptions, TestGuest,
+    Transport, check_test_guest_image, experiment,
+};
+
+const CHANNELS: u8 = 4;
+const FREEZES: u32 = 12;
+/// So many of the freezes must have hit a checkpoint before its commit, or the test has shown nothing.
+const UNCOMMITTED_MIN: u32 = 4;
+const LIMIT: Duration = Duration::from_secs(30);
+
+#[test]
+fn uring_never_shows_a_torn_checkpoint() {
+    experiment(|lab| body(lab, Backend::Uring));
+}
+
+#[test]
+fn epoll_never_shows_a_torn_checkpoint() {
+    experiment(|lab| body(lab, Backend::Epoll));
+}
+
+#[test]
+fn threads_never_shows_a_torn_checkpoint() {
+    experiment(|lab| body(lab, Backend::Threads));
+}
+
+fn body(lab: &Lab, backend: Backend) -> Result<(), LabError> {
+    // About 60 MiB a checkpoint, so that the transfer is most of the pause.
+    let load = TestGuest::random(40_000, 200);
+    let address = Address::free(lab, Transport::Tcp)?;
+    let options = ReceiverOptions {
+        channels: CHANNELS,
+        backend,
+        once: true,
+        extra: Vec::new(),
+    };
+    let receiver = Receiver::start(lab, &address, &options)?;
+    let mut primary = Qemu::start(
+        lab,
+        "primary",
+        &Machine::bare("pc", 256, Guest::Test(load.clone())),
+    )?;
+    primary.wait_serial("tick 2 ", LIMIT)?;
+    let protection = Protection {
+        channels: CHANNELS,
+        checkpoint_delay_ms: 400,
+        zero_page_detection: None,
+    };
+    primary.protect(&address, &protection)?;
+    primary.wait_checkpoints(2, LIMIT)?;
+
+    let mut uncommitted = 0;
+    for freeze in 0..FREEZES {
+        let before = primary.checkpoints()?;
+        primary.wait_checkpoints(before + 1, LIMIT)?;
+        primary.wait_paused(LIMIT)?;
+        std::thread::sleep(Duration::from_millis(4) * freeze);
+        primary.freeze()?;
+        let complete = u64::try_from(primary.checkpoints()?).expect("a count");
+        let out = lab.file(&format!("frozen{freeze}"));
+        let dump = receiver.dump_only(&out)?;
+        // The receiver may have committed one that the frozen primary has not heard of.
+        assert!(
+            (complete..=complete + 1).contains(&dump.checkpoint()),
+            "{} of {complete}",
+            dump.checkpoint()
+        );
+        uncommitted += u32::from(dump.checkpoint() == complete);
+        check_test_guest_image(&dump.block("pc.ram")?, &load)?;
+        // A failure to remove it costs disk space only.
+        let _ = std::fs::remove_dir_all(&out);
+        primary.thaw()?;
+    }
+    assert!(
+        uncommitted >= UNCOMMITTED_MIN,
+        "only {uncommitted} freezes came before the commit"
+    );
+    primary.check_guest()
+}

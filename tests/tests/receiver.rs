@@ -1,0 +1,272 @@
+//! The whole receiver, in process, against the synthetic primary: every backend, sync mode and shape of primary.
+
+use colo_ring::receiver::{
+    Answer, Dumped, Event, ListenAddress, Outcome, Receiver, ReceiverOptions, Request, SessionState,
+};
+use colo_ring::ring::BackendKind;
+use colo_ring::store::{HugePages, StoreOptions};
+use colo_ring_tools::synth::{Address, SynthOptions, SynthPrimary, Version};
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+const BACKENDS: [BackendKind; 3] = [BackendKind::Uring, BackendKind::Epoll, BackendKind::Threads];
+
+/// A receiver with what it said.
+struct Bench {
+    receiver: Receiver,
+    said: Arc<Mutex<Vec<String>>>,
+    directory: PathBuf,
+}
+
+fn options(backend: BackendKind, channels: u8) -> ReceiverOptions {
+    ReceiverOptions {
+        listen: vec!["tcp:127.0.0.1:0".parse().unwrap()],
+        channels,
+        cores: colo_ring::host::allowed_cores().unwrap(),
+        backend,
+        registered: true,
+        store: StoreOptions {
+            hugepages: HugePages::Off,
+            ..StoreOptions::default()
+        },
+        ram_limit_bytes: 1 << 30,
+        hist: None,
+        described: serde_json::Value::Null,
+        control: None,
+        once: false,
+        identify_deadline: Duration::from_secs(5),
+    }
+}
+
+impl Bench {
+    fn start(name: &str, options: ReceiverOptions) -> Self {
+        let said: Arc<Mutex<Vec<String>>> = Arc::default();
+        let ears = said.clone();
+        let directory =
+            std::env::temp_dir().join(format!("colo-ring-receiver-{}-{name}", std::process::id()));
+        std::fs::create_dir_all(&directory).unwrap();
+        let receiver = Receiver::start(options, move |event| {
+            ears.lock().unwrap().push(match event {
+                Event::Warning(text) => text,
+                Event::Began { session, .. } => format!("session {session} began"),
+                Event::Ended(status) => format!("session {} ended: {}", status.session, status.end.unwrap()),
+            });
+        });
+        Self {
+            receiver: receiver.unwrap(),
+            said,
+            directory,
+        }
+    }
+
+    fn address(&self) -> Address {
+        self.receiver.addresses()[0].to_string().parse().unwrap()
+    }
+
+    fn dump(&self, session: u32) -> Dumped {
+        let directory = self.directory.clone();
+        match self.receiver.ask(Request::Dump { session, directory }) {
+            Ok(Answer::Dumped(dumped)) => dumped,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    /// The committed checkpoint is what the primary has.
+    fn compare(&self, session: u32, primary: &SynthPrimary) {
+        let dumped = self.dump(session);
+        assert_eq!(dumped.blocks.len(), primary.blocks().len());
+        for block in &dumped.blocks {
+            let file = std::fs::read(self.directory.join(&block.file)).unwrap();
+            let image = primary.image(&block.name).unwrap();
+            let pages = file.chunks(4096).zip(image.chunks(4096));
+            let differing = pages.filter(|(a, b)| a != b).count();
+            assert_eq!((file.len(), differing), (image.len(), 0), "block {}", block.name);
+        }
+        let device_state = std::fs::read(self.directory.join(&dumped.device_state_file)).unwrap();
+        assert_eq!(device_state, primary.device_state());
+    }
+
+    fn end(self) -> (Outcome, Vec<String>) {
+        self.receiver.stop_handle().stop();
+        let outcome = self.receiver.wait().unwrap();
+        std::fs::remove_dir_all(&self.directory).unwrap();
+        let said = self.said.lock().unwrap().clone();
+        (outcome, said)
+    }
+}
+
+fn primary(version: Version, channels: u8, seed: u64) -> SynthOptions {
+    SynthOptions {
+        ram_bytes: 24 << 20,
+        channels,
+        dirty_pages: 700,
+        seed,
+        ..SynthOptions::new(version)
+    }
+}
+
+/// A whole session with checkpoints, compared after precopy and after each.
+fn protect(name: &str, options: ReceiverOptions, shape: SynthOptions) {
+    let bench = Bench::start(name, options);
+    let mut primary = SynthPrimary::connect(&bench.address(), &shape).unwrap();
+    bench.compare(1, &primary);
+    for _ in 0..6 {
+        primary.checkpoint().unwrap();
+        bench.compare(1, &primary);
+    }
+    primary.close().unwrap();
+    let (outcome, said) = bench.end();
+    let session = &outcome.sessions[0];
+    assert_eq!(
+        (session.checkpoint, session.state),
+        (Some(6), SessionState::Ended),
+        "{said:?}"
+    );
+    assert_eq!(outcome.report.total.checkpoints, 6);
+}
+
+#[test]
+fn every_backend_and_shape_of_primary() {
+    for backend in BACKENDS {
+        for version in [Version::V11_1, Version::V10_0, Version::V7_2] {
+            for channels in [0, 1, 4] {
+                let name = format!("{}-{version:?}-{channels}", backend.name());
+                println!("{name}");
+                protect(
+                    &name,
+                    options(backend, channels),
+                    primary(version, channels, u64::from(channels)),
+                );
+            }
+        }
+    }
+}
+
+#[test]
+fn many_channels() {
+    for backend in BACKENDS {
+        protect(
+            &format!("255-{}", backend.name()),
+            options(backend, 255),
+            primary(Version::V11_1, 255, 9),
+        );
+    }
+}
+
+#[test]
+fn without_registered_buffers() {
+    let options = ReceiverOptions {
+        registered: false,
+        ..options(BackendKind::Uring, 4)
+    };
+    protect("unregistered", options, primary(Version::V11_1, 4, 3));
+}
+
+#[test]
+fn over_a_unix_socket_and_ipv6() {
+    for backend in BACKENDS {
+        let path = std::env::temp_dir().join(format!(
+            "colo-ring-{}-{}.sock",
+            std::process::id(),
+            backend.name()
+        ));
+        let listen = vec![ListenAddress::Unix(path.clone())];
+        protect(
+            "unix",
+            ReceiverOptions {
+                listen,
+                ..options(backend, 2)
+            },
+            primary(Version::V11_1, 2, 4),
+        );
+        std::fs::remove_file(path).unwrap();
+        let listen = vec!["tcp:[::1]:0".parse().unwrap()];
+        protect(
+            "v6",
+            ReceiverOptions {
+                listen,
+                ..options(backend, 2)
+            },
+            primary(Version::V11_1, 2, 5),
+        );
+    }
+}
+
+#[test]
+fn several_guests_and_a_broken_one() {
+    for backend in BACKENDS {
+        let bench = Bench::start(&format!("guests-{}", backend.name()), options(backend, 2));
+        let mut first = SynthPrimary::connect(&bench.address(), &primary(Version::V11_1, 2, 1)).unwrap();
+        let mut second = SynthPrimary::connect(&bench.address(), &primary(Version::V10_0, 2, 2)).unwrap();
+        let mut third = SynthPrimary::connect(&bench.address(), &primary(Version::V7_2, 2, 3)).unwrap();
+        for _ in 0..3 {
+            first.checkpoint().unwrap();
+            second.checkpoint().unwrap();
+            third.checkpoint().unwrap();
+        }
+        second.close().unwrap();
+        first.checkpoint().unwrap();
+        third.checkpoint().unwrap();
+        bench.compare(1, &first);
+        bench.compare(3, &third);
+        let (outcome, _) = bench.end();
+        let checkpoints: Vec<_> = outcome
+            .sessions
+            .iter()
+            .map(|session| session.checkpoint)
+            .collect();
+        assert_eq!(checkpoints, [Some(4), Some(3), Some(4)]);
+    }
+}
+
+#[test]
+fn strangers_and_mismatches_get_a_message_and_cost_nothing() {
+    use std::io::{Read, Write};
+    let bench = Bench::start("strangers", options(BackendKind::Uring, 2));
+    let ListenAddress::Tcp(port) = bench.receiver.addresses()[0] else {
+        panic!("a TCP address")
+    };
+    let mut browser = std::net::TcpStream::connect(port).unwrap();
+    browser.write_all(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n").unwrap();
+    let closed = browser.read(&mut [0; 16]);
+    assert!(matches!(closed, Ok(0) | Err(_)), "{closed:?}");
+    let wrong = SynthOptions {
+        patience: Duration::from_secs(2),
+        ..primary(Version::V11_1, 3, 1)
+    };
+    assert!(SynthPrimary::connect(&bench.address(), &wrong).is_err());
+    let large = SynthOptions {
+        ram_bytes: 2 << 30,
+        patience: Duration::from_secs(5),
+        ..primary(Version::V11_1, 2, 1)
+    };
+    assert!(SynthPrimary::connect(&bench.address(), &large).is_err());
+    let mut good = SynthPrimary::connect(&bench.address(), &primary(Version::V11_1, 2, 1)).unwrap();
+    good.checkpoint().unwrap();
+    good.close().unwrap();
+    let (_, said) = bench.end();
+    let all = said.join("\n");
+    for part in [
+        "but HTTP",
+        "channel 2 connected, but only channels 0 to 1",
+        "the guest's RAM in bytes",
+    ] {
+        assert!(all.contains(part), "{part:?} is missing in:\n{all}");
+    }
+}
+
+#[test]
+fn once_ends_with_the_first_session() {
+    let options = ReceiverOptions {
+        once: true,
+        ..options(BackendKind::Uring, 1)
+    };
+    let bench = Bench::start("once", options);
+    let mut primary = SynthPrimary::connect(&bench.address(), &primary(Version::V11_1, 1, 1)).unwrap();
+    primary.checkpoint().unwrap();
+    primary.close().unwrap();
+    let outcome = bench.receiver.wait().unwrap();
+    assert_eq!(outcome.sessions.len(), 1);
+    assert_eq!(outcome.sessions[0].checkpoint, Some(1));
+}

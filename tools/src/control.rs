@@ -1,0 +1,67 @@
+//! The other end of a receiver's control socket: one JSON object a line, asked and answered.
+
+use crate::options::ControlAddress;
+use crate::output::CommandError;
+use colo_ring::receiver::Request;
+use serde::Deserialize;
+use serde::de::DeserializeOwned;
+use std::io::{self, BufRead, BufReader, Write};
+use std::os::unix::net::UnixStream;
+
+/// A line as it comes back.
+#[derive(Deserialize)]
+#[serde(bound(deserialize = "A: DeserializeOwned"))]
+struct Line<A> {
+    answer: Option<A>,
+    error: Option<String>,
+}
+
+/// Asks the receiver at `address` and waits for its answer, however long it takes: a dump takes as long as the disk.
+///
+/// # Errors
+/// If there is no receiver, it goes away, or it refuses: with its reason.
+pub fn ask<A: DeserializeOwned>(address: &ControlAddress, request: &Request) -> Result<A, CommandError> {
+    let failed =
+        |doing: &str, error: &io::Error| CommandError::Failed(format!("cannot {doing} {address}: {error}"));
+    let mut stream = UnixStream::connect(&address.0).map_err(|error| {
+        let hint = match error.kind() {
+            io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused => {
+                "; is a receiver running with this --control?"
+            }
+            io::ErrorKind::PermissionDenied => "; only the receiver's own user may speak to it",
+            _ => "",
+        };
+        CommandError::Failed(format!("cannot connect to {address}: {error}{hint}"))
+    })?;
+    let mut line = serde_json::to_vec(request).map_err(io::Error::from)?;
+    line.push(b'\n');
+    stream
+        .write_all(&line)
+        .map_err(|error| failed("write to", &error))?;
+    let mut text = String::new();
+    let count = BufReader::new(stream)
+        .read_line(&mut text)
+        .map_err(|error| failed("read from", &error))?;
+    if count == 0 {
+        return Err(CommandError::Failed(format!(
+            "the receiver at {address} ended without an answer"
+        )));
+    }
+    let not_understood = |error| {
+        CommandError::Failed(format!(
+            "the answer from {address} is not understood ({error}); is it a receiver of another version?"
+        ))
+    };
+    let line: Line<A> = serde_json::from_str(&text).map_err(not_understood)?;
+    match line {
+        Line {
+            answer: Some(answer), ..
+        } => Ok(answer),
+        Line {
+            error: Some(error), ..
+        } => Err(CommandError::Failed(error)),
+        Line { .. } => Err(CommandError::Failed(format!(
+            "the answer from {address} is empty"
+        ))),
+    }
+}
