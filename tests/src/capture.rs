@@ -52,8 +52,18 @@ impl Capture {
         );
         let unpacked = std::env::temp_dir().join(format!("colo-ring-capture-{}-{name}", std::process::id()));
         std::fs::create_dir_all(&unpacked).expect("a directory to unpack to");
-        let tar = Command::new("tar").arg("--zstd").arg("-xf").arg(&archive).arg("-C").arg(&unpacked).status();
-        assert!(tar.expect("tar is installed").success(), "unpacking {}", archive.display());
+        let tar = Command::new("tar")
+            .arg("--zstd")
+            .arg("-xf")
+            .arg(&archive)
+            .arg("-C")
+            .arg(&unpacked)
+            .status();
+        assert!(
+            tar.expect("tar is installed").success(),
+            "unpacking {}",
+            archive.display()
+        );
         let capture = Self::read_directory(&unpacked.join(name));
         std::fs::remove_dir_all(&unpacked).expect("what was unpacked can be removed");
         capture
@@ -74,12 +84,26 @@ impl Capture {
             if line.direction == "p2s" && line.length > 0 {
                 let begin = taken[line.channel];
                 taken[line.channel] += line.length;
-                chunks.push(Chunk { connection: line.channel, begin, length: line.length });
+                chunks.push(Chunk {
+                    connection: line.channel,
+                    begin,
+                    length: line.length,
+                });
             }
         }
-        let all = connections.iter().zip(&taken).all(|(bytes, taken)| bytes.len() == *taken);
+        let all = connections
+            .iter()
+            .zip(&taken)
+            .all(|(bytes, taken)| bytes.len() == *taken);
         assert!(all, "the index covers every byte");
-        let main = connections.iter().position(|bytes| bytes.starts_with(b"QEVM")).expect("a main channel");
-        Self { connections, main, chunks }
+        let main = connections
+            .iter()
+            .position(|bytes| bytes.starts_with(b"QEVM"))
+            .expect("a main channel");
+        Self {
+            connections,
+            main,
+            chunks,
+        }
     }
 }

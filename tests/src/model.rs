@@ -35,7 +35,9 @@ impl<'a> Reader<'a> {
     }
 
     fn number(&mut self, bytes: usize) -> u64 {
-        self.take(bytes).iter().fold(0, |number, byte| number << 8 | u64::from(*byte))
+        self.take(bytes)
+            .iter()
+            .fold(0, |number, byte| number << 8 | u64::from(*byte))
     }
 
     fn count(&mut self, bytes: usize) -> usize {
@@ -64,7 +66,10 @@ impl Model {
             // Behind the init packet.
             .map(|(_, bytes)| Reader { bytes, at: 64 })
             .collect();
-        let mut main = Reader { bytes: &capture.connections[capture.main], at: 8 + 1 };
+        let mut main = Reader {
+            bytes: &capture.connections[capture.main],
+            at: 8 + 1,
+        };
         let name = main.count(4);
         main.take(name);
         let mut flush_marks = false;
@@ -79,7 +84,12 @@ impl Model {
     }
 
     /// One section before the device state; false when that begins.
-    fn section(&mut self, main: &mut Reader<'_>, channels: &mut [Reader<'_>], flush_marks: &mut bool) -> bool {
+    fn section(
+        &mut self,
+        main: &mut Reader<'_>,
+        channels: &mut [Reader<'_>],
+        flush_marks: &mut bool,
+    ) -> bool {
         match main.bytes[main.at] {
             0x08 => {
                 main.take(3);
@@ -154,15 +164,24 @@ impl Model {
     }
 
     fn named(&self, name: &[u8]) -> usize {
-        self.blocks.iter().position(|(known, _)| known == name).expect("a block of the list")
+        self.blocks
+            .iter()
+            .position(|(known, _)| known == name)
+            .expect("a block of the list")
     }
 
     fn begin_of(&self, block: usize) -> usize {
-        self.blocks[..block].iter().map(|(_, content)| content.len()).sum()
+        self.blocks[..block]
+            .iter()
+            .map(|(_, content)| content.len())
+            .sum()
     }
 
     fn page(&mut self, block: usize, offset: usize, content: &[u8]) {
-        assert!(offset + PAGE <= self.blocks[block].1.len(), "the page lies in its block");
+        assert!(
+            offset + PAGE <= self.blocks[block].1.len(),
+            "the page lies in its block"
+        );
         let at = self.begin_of(block) + offset;
         self.current[at..at + PAGE].copy_from_slice(content);
     }
@@ -180,7 +199,11 @@ impl Model {
                     let block = self.named(name);
                     for entry in 0..normal + zero {
                         let offset = number(320 + 8 * entry, 8);
-                        let content = if entry < normal { channel.take(PAGE).to_vec() } else { vec![0; PAGE] };
+                        let content = if entry < normal {
+                            channel.take(PAGE).to_vec()
+                        } else {
+                            vec![0; PAGE]
+                        };
                         self.page(block, offset, &content);
                         self.twice += usize::from(!seen.insert((block, offset)));
                     }
@@ -203,7 +226,12 @@ impl Model {
     }
 
     /// One checkpoint; false if the capture ends in the middle of it.
-    fn checkpoint(&mut self, main: &mut Reader<'_>, channels: &mut [Reader<'_>], flush_marks: &mut bool) -> bool {
+    fn checkpoint(
+        &mut self,
+        main: &mut Reader<'_>,
+        channels: &mut [Reader<'_>],
+        flush_marks: &mut bool,
+    ) -> bool {
         if main.left() < 8 {
             return false;
         }

@@ -32,8 +32,15 @@ struct Secondary {
 
 impl Secondary {
     fn new(connections: usize) -> Self {
-        let limits = SessionLimits { channels: CHANNELS, ram_limit_bytes: 1 << 30 };
-        let channel = |_| Channel { id: None, arrived: Vec::new(), parked: None };
+        let limits = SessionLimits {
+            channels: CHANNELS,
+            ram_limit_bytes: 1 << 30,
+        };
+        let channel = |_| Channel {
+            id: None,
+            arrived: Vec::new(),
+            parked: None,
+        };
         Self {
             session: Session::new(limits),
             meeting: Rendezvous::new(CHANNELS),
@@ -63,7 +70,13 @@ impl Secondary {
 
     fn progress(&self) -> (usize, usize) {
         let waiting = self.channels.iter().map(|channel| channel.arrived.len()).sum();
-        (waiting, self.channels.iter().filter(|channel| channel.parked.is_some()).count())
+        (
+            waiting,
+            self.channels
+                .iter()
+                .filter(|channel| channel.parked.is_some())
+                .count(),
+        )
     }
 
     fn drive_main(&mut self) {
@@ -132,17 +145,24 @@ impl Secondary {
     /// Takes a packet off a channel, if there is a whole one and the channel may be read.
     fn packet(&mut self, position: usize) -> bool {
         let channel = &mut self.channels[position];
-        if channel.parked.is_some_and(|ticket| !self.meeting.is_released(ticket)) {
+        if channel
+            .parked
+            .is_some_and(|ticket| !self.meeting.is_released(ticket))
+        {
             return false;
         }
         channel.parked = None;
         let Some(id) = channel.id else {
-            let Some(init) = channel.arrived.first_chunk::<INIT_LEN>() else { return false };
+            let Some(init) = channel.arrived.first_chunk::<INIT_LEN>() else {
+                return false;
+            };
             channel.id = Some(Init::decode(init).unwrap().channel);
             channel.arrived.drain(..INIT_LEN);
             return true;
         };
-        let Some(header) = channel.arrived.first_chunk::<HEADER_LEN>() else { return false };
+        let Some(header) = channel.arrived.first_chunk::<HEADER_LEN>() else {
+            return false;
+        };
         let header = PacketHeader::decode(header).unwrap();
         let payload = usize::try_from(header.payload_len()).unwrap();
         if channel.arrived.len() < HEADER_LEN + payload {
@@ -153,7 +173,9 @@ impl Secondary {
             let (mut normal, mut zero) = (PageList::default(), PageList::default());
             header.resolve(store.table(), &mut normal, &mut zero).unwrap();
             self.meeting.begin_packet(id).unwrap();
-            let pages = channel.arrived[HEADER_LEN..HEADER_LEN + payload].as_chunks::<PAGE_SIZE>().0;
+            let pages = channel.arrived[HEADER_LEN..HEADER_LEN + payload]
+                .as_chunks::<PAGE_SIZE>()
+                .0;
             for (page, content) in normal.as_slice().iter().zip(pages) {
                 store.write(0, *page, content);
             }
@@ -180,7 +202,9 @@ fn play(name: &str) -> (Secondary, Model) {
         if chunk.connection == capture.main {
             secondary.main.extend_from_slice(bytes);
         } else {
-            secondary.channels[chunk.connection].arrived.extend_from_slice(bytes);
+            secondary.channels[chunk.connection]
+                .arrived
+                .extend_from_slice(bytes);
         }
         secondary.settle();
     }
@@ -197,10 +221,22 @@ fn compare(secondary: &Secondary, model: &Model, name: &str) {
     for (dumped, (name, content)) in report.blocks.iter().zip(&model.blocks) {
         assert_eq!(&*dumped.name, &name[..]);
         let file = std::fs::read(directory.join(&dumped.file)).unwrap();
-        let differing = file.chunks(PAGE_SIZE).zip(content.chunks(PAGE_SIZE)).filter(|(a, b)| a != b).count();
-        assert_eq!((file.len(), differing), (content.len(), 0), "block {}", String::from_utf8_lossy(name));
+        let differing = file
+            .chunks(PAGE_SIZE)
+            .zip(content.chunks(PAGE_SIZE))
+            .filter(|(a, b)| a != b)
+            .count();
+        assert_eq!(
+            (file.len(), differing),
+            (content.len(), 0),
+            "block {}",
+            String::from_utf8_lossy(name)
+        );
     }
-    assert_eq!(std::fs::read(directory.join(&report.device_state)).unwrap(), model.device_state);
+    assert_eq!(
+        std::fs::read(directory.join(&report.device_state)).unwrap(),
+        model.device_state
+    );
     std::fs::remove_dir_all(directory).unwrap();
 }
 

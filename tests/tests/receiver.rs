@@ -26,7 +26,10 @@ fn options(backend: BackendKind, channels: u8) -> ReceiverOptions {
         cores: colo_ring::host::allowed_cores().unwrap(),
         backend,
         registered: true,
-        store: StoreOptions { hugepages: HugePages::Off, ..StoreOptions::default() },
+        store: StoreOptions {
+            hugepages: HugePages::Off,
+            ..StoreOptions::default()
+        },
         ram_limit_bytes: 1 << 30,
         hist: None,
         described: serde_json::Value::Null,
@@ -40,7 +43,8 @@ impl Bench {
     fn start(name: &str, options: ReceiverOptions) -> Self {
         let said: Arc<Mutex<Vec<String>>> = Arc::default();
         let ears = said.clone();
-        let directory = std::env::temp_dir().join(format!("colo-ring-receiver-{}-{name}", std::process::id()));
+        let directory =
+            std::env::temp_dir().join(format!("colo-ring-receiver-{}-{name}", std::process::id()));
         std::fs::create_dir_all(&directory).unwrap();
         let receiver = Receiver::start(options, move |event| {
             ears.lock().unwrap().push(match event {
@@ -49,7 +53,11 @@ impl Bench {
                 Event::Ended(status) => format!("session {} ended: {}", status.session, status.end.unwrap()),
             });
         });
-        Self { receiver: receiver.unwrap(), said, directory }
+        Self {
+            receiver: receiver.unwrap(),
+            said,
+            directory,
+        }
     }
 
     fn address(&self) -> Address {
@@ -89,7 +97,13 @@ impl Bench {
 }
 
 fn primary(version: Version, channels: u8, seed: u64) -> SynthOptions {
-    SynthOptions { ram_bytes: 24 << 20, channels, dirty_pages: 700, seed, ..SynthOptions::new(version) }
+    SynthOptions {
+        ram_bytes: 24 << 20,
+        channels,
+        dirty_pages: 700,
+        seed,
+        ..SynthOptions::new(version)
+    }
 }
 
 /// A whole session with checkpoints, compared after precopy and after each.
@@ -104,7 +118,11 @@ fn protect(name: &str, options: ReceiverOptions, shape: SynthOptions) {
     primary.close().unwrap();
     let (outcome, said) = bench.end();
     let session = &outcome.sessions[0];
-    assert_eq!((session.checkpoint, session.state), (Some(6), SessionState::Ended), "{said:?}");
+    assert_eq!(
+        (session.checkpoint, session.state),
+        (Some(6), SessionState::Ended),
+        "{said:?}"
+    );
     assert_eq!(outcome.report.total.checkpoints, 6);
 }
 
@@ -115,7 +133,11 @@ fn every_backend_and_shape_of_primary() {
             for channels in [0, 1, 4] {
                 let name = format!("{}-{version:?}-{channels}", backend.name());
                 println!("{name}");
-                protect(&name, options(backend, channels), primary(version, channels, u64::from(channels)));
+                protect(
+                    &name,
+                    options(backend, channels),
+                    primary(version, channels, u64::from(channels)),
+                );
             }
         }
     }
@@ -124,25 +146,50 @@ fn every_backend_and_shape_of_primary() {
 #[test]
 fn many_channels() {
     for backend in BACKENDS {
-        protect(&format!("255-{}", backend.name()), options(backend, 255), primary(Version::V11_1, 255, 9));
+        protect(
+            &format!("255-{}", backend.name()),
+            options(backend, 255),
+            primary(Version::V11_1, 255, 9),
+        );
     }
 }
 
 #[test]
 fn without_registered_buffers() {
-    let options = ReceiverOptions { registered: false, ..options(BackendKind::Uring, 4) };
+    let options = ReceiverOptions {
+        registered: false,
+        ..options(BackendKind::Uring, 4)
+    };
     protect("unregistered", options, primary(Version::V11_1, 4, 3));
 }
 
 #[test]
 fn over_a_unix_socket_and_ipv6() {
     for backend in BACKENDS {
-        let path = std::env::temp_dir().join(format!("colo-ring-{}-{}.sock", std::process::id(), backend.name()));
+        let path = std::env::temp_dir().join(format!(
+            "colo-ring-{}-{}.sock",
+            std::process::id(),
+            backend.name()
+        ));
         let listen = vec![ListenAddress::Unix(path.clone())];
-        protect("unix", ReceiverOptions { listen, ..options(backend, 2) }, primary(Version::V11_1, 2, 4));
+        protect(
+            "unix",
+            ReceiverOptions {
+                listen,
+                ..options(backend, 2)
+            },
+            primary(Version::V11_1, 2, 4),
+        );
         std::fs::remove_file(path).unwrap();
         let listen = vec!["tcp:[::1]:0".parse().unwrap()];
-        protect("v6", ReceiverOptions { listen, ..options(backend, 2) }, primary(Version::V11_1, 2, 5));
+        protect(
+            "v6",
+            ReceiverOptions {
+                listen,
+                ..options(backend, 2)
+            },
+            primary(Version::V11_1, 2, 5),
+        );
     }
 }
 
@@ -164,7 +211,11 @@ fn several_guests_and_a_broken_one() {
         bench.compare(1, &first);
         bench.compare(3, &third);
         let (outcome, _) = bench.end();
-        let checkpoints: Vec<_> = outcome.sessions.iter().map(|session| session.checkpoint).collect();
+        let checkpoints: Vec<_> = outcome
+            .sessions
+            .iter()
+            .map(|session| session.checkpoint)
+            .collect();
         assert_eq!(checkpoints, [Some(4), Some(3), Some(4)]);
     }
 }
@@ -173,28 +224,44 @@ fn several_guests_and_a_broken_one() {
 fn strangers_and_mismatches_get_a_message_and_cost_nothing() {
     use std::io::{Read, Write};
     let bench = Bench::start("strangers", options(BackendKind::Uring, 2));
-    let ListenAddress::Tcp(port) = bench.receiver.addresses()[0] else { panic!("a TCP address") };
+    let ListenAddress::Tcp(port) = bench.receiver.addresses()[0] else {
+        panic!("a TCP address")
+    };
     let mut browser = std::net::TcpStream::connect(port).unwrap();
     browser.write_all(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n").unwrap();
     let closed = browser.read(&mut [0; 16]);
     assert!(matches!(closed, Ok(0) | Err(_)), "{closed:?}");
-    let wrong = SynthOptions { patience: Duration::from_secs(2), ..primary(Version::V11_1, 3, 1) };
+    let wrong = SynthOptions {
+        patience: Duration::from_secs(2),
+        ..primary(Version::V11_1, 3, 1)
+    };
     assert!(SynthPrimary::connect(&bench.address(), &wrong).is_err());
-    let large = SynthOptions { ram_bytes: 2 << 30, patience: Duration::from_secs(5), ..primary(Version::V11_1, 2, 1) };
+    let large = SynthOptions {
+        ram_bytes: 2 << 30,
+        patience: Duration::from_secs(5),
+        ..primary(Version::V11_1, 2, 1)
+    };
     assert!(SynthPrimary::connect(&bench.address(), &large).is_err());
     let mut good = SynthPrimary::connect(&bench.address(), &primary(Version::V11_1, 2, 1)).unwrap();
     good.checkpoint().unwrap();
     good.close().unwrap();
     let (_, said) = bench.end();
     let all = said.join("\n");
-    for part in ["but HTTP", "channel 2 connected, but only channels 0 to 1", "the guest's RAM in bytes"] {
+    for part in [
+        "but HTTP",
+        "channel 2 connected, but only channels 0 to 1",
+        "the guest's RAM in bytes",
+    ] {
         assert!(all.contains(part), "{part:?} is missing in:\n{all}");
     }
 }
 
 #[test]
 fn once_ends_with_the_first_session() {
-    let options = ReceiverOptions { once: true, ..options(BackendKind::Uring, 1) };
+    let options = ReceiverOptions {
+        once: true,
+        ..options(BackendKind::Uring, 1)
+    };
     let bench = Bench::start("once", options);
     let mut primary = SynthPrimary::connect(&bench.address(), &primary(Version::V11_1, 1, 1)).unwrap();
     primary.checkpoint().unwrap();

@@ -58,14 +58,23 @@ pub(super) enum Outcome<S> {
 pub(super) enum Refusal {
     #[error("{channel} connected, but only channels 0 to {} are expected: make --channels and the primary's multifd-channels equal", .expected - 1)]
     ChannelTooHigh { channel: ChannelId, expected: u8 },
-    #[error("a multifd channel connected, but this receiver is set up for plain migration: switch the capability multifd off on the primary, or start the receiver with --channels as its multifd-channels")]
+    #[error(
+        "a multifd channel connected, but this receiver is set up for plain migration: switch the capability multifd off on the primary, or start the receiver with --channels as its multifd-channels"
+    )]
     Plain,
     #[error("{0} connected twice")]
     Twice(ChannelId),
-    #[error("two primaries of one host connect to one listener at the same time, and nothing tells their main channels apart: start them one after the other, or give each a --listen address of its own")]
+    #[error(
+        "two primaries of one host connect to one listener at the same time, and nothing tells their main channels apart: start them one after the other, or give each a --listen address of its own"
+    )]
     Ambiguous,
     #[error("{present} of {expected} multifd channels {} within {deadline:?}: is the capability multifd on, and multifd-channels {expected}, on the primary?", if *.main { "and a main channel came" } else { "came, but no main channel," })]
-    Deadline { main: bool, present: usize, expected: u8, deadline: Duration },
+    Deadline {
+        main: bool,
+        present: usize,
+        expected: u8,
+        deadline: Duration,
+    },
 }
 
 struct Set<S> {
@@ -97,12 +106,23 @@ pub(super) struct Assembler<S> {
 
 impl<S> Assembler<S> {
     pub(super) fn new(channels: u8, deadline: Duration) -> Self {
-        Self { channels, deadline, next: 0, unidentified: Vec::new(), held: Vec::new(), sets: Vec::new() }
+        Self {
+            channels,
+            deadline,
+            next: 0,
+            unidentified: Vec::new(),
+            held: Vec::new(),
+            sets: Vec::new(),
+        }
     }
 
     /// Connections that are not part of a complete session yet.
     pub(super) fn pending(&self) -> usize {
-        let in_sets = self.sets.iter().map(|set| set.channels.iter().flatten().count() + 1).sum::<usize>();
+        let in_sets = self
+            .sets
+            .iter()
+            .map(|set| set.channels.iter().flatten().count() + 1)
+            .sum::<usize>();
         self.unidentified.len() + self.held.len() + in_sets
     }
 
@@ -137,11 +157,20 @@ impl<S> Assembler<S> {
                 outcomes.push(Outcome::Refused(vec![connection], Refusal::Plain));
             }
             Identity::Multifd(Init { channel, .. }) if channel.0 >= self.channels => {
-                let refusal = Refusal::ChannelTooHigh { channel, expected: self.channels };
+                let refusal = Refusal::ChannelTooHigh {
+                    channel,
+                    expected: self.channels,
+                };
                 outcomes.push(Outcome::Refused(vec![connection], refusal));
             }
             Identity::Multifd(init) => {
-                self.held.push(Held { arrival, peer, init, connection, since: now });
+                self.held.push(Held {
+                    arrival,
+                    peer,
+                    init,
+                    connection,
+                    since: now,
+                });
                 self.held.sort_by_key(|held| held.arrival);
             }
         }
@@ -155,12 +184,22 @@ impl<S> Assembler<S> {
         let late = |since: Instant| now.saturating_duration_since(since) > deadline;
         let sets = self.sets.extract_if(.., |set| late(set.since)).map(|set| {
             let present = set.channels.iter().flatten().count();
-            let refusal = Refusal::Deadline { main: set.main.is_some(), present, expected, deadline };
+            let refusal = Refusal::Deadline {
+                main: set.main.is_some(),
+                present,
+                expected,
+                deadline,
+            };
             Outcome::Refused(set.connections(), refusal)
         });
         let mut outcomes: Vec<_> = sets.collect();
         outcomes.extend(self.held.extract_if(.., |held| late(held.since)).map(|held| {
-            let refusal = Refusal::Deadline { main: false, present: 1, expected, deadline };
+            let refusal = Refusal::Deadline {
+                main: false,
+                present: 1,
+                expected,
+                deadline,
+            };
             Outcome::Refused(vec![held.connection], refusal)
         }));
         outcomes
@@ -176,7 +215,13 @@ impl<S> Assembler<S> {
             }
             (None, _) => {
                 let channels = (0..self.channels).map(|_| None).collect();
-                self.sets.push(Set { peer, uuid: None, main: Some(connection), channels, since: now });
+                self.sets.push(Set {
+                    peer,
+                    uuid: None,
+                    main: Some(connection),
+                    channels,
+                    since: now,
+                });
                 self.take_if_complete(self.sets.len() - 1)
             }
             (Some(_), Some(_)) => Some(self.refuse_ambiguous(peer, connection)),
@@ -189,9 +234,15 @@ impl<S> Assembler<S> {
         let mut position = 0;
         while position < self.held.len() {
             let held = &self.held[position];
-            let known = self.sets.iter().any(|set| set.peer == held.peer && set.uuid == Some(held.init.uuid));
+            let known = self
+                .sets
+                .iter()
+                .any(|set| set.peer == held.peer && set.uuid == Some(held.init.uuid));
             // A connection that came before it and has not spoken may be the main channel of this one's guest.
-            let older = self.unidentified.iter().any(|(a, peer)| *a < held.arrival && *peer == held.peer);
+            let older = self
+                .unidentified
+                .iter()
+                .any(|(a, peer)| *a < held.arrival && *peer == held.peer);
             if !known && older {
                 position += 1;
                 continue;
@@ -203,9 +254,18 @@ impl<S> Assembler<S> {
     }
 
     fn add_channel(&mut self, held: Held<S>) -> Option<Outcome<S>> {
-        let Held { peer, init, connection, since, .. } = held;
+        let Held {
+            peer,
+            init,
+            connection,
+            since,
+            ..
+        } = held;
         let of_peer = |set: &Set<S>| set.peer == peer;
-        let known = self.sets.iter().position(|set| of_peer(set) && set.uuid == Some(init.uuid));
+        let known = self
+            .sets
+            .iter()
+            .position(|set| of_peer(set) && set.uuid == Some(init.uuid));
         let mut unnamed =
             (0..self.sets.len()).filter(|&n| of_peer(&self.sets[n]) && self.sets[n].uuid.is_none());
         let position = match (known, unnamed.next(), unnamed.next()) {
@@ -213,7 +273,13 @@ impl<S> Assembler<S> {
             (None, Some(one), None) => one,
             (None, None, _) => {
                 let channels = (0..self.channels).map(|_| None).collect();
-                self.sets.push(Set { peer, uuid: None, main: None, channels, since });
+                self.sets.push(Set {
+                    peer,
+                    uuid: None,
+                    main: None,
+                    channels,
+                    since,
+                });
                 self.sets.len() - 1
             }
             (None, Some(_), Some(_)) => return Some(self.refuse_ambiguous(peer, connection)),
@@ -230,8 +296,11 @@ impl<S> Assembler<S> {
 
     fn refuse_ambiguous(&mut self, peer: Peer, connection: S) -> Outcome<S> {
         let involved = |set: &mut Set<S>| set.peer == peer && (set.main.is_none() || set.uuid.is_none());
-        let mut connections: Vec<S> =
-            self.sets.extract_if(.., involved).flat_map(|set| set.connections()).collect();
+        let mut connections: Vec<S> = self
+            .sets
+            .extract_if(.., involved)
+            .flat_map(|set| set.connections())
+            .collect();
         connections.push(connection);
         Outcome::Refused(connections, Refusal::Ambiguous)
     }
@@ -243,13 +312,17 @@ impl<S> Assembler<S> {
         }
         let set = self.sets.remove(position);
         let channels = set.channels.into_iter().flatten().collect();
-        set.main.map(|main| Outcome::Complete(Complete { main, channels }))
+        set.main
+            .map(|main| Outcome::Complete(Complete { main, channels }))
     }
 }
 
 impl<S> Set<S> {
     fn connections(self) -> Vec<S> {
-        self.main.into_iter().chain(self.channels.into_iter().flatten()).collect()
+        self.main
+            .into_iter()
+            .chain(self.channels.into_iter().flatten())
+            .collect()
     }
 }
 
@@ -258,7 +331,10 @@ mod tests {
     use super::*;
 
     const HOST: Origin = Origin::Host(IpAddr::V4(std::net::Ipv4Addr::LOCALHOST));
-    const PEER: Peer = Peer { listener: 0, origin: HOST };
+    const PEER: Peer = Peer {
+        listener: 0,
+        origin: HOST,
+    };
 
     struct Bench {
         assembler: Assembler<&'static str>,
@@ -267,10 +343,18 @@ mod tests {
 
     impl Bench {
         fn new(channels: u8) -> Self {
-            Self { assembler: Assembler::new(channels, Duration::from_secs(10)), now: Instant::now() }
+            Self {
+                assembler: Assembler::new(channels, Duration::from_secs(10)),
+                now: Instant::now(),
+            }
         }
 
-        fn say(&mut self, arrival: Arrival, identity: Identity, name: &'static str) -> Vec<Outcome<&'static str>> {
+        fn say(
+            &mut self,
+            arrival: Arrival,
+            identity: Identity,
+            name: &'static str,
+        ) -> Vec<Outcome<&'static str>> {
             self.assembler.identified(arrival, PEER, identity, name, self.now)
         }
 
@@ -281,7 +365,10 @@ mod tests {
     }
 
     fn channel(uuid: u8, id: u8) -> Identity {
-        Identity::Multifd(Init { uuid: [uuid; 16], channel: ChannelId(id) })
+        Identity::Multifd(Init {
+            uuid: [uuid; 16],
+            channel: ChannelId(id),
+        })
     }
 
     fn complete(outcomes: &[Outcome<&'static str>]) -> Vec<&'static str> {
@@ -300,7 +387,11 @@ mod tests {
 
     #[test]
     fn every_order_of_arrival_makes_the_session() {
-        let parts = [(Identity::Main, "main"), (channel(7, 0), "c0"), (channel(7, 1), "c1")];
+        let parts = [
+            (Identity::Main, "main"),
+            (channel(7, 0), "c0"),
+            (channel(7, 1), "c1"),
+        ];
         for order in [[0, 1, 2], [0, 2, 1], [1, 0, 2], [1, 2, 0], [2, 0, 1], [2, 1, 0]] {
             let mut bench = Bench::new(2);
             assert!(bench.come(parts[order[0]].0, parts[order[0]].1).is_empty());
@@ -315,7 +406,10 @@ mod tests {
     fn plain_mode_needs_the_main_channel_alone() {
         let mut bench = Bench::new(0);
         assert_eq!(complete(&bench.come(Identity::Main, "main")), ["main"]);
-        assert_eq!(refused(&bench.come(channel(0, 0), "c0")), (vec!["c0"], Refusal::Plain));
+        assert_eq!(
+            refused(&bench.come(channel(0, 0), "c0")),
+            (vec!["c0"], Refusal::Plain)
+        );
     }
 
     #[test]
@@ -353,10 +447,18 @@ mod tests {
     fn other_hosts_and_listeners_are_other_sessions() {
         let mut bench = Bench::new(1);
         bench.come(Identity::Main, "main a");
-        let other = Peer { listener: 1, origin: HOST };
+        let other = Peer {
+            listener: 1,
+            origin: HOST,
+        };
         let arrival = bench.assembler.accepted(other);
         let now = bench.now;
-        assert!(bench.assembler.identified(arrival, other, channel(1, 0), "c0", now).is_empty());
+        assert!(
+            bench
+                .assembler
+                .identified(arrival, other, channel(1, 0), "c0", now)
+                .is_empty()
+        );
         assert_eq!(bench.assembler.pending(), 3);
     }
 
@@ -365,9 +467,15 @@ mod tests {
         let mut bench = Bench::new(2);
         bench.come(Identity::Main, "main");
         bench.come(channel(1, 0), "c0");
-        assert_eq!(refused(&bench.come(channel(1, 0), "again")).1, Refusal::Twice(ChannelId(0)));
+        assert_eq!(
+            refused(&bench.come(channel(1, 0), "again")).1,
+            Refusal::Twice(ChannelId(0))
+        );
         let (connections, refusal) = refused(&bench.come(channel(1, 2), "high"));
-        assert_eq!((connections, refusal.to_string().contains("0 to 1")), (vec!["high"], true));
+        assert_eq!(
+            (connections, refusal.to_string().contains("0 to 1")),
+            (vec!["high"], true)
+        );
         assert_eq!(complete(&bench.come(channel(1, 1), "c1")), ["main", "c0", "c1"]);
     }
 
@@ -376,10 +484,19 @@ mod tests {
         let mut bench = Bench::new(4);
         bench.come(Identity::Main, "main");
         bench.come(channel(1, 3), "c3");
-        assert!(bench.assembler.expire(bench.now + Duration::from_secs(9)).is_empty());
+        assert!(
+            bench
+                .assembler
+                .expire(bench.now + Duration::from_secs(9))
+                .is_empty()
+        );
         let (connections, refusal) = refused(&bench.assembler.expire(bench.now + Duration::from_secs(11)));
         assert_eq!(connections, ["main", "c3"]);
-        assert!(refusal.to_string().starts_with("1 of 4 multifd channels and a main channel came within 10s"));
+        assert!(
+            refusal
+                .to_string()
+                .starts_with("1 of 4 multifd channels and a main channel came within 10s")
+        );
         assert_eq!(bench.assembler.pending(), 0);
     }
 }

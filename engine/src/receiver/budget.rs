@@ -13,7 +13,10 @@ pub(super) struct RamBudget {
 
 impl RamBudget {
     pub(super) fn new(limit: u64) -> Self {
-        Self { limit, held: AtomicU64::new(0) }
+        Self {
+            limit,
+            held: AtomicU64::new(0),
+        }
     }
 
     pub(super) fn limit(&self) -> u64 {
@@ -28,7 +31,10 @@ impl RamBudget {
     pub(super) fn take(self: &Arc<Self>, bytes: u64) -> Result<RamLease, String> {
         let fits = |held: u64| held.checked_add(bytes).filter(|sum| *sum <= self.limit);
         match self.held.fetch_update(Ordering::Relaxed, Ordering::Relaxed, fits) {
-            Ok(_) => Ok(RamLease { budget: self.clone(), bytes }),
+            Ok(_) => Ok(RamLease {
+                budget: self.clone(),
+                bytes,
+            }),
             Err(held) => Err(format!(
                 "it has {bytes} bytes of RAM and {held} are held for other guests, together more than the {} of \
                  --ram-limit; `colo-ring discard` gives up the checkpoint of an ended session",

@@ -80,7 +80,9 @@ struct Line {
 pub(super) async fn serve(listener: UnixListener, ask: mpsc::Sender<Asked>) {
     let places = Arc::new(Semaphore::new(CONVERSATIONS_MAX));
     loop {
-        let Ok(place) = places.clone().acquire_owned().await else { return };
+        let Ok(place) = places.clone().acquire_owned().await else {
+            return;
+        };
         match listener.accept().await {
             Ok((stream, _)) => {
                 let ask = ask.clone();
@@ -114,7 +116,11 @@ async fn converse(mut stream: UnixStream, ask: mpsc::Sender<Asked>) -> std::io::
             Ok(answer) => (Some(answer), None),
             Err(error) => (None, Some(error)),
         };
-        let mut text = serde_json::to_vec(&Line { ok: error.is_none(), answer, error })?;
+        let mut text = serde_json::to_vec(&Line {
+            ok: error.is_none(),
+            answer,
+            error,
+        })?;
         text.push(b'\n');
         write.write_all(&text).await?;
         if ended {

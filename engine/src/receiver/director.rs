@@ -91,7 +91,9 @@ pub(super) async fn direct(
     let (tell_identified, mut identified) = mpsc::channel(64);
     let accepting: Vec<_> = (listeners.iter().enumerate())
         .map(|(position, listener)| {
-            let listener = listener.clone().accept_all(position, director.uring, tell_accepted.clone());
+            let listener = listener
+                .clone()
+                .accept_all(position, director.uring, tell_accepted.clone());
             tokio::task::spawn_local(listener)
         })
         .collect();
@@ -144,7 +146,10 @@ impl Book {
             Err(text) => return self.warn(text),
         };
         if self.assembler.pending() >= PENDING_MAX {
-            return self.warn(format!("{}: closed: too many connections wait to be identified", accepted.from));
+            return self.warn(format!(
+                "{}: closed: too many connections wait to be identified",
+                accepted.from
+            ));
         }
         let arrival = self.assembler.accepted(accepted.peer);
         let accepted = Rc::new(accepted);
@@ -163,7 +168,8 @@ impl Book {
         let outcomes = match (result, Rc::try_unwrap(accepted)) {
             (Ok(identity), Ok(accepted)) => {
                 let peer = accepted.peer;
-                self.assembler.identified(arrival, peer, identity, accepted, Instant::now())
+                self.assembler
+                    .identified(arrival, peer, identity, accepted, Instant::now())
             }
             (Ok(_), Err(accepted)) => {
                 self.warn(format!("{}: closed while it was identified", accepted.from));
@@ -198,17 +204,27 @@ impl Book {
         let first = usize::try_from(id).unwrap_or(0);
         // The main channel shares its core with channel 0; with several guests each begins at another core.
         let main_driver = plane.driver(first);
-        let drivers: Vec<Driver> = (0..complete.channels.len()).map(|n| plane.driver(first + n)).collect();
+        let drivers: Vec<Driver> = (0..complete.channels.len())
+            .map(|n| plane.driver(first + n))
+            .collect();
         let (peer, is_tcp) = (complete.main.from.clone(), complete.main.is_tcp);
         let connect = |accepted: Accepted, driver: &Driver| Connection {
             socket: accepted.socket,
             waker: driver.waker.clone(),
         };
         let main = connect(complete.main, &main_driver);
-        let channels = complete.channels.into_iter().zip(&drivers).map(|(c, driver)| connect(c, driver)).collect();
+        let channels = complete
+            .channels
+            .into_iter()
+            .zip(&drivers)
+            .map(|(c, driver)| connect(c, driver))
+            .collect();
         let guest = Guest::new(id, peer.clone(), self.director.around.clone(), main, channels);
         let style = options.backend.style();
-        let limits = SessionLimits { channels: options.channels, ram_limit_bytes: options.ram_limit_bytes };
+        let limits = SessionLimits {
+            channels: options.channels,
+            ram_limit_bytes: options.ram_limit_bytes,
+        };
         let threads = options.backend == BackendKind::Threads;
         let mut endpoints: Vec<(&Driver, Box<dyn crate::ring::Endpoint>)> = Vec::new();
         let first_bytes: &[u8; FIRST_LEN] = &MAIN_MAGIC;
@@ -216,7 +232,11 @@ impl Book {
         let main = MainChannel::new(guest.clone(), limits, shard, style, is_tcp, first_bytes);
         endpoints.push((&main_driver, Box::new(main)));
         for (driver, channel) in drivers.iter().zip(0..options.channels) {
-            let shard = if threads { usize::from(channel) + 1 } else { driver.core() };
+            let shard = if threads {
+                usize::from(channel) + 1
+            } else {
+                driver.core()
+            };
             let channel = PageChannel::new(guest.clone(), ChannelId(channel), shard, style);
             endpoints.push((driver, Box::new(channel)));
         }
@@ -226,12 +246,20 @@ impl Book {
                 guest.finish(SessionEnd::NoMemory(format!("no thread for a channel: {error}")));
             }
         }
-        self.entries.push(Entry { guest, summary: None, suppressed: None });
+        self.entries.push(Entry {
+            guest,
+            summary: None,
+            suppressed: None,
+        });
     }
 
     /// Looks for sessions whose endpoints have all left: nothing writes to their memory any more.
     fn settle(&mut self) {
-        while let Some(position) = self.entries.iter().position(|e| e.summary.is_none() && e.guest.is_over()) {
+        while let Some(position) = self
+            .entries
+            .iter()
+            .position(|e| e.summary.is_none() && e.guest.is_over())
+        {
             self.director.recorder.drain(&self.director.around.samples);
             let entry = &mut self.entries[position];
             let guest = entry.guest.clone();
@@ -257,9 +285,20 @@ impl Book {
 
     fn status_of(&self, entry: &Entry) -> SessionStatus {
         let id = entry.guest.id;
-        let summary = entry.summary.clone().unwrap_or_else(|| self.director.recorder.session(id));
-        let fallbacks = self.director.fallbacks.lock().unwrap_or_else(PoisonError::into_inner);
-        SessionStatus::of(&entry.guest, fallbacks.get(&id).cloned().unwrap_or_default(), summary)
+        let summary = entry
+            .summary
+            .clone()
+            .unwrap_or_else(|| self.director.recorder.session(id));
+        let fallbacks = self
+            .director
+            .fallbacks
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        SessionStatus::of(
+            &entry.guest,
+            fallbacks.get(&id).cloned().unwrap_or_default(),
+            summary,
+        )
     }
 
     fn tick(&mut self) {
@@ -273,7 +312,9 @@ impl Book {
                 _ if position == 0 => entry.suppressed = None,
                 Some((same, since)) if same == position => {
                     if now - since > SUPPRESSED_AFTER {
-                        entry.guest.finish(SessionEnd::Suppressed(EndFinder::suppressed()));
+                        entry
+                            .guest
+                            .finish(SessionEnd::Suppressed(EndFinder::suppressed()));
                     }
                 }
                 _ => entry.suppressed = Some((position, now)),
@@ -284,7 +325,11 @@ impl Book {
     /// Appends to the interval logs. A full disk costs measurements, never a session.
     fn log_interval(&mut self) {
         self.director.recorder.drain(&self.director.around.samples);
-        if let Err(error) = self.director.recorder.write_interval(self.director.around.started.elapsed()) {
+        if let Err(error) = self
+            .director
+            .recorder
+            .write_interval(self.director.around.started.elapsed())
+        {
             self.warn(error.to_string());
         }
     }
@@ -316,9 +361,16 @@ impl Book {
         StatusReport {
             schema: STATUS_SCHEMA.into(),
             schema_version: STATUS_VERSION,
-            listen: listeners.iter().map(|listener| listener.address().to_string()).collect(),
+            listen: listeners
+                .iter()
+                .map(|listener| listener.address().to_string())
+                .collect(),
             backend: options.backend.name().into(),
-            ring: self.director.plane.features().map(|features| features.to_string()),
+            ring: self
+                .director
+                .plane
+                .features()
+                .map(|features| features.to_string()),
             cores: options.cores.clone(),
             uptime_ms: u64::try_from(self.director.around.started.elapsed().as_millis()).unwrap_or(u64::MAX),
             ram_held_bytes: self.director.budget.held(),
@@ -359,7 +411,10 @@ impl Book {
         sessions.sort_by_key(|session| session.session);
         drop(entries);
         self.director.plane.stop();
-        let report = self.director.recorder.finish(self.director.around.started.elapsed())?;
+        let report = self
+            .director
+            .recorder
+            .finish(self.director.around.started.elapsed())?;
         Ok(ReceiverOutcome { sessions, report })
     }
 }

@@ -76,7 +76,12 @@ pub(super) fn dump(guest: &Guest, directory: &Path) -> Result<Dumped, String> {
     let report = store.dump(directory).map_err(|error| error.to_string())?;
     std::fs::write(directory.join(HEADER_FILE), &record.header).map_err(failed)?;
     std::fs::write(directory.join(VMDESC_FILE), &record.vmdesc).map_err(failed)?;
-    let name = |path: &Path| path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+    let name = |path: &Path| {
+        path.file_name()
+            .unwrap_or_default()
+            .to_string_lossy()
+            .into_owned()
+    };
     let blocks = report.blocks.iter().map(|block| DumpedBlock {
         name: String::from_utf8_lossy(&block.name).into_owned(),
         used_length: block.bytes,

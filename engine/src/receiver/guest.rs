@@ -131,7 +131,10 @@ impl Guest {
             Err(reason) => self.finish(SessionEnd::NoMemory(reason)),
             Ok((store, lease)) => {
                 // Set once: only the one block list of a session asks for memory.
-                let _ = self.memory.set(Memory { store: Arc::new(store), _lease: lease });
+                let _ = self.memory.set(Memory {
+                    store: Arc::new(store),
+                    _lease: lease,
+                });
                 self.wake_all();
             }
         }
@@ -145,7 +148,10 @@ impl Guest {
     /// Wakes everybody who drives a channel: they were released. Every driver once.
     pub(super) fn wake_channels(&self) {
         for (position, channel) in self.channels.iter().enumerate() {
-            if !self.channels[..position].iter().any(|before| before.waker.same(&channel.waker)) {
+            if !self.channels[..position]
+                .iter()
+                .any(|before| before.waker.same(&channel.waker))
+            {
                 channel.waker.wake();
             }
         }

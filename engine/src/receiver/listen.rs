@@ -6,9 +6,9 @@
 
 use super::assemble::{Identity, Origin, Peer};
 use super::options::ListenAddress;
+use crate::ring::own_descriptor;
 use crate::wire::multifd::{INIT_LEN, Init};
 use crate::wire::stream::{ChannelKind, classify};
-use crate::ring::own_descriptor;
 use nix::sys::socket::sockopt::{PeerCredentials, TcpNoDelay};
 use nix::sys::socket::{Shutdown, getsockopt, setsockopt, shutdown};
 use std::io;
@@ -64,16 +64,25 @@ fn hint(error: &io::Error) -> &'static str {
 
 impl Listener {
     pub(super) fn bind(address: &ListenAddress) -> Result<Self, ListenError> {
-        let failed = |source| ListenError { address: address.clone(), source };
+        let failed = |source| ListenError {
+            address: address.clone(),
+            source,
+        };
         match address {
             ListenAddress::Tcp(wanted) => {
                 let listener = TcpListener::bind(wanted).map_err(failed)?;
                 let address = ListenAddress::Tcp(listener.local_addr().map_err(failed)?);
-                Ok(Self { socket: listener.into(), address })
+                Ok(Self {
+                    socket: listener.into(),
+                    address,
+                })
             }
             ListenAddress::Unix(path) => {
                 let socket = bind_unix(path).map_err(failed)?.into();
-                Ok(Self { socket, address: address.clone() })
+                Ok(Self {
+                    socket,
+                    address: address.clone(),
+                })
             }
         }
     }
@@ -135,9 +144,17 @@ impl Listener {
             (Origin::Host(peer.ip()), peer.to_string())
         } else {
             let process = getsockopt(&socket, PeerCredentials)?.pid();
-            (Origin::Process(process), format!("{}, process {process}", self.address))
+            (
+                Origin::Process(process),
+                format!("{}, process {process}", self.address),
+            )
         };
-        Ok(Accepted { socket, is_tcp, peer: Peer { listener, origin }, from })
+        Ok(Accepted {
+            socket,
+            is_tcp,
+            peer: Peer { listener, origin },
+            from,
+        })
     }
 }
 
@@ -184,7 +201,11 @@ impl Acceptor {
 ///
 /// # Errors
 /// What an operator should know: it is no migration channel, or ended or stayed silent.
-pub(super) async fn identify(accepted: &Accepted, uring: bool, deadline: Duration) -> Result<Identity, String> {
+pub(super) async fn identify(
+    accepted: &Accepted,
+    uring: bool,
+    deadline: Duration,
+) -> Result<Identity, String> {
     let reading = async {
         let text = |error: io::Error| error.to_string();
         let mut reader = Reader::new(accepted, uring).map_err(text)?;
@@ -196,7 +217,9 @@ pub(super) async fn identify(accepted: &Accepted, uring: bool, deadline: Duratio
                 let rest: [u8; INIT_LEN - FIRST_LEN] = reader.read().await?;
                 init[..FIRST_LEN].copy_from_slice(&first);
                 init[FIRST_LEN..].copy_from_slice(&rest);
-                Init::decode(&init).map(Identity::Multifd).map_err(|error| error.to_string())?
+                Init::decode(&init)
+                    .map(Identity::Multifd)
+                    .map_err(|error| error.to_string())?
             }
         };
         reader.done().map_err(text)?;

@@ -83,8 +83,10 @@ impl MainChannel {
                     self.note_suppressed();
                     return Ok(());
                 }
-                Action::Page(page) => apply(&self.guest, self.shard, page)
-                    .map_err(|error| self.session.error_at(self.session.position() - consumed as u64, error))?,
+                Action::Page(page) => apply(&self.guest, self.shard, page).map_err(|error| {
+                    self.session
+                        .error_at(self.session.position() - consumed as u64, error)
+                })?,
                 Action::Memory(table) => self.make_memory(table)?,
                 Action::Marker => self.waiting = Waiting::Sync,
                 Action::TransferBegins => self.timeline.transfer_begins(),
@@ -124,16 +126,22 @@ impl MainChannel {
         self.waiting = Waiting::Memory;
         let guest = self.guest.clone();
         // Not here: touching a large guest's memory takes seconds, and this thread drives other guests too.
-        let made = std::thread::Builder::new().name("colo-memory".into()).spawn(move || {
-            let store = (guest.around.make_store)(&guest, table);
-            guest.memory_made(store);
-        });
-        made.map(drop).map_err(|error| SessionEnd::NoMemory(error.to_string()))
+        let made = std::thread::Builder::new()
+            .name("colo-memory".into())
+            .spawn(move || {
+                let store = (guest.around.make_store)(&guest, table);
+                guest.memory_made(store);
+            });
+        made.map(drop)
+            .map_err(|error| SessionEnd::NoMemory(error.to_string()))
     }
 
     fn ram_complete(&mut self) -> Result<(), SessionEnd> {
         self.timeline.ram_complete();
-        self.guest.rendezvous.close_gate().map_err(|channel| SessionEnd::NotQuiet { channel })
+        self.guest
+            .rendezvous
+            .close_gate()
+            .map_err(|channel| SessionEnd::NotQuiet { channel })
     }
 
     fn commit(&mut self, checkpoint: CheckpointId) {
@@ -154,7 +162,11 @@ impl MainChannel {
                 store.begin_colo();
             }
             let begin = Instant::now();
-            store.commit(checkpoint, self.session.device_state(), &self.guest.around.flusher);
+            store.commit(
+                checkpoint,
+                self.session.device_state(),
+                &self.guest.around.flusher,
+            );
             self.timeline.flushed(begin.elapsed());
         }
         self.session.committed();
@@ -193,7 +205,11 @@ impl MainChannel {
 
     /// For the control thread, which has a clock: see [`Session::looks_suppressed`].
     fn note_suppressed(&self) {
-        let position = if self.session.looks_suppressed() { self.session.position() } else { 0 };
+        let position = if self.session.looks_suppressed() {
+            self.session.position()
+        } else {
+            0
+        };
         self.guest.suppressed_at.store(position, Ordering::Relaxed);
     }
 
@@ -210,7 +226,9 @@ impl MainChannel {
 
 /// Puts a page that came on this channel where it belongs.
 fn apply(guest: &Guest, shard: usize, page: Page<'_>) -> Result<(), WireError> {
-    let store = guest.store().expect("the session gives pages only after Action::Memory was answered");
+    let store = guest
+        .store()
+        .expect("the session gives pages only after Action::Memory was answered");
     let counters = &guest.counters;
     match page.content {
         PageContent::Zero => {
@@ -255,7 +273,10 @@ impl Endpoint for MainChannel {
     fn received(&mut self, bytes: usize) -> ControlFlow<()> {
         self.timeline.bytes_came();
         self.staging.fill(bytes);
-        self.guest.counters.bytes.fetch_add(bytes as u64, Ordering::Relaxed);
+        self.guest
+            .counters
+            .bytes
+            .fetch_add(bytes as u64, Ordering::Relaxed);
         let flow = self.resume();
         if self.is_tcp {
             // The kernel goes back to delayed acknowledgements by itself; the primary's next small write would wait.

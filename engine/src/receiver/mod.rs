@@ -145,16 +145,26 @@ impl Receiver {
             return Err(ReceiverError::NoCore);
         }
         let events: Arc<Events> = Arc::new(events);
-        let listeners: Vec<Listener> =
-            options.listen.iter().map(Listener::bind).collect::<Result<_, _>>()?;
-        let addresses = listeners.iter().map(|listener| listener.address().clone()).collect();
+        let listeners: Vec<Listener> = options
+            .listen
+            .iter()
+            .map(Listener::bind)
+            .collect::<Result<_, _>>()?;
+        let addresses = listeners
+            .iter()
+            .map(|listener| listener.address().clone())
+            .collect();
         let control = options.control.as_deref().map(bind_control).transpose()?;
         let plane = start_plane(&mut options, &events)?;
         let changed = Arc::new(Notify::new());
         let director = make_director(options, plane, events, &changed)?;
         let stop = Arc::new(Notify::new());
         let (ask, asked) = mpsc::channel(64);
-        let wires = Wires { asked, changed, stop: stop.clone() };
+        let wires = Wires {
+            asked,
+            changed,
+            stop: stop.clone(),
+        };
         let control_ask = ask.clone();
         let thread = std::thread::Builder::new().name("colo-control".into());
         let thread = thread.spawn(move || {
@@ -169,7 +179,12 @@ impl Receiver {
             };
             block_on(uring, main)
         });
-        Ok(Self { addresses, stop, ask, thread: thread.map_err(ReceiverError::Thread)? })
+        Ok(Self {
+            addresses,
+            stop,
+            ask,
+            thread: thread.map_err(ReceiverError::Thread)?,
+        })
     }
 
     /// Addresses with their real ports, in the order of the options.
@@ -189,7 +204,9 @@ impl Receiver {
     pub fn ask(&self, request: Request) -> Result<Answer, String> {
         let (reply, answer) = oneshot::channel();
         let gone = || "the receiver has ended".to_owned();
-        self.ask.blocking_send(Asked { request, reply }).map_err(|_| gone())?;
+        self.ask
+            .blocking_send(Asked { request, reply })
+            .map_err(|_| gone())?;
         answer.blocking_recv().map_err(|_| gone())?
     }
 
@@ -208,9 +225,14 @@ impl Receiver {
     }
 }
 
-fn bind_control(path: &std::path::Path) -> Result<(std::os::unix::net::UnixListener, PathBuf), ReceiverError> {
+fn bind_control(
+    path: &std::path::Path,
+) -> Result<(std::os::unix::net::UnixListener, PathBuf), ReceiverError> {
     use std::os::unix::fs::PermissionsExt;
-    let failed = |source| ReceiverError::Control { path: path.to_owned(), source };
+    let failed = |source| ReceiverError::Control {
+        path: path.to_owned(),
+        source,
+    };
     let listener = listen::bind_control(path)?;
     std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o600)).map_err(failed)?;
     listener.set_nonblocking(true).map_err(failed)?;
@@ -222,10 +244,22 @@ fn start_plane(options: &mut ReceiverOptions, events: &Arc<Events>) -> Result<Pl
     let start = |backend| {
         let (cores, registered) = (options.cores.clone(), options.registered);
         let events = events.clone();
-        Plane::start(PlaneOptions { backend, cores, registered }, move |text| events(Event::Warning(text)))
+        Plane::start(
+            PlaneOptions {
+                backend,
+                cores,
+                registered,
+            },
+            move |text| events(Event::Warning(text)),
+        )
     };
     let plane = match start(options.backend) {
-        Err(error @ PlaneError::Backend { backend: BackendKind::Uring, .. }) => {
+        Err(
+            error @ PlaneError::Backend {
+                backend: BackendKind::Uring,
+                ..
+            },
+        ) => {
             events(Event::Warning(format!("{error}; receiving with epoll instead")));
             start(BackendKind::Epoll)?
         }
@@ -258,7 +292,11 @@ fn make_director(
         }
     }?;
     let mut store_options = options.store.clone();
-    store_options.shards = if threads { usize::from(options.channels) + 1 } else { options.cores.len() };
+    store_options.shards = if threads {
+        usize::from(options.channels) + 1
+    } else {
+        options.cores.len()
+    };
     let budget = Arc::new(RamBudget::new(options.ram_limit_bytes));
     let fallbacks: Arc<Mutex<HashMap<u32, Vec<String>>>> = Arc::default();
     let make_store = {
@@ -294,7 +332,16 @@ fn make_director(
     // Without it there is nothing to start tokio-uring on; the listeners then wait for readiness.
     let uring = io_uring::IoUring::new(2).is_ok();
     let around = Arc::new(around);
-    Ok(Director { options, around, plane, budget, fallbacks, recorder, events, uring })
+    Ok(Director {
+        options,
+        around,
+        plane,
+        budget,
+        fallbacks,
+        recorder,
+        events,
+        uring,
+    })
 }
 
 fn block_on<F: Future<Output = Result<Outcome, ReceiverError>>>(uring: bool, main: F) -> F::Output {

@@ -80,10 +80,24 @@ mod tests {
 
     #[test]
     fn addresses_are_read_as_they_are_written() {
-        for text in ["tcp:127.0.0.1:4444", "tcp:[::1]:4444", "tcp:0.0.0.0:0", "unix:/run/colo.sock"] {
+        for text in [
+            "tcp:127.0.0.1:4444",
+            "tcp:[::1]:4444",
+            "tcp:0.0.0.0:0",
+            "unix:/run/colo.sock",
+        ] {
             assert_eq!(text.parse::<ListenAddress>().unwrap().to_string(), text);
         }
-        for text in ["", "tcp", "tcp:", "tcp:host", "tcp:::1:4444", "unix:", "udp:1.2.3.4:5", "4444"] {
+        for text in [
+            "",
+            "tcp",
+            "tcp:",
+            "tcp:host",
+            "tcp:::1:4444",
+            "unix:",
+            "udp:1.2.3.4:5",
+            "4444",
+        ] {
             assert!(text.parse::<ListenAddress>().is_err(), "{text}");
         }
     }

@@ -94,7 +94,10 @@ impl PageChannel {
         if pages {
             let store = self.guest.store().ok_or(ChannelError::NoFirstSync)?;
             header.resolve(store.table(), &mut self.normal, &mut self.zero)?;
-            self.guest.rendezvous.begin_packet(self.id).map_err(|_| ChannelError::NotQuiet)?;
+            self.guest
+                .rendezvous
+                .begin_packet(self.id)
+                .map_err(|_| ChannelError::NotQuiet)?;
             for &page in self.zero.as_slice() {
                 store.zero(self.shard, page);
             }
@@ -128,7 +131,8 @@ impl PageChannel {
                 continue;
             }
             for page in 0..run.length / PAGE_SIZE {
-                self.plan.push(run.address.wrapping_add(page * PAGE_SIZE), PAGE_SIZE);
+                self.plan
+                    .push(run.address.wrapping_add(page * PAGE_SIZE), PAGE_SIZE);
             }
         }
         let slab = self.landing.slab();
@@ -184,9 +188,15 @@ impl PageChannel {
 
     fn arrive(&mut self) {
         let counters = &self.guest.counters;
-        counters.pages.fetch_add(std::mem::take(&mut self.pages_since_sync), Ordering::Relaxed);
-        counters.zero_pages.fetch_add(std::mem::take(&mut self.zero_pages_since_sync), Ordering::Relaxed);
-        counters.bytes.fetch_add(std::mem::take(&mut self.bytes_since_sync), Ordering::Relaxed);
+        counters
+            .pages
+            .fetch_add(std::mem::take(&mut self.pages_since_sync), Ordering::Relaxed);
+        counters
+            .zero_pages
+            .fetch_add(std::mem::take(&mut self.zero_pages_since_sync), Ordering::Relaxed);
+        counters
+            .bytes
+            .fetch_add(std::mem::take(&mut self.bytes_since_sync), Ordering::Relaxed);
         let (ticket, last) = self.guest.rendezvous.arrive();
         self.state = State::AtSync(ticket);
         if last || self.style.wake_each {
@@ -199,7 +209,11 @@ impl PageChannel {
         if let Some(start) = self.header.bytes().first_chunk::<START_LEN>() {
             multifd::check_start(start)?;
         }
-        if self.header.bytes().len() == HEADER_LEN { self.packet() } else { Ok(()) }
+        if self.header.bytes().len() == HEADER_LEN {
+            self.packet()
+        } else {
+            Ok(())
+        }
     }
 
     fn step(&mut self, bytes: usize) -> Result<(), ChannelError> {
@@ -230,7 +244,11 @@ impl Endpoint for PageChannel {
             State::Header => {
                 let (space, free) = self.header.space().expect("an incomplete header has room");
                 let have = HEADER_LEN - free;
-                let want = if self.style.split_header && have < START_LEN { START_LEN - have } else { free };
+                let want = if self.style.split_header && have < START_LEN {
+                    START_LEN - have
+                } else {
+                    free
+                };
                 self.plan.clear();
                 self.plan.wait_all = self.style.split_header;
                 self.plan.push(space, want);
@@ -243,9 +261,16 @@ impl Endpoint for PageChannel {
         if self.guest.end().is_some() {
             return ControlFlow::Break(());
         }
-        let Err(error) = self.step(bytes) else { return ControlFlow::Continue(()) };
+        let Err(error) = self.step(bytes) else {
+            return ControlFlow::Continue(());
+        };
         let (channel, packet, position) = (self.id, self.packets, self.position);
-        self.guest.finish(SessionEnd::Channel { channel, packet, position, error });
+        self.guest.finish(SessionEnd::Channel {
+            channel,
+            packet,
+            position,
+            error,
+        });
         ControlFlow::Break(())
     }
 

@@ -115,7 +115,9 @@ impl Timeline {
     fn note_commit(&self, guest: &Guest, pause: Duration) {
         let nanoseconds = |time: Duration| u64::try_from(time.as_nanos()).unwrap_or(u64::MAX);
         let counters = &guest.counters;
-        counters.committed_at_ns.store(nanoseconds(guest.around.started.elapsed()), Ordering::Relaxed);
+        counters
+            .committed_at_ns
+            .store(nanoseconds(guest.around.started.elapsed()), Ordering::Relaxed);
         counters.pause_ns.store(nanoseconds(pause), Ordering::Relaxed);
     }
 }

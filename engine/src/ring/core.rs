@@ -92,7 +92,14 @@ pub(super) struct Core<B> {
 
 impl<B: Backend> Core<B> {
     pub(super) fn new(backend: B, wake: Arc<CoreWake>, inbox: Arc<Inbox>, warn: Warn) -> Self {
-        Self { backend, wake, inbox, slots: Vec::new(), registrations: Vec::new(), warn }
+        Self {
+            backend,
+            wake,
+            inbox,
+            slots: Vec::new(),
+            registrations: Vec::new(),
+            warn,
+        }
     }
 
     /// Drives endpoints until it is told to stop and the last one has ended.
@@ -132,7 +139,8 @@ impl<B: Backend> Core<B> {
     /// endpoints and their memory are never freed.
     fn abandon(&mut self, error: &io::Error) {
         for mut slot in self.slots.drain(..).flatten() {
-            slot.endpoint.lost(Loss::Error(io::Error::new(error.kind(), error.to_string())));
+            slot.endpoint
+                .lost(Loss::Error(io::Error::new(error.kind(), error.to_string())));
             if slot.posted {
                 std::mem::forget(slot);
             }
@@ -146,14 +154,20 @@ impl<B: Backend> Core<B> {
                 self.slots.push(None);
                 self.slots.len() - 1
             });
-            self.slots[index] = Some(Slot { endpoint, posted: false, closing: false });
+            self.slots[index] = Some(Slot {
+                endpoint,
+                posted: false,
+                closing: false,
+            });
             self.post(index);
         }
     }
 
     fn completed(&mut self, completion: Completion) {
         let index = completion.slot;
-        let Some(slot) = self.slots[index].as_mut() else { return };
+        let Some(slot) = self.slots[index].as_mut() else {
+            return;
+        };
         slot.posted = false;
         if slot.closing {
             return self.remove(index);
@@ -174,7 +188,9 @@ impl<B: Backend> Core<B> {
 
     fn resume_all(&mut self) {
         for index in 0..self.slots.len() {
-            let Some(slot) = self.slots[index].as_mut() else { continue };
+            let Some(slot) = self.slots[index].as_mut() else {
+                continue;
+            };
             if !slot.closing {
                 let flow = slot.endpoint.resume();
                 self.go_on(index, flow);
@@ -186,7 +202,9 @@ impl<B: Backend> Core<B> {
         if flow.is_continue() {
             return self.post(index);
         }
-        let Some(slot) = self.slots[index].as_mut() else { return };
+        let Some(slot) = self.slots[index].as_mut() else {
+            return;
+        };
         slot.closing = true;
         if !slot.posted {
             self.remove(index);
@@ -194,7 +212,9 @@ impl<B: Backend> Core<B> {
     }
 
     fn post(&mut self, index: usize) {
-        let Some(slot) = self.slots[index].as_mut() else { return };
+        let Some(slot) = self.slots[index].as_mut() else {
+            return;
+        };
         if slot.posted {
             return;
         }
@@ -206,14 +226,21 @@ impl<B: Backend> Core<B> {
     }
 
     fn remove(&mut self, index: usize) {
-        let Some(slot) = self.slots[index].take() else { return };
+        let Some(slot) = self.slots[index].take() else {
+            return;
+        };
         self.backend.forget(index, slot.endpoint.fd());
         let guest = slot.endpoint.guest();
-        if !self.slots.iter().flatten().any(|other| other.endpoint.guest() == guest)
+        if !self
+            .slots
+            .iter()
+            .flatten()
+            .any(|other| other.endpoint.guest() == guest)
             && let Some(position) = self.registrations.iter().position(|r| r.guest == guest)
         {
             let registration = self.registrations.swap_remove(position);
-            self.backend.release_buffers(registration.first, registration.count);
+            self.backend
+                .release_buffers(registration.first, registration.count);
         }
         // Dropped last: it may be the last owner of the slabs that were just given back.
         drop(slot);
@@ -222,12 +249,21 @@ impl<B: Backend> Core<B> {
     /// One slab a turn: a large guest's registration must not hold up the other guests of this core.
     fn register_some(&mut self) {
         self.find_new_slabs();
-        let Some(registration) = self.registrations.iter_mut().find(|r| r.pending()) else { return };
+        let Some(registration) = self.registrations.iter_mut().find(|r| r.pending()) else {
+            return;
+        };
         let guest = registration.guest;
-        let mut members = self.slots.iter_mut().flatten().filter(|slot| slot.endpoint.guest() == guest);
+        let mut members = self
+            .slots
+            .iter_mut()
+            .flatten()
+            .filter(|slot| slot.endpoint.guest() == guest);
         let Some(slot) = members.next() else { return };
         let index = registration.first + registration.registered;
-        match self.backend.register(index, &slot.endpoint.slabs()[usize::from(registration.registered)]) {
+        match self.backend.register(
+            index,
+            &slot.endpoint.slabs()[usize::from(registration.registered)],
+        ) {
             Err(error) => {
                 registration.failed = true;
                 let count = registration.count;
@@ -253,9 +289,17 @@ impl<B: Backend> Core<B> {
             if slabs.is_empty() || self.registrations.iter().any(|r| r.guest == guest) {
                 continue;
             }
-            let reserved = u16::try_from(slabs.len()).ok().and_then(|n| Some((self.backend.reserve_buffers(n)?, n)));
+            let reserved = u16::try_from(slabs.len())
+                .ok()
+                .and_then(|n| Some((self.backend.reserve_buffers(n)?, n)));
             let (first, count) = reserved.unwrap_or((0, 0));
-            self.registrations.push(Registration { guest, first, count, registered: 0, failed: false });
+            self.registrations.push(Registration {
+                guest,
+                first,
+                count,
+                registered: 0,
+                failed: false,
+            });
         }
     }
 }

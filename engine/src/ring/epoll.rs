@@ -35,7 +35,13 @@ impl EpollBackend {
         let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?;
         epoll.add(wake.as_fd(), EpollEvent::new(EpollFlags::EPOLLIN, WAKE))?;
         let ready = Vec::with_capacity(64);
-        Ok(Self { epoll, wake, sockets: Vec::new(), ready, events: vec![EpollEvent::empty(); 64] })
+        Ok(Self {
+            epoll,
+            wake,
+            sockets: Vec::new(),
+            ready,
+            events: vec![EpollEvent::empty(); 64],
+        })
     }
 
     fn socket(&mut self, slot: usize, fd: RawFd) -> io::Result<&mut Socket> {
@@ -53,7 +59,9 @@ impl EpollBackend {
     }
 
     fn try_waiting(&mut self, slot: usize) {
-        let Some(socket) = self.sockets.get_mut(slot).and_then(Option::as_mut) else { return };
+        let Some(socket) = self.sockets.get_mut(slot).and_then(Option::as_mut) else {
+            return;
+        };
         let Some(mut plan) = socket.waiting else { return };
         // SAFETY: posted and not completed, so the plan lives where it was and nobody else touches it (contract of
         // `core`: its endpoint stays until the completion was reported).
@@ -71,7 +79,10 @@ impl EpollBackend {
 impl Backend for EpollBackend {
     fn post(&mut self, slot: usize, fd: RawFd, plan: &mut ReceivePlan) {
         match self.socket(slot, fd) {
-            Err(error) => self.ready.push(Completion { slot, result: Err(error) }),
+            Err(error) => self.ready.push(Completion {
+                slot,
+                result: Err(error),
+            }),
             Ok(socket) => {
                 // With it the kernel would take what is there and report less; the rest is asked for again.
                 plan.wait_all = false;
@@ -83,7 +94,11 @@ impl Backend for EpollBackend {
 
     fn wait(&mut self, wait: Wait, done: &mut Vec<Completion>) -> io::Result<bool> {
         let block = wait == Wait::Block && self.ready.is_empty();
-        let timeout = if block { EpollTimeout::NONE } else { EpollTimeout::ZERO };
+        let timeout = if block {
+            EpollTimeout::NONE
+        } else {
+            EpollTimeout::ZERO
+        };
         let count = match self.epoll.wait(&mut self.events, timeout) {
             Err(Errno::EINTR) => 0,
             other => other?,

@@ -91,10 +91,20 @@ pub struct ReceiveStyle {
 
 impl ReceiveStyle {
     /// For the rings and epoll: as few operations as possible.
-    pub const RING: Self =
-        Self { split_header: false, chain_header: true, coalesce: true, read_ahead: true, wake_each: false };
+    pub const RING: Self = Self {
+        split_header: false,
+        chain_header: true,
+        coalesce: true,
+        read_ahead: true,
+        wake_each: false,
+    };
 
     /// For a thread per channel: what QEMU's receiver does.
-    pub const THREADS: Self =
-        Self { split_header: true, chain_header: false, coalesce: false, read_ahead: false, wake_each: true };
+    pub const THREADS: Self = Self {
+        split_header: true,
+        chain_header: false,
+        coalesce: false,
+        read_ahead: false,
+        wake_each: true,
+    };
 }

@@ -28,7 +28,10 @@ unsafe impl Send for ReceivePlan {}
 impl ReceivePlan {
     /// An empty plan.
     pub fn new() -> Box<Self> {
-        let nothing = libc::iovec { iov_base: std::ptr::null_mut(), iov_len: 0 };
+        let nothing = libc::iovec {
+            iov_base: std::ptr::null_mut(),
+            iov_len: 0,
+        };
         // SAFETY: all-zero is a valid msghdr: null pointers with zero lengths.
         let message = unsafe { std::mem::zeroed() };
         Box::new(Self {
@@ -55,7 +58,10 @@ impl ReceivePlan {
     /// # Panics
     /// With more than [`PIECES_MAX`] pieces: a packet has at most 128 pages, whatever the peer says.
     pub(crate) fn push(&mut self, address: *mut u8, bytes: usize) {
-        self.pieces[self.end] = libc::iovec { iov_base: address.cast(), iov_len: bytes };
+        self.pieces[self.end] = libc::iovec {
+            iov_base: address.cast(),
+            iov_len: bytes,
+        };
         self.end += 1;
         self.remaining += bytes;
     }
@@ -70,7 +76,10 @@ impl ReceivePlan {
     /// # Panics
     /// With more bytes than were missing: no backend reports more than it was asked for.
     pub fn advance(&mut self, bytes: usize) {
-        self.remaining = self.remaining.checked_sub(bytes).expect("the kernel fills no more than it was given");
+        self.remaining = self
+            .remaining
+            .checked_sub(bytes)
+            .expect("the kernel fills no more than it was given");
         let mut left = bytes;
         while left > 0 {
             let piece = &mut self.pieces[self.first];

@@ -58,7 +58,9 @@ pub struct PlaneOptions {
 #[derive(Debug, Error)]
 pub enum PlaneError {
     /// A core cannot be used.
-    #[error("receiving on core {core} is not possible: {source}; `taskset -cp $$` shows the cores allowed here")]
+    #[error(
+        "receiving on core {core} is not possible: {source}; `taskset -cp $$` shows the cores allowed here"
+    )]
     Pin {
         /// The core.
         core: usize,
@@ -117,7 +119,12 @@ impl Plane {
         warn: impl Fn(String) + Send + Sync + 'static,
     ) -> Result<Self, PlaneError> {
         let warn: Warn = Arc::new(warn);
-        let mut plane = Self { options, features: None, cores: Vec::new(), threads: Mutex::default() };
+        let mut plane = Self {
+            options,
+            features: None,
+            cores: Vec::new(),
+            threads: Mutex::default(),
+        };
         for position in 0..plane.options.cores.len() {
             if plane.options.backend == BackendKind::Threads {
                 let core = plane.options.cores[position];
@@ -170,11 +177,13 @@ impl Plane {
             }
             Waker::Thread(turn) => {
                 let (turn, cores) = (turn.clone(), self.options.cores.clone());
-                let thread = thread::Builder::new().name("colo-channel".into()).spawn(move || {
-                    // The cores were tried at the start; if one has gone since, the scheduler decides.
-                    let _ = pin(&cores);
-                    threads::run(endpoint, &turn);
-                })?;
+                let thread = thread::Builder::new()
+                    .name("colo-channel".into())
+                    .spawn(move || {
+                        // The cores were tried at the start; if one has gone since, the scheduler decides.
+                        let _ = pin(&cores);
+                        threads::run(endpoint, &turn);
+                    })?;
                 let mut threads = self.threads.lock().unwrap_or_else(PoisonError::into_inner);
                 threads.retain(|thread| !thread.is_finished());
                 threads.push(thread);
@@ -209,38 +218,48 @@ fn start_core(
     let (started, report) = mpsc::channel();
     let thread = {
         let (wake, inbox) = (wake.clone(), inbox.clone());
-        thread::Builder::new().name(format!("colo-core-{core}")).spawn(move || {
-            if let Err(source) = pin(&[core]) {
-                let _ = started.send(Err(PlaneError::Pin { core, source }));
-                return;
-            }
-            let failed = |error: io::Error| PlaneError::Backend { backend, reason: explain(&error) };
-            let ended = if backend == BackendKind::Uring {
-                match UringBackend::new(wake.clone(), registered) {
-                    Err(error) => return drop(started.send(Err(failed(error)))),
-                    Ok(ring) => {
-                        let _ = started.send(Ok(Some(ring.features())));
-                        Core::new(ring, wake, inbox, warn.clone()).run()
-                    }
+        thread::Builder::new()
+            .name(format!("colo-core-{core}"))
+            .spawn(move || {
+                if let Err(source) = pin(&[core]) {
+                    let _ = started.send(Err(PlaneError::Pin { core, source }));
+                    return;
                 }
-            } else {
-                match EpollBackend::new(wake.clone()) {
-                    Err(error) => return drop(started.send(Err(failed(error)))),
-                    Ok(epoll) => {
-                        let _ = started.send(Ok(None));
-                        Core::new(epoll, wake, inbox, warn.clone()).run()
+                let failed = |error: io::Error| PlaneError::Backend {
+                    backend,
+                    reason: explain(&error),
+                };
+                let ended = if backend == BackendKind::Uring {
+                    match UringBackend::new(wake.clone(), registered) {
+                        Err(error) => return drop(started.send(Err(failed(error)))),
+                        Ok(ring) => {
+                            let _ = started.send(Ok(Some(ring.features())));
+                            Core::new(ring, wake, inbox, warn.clone()).run()
+                        }
                     }
+                } else {
+                    match EpollBackend::new(wake.clone()) {
+                        Err(error) => return drop(started.send(Err(failed(error)))),
+                        Ok(epoll) => {
+                            let _ = started.send(Ok(None));
+                            Core::new(epoll, wake, inbox, warn.clone()).run()
+                        }
+                    }
+                };
+                if let Err(error) = ended {
+                    warn(format!(
+                        "core {core} receives no more, its sessions stand still: {error}"
+                    ));
                 }
-            };
-            if let Err(error) = ended {
-                warn(format!("core {core} receives no more, its sessions stand still: {error}"));
-            }
-        })?
+            })?
     };
     match report.recv() {
         Ok(Ok(features)) => Ok((CoreHandle { inbox, wake, thread }, features)),
         Ok(Err(error)) => Err(error),
-        Err(_) => Err(PlaneError::Backend { backend, reason: "its thread ended at once".into() }),
+        Err(_) => Err(PlaneError::Backend {
+            backend,
+            reason: "its thread ended at once".into(),
+        }),
     }
 }
 

@@ -26,7 +26,13 @@ pub fn quick_ack(fd: RawFd) {
     // SAFETY: the option's value is a live int of that length; an invalid descriptor is an error, not undefined.
     // The result is of no use: on a socket that has failed meanwhile the next receive says why.
     let _ = unsafe {
-        libc::setsockopt(fd, libc::IPPROTO_TCP, libc::TCP_QUICKACK, std::ptr::from_ref(&on).cast(), length)
+        libc::setsockopt(
+            fd,
+            libc::IPPROTO_TCP,
+            libc::TCP_QUICKACK,
+            std::ptr::from_ref(&on).cast(),
+            length,
+        )
     };
 }
 

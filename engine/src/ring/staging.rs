@@ -21,20 +21,33 @@ impl Staging {
     /// An empty buffer of `capacity` bytes.
     pub fn new(capacity: usize) -> Self {
         let memory = Box::leak(vec![0u8; capacity].into_boxed_slice());
-        Self { memory: NonNull::from(memory).cast(), capacity, pos: Cell::new(0), filled: 0 }
+        Self {
+            memory: NonNull::from(memory).cast(),
+            capacity,
+            pos: Cell::new(0),
+            filled: 0,
+        }
     }
 
     /// What has arrived and was not consumed.
     pub fn bytes(&self) -> &[u8] {
         // SAFETY: pos <= filled <= capacity always; bytes below `filled` are written by nobody while this borrow
         // lives: `space`, which moves them, needs `&mut self`, and the kernel was given memory behind `filled` only.
-        unsafe { std::slice::from_raw_parts(self.memory.as_ptr().add(self.pos.get()), self.filled - self.pos.get()) }
+        unsafe {
+            std::slice::from_raw_parts(
+                self.memory.as_ptr().add(self.pos.get()),
+                self.filled - self.pos.get(),
+            )
+        }
     }
 
     /// The first `count` of [`Self::bytes`] are done with. They stay readable through slices taken before, until
     /// [`Self::space`] moves what is left.
     pub fn consume(&self, count: usize) {
-        assert!(count <= self.filled - self.pos.get(), "no more can be consumed than has arrived");
+        assert!(
+            count <= self.filled - self.pos.get(),
+            "no more can be consumed than has arrived"
+        );
         self.pos.set(self.pos.get() + count);
     }
 
@@ -43,7 +56,9 @@ impl Staging {
     /// # Panics
     /// If there is no room for them.
     pub fn put(&mut self, bytes: &[u8]) {
-        let Some((space, free)) = self.space() else { return assert!(bytes.is_empty()) };
+        let Some((space, free)) = self.space() else {
+            return assert!(bytes.is_empty());
+        };
         assert!(bytes.len() <= free, "room for them");
         // SAFETY: the space is that long and nobody else's while no receive is posted; `bytes` is not part of it,
         // being borrowed beside `&mut self`.
@@ -53,7 +68,10 @@ impl Staging {
 
     /// The kernel has put `count` bytes into the space it was given.
     pub fn fill(&mut self, count: usize) {
-        assert!(count <= self.capacity - self.filled, "the kernel fills no more than it was given");
+        assert!(
+            count <= self.capacity - self.filled,
+            "the kernel fills no more than it was given"
+        );
         self.filled += count;
     }
 
@@ -97,7 +115,12 @@ mod tests {
         for round in 0..1000usize {
             let count = round % 7;
             if staging.space().is_some_and(|(_, free)| free >= count) {
-                let chunk: Vec<u8> = (0..count).map(|_| { next_in = next_in.wrapping_add(1); next_in }).collect();
+                let chunk: Vec<u8> = (0..count)
+                    .map(|_| {
+                        next_in = next_in.wrapping_add(1);
+                        next_in
+                    })
+                    .collect();
                 staging.put(&chunk);
             }
             let take = staging.bytes().len().min(round % 5);

@@ -70,7 +70,10 @@ impl UringBackend {
         let (ring, setup) = build()?;
         let mut probe = Probe::new();
         ring.submitter().register_probe(&mut probe)?;
-        for (code, name) in [(opcode::RecvMsg::CODE, "RECVMSG"), (opcode::PollAdd::CODE, "POLL_ADD")] {
+        for (code, name) in [
+            (opcode::RecvMsg::CODE, "RECVMSG"),
+            (opcode::PollAdd::CODE, "POLL_ADD"),
+        ] {
             if !probe.is_supported(code) {
                 let message = format!("this kernel's io_uring lacks the operation {name}");
                 return Err(io::Error::new(io::ErrorKind::Unsupported, message));
@@ -78,11 +81,24 @@ impl UringBackend {
         }
         let registered = registered
             && probe.is_supported(opcode::ReadFixed::CODE)
-            && ring.submitter().register_buffers_sparse(u32::from(BUFFERS)).is_ok();
+            && ring
+                .submitter()
+                .register_buffers_sparse(u32::from(BUFFERS))
+                .is_ok();
         let readv_fixed = registered && probe.is_supported(opcode::ReadvFixed::CODE);
-        let features = RingFeatures { setup, registered, readv_fixed };
+        let features = RingFeatures {
+            setup,
+            registered,
+            readv_fixed,
+        };
         let buffers = vec![false; if registered { usize::from(BUFFERS) } else { 0 }];
-        Ok(Self { ring, wake, features, buffers, wake_armed: false })
+        Ok(Self {
+            ring,
+            wake,
+            features,
+            buffers,
+            wake_armed: false,
+        })
     }
 
     pub(super) fn features(&self) -> RingFeatures {
@@ -102,7 +118,11 @@ impl UringBackend {
                 return opcode::ReadvFixed::new(fd, pieces.as_ptr(), count, index).build();
             }
         }
-        let flags = if plan.wait_all { libc::MSG_WAITALL.cast_unsigned() } else { 0 };
+        let flags = if plan.wait_all {
+            libc::MSG_WAITALL.cast_unsigned()
+        } else {
+            0
+        };
         opcode::RecvMsg::new(fd, plan.message()).flags(flags).build()
     }
 
@@ -194,7 +214,11 @@ impl Backend for UringBackend {
         match self.ring.submit_and_wait(want) {
             Ok(_) => {}
             // Interrupted, or completions must be taken first: both are cured by reaping and coming back.
-            Err(error) if matches!(error.raw_os_error(), Some(libc::EINTR | libc::EBUSY | libc::EAGAIN)) => {}
+            Err(error)
+                if matches!(
+                    error.raw_os_error(),
+                    Some(libc::EINTR | libc::EBUSY | libc::EAGAIN)
+                ) => {}
             Err(error) => return Err(error),
         }
         Ok(self.reap(done))
@@ -204,24 +228,40 @@ impl Backend for UringBackend {
 
     fn reserve_buffers(&mut self, count: u16) -> Option<u16> {
         let count = usize::from(count);
-        let free = self.buffers.windows(count.max(1)).position(|window| window.iter().all(|taken| !taken))?;
+        let free = self
+            .buffers
+            .windows(count.max(1))
+            .position(|window| window.iter().all(|taken| !taken))?;
         self.buffers[free..free + count].fill(true);
         u16::try_from(free).ok()
     }
 
     fn register(&mut self, index: u16, slab: &Slab) -> io::Result<()> {
-        let buffer = libc::iovec { iov_base: slab.base().cast(), iov_len: slab.bytes() };
+        let buffer = libc::iovec {
+            iov_base: slab.base().cast(),
+            iov_len: slab.bytes(),
+        };
         // SAFETY: the slab stays mapped until every endpoint of its guest is gone, and the core gives the index
         // back before it drops the last of them.
-        unsafe { self.ring.submitter().register_buffers_update(u32::from(index), &[buffer], None) }
+        unsafe {
+            self.ring
+                .submitter()
+                .register_buffers_update(u32::from(index), &[buffer], None)
+        }
     }
 
     fn release_buffers(&mut self, first: u16, count: u16) {
-        let nothing = libc::iovec { iov_base: std::ptr::null_mut(), iov_len: 0 };
+        let nothing = libc::iovec {
+            iov_base: std::ptr::null_mut(),
+            iov_len: 0,
+        };
         for index in first..first + count {
             // SAFETY: an empty buffer refers to no memory; no receive into the old one is posted any more.
-            let result =
-                unsafe { self.ring.submitter().register_buffers_update(u32::from(index), &[nothing], None) };
+            let result = unsafe {
+                self.ring
+                    .submitter()
+                    .register_buffers_update(u32::from(index), &[nothing], None)
+            };
             debug_assert!(result.is_ok(), "clearing a slot of the buffer table: {result:?}");
             self.buffers[usize::from(index)] = false;
         }

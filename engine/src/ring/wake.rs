@@ -50,7 +50,9 @@ impl CoreWake {
     /// Of eventfd(2): descriptors or memory are short.
     pub fn new() -> nix::Result<Self> {
         let flags = EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK;
-        Ok(Self { event: EventFd::from_value_and_flags(0, flags)? })
+        Ok(Self {
+            event: EventFd::from_value_and_flags(0, flags)?,
+        })
     }
 
     /// From now on, wakes of this one on the calling thread are noted without a system call.
@@ -105,8 +107,10 @@ impl Semaphore {
     /// Waits until there is one, and takes it.
     pub fn wait(&self) {
         let count = self.count.lock().unwrap_or_else(PoisonError::into_inner);
-        let mut count =
-            self.changed.wait_while(count, |count| *count == 0).unwrap_or_else(PoisonError::into_inner);
+        let mut count = self
+            .changed
+            .wait_while(count, |count| *count == 0)
+            .unwrap_or_else(PoisonError::into_inner);
         *count -= 1;
     }
 }

@@ -29,12 +29,12 @@ pub use rendezvous::{GateClosed, Rendezvous, Ticket};
 
 use crate::blocks::BlockTable;
 use crate::units::CheckpointId;
+use crate::wire::WireError;
 use crate::wire::colo::{self, Message};
 use crate::wire::ram::{BlockEntry, BlockList};
 use crate::wire::return_path::RpMessage;
 use crate::wire::stream::{Command, Section, StreamHeader, parse_footer};
 use crate::wire::vmdesc::EndFinder;
-use crate::wire::WireError;
 use records::{Continued, SyncMode};
 use std::sync::Arc;
 
