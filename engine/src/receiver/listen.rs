@@ -9,7 +9,9 @@ use super::options::ListenAddress;
 use crate::ring::own_descriptor;
 use crate::wire::multifd::{INIT_LEN, Init};
 use crate::wire::stream::{ChannelKind, classify};
-use nix::sys::socket::sockopt::{PeerCredentials, TcpNoDelay};
+use nix::sys::socket::sockopt::{
+    KeepAlive, PeerCredentials, TcpKeepCount, TcpKeepIdle, TcpKeepInterval, TcpNoDelay, TcpUserTimeout,
+};
 use nix::sys::socket::{Shutdown, getsockopt, setsockopt, shutdown};
 use std::io;
 use std::net::{TcpListener, TcpStream};
@@ -28,6 +30,15 @@ pub(super) const FIRST_LEN: usize = 4;
 
 /// Most connections that are accepted and not identified, or wait for the rest of their session. More are closed.
 pub(super) const PENDING_MAX: usize = 1024;
+
+/// A TCP connection whose other host is silent for this long is probed.
+const PROBE_AFTER_SECONDS: u32 = 10;
+
+/// Seconds between probes.
+const PROBE_EVERY_SECONDS: u32 = 5;
+
+/// Probes without an answer that end the connection: 40 seconds after the last sign of life.
+const PROBES: u32 = 6;
 
 /// An accepted connection.
 #[derive(Debug)]
@@ -139,6 +150,7 @@ impl Listener {
         let is_tcp = self.is_tcp();
         let (origin, from) = if is_tcp {
             setsockopt(&socket, TcpNoDelay, &true)?;
+            watch_for_vanished_host(&socket)?;
             let stream = TcpStream::from(socket.try_clone()?);
             let peer = stream.peer_addr()?;
             (Origin::Host(peer.ip()), peer.to_string())
@@ -156,6 +168,18 @@ impl Listener {
             from,
         })
     }
+}
+
+/// Makes the connection fail where the primary's host has gone without a word (spec §14.1): between checkpoints it
+/// is silent for as long as `x-checkpoint-delay`, so that silence alone says nothing.
+fn watch_for_vanished_host(socket: &OwnedFd) -> nix::Result<()> {
+    setsockopt(socket, KeepAlive, &true)?;
+    setsockopt(socket, TcpKeepIdle, &PROBE_AFTER_SECONDS)?;
+    setsockopt(socket, TcpKeepInterval, &PROBE_EVERY_SECONDS)?;
+    setsockopt(socket, TcpKeepCount, &PROBES)?;
+    // The same for an answer of ours that nobody acknowledges: probes are not sent then.
+    let given_up = (PROBE_AFTER_SECONDS + PROBE_EVERY_SECONDS * PROBES) * 1000;
+    setsockopt(socket, TcpUserTimeout, &given_up)
 }
 
 enum Acceptor {
