@@ -19,11 +19,10 @@ use crate::units::ChannelId;
 use crate::wire::stream::MAIN_MAGIC;
 use crate::wire::vmdesc::EndFinder;
 use nix::sys::socket::{Shutdown, shutdown};
-use std::collections::HashMap;
 use std::os::fd::AsRawFd;
 use std::rc::Rc;
+use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 use tokio::sync::{Notify, mpsc};
 
@@ -45,7 +44,6 @@ pub(super) struct Director {
     pub(super) around: Arc<Surroundings>,
     pub(super) plane: Plane,
     pub(super) budget: Arc<RamBudget>,
-    pub(super) fallbacks: Arc<Mutex<HashMap<u32, Vec<String>>>>,
     pub(super) recorder: Recorder,
     pub(super) events: Arc<Events>,
     pub(super) uring: bool,
@@ -286,16 +284,7 @@ impl Book {
             .summary
             .clone()
             .unwrap_or_else(|| self.director.recorder.session(id));
-        let fallbacks = self
-            .director
-            .fallbacks
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner);
-        SessionStatus::of(
-            &entry.guest,
-            fallbacks.get(&id).cloned().unwrap_or_default(),
-            summary,
-        )
+        SessionStatus::of(&entry.guest, summary)
     }
 
     fn tick(&mut self) {
