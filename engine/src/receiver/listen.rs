@@ -336,7 +336,7 @@ pub(super) fn bind_control(path: &Path) -> Result<UnixListener, ListenError> {
     bind_unix(path).map_err(|source| ListenError { address, source })
 }
 
-#[cfg(test)]
+#[cfg(all(test, not(loom), not(miri)))]
 mod tests {
     use super::*;
     use nix::sys::socket::sockopt::Linger;
