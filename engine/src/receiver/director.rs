@@ -35,6 +35,10 @@ const LOG_INTERVAL: Duration = Duration::from_secs(1);
 /// How long a primary may be silent after what looks like device state without vmdesc.
 const SUPPRESSED_AFTER: Duration = Duration::from_secs(5);
 
+/// Most sessions at a time: running ones, and ended ones whose checkpoint is kept. More are refused, since each takes
+/// descriptors, threads and memory that nothing else limits.
+const SESSIONS_MAX: usize = 256;
+
 /// Ended sessions without a checkpoint that stay in reports.
 const ENDED_KEPT: usize = 1024;
 
@@ -193,6 +197,13 @@ impl Book {
 
     /// All connections of a session are here: it begins.
     fn begin(&mut self, complete: Complete<Accepted>) {
+        if self.entries.len() >= SESSIONS_MAX {
+            return self.warn(format!(
+                "{}: closed: {SESSIONS_MAX} sessions are running or kept, and no more are taken; `colo-ring discard` \
+                 gives up the checkpoint of an ended one",
+                complete.main.from
+            ));
+        }
         let (plane, options) = (&self.director.plane, &self.director.options);
         let id = self.next;
         self.next += 1;
