@@ -30,7 +30,7 @@ const SUBMISSIONS: u32 = 256;
 /// Completion entries: more than one for every connection a core is likely to have. The kernel keeps what overflows.
 const COMPLETIONS: u32 = 4096;
 
-/// Registered buffers of one ring, the kernel's own limit: 16 TiB of slabs of 1 GiB.
+/// Registered buffers of one ring, the kernel's own limit: 8 TiB of slabs of 512 MiB.
 const BUFFERS: u16 = 16384;
 
 /// What the kernel gave us.

@@ -316,6 +316,7 @@ impl Store {
             }),
         };
         record.adopt(id, device_state);
+        self.committed.publish(id);
         report
     }
 

@@ -632,3 +632,22 @@ fn transparent_huge_pages_are_used_or_the_lack_told() {
         assert!(!text.contains("[always]"), "{note}");
     }
 }
+
+/// Who asks for the checkpoint's number, as a status does, does not wait for a commit or a dump.
+#[test]
+fn the_committed_number_waits_for_nobody() {
+    let store = store(&BLOCKS);
+    assert_eq!(store.committed(), None);
+    store.begin_colo();
+    store.commit(CheckpointId(0), &mut vec![1], &alone());
+    let record = store.committed.lock();
+    let asked = thread::scope(|scope| {
+        let (tell, told) = std::sync::mpsc::channel();
+        let store = &store;
+        scope.spawn(move || tell.send(store.committed()));
+        let asked = told.recv_timeout(std::time::Duration::from_secs(5));
+        drop(record);
+        asked
+    });
+    assert_eq!(asked, Ok(Some(CheckpointId(0))));
+}
