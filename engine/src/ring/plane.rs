@@ -35,7 +35,7 @@ impl BackendKind {
     }
 
     /// How endpoints shape their plans for it.
-    pub fn style(self) -> ReceiveStyle {
+    pub(crate) fn style(self) -> ReceiveStyle {
         match self {
             BackendKind::Uring | BackendKind::Epoll => ReceiveStyle::RING,
             BackendKind::Threads => ReceiveStyle::THREADS,
