@@ -126,6 +126,43 @@ fn protect(name: &str, options: ReceiverOptions, shape: SynthOptions) {
     assert_eq!(outcome.report.total.checkpoints, 6);
 }
 
+/// Connections that say "main channel" and no more are sessions in plain mode: they are not taken without end.
+#[test]
+fn sessions_are_limited() {
+    use std::io::{Read, Write};
+    let bench = Bench::start("limited", options(BackendKind::Epoll, 0));
+    let ListenAddress::Tcp(address) = bench.receiver.addresses()[0] else {
+        panic!("a TCP address was asked for");
+    };
+    let connect = || {
+        let mut connection = std::net::TcpStream::connect(address).unwrap();
+        connection.write_all(b"QEVM").unwrap();
+        connection
+    };
+    let idle: Vec<_> = (0..256).map(|_| connect()).collect();
+    let began = || {
+        bench
+            .said
+            .lock()
+            .unwrap()
+            .iter()
+            .filter(|text| text.ends_with("began"))
+            .count()
+    };
+    while began() < idle.len() {
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    let mut last = connect();
+    last.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
+    assert_eq!(last.read(&mut [0]).unwrap(), 0, "the 257th is closed");
+    drop(idle);
+    let (_, said) = bench.end();
+    assert!(
+        said.iter()
+            .any(|text| text.contains("256 sessions are running or kept"))
+    );
+}
+
 #[test]
 fn every_backend_and_shape_of_primary() {
     for backend in BACKENDS {

@@ -19,11 +19,10 @@ use crate::units::ChannelId;
 use crate::wire::stream::MAIN_MAGIC;
 use crate::wire::vmdesc::EndFinder;
 use nix::sys::socket::{Shutdown, shutdown};
-use std::collections::HashMap;
 use std::os::fd::AsRawFd;
 use std::rc::Rc;
+use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 use tokio::sync::{Notify, mpsc};
 
@@ -36,6 +35,10 @@ const LOG_INTERVAL: Duration = Duration::from_secs(1);
 /// How long a primary may be silent after what looks like device state without vmdesc.
 const SUPPRESSED_AFTER: Duration = Duration::from_secs(5);
 
+/// Most sessions at a time: running ones, and ended ones whose checkpoint is kept. More are refused, since each takes
+/// descriptors, threads and memory that nothing else limits.
+const SESSIONS_MAX: usize = 256;
+
 /// Ended sessions without a checkpoint that stay in reports.
 const ENDED_KEPT: usize = 1024;
 
@@ -45,7 +48,6 @@ pub(super) struct Director {
     pub(super) around: Arc<Surroundings>,
     pub(super) plane: Plane,
     pub(super) budget: Arc<RamBudget>,
-    pub(super) fallbacks: Arc<Mutex<HashMap<u32, Vec<String>>>>,
     pub(super) recorder: Recorder,
     pub(super) events: Arc<Events>,
     pub(super) uring: bool,
@@ -195,6 +197,13 @@ impl Book {
 
     /// All connections of a session are here: it begins.
     fn begin(&mut self, complete: Complete<Accepted>) {
+        if self.entries.len() >= SESSIONS_MAX {
+            return self.warn(format!(
+                "{}: closed: {SESSIONS_MAX} sessions are running or kept, and no more are taken; `colo-ring discard` \
+                 gives up the checkpoint of an ended one",
+                complete.main.from
+            ));
+        }
         let (plane, options) = (&self.director.plane, &self.director.options);
         let id = self.next;
         self.next += 1;
@@ -286,16 +295,7 @@ impl Book {
             .summary
             .clone()
             .unwrap_or_else(|| self.director.recorder.session(id));
-        let fallbacks = self
-            .director
-            .fallbacks
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner);
-        SessionStatus::of(
-            &entry.guest,
-            fallbacks.get(&id).cloned().unwrap_or_default(),
-            summary,
-        )
+        SessionStatus::of(&entry.guest, summary)
     }
 
     fn tick(&mut self) {

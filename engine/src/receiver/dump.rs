@@ -5,6 +5,7 @@
 #![forbid(unsafe_code)]
 
 use super::guest::Guest;
+use crate::store::RESERVED_FILES;
 use serde::{Deserialize, Serialize};
 use std::path::Path;
 
@@ -52,8 +53,9 @@ pub struct DumpedBlock {
     pub file: String,
 }
 
-const HEADER_FILE: &str = "stream-header.bin";
-const VMDESC_FILE: &str = "vmdesc.json";
+const INDEX_FILE: &str = RESERVED_FILES[0];
+const HEADER_FILE: &str = RESERVED_FILES[1];
+const VMDESC_FILE: &str = RESERVED_FILES[2];
 
 /// Writes the last committed checkpoint of `guest` into `directory`. Blocks for as long as the disk takes; the
 /// session goes on meanwhile.
@@ -67,7 +69,7 @@ pub(super) fn dump(guest: &Guest, directory: &Path) -> Result<Dumped, String> {
     let nothing = || format!("session {} has no committed checkpoint yet", guest.id);
     let store = guest.store().ok_or_else(nothing)?;
     let record = guest.record.get().ok_or_else(nothing)?;
-    let index = directory.join("checkpoint.json");
+    let index = directory.join(INDEX_FILE);
     let failed = |error: std::io::Error| format!("writing to {}: {error}", directory.display());
     match std::fs::remove_file(&index) {
         Err(error) if error.kind() != std::io::ErrorKind::NotFound => return Err(failed(error)),

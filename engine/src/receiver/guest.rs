@@ -27,8 +27,8 @@ pub(super) type Warn = Arc<dyn Fn(String) + Send + Sync>;
 /// Makes a guest's memory; may take seconds. Called once, on a thread of its own.
 pub(super) type MakeStore = dyn Fn(&Guest, Arc<BlockTable>) -> Made + Send + Sync;
 
-/// A guest's memory with its part of the budget, or why there is none.
-pub(super) type Made = Result<(Store, RamLease), String>;
+/// A guest's memory, or why there is none.
+pub(super) type Made = Result<Memory, String>;
 
 /// A connection of a guest, with who drives it.
 pub(super) struct Connection {
@@ -61,10 +61,11 @@ pub(super) struct Counters {
     pub(super) pause_ns: AtomicU64,
 }
 
-/// A guest's memory, and what it takes of the budget.
-struct Memory {
-    store: Arc<Store>,
-    _lease: RamLease,
+/// A guest's memory, what it takes of the budget, and the steps down from what was asked for.
+pub(super) struct Memory {
+    pub(super) store: Arc<Store>,
+    pub(super) _lease: RamLease,
+    pub(super) fallbacks: Vec<String>,
 }
 
 /// The shared state.
@@ -125,16 +126,18 @@ impl Guest {
         self.memory.get().map(|memory| &memory.store)
     }
 
+    /// What its memory had to do without.
+    pub(super) fn fallbacks(&self) -> &[String] {
+        self.memory.get().map_or(&[], |memory| &memory.fallbacks)
+    }
+
     /// Hands the memory over and wakes the main channel, which waits for it.
     pub(super) fn memory_made(&self, made: Made) {
         match made {
             Err(reason) => self.finish(SessionEnd::NoMemory(reason)),
-            Ok((store, lease)) => {
+            Ok(memory) => {
                 // Set once: only the one block list of a session asks for memory.
-                let _ = self.memory.set(Memory {
-                    store: Arc::new(store),
-                    _lease: lease,
-                });
+                let _ = self.memory.set(memory);
                 self.wake_all();
             }
         }

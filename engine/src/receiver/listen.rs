@@ -9,7 +9,9 @@ use super::options::ListenAddress;
 use crate::ring::own_descriptor;
 use crate::wire::multifd::{INIT_LEN, Init};
 use crate::wire::stream::{ChannelKind, classify};
-use nix::sys::socket::sockopt::{PeerCredentials, TcpNoDelay};
+use nix::sys::socket::sockopt::{
+    KeepAlive, PeerCredentials, TcpKeepCount, TcpKeepIdle, TcpKeepInterval, TcpNoDelay, TcpUserTimeout,
+};
 use nix::sys::socket::{Shutdown, getsockopt, setsockopt, shutdown};
 use std::io;
 use std::net::{TcpListener, TcpStream};
@@ -28,6 +30,15 @@ pub(super) const FIRST_LEN: usize = 4;
 
 /// Most connections that are accepted and not identified, or wait for the rest of their session. More are closed.
 pub(super) const PENDING_MAX: usize = 1024;
+
+/// A TCP connection whose other host is silent for this long is probed.
+const PROBE_AFTER_SECONDS: u32 = 10;
+
+/// Seconds between probes.
+const PROBE_EVERY_SECONDS: u32 = 5;
+
+/// Probes without an answer that end the connection: 40 seconds after the last sign of life.
+const PROBES: u32 = 6;
 
 /// An accepted connection.
 #[derive(Debug)]
@@ -111,26 +122,23 @@ impl Listener {
         let socket = self.socket.try_clone()?;
         let acceptor = Acceptor::new(socket, self.is_tcp(), uring)?;
         loop {
-            let accepted = match acceptor.accept().await {
-                Ok(socket) => self.describe(socket, position),
-                Err(error) => Err(error),
-            };
-            match accepted {
-                Ok(accepted) => {
-                    if tell.send(Ok(accepted)).await.is_err() {
-                        return Ok(());
-                    }
-                }
+            let text =
+                |error: io::Error| format!("{}: a connection could not be accepted: {error}", self.address);
+            let accepted = acceptor.accept().await;
+            let shortage = accepted.is_err();
+            let accepted = match accepted {
+                // An error here is of this one connection: its peer has gone already. The next must not wait for it.
+                Ok(socket) => self.describe(socket, position).map_err(text),
                 // The listening socket was shut down: the end.
                 Err(error) if error.raw_os_error() == Some(libc::EINVAL) => return Ok(()),
-                // Of this one connection, or a shortage that passes: descriptors, memory.
-                Err(error) => {
-                    let text = format!("{}: a connection could not be accepted: {error}", self.address);
-                    if tell.send(Err(text)).await.is_err() {
-                        return Ok(());
-                    }
-                    tokio::time::sleep(Duration::from_millis(100)).await;
-                }
+                Err(error) => Err(text(error)),
+            };
+            if tell.send(accepted).await.is_err() {
+                return Ok(());
+            }
+            if shortage {
+                // Of descriptors or memory: it passes.
+                tokio::time::sleep(Duration::from_millis(100)).await;
             }
         }
     }
@@ -139,6 +147,7 @@ impl Listener {
         let is_tcp = self.is_tcp();
         let (origin, from) = if is_tcp {
             setsockopt(&socket, TcpNoDelay, &true)?;
+            watch_for_vanished_host(&socket)?;
             let stream = TcpStream::from(socket.try_clone()?);
             let peer = stream.peer_addr()?;
             (Origin::Host(peer.ip()), peer.to_string())
@@ -156,6 +165,18 @@ impl Listener {
             from,
         })
     }
+}
+
+/// Makes the connection fail where the primary's host has gone without a word (spec §14.1): between checkpoints it
+/// is silent for as long as `x-checkpoint-delay`, so that silence alone says nothing.
+fn watch_for_vanished_host(socket: &OwnedFd) -> nix::Result<()> {
+    setsockopt(socket, KeepAlive, &true)?;
+    setsockopt(socket, TcpKeepIdle, &PROBE_AFTER_SECONDS)?;
+    setsockopt(socket, TcpKeepInterval, &PROBE_EVERY_SECONDS)?;
+    setsockopt(socket, TcpKeepCount, &PROBES)?;
+    // The same for an answer of ours that nobody acknowledges: probes are not sent then.
+    let given_up = (PROBE_AFTER_SECONDS + PROBE_EVERY_SECONDS * PROBES) * 1000;
+    setsockopt(socket, TcpUserTimeout, &given_up)
 }
 
 enum Acceptor {
@@ -313,4 +334,61 @@ fn bind_unix(path: &Path) -> io::Result<UnixListener> {
 pub(super) fn bind_control(path: &Path) -> Result<UnixListener, ListenError> {
     let address = ListenAddress::Unix(path.to_owned());
     bind_unix(path).map_err(|source| ListenError { address, source })
+}
+
+#[cfg(all(test, not(loom), not(miri)))]
+mod tests {
+    use super::*;
+    use nix::sys::socket::sockopt::Linger;
+    use std::time::Instant;
+
+    fn listener() -> (Listener, std::net::SocketAddr) {
+        let address = ListenAddress::Tcp(([127, 0, 0, 1], 0).into());
+        let listener = Listener::bind(&address).unwrap();
+        match *listener.address() {
+            ListenAddress::Tcp(address) => (listener, address),
+            ListenAddress::Unix(_) => unreachable!("a TCP address was bound"),
+        }
+    }
+
+    #[test]
+    fn a_vanished_host_is_noticed() {
+        let (listener, address) = listener();
+        let _primary = TcpStream::connect(address).unwrap();
+        let socket = TcpListener::from(listener.socket.try_clone().unwrap()).accept();
+        let accepted = listener.describe(socket.unwrap().0.into(), 0).unwrap();
+        assert!(getsockopt(&accepted.socket, KeepAlive).unwrap());
+        assert_eq!(getsockopt(&accepted.socket, TcpKeepIdle).unwrap(), 10);
+        assert_eq!(getsockopt(&accepted.socket, TcpUserTimeout).unwrap(), 40_000);
+    }
+
+    /// Connections that are reset before they are looked at do not hold up the one behind them.
+    #[test]
+    fn reset_connections_hold_up_nobody() {
+        let (listener, address) = listener();
+        for _ in 0..20 {
+            let gone = TcpStream::connect(address).unwrap();
+            let reset = libc::linger {
+                l_onoff: 1,
+                l_linger: 0,
+            };
+            setsockopt(&gone, Linger, &reset).unwrap();
+        }
+        let primary = TcpStream::connect(address).unwrap();
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+        let begin = Instant::now();
+        tokio::task::LocalSet::new().block_on(&runtime.unwrap(), async {
+            let (tell, mut told) = mpsc::channel(64);
+            let accepting = tokio::task::spawn_local(Rc::new(listener).accept_all(0, false, tell));
+            let from = primary.local_addr().unwrap().to_string();
+            while told
+                .recv()
+                .await
+                .unwrap()
+                .map_or(true, |accepted| accepted.from != from)
+            {}
+            accepting.abort();
+        });
+        assert!(begin.elapsed() < Duration::from_secs(1), "{:?}", begin.elapsed());
+    }
 }

@@ -17,6 +17,7 @@ use nix::sys::socket::{MsgFlags, send};
 use std::io;
 use std::ops::ControlFlow;
 use std::os::fd::RawFd;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Instant;
@@ -129,8 +130,10 @@ impl MainChannel {
         let made = std::thread::Builder::new()
             .name("colo-memory".into())
             .spawn(move || {
-                let store = (guest.around.make_store)(&guest, table);
-                guest.memory_made(store);
+                let make = || (guest.around.make_store)(&guest, table);
+                // The main channel waits for an answer, whatever happens here.
+                let made = catch_unwind(AssertUnwindSafe(make));
+                guest.memory_made(made.unwrap_or_else(|_| Err("the thread that made it panicked".into())));
             });
         made.map(drop)
             .map_err(|error| SessionEnd::NoMemory(error.to_string()))

@@ -38,11 +38,10 @@ use control::Asked;
 use director::{Director, Wires, direct};
 use guest::{MakeStore, Surroundings};
 use listen::Listener;
-use std::collections::HashMap;
 use std::future::Future;
 use std::path::PathBuf;
 use std::rc::Rc;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::{Instant, SystemTime};
 use thiserror::Error;
@@ -298,20 +297,21 @@ fn make_director(
         options.cores.len()
     };
     let budget = Arc::new(RamBudget::new(options.ram_limit_bytes));
-    let fallbacks: Arc<Mutex<HashMap<u32, Vec<String>>>> = Arc::default();
     let make_store = {
-        let (budget, fallbacks, events) = (budget.clone(), fallbacks.clone(), events.clone());
+        let (budget, events) = (budget.clone(), events.clone());
         move |guest: &guest::Guest, table: Arc<crate::blocks::BlockTable>| {
             let lease = RamBudget::take(&budget, table.total_bytes())?;
             let label = format!("session-{}", guest.id);
             let (store, notes) = Store::create(table, &label, &store_options).map_err(|e| e.to_string())?;
-            let notes: Vec<String> = notes.iter().map(ToString::to_string).collect();
-            for note in &notes {
+            let fallbacks: Vec<String> = notes.iter().map(ToString::to_string).collect();
+            for note in &fallbacks {
                 events(Event::Warning(format!("session {}: {note}", guest.id)));
             }
-            let mut all = fallbacks.lock().unwrap_or_else(PoisonError::into_inner);
-            all.insert(guest.id, notes);
-            Ok((store, lease))
+            Ok(guest::Memory {
+                store: Arc::new(store),
+                _lease: lease,
+                fallbacks,
+            })
         }
     };
     let run = RunDescription {
@@ -337,7 +337,6 @@ fn make_director(
         around,
         plane,
         budget,
-        fallbacks,
         recorder,
         events,
         uring,

@@ -85,7 +85,7 @@ pub struct SessionStatus {
 }
 
 impl SessionStatus {
-    pub(super) fn of(guest: &Guest, fallbacks: Vec<String>, summary: Summary) -> Self {
+    pub(super) fn of(guest: &Guest, summary: Summary) -> Self {
         let read = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
         let counters = &guest.counters;
         let checkpoint = guest.store().and_then(|store| store.committed());
@@ -110,7 +110,7 @@ impl SessionStatus {
             pages: read(&counters.pages),
             zero_pages: read(&counters.zero_pages),
             bytes: read(&counters.bytes),
-            fallbacks,
+            fallbacks: guest.fallbacks().to_vec(),
             summary,
         }
     }

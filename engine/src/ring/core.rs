@@ -11,6 +11,7 @@ use crossbeam_queue::SegQueue;
 use std::io;
 use std::ops::ControlFlow;
 use std::os::fd::RawFd;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -87,6 +88,8 @@ pub(super) struct Core<B> {
     inbox: Arc<Inbox>,
     slots: Vec<Option<Slot>>,
     registrations: Vec<Registration>,
+    /// Completions that are to be handed on: here, so that none is lost in a panic.
+    done: Vec<Completion>,
     warn: Warn,
 }
 
@@ -98,6 +101,7 @@ impl<B: Backend> Core<B> {
             inbox,
             slots: Vec::new(),
             registrations: Vec::new(),
+            done: Vec::with_capacity(256),
             warn,
         }
     }
@@ -105,20 +109,24 @@ impl<B: Backend> Core<B> {
     /// Drives endpoints until it is told to stop and the last one has ended.
     pub(super) fn run(mut self) -> io::Result<()> {
         self.wake.adopt();
-        let ended = self.drive();
-        if let Err(error) = &ended {
-            self.abandon(error);
+        loop {
+            match catch_unwind(AssertUnwindSafe(|| self.drive())) {
+                Ok(Ok(())) => return Ok(()),
+                Ok(Err(error)) => {
+                    self.abandon(&error);
+                    return Err(error);
+                }
+                Err(_) => self.close_all(),
+            }
         }
-        ended
     }
 
     fn drive(&mut self) -> io::Result<()> {
-        let mut done = Vec::with_capacity(256);
         loop {
             let registering = self.registrations.iter().any(Registration::pending);
             let wait = if registering { Wait::Poll } else { Wait::Block };
-            let mut woken = self.backend.wait(wait, &mut done)?;
-            for completion in done.drain(..) {
+            let mut woken = self.backend.wait(wait, &mut self.done)?;
+            while let Some(completion) = self.done.pop() {
                 self.completed(completion);
             }
             if woken {
@@ -143,6 +151,19 @@ impl<B: Backend> Core<B> {
                 .lost(Loss::Error(io::Error::new(error.kind(), error.to_string())));
             if slot.posted {
                 std::mem::forget(slot);
+            }
+        }
+    }
+
+    /// An endpoint has panicked. Nobody knows in which state the guests of this core are, and no primary may be left
+    /// waiting: their sessions end. What is posted completes, since its socket is shut down, and is dropped then.
+    fn close_all(&mut self) {
+        (self.warn)("a receiving thread panicked: the sessions on its core are ended".into());
+        for index in 0..self.slots.len() {
+            if let Some(slot) = self.slots[index].as_mut() {
+                let error = io::Error::other("its receiving thread panicked");
+                slot.endpoint.lost(Loss::Error(error));
+                self.go_on(index, ControlFlow::Break(()));
             }
         }
     }
@@ -301,5 +322,79 @@ impl<B: Backend> Core<B> {
                 failed: false,
             });
         }
+    }
+}
+
+#[cfg(all(test, not(loom), not(miri)))]
+mod tests {
+    use super::super::epoll::EpollBackend;
+    use super::super::wake::Waker;
+    use super::*;
+    use std::io::{Read, Write};
+    use std::os::fd::AsRawFd;
+    use std::os::unix::net::UnixStream;
+    use std::thread;
+    use std::time::Duration;
+
+    /// Panics at the first byte it gets; shuts its socket down when it is lost, as a session does.
+    struct Fragile {
+        socket: UnixStream,
+        plan: Box<ReceivePlan>,
+        byte: Box<[u8; 1]>,
+    }
+
+    impl Endpoint for Fragile {
+        fn fd(&self) -> RawFd {
+            self.socket.as_raw_fd()
+        }
+        fn guest(&self) -> u64 {
+            1
+        }
+        fn plan(&mut self) -> Option<&mut ReceivePlan> {
+            self.plan.clear();
+            self.plan.push(self.byte.as_mut_ptr(), 1);
+            Some(&mut self.plan)
+        }
+        fn received(&mut self, _bytes: usize) -> ControlFlow<()> {
+            panic!("meant by the test");
+        }
+        fn lost(&mut self, _loss: Loss) {
+            self.socket.shutdown(std::net::Shutdown::Both).unwrap();
+        }
+        fn resume(&mut self) -> ControlFlow<()> {
+            ControlFlow::Continue(())
+        }
+        fn slabs(&self) -> &[Slab] {
+            &[]
+        }
+        fn use_buffers(&mut self, _first: u16) {}
+    }
+
+    #[test]
+    fn no_primary_waits_for_a_thread_that_panicked() {
+        let (wake, inbox) = (Arc::new(CoreWake::new().unwrap()), Arc::new(Inbox::default()));
+        let mut peers = Vec::new();
+        for _ in 0..2 {
+            let (peer, socket) = UnixStream::pair().unwrap();
+            peer.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
+            let (plan, byte) = (ReceivePlan::new(), Box::new([0]));
+            inbox.endpoints.push(Box::new(Fragile { socket, plan, byte }));
+            peers.push(peer);
+        }
+        let thread = {
+            let (wake, inbox) = (wake.clone(), inbox.clone());
+            thread::spawn(move || {
+                let epoll = EpollBackend::new(wake.clone()).unwrap();
+                Core::new(epoll, wake, inbox, Arc::new(|_| {})).run()
+            })
+        };
+        Waker::Core(wake.clone()).wake();
+        peers[0].write_all(&[7]).unwrap();
+        for mut peer in peers {
+            assert_eq!(peer.read(&mut [0]).unwrap(), 0, "the end of the connection");
+        }
+        inbox.stop.store(true, Ordering::Release);
+        Waker::Core(wake).wake();
+        thread.join().unwrap().unwrap();
     }
 }

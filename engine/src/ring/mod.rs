@@ -23,12 +23,15 @@ mod threads;
 mod uring;
 mod wake;
 
-pub use plan::{PIECES_MAX, ReceivePlan};
-pub use plane::{BackendKind, Driver, Plane, PlaneError, PlaneOptions};
-pub use receive::{own_descriptor, quick_ack};
-pub use staging::Staging;
+// The data plane itself is the crate's alone: what its contracts demand of an endpoint, its memory above all, no type
+// can check.
+pub(crate) use plan::ReceivePlan;
+pub use plane::{BackendKind, PlaneError};
+pub(crate) use plane::{Driver, Plane, PlaneOptions};
+pub(crate) use receive::{own_descriptor, quick_ack};
+pub(crate) use staging::Staging;
 pub use uring::RingFeatures;
-pub use wake::{CoreWake, Semaphore, Waker};
+pub(crate) use wake::{Semaphore, Waker};
 
 use crate::store::Slab;
 use std::io;
@@ -37,7 +40,7 @@ use std::os::fd::RawFd;
 
 /// Why a connection gives no more bytes.
 #[derive(Debug)]
-pub enum Loss {
+pub(crate) enum Loss {
     /// The peer closed its side.
     Eof,
     /// A reset, a timeout, or an error of this host.
@@ -47,7 +50,7 @@ pub enum Loss {
 /// One connection, as the data plane sees it.
 ///
 /// `Break` means that the endpoint has reported its end to whom it concerns and wants to be dropped.
-pub trait Endpoint: Send {
+pub(crate) trait Endpoint: Send {
     /// The socket. It stays the same and open for the endpoint's life.
     fn fd(&self) -> RawFd;
 
@@ -76,7 +79,7 @@ pub trait Endpoint: Send {
 
 /// How an endpoint shapes its plans: what the backend is good at.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct ReceiveStyle {
+pub(crate) struct ReceiveStyle {
     /// A packet's header in two reads, as QEMU does it.
     pub split_header: bool,
     /// The next packet's header in one receive with the payload.

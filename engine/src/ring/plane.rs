@@ -35,7 +35,7 @@ impl BackendKind {
     }
 
     /// How endpoints shape their plans for it.
-    pub fn style(self) -> ReceiveStyle {
+    pub(crate) fn style(self) -> ReceiveStyle {
         match self {
             BackendKind::Uring | BackendKind::Epoll => ReceiveStyle::RING,
             BackendKind::Threads => ReceiveStyle::THREADS,
@@ -168,11 +168,15 @@ impl Plane {
     /// Hands an endpoint to a driver of this plane, which drives it to its end.
     ///
     /// # Errors
-    /// If a thread of its own was needed and could not be started.
+    /// If a thread of its own was needed and could not be started, or its core receives no more.
     pub fn attach(&self, driver: &Driver, endpoint: Box<dyn Endpoint>) -> io::Result<()> {
         match &driver.waker {
             Waker::Core(wake) => {
-                self.cores[driver.core].inbox.endpoints.push(endpoint);
+                let core = &self.cores[driver.core];
+                if core.thread.is_finished() {
+                    return Err(io::Error::other("its core receives no more"));
+                }
+                core.inbox.endpoints.push(endpoint);
                 Waker::Core(wake.clone()).wake();
             }
             Waker::Thread(turn) => {

@@ -6,12 +6,16 @@ use super::bitmap::DirtyBitmap;
 use super::image::RamImage;
 use crate::blocks::BlockTable;
 use crate::units::CheckpointId;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 
 /// What can be asked of a guest's committed state: the part of a [`super::Store`] that outlives the session.
 pub(super) struct CommittedImage {
     pub(super) image: Arc<RamImage>,
     record: Mutex<Record>,
+    /// One more than the number of the last committed checkpoint, 0 before: for those who only ask for it, and must
+    /// not wait for a commit or a dump.
+    count: AtomicU64,
     /// Held by the one dump there is at a time.
     pub(super) dumping: Mutex<()>,
 }
@@ -42,6 +46,7 @@ impl CommittedImage {
         Self {
             image,
             record: Mutex::default(),
+            count: AtomicU64::new(0),
             dumping: Mutex::new(()),
         }
     }
@@ -57,8 +62,16 @@ impl CommittedImage {
         self.image.table()
     }
 
-    /// The last committed checkpoint; `None` in precopy.
+    /// The checkpoint that `record` has taken is committed.
+    pub(super) fn publish(&self, id: CheckpointId) {
+        self.count.store(id.0 + 1, Ordering::Release);
+    }
+
+    /// The last committed checkpoint; `None` in precopy. Waits for nobody.
     pub fn committed(&self) -> Option<CheckpointId> {
-        self.lock().checkpoint
+        self.count
+            .load(Ordering::Acquire)
+            .checked_sub(1)
+            .map(CheckpointId)
     }
 }

@@ -166,6 +166,11 @@ mod x86_64 {
                         inout("rsi") from => _,
                         inout("rdx") length => _,
                         out("xmm0") _, out("xmm1") _, out("xmm2") _, out("xmm3") _,
+                        // `vzeroupper` clears the upper halves of these too, which a caller that is compiled for
+                        // AVX may be using.
+                        out("xmm4") _, out("xmm5") _, out("xmm6") _, out("xmm7") _,
+                        out("xmm8") _, out("xmm9") _, out("xmm10") _, out("xmm11") _,
+                        out("xmm12") _, out("xmm13") _, out("xmm14") _, out("xmm15") _,
                         options(nostack),
                     );
                 }

@@ -17,11 +17,16 @@ use crate::blocks::BlockTable;
 use crate::units::{CheckpointId, PAGE_BYTES};
 use std::fs::{self, File};
 use std::io::Write;
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::PoisonError;
 
 /// File name of the device state.
 pub const DEVICE_STATE_FILE: &str = "device-state.bin";
+
+/// File names that no block gets, since whoever asks for a dump puts files of these names beside it: the
+/// description of the dump, the stream's header, the vmdesc.
+pub const RESERVED_FILES: [&str; 3] = ["checkpoint.json", "stream-header.bin", "vmdesc.json"];
 
 /// Passes without the lock, the first included: after these the rest is copied under it, however much it is.
 const UNLOCKED_PASSES_MAX: u32 = 3;
@@ -127,7 +132,9 @@ impl DumpFile {
                 Err(error) if error.kind() != std::io::ErrorKind::NotFound => return Err(error),
                 _ => {}
             }
-            let file = File::options().write(true).create_new(true).open(&part)?;
+            // The owner's alone: it holds a guest's secrets.
+            let mut options = File::options();
+            let file = options.write(true).create_new(true).mode(0o600).open(&part)?;
             file.set_len(bytes)?;
             Ok(file)
         };
@@ -181,7 +188,8 @@ struct DumpFiles {
 impl DumpFiles {
     fn create(directory: &Path, table: &BlockTable) -> Result<Self, StoreError> {
         fs::create_dir_all(directory).map_err(|error| StoreError::file(directory, error))?;
-        let names = file_names(table, &[DEVICE_STATE_FILE]);
+        let [description, header, vmdesc] = RESERVED_FILES;
+        let names = file_names(table, &[DEVICE_STATE_FILE, description, header, vmdesc]);
         let blocks = table.iter().zip(names);
         let create = |((_, block), name): ((_, &crate::blocks::RamBlock), String)| {
             DumpFile::create(directory.join(name), block.used_length)

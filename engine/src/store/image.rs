@@ -17,6 +17,7 @@ use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::sys::statfs::{HUGETLBFS_MAGIC, TMPFS_MAGIC, statfs};
 use std::fs::File;
 use std::os::fd::OwnedFd;
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -234,6 +235,8 @@ impl RamDirectory {
             .read(true)
             .write(true)
             .create_new(true)
+            // The owner's alone: it holds a guest's secrets.
+            .mode(0o600)
             .open(&path);
         let file = made.map_err(|error| match error.kind() {
             std::io::ErrorKind::AlreadyExists => StoreError::RamFileExists(path.clone()),

@@ -257,7 +257,9 @@ pub(super) fn populate(mappings: &[&Mapping]) -> Result<(), Errno> {
         .min(chunks.len())
         .saturating_sub(1);
     std::thread::scope(|scope| {
-        let helpers: Vec<_> = (0..helpers).map(|_| scope.spawn(work)).collect();
+        // Without a thread to help, the work is done here.
+        let help = || std::thread::Builder::new().spawn_scoped(scope, work).ok();
+        let helpers: Vec<_> = (0..helpers).map_while(|_| help()).collect();
         let mine = work();
         let join = |helper: std::thread::ScopedJoinHandle<'_, _>| helper.join().unwrap_or(Err(Errno::EIO));
         helpers.into_iter().map(join).fold(mine, Result::and)

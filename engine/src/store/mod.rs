@@ -46,7 +46,7 @@ mod tests;
 pub use bitmap::DirtyBitmap;
 pub use cache::{HEADER_BYTES, Slab, SlabId};
 pub use copy::CopyMethod;
-pub use dump::{DEVICE_STATE_FILE, DumpReport, DumpedBlock};
+pub use dump::{DEVICE_STATE_FILE, DumpReport, DumpedBlock, RESERVED_FILES};
 pub use error::StoreError;
 pub use flusher::{FlushReport, Flusher, FlusherError};
 pub use huge::{Fallback, HugePages};
@@ -316,6 +316,7 @@ impl Store {
             }),
         };
         record.adopt(id, device_state);
+        self.committed.publish(id);
         report
     }
 

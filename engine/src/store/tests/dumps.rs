@@ -87,3 +87,23 @@ fn a_dump_that_fails_leaves_nothing_behind() {
     fs::remove_dir(obstacle).unwrap();
     assert_eq!(store.dump(&scratch.0).unwrap().checkpoint, CheckpointId(0));
 }
+
+/// Whatever the primary calls its blocks, the files that are put beside a dump overwrite none of them.
+#[test]
+fn blocks_keep_out_of_the_way_of_other_files() {
+    use std::os::unix::fs::PermissionsExt;
+    let store = store(&[
+        (RESERVED_FILES[0], 1),
+        (RESERVED_FILES[1], 1),
+        (RESERVED_FILES[2], 1),
+    ]);
+    store.begin_colo();
+    store.commit(CheckpointId(0), &mut vec![1], &alone());
+    let scratch = Scratch::temporary();
+    for block in store.dump(&scratch.0).unwrap().blocks {
+        let name = block.file.file_name().unwrap().to_str().unwrap();
+        assert!(!RESERVED_FILES.contains(&name), "{name}");
+        let mode = fs::metadata(&block.file).unwrap().permissions().mode();
+        assert_eq!(mode & 0o077, 0, "others may not look at a guest's memory");
+    }
+}
