@@ -111,26 +111,20 @@ impl Listener {
         let socket = self.socket.try_clone()?;
         let acceptor = Acceptor::new(socket, self.is_tcp(), uring)?;
         loop {
-            let accepted = match acceptor.accept().await {
-                Ok(socket) => self.describe(socket, position),
-                Err(error) => Err(error),
-            };
-            match accepted {
-                Ok(accepted) => {
-                    if tell.send(Ok(accepted)).await.is_err() {
-                        return Ok(());
-                    }
-                }
+            let (accepted, shortage) = match acceptor.accept().await {
+                Ok(socket) => (self.describe(socket, position), false),
                 // The listening socket was shut down: the end.
                 Err(error) if error.raw_os_error() == Some(libc::EINVAL) => return Ok(()),
-                // Of this one connection, or a shortage that passes: descriptors, memory.
-                Err(error) => {
-                    let text = format!("{}: a connection could not be accepted: {error}", self.address);
-                    if tell.send(Err(text)).await.is_err() {
-                        return Ok(());
-                    }
-                    tokio::time::sleep(Duration::from_millis(100)).await;
-                }
+                Err(error) => (Err(error), true),
+            };
+            let accepted = accepted
+                .map_err(|error| format!("{}: a connection could not be accepted: {error}", self.address));
+            if tell.send(accepted).await.is_err() {
+                return Ok(());
+            }
+            if shortage {
+                // Of descriptors or memory: it passes.
+                tokio::time::sleep(Duration::from_millis(100)).await;
             }
         }
     }
