@@ -67,10 +67,44 @@ struct DemoReport<'a> {
     warnings: BTreeSet<String>,
 }
 
+/// What is measured: a backend, and `uring` with and without registered buffers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Variant {
+    name: &'static str,
+    backend: Backend,
+    registered: bool,
+}
+
+const VARIANTS: [Variant; 4] = [
+    Variant {
+        name: "uring",
+        backend: Backend::Uring,
+        registered: true,
+    },
+    Variant {
+        name: "recvmsg",
+        backend: Backend::Uring,
+        registered: false,
+    },
+    Variant {
+        name: "epoll",
+        backend: Backend::Epoll,
+        registered: false,
+    },
+    Variant {
+        name: "threads",
+        backend: Backend::Threads,
+        registered: false,
+    },
+];
+
 /// One backend's figures.
 #[derive(Serialize)]
 struct BackendReport {
+    /// `uring` receives into registered buffers, `recvmsg` is `uring` without them.
+    name: &'static str,
     backend: Backend,
+    registered: bool,
     /// By the receiver's clock.
     receiver: Summary,
     /// By the primary's clock.
@@ -92,7 +126,7 @@ struct Quantiles {
 
 /// A backend at work.
 struct Contestant {
-    backend: Backend,
+    variant: Variant,
     receiver: Receiver,
     address: Address,
     received: Histogram<u64>,
@@ -109,8 +143,8 @@ pub fn run(args: &DemoArgs) -> Result<ExitCode, CommandError> {
     let warnings = Warnings::default();
     let cores = default_cores(args.channels)?;
     let mut contestants = Vec::new();
-    for backend in Backend::ALL {
-        contestants.extend(Contestant::start(backend, args, &cores, &warnings)?);
+    for variant in VARIANTS {
+        contestants.extend(Contestant::start(variant, args, &cores, &warnings)?);
     }
     if contestants.is_empty() {
         let warnings = warnings.lock().unwrap_or_else(PoisonError::into_inner);
@@ -131,14 +165,14 @@ pub fn run(args: &DemoArgs) -> Result<ExitCode, CommandError> {
                 "round {} of {}: {}",
                 round + 1,
                 args.rounds,
-                contestant.backend
+                contestant.variant.name
             ));
             contestant.session(args, round)?;
         }
     }
     line.clear();
     let elapsed = started.elapsed();
-    contestants.sort_by_key(|contestant| contestant.backend as usize);
+    contestants.sort_by_key(|contestant| VARIANTS.iter().position(|variant| *variant == contestant.variant));
     let backends = contestants
         .into_iter()
         .map(Contestant::finish)
@@ -167,17 +201,18 @@ pub fn run(args: &DemoArgs) -> Result<ExitCode, CommandError> {
 impl Contestant {
     /// Starts a receiver. None if it would use another backend than asked: that is no measurement of this one.
     fn start(
-        backend: Backend,
+        variant: Variant,
         args: &DemoArgs,
         cores: &[usize],
         warnings: &Warnings,
     ) -> Result<Option<Self>, CommandError> {
+        let backend = variant.backend;
         let options = ReceiverOptions {
             listen: vec![ListenAddress::Tcp(([127, 0, 0, 1], 0).into())],
             channels: args.channels,
             cores: cores.to_vec(),
             backend: backend.into(),
-            registered: true,
+            registered: variant.registered,
             store: StoreOptions {
                 hugepages: HugePages::TwoMiB.into(),
                 ..StoreOptions::default()
@@ -221,7 +256,7 @@ impl Contestant {
         }
         let empty = || Histogram::new(3).map_err(failed);
         Ok(Some(Self {
-            backend,
+            variant,
             receiver,
             address,
             received: empty()?,
@@ -264,7 +299,7 @@ impl Contestant {
             // Refused until the last of its connections has left.
             let refused = self.receiver.ask(request).err();
             if let Some(reason) = refused.filter(|_| started.elapsed() > PATIENCE) {
-                let backend = self.backend;
+                let backend = self.variant.name;
                 return Err(CommandError::Failed(format!(
                     "the receiver ({backend}) did not end its session within {PATIENCE:?}: {reason}"
                 )));
@@ -277,7 +312,9 @@ impl Contestant {
         self.receiver.stop_handle().stop();
         let outcome = self.receiver.wait().map_err(failed)?;
         Ok(BackendReport {
-            backend: self.backend,
+            name: self.variant.name,
+            backend: self.variant.backend,
+            registered: self.variant.registered,
             receiver: outcome.report.total,
             primary: PrimarySummary {
                 received: Quantiles::of(&self.received),
@@ -321,7 +358,7 @@ fn render(report: &DemoReport, elapsed: Duration) -> String {
     );
     let mut head = vec![String::new()];
     for backend in &report.backends {
-        head.extend([format!("{} p50", backend.backend), "p99".to_owned()]);
+        head.extend([format!("{} p50", backend.name), "p99".to_owned()]);
     }
     let row = |name: &str, figures: &dyn Fn(&BackendReport) -> (u64, u64)| {
         let mut row = vec![name.to_owned()];
@@ -348,9 +385,10 @@ fn render(report: &DemoReport, elapsed: Duration) -> String {
     let counts = report
         .backends
         .iter()
-        .map(|b| format!("{} {}", b.receiver.checkpoints, b.backend));
+        .map(|b| format!("{} {}", b.receiver.checkpoints, b.name));
     text.push_str(&format!(
         "\ncheckpoints: {}; in {:.1} s\n\
+         uring: reads into registered buffers. recvmsg: io_uring without them.\n\
          reply: REQUEST to REPLY. transfer: SEND to all pages here. vmstate: to the device state here. \
          commit: to LOADED sent.\npause: REPLY to LOADED. flush: copying to the RAM image. \
          received, loaded: SEND to RECEIVED and to LOADED.\n",
