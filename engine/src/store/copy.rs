@@ -83,8 +83,13 @@ pub(super) fn is_zero(span: Span<'_>) -> bool {
     unsafe { arch::is_zero(span.start(), span.bytes()) }
 }
 
+#[cfg(any(not(target_arch = "x86_64"), miri))]
+use portable as arch;
 #[cfg(all(target_arch = "x86_64", not(miri)))]
-mod arch {
+use x86_64 as arch;
+
+#[cfg(all(target_arch = "x86_64", not(miri)))]
+mod x86_64 {
     use crate::units::PAGE_SIZE;
     use std::arch::asm;
 
@@ -263,8 +268,9 @@ mod arch {
     }
 }
 
-#[cfg(any(not(target_arch = "x86_64"), miri))]
-mod arch {
+#[cfg(any(not(target_arch = "x86_64"), miri, test))]
+mod portable {
+    use crate::units::PAGE_SIZE;
     use std::sync::atomic::{AtomicU64, Ordering, fence as memory_fence};
 
     const WORD: usize = size_of::<u64>();
@@ -327,6 +333,30 @@ mod arch {
         // SAFETY: inside of what the caller vouches for.
         let read = |at| unsafe { word(from.add(at)) }.load(Ordering::Relaxed);
         (0..length).step_by(WORD).all(|at| read(at) == 0)
+    }
+
+    /// Elsewhere than on x86-64 and under Miri these are what all other tests use.
+    #[cfg(test)]
+    #[test]
+    fn they_do_what_their_names_say() {
+        use crate::store::map::Mapping;
+        use crate::units::PAGE_BYTES;
+
+        let memory = Mapping::anonymous(3 * PAGE_BYTES).unwrap();
+        let pages = [0, 1, 2].map(|at| memory.span(at * PAGE_BYTES, 1).start());
+        let bytes: [u8; PAGE_SIZE] = std::array::from_fn(|at| (at % 251).to_le_bytes()[0]);
+        let mut seen = [0; PAGE_SIZE];
+        // SAFETY: mapped pages, which this thread alone uses.
+        unsafe {
+            fill(pages[0], &bytes);
+            copy_non_temporal(pages[1], pages[0], PAGE_SIZE);
+            fence();
+            read(pages[1], &mut seen);
+            assert!(seen == bytes);
+            assert!(!is_zero(pages[1], PAGE_SIZE) && is_zero(pages[2], PAGE_SIZE));
+            zero(pages[1], PAGE_SIZE);
+            assert!(is_zero(pages[1], PAGE_SIZE) && !is_zero(pages[0], PAGE_SIZE));
+        }
     }
 }
 

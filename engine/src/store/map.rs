@@ -342,7 +342,7 @@ pub(super) fn zeroed_words(count: usize) -> Box<[AtomicU64]> {
     unsafe { Box::from_raw(Box::into_raw(words) as *mut [AtomicU64]) }
 }
 
-#[cfg(all(test, not(loom)))]
+#[cfg(all(test, not(loom), not(miri)))]
 impl super::Landing {
     /// Lets the kernel fill the runs with `bytes`, as a ring does, but from a file.
     pub(super) fn fill_by_kernel(&self, bytes: &[u8]) {
