@@ -269,3 +269,15 @@ fn two_threads_may_write_one_page() {
     assert!(bytes.iter().all(|byte| [0x11, 0x22].contains(byte)));
     assert_eq!((image_stamp(&store, 6), image_stamp(&store, 8)), (0, 0));
 }
+
+/// A commit that panicked may have torn the image, so that there is no checkpoint any more; and nobody who only asks
+/// for it panics as well.
+#[test]
+fn a_commit_that_panicked_leaves_no_checkpoint() {
+    let store = store(&BLOCKS);
+    store.begin_colo();
+    store.commit(CheckpointId(1), &mut vec![1], &alone());
+    let backwards = || store.commit(CheckpointId(0), &mut vec![2], &alone());
+    std::panic::catch_unwind(std::panic::AssertUnwindSafe(backwards)).unwrap_err();
+    assert_eq!(store.committed(), None);
+}
