@@ -1,5 +1,6 @@
 //! What the tests of the whole share: the laboratory with real QEMU, captures, the command under test.
 
 pub mod capture;
+pub mod hostile;
 pub mod lab;
 pub mod model;

@@ -68,6 +68,8 @@ pub(super) enum Refusal {
         "two primaries of one host connect to one listener at the same time, and nothing tells their main channels apart: start them one after the other, or give each a --listen address of its own"
     )]
     Ambiguous,
+    #[error("closed by the primary before all connections of its session were here")]
+    Gone,
     #[error("{present} of {expected} multifd channels {} within {deadline:?}: is the capability multifd on, and multifd-channels {expected}, on the primary?", if *.main { "and a main channel came" } else { "came, but no main channel," })]
     Deadline {
         main: bool,
@@ -203,6 +205,19 @@ impl<S> Assembler<S> {
             Outcome::Refused(vec![held.connection], refusal)
         }));
         outcomes
+    }
+
+    /// Refuses what has ended while it waited: its primary died while it connected, and may already be back.
+    pub(super) fn expel(&mut self, is_gone: impl Fn(&S) -> bool) -> Vec<Outcome<S>> {
+        let sets = self.sets.extract_if(.., |set| {
+            let mut connections = set.main.iter().chain(set.channels.iter().flatten());
+            connections.any(&is_gone)
+        });
+        let held = self.held.extract_if(.., |held| is_gone(&held.connection));
+        sets.map(Set::connections)
+            .chain(held.map(|held| vec![held.connection]))
+            .map(|connections| Outcome::Refused(connections, Refusal::Gone))
+            .collect()
     }
 
     fn add_main(&mut self, peer: Peer, connection: S, now: Instant) -> Option<Outcome<S>> {
@@ -400,6 +415,17 @@ mod tests {
             assert_eq!(complete(&outcomes), ["main", "c0", "c1"], "{order:?}");
             assert_eq!(bench.assembler.pending(), 0);
         }
+    }
+
+    #[test]
+    fn a_primary_that_died_while_it_connected_is_not_in_its_own_way() {
+        let mut bench = Bench::new(1);
+        bench.come(Identity::Main, "main");
+        let (connections, refusal) = refused(&bench.assembler.expel(|name| *name == "main"));
+        assert_eq!((connections, refusal), (vec!["main"], Refusal::Gone));
+        bench.come(Identity::Main, "again");
+        assert!(bench.assembler.expel(|name| *name == "main").is_empty());
+        assert_eq!(complete(&bench.come(channel(7, 0), "c0")), ["again", "c0"]);
     }
 
     #[test]

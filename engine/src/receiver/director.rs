@@ -169,6 +169,8 @@ impl Book {
     }
 
     fn identify(&mut self, (arrival, accepted, result): Identified) {
+        let gone = self.assembler.expel(Accepted::is_gone);
+        self.carry_out(gone);
         let outcomes = match (result, Rc::try_unwrap(accepted)) {
             (Ok(identity), Ok(accepted)) => {
                 let peer = accepted.peer;

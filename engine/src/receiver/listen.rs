@@ -9,13 +9,14 @@ use super::options::ListenAddress;
 use crate::ring::own_descriptor;
 use crate::wire::multifd::{INIT_LEN, Init};
 use crate::wire::stream::{ChannelKind, classify};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::sockopt::{
     KeepAlive, PeerCredentials, TcpKeepCount, TcpKeepIdle, TcpKeepInterval, TcpNoDelay, TcpUserTimeout,
 };
 use nix::sys::socket::{Shutdown, getsockopt, setsockopt, shutdown};
 use std::io;
 use std::net::{TcpListener, TcpStream};
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::fs::FileTypeExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
@@ -48,6 +49,16 @@ pub(super) struct Accepted {
     pub(super) peer: Peer,
     /// The other end, for people.
     pub(super) from: String,
+}
+
+impl Accepted {
+    /// Whether the other end has closed it, even if not all that it sent was read.
+    pub(super) fn is_gone(&self) -> bool {
+        // nix has no name for it. A reset and an error are always reported.
+        let closed = PollFlags::from_bits_retain(libc::POLLRDHUP);
+        let mut ends = [PollFd::new(self.socket.as_fd(), closed)];
+        poll(&mut ends, PollTimeout::ZERO).is_ok_and(|ended| ended > 0)
+    }
 }
 
 /// A socket that listens.

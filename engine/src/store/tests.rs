@@ -270,6 +270,25 @@ fn two_threads_may_write_one_page() {
     assert_eq!((image_stamp(&store, 6), image_stamp(&store, 8)), (0, 0));
 }
 
+/// Who asks for the checkpoint's number, as a status does, does not wait for a commit or a dump.
+#[test]
+fn the_committed_number_waits_for_nobody() {
+    let store = store(&BLOCKS);
+    assert_eq!(store.committed(), None);
+    store.begin_colo();
+    store.commit(CheckpointId(0), &mut vec![1], &alone());
+    let record = store.committed.lock();
+    let asked = thread::scope(|scope| {
+        let (tell, told) = std::sync::mpsc::channel();
+        let store = &store;
+        scope.spawn(move || tell.send(store.committed()));
+        let asked = told.recv_timeout(std::time::Duration::from_secs(5));
+        drop(record);
+        asked
+    });
+    assert_eq!(asked, Ok(Some(CheckpointId(0))));
+}
+
 /// A commit that panicked may have torn the image, so that there is no checkpoint any more; and nobody who only asks
 /// for it panics as well.
 #[test]

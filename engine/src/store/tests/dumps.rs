@@ -107,22 +107,3 @@ fn blocks_keep_out_of_the_way_of_other_files() {
         assert_eq!(mode & 0o077, 0, "others may not look at a guest's memory");
     }
 }
-
-/// Who asks for the checkpoint's number, as a status does, does not wait for a commit or a dump.
-#[test]
-fn the_committed_number_waits_for_nobody() {
-    let store = store(&BLOCKS);
-    assert_eq!(store.committed(), None);
-    store.begin_colo();
-    store.commit(CheckpointId(0), &mut vec![1], &alone());
-    let record = store.committed.lock();
-    let asked = thread::scope(|scope| {
-        let (tell, told) = std::sync::mpsc::channel();
-        let store = &store;
-        scope.spawn(move || tell.send(store.committed()));
-        let asked = told.recv_timeout(std::time::Duration::from_secs(5));
-        drop(record);
-        asked
-    });
-    assert_eq!(asked, Ok(Some(CheckpointId(0))));
-}

@@ -1,0 +1,292 @@
+//! A receiver in this process with a guest that behaves, while others beside it do not.
+
+use super::{HostilePrimary, PATIENCE};
+use colo_ring::receiver::{
+    Answer, Dumped, Event, ListenAddress, Receiver, ReceiverOptions, Request, SessionStatus,
+};
+use colo_ring::ring::BackendKind;
+use colo_ring::store::{HugePages, StoreOptions};
+use colo_ring_tools::synth::{SynthOptions, SynthPrimary, Version};
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::sync::mpsc;
+use std::time::{Duration, Instant};
+
+/// From a fault to the end of its session: it ends at once, on a machine that others use too.
+const AT_ONCE: Duration = Duration::from_secs(3);
+
+/// How long connections may take to become a session here.
+pub const DEADLINE: Duration = Duration::from_secs(1);
+
+/// Where the wrong bytes began, and so how the message has to begin.
+#[derive(Clone, Copy, Debug)]
+pub enum At {
+    /// On the main channel.
+    Main {
+        /// Its byte.
+        byte: u64,
+    },
+    /// On a multifd channel.
+    Channel {
+        /// Its id.
+        id: usize,
+        /// Its packet.
+        packet: u64,
+        /// The packet's first byte.
+        byte: u64,
+    },
+    /// Nowhere: the connection went away, or something is missing.
+    Nowhere,
+}
+
+impl At {
+    /// What the main channel sends next.
+    #[must_use]
+    pub fn main(primary: &HostilePrimary) -> Self {
+        let byte = primary.main.bytes;
+        Self::Main { byte }
+    }
+
+    /// The packet that this channel sends next.
+    #[must_use]
+    pub fn channel(primary: &HostilePrimary, id: usize) -> Self {
+        let (packet, byte) = (primary.channels[id].packets, primary.channels[id].bytes);
+        Self::Channel { id, packet, byte }
+    }
+
+    fn prefix(self) -> String {
+        match self {
+            Self::Main { byte } => format!("main channel, byte {byte}: "),
+            Self::Channel { id, packet, byte } => format!("channel {id}, packet {packet}, byte {byte}: "),
+            Self::Nowhere => String::new(),
+        }
+    }
+}
+
+/// The receiver, its neighbouring guest and what was told.
+pub struct Bench {
+    /// The receiver.
+    pub receiver: Receiver,
+    /// Where it listens.
+    pub address: SocketAddr,
+    channels: u8,
+    events: mpsc::Receiver<Event>,
+    told: Vec<Event>,
+    neighbour: SynthPrimary,
+    directory: PathBuf,
+}
+
+impl Bench {
+    /// Starts a receiver, and a guest that behaves.
+    ///
+    /// # Panics
+    /// If that fails.
+    #[must_use]
+    pub fn start(name: &str, backend: BackendKind, channels: u8) -> Self {
+        let (tell, events) = mpsc::channel();
+        let receiver = Receiver::start(options(backend, channels), move |event| {
+            // At the very end nobody listens any more.
+            let _ = tell.send(event);
+        });
+        let receiver = receiver.expect("a receiver");
+        let ListenAddress::Tcp(address) = receiver.addresses()[0] else {
+            panic!("it was told to listen on TCP")
+        };
+        let shape = SynthOptions {
+            ram_bytes: 2 << 20,
+            channels,
+            dirty_pages: 40,
+            interval: Duration::ZERO,
+            uuid: [9; 16],
+            ..SynthOptions::new(Version::V11_1)
+        };
+        let to = receiver.addresses()[0].to_string();
+        let neighbour = SynthPrimary::connect(&to.parse().expect("an address"), &shape).expect("a session");
+        let name = format!(
+            "colo-ring-{}-{name}-{}-{channels}",
+            std::process::id(),
+            backend.name()
+        );
+        let directory = std::env::temp_dir().join(name);
+        std::fs::create_dir_all(&directory).expect("a directory");
+        let mut bench = Self {
+            receiver,
+            address,
+            channels,
+            events,
+            told: Vec::new(),
+            neighbour,
+            directory,
+        };
+        assert_eq!(bench.began(), 1);
+        bench
+    }
+
+    /// A hostile primary's session with one committed checkpoint, and its number.
+    pub fn protected(&mut self) -> (u32, HostilePrimary) {
+        let primary = HostilePrimary::protected(self.address, self.channels);
+        (self.began(), primary)
+    }
+
+    /// A hostile primary's session of which only the main channel's first bytes have been sent, and its number.
+    pub fn connected(&mut self) -> (u32, HostilePrimary) {
+        let mut primary = HostilePrimary::connect(self.address, self.channels);
+        primary.main.send(&super::header()[..4]);
+        (self.began(), primary)
+    }
+
+    /// Waits until a session has begun.
+    pub fn began(&mut self) -> u32 {
+        self.wait_for("a session that begins", PATIENCE, |event| match event {
+            Event::Began { session, .. } => Some(*session),
+            _ => None,
+        })
+    }
+
+    /// Waits until this session has ended.
+    pub fn ended(&mut self, session: u32) -> SessionStatus {
+        self.ended_within(session, AT_ONCE)
+    }
+
+    /// Waits for this long until this session has ended.
+    pub fn ended_within(&mut self, session: u32, limit: Duration) -> SessionStatus {
+        self.wait_for("the session's end", limit, |event| match event {
+            Event::Ended(status) if status.session == session => Some(SessionStatus::clone(status)),
+            _ => None,
+        })
+    }
+
+    /// Waits for a warning with this in it.
+    pub fn warned(&mut self, part: &str) {
+        self.wait_for(part, PATIENCE, |event| match event {
+            Event::Warning(text) => text.contains(part).then_some(()),
+            _ => None,
+        });
+    }
+
+    fn wait_for<T>(&mut self, what: &str, limit: Duration, find: impl Fn(&Event) -> Option<T>) -> T {
+        let since = Instant::now();
+        loop {
+            let found = self.told.iter().position(|event| find(event).is_some());
+            if let Some(position) = found {
+                return find(&self.told.remove(position)).expect("found just now");
+            }
+            let left = limit.saturating_sub(since.elapsed());
+            match self.events.recv_timeout(left) {
+                Ok(event) => self.told.push(event),
+                Err(_) => panic!("waited {limit:?} for {what}; told meanwhile: {:?}", self.told),
+            }
+        }
+    }
+
+    /// After a fault: the session has ended at once with such a message and its sockets are closed, the checkpoint is
+    /// the last one committed, and the neighbour goes on.
+    pub fn survives(
+        &mut self,
+        name: &str,
+        session: u32,
+        primary: &mut HostilePrimary,
+        at: At,
+        says: &[&str],
+    ) {
+        println!("{name}");
+        let status = self.ended(session);
+        let end = status.end.expect("it has ended");
+        println!("    {end}");
+        assert!(
+            end.starts_with(&at.prefix()),
+            "{name}: {end}, but it began at {at:?}"
+        );
+        for part in says {
+            assert!(end.contains(part), "{name}: {part:?} is missing in: {end}");
+        }
+        assert!(primary.is_closed(), "{name}: connections were left open");
+        if status.checkpoint.is_some() {
+            self.compare(session, primary);
+            self.discard(session);
+        }
+        self.neighbour.checkpoint().expect("a session beside it goes on");
+    }
+
+    /// The committed checkpoint is what this primary knows to be committed.
+    pub fn compare(&self, session: u32, primary: &HostilePrimary) -> u64 {
+        let dumped = self.dump(session).expect("it has a checkpoint");
+        let read = |file: &str| std::fs::read(self.directory.join(file)).expect("a dumped file");
+        let blocks: Vec<_> = primary.image().collect();
+        assert_eq!(dumped.blocks.len(), blocks.len());
+        for (block, (name, image)) in dumped.blocks.iter().zip(blocks) {
+            assert_eq!(block.name, name);
+            assert!(
+                read(&block.file) == image,
+                "block {name} is not as it was committed"
+            );
+        }
+        assert_eq!(read(&dumped.device_state_file), primary.device_state());
+        dumped.checkpoint
+    }
+
+    /// Dumps a session.
+    ///
+    /// # Errors
+    /// What the receiver says.
+    pub fn dump(&self, session: u32) -> Result<Dumped, String> {
+        let directory = self.directory.clone();
+        match self.receiver.ask(Request::Dump { session, directory })? {
+            Answer::Dumped(dumped) => Ok(dumped),
+            other => panic!("{other:?}"),
+        }
+    }
+
+    fn discard(&self, session: u32) {
+        let answer = self.receiver.ask(Request::Discard { session });
+        assert!(
+            matches!(answer, Ok(Answer::Discarded { discarded }) if discarded == session),
+            "{answer:?}"
+        );
+    }
+
+    /// The neighbour's checkpoint is right to the end, nothing else is held, and the receiver ends.
+    ///
+    /// # Panics
+    /// If it is not so.
+    pub fn end(mut self) {
+        self.neighbour.checkpoint().expect("a session beside it goes on");
+        let dumped = self.dump(1).expect("the neighbour has a checkpoint");
+        for block in &dumped.blocks {
+            let file = std::fs::read(self.directory.join(&block.file)).expect("a dumped file");
+            let image = self.neighbour.image(&block.name).expect("its block");
+            assert!(*image == *file, "the neighbour's block {} is damaged", block.name);
+        }
+        match self.receiver.ask(Request::Status) {
+            Ok(Answer::Status(status)) => assert_eq!(status.sessions.len(), 1, "{:?}", status.sessions),
+            other => panic!("{other:?}"),
+        }
+        self.receiver.stop_handle().stop();
+        let outcome = self.receiver.wait().expect("it ends as it was told");
+        assert_eq!(
+            outcome.sessions[0].end.as_deref(),
+            Some("the receiver was stopped")
+        );
+        std::fs::remove_dir_all(&self.directory).expect("its own directory");
+    }
+}
+
+fn options(backend: BackendKind, channels: u8) -> ReceiverOptions {
+    ReceiverOptions {
+        listen: vec![ListenAddress::Tcp(([127, 0, 0, 1], 0).into())],
+        channels,
+        cores: colo_ring::host::allowed_cores().expect("cores to run on"),
+        backend,
+        registered: true,
+        store: StoreOptions {
+            hugepages: HugePages::Off,
+            ..StoreOptions::default()
+        },
+        ram_limit_bytes: 64 << 20,
+        hist: None,
+        described: serde_json::Value::Null,
+        control: None,
+        once: false,
+        identify_deadline: DEADLINE,
+    }
+}

@@ -1,0 +1,531 @@
+//! A primary that is controlled byte by byte, to be everything that a primary should not be.
+//!
+//! It sends what it is told and keeps count, so that a test knows at which packet and byte of which channel the wrong
+//! ones begin. What it was answered and what must have been committed is known too: [`HostilePrimary::image`] changes
+//! only by [`HostilePrimary::checkpoint`].
+
+pub mod bench;
+
+use colo_ring::blocks::BlockTable;
+use colo_ring::units::{ChannelId, PAGE_SIZE};
+use colo_ring::wire::codec::Method;
+use colo_ring::wire::colo::Message;
+use colo_ring::wire::multifd::{HEADER_LEN, INIT_LEN, Init, PacketFields, raw_payload_len};
+use colo_ring::wire::ram::{BlockRef, Record, encode_block_list};
+use colo_ring::wire::return_path::RpMessage;
+use colo_ring::wire::stream::{Command, Section, StreamHeader, encode_footer};
+use nix::libc::linger;
+use nix::sys::socket::{setsockopt, sockopt::Linger};
+use std::io::{self, Read, Write};
+use std::net::{Shutdown, SocketAddr, TcpStream};
+use std::time::Duration;
+
+/// The blocks of its guest. One name is the beginning of another.
+pub const BLOCKS: [(&str, u64); 2] = [("pc.ram", 64 * PAGE), ("pc.ram2", 8 * PAGE)];
+
+/// Bytes of a page.
+pub const PAGE: u64 = PAGE_SIZE as u64;
+
+/// Id of the RAM section.
+pub const RAM: u32 = 1;
+
+/// How long it waits for an answer or for the end of a connection.
+pub const PATIENCE: Duration = Duration::from_secs(10);
+
+const STATE_BYTES: usize = 24;
+
+/// How a connection is cut.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Cut {
+    /// In order: the peer reads the end of the stream.
+    Fin,
+    /// By a reset: what is on its way may be lost.
+    Rst,
+}
+
+impl Cut {
+    /// Both.
+    pub const ALL: [Self; 2] = [Self::Fin, Self::Rst];
+
+    /// Cuts a connection.
+    pub fn apply(self, socket: TcpStream) {
+        if self == Self::Rst {
+            let at_once = linger {
+                l_onoff: 1,
+                l_linger: 0,
+            };
+            setsockopt(&socket, Linger, &at_once).expect("a socket option");
+        }
+        drop(socket);
+    }
+}
+
+/// The primary, its connections and its counts.
+pub struct HostilePrimary {
+    /// The main channel.
+    pub main: Link,
+    /// The multifd channels in the order of their ids.
+    pub channels: Vec<Link>,
+    image: Vec<Vec<u8>>,
+    device_state: Vec<u8>,
+}
+
+/// One connection.
+pub struct Link {
+    socket: Option<TcpStream>,
+    /// Bytes sent.
+    pub bytes: u64,
+    /// Whole packets sent.
+    pub packets: u64,
+}
+
+impl Link {
+    /// Connects, and sends nothing yet.
+    ///
+    /// # Panics
+    /// If nobody listens there.
+    #[must_use]
+    pub fn connect(address: SocketAddr) -> Self {
+        let socket = TcpStream::connect(address).expect("the receiver listens");
+        socket.set_nodelay(true).expect("a TCP socket");
+        socket.set_read_timeout(Some(PATIENCE)).expect("a timeout");
+        Self {
+            socket: Some(socket),
+            bytes: 0,
+            packets: 0,
+        }
+    }
+
+    /// Connects as a multifd channel.
+    #[must_use]
+    pub fn multifd(address: SocketAddr, uuid: [u8; 16], id: u8) -> Self {
+        let mut link = Self::connect(address);
+        let channel = ChannelId(id);
+        link.send(&Init { uuid, channel }.encode());
+        link
+    }
+
+    /// Sends bytes in one write. That the receiver has closed meanwhile is what many tests are about.
+    pub fn send(&mut self, bytes: &[u8]) {
+        self.bytes += bytes.len() as u64;
+        if let Some(socket) = &mut self.socket {
+            let _ = socket.write_all(bytes);
+        }
+    }
+
+    /// Sends a whole packet.
+    pub fn send_packet(&mut self, bytes: &[u8]) {
+        self.send(bytes);
+        self.packets += 1;
+    }
+
+    /// Sends bytes one by one, each in a segment of its own.
+    pub fn dribble(&mut self, bytes: &[u8]) {
+        bytes.iter().for_each(|byte| self.send(&[*byte]));
+    }
+
+    /// Ends it.
+    pub fn cut(&mut self, cut: Cut) {
+        if let Some(socket) = self.socket.take() {
+            cut.apply(socket);
+        }
+    }
+
+    /// Ends our direction only.
+    pub fn half_close(&mut self) {
+        if let Some(socket) = &self.socket {
+            // Fails where the receiver has closed already, which is the same in the end.
+            let _ = socket.shutdown(Shutdown::Write);
+        }
+    }
+
+    /// Reads exactly these bytes.
+    ///
+    /// # Panics
+    /// If something else comes, or nothing.
+    pub fn expect(&mut self, expected: &[u8]) {
+        let mut seen = vec![0; expected.len()];
+        let socket = self.socket.as_mut().expect("it was not cut");
+        socket.read_exact(&mut seen).expect("an answer");
+        assert_eq!(seen, expected);
+    }
+
+    /// Whether nothing comes for this long.
+    pub fn is_silent(&mut self, time: Duration) -> bool {
+        let socket = self.socket.as_mut().expect("it was not cut");
+        socket.set_read_timeout(Some(time)).expect("a timeout");
+        let error = loop {
+            match socket.read(&mut [0; 64]) {
+                // A read with a time limit is not restarted by the kernel.
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                other => break other.err(),
+            }
+        };
+        socket.set_read_timeout(Some(PATIENCE)).expect("a timeout");
+        error.is_some_and(|error| matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut))
+    }
+
+    /// Whether the receiver closes it, or it was cut here.
+    pub fn is_closed(&mut self) -> bool {
+        let Some(socket) = &mut self.socket else {
+            return true;
+        };
+        match socket.read_to_end(&mut Vec::new()) {
+            Ok(_) => true,
+            Err(error) => error.kind() == io::ErrorKind::ConnectionReset,
+        }
+    }
+}
+
+impl HostilePrimary {
+    /// Only the connections, main first.
+    #[must_use]
+    pub fn connect(address: SocketAddr, channels: u8) -> Self {
+        let main = Link::connect(address);
+        let channels = (0..channels).map(|id| Link::multifd(address, [7; 16], id));
+        let image = BLOCKS
+            .iter()
+            .map(|(_, bytes)| vec![0; usize::try_from(*bytes).expect("a small guest")]);
+        Self {
+            main,
+            channels: channels.collect(),
+            image: image.collect(),
+            device_state: Vec::new(),
+        }
+    }
+
+    /// A session whose precopy is complete and which has committed one checkpoint: every page has a content.
+    #[must_use]
+    pub fn protected(address: SocketAddr, channels: u8) -> Self {
+        let mut primary = Self::connect(address, channels);
+        primary.precopy();
+        primary.checkpoint(&[(0, 1, 0x11), (0, 2, 0x12), (0, 3, 0x13), (1, 7, 0x17)]);
+        primary
+    }
+
+    /// Everything until READY.
+    pub fn precopy(&mut self) {
+        for (_, bytes) in self.precopy_parts() {
+            self.main.send(&bytes);
+        }
+        self.sync();
+        self.fill_memory();
+        self.sync();
+        self.main.expect(&answers_to_precopy());
+        self.device_state = device_state(0);
+    }
+
+    /// The main channel's bytes until READY, in named pieces. The channels owe two SYNCs for them.
+    #[must_use]
+    pub fn precopy_parts(&self) -> Vec<(&'static str, Vec<u8>)> {
+        let marker = self.marker();
+        vec![
+            ("header", header()),
+            ("commands", commands(&[Command::OpenReturnPath, Command::Ping(1)])),
+            (
+                "block list",
+                [ram_start(), block_list(), marker.clone(), end_of_body()].concat(),
+            ),
+            (
+                "part",
+                [section(Section::Part { id: RAM }), end_of_body()].concat(),
+            ),
+            (
+                "end",
+                [section(Section::End { id: RAM }), marker, end_of_body()].concat(),
+            ),
+            ("device state", device_state(0)),
+            ("vmdesc", vmdesc()),
+        ]
+    }
+
+    /// The sync marker of this session's main channel.
+    #[must_use]
+    pub fn marker(&self) -> Vec<u8> {
+        if self.channels.is_empty() {
+            return Vec::new();
+        }
+        record(Record::MultifdFlush)
+    }
+
+    /// A SYNC on every channel.
+    pub fn sync(&mut self) {
+        for channel in &mut self.channels {
+            channel.send_packet(&sync_packet());
+        }
+    }
+
+    fn fill_memory(&mut self) {
+        if self.channels.is_empty() {
+            return;
+        }
+        for (block, (name, bytes)) in BLOCKS.iter().enumerate() {
+            for page in 0..bytes / PAGE {
+                let fill = u8::try_from(0x80 | page).expect("few pages");
+                let position = usize::try_from(page).expect("few pages") % self.channels.len();
+                let packet = packet(name, &[(page * PAGE, fill)], &[]);
+                self.channels[position].send_packet(&packet);
+                self.put(block, page, fill);
+            }
+        }
+    }
+
+    fn put(&mut self, block: usize, page: u64, fill: u8) {
+        let at = usize::try_from(page).expect("few pages") * PAGE_SIZE;
+        self.image[block][at..at + PAGE_SIZE].fill(fill);
+    }
+
+    /// CHECKPOINT_REQUEST, and the answer to it.
+    pub fn request(&mut self) {
+        self.main.send(&message(Message::CheckpointRequest));
+        self.main.expect(&message(Message::CheckpointReply));
+    }
+
+    /// What the main channel sends for a checkpoint after REPLY, with these RAM records. The channels owe one SYNC
+    /// for it.
+    #[must_use]
+    pub fn checkpoint_bytes(&self, moment: u8, records: &[u8]) -> Vec<u8> {
+        let state = device_state(moment);
+        let size = Message::VmstateSize(state.len() as u64);
+        [
+            message(Message::VmstateSend),
+            self.round(records),
+            section(Section::Eof),
+            message(size),
+            state,
+        ]
+        .concat()
+    }
+
+    /// The RAM section of a checkpoint on the main channel.
+    #[must_use]
+    pub fn round(&self, records: &[u8]) -> Vec<u8> {
+        let head = section(Section::End { id: RAM });
+        [&head[..], records, &self.marker(), &end_of_body()].concat()
+    }
+
+    /// A whole checkpoint with these pages as (block, page, fill byte), committed when this returns.
+    pub fn checkpoint(&mut self, pages: &[(usize, u64, u8)]) {
+        self.request();
+        let mut records = Vec::new();
+        for &(block, page, fill) in pages {
+            let (name, _) = BLOCKS[block];
+            if let Some(channel) = self.channels.first_mut() {
+                channel.send_packet(&packet(name, &[(page * PAGE, fill)], &[]));
+            } else {
+                records.extend(page_record(BlockRef::Named(name.as_bytes()), page * PAGE, fill));
+            }
+        }
+        let moment = 1;
+        self.main.send(&self.checkpoint_bytes(moment, &records));
+        self.sync();
+        self.main.expect(&answers_to_checkpoint());
+        self.committed(pages, moment);
+    }
+
+    /// What must be committed: every block's name and content.
+    pub fn image(&self) -> impl Iterator<Item = (&'static str, &[u8])> {
+        BLOCKS
+            .iter()
+            .zip(&self.image)
+            .map(|((name, _), image)| (*name, &image[..]))
+    }
+
+    /// The device state that must be committed.
+    #[must_use]
+    pub fn device_state(&self) -> &[u8] {
+        &self.device_state
+    }
+
+    /// Takes note of a checkpoint that was sent: pages as (block, page, fill byte).
+    pub fn committed(&mut self, pages: &[(usize, u64, u8)], moment: u8) {
+        pages
+            .iter()
+            .for_each(|&(block, page, fill)| self.put(block, page, fill));
+        self.device_state = device_state(moment);
+    }
+
+    /// Cuts all connections.
+    pub fn cut(&mut self, cut: Cut) {
+        self.main.cut(cut);
+        self.channels.iter_mut().for_each(|channel| channel.cut(cut));
+    }
+
+    /// Whether the receiver has closed all that is not cut.
+    pub fn is_closed(&mut self) -> bool {
+        self.main.is_closed() && self.channels.iter_mut().all(Link::is_closed)
+    }
+}
+
+/// A packet of pages of one block: (offset, fill byte) of the normal ones, offsets of the zero ones.
+///
+/// # Panics
+/// With more pages than fit.
+#[must_use]
+pub fn packet(block: &str, normal: &[(u64, u8)], zero: &[u64]) -> Vec<u8> {
+    let offsets: Vec<u64> = normal.iter().map(|(offset, _)| *offset).collect();
+    let mut header = [0; HEADER_LEN];
+    PacketFields {
+        sync: false,
+        method: Method::None,
+        pages_alloc: 128,
+        payload_len: raw_payload_len(normal.len()),
+        packet_num: 1,
+        block: block.as_bytes(),
+        normal: &offsets,
+        zero,
+    }
+    .encode(&mut header);
+    let mut bytes = header.to_vec();
+    for (_, fill) in normal {
+        bytes.extend_from_slice(&[*fill; PAGE_SIZE]);
+    }
+    bytes
+}
+
+/// A SYNC without pages.
+#[must_use]
+pub fn sync_packet() -> Vec<u8> {
+    let mut header = [0; HEADER_LEN];
+    PacketFields::sync(0).encode(&mut header);
+    header.to_vec()
+}
+
+/// The stream's header.
+#[must_use]
+pub fn header() -> Vec<u8> {
+    let mut out = Vec::new();
+    let header = StreamHeader {
+        machine_type: "pc-i440fx-11.1".into(),
+        target_page_bits: false,
+        capabilities: false,
+        uuid: None,
+    };
+    header.encode(&mut out);
+    out
+}
+
+/// Commands one after the other.
+#[must_use]
+pub fn commands(commands: &[Command]) -> Vec<u8> {
+    let mut out = Vec::new();
+    commands.iter().for_each(|command| command.encode(&mut out));
+    out
+}
+
+/// The head of the RAM section.
+#[must_use]
+pub fn ram_start() -> Vec<u8> {
+    section(Section::RamStart { id: RAM })
+}
+
+/// The list of [`BLOCKS`].
+///
+/// # Panics
+/// Never: they are a good list.
+#[must_use]
+pub fn block_list() -> Vec<u8> {
+    let entries = BLOCKS
+        .iter()
+        .map(|(name, bytes)| (name.as_bytes().into(), *bytes));
+    let total = BLOCKS.iter().map(|(_, bytes)| bytes).sum();
+    let mut out = Vec::new();
+    encode_block_list(
+        &mut out,
+        &BlockTable::new(entries.collect(), total).expect("a good list"),
+    );
+    out
+}
+
+/// A section's head.
+#[must_use]
+pub fn section(section: Section<'_>) -> Vec<u8> {
+    let mut out = Vec::new();
+    section.encode(&mut out);
+    out
+}
+
+/// A RAM record.
+#[must_use]
+pub fn record(record: Record<'_>) -> Vec<u8> {
+    let mut out = Vec::new();
+    record.encode(&mut out);
+    out
+}
+
+/// A page record with all bytes equal.
+#[must_use]
+pub fn page_record(block: BlockRef<'_>, offset: u64, fill: u8) -> Vec<u8> {
+    let content = &[fill; PAGE_SIZE];
+    record(Record::Page {
+        block,
+        offset,
+        content,
+    })
+}
+
+/// EOS and the RAM section's footer.
+#[must_use]
+pub fn end_of_body() -> Vec<u8> {
+    let mut out = record(Record::Eos);
+    encode_footer(&mut out, RAM);
+    out
+}
+
+/// A COLO message.
+#[must_use]
+pub fn message(message: Message) -> Vec<u8> {
+    let mut out = Vec::new();
+    message.encode(&mut out);
+    out
+}
+
+/// One device section and the EOF byte, of equal length for every `moment`.
+#[must_use]
+pub fn device_state(moment: u8) -> Vec<u8> {
+    let mut out = section(Section::Full {
+        id: 5,
+        idstr: b"cpu",
+        instance: 0,
+        version: 1,
+    });
+    out.extend_from_slice(&[moment; STATE_BYTES]);
+    encode_footer(&mut out, 5);
+    Section::Eof.encode(&mut out);
+    out
+}
+
+/// The description of [`device_state`], with its head.
+///
+/// # Panics
+/// Never: it is short.
+#[must_use]
+pub fn vmdesc() -> Vec<u8> {
+    let text = format!(
+        r#"{{"page_size": 4096, "devices": [{{"name": "cpu", "instance_id": 0, "vmsd_name": "cpu", "version": 1,
+        "fields": [{{"name": "state", "type": "buffer", "size": {STATE_BYTES}}}]}}]}}"#
+    );
+    let length = u32::try_from(text.len()).expect("a short text");
+    let mut out = section(Section::VmDescription { length });
+    out.extend_from_slice(text.as_bytes());
+    out
+}
+
+/// PONG, SHUT and READY.
+#[must_use]
+pub fn answers_to_precopy() -> Vec<u8> {
+    let mut out = Vec::new();
+    RpMessage::Pong(1).encode(&mut out);
+    RpMessage::Shut(0).encode(&mut out);
+    Message::CheckpointReady.encode(&mut out);
+    out
+}
+
+/// RECEIVED and LOADED.
+#[must_use]
+pub fn answers_to_checkpoint() -> Vec<u8> {
+    [message(Message::VmstateReceived), message(Message::VmstateLoaded)].concat()
+}
+
+/// Bytes of a channel before its first packet.
+pub const INIT_BYTES: u64 = INIT_LEN as u64;

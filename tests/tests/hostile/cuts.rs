@@ -1,0 +1,318 @@
+//! Connections that end or stall: at every byte, in order and by a reset, one of them or all.
+
+use crate::{BACKENDS, good_packet};
+use colo_ring::ring::BackendKind;
+use colo_ring::units::PAGE_SIZE;
+use colo_ring::wire::multifd::HEADER_LEN;
+use colo_ring::wire::ram::BlockRef;
+use colo_ring_tests::hostile::bench::{At, Bench};
+use colo_ring_tests::hostile::{
+    Cut, HostilePrimary, Link, PAGE, answers_to_checkpoint, header, page_record, sync_packet,
+};
+use std::time::{Duration, Instant};
+
+const DROPPED: &str =
+    "the primary went away during a checkpoint, which is dropped; the last committed one is 1";
+const IDLE: &str = "the primary went away; the last committed checkpoint is 1";
+const PRECOPY: &str = "the primary went away before its initial state was complete";
+
+/// Which connections are cut.
+#[derive(Clone, Copy, Debug)]
+enum Who {
+    Main,
+    Channel,
+    All,
+}
+
+impl Who {
+    const ALL: [Self; 3] = [Self::Main, Self::Channel, Self::All];
+
+    fn cut(self, primary: &mut HostilePrimary, cut: Cut) {
+        match self {
+            Self::Main => primary.main.cut(cut),
+            Self::Channel => primary.channels[0].cut(cut),
+            Self::All => primary.cut(cut),
+        }
+    }
+}
+
+/// How many places to leave out: the parser is the same for all backends, so the others try some.
+fn step(backend: BackendKind, others: usize) -> usize {
+    if backend == BackendKind::Uring { 1 } else { others }
+}
+
+#[test]
+fn the_main_channel_of_a_checkpoint_at_every_byte() {
+    for backend in BACKENDS {
+        let mut bench = Bench::start("main-cut", backend, 2);
+        let length = HostilePrimary::connect(bench.address, 0)
+            .checkpoint_bytes(2, &[])
+            .len()
+            + 8;
+        for at in (0..length).step_by(step(backend, 9)) {
+            for cut in Cut::ALL {
+                let (session, mut primary) = bench.protected();
+                primary.request();
+                primary.channels[1].send_packet(&good_packet());
+                primary.sync();
+                let bytes = primary.checkpoint_bytes(2, &[]);
+                assert_eq!(bytes.len(), length);
+                primary.main.send(&bytes[..at]);
+                let who = if at % 2 == 0 { Who::Main } else { Who::All };
+                who.cut(&mut primary, cut);
+                let name = format!("{cut:?} of {who:?} at byte {at} of {length}");
+                bench.survives(&name, session, &mut primary, At::Nowhere, &[DROPPED]);
+            }
+        }
+        bench.end();
+    }
+}
+
+#[test]
+fn a_channel_in_the_middle_of_a_checkpoint() {
+    let packet = [good_packet(), sync_packet()].concat();
+    let (page, next) = (HEADER_LEN + PAGE_SIZE, HEADER_LEN + 2 * PAGE_SIZE);
+    let places = [
+        0,
+        1,
+        4,
+        8,
+        11,
+        12,
+        13,
+        63,
+        64,
+        319,
+        320,
+        321,
+        327,
+        328,
+        343,
+        344,
+        HEADER_LEN - 1,
+        HEADER_LEN,
+        HEADER_LEN + 1,
+        page - 1,
+        page,
+        page + 1,
+        next - 1,
+        next,
+        next + 1,
+        next + 12,
+        packet.len() - 1,
+    ];
+    for backend in BACKENDS {
+        let mut bench = Bench::start("channel-cut", backend, 2);
+        for at in places.into_iter().step_by(step(backend, 3)) {
+            for (cut, who) in [
+                (Cut::Fin, Who::Channel),
+                (Cut::Rst, Who::Channel),
+                (Cut::Rst, Who::All),
+            ] {
+                let (session, mut primary) = bench.protected();
+                primary.request();
+                let bytes = primary.checkpoint_bytes(2, &[]);
+                primary.main.send(&bytes);
+                primary.channels[1].send_packet(&sync_packet());
+                primary.channels[0].send(&packet[..at]);
+                who.cut(&mut primary, cut);
+                let name = format!("{cut:?} of {who:?} at byte {at} of {}", packet.len());
+                bench.survives(&name, session, &mut primary, At::Nowhere, &[DROPPED]);
+            }
+        }
+        bench.end();
+    }
+}
+
+#[test]
+fn precopy_at_every_few_bytes() {
+    for backend in BACKENDS {
+        let mut bench = Bench::start("precopy-cut", backend, 2);
+        let parts = HostilePrimary::connect(bench.address, 2).precopy_parts();
+        let all: Vec<u8> = parts.into_iter().flat_map(|(_, bytes)| bytes).collect();
+        for at in (4..all.len()).step_by(3 * step(backend, 9)) {
+            for (cut, who) in Cut::ALL.into_iter().zip([Who::Main, Who::All]) {
+                let (session, mut primary) = bench.connected();
+                primary.sync();
+                primary.channels[0].send_packet(&good_packet());
+                primary.sync();
+                primary.main.send(&all[4..at]);
+                who.cut(&mut primary, cut);
+                let name = format!("{cut:?} of {who:?} at byte {at} of {}", all.len());
+                bench.survives(&name, session, &mut primary, At::Nowhere, &[PRECOPY]);
+                assert!(bench.dump(session).is_err(), "nothing was committed");
+            }
+        }
+        bench.end();
+    }
+}
+
+#[test]
+fn between_checkpoints() {
+    for backend in BACKENDS {
+        let mut bench = Bench::start("idle-cut", backend, 2);
+        for who in Who::ALL {
+            for cut in Cut::ALL {
+                let (session, mut primary) = bench.protected();
+                who.cut(&mut primary, cut);
+                bench.survives(
+                    &format!("{cut:?} of {who:?}"),
+                    session,
+                    &mut primary,
+                    At::Nowhere,
+                    &[IDLE],
+                );
+            }
+        }
+        let (session, mut primary) = bench.protected();
+        primary.main.half_close();
+        bench.survives("half of main", session, &mut primary, At::Nowhere, &[IDLE]);
+        let (session, mut primary) = bench.protected();
+        primary.channels[1].half_close();
+        bench.survives("half of a channel", session, &mut primary, At::Nowhere, &[IDLE]);
+        bench.end();
+    }
+}
+
+/// What was sent whole is committed, though nobody waits for the answer any more.
+#[test]
+fn after_the_last_byte_of_a_checkpoint() {
+    for backend in BACKENDS {
+        let mut bench = Bench::start("last-byte", backend, 2);
+        let (session, mut primary) = bench.protected();
+        primary.request();
+        primary.channels[1].send_packet(&good_packet());
+        primary.sync();
+        let bytes = primary.checkpoint_bytes(2, &[]);
+        primary.main.send(&bytes);
+        primary.main.expect(&answers_to_checkpoint());
+        primary.cut(Cut::Rst);
+        primary.committed(&[(0, 1, 0xaa), (0, 2, 0xab), (0, 3, 0)], 2);
+        let says = "the primary went away; the last committed checkpoint is 2";
+        bench.survives("after the answer", session, &mut primary, At::Nowhere, &[says]);
+        bench.end();
+    }
+}
+
+#[test]
+fn a_primary_without_colo_leaves_its_state_here() {
+    for backend in BACKENDS {
+        for cut in Cut::ALL {
+            let mut bench = Bench::start("no-colo", backend, 2);
+            let mut primary = HostilePrimary::connect(bench.address, 2);
+            primary.precopy();
+            let session = bench.began();
+            primary.cut(cut);
+            let says = "no COLO: the primary completed a plain migration";
+            bench.survives(
+                "plain migration",
+                session,
+                &mut primary,
+                At::Nowhere,
+                &[says, "x-colo"],
+            );
+            bench.end();
+        }
+    }
+}
+
+/// A session waits as long as its primary lives, and commits nothing half.
+#[test]
+fn syncs_on_some_channels_and_then_silence() {
+    for backend in BACKENDS {
+        let mut bench = Bench::start("k-of-n", backend, 3);
+        let (session, mut primary) = bench.protected();
+        primary.request();
+        primary.channels[1].send_packet(&good_packet());
+        let bytes = primary.checkpoint_bytes(2, &[]);
+        primary.main.send(&bytes);
+        for channel in 0..2 {
+            primary.channels[channel].send_packet(&sync_packet());
+            assert!(
+                primary.main.is_silent(Duration::from_millis(100)),
+                "a channel has not synced"
+            );
+            assert_eq!(bench.compare(session, &primary), 1);
+        }
+        // 200 ms later the link is back.
+        primary.channels[2].send_packet(&sync_packet());
+        primary.main.expect(&answers_to_checkpoint());
+        primary.committed(&[(0, 1, 0xaa), (0, 2, 0xab), (0, 3, 0)], 2);
+        assert_eq!(bench.compare(session, &primary), 2);
+        // And once more, for good.
+        primary.request();
+        primary.main.send(&bytes);
+        primary.channels[0].send_packet(&sync_packet());
+        assert!(
+            primary.main.is_silent(Duration::from_millis(100)),
+            "two channels have not synced"
+        );
+        primary.cut(Cut::Fin);
+        let says = "during a checkpoint, which is dropped; the last committed one is 2";
+        bench.survives("silence", session, &mut primary, At::Nowhere, &[says]);
+        bench.end();
+    }
+}
+
+#[test]
+fn plain_mode_at_every_few_bytes() {
+    for backend in BACKENDS {
+        let mut bench = Bench::start("plain-cut", backend, 0);
+        let page = page_record(BlockRef::Named(b"pc.ram"), PAGE, 0x55);
+        let length = HostilePrimary::connect(bench.address, 0)
+            .checkpoint_bytes(2, &page)
+            .len();
+        let ends = (0..40)
+            .chain((40..length - 80).step_by(211))
+            .chain(length - 80..length);
+        for at in ends.step_by(step(backend, 9)) {
+            let (session, mut primary) = bench.protected();
+            primary.request();
+            let bytes = primary.checkpoint_bytes(2, &page);
+            primary.main.send(&bytes[..at]);
+            let cut = Cut::ALL[at % 2];
+            primary.cut(cut);
+            let name = format!("{cut:?} at byte {at} of {length}");
+            bench.survives(&name, session, &mut primary, At::Nowhere, &[DROPPED]);
+        }
+        bench.end();
+    }
+}
+
+/// A primary that dies while it connects, and comes back at once.
+#[test]
+fn while_it_connects() {
+    for cut in Cut::ALL {
+        let mut bench = Bench::start("setup", BackendKind::Uring, 2);
+        let mut main = Link::connect(bench.address);
+        main.send(&header());
+        let mut channel = Link::multifd(bench.address, [7; 16], 0);
+        std::thread::sleep(Duration::from_millis(100));
+        main.cut(cut);
+        channel.cut(cut);
+        let mut primary = HostilePrimary::connect(bench.address, 2);
+        primary.precopy();
+        let session = bench.began();
+        primary.cut(cut);
+        bench.warned("closed by the primary before all connections of its session were here");
+        bench.survives("it came back", session, &mut primary, At::Nowhere, &["no COLO"]);
+        bench.end();
+    }
+}
+
+/// Connections that are reset before they are accepted hold up nobody.
+#[test]
+fn resets_in_great_number() {
+    for backend in BACKENDS {
+        let mut bench = Bench::start("resets", backend, 2);
+        for _ in 0..200 {
+            Link::connect(bench.address).cut(Cut::Rst);
+        }
+        let since = Instant::now();
+        let (session, mut primary) = bench.protected();
+        assert!(since.elapsed() < Duration::from_secs(2), "{:?}", since.elapsed());
+        primary.cut(Cut::Rst);
+        bench.survives("after resets", session, &mut primary, At::Nowhere, &[IDLE]);
+        bench.end();
+    }
+}
