@@ -35,6 +35,10 @@ const LOG_INTERVAL: Duration = Duration::from_secs(1);
 /// How long a primary may be silent after what looks like device state without vmdesc.
 const SUPPRESSED_AFTER: Duration = Duration::from_secs(5);
 
+/// How long a session may be without its block list. A primary sends it as soon as it has all connections; from then
+/// on nothing is too slow, since its guest may be idle.
+const BLOCK_LIST_WITHIN: Duration = Duration::from_secs(60);
+
 /// Most sessions at a time: running ones, and ended ones whose checkpoint is kept. More are refused, since each takes
 /// descriptors, threads and memory that nothing else limits.
 const SESSIONS_MAX: usize = 256;
@@ -66,6 +70,7 @@ struct Entry {
     /// Its figures, once all endpoints have left.
     summary: Option<Summary>,
     suppressed: Option<(u64, Instant)>,
+    began: Instant,
 }
 
 type Identified = (Arrival, Rc<Accepted>, Result<Identity, String>);
@@ -258,6 +263,7 @@ impl Book {
             guest,
             summary: None,
             suppressed: None,
+            began: Instant::now(),
         });
     }
 
@@ -306,6 +312,9 @@ impl Book {
         self.carry_out(outcomes);
         self.director.recorder.drain(&self.director.around.samples);
         for entry in &mut self.entries {
+            if !entry.guest.memory_asked.load(Ordering::Relaxed) && now - entry.began > BLOCK_LIST_WITHIN {
+                entry.guest.finish(SessionEnd::Silent(BLOCK_LIST_WITHIN));
+            }
             let position = entry.guest.suppressed_at.load(Ordering::Relaxed);
             match entry.suppressed {
                 _ if position == 0 => entry.suppressed = None,

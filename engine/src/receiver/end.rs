@@ -43,6 +43,9 @@ pub enum SessionEnd {
     /// The device state has no vmdesc, so its end cannot be known (spec §11.3).
     #[error("main channel: {0}")]
     Suppressed(WireError),
+    /// All connections came, but nothing that makes them a migration.
+    #[error("the main channel sent no list of RAM blocks within {0:?}")]
+    Silent(std::time::Duration),
     /// The primary does not take its answers.
     #[error("the primary does not read its answers: {0}")]
     Answer(std::io::Error),

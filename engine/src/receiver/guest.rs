@@ -78,6 +78,8 @@ pub(super) struct Guest {
     pub(super) record: OnceLock<Arc<SessionRecord>>,
     /// The main channel's position while the device state looks as if its vmdesc were suppressed; else 0.
     pub(super) suppressed_at: AtomicU64,
+    /// Whether its block list has come.
+    pub(super) memory_asked: AtomicBool,
     main: Connection,
     channels: Vec<Connection>,
     memory: OnceLock<Memory>,
@@ -105,6 +107,7 @@ impl Guest {
             record: OnceLock::new(),
             suppressed_at: AtomicU64::new(0),
             endpoints: AtomicUsize::new(channels.len() + 1),
+            memory_asked: AtomicBool::new(false),
             main,
             channels,
             memory: OnceLock::new(),

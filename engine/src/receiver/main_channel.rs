@@ -125,6 +125,7 @@ impl MainChannel {
 
     fn make_memory(&mut self, table: Arc<BlockTable>) -> Result<(), SessionEnd> {
         self.waiting = Waiting::Memory;
+        self.guest.memory_asked.store(true, Ordering::Relaxed);
         let guest = self.guest.clone();
         // Not here: touching a large guest's memory takes seconds, and this thread drives other guests too.
         let made = std::thread::Builder::new()

@@ -134,7 +134,7 @@ impl Receiver {
     /// # Errors
     /// See [`ReceiverError`]; nothing is left running then.
     pub fn start(
-        mut options: ReceiverOptions,
+        options: ReceiverOptions,
         events: impl Fn(Event) + Send + Sync + 'static,
     ) -> Result<Self, ReceiverError> {
         if options.listen.is_empty() {
@@ -154,9 +154,8 @@ impl Receiver {
             .map(|listener| listener.address().clone())
             .collect();
         let control = options.control.as_deref().map(bind_control).transpose()?;
-        let plane = start_plane(&mut options, &events)?;
         let changed = Arc::new(Notify::new());
-        let director = make_director(options, plane, events, &changed)?;
+        let director = make_director(options, events, &changed)?;
         let stop = Arc::new(Notify::new());
         let (ask, asked) = mpsc::channel(64);
         let wires = Wires {
@@ -276,8 +275,7 @@ fn start_plane(options: &mut ReceiverOptions, events: &Arc<Events>) -> Result<Pl
 }
 
 fn make_director(
-    options: ReceiverOptions,
-    plane: Plane,
+    mut options: ReceiverOptions,
     events: Arc<Events>,
     changed: &Arc<Notify>,
 ) -> Result<Director, ReceiverError> {
@@ -332,6 +330,8 @@ fn make_director(
     // Without it there is nothing to start tokio-uring on; the listeners then wait for readiness.
     let uring = io_uring::IoUring::new(2).is_ok();
     let around = Arc::new(around);
+    // Last: its threads do not end by themselves where something else fails.
+    let plane = start_plane(&mut options, &events)?;
     Ok(Director {
         options,
         around,

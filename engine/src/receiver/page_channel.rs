@@ -11,6 +11,7 @@ use crate::session::Ticket;
 use crate::store::{Landing, Slab};
 use crate::units::{ChannelId, PAGE_SIZE};
 use crate::wire::multifd::{self, HEADER_LEN, INIT_LEN, PacketHeader, PageList, START_LEN};
+use std::io::ErrorKind;
 use std::ops::ControlFlow;
 use std::os::fd::RawFd;
 use std::sync::Arc;
@@ -274,7 +275,14 @@ impl Endpoint for PageChannel {
         ControlFlow::Break(())
     }
 
-    fn lost(&mut self, _loss: Loss) {
+    fn lost(&mut self, loss: Loss) {
+        if let Loss::Error(error) = loss
+            && error.kind() != ErrorKind::ConnectionReset
+            && self.guest.end().is_none()
+        {
+            // How the session ends says the main channel; this is why.
+            (self.guest.around.warn)(format!("session {}: {}: {error}", self.guest.id, self.id));
+        }
         self.guest.channel_ended();
     }
 

@@ -391,7 +391,11 @@ mod tests {
         Waker::Core(wake.clone()).wake();
         peers[0].write_all(&[7]).unwrap();
         for mut peer in peers {
-            assert_eq!(peer.read(&mut [0]).unwrap(), 0, "the end of the connection");
+            assert_eq!(
+                peer.read_to_end(&mut Vec::new()).unwrap(),
+                0,
+                "the end of the connection"
+            );
         }
         inbox.stop.store(true, Ordering::Release);
         Waker::Core(wake).wake();

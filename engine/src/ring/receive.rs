@@ -40,8 +40,8 @@ pub fn quick_ack(fd: RawFd) {
 ///
 /// # Errors
 /// Of fcntl(2): too many open files.
-pub fn own_descriptor(owner: &impl AsRawFd) -> io::Result<OwnedFd> {
-    // SAFETY: `owner` is borrowed for the whole call and keeps its descriptor open.
+pub fn own_descriptor(owner: &tokio_uring::net::TcpStream) -> io::Result<OwnedFd> {
+    // SAFETY: the stream is borrowed for the whole call and keeps its descriptor open.
     let descriptor = unsafe { BorrowedFd::borrow_raw(owner.as_raw_fd()) };
     descriptor.try_clone_to_owned()
 }

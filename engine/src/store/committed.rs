@@ -67,8 +67,12 @@ impl CommittedImage {
         self.count.store(id.0 + 1, Ordering::Release);
     }
 
-    /// The last committed checkpoint; `None` in precopy. Waits for nobody.
+    /// The last committed checkpoint; `None` in precopy, and after a commit that panicked, which may have torn the
+    /// image. Waits for nobody.
     pub fn committed(&self) -> Option<CheckpointId> {
+        if self.record.is_poisoned() {
+            return None;
+        }
         self.count
             .load(Ordering::Acquire)
             .checked_sub(1)

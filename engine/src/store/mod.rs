@@ -320,7 +320,7 @@ impl Store {
         report
     }
 
-    /// The last committed checkpoint; `None` in precopy.
+    /// The last committed checkpoint; `None` in precopy, and after a commit that panicked. Waits for nobody.
     pub fn committed(&self) -> Option<CheckpointId> {
         self.committed.committed()
     }

@@ -288,3 +288,15 @@ fn the_committed_number_waits_for_nobody() {
     });
     assert_eq!(asked, Ok(Some(CheckpointId(0))));
 }
+
+/// A commit that panicked may have torn the image, so that there is no checkpoint any more; and nobody who only asks
+/// for it panics as well.
+#[test]
+fn a_commit_that_panicked_leaves_no_checkpoint() {
+    let store = store(&BLOCKS);
+    store.begin_colo();
+    store.commit(CheckpointId(1), &mut vec![1], &alone());
+    let backwards = || store.commit(CheckpointId(0), &mut vec![2], &alone());
+    std::panic::catch_unwind(std::panic::AssertUnwindSafe(backwards)).unwrap_err();
+    assert_eq!(store.committed(), None);
+}
