@@ -54,7 +54,6 @@ pub(super) struct Director {
     pub(super) budget: Arc<RamBudget>,
     pub(super) recorder: Recorder,
     pub(super) events: Arc<Events>,
-    pub(super) uring: bool,
 }
 
 /// The wires to the control thread.
@@ -78,6 +77,8 @@ type Identified = (Arrival, Rc<Accepted>, Result<Identity, String>);
 /// The book of a running receiver.
 struct Book {
     director: Director,
+    /// Whether the control thread waits with io_uring.
+    uring: bool,
     assembler: Assembler<Accepted>,
     entries: Vec<Entry>,
     /// Sessions that left no checkpoint, and discarded ones.
@@ -91,6 +92,7 @@ struct Book {
 /// Runs until it is told to stop, or, with `once`, until the first session has ended.
 pub(super) async fn direct(
     director: Director,
+    uring: bool,
     listeners: Vec<Rc<Listener>>,
     mut wires: Wires,
 ) -> Result<ReceiverOutcome, ReceiverError> {
@@ -100,13 +102,14 @@ pub(super) async fn direct(
         .map(|(position, listener)| {
             let listener = listener
                 .clone()
-                .accept_all(position, director.uring, tell_accepted.clone());
+                .accept_all(position, uring, tell_accepted.clone());
             tokio::task::spawn_local(listener)
         })
         .collect();
     let assembler = Assembler::new(director.options.channels, director.options.identify_deadline);
     let mut book = Book {
         director,
+        uring,
         assembler,
         entries: Vec::new(),
         past: Vec::new(),
@@ -159,7 +162,7 @@ impl Book {
         let accepted = Rc::new(accepted);
         self.unidentified.retain(|weak| weak.strong_count() > 0);
         self.unidentified.push(Rc::downgrade(&accepted));
-        let (tell, uring) = (self.tell_identified.clone(), self.director.uring);
+        let (tell, uring) = (self.tell_identified.clone(), self.uring);
         let deadline = self.director.options.identify_deadline;
         tokio::task::spawn_local(async move {
             let result = identify(&accepted, uring, deadline).await;

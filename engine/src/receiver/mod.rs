@@ -166,16 +166,18 @@ impl Receiver {
         let control_ask = ask.clone();
         let thread = std::thread::Builder::new().name("colo-control".into());
         let thread = thread.spawn(move || {
-            let uring = director.uring;
+            let runtime = ControlRuntime::new(&director.events)?;
+            let uring = matches!(runtime, ControlRuntime::Uring(_));
             let main = async move {
                 if let Some((listener, path)) = control {
                     let failed = |source| ReceiverError::Control { path, source };
                     let listener = tokio::net::UnixListener::from_std(listener).map_err(failed)?;
                     tokio::task::spawn_local(control::serve(listener, control_ask));
                 }
-                direct(director, listeners.into_iter().map(Rc::new).collect(), wires).await
+                let listeners = listeners.into_iter().map(Rc::new).collect();
+                direct(director, uring, listeners, wires).await
             };
-            block_on(uring, main)
+            runtime.block_on(main)
         });
         Ok(Self {
             addresses,
@@ -327,8 +329,6 @@ fn make_director(
         notify: Arc::new(move || changed.notify_one()),
         warn: Arc::new(move |text| warn_events(Event::Warning(text))),
     };
-    // Without it there is nothing to start tokio-uring on; the listeners then wait for readiness.
-    let uring = io_uring::IoUring::new(2).is_ok();
     let around = Arc::new(around);
     // Last: its threads do not end by themselves where something else fails.
     let plane = start_plane(&mut options, &events)?;
@@ -339,15 +339,33 @@ fn make_director(
         budget,
         recorder,
         events,
-        uring,
     })
 }
 
-fn block_on<F: Future<Output = Result<Outcome, ReceiverError>>>(uring: bool, main: F) -> F::Output {
-    if uring {
-        return tokio_uring::start(main);
+/// What the control thread waits with. No page passes through it, so that readiness will do where io_uring is not to
+/// be had: the kernel has none, it is disabled, or its memory does not fit `ulimit -l`.
+enum ControlRuntime {
+    Uring(Box<tokio_uring::Runtime>),
+    Readiness(tokio::runtime::Runtime),
+}
+
+impl ControlRuntime {
+    fn new(events: &Arc<Events>) -> Result<Self, ReceiverError> {
+        let error = match tokio_uring::Runtime::new(&tokio_uring::builder()) {
+            Ok(runtime) => return Ok(Self::Uring(Box::new(runtime))),
+            Err(error) => error,
+        };
+        events(Event::Warning(format!(
+            "connections are accepted without io_uring ({error}), which makes no difference to their pages"
+        )));
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+        runtime.map(Self::Readiness).map_err(ReceiverError::Thread)
     }
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
-    let local = tokio::task::LocalSet::new();
-    local.block_on(&runtime.map_err(ReceiverError::Thread)?, main)
+
+    fn block_on<F: Future>(self, main: F) -> F::Output {
+        match self {
+            Self::Uring(runtime) => runtime.block_on(main),
+            Self::Readiness(runtime) => tokio::task::LocalSet::new().block_on(&runtime, main),
+        }
+    }
 }

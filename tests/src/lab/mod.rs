@@ -31,6 +31,7 @@ pub use protect::{Protection, ZeroPageDetection};
 pub use qemu::{Devices, Machine, Qemu};
 pub use qmp::{Event, Qmp};
 pub use ram::SavedRam;
+pub(crate) use receiver::command_under_test;
 pub use receiver::{Backend, Dump, Receiver, ReceiverOptions};
 pub use stats::{Distribution, host};
 

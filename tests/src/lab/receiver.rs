@@ -354,7 +354,7 @@ fn malformed(what: &str, error: &serde_json::Error) -> LabError {
 }
 
 // `COLO_RING_BIN`, or the command that cargo built beside this test (target/PROFILE/deps/TEST → target/PROFILE).
-fn command_under_test() -> Result<PathBuf, LabError> {
+pub(crate) fn command_under_test() -> Result<PathBuf, LabError> {
     if let Some(path) = std::env::var_os("COLO_RING_BIN") {
         return Ok(path.into());
     }

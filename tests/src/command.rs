@@ -1,0 +1,280 @@
+//! The real command in surroundings of a test's choice: limits, filters, missing privileges.
+
+use crate::lab::command_under_test;
+use colo_ring_tools::synth::{Address, SynthOptions, SynthPrimary, Version};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use serde_json::Value;
+use std::fs::File;
+use std::path::PathBuf;
+use std::process::{Child, Command, ExitStatus, Output, Stdio};
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::{Duration, Instant};
+
+/// Longest wait for anything that the command does.
+const PATIENCE: Duration = Duration::from_secs(20);
+
+/// A directory of its own, removed when dropped.
+#[derive(Debug)]
+pub struct Scratch(PathBuf);
+
+impl Scratch {
+    /// A new one.
+    ///
+    /// # Panics
+    /// If it cannot be made.
+    #[must_use]
+    pub fn new() -> Self {
+        static NEXT: AtomicU32 = AtomicU32::new(0);
+        let number = NEXT.fetch_add(1, Ordering::Relaxed);
+        let path = std::env::temp_dir().join(format!("colo-ring-command-{}-{number}", std::process::id()));
+        std::fs::create_dir_all(&path).expect("a directory");
+        Self(path)
+    }
+
+    /// A file in it.
+    ///
+    /// # Panics
+    /// If the temporary directory's path is not UTF-8.
+    #[must_use]
+    pub fn file(&self, name: &str) -> String {
+        let path = self.0.join(name);
+        path.to_str().expect("a path in UTF-8").to_owned()
+    }
+
+    fn read(&self, name: &str) -> String {
+        std::fs::read_to_string(self.0.join(name)).expect("a file that the command wrote")
+    }
+}
+
+impl Default for Scratch {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl Drop for Scratch {
+    fn drop(&mut self) {
+        // What is left in the temporary directory harms nobody.
+        let _ = std::fs::remove_dir_all(&self.0);
+    }
+}
+
+/// `wrap` and then the command: `wrap` are programs that execute the rest of their command line.
+///
+/// # Panics
+/// If there is no command to test.
+#[must_use]
+pub fn wrapped(wrap: &[&str]) -> Command {
+    let own = command_under_test().expect("the command");
+    let Some((first, rest)) = wrap.split_first() else {
+        return Command::new(own);
+    };
+    let mut command = Command::new(first);
+    command.args(rest).arg(own);
+    command
+}
+
+/// Runs the command to its end.
+///
+/// # Panics
+/// If it cannot be started.
+#[must_use]
+pub fn run(args: &[&str]) -> Output {
+    wrapped(&[]).args(args).output().expect("the command")
+}
+
+/// A running `colo-ring receive` on a free port of this host, killed when dropped.
+#[derive(Debug)]
+pub struct RunningReceiver {
+    process: Child,
+    scratch: Scratch,
+    address: Address,
+}
+
+/// What a receiver left.
+#[derive(Debug)]
+pub struct Ended {
+    /// How it ended.
+    pub status: ExitStatus,
+    /// The report on its standard output.
+    pub report: Value,
+    /// Its standard error.
+    pub log: String,
+    /// The file PREFIX.json of the histograms.
+    pub histograms: Value,
+}
+
+impl RunningReceiver {
+    /// Starts it by this command line, to which what every test needs is added, and waits until it listens.
+    ///
+    /// # Panics
+    /// If it does not.
+    #[must_use]
+    pub fn start(mut command: Command, args: &[&str]) -> Self {
+        let scratch = Scratch::new();
+        let file = |name: &str| File::create(scratch.file(name)).expect("a file");
+        let mut process = command
+            .args([
+                "receive",
+                "--listen",
+                "tcp:127.0.0.1:0",
+                "--channels",
+                "2",
+                "--json",
+            ])
+            .args(["--control", &format!("unix:{}", scratch.file("control"))])
+            .args(["--hist", &scratch.file("hist")])
+            .args(args)
+            .stdin(Stdio::null())
+            .stdout(file("out"))
+            .stderr(file("log"))
+            .spawn()
+            .unwrap_or_else(|error| panic!("{command:?}: {error}: install it (util-linux)"));
+        let address = until("it listens", || {
+            let log = scratch.read("log");
+            let line = log.lines().find_map(|line| line.strip_prefix("listening on "));
+            let ended = process.try_wait().expect("its state");
+            assert!(ended.is_none(), "it ended ({ended:?}): {log}");
+            line.map(|address| address.parse().expect("an address"))
+        });
+        Self {
+            process,
+            scratch,
+            address,
+        }
+    }
+
+    /// Where it listens.
+    #[must_use]
+    pub fn address(&self) -> &Address {
+        &self.address
+    }
+
+    /// What it has told so far.
+    #[must_use]
+    pub fn log(&self) -> String {
+        self.scratch.read("log")
+    }
+
+    /// Waits until it has told this.
+    pub fn told(&self, part: &str) {
+        until(part, || self.log().contains(part).then_some(()));
+    }
+
+    /// `colo-ring status`.
+    ///
+    /// # Panics
+    /// If it fails.
+    #[must_use]
+    pub fn status(&self) -> Value {
+        self.ask(&["status", "--json"])
+    }
+
+    fn ask(&self, args: &[&str]) -> Value {
+        let control = format!("unix:{}", self.scratch.file("control"));
+        let output = run(&[&args[..1], &["--control", &control], &args[1..]].concat());
+        assert!(
+            output.status.success(),
+            "{}",
+            String::from_utf8_lossy(&output.stderr)
+        );
+        serde_json::from_slice(&output.stdout).expect("JSON")
+    }
+
+    /// A whole session of a guest that behaves, whose checkpoints are dumped and compared. Returns its status.
+    ///
+    /// # Panics
+    /// If anything of it fails.
+    #[must_use]
+    pub fn protect(&self) -> Value {
+        let mut primary = SynthPrimary::connect(&self.address, &guest()).expect("precopy");
+        for _ in 0..5 {
+            primary.checkpoint().expect("a checkpoint");
+        }
+        let status = self.status();
+        let sessions = status["sessions"].as_array().expect("a list");
+        let session = sessions.iter().find(|session| session["state"] == "protected");
+        let session = session.expect("the session").clone();
+        let out = self.scratch.file("dump");
+        let dumped = self.ask(&[
+            "dump",
+            "--json",
+            "--out",
+            &out,
+            "--session",
+            &session["session"].to_string(),
+        ]);
+        assert_eq!(dumped["checkpoint"], 5);
+        for block in dumped["blocks"].as_array().expect("a list") {
+            let [name, file] = ["name", "file"].map(|key| block[key].as_str().expect("a text"));
+            let bytes = std::fs::read(PathBuf::from(&out).join(file)).expect("a dumped file");
+            assert!(
+                *primary.image(name).expect("its block") == *bytes,
+                "block {name} differs"
+            );
+        }
+        primary.close().expect("its end");
+        until("the session's end", || {
+            let ended = format!("session {} ended", session["session"]);
+            self.log().contains(&ended).then_some(())
+        });
+        session
+    }
+
+    /// Sends it a signal.
+    ///
+    /// # Panics
+    /// If it has ended.
+    pub fn signal(&self, signal: Signal) {
+        let process = i32::try_from(self.process.id()).expect("a process id");
+        kill(Pid::from_raw(process), signal).expect("it runs");
+    }
+
+    /// Waits for its end.
+    ///
+    /// # Panics
+    /// If it does not end, or leaves no report.
+    #[must_use]
+    pub fn wait(mut self) -> Ended {
+        let status = until("its end", || self.process.try_wait().expect("its state"));
+        let json = |name: &str| serde_json::from_str(&self.scratch.read(name)).expect("JSON");
+        Ended {
+            status,
+            report: json("out"),
+            log: self.log(),
+            histograms: json("hist.json"),
+        }
+    }
+}
+
+impl Drop for RunningReceiver {
+    fn drop(&mut self) {
+        // It may have ended by itself; either way it is reaped.
+        let _ = self.process.kill();
+        let _ = self.process.wait();
+    }
+}
+
+/// A small guest for two channels.
+#[must_use]
+pub fn guest() -> SynthOptions {
+    SynthOptions {
+        ram_bytes: 8 << 20,
+        channels: 2,
+        dirty_pages: 100,
+        interval: Duration::ZERO,
+        ..SynthOptions::new(Version::V11_1)
+    }
+}
+
+fn until<T>(what: &str, mut found: impl FnMut() -> Option<T>) -> T {
+    let since = Instant::now();
+    loop {
+        if let Some(found) = found() {
+            return found;
+        }
+        assert!(since.elapsed() < PATIENCE, "waited {PATIENCE:?} for: {what}");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}
