@@ -33,10 +33,10 @@ impl RamBudget {
         match self.held.fetch_update(Ordering::Relaxed, Ordering::Relaxed, fits) {
             Ok(_) => Ok(RamLease {
                 budget: self.clone(),
-                bytes,
+                bytes: AtomicU64::new(bytes),
             }),
             Err(held) => Err(format!(
-                "it has {bytes} bytes of RAM and {held} are held for other guests, together more than the {} of \
+                "it takes {bytes} bytes and {held} are held for it and other guests, together more than the {} of \
                  --ram-limit; `colo-ring discard` gives up the checkpoint of an ended session",
                 self.limit
             )),
@@ -44,16 +44,29 @@ impl RamBudget {
     }
 }
 
-/// A guest's part of the budget.
+/// A guest's part of the budget: its RAM, and what its device state has grown to.
 #[derive(Debug)]
 pub(super) struct RamLease {
     budget: Arc<RamBudget>,
-    bytes: u64,
+    bytes: AtomicU64,
+}
+
+impl RamLease {
+    /// Takes `more` bytes besides, or says why not.
+    pub(super) fn grow(&self, more: u64) -> Result<(), String> {
+        // The larger lease ends as one: this part of it does not give anything back.
+        let part = self.budget.take(more)?;
+        self.bytes
+            .fetch_add(part.bytes.swap(0, Ordering::Relaxed), Ordering::Relaxed);
+        Ok(())
+    }
 }
 
 impl Drop for RamLease {
     fn drop(&mut self) {
-        self.budget.held.fetch_sub(self.bytes, Ordering::Relaxed);
+        self.budget
+            .held
+            .fetch_sub(*self.bytes.get_mut(), Ordering::Relaxed);
     }
 }
 
@@ -69,7 +82,9 @@ mod tests {
         assert!(budget.take(u64::MAX).is_err());
         let _second = budget.take(40).unwrap();
         drop(first);
-        let _third = budget.take(60).unwrap();
+        let third = budget.take(50).unwrap();
+        assert!(third.grow(11).is_err());
+        third.grow(10).unwrap();
         assert_eq!(budget.held(), 100);
     }
 }

@@ -29,6 +29,9 @@ use tokio::sync::{Notify, mpsc};
 /// How often deadlines are looked at and samples taken.
 const TICK: Duration = Duration::from_millis(200);
 
+/// How long sessions may take to end when the receiver does.
+const END_PATIENCE: Duration = Duration::from_secs(10);
+
 /// Length of an interval in the interval logs.
 const LOG_INTERVAL: Duration = Duration::from_secs(1);
 
@@ -285,19 +288,26 @@ impl Book {
             (self.director.events)(Event::Ended(Box::new(status.clone())));
             self.ended_sessions += 1;
             match guest.store().filter(|store| store.committed().is_some()) {
-                Some(store) => store.drop_uncommitted(),
-                None => self.forget(position, status),
+                Some(store) => {
+                    let store = store.clone();
+                    // Not here: giving a large guest's cache back takes seconds.
+                    tokio::task::spawn_blocking(move || store.drop_uncommitted());
+                }
+                None => {
+                    let entry = self.forget(position, status);
+                    tokio::task::spawn_blocking(move || drop(entry));
+                }
             }
         }
     }
 
-    /// Gives up a session's memory; its figures stay for the report.
-    fn forget(&mut self, position: usize, status: SessionStatus) {
-        self.entries.remove(position);
+    /// Takes a session off the book; its figures stay for the report. Its memory goes with the entry.
+    fn forget(&mut self, position: usize, status: SessionStatus) -> Entry {
         if self.past.len() == ENDED_KEPT {
             self.past.remove(0);
         }
         self.past.push(status);
+        self.entries.remove(position)
     }
 
     fn status_of(&self, entry: &Entry) -> SessionStatus {
@@ -348,7 +358,17 @@ impl Book {
     fn answer(&mut self, asked: Asked, listeners: &[Rc<Listener>]) {
         let answer = match asked.request {
             Request::Status => Ok(Answer::Status(Box::new(self.status(listeners)))),
-            Request::Discard { session } => self.discard(session),
+            Request::Discard { session } => match self.discard(session) {
+                Err(error) => Err(error),
+                Ok(entry) => {
+                    // Giving a large guest's memory back takes seconds; the answer says that it is done.
+                    tokio::task::spawn_blocking(move || {
+                        drop(entry);
+                        let _ = asked.reply.send(Ok(Answer::Discarded { discarded: session }));
+                    });
+                    return;
+                }
+            },
             Request::Dump { session, directory } => {
                 match self.entries.iter().find(|entry| entry.guest.id == session) {
                     None => Err(no_session(session)),
@@ -390,15 +410,14 @@ impl Book {
         }
     }
 
-    fn discard(&mut self, session: u32) -> Result<Answer, String> {
+    fn discard(&mut self, session: u32) -> Result<Entry, String> {
         let position = self.entries.iter().position(|entry| entry.guest.id == session);
         let position = position.ok_or_else(|| no_session(session))?;
         if self.entries[position].summary.is_none() {
             return Err(format!("session {session} is running: its primary is connected"));
         }
         let status = self.status_of(&self.entries[position]);
-        self.forget(position, status);
-        Ok(Answer::Discarded { discarded: session })
+        Ok(self.forget(position, status))
     }
 
     /// Ends all sessions and waits until they are over.
@@ -409,8 +428,14 @@ impl Book {
         for entry in &self.entries {
             entry.guest.finish(SessionEnd::Stopped);
         }
-        while self.entries.iter().any(|entry| !entry.guest.is_over()) {
-            changed.notified().await;
+        let all_over = async {
+            while self.entries.iter().any(|entry| !entry.guest.is_over()) {
+                changed.notified().await;
+            }
+        };
+        // Endpoints of a ring that has failed never leave.
+        if tokio::time::timeout(END_PATIENCE, all_over).await.is_err() {
+            self.warn(format!("some connections did not end within {END_PATIENCE:?}"));
         }
         self.settle();
     }

@@ -64,7 +64,7 @@ pub(super) struct Counters {
 /// A guest's memory, what it takes of the budget, and the steps down from what was asked for.
 pub(super) struct Memory {
     pub(super) store: Arc<Store>,
-    pub(super) _lease: RamLease,
+    pub(super) lease: RamLease,
     pub(super) fallbacks: Vec<String>,
 }
 
@@ -132,6 +132,13 @@ impl Guest {
     /// What its memory had to do without.
     pub(super) fn fallbacks(&self) -> &[String] {
         self.memory.get().map_or(&[], |memory| &memory.fallbacks)
+    }
+
+    /// Takes more of the budget for this guest.
+    pub(super) fn grow(&self, bytes: u64) -> Result<(), String> {
+        self.memory
+            .get()
+            .map_or(Ok(()), |memory| memory.lease.grow(bytes))
     }
 
     /// Hands the memory over and wakes the main channel, which waits for it.

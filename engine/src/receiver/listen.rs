@@ -25,6 +25,7 @@ use std::time::Duration;
 use thiserror::Error;
 use tokio::io::AsyncReadExt;
 use tokio::sync::mpsc;
+use tokio_uring::buf::{BoundedBuf, Slice};
 
 /// Bytes that tell the kind of a connection.
 pub(super) const FIRST_LEN: usize = 4;
@@ -301,8 +302,8 @@ impl Reader {
         while have < N {
             let rest = &mut bytes[have..];
             let count = match self {
-                Self::UringTcp(stream) => keep(stream.read(Vec::with_capacity(rest.len())).await, rest),
-                Self::UringUnix(stream) => keep(stream.read(Vec::with_capacity(rest.len())).await, rest),
+                Self::UringTcp(stream) => keep(stream.read(room(rest.len())).await, rest),
+                Self::UringUnix(stream) => keep(stream.read(room(rest.len())).await, rest),
                 Self::Tcp(stream) => stream.read(rest).await,
                 Self::Unix(stream) => stream.read(rest).await,
             };
@@ -325,8 +326,13 @@ impl Reader {
     }
 }
 
+/// An owned buffer that takes exactly that many bytes, whatever it has room for.
+fn room(bytes: usize) -> Slice<Vec<u8>> {
+    Vec::with_capacity(bytes).slice(..bytes)
+}
+
 /// Moves what an owned buffer holds to where it belongs.
-fn keep((count, part): (io::Result<usize>, Vec<u8>), to: &mut [u8]) -> io::Result<usize> {
+fn keep((count, part): (io::Result<usize>, Slice<Vec<u8>>), to: &mut [u8]) -> io::Result<usize> {
     let count = count?;
     to[..count].copy_from_slice(&part[..count]);
     Ok(count)

@@ -44,6 +44,8 @@ pub(super) struct MainChannel {
     waiting: Waiting,
     timeline: Timeline,
     answer: Vec<u8>,
+    /// Bytes of device state that the budget knows of.
+    device_state_bytes: u64,
 }
 
 impl MainChannel {
@@ -69,6 +71,7 @@ impl MainChannel {
             waiting: Waiting::Bytes,
             timeline: Timeline::new(),
             answer: Vec::with_capacity(Answer::LEN_MAX),
+            device_state_bytes: 0,
         }
     }
 
@@ -82,7 +85,7 @@ impl MainChannel {
                 Action::NeedMore => {
                     self.waiting = Waiting::Bytes;
                     self.note_suppressed();
-                    return Ok(());
+                    return self.account();
                 }
                 Action::Page(page) => apply(&self.guest, self.shard, page).map_err(|error| {
                     self.session
@@ -154,25 +157,24 @@ impl MainChannel {
             // The first commit sets it; it stays the same.
             let _ = self.guest.record.set(record.clone());
         }
-        if let Some(store) = self.guest.store() {
-            if checkpoint == CheckpointId(0) {
-                let unseen = store.unseen_pages();
-                if unseen > 0 {
-                    (self.guest.around.warn)(format!(
-                        "guest {}: {unseen} pages were never sent in precopy; they are taken as zero",
-                        self.guest.id
-                    ));
-                }
-                store.begin_colo();
+        let store = self.guest.store().expect("nothing can be complete without RAM");
+        if checkpoint == CheckpointId(0) {
+            let unseen = store.unseen_pages();
+            if unseen > 0 {
+                (self.guest.around.warn)(format!(
+                    "session {}: {unseen} pages were never sent in precopy; they are taken as zero",
+                    self.guest.id
+                ));
             }
-            let begin = Instant::now();
-            store.commit(
-                checkpoint,
-                self.session.device_state(),
-                &self.guest.around.flusher,
-            );
-            self.timeline.flushed(begin.elapsed());
+            store.begin_colo();
         }
+        let begin = Instant::now();
+        store.commit(
+            checkpoint,
+            self.session.device_state(),
+            &self.guest.around.flusher,
+        );
+        self.timeline.flushed(begin.elapsed());
         self.session.committed();
     }
 
@@ -203,6 +205,19 @@ impl MainChannel {
             }
             Answer::Ready { .. } => self.timeline.ready_sent(&self.guest),
             Answer::Pong(_) => {}
+        }
+        Ok(())
+    }
+
+    /// Device state grows by what arrives; it is part of the budget like RAM, once for this buffer and once for the
+    /// committed one that it is exchanged with.
+    fn account(&mut self) -> Result<(), SessionEnd> {
+        let bytes = self.session.buffered_bytes() * 2;
+        if bytes > self.device_state_bytes {
+            self.guest
+                .grow(bytes - self.device_state_bytes)
+                .map_err(SessionEnd::NoMemory)?;
+            self.device_state_bytes = bytes;
         }
         Ok(())
     }

@@ -309,7 +309,7 @@ fn make_director(
             }
             Ok(guest::Memory {
                 store: Arc::new(store),
-                _lease: lease,
+                lease,
                 fallbacks,
             })
         }

@@ -1,9 +1,9 @@
 //! The data plane: moves bytes from sockets to the places that endpoints name. It knows nothing of what the bytes
 //! mean.
 //!
-//! An [`Endpoint`] is one connection. It is driven by one thread at a time, in a fixed cycle: asked for a
-//! [`ReceivePlan`], the backend receives into it, the endpoint is told how many bytes came, and so on. An endpoint
-//! without a plan is *parked* until somebody wakes its [`Waker`].
+//! An `Endpoint` is one connection. It is driven by one thread at a time, in a fixed cycle: asked for a
+//! `ReceivePlan`, the backend receives into it, the endpoint is told how many bytes came, and so on. An endpoint
+//! without a plan is *parked* until somebody wakes its `Waker`.
 //!
 //! Three backends drive endpoints:
 //!

@@ -255,6 +255,14 @@ impl Session {
         self.position
     }
 
+    /// Bytes of device state that are held here: what has arrived of one, or the room of the last.
+    pub fn buffered_bytes(&self) -> u64 {
+        match &self.stage {
+            Stage::Devices(finder) => finder.buffered() as u64,
+            _ => self.device_state.capacity() as u64,
+        }
+    }
+
     /// An error that was found while an action was carried out, at that byte.
     pub fn error_at(&self, position: u64, error: WireError) -> SessionError {
         SessionError::at(position, error)

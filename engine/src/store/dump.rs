@@ -14,10 +14,10 @@ use super::names::file_names;
 use super::plan::{PageRun, Plan};
 use super::{copy, map::Span};
 use crate::blocks::BlockTable;
-use crate::units::{CheckpointId, PAGE_BYTES};
+use crate::units::{CheckpointId, PAGE_BYTES, PAGE_SIZE};
 use std::fs::{self, File};
 use std::io::Write;
-use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::PoisonError;
 
@@ -28,11 +28,17 @@ pub const DEVICE_STATE_FILE: &str = "device-state.bin";
 /// description of the dump, the stream's header, the vmdesc.
 pub const RESERVED_FILES: [&str; 3] = ["checkpoint.json", "stream-header.bin", "vmdesc.json"];
 
-/// Passes without the lock, the first included: after these the rest is copied under it, however much it is.
-const UNLOCKED_PASSES_MAX: u32 = 3;
+/// Passes after which more pages are copied under the lock, if the guest leaves no fewer: [`LOCKED_PAGES_MAX`].
+const SHORT_PASSES: u32 = 4;
 
-/// Pages few enough to be copied under the lock: 4 MiB, about 2 ms.
+/// Passes after which a dump gives up: the guest changes faster than its disk writes.
+const PASSES_MAX: u32 = 16;
+
+/// Pages few enough to be copied under the lock, in memory: 4 MiB, about 2 ms.
 const LOCKED_PAGES: u64 = 1024;
+
+/// Pages that may be copied under the lock after [`SHORT_PASSES`]: 64 MiB, some 30 ms once in a dump.
+const LOCKED_PAGES_MAX: u64 = 16 * LOCKED_PAGES;
 
 /// Pages written by one call.
 const CHUNK_PAGES: u64 = 256;
@@ -101,16 +107,42 @@ impl CommittedImage {
                 tracking.take(&mut plan);
             }
             passes += 1;
-            if plan.pages() <= LOCKED_PAGES || passes > UNLOCKED_PASSES_MAX {
-                files.write_plan(&self.image, &plan)?;
-                files.write_device_state(&record.device_state)?;
+            let limit = if passes <= SHORT_PASSES {
+                LOCKED_PAGES
+            } else {
+                LOCKED_PAGES_MAX
+            };
+            if plan.pages() <= limit {
+                // A commit waits for this lock, and a guest for the commit: what is left is taken to memory under it
+                // and written afterwards, however slow the disk is.
+                let pages = read_plan(&self.image, &plan);
+                let device_state = record.device_state.clone();
                 let checkpoint = record.checkpoint.ok_or(StoreError::NothingCommitted)?;
+                drop(record);
+                files.write_pages(&self.image, &plan, &pages)?;
+                files.write_device_state(&device_state)?;
                 return Ok((checkpoint, passes));
             }
             drop(record);
+            if passes == PASSES_MAX {
+                return Err(StoreError::DumpTooSlow { passes });
+            }
             files.write_plan(&self.image, &plan)?;
         }
     }
+}
+
+/// The pages of `plan`, in its order.
+fn read_plan(image: &RamImage, plan: &Plan) -> Vec<[u8; PAGE_SIZE]> {
+    let mut pages = Vec::new();
+    for run in plan.runs(0..plan.len()) {
+        for at in 0..run.pages {
+            let mut page = [0; PAGE_SIZE];
+            copy::read(image.span(PageRun::one(run.skip(at).first)), &mut page);
+            pages.push(page);
+        }
+    }
+    pages
 }
 
 /// A file that has its name only when the dump is complete.
@@ -218,6 +250,24 @@ impl DumpFiles {
                 self.blocks[usize::from(id.0)].write(span, offset)?;
                 run = run.skip(span.pages());
             }
+        }
+        Ok(())
+    }
+
+    /// Writes what [`read_plan`] has read.
+    fn write_pages(
+        &self,
+        image: &RamImage,
+        plan: &Plan,
+        pages: &[[u8; PAGE_SIZE]],
+    ) -> Result<(), StoreError> {
+        let runs = plan.runs(0..plan.len());
+        let places = runs.flat_map(|run| (0..run.pages).map(move |at| run.skip(at).first));
+        for (page, content) in places.zip(pages) {
+            let (id, offset) = image.table().locate(page);
+            let block = &self.blocks[usize::from(id.0)];
+            let wrote = block.file.write_all_at(content, offset);
+            wrote.map_err(|error| block.refused(error))?;
         }
         Ok(())
     }

@@ -67,6 +67,14 @@ pub enum StoreError {
     /// A dump before the first commit.
     #[error("there is no committed checkpoint to dump yet: the guest is still in precopy")]
     NothingCommitted,
+    /// A dump that never caught up with the guest.
+    #[error(
+        "the guest changes faster than the dump's disk writes, {passes} times over; dump to a faster disk or a tmpfs"
+    )]
+    DumpTooSlow {
+        /// Passes over what had changed.
+        passes: u32,
+    },
 }
 
 impl StoreError {

@@ -203,7 +203,7 @@ fn a_primary_without_colo_leaves_its_state_here() {
             primary.precopy();
             let session = bench.began();
             primary.cut(cut);
-            let says = "no COLO: the primary completed a plain migration";
+            let says = "A plain migration, without the capability x-colo, completes like this";
             bench.survives(
                 "plain migration",
                 session,
