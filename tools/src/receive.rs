@@ -10,6 +10,7 @@ use colo_ring::receiver::{
     Answer, Event, ListenAddress, Outcome, Receiver, ReceiverOptions, Request, SessionStatus, StatusReport,
 };
 use colo_ring::store::StoreOptions;
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use serde::Serialize;
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -121,6 +122,16 @@ struct ReceiveReport<'a> {
     report: &'a Report,
 }
 
+/// A guest takes a descriptor for each of its channels and RAM blocks: what the hard limit allows is used. Where even
+/// that is refused, the limit is as it was, and connections over it are refused with a message.
+fn raise_open_files() {
+    if let Ok((soft, hard)) = getrlimit(Resource::RLIMIT_NOFILE)
+        && soft < hard
+    {
+        let _ = setrlimit(Resource::RLIMIT_NOFILE, hard, hard);
+    }
+}
+
 /// Receives until it is told to end.
 ///
 /// # Errors
@@ -133,6 +144,7 @@ pub fn run(args: ReceiveArgs) -> Result<ExitCode, CommandError> {
         // Without a receiver it is ending already.
         let _ = wish.send(());
     })?;
+    raise_open_files();
     let receiver = Receiver::start(options, |event| tell(&describe(&event))).map_err(failed)?;
     for address in receiver.addresses() {
         tell(&format!("listening on {address}"));
