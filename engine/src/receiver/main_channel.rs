@@ -5,7 +5,6 @@
 
 use super::end::SessionEnd;
 use super::guest::Guest;
-
 use super::timeline::Timeline;
 use crate::blocks::BlockTable;
 use crate::ring::{Endpoint, Loss, ReceivePlan, ReceiveStyle, Staging, quick_ack};
