@@ -295,7 +295,13 @@ fn while_it_connects() {
         let session = bench.began();
         primary.cut(cut);
         bench.warned("closed by the primary before all connections of its session were here");
-        bench.survives("it came back", session, &mut primary, At::Nowhere, &["A plain migration, without the capability x-colo"]);
+        bench.survives(
+            "it came back",
+            session,
+            &mut primary,
+            At::Nowhere,
+            &["A plain migration, without the capability x-colo"],
+        );
         bench.end();
     }
 }

@@ -356,7 +356,7 @@ fn precopy_cases() -> Vec<MainCase> {
             ram_start(),
             "switch its capability return-path off",
         ),
-        ("A plain migration, without the capability x-colo", vec![header()], ram_start(), "a migration without COLO"),
+        ("no COLO", vec![header()], ram_start(), "a migration without COLO"),
         (
             "PING unasked",
             vec![header()],
