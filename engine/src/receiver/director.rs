@@ -13,7 +13,7 @@ use super::page_channel::PageChannel;
 use super::status::{STATUS_SCHEMA, STATUS_VERSION, SessionStatus, StatusReport};
 use super::{Event, Events, Outcome as ReceiverOutcome, ReceiverError, ReceiverOptions};
 use crate::metrics::{Recorder, Summary};
-use crate::ring::{BackendKind, Driver, Plane};
+use crate::ring::{BackendKind, Driver, Endpoint, Plane};
 use crate::session::SessionLimits;
 use crate::units::ChannelId;
 use crate::wire::stream::MAIN_MAGIC;
@@ -217,9 +217,9 @@ impl Book {
                 complete.main.from
             ));
         }
-        let (plane, options) = (&self.director.plane, &self.director.options);
         let id = self.next;
         self.next += 1;
+        let plane = &self.director.plane;
         let first = usize::try_from(id).unwrap_or(0);
         // The main channel shares its core with channel 0; with several guests each begins at another core.
         let main_driver = plane.driver(first);
@@ -232,35 +232,13 @@ impl Book {
             waker: driver.waker.clone(),
         };
         let main = connect(complete.main, &main_driver);
-        let channels = complete
-            .channels
-            .into_iter()
-            .zip(&drivers)
-            .map(|(c, driver)| connect(c, driver))
+        let channels = complete.channels.into_iter().zip(&drivers);
+        let channels = channels
+            .map(|(channel, driver)| connect(channel, driver))
             .collect();
         let guest = Guest::new(id, peer.clone(), self.director.around.clone(), main, channels);
-        let style = options.backend.style();
-        let limits = SessionLimits {
-            channels: options.channels,
-            ram_limit_bytes: options.ram_limit_bytes,
-        };
-        let threads = options.backend == BackendKind::Threads;
-        let mut endpoints: Vec<(&Driver, Box<dyn crate::ring::Endpoint>)> = Vec::new();
-        let first_bytes: &[u8; FIRST_LEN] = &MAIN_MAGIC;
-        let shard = if threads { 0 } else { main_driver.core() };
-        let main = MainChannel::new(guest.clone(), limits, shard, style, is_tcp, first_bytes);
-        endpoints.push((&main_driver, Box::new(main)));
-        for (driver, channel) in drivers.iter().zip(0..options.channels) {
-            let shard = if threads {
-                usize::from(channel) + 1
-            } else {
-                driver.core()
-            };
-            let channel = PageChannel::new(guest.clone(), ChannelId(channel), shard, style);
-            endpoints.push((driver, Box::new(channel)));
-        }
         (self.director.events)(Event::Began { session: id, peer });
-        for (driver, endpoint) in endpoints {
+        for (driver, endpoint) in self.endpoints(&guest, is_tcp, &main_driver, &drivers) {
             if let Err(error) = plane.attach(driver, endpoint) {
                 guest.finish(SessionEnd::NoMemory(format!("no thread for a channel: {error}")));
             }
@@ -271,6 +249,41 @@ impl Book {
             suppressed: None,
             began: Instant::now(),
         });
+    }
+
+    /// What drives the guest's connections, with where: the main channel first.
+    fn endpoints<'a>(
+        &self,
+        guest: &Arc<Guest>,
+        is_tcp: bool,
+        main_driver: &'a Driver,
+        drivers: &'a [Driver],
+    ) -> Vec<(&'a Driver, Box<dyn Endpoint>)> {
+        let options = &self.director.options;
+        let style = options.backend.style();
+        let limits = SessionLimits {
+            channels: options.channels,
+            ram_limit_bytes: options.ram_limit_bytes,
+        };
+        let threads = options.backend == BackendKind::Threads;
+        // A shard for every thread that receives: a core's, or a connection's own.
+        let shard = |driver: &Driver, own: usize| if threads { own } else { driver.core() };
+        let first_bytes: &[u8; FIRST_LEN] = &MAIN_MAGIC;
+        let main = MainChannel::new(
+            guest.clone(),
+            limits,
+            shard(main_driver, 0),
+            style,
+            is_tcp,
+            first_bytes,
+        );
+        let mut endpoints: Vec<(&Driver, Box<dyn Endpoint>)> = vec![(main_driver, Box::new(main))];
+        for (driver, channel) in drivers.iter().zip(0..options.channels) {
+            let shard = shard(driver, usize::from(channel) + 1);
+            let channel = PageChannel::new(guest.clone(), ChannelId(channel), shard, style);
+            endpoints.push((driver, Box::new(channel)));
+        }
+        endpoints
     }
 
     /// Looks for sessions whose endpoints have all left: nothing writes to their memory any more.

@@ -281,39 +281,15 @@ fn make_director(
     events: Arc<Events>,
     changed: &Arc<Notify>,
 ) -> Result<Director, ReceiverError> {
-    let threads = options.backend == BackendKind::Threads;
-    // The baseline flushes as QEMU does: one thread, memcpy.
-    let flusher = match threads {
-        true => Flusher::new(CopyMethod::Memcpy, 0, &[]),
-        false => {
+    let flusher = match options.backend {
+        // The baseline flushes as QEMU does: one thread, memcpy.
+        BackendKind::Threads => Flusher::new(CopyMethod::Memcpy, 0, &[]),
+        BackendKind::Uring | BackendKind::Epoll => {
             let cores = options.cores.get(1..).unwrap_or(&[]);
             Flusher::new(CopyMethod::NonTemporal, cores.len(), cores)
         }
     }?;
-    let mut store_options = options.store.clone();
-    store_options.shards = if threads {
-        usize::from(options.channels) + 1
-    } else {
-        options.cores.len()
-    };
     let budget = Arc::new(RamBudget::new(options.ram_limit_bytes));
-    let make_store = {
-        let (budget, events) = (budget.clone(), events.clone());
-        move |guest: &guest::Guest, table: Arc<crate::blocks::BlockTable>| {
-            let lease = RamBudget::take(&budget, table.total_bytes())?;
-            let label = format!("session-{}", guest.id);
-            let (store, notes) = Store::create(table, &label, &store_options).map_err(|e| e.to_string())?;
-            let fallbacks: Vec<String> = notes.iter().map(ToString::to_string).collect();
-            for note in &fallbacks {
-                events(Event::Warning(format!("session {}: {note}", guest.id)));
-            }
-            Ok(guest::Memory {
-                store: Arc::new(store),
-                lease,
-                fallbacks,
-            })
-        }
-    };
     let run = RunDescription {
         started: SystemTime::now(),
         options: options.described.clone(),
@@ -325,7 +301,7 @@ fn make_director(
         started: Instant::now(),
         samples: Arc::new(SampleQueue::new()),
         flusher: Arc::new(flusher),
-        make_store: Arc::new(make_store) as Arc<MakeStore>,
+        make_store: store_maker(&options, budget.clone(), events.clone()),
         notify: Arc::new(move || changed.notify_one()),
         warn: Arc::new(move |text| warn_events(Event::Warning(text))),
     };
@@ -339,6 +315,29 @@ fn make_director(
         budget,
         recorder,
         events,
+    })
+}
+
+/// What makes a guest's memory, when its block list is known.
+fn store_maker(options: &ReceiverOptions, budget: Arc<RamBudget>, events: Arc<Events>) -> Arc<MakeStore> {
+    let mut store_options = options.store.clone();
+    store_options.shards = match options.backend {
+        BackendKind::Threads => usize::from(options.channels) + 1,
+        BackendKind::Uring | BackendKind::Epoll => options.cores.len(),
+    };
+    Arc::new(move |guest, table| {
+        let lease = budget.take(table.total_bytes())?;
+        let label = format!("session-{}", guest.id);
+        let (store, notes) = Store::create(table, &label, &store_options).map_err(|e| e.to_string())?;
+        let fallbacks: Vec<String> = notes.iter().map(ToString::to_string).collect();
+        for note in &fallbacks {
+            events(Event::Warning(format!("session {}: {note}", guest.id)));
+        }
+        Ok(guest::Memory {
+            store: Arc::new(store),
+            lease,
+            fallbacks,
+        })
     })
 }
 
