@@ -47,8 +47,8 @@ fn without_io_uring(errno: i32, args: &[&str]) -> RunningReceiver {
 #[test]
 fn without_io_uring_it_goes_on_with_epoll_and_says_why() {
     for (errno, remedy) in [
-        (libc::EPERM, "`sysctl kernel.io_uring_disabled=0`"),
-        (libc::ENOSYS, "this kernel has no io_uring"),
+        (libc::EPERM, "it is forbidden by a seccomp filter"),
+        (libc::ENOSYS, "use a kernel with CONFIG_IO_URING"),
     ] {
         let receiver = without_io_uring(errno, &[]);
         let log = receiver.log();

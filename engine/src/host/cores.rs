@@ -2,7 +2,7 @@
 #![forbid(unsafe_code)]
 
 use super::proc;
-use nix::sched::{CpuSet, sched_getaffinity};
+use nix::sched::{CpuSet, sched_getaffinity, sched_setaffinity};
 use nix::unistd::Pid;
 use serde::Serialize;
 use thiserror::Error;
@@ -66,6 +66,15 @@ pub fn parse_core_list(list: &str) -> Result<Vec<usize>, CoreListError> {
         }
     }
     Ok(cores)
+}
+
+/// Lets the calling thread run on these cores alone.
+pub(crate) fn pin(cores: &[usize]) -> std::io::Result<()> {
+    let mut set = CpuSet::new();
+    for core in cores {
+        set.set(*core)?;
+    }
+    Ok(sched_setaffinity(Pid::from_raw(0), &set)?)
 }
 
 /// The cores that this process may run on (its affinity, which a container's cpuset has already narrowed).

@@ -27,6 +27,9 @@ pub const SETUP_LEVELS: [SetupLevel; 3] = [
     SetupLevel::Plain,
 ];
 
+/// Entries of a ring that is only set up to see whether it can be.
+const TRIAL_ENTRIES: u32 = 8;
+
 impl SetupLevel {
     /// The flags by name.
     pub const fn name(self) -> &'static str {
@@ -37,15 +40,19 @@ impl SetupLevel {
         }
     }
 
-    fn try_setup(self) -> io::Result<IoUring> {
-        const ENTRIES: u32 = 8;
+    /// A ring with these flags, to be built.
+    pub(crate) fn builder(self) -> io_uring::Builder {
         let mut builder = IoUring::builder();
         match self {
-            Self::DeferTaskrun => builder.setup_single_issuer().setup_defer_taskrun(),
+            // TASKRUN_FLAG: without it, a poll that does not wait cannot see that completions are due, and takes none.
+            Self::DeferTaskrun => builder
+                .setup_single_issuer()
+                .setup_defer_taskrun()
+                .setup_taskrun_flag(),
             Self::CoopTaskrun => builder.setup_coop_taskrun(),
             Self::Plain => &mut builder,
         };
-        builder.build(ENTRIES)
+        builder
     }
 }
 
@@ -62,6 +69,11 @@ pub struct RingUnavailable {
 }
 
 impl RingUnavailable {
+    /// Explains an error of io_uring_setup(2) on this host.
+    pub fn here(error: &io::Error) -> Self {
+        Self::explain(error, proc::number("/proc/sys/kernel/io_uring_disabled"))
+    }
+
     /// Explains an error of io_uring_setup(2). `disabled` is the value of `kernel.io_uring_disabled`, where the
     /// kernel has it (Linux 6.6).
     pub fn explain(error: &io::Error, disabled: Option<u64>) -> Self {
@@ -117,7 +129,7 @@ pub struct OpcodeSupport {
 }
 
 /// The operations that a receiver uses: name, number, purpose, and whether nothing can stand in for it.
-pub const OPCODES: [(&str, u8, &str, bool); 7] = [
+pub const OPCODES: [(&str, u8, &str, bool); 4] = [
     (
         "RECVMSG",
         opcode::RecvMsg::CODE,
@@ -135,19 +147,6 @@ pub const OPCODES: [(&str, u8, &str, bool); 7] = [
         opcode::ReadvFixed::CODE,
         "receives into several registered extents",
         false,
-    ),
-    ("SEND", opcode::Send::CODE, "answers the primary", true),
-    (
-        "MSG_RING",
-        opcode::MsgRingData::CODE,
-        "wakes another core's ring",
-        false,
-    ),
-    (
-        "ASYNC_CANCEL",
-        opcode::AsyncCancel::CODE,
-        "ends a session's receives",
-        true,
     ),
     (
         "POLL_ADD",
@@ -203,11 +202,10 @@ impl RingReport {
     /// # Errors
     /// If not even a plain ring can be set up, or it cannot be asked.
     pub fn probe(memlock_limit_bytes: Option<u64>) -> Result<Self, RingUnavailable> {
-        let explain =
-            |error| RingUnavailable::explain(&error, proc::number("/proc/sys/kernel/io_uring_disabled"));
+        let explain = |error| RingUnavailable::here(&error);
         let ladder = SETUP_LEVELS
             .iter()
-            .map(|level| level.try_setup().map(|ring| (*level, ring)));
+            .map(|level| level.builder().build(TRIAL_ENTRIES).map(|ring| (*level, ring)));
         let tried = ladder.reduce(Result::or).expect("the ladder is not empty");
         let (setup, ring) = tried.map_err(explain)?;
         let mut probe = Probe::new();

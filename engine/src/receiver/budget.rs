@@ -1,4 +1,4 @@
-//! How much guest RAM the receiver holds, over all guests.
+//! How much the receiver holds for all guests together: of RAM, and of device state.
 #![forbid(unsafe_code)]
 
 use std::sync::Arc;
@@ -6,15 +6,18 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 /// The limit and what is taken of it, in bytes.
 #[derive(Debug)]
-pub(super) struct RamBudget {
+pub(super) struct Budget {
     limit: u64,
+    name: &'static str,
     held: AtomicU64,
 }
 
-impl RamBudget {
-    pub(super) fn new(limit: u64) -> Self {
+impl Budget {
+    /// `name` is what an operator knows the limit by.
+    pub(super) fn new(limit: u64, name: &'static str) -> Self {
         Self {
             limit,
+            name,
             held: AtomicU64::new(0),
         }
     }
@@ -28,30 +31,30 @@ impl RamBudget {
     }
 
     /// Takes `bytes` until the lease is dropped, or says why not.
-    pub(super) fn take(self: &Arc<Self>, bytes: u64) -> Result<RamLease, String> {
+    pub(super) fn take(self: &Arc<Self>, bytes: u64) -> Result<Lease, String> {
         let fits = |held: u64| held.checked_add(bytes).filter(|sum| *sum <= self.limit);
         match self.held.fetch_update(Ordering::Relaxed, Ordering::Relaxed, fits) {
-            Ok(_) => Ok(RamLease {
+            Ok(_) => Ok(Lease {
                 budget: self.clone(),
                 bytes: AtomicU64::new(bytes),
             }),
             Err(held) => Err(format!(
-                "it takes {bytes} bytes and {held} are held for it and other guests, together more than the {} of \
-                 --ram-limit; `colo-ring discard` gives up the checkpoint of an ended session",
-                self.limit
+                "it takes {bytes} bytes and {held} are held for it and other guests, together more than the {} of {}; \
+                 `colo-ring discard` gives up the checkpoint of an ended session",
+                self.limit, self.name
             )),
         }
     }
 }
 
-/// A guest's part of the budget: its RAM, and what its device state has grown to.
+/// A guest's part of a budget.
 #[derive(Debug)]
-pub(super) struct RamLease {
-    budget: Arc<RamBudget>,
+pub(super) struct Lease {
+    budget: Arc<Budget>,
     bytes: AtomicU64,
 }
 
-impl RamLease {
+impl Lease {
     /// Takes `more` bytes besides, or says why not.
     pub(super) fn grow(&self, more: u64) -> Result<(), String> {
         // The larger lease ends as one: this part of it does not give anything back.
@@ -62,7 +65,7 @@ impl RamLease {
     }
 }
 
-impl Drop for RamLease {
+impl Drop for Lease {
     fn drop(&mut self) {
         self.budget
             .held
@@ -76,7 +79,7 @@ mod tests {
 
     #[test]
     fn no_more_is_taken_than_the_limit() {
-        let budget = Arc::new(RamBudget::new(100));
+        let budget = Arc::new(Budget::new(100, "--ram-limit"));
         let first = budget.take(60).unwrap();
         assert!(budget.take(41).unwrap_err().contains("60 are held"));
         assert!(budget.take(u64::MAX).is_err());

@@ -2,7 +2,7 @@
 //! writes the measurements down. It is never on a page's way.
 
 use super::assemble::{Arrival, Assembler, Complete, Identity, Outcome};
-use super::budget::RamBudget;
+use super::budget::Budget;
 use super::control::{Answer, Asked, Request};
 use super::dump::dump;
 use super::end::SessionEnd;
@@ -54,7 +54,7 @@ pub(super) struct Director {
     pub(super) options: ReceiverOptions,
     pub(super) around: Arc<Surroundings>,
     pub(super) plane: Plane,
-    pub(super) budget: Arc<RamBudget>,
+    pub(super) budget: Arc<Budget>,
     pub(super) recorder: Recorder,
     pub(super) events: Arc<Events>,
 }

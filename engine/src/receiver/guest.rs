@@ -4,7 +4,7 @@
 //! Its endpoints then leave one by one; when the last has left, nothing writes to its memory any more, and the
 //! control thread may drop what was not committed.
 
-use super::budget::RamLease;
+use super::budget::Lease;
 use super::end::SessionEnd;
 use crate::blocks::BlockTable;
 use crate::metrics::SampleQueue;
@@ -64,7 +64,10 @@ pub(super) struct Counters {
 /// A guest's memory, what it takes of the budget, and the steps down from what was asked for.
 pub(super) struct Memory {
     pub(super) store: Arc<Store>,
-    pub(super) lease: RamLease,
+    /// Its RAM's part of the budget, held until it goes.
+    pub(super) _ram: Lease,
+    /// The part that its device state has grown to.
+    pub(super) device_state: Lease,
     pub(super) fallbacks: Vec<String>,
 }
 
@@ -134,11 +137,11 @@ impl Guest {
         self.memory.get().map_or(&[], |memory| &memory.fallbacks)
     }
 
-    /// Takes more of the budget for this guest.
+    /// Takes more of the budget for this guest's device state.
     pub(super) fn grow(&self, bytes: u64) -> Result<(), String> {
         self.memory
             .get()
-            .map_or(Ok(()), |memory| memory.lease.grow(bytes))
+            .map_or(Ok(()), |memory| memory.device_state.grow(bytes))
     }
 
     /// Hands the memory over and wakes the main channel, which waits for it.

@@ -208,8 +208,8 @@ impl MainChannel {
         Ok(())
     }
 
-    /// Device state grows by what arrives; it is part of the budget like RAM, once for this buffer and once for the
-    /// committed one that it is exchanged with.
+    /// Device state grows by what arrives. It has a budget like RAM: once for this buffer, and once for the committed one
+    /// that it is exchanged with.
     fn account(&mut self) -> Result<(), SessionEnd> {
         let bytes = self.session.buffered_bytes() * 2;
         if bytes > self.device_state_bytes {

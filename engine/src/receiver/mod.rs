@@ -33,7 +33,7 @@ use crate::host::Machine;
 use crate::metrics::{MetricsError, Recorder, Report, RunDescription, SampleQueue};
 use crate::ring::{BackendKind, Plane, PlaneError, PlaneOptions};
 use crate::store::{CopyMethod, Flusher, FlusherError, Store};
-use budget::RamBudget;
+use budget::Budget;
 use control::Asked;
 use director::{Director, Wires, direct};
 use guest::{MakeStore, Surroundings};
@@ -289,7 +289,7 @@ fn make_director(
             Flusher::new(CopyMethod::NonTemporal, cores.len(), cores)
         }
     }?;
-    let budget = Arc::new(RamBudget::new(options.ram_limit_bytes));
+    let budget = Arc::new(Budget::new(options.ram_limit_bytes, "--ram-limit"));
     let run = RunDescription {
         started: SystemTime::now(),
         options: options.described.clone(),
@@ -318,15 +318,20 @@ fn make_director(
     })
 }
 
+/// Most device state to hold over all guests, in bytes: two of the largest there can be, each with the buffer for the next.
+const DEVICE_STATES_MAX: u64 = 4 * crate::wire::limits::VMSTATE_MAX;
+
 /// What makes a guest's memory, when its block list is known.
-fn store_maker(options: &ReceiverOptions, budget: Arc<RamBudget>, events: Arc<Events>) -> Arc<MakeStore> {
+fn store_maker(options: &ReceiverOptions, budget: Arc<Budget>, events: Arc<Events>) -> Arc<MakeStore> {
     let mut store_options = options.store.clone();
     store_options.shards = match options.backend {
         BackendKind::Threads => usize::from(options.channels) + 1,
         BackendKind::Uring | BackendKind::Epoll => options.cores.len(),
     };
+    let device_states = Arc::new(Budget::new(DEVICE_STATES_MAX, "device state"));
     Arc::new(move |guest, table| {
-        let lease = budget.take(table.total_bytes())?;
+        let ram = budget.take(table.total_bytes())?;
+        let device_state = device_states.take(0)?;
         let label = format!("session-{}", guest.id);
         let (store, notes) = Store::create(table, &label, &store_options).map_err(|e| e.to_string())?;
         let fallbacks: Vec<String> = notes.iter().map(ToString::to_string).collect();
@@ -335,7 +340,8 @@ fn store_maker(options: &ReceiverOptions, budget: Arc<RamBudget>, events: Arc<Ev
         }
         Ok(guest::Memory {
             store: Arc::new(store),
-            lease,
+            _ram: ram,
+            device_state,
             fallbacks,
         })
     })

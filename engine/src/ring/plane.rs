@@ -5,8 +5,7 @@ use super::epoll::EpollBackend;
 use super::uring::{RingFeatures, UringBackend};
 use super::wake::{CoreWake, Semaphore, Waker};
 use super::{Endpoint, ReceiveStyle, threads};
-use nix::sched::{CpuSet, sched_setaffinity};
-use nix::unistd::Pid;
+use crate::host::{RingUnavailable, pin};
 use std::io;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, PoisonError, mpsc};
@@ -267,14 +266,6 @@ fn start_core(
     }
 }
 
-fn pin(cores: &[usize]) -> io::Result<()> {
-    let mut set = CpuSet::new();
-    for core in cores {
-        set.set(*core)?;
-    }
-    Ok(sched_setaffinity(Pid::from_raw(0), &set)?)
-}
-
 /// Tries a core on a thread of its own, so that the caller's affinity stays as it is.
 fn check_core(core: usize) -> Result<(), PlaneError> {
     let tried = thread::spawn(move || pin(&[core])).join();
@@ -283,14 +274,9 @@ fn check_core(core: usize) -> Result<(), PlaneError> {
 }
 
 fn explain(error: &io::Error) -> String {
-    let remedy = match error.raw_os_error() {
-        Some(libc::ENOSYS) => "; this kernel has no io_uring",
-        Some(libc::EPERM | libc::EACCES) => {
-            "; it is disabled here: `sysctl kernel.io_uring_disabled=0`, or allow it in the container's seccomp profile"
-        }
-        Some(libc::ENOMEM) => "; raise the limit of locked memory, `ulimit -l`",
-        Some(libc::EMFILE) => "; raise the limit of open files, `ulimit -n`",
-        _ => "",
-    };
-    format!("{error}{remedy}")
+    match error.raw_os_error() {
+        // Our own: a ring that lacks an operation.
+        None => error.to_string(),
+        Some(_) => RingUnavailable::here(error).to_string(),
+    }
 }

@@ -16,6 +16,7 @@
 use super::ReceivePlan;
 use super::core::{Backend, Completion, Wait};
 use super::wake::CoreWake;
+use crate::host::SETUP_LEVELS;
 use crate::store::Slab;
 use io_uring::{IoUring, Probe, cqueue, opcode, squeue, types};
 use std::io;
@@ -181,23 +182,12 @@ fn classify(entry: &cqueue::Entry) -> Reaped {
 
 /// The best ring this kernel sets up, and what it is called.
 fn build() -> io::Result<(IoUring, &'static str)> {
-    let mut best = IoUring::builder();
-    // TASKRUN_FLAG: without it, a poll that does not wait cannot see that completions are due, and takes none.
-    best.setup_single_issuer()
-        .setup_defer_taskrun()
-        .setup_taskrun_flag();
-    let mut good = IoUring::builder();
-    good.setup_coop_taskrun();
-    let steps = [
-        (best, "SINGLE_ISSUER, DEFER_TASKRUN"),
-        (good, "COOP_TASKRUN"),
-        (IoUring::builder(), "no setup flags"),
-    ];
     let mut last = io::Error::from(io::ErrorKind::Unsupported);
-    for (mut builder, name) in steps {
+    for level in SETUP_LEVELS {
+        let mut builder = level.builder();
         builder.setup_cqsize(COMPLETIONS).setup_clamp().dontfork();
         match builder.build(SUBMISSIONS) {
-            Ok(ring) => return Ok((ring, name)),
+            Ok(ring) => return Ok((ring, level.name())),
             // An unknown flag; anything else would be no different without it.
             Err(error) if error.raw_os_error() == Some(libc::EINVAL) => last = error,
             Err(error) => return Err(error),

@@ -9,8 +9,7 @@ use super::copy::{self, CopyMethod};
 use super::handover::{HandOver, Offer};
 use super::image::RamImage;
 use super::plan::{PageRun, Plan};
-use nix::sched::{CpuSet, sched_setaffinity};
-use nix::unistd::Pid;
+use crate::host::pin;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, RwLock, mpsc};
 use std::thread::JoinHandle;
@@ -173,7 +172,7 @@ impl Flusher {
         let hand_over = self.hand_over.clone();
         let (started, pinned) = mpsc::sync_channel(1);
         let life = move || {
-            let ready = core.map_or(Ok(()), pin);
+            let ready = core.map_or(Ok(()), |core| pin(&[core]));
             let on = ready.is_ok();
             // Nobody listens only if the thread that waits below is gone, and the process with it.
             let _ = started.send(ready);
@@ -187,10 +186,7 @@ impl Flusher {
             .map_err(|source| FlusherError::Spawn { helper, source })?;
         self.helpers.push(thread);
         match (pinned.recv(), core) {
-            (Ok(Err(errno)), Some(core)) => {
-                let source = errno.into();
-                Err(FlusherError::Pin { helper, core, source })
-            }
+            (Ok(Err(source)), Some(core)) => Err(FlusherError::Pin { helper, core, source }),
             _ => Ok(()),
         }
     }
@@ -214,11 +210,4 @@ impl Drop for Flusher {
             drop(helper.join());
         }
     }
-}
-
-/// Pins the calling thread.
-fn pin(core: usize) -> Result<(), nix::errno::Errno> {
-    let mut cores = CpuSet::new();
-    cores.set(core)?;
-    sched_setaffinity(Pid::from_raw(0), &cores)
 }
