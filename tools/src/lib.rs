@@ -8,6 +8,7 @@ pub mod doctor;
 pub mod options;
 pub mod output;
 pub mod receive;
+pub mod run_file;
 mod signals;
 pub mod status;
 pub mod synth;

@@ -19,8 +19,8 @@ pub const VALUES_PER_LOGGED_UNIT: f64 = 1_000_000.0;
 const LEGEND: &str =
     "\"StartTimestamp\",\"Interval_Length\",\"Interval_Max\",\"Interval_Compressed_Histogram\"\n";
 
-/// The interval log of one phase. Its intervals carry the session as tag `session-N`.
-pub(super) struct IntervalLog {
+/// The interval log of one phase, being written.
+pub struct IntervalLog {
     path: PathBuf,
     file: File,
     serializer: V2DeflateSerializer,
@@ -28,12 +28,11 @@ pub(super) struct IntervalLog {
 }
 
 impl IntervalLog {
-    /// Creates the file, replacing one of an earlier run, and writes its head.
-    pub(super) fn create(
-        path: PathBuf,
-        comments: &[String],
-        started: SystemTime,
-    ) -> Result<Self, MetricsError> {
+    /// Creates the file, replacing one of an earlier run, and writes its head. Times in it count from `started`.
+    ///
+    /// # Errors
+    /// If the file cannot be made or written.
+    pub fn create(path: PathBuf, comments: &[String], started: SystemTime) -> Result<Self, MetricsError> {
         let file = File::create(&path).map_err(|source| MetricsError::Create {
             path: path.clone(),
             source,
@@ -58,10 +57,14 @@ impl IntervalLog {
         Ok(log)
     }
 
-    /// Adds an interval of one session to the lines that [`Self::append`] will write.
-    pub(super) fn add(
+    /// Adds an interval to the lines that [`Self::append`] will write: `histogram` in nanoseconds, `start` since the
+    /// log's start. Blanks, commas and line ends cannot be in a tag: with them the interval has none.
+    ///
+    /// # Errors
+    /// If the histogram cannot be encoded.
+    pub fn add(
         &mut self,
-        session: u32,
+        tag: Option<&str>,
         histogram: &Histogram<u64>,
         start: Duration,
         length: Duration,
@@ -69,12 +72,11 @@ impl IntervalLog {
         // The crate's writer begins with a head of its own each time: here it goes to a scratch buffer of its own,
         // and the lines of the head, the only ones with a '#', stay behind.
         let mut scratch = Vec::new();
-        let tag = format!("session-{session}");
         IntervalLogWriterBuilder::new()
             .with_max_value_divisor(VALUES_PER_LOGGED_UNIT)
             .begin_log_with(&mut scratch, &mut self.serializer)
             .map_err(|source| log_error(&self.path, source))?
-            .write_histogram(histogram, start, length, Tag::new(&tag))
+            .write_histogram(histogram, start, length, tag.and_then(Tag::new))
             .map_err(|error| match error {
                 IntervalLogWriterError::IoError(source) => log_error(&self.path, source),
                 IntervalLogWriterError::SerializeError(error) => {
@@ -89,7 +91,7 @@ impl IntervalLog {
     }
 
     /// Adds a comment to the lines that [`Self::append`] will write.
-    pub(super) fn comment(&mut self, text: &str) {
+    pub fn comment(&mut self, text: &str) {
         for line in text.lines() {
             self.lines.push(b'#');
             self.lines.extend_from_slice(line.as_bytes());
@@ -98,7 +100,10 @@ impl IntervalLog {
     }
 
     /// Writes what was added; nothing of it is kept for another attempt, so that a full disk cannot fill memory.
-    pub(super) fn append(&mut self) -> Result<(), MetricsError> {
+    ///
+    /// # Errors
+    /// If the file cannot be written.
+    pub fn append(&mut self) -> Result<(), MetricsError> {
         let written = self.file.write_all(&self.lines);
         self.lines.clear();
         written.map_err(|source| log_error(&self.path, source))

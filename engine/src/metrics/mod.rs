@@ -7,17 +7,19 @@
 //! All times are of the receiver's monotonic clock, in nanoseconds; histograms keep three significant digits.
 #![forbid(unsafe_code)]
 
+mod files;
 mod log;
 mod queue;
 mod recorder;
 mod summary;
 
-pub use log::VALUES_PER_LOGGED_UNIT;
+pub use files::{with_suffix, write_json};
+pub use log::{IntervalLog, VALUES_PER_LOGGED_UNIT};
 pub use queue::{SAMPLES_MAX, SampleQueue};
 pub use recorder::{
     INTERVAL, MetricsError, Recorder, Report, RunDescription, SCHEMA, SCHEMA_VERSION, SESSIONS_KEPT,
 };
-pub use summary::{Accumulator, PhaseSummary, Summary, display_nanoseconds};
+pub use summary::{Accumulator, PhaseSummary, SIGNIFICANT_DIGITS, Summary, display_nanoseconds};
 
 use serde::{Deserialize, Serialize};
 use std::time::Duration;

@@ -3,13 +3,12 @@
 //! Owned by the control thread. It is drained often, writes an interval about once a second, and writes the report
 //! at the end. An error of a file never loses a figure held in memory: the caller may go on without the file.
 
+use super::files::{with_suffix, write_json};
 use super::log::IntervalLog;
 use super::{Accumulator, CheckpointSample, Phase, SampleQueue, Summary};
 use crate::host::Machine;
 use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, VecDeque};
-use std::ffi::OsString;
-use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use thiserror::Error;
@@ -31,7 +30,7 @@ pub const INTERVAL: Duration = Duration::from_secs(1);
 pub enum MetricsError {
     /// A file could not be made.
     #[error(
-        "cannot create {}: {source}; choose a --hist prefix in a directory that exists and is writable",
+        "cannot create {}: {source}; choose a prefix in a directory that exists and is writable",
         path.display()
     )]
     Create {
@@ -219,7 +218,8 @@ impl Recorder {
                 ));
             }
             let added = sessions.iter().try_for_each(|(session, accumulator)| {
-                log.add(*session, accumulator.histogram(*phase), start, length)
+                let tag = format!("session-{session}");
+                log.add(Some(&tag), accumulator.histogram(*phase), start, length)
             });
             // Every log is tried, so that one that fails does not take the others with it.
             result = result.and(added.and(log.append()));
@@ -256,7 +256,7 @@ impl Recorder {
         let interval = self.write_interval(now);
         let report = self.report(now);
         if let Some(files) = &self.files {
-            write_report(&files.report, &report)?;
+            write_json(&files.report, &report)?;
         }
         interval.map(|()| report)
     }
@@ -283,28 +283,6 @@ impl Files {
             report: with_suffix(prefix, ".json"),
         })
     }
-}
-
-/// The report appears whole or not at all: written beside its place, then renamed.
-fn write_report(path: &Path, report: &Report) -> Result<(), MetricsError> {
-    let beside = with_suffix(path, ".new");
-    let write = || {
-        let mut text = serde_json::to_vec_pretty(report)?;
-        text.push(b'\n');
-        let mut file = std::fs::File::create(&beside)?;
-        file.write_all(&text)?;
-        std::fs::rename(&beside, path)
-    };
-    write().map_err(|source| MetricsError::Write {
-        path: path.to_owned(),
-        source,
-    })
-}
-
-fn with_suffix(prefix: &Path, suffix: &str) -> PathBuf {
-    let mut name = OsString::from(prefix);
-    name.push(suffix);
-    PathBuf::from(name)
 }
 
 fn milliseconds(duration: Duration) -> u64 {

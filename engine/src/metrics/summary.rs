@@ -5,8 +5,8 @@ use hdrhistogram::Histogram;
 use serde::{Deserialize, Serialize};
 use std::fmt;
 
-/// Significant decimal digits that the histograms keep.
-const SIGNIFICANT_DIGITS: u8 = 3;
+/// Significant decimal digits that histograms keep.
+pub const SIGNIFICANT_DIGITS: u8 = 3;
 
 /// The histograms of a set of checkpoints, one per phase, and their sums.
 #[derive(Clone, Debug)]

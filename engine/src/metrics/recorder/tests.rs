@@ -236,7 +236,7 @@ fn a_prefix_in_no_directory_is_refused_with_advice() {
         .unwrap();
     let text = error.to_string();
     assert!(
-        text.contains("/nonexistent/dir/run.reply.hlog") && text.contains("--hist"),
+        text.contains("/nonexistent/dir/run.reply.hlog") && text.contains("choose a prefix"),
         "{text}"
     );
 }

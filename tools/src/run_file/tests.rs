@@ -1,0 +1,130 @@
+use super::*;
+use hdrhistogram::serialization::interval_log::{IntervalLogIterator, LogEntry};
+
+struct Scratch(PathBuf);
+
+impl Scratch {
+    fn new(name: &str) -> Self {
+        let path = std::env::temp_dir().join(format!("colo-ring-run-file-{}-{name}", std::process::id()));
+        std::fs::create_dir_all(&path).unwrap();
+        Self(path)
+    }
+}
+
+impl Drop for Scratch {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_dir_all(&self.0);
+    }
+}
+
+fn run() -> RunFile {
+    let checkpoint = |n: u64| Checkpoint {
+        n,
+        at_ns: n * 300_000_000,
+        phases_ns: [
+            ("loaded".to_owned(), n * 1_000_000),
+            ("received".to_owned(), n * 900_000),
+        ]
+        .into(),
+        pages: 10,
+        bytes: 41_000,
+        ..Checkpoint::default()
+    };
+    let started = UNIX_EPOCH + Duration::from_secs(1_700_000_000);
+    let options = serde_json::json!({ "pace": "max" });
+    RunFile {
+        secondary: Some(SecondaryUse {
+            pid: 1,
+            cpu_ns: 2,
+            rss_bytes_max: 3,
+        }),
+        checkpoints: (1..=10).map(checkpoint).collect(),
+        dropped: 1,
+        notes: vec!["a note".to_owned()],
+        ..RunFile::new(
+            "colo-ring uring",
+            "colo-ring replay",
+            options,
+            Clock::Primary,
+            started,
+        )
+    }
+}
+
+#[test]
+fn a_run_comes_back_and_its_logs_lie_beside_it() {
+    let scratch = Scratch::new("back");
+    let prefix = scratch.0.join("run.1");
+    run().write(&prefix).unwrap();
+    assert_eq!(RunFile::read(&scratch.0.join("run.1.run.json")).unwrap(), run());
+    for phase in ["loaded", "received"] {
+        let text = std::fs::read(scratch.0.join(format!("run.1.{phase}.hlog"))).unwrap();
+        let entries = IntervalLogIterator::new(&text).collect::<Result<Vec<_>, _>>();
+        let starts: Vec<_> = entries
+            .unwrap()
+            .iter()
+            .filter_map(|entry| match entry {
+                LogEntry::Interval(interval) => Some(interval.start_timestamp().as_secs()),
+                _ => None,
+            })
+            .collect();
+        assert_eq!(starts, [0, 1, 2, 3]);
+    }
+    let mut names: Vec<_> = std::fs::read_dir(&scratch.0)
+        .unwrap()
+        .map(|e| e.unwrap().file_name())
+        .collect();
+    names.sort();
+    assert_eq!(
+        names,
+        ["run.1.loaded.hlog", "run.1.received.hlog", "run.1.run.json"]
+    );
+}
+
+#[test]
+fn what_is_no_run_is_refused_with_the_reason() {
+    let scratch = Scratch::new("refused");
+    let path = scratch.0.join("x.run.json");
+    let good = serde_json::to_value(run()).unwrap();
+    let refused = |change: &dyn Fn(&mut serde_json::Value)| {
+        let mut value = good.clone();
+        change(&mut value);
+        std::fs::write(&path, value.to_string()).unwrap();
+        RunFile::read(&path).unwrap_err().to_string()
+    };
+    for (change, says) in [
+        (
+            &(|v: &mut serde_json::Value| v["schema"] = "x".into()) as &dyn Fn(&mut serde_json::Value),
+            "the schema is \"x\"",
+        ),
+        (&|v| v["schema_version"] = 2.into(), "knows 1"),
+        (&|v| v["name"] = "a\u{1b}[2J".into(), "control character"),
+        (&|v| v["name"] = "".into(), "cannot be a run's name"),
+        (&|v| v["clock"] = "mine".into(), "unknown variant"),
+        (&|v| v["checkpoints"][3]["at_ns"] = (-1).into(), "invalid value"),
+        (
+            &|v| v["checkpoints"][3]["phases_ns"]["../x"] = 1.into(),
+            "cannot be a phase",
+        ),
+        (&|v| *v = 1.into(), "line 1 column 1"),
+    ] {
+        let said = refused(change);
+        assert!(
+            said.contains(says) && said.contains("x.run.json"),
+            "{says}: {said}"
+        );
+    }
+    std::fs::write(&path, &good.to_string()[..200]).unwrap();
+    assert!(RunFile::read(&path).unwrap_err().to_string().contains("EOF"));
+    let missing = RunFile::read(&scratch.0.join("none")).unwrap_err().to_string();
+    assert!(missing.contains("No such file"), "{missing}");
+}
+
+#[test]
+fn a_run_that_could_not_be_read_is_not_written() {
+    let scratch = Scratch::new("unwritten");
+    let mut bad = run();
+    bad.checkpoints[0].phases_ns.insert("../escape".to_owned(), 1);
+    assert!(bad.write(&scratch.0.join("x")).is_err());
+    assert_eq!(std::fs::read_dir(&scratch.0).unwrap().count(), 0);
+}
