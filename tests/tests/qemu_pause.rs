@@ -4,8 +4,8 @@
 use std::time::Duration;
 
 use colo_ring_tests::lab::{
-    Address, Backend, CongestionControl, Distribution, Guest, Lab, LabError, Machine, Protection, Qemu,
-    Receiver, ReceiverOptions, TestGuest, Transport, experiment, host,
+    Address, Backend, Distribution, Guest, HostSetting, Lab, LabError, Machine, Protection, Qemu, Receiver,
+    ReceiverOptions, TestGuest, Transport, experiment, host,
 };
 
 const BLOCKS: usize = 3;
@@ -22,7 +22,7 @@ const ATTEMPTS: usize = 2;
 #[test]
 fn idle_primary_pauses_for_5_ms_at_the_median_and_12_ms_at_p99() {
     experiment(|lab| {
-        let congestion_control = CongestionControl::cubic_if_permitted();
+        let congestion_control = HostSetting::cubic();
         for attempt in 1..=ATTEMPTS {
             let ring = measure(lab, attempt, &congestion_control)?;
             let holds = ring.percentile_ms(50) <= P50_MAX_MS && ring.percentile_ms(99) <= P99_MAX_MS;
@@ -40,11 +40,7 @@ fn idle_primary_pauses_for_5_ms_at_the_median_and_12_ms_at_p99() {
 }
 
 /// Both secondaries in turn; prints both distributions and returns colo-ring's.
-fn measure(
-    lab: &Lab,
-    attempt: usize,
-    congestion_control: &CongestionControl,
-) -> Result<Distribution, LabError> {
+fn measure(lab: &Lab, attempt: usize, congestion_control: &HostSetting) -> Result<Distribution, LabError> {
     let (mut ring_us, mut qemu_us) = (Vec::new(), Vec::new());
     for block in attempt * BLOCKS..(attempt + 1) * BLOCKS {
         ring_us.extend(pauses_with_receiver(lab, block)?);

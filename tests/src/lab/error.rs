@@ -43,6 +43,9 @@ pub enum LabError {
         /// How long.
         limit: Duration,
     },
+    /// The user wants an end.
+    #[error("interrupted")]
+    Interrupted,
     /// A process or a session ended where it should have gone on.
     #[error("{what}: {detail}")]
     Ended {

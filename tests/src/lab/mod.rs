@@ -13,12 +13,13 @@ mod qemu;
 mod qmp;
 mod ram;
 mod receiver;
+mod settings;
 mod stats;
 
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
 use nix::fcntl::{Flock, FlockArg};
@@ -26,13 +27,14 @@ use nix::fcntl::{Flock, FlockArg};
 pub use error::LabError;
 pub use guest::{Content, Guest, LinuxGuest, Pattern, TestGuest};
 pub use image::check_test_guest_image;
-pub use network::{Address, CongestionControl, Transport};
+pub use network::{Address, Transport};
 pub use protect::{Protection, ZeroPageDetection};
 pub use qemu::{Devices, Machine, Qemu};
 pub use qmp::{Event, Qmp};
 pub use ram::SavedRam;
 pub(crate) use receiver::command_under_test;
 pub use receiver::{Backend, Dump, Receiver, ReceiverOptions};
+pub use settings::HostSetting;
 pub use stats::{Distribution, host};
 
 /// The laboratory, held by one test at a time.
@@ -53,31 +55,51 @@ impl Lab {
     /// # Errors
     /// [`LabError::Missing`] with the command that makes it.
     pub fn open() -> Result<Self, LabError> {
-        let dir = PathBuf::from(script_output("path")?);
-        let qemu = dir.join("bin/qemu-system-x86_64");
-        let kernel = dir.join("linux/vmlinuz");
-        let initrd = dir.join("linux/initrd.gz");
-        for file in [&qemu, &kernel, &initrd] {
+        let lab = Self::without_qemu()?;
+        for file in [&lab.qemu, &lab.kernel, &lab.initrd] {
             if !file.exists() {
                 return Err(LabError::Missing { file: file.clone() });
             }
         }
-        let lock_path = dir.join("turn.lock");
-        let lock_file =
-            File::create(&lock_path).map_err(LabError::io(format!("create {}", lock_path.display())))?;
-        let turn = Flock::lock(lock_file, FlockArg::LockExclusive)
-            .map_err(|(_, errno)| LabError::io(format!("lock {}", lock_path.display()))(errno.into()))?;
+        assemble_test_guest(&lab.test_guest)?;
+        Ok(lab)
+    }
+
+    /// Waits for its turn, for experiments of the command alone: no QEMU can be started.
+    ///
+    /// # Errors
+    /// When its files cannot be made.
+    pub fn without_qemu() -> Result<Self, LabError> {
+        let dir = PathBuf::from(script_output("path")?);
+        let turn = take_turn(&dir.with_extension("turn"))?;
         let scratch = make_scratch()?;
-        let test_guest = scratch.join("dirtier.elf");
-        assemble_test_guest(&test_guest)?;
         Ok(Self {
-            qemu,
-            kernel,
-            initrd,
-            test_guest,
+            qemu: dir.join("bin/qemu-system-x86_64"),
+            kernel: dir.join("linux/vmlinuz"),
+            initrd: dir.join("linux/initrd.gz"),
+            test_guest: scratch.join("dirtier.elf"),
             scratch,
             files_made: AtomicU32::new(0),
             _turn: turn,
+        })
+    }
+
+    /// The version of its QEMU, such as `11.1.3`.
+    ///
+    /// # Errors
+    /// When it does not run.
+    pub fn qemu_version(&self) -> Result<String, LabError> {
+        let output = Command::new(&self.qemu)
+            .arg("--version")
+            .output()
+            .map_err(LabError::io(format!("run {}", self.qemu.display())))?;
+        let said = String::from_utf8_lossy(&output.stdout).into_owned();
+        let version = said
+            .strip_prefix("QEMU emulator version ")
+            .and_then(|rest| rest.split([' ', '\n']).next());
+        version.map(str::to_owned).ok_or_else(|| LabError::Malformed {
+            what: "the answer to --version".into(),
+            detail: said.clone(),
         })
     }
 
@@ -129,6 +151,17 @@ fn script_output(word: &str) -> Result<String, LabError> {
     Ok(String::from_utf8_lossy(&output.stdout).trim().to_owned())
 }
 
+// Blocks while another process has it.
+fn take_turn(lock_path: &Path) -> Result<Flock<File>, LabError> {
+    let failed = || format!("lock {}", lock_path.display());
+    let file = lock_path
+        .parent()
+        .map_or(Ok(()), fs::create_dir_all)
+        .and_then(|()| File::create(lock_path))
+        .map_err(LabError::io(failed()))?;
+    Flock::lock(file, FlockArg::LockExclusive).map_err(|(_, errno)| LabError::io(failed())(errno.into()))
+}
+
 fn assemble_test_guest(out: &Path) -> Result<(), LabError> {
     let script = repository().join("tests/guest/build");
     let output = Command::new(&script)
@@ -171,10 +204,18 @@ fn print_logs(dir: &Path) {
     }
 }
 
+static INTERRUPTED: AtomicBool = AtomicBool::new(false);
+
+/// Lets every [`wait_for`] of this process end with [`LabError::Interrupted`], now and from now on, so that whatever was
+/// started is ended by its owner.
+pub fn interrupt() {
+    INTERRUPTED.store(true, Ordering::Relaxed);
+}
+
 /// Asks `ready` every few milliseconds until it gives a value.
 ///
 /// # Errors
-/// Those of `ready`, and [`LabError::Timeout`] after `limit`.
+/// Those of `ready`, [`LabError::Timeout`] after `limit`, and [`LabError::Interrupted`] after [`interrupt`].
 pub fn wait_for<T>(
     what: &str,
     limit: Duration,
@@ -184,6 +225,9 @@ pub fn wait_for<T>(
     loop {
         if let Some(value) = ready()? {
             return Ok(value);
+        }
+        if INTERRUPTED.load(Ordering::Relaxed) {
+            return Err(LabError::Interrupted);
         }
         if Instant::now() >= deadline {
             return Err(LabError::Timeout {

@@ -22,6 +22,8 @@ pub struct Machine {
     pub memory_mib: u32,
     /// What is in it beside memory and a serial port.
     pub devices: Devices,
+    /// Whether its memory is touched before it starts, so that no page fault is measured.
+    pub prealloc: bool,
     /// `-uuid`, by which a receiver tells the channels of several guests apart.
     pub uuid: Option<String>,
     /// What it boots.
@@ -50,6 +52,7 @@ impl Machine {
             machine: machine.to_owned(),
             memory_mib,
             devices: Devices::None,
+            prealloc: false,
             uuid: None,
             guest,
         }
@@ -66,18 +69,28 @@ impl Machine {
 
     fn args(&self, ram_file: &Path) -> Vec<String> {
         let (machine, memory_mib) = (&self.machine, self.memory_mib);
+        let backend = match self.devices {
+            Devices::None if !self.prealloc => None,
+            Devices::None => Some("memory-backend-ram".to_owned()),
+            Devices::Many => Some(format!(
+                "memory-backend-file,mem-path={},share=on",
+                ram_file.display()
+            )),
+        };
         let mut args = vec!["-m".to_owned(), format!("{memory_mib}M"), "-machine".to_owned()];
-        match self.devices {
-            Devices::None => args.push(machine.clone()),
-            Devices::Many => {
+        match backend {
+            None => args.push(machine.clone()),
+            Some(backend) => {
+                let prealloc = if self.prealloc { "on" } else { "off" };
                 args.push(format!("{machine},memory-backend=pc.ram"));
                 args.push("-object".to_owned());
-                let file = ram_file.display();
                 args.push(format!(
-                    "memory-backend-file,id=pc.ram,mem-path={file},size={memory_mib}M,share=on"
+                    "{backend},id=pc.ram,size={memory_mib}M,prealloc={prealloc}"
                 ));
-                args.extend(MANY_DEVICES.split_whitespace().map(str::to_owned));
             }
+        }
+        if self.devices == Devices::Many {
+            args.extend(MANY_DEVICES.split_whitespace().map(str::to_owned));
         }
         if let Some(uuid) = &self.uuid {
             args.extend(["-uuid".to_owned(), uuid.clone()]);

@@ -353,18 +353,24 @@ fn malformed(what: &str, error: &serde_json::Error) -> LabError {
     }
 }
 
-// `COLO_RING_BIN`, or the command that cargo built beside this test (target/PROFILE/deps/TEST → target/PROFILE).
+// `COLO_RING_BIN`, or the command that cargo built beside this program (target/PROFILE), or above it where this program
+// is a test (target/PROFILE/deps).
 pub(crate) fn command_under_test() -> Result<PathBuf, LabError> {
     if let Some(path) = std::env::var_os("COLO_RING_BIN") {
         return Ok(path.into());
     }
-    let test = std::env::current_exe().map_err(LabError::io("find this test's own path"))?;
-    let built = test
-        .parent()
-        .and_then(Path::parent)
+    let own = std::env::current_exe().map_err(LabError::io("find this program's own path"))?;
+    let built = own
+        .ancestors()
+        .skip(1)
+        .take(2)
         .map(|directory| directory.join("colo-ring"));
-    built.filter(|path| path.exists()).ok_or_else(|| LabError::Ended {
-        what: "there is no colo-ring beside this test".into(),
-        detail: "build it with the same profile (cargo build -p colo-ring-tools) or set COLO_RING_BIN".into(),
-    })
+    built
+        .into_iter()
+        .find(|path| path.is_file())
+        .ok_or_else(|| LabError::Ended {
+            what: "there is no colo-ring beside this program".into(),
+            detail: "build it with the same profile (cargo build -p colo-ring-tools) or set COLO_RING_BIN"
+                .into(),
+        })
 }
