@@ -1,7 +1,7 @@
 //! The real command in surroundings of a test's choice: limits, filters, missing privileges.
 
 use crate::lab::command_under_test;
-use colo_ring_tools::synth::{Address, SynthOptions, SynthPrimary, Version};
+use colo_ring_tools::synth::{Address, Distribution, SynthOptions, SynthPrimary, Version};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use serde_json::Value;
@@ -262,7 +262,7 @@ pub fn guest() -> SynthOptions {
     SynthOptions {
         ram_bytes: 8 << 20,
         channels: 2,
-        dirty_pages: 100,
+        dirty_pages: Distribution::Fixed(100),
         interval: Duration::ZERO,
         ..SynthOptions::new(Version::V11_1)
     }

@@ -6,7 +6,7 @@
 use colo_ring::receiver::{Event, Receiver, ReceiverOptions};
 use colo_ring::ring::BackendKind;
 use colo_ring::store::{HugePages, StoreOptions};
-use colo_ring_tools::synth::{SynthOptions, SynthPrimary, Version};
+use colo_ring_tools::synth::{Distribution, SynthOptions, SynthPrimary, Version};
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::cell::Cell;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -131,7 +131,7 @@ fn in_steady_state(backend: BackendKind, channels: u8, version: Version) -> u64 
     let shape = SynthOptions {
         ram_bytes: 16 << 20,
         channels,
-        dirty_pages: 600,
+        dirty_pages: Distribution::Fixed(600),
         interval: Duration::ZERO,
         ..SynthOptions::new(version)
     };

@@ -5,7 +5,7 @@ use colo_ring::receiver::{
 };
 use colo_ring::ring::BackendKind;
 use colo_ring::store::{HugePages, StoreOptions};
-use colo_ring_tools::synth::{Address, SynthOptions, SynthPrimary, Version};
+use colo_ring_tools::synth::{Address, Distribution, SynthOptions, SynthPrimary, Version};
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -100,7 +100,7 @@ fn primary(version: Version, channels: u8, seed: u64) -> SynthOptions {
     SynthOptions {
         ram_bytes: 24 << 20,
         channels,
-        dirty_pages: 700,
+        dirty_pages: Distribution::Fixed(700),
         seed,
         ..SynthOptions::new(version)
     }

@@ -6,7 +6,7 @@
 use crate::options::{Backend, HugePages, Size};
 use crate::output::{CommandError, ProgressLine, print, print_json, table, tell};
 use crate::receive::default_cores;
-use crate::synth::{Address, SynthOptions, SynthPrimary, Version};
+use crate::synth::{Address, Distribution, SynthOptions, SynthPrimary, Version};
 use clap::Args;
 use colo_ring::host::Machine;
 use colo_ring::metrics::{Phase, Summary, display_nanoseconds};
@@ -269,7 +269,7 @@ impl Contestant {
         let options = SynthOptions {
             ram_bytes: args.ram.0,
             channels: args.channels,
-            dirty_pages: args.pages,
+            dirty_pages: Distribution::Fixed(args.pages),
             interval: Duration::from_millis(args.interval),
             seed: round + 1,
             ..SynthOptions::new(Version::V11_1)

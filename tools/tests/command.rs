@@ -1,7 +1,7 @@
 //! The command as its users run it: processes, exit codes, files and sockets.
 
 use colo_ring::metrics::Phase;
-use colo_ring_tools::synth::{self, SynthOptions, SynthPrimary, Version};
+use colo_ring_tools::synth::{self, Distribution, SynthOptions, SynthPrimary, Version};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use serde_json::Value;
@@ -150,7 +150,7 @@ fn guest() -> SynthOptions {
     SynthOptions {
         ram_bytes: 8 << 20,
         channels: 2,
-        dirty_pages: 50,
+        dirty_pages: Distribution::Fixed(50),
         interval: Duration::from_millis(5),
         ..SynthOptions::new(Version::V11_1)
     }

@@ -6,7 +6,7 @@ use colo_ring::receiver::{
 };
 use colo_ring::ring::BackendKind;
 use colo_ring::store::{HugePages, StoreOptions};
-use colo_ring_tools::synth::{SynthOptions, SynthPrimary, Version};
+use colo_ring_tools::synth::{Distribution, SynthOptions, SynthPrimary, Version};
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::sync::mpsc;
@@ -95,7 +95,7 @@ impl Bench {
         let shape = SynthOptions {
             ram_bytes: 2 << 20,
             channels,
-            dirty_pages: 40,
+            dirty_pages: Distribution::Fixed(40),
             interval: Duration::ZERO,
             uuid: [9; 16],
             ..SynthOptions::new(Version::V11_1)

@@ -1,10 +1,8 @@
 //! The guest's memory: what it holds, which pages are dirty, which are zero.
-//!
-//! A page that is not zero carries its number, a version and stamps in each eighth of it, so that a page which is
-//! missing, old, in the wrong place or made of two versions does not compare equal.
 
 use super::rng::Rng;
-use super::{Pattern, SynthOptions};
+use super::shape::round;
+use super::{Content, Distribution, Pattern, SynthOptions, content};
 use colo_ring::blocks::BlockTable;
 use colo_ring::units::{PAGE_BYTES, PAGE_SIZE};
 use std::ops::Deref;
@@ -18,9 +16,6 @@ const SMALL_BLOCKS: [(&str, u64); 5] = [
     ("/rom@etc/table-loader", 0x1000),
     ("/rom@etc/acpi/rsdp", 0x1000),
 ];
-
-/// Distance of the stamps in a page.
-const STAMP_BYTES: usize = PAGE_SIZE / 8;
 
 /// A page as the wire names it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -75,6 +70,50 @@ impl PageSet {
     }
 }
 
+/// The pages that [`Pattern::HotSet`] prefers, at equal distances all over the guest; none with other patterns.
+struct HotSet {
+    hot: u64,
+    /// Pages of the guest.
+    pages: u64,
+    /// Hot pages that are not dirty yet.
+    clean: u64,
+}
+
+impl HotSet {
+    fn of(pattern: Pattern, pages: u64) -> Self {
+        let hot = match pattern {
+            Pattern::HotSet { pages: share, .. } => round(share * pages as f64).clamp(1, pages),
+            Pattern::Random | Pattern::Sequential | Pattern::Runs(_) => 0,
+        };
+        let clean = hot;
+        Self { hot, pages, clean }
+    }
+
+    /// The hot page of that number.
+    fn page(&self, number: u64) -> u64 {
+        // No overflow: a guest has at most 2^32 pages.
+        number * self.pages / self.hot
+    }
+
+    /// A clean hot page in the share `writes` of cases, as long as there is one; otherwise any page.
+    fn choose(&self, rng: &mut Rng, writes: f64, dirty: &PageSet) -> u64 {
+        if !rng.chance(writes) || self.clean == 0 {
+            return rng.below(self.pages);
+        }
+        let mut number = rng.below(self.hot);
+        while dirty.contains(self.page(number)) {
+            number = (number + 1) % self.hot;
+        }
+        self.page(number)
+    }
+
+    fn dirtied(&mut self, page: u64) {
+        if self.clean > 0 && self.page((page * self.hot).div_ceil(self.pages)) == page {
+            self.clean -= 1;
+        }
+    }
+}
+
 /// An offset within memory that exists.
 fn index(number: u64) -> usize {
     usize::try_from(number).expect("what is in memory fits an address")
@@ -87,8 +126,7 @@ pub(super) struct GuestRam {
     first_pages: Vec<u64>,
     blocks: Vec<Vec<u8>>,
     zero: PageSet,
-    /// Content of a page that is not zero, before its stamps.
-    template: [u8; PAGE_SIZE],
+    content: Content,
     versions: u64,
     rng: Rng,
     /// Where [`Pattern::Sequential`] goes on.
@@ -104,20 +142,15 @@ impl GuestRam {
         let total = entries.iter().map(|(_, length)| length).sum();
         let table =
             BlockTable::new(entries, total).expect("distinct names, positive multiples of the page size");
-        let mut rng = Rng::new(options.seed);
-        let mut template = [0; PAGE_SIZE];
-        for word in template.as_chunks_mut().0 {
-            *word = rng.next().to_le_bytes();
-        }
         let blocks = table.iter().map(|(_, block)| vec![0; index(block.used_length)]);
         let first_pages = table.iter().map(|(_, block)| block.first_page.get());
         let mut guest = Self {
             first_pages: first_pages.collect(),
             blocks: blocks.collect(),
             zero: PageSet::full(table.total_pages()),
-            template,
+            content: options.content,
             versions: 0,
-            rng,
+            rng: Rng::new(options.seed),
             next_page: 0,
             table,
         };
@@ -145,15 +178,19 @@ impl GuestRam {
             .collect()
     }
 
-    /// Lets the guest dirty `count` distinct pages and returns them in the order of their addresses.
-    pub(super) fn run(&mut self, count: u64, pattern: Pattern, zero_share: f64) -> Vec<Page> {
+    /// Lets the guest dirty distinct pages, of its main RAM's number at most, and returns them in the order of their addresses.
+    pub(super) fn run(&mut self, count: Distribution, pattern: Pattern, zero_share: f64) -> Vec<Page> {
+        let (_, main_ram) = self.table.iter().next().expect("a guest has RAM");
+        let count = count.draw(&mut self.rng, main_ram.pages());
         let mut dirty = PageSet::empty(self.table.total_pages());
+        let mut hot = HotSet::of(pattern, dirty.pages);
         let mut left = count;
         while left > 0 {
             let (first, length) = match pattern {
                 Pattern::Random => (self.rng.below(dirty.pages), 1),
                 Pattern::Runs(length) => (self.rng.below(dirty.pages), length.min(left)),
                 Pattern::Sequential => (self.next_page, left),
+                Pattern::HotSet { writes, .. } => (hot.choose(&mut self.rng, writes, &dirty), 1),
             };
             let mut page = first;
             for _ in 0..length {
@@ -162,6 +199,7 @@ impl GuestRam {
                     page = (page + 1) % dirty.pages;
                 }
                 dirty.set(page, true);
+                hot.dirtied(page);
                 self.write(page, zero_share);
             }
             left -= length;
@@ -173,27 +211,18 @@ impl GuestRam {
     /// Gives a page new content, which is zero in that share of cases.
     fn write(&mut self, page: u64, zero_share: f64) {
         let zero = self.rng.chance(zero_share);
-        let was_zero = self.zero.contains(page);
         self.zero.set(page, zero);
         self.versions += 1;
-        let (stamp, number) = (self.rng.next(), page.to_le_bytes());
-        let version = self.versions.to_le_bytes();
+        let (stamp, kind, version) = (self.rng.next(), self.content, self.versions);
         let Page { block, offset, .. } = self.locate(page);
-        let content: &mut [u8; PAGE_SIZE] = self.blocks[block][index(offset)..]
+        let bytes: &mut [u8; PAGE_SIZE] = self.blocks[block][index(offset)..]
             .first_chunk_mut()
             .expect("a whole page");
         if zero {
-            content.fill(0);
-            return;
+            bytes.fill(0);
+        } else {
+            content::fill(bytes, kind, stamp, page, version);
         }
-        if was_zero {
-            content.copy_from_slice(&self.template);
-        }
-        for part in content.as_chunks_mut::<STAMP_BYTES>().0 {
-            part[..8].copy_from_slice(&stamp.to_le_bytes());
-        }
-        content[8..16].copy_from_slice(&number);
-        content[16..24].copy_from_slice(&version);
     }
 
     fn locate(&self, page: u64) -> Page {

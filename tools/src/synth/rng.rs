@@ -22,9 +22,19 @@ impl Rng {
         self.next() % bound
     }
 
+    /// A number from 0 on, below 1.
+    pub(super) fn unit(&mut self) -> f64 {
+        (self.next() >> 11) as f64 / (1u64 << 53) as f64
+    }
+
     /// Whether an event of that probability happens.
     pub(super) fn chance(&mut self, probability: f64) -> bool {
-        let unit = (self.next() >> 11) as f64 / (1u64 << 53) as f64;
-        unit < probability
+        self.unit() < probability
+    }
+
+    /// A number of the normal distribution with mean 0 and deviation 1 (Box and Muller 1958).
+    pub(super) fn normal(&mut self) -> f64 {
+        let radius = (-2.0 * (1.0 - self.unit()).ln()).sqrt();
+        radius * (std::f64::consts::TAU * self.unit()).cos()
     }
 }

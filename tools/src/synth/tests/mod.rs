@@ -1,8 +1,9 @@
 //! The synthetic primary against a minimal secondary.
 
+mod patterns;
 mod secondary;
 
-use super::{Address, Pattern, SyncMode, SynthError, SynthOptions, SynthPrimary, Version, run};
+use super::{Address, Distribution, Pattern, SyncMode, SynthError, SynthOptions, SynthPrimary, Version, run};
 use secondary::{Seen, secondary};
 use std::io::{Read, Write};
 use std::os::unix::net::UnixListener;
@@ -12,7 +13,7 @@ use std::time::Duration;
 fn small(version: Version) -> SynthOptions {
     SynthOptions {
         ram_bytes: 8 << 20,
-        dirty_pages: 700,
+        dirty_pages: Distribution::Fixed(700),
         interval: Duration::ZERO,
         zero_share: 0.2,
         ..SynthOptions::new(version)
@@ -38,7 +39,7 @@ fn session(options: &SynthOptions, checkpoints: u32) -> Arc<Seen> {
     let mut received = same(&primary);
     for _ in 0..checkpoints {
         let report = primary.checkpoint().unwrap();
-        assert_eq!(report.pages, options.dirty_pages);
+        assert_eq!(Distribution::Fixed(report.pages), options.dirty_pages);
         assert!(Duration::ZERO < report.received && report.received <= report.loaded);
         let before = std::mem::replace(&mut received, same(&primary));
         // 7.2 sends a page in passing again.
@@ -109,7 +110,7 @@ fn machine_types_up_to_8_0_and_other_channel_counts() {
 fn idle_and_busy_guests() {
     for (dirty_pages, zero_share) in [(0, 0.0), (1, 1.0), (2048, 0.5), (2048, 0.0)] {
         let options = SynthOptions {
-            dirty_pages,
+            dirty_pages: Distribution::Fixed(dirty_pages),
             zero_share,
             ..small(Version::V11_1)
         };
@@ -125,7 +126,7 @@ fn the_same_seed_dirties_the_same_pages() {
             ..small(Version::V11_1)
         };
         let mut guest = super::guest::GuestRam::new(&options);
-        let pages = guest.run(500, Pattern::Random, 0.3);
+        let pages = guest.run(Distribution::Fixed(500), Pattern::Random, 0.3);
         let content: Vec<_> = pages
             .iter()
             .map(|page| *guest.page(page.block, page.offset))
@@ -207,7 +208,7 @@ fn bad_options_are_refused() {
     assert!(bad(|options| options.ram_bytes = 0));
     assert!(bad(|options| options.zero_share = 1.5));
     assert!(bad(|options| options.zero_share = f64::NAN));
-    assert!(bad(|options| options.dirty_pages = 2049));
+    assert!(bad(|options| options.dirty_pages = Distribution::Fixed(2049)));
     assert!(bad(|options| options.pattern = Pattern::Runs(0)));
     assert!(bad(|options| options.patience = Duration::ZERO));
     for text in ["", "tcp:", "tcp:host", "unix:", "udp:1:2", "host:1"] {
