@@ -7,6 +7,7 @@ pub mod demo;
 pub mod doctor;
 pub mod options;
 pub mod output;
+pub mod qmp;
 pub mod receive;
 pub mod run_file;
 mod signals;

@@ -87,8 +87,8 @@ impl Qemu {
     pub fn be_secondary(&mut self, address: &Address, channels: u8) -> Result<(), LabError> {
         self.set_channels(channels)?;
         self.qmp()
-            .execute("migrate-incoming", &json!({"uri": address.to_string()}))
-            .map(|_| ())
+            .execute("migrate-incoming", &json!({"uri": address.to_string()}))?;
+        Ok(())
     }
 
     /// Number of checkpoints so far.
@@ -189,8 +189,8 @@ impl Qemu {
 
     fn set_checkpoint_delay_ms(&mut self, delay_ms: u32) -> Result<(), LabError> {
         self.qmp()
-            .execute("migrate-set-parameters", &json!({"x-checkpoint-delay": delay_ms}))
-            .map(|_| ())
+            .execute("migrate-set-parameters", &json!({"x-checkpoint-delay": delay_ms}))?;
+        Ok(())
     }
 
     // Until no checkpoint has begun or ended for a while.

@@ -288,8 +288,8 @@ impl Qemu {
             .map(|name| json!({"capability": name, "state": true}))
             .collect();
         self.qmp
-            .execute("migrate-set-capabilities", &json!({"capabilities": list}))
-            .map(|_| ())
+            .execute("migrate-set-capabilities", &json!({"capabilities": list}))?;
+        Ok(())
     }
 }
 

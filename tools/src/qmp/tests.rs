@@ -1,0 +1,143 @@
+//! A monitor that answers as it is told to, and the client at it.
+
+use super::*;
+use std::os::unix::net::UnixListener;
+use std::sync::atomic::{AtomicU32, Ordering};
+
+/// A socket's path of its own, removed when dropped.
+pub(crate) struct SocketPath(pub(crate) PathBuf);
+
+impl SocketPath {
+    pub(crate) fn new() -> Self {
+        static NEXT: AtomicU32 = AtomicU32::new(0);
+        let number = NEXT.fetch_add(1, Ordering::Relaxed);
+        Self(std::env::temp_dir().join(format!("colo-qmp-{}-{number}", std::process::id())))
+    }
+}
+
+impl Drop for SocketPath {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_file(&self.0);
+    }
+}
+
+/// What a monitor answers to a command with these arguments: what it returns, or why it refuses. A name that begins
+/// with "event " is sent as an event.
+pub(crate) type Answers = Box<dyn FnMut(&str, &Value) -> Result<Value, String> + Send>;
+
+/// A monitor of a QEMU of that version, for one client. It is there when this returns.
+pub(crate) fn monitor(version: (u64, u64, u64), mut answers: Answers) -> SocketPath {
+    let path = SocketPath::new();
+    let listener = UnixListener::bind(&path.0).unwrap();
+    std::thread::spawn(move || {
+        let (mut stream, _) = listener.accept().unwrap();
+        let (major, minor, micro) = version;
+        let qemu = json!({"major": major, "minor": minor, "micro": micro});
+        writeln!(
+            stream,
+            "{}",
+            json!({"QMP": {"version": {"qemu": qemu}, "capabilities": []}})
+        )
+        .unwrap();
+        let requests = serde_json::Deserializer::from_reader(stream.try_clone().unwrap());
+        for request in requests.into_iter::<Value>().map_while(Result::ok) {
+            let command = request["execute"].as_str().unwrap();
+            let answer = match command {
+                "qmp_capabilities" => Ok(json!({})),
+                _ => answers(command, &request["arguments"]),
+            };
+            let line = match answer {
+                Ok(value) => json!({"return": value}),
+                Err(description) => json!({"error": {"class": "GenericError", "desc": description}}),
+            };
+            // The client may have seen enough.
+            let _ = writeln!(stream, "{line}");
+        }
+    });
+    path
+}
+
+fn connect(path: &SocketPath) -> Result<Qmp, QmpError> {
+    Qmp::connect(&path.0, Duration::from_secs(5))
+}
+
+/// Listens, says that, and closes; where it answers something, after it was asked.
+fn says(text: &'static str) -> SocketPath {
+    let path = SocketPath::new();
+    let listener = UnixListener::bind(&path.0).unwrap();
+    std::thread::spawn(move || {
+        let (mut stream, _) = listener.accept().unwrap();
+        stream.write_all(text.as_bytes()).unwrap();
+        if text.contains("return") {
+            let _ = stream.read(&mut [0; 64]);
+        }
+    });
+    path
+}
+
+#[test]
+fn commands_are_answered_or_refused() {
+    let answers: Answers = Box::new(|command, arguments| match command {
+        "query-status" => Ok(json!({"status": "running"})),
+        _ => Err(format!("{command} with {arguments}? no")),
+    });
+    let path = monitor((11, 1, 3), answers);
+    let mut qmp = connect(&path).unwrap();
+    assert_eq!(qmp.version().to_string(), "11.1.3");
+    assert!(
+        qmp.version()
+            < Version {
+                major: 12,
+                minor: 0,
+                micro: 0
+            }
+    );
+    assert_eq!(
+        qmp.execute("query-status", &json!({})).unwrap()["status"],
+        "running"
+    );
+    let refused = qmp.execute("migrate", &json!({"uri": "x"})).unwrap_err();
+    assert_eq!(refused.refusal(), Some("migrate with {\"uri\":\"x\"}? no"));
+    assert!(!qmp.wait_event("RESUME", Duration::from_millis(1)));
+}
+
+#[test]
+fn events_are_waited_for() {
+    const SAID: &str = concat!(
+        r#"{"QMP": {"version": {"qemu": {"major": 7, "minor": 2, "micro": 0}}}}"#,
+        "\n",
+        r#"{"return": {}}"#,
+        "\n",
+        r#"{"event": "RESUME", "timestamp": {"seconds": 2, "microseconds": 5}}"#,
+        "\n",
+    );
+    let path = says(SAID);
+    let qmp = connect(&path).unwrap();
+    assert!(qmp.wait_event("RESUME", Duration::from_secs(5)));
+    assert_eq!(qmp.events()[0].at_us, 2_000_005);
+    // It has closed: nothing is waited for in vain.
+    let began = Instant::now();
+    assert!(!qmp.wait_event("STOP", Duration::from_secs(30)));
+    assert!(began.elapsed() < Duration::from_secs(20));
+}
+
+#[test]
+fn what_is_no_monitor_is_told() {
+    let nobody = Qmp::connect(Path::new("/nonexistent/qmp"), Duration::ZERO).unwrap_err();
+    assert!(
+        nobody.to_string().contains("-qmp unix:/nonexistent/qmp"),
+        "{nobody}"
+    );
+    for (text, says_what) in [
+        (
+            "QEMU 11.1.3 monitor - type 'help'\n",
+            "it said \"QEMU 11.1.3 monitor",
+        ),
+        ("{\"hello\": 1}\n", "it said \"{\\\"hello\\\":1}\""),
+        ("", "closed its monitor at the greeting"),
+    ] {
+        let path = says(text);
+        let error = connect(&path).unwrap_err().to_string();
+        assert!(error.contains(says_what), "{text:?}: {error}");
+    }
+}
