@@ -1,0 +1,100 @@
+//! Block headers as bytes.
+
+use super::BLOCK_MAX;
+use super::record;
+
+/// Bytes of a block before its content.
+pub(super) const HEADER_LEN: usize = 20;
+
+/// Bytes of the header that its own checksum covers.
+const CHECKED_LEN: usize = 16;
+
+/// How the records of a block stand in the file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Kind {
+    /// As they are.
+    Stored,
+    /// As one zstd frame.
+    Zstd,
+}
+
+/// The header of a block.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Header {
+    pub(super) kind: Kind,
+    /// Bytes of the content in the file.
+    pub(super) stored_len: usize,
+    /// Bytes of its records.
+    pub(super) raw_len: usize,
+    /// Of the content as it stands in the file.
+    pub(super) checksum: u32,
+}
+
+impl Header {
+    /// For this content of a block with `raw_len` bytes of records, both within the format's limits.
+    pub(super) fn new(kind: Kind, content: &[u8], raw_len: usize) -> Self {
+        Self {
+            kind,
+            stored_len: content.len(),
+            raw_len,
+            checksum: crc32c::crc32c(content),
+        }
+    }
+
+    pub(super) fn encode(&self) -> [u8; HEADER_LEN] {
+        let length = |length: usize| {
+            u32::try_from(length)
+                .expect("a length within the format's limits")
+                .to_le_bytes()
+        };
+        let mut bytes = [0; HEADER_LEN];
+        bytes[0] = match self.kind {
+            Kind::Stored => 0,
+            Kind::Zstd => 1,
+        };
+        bytes[4..8].copy_from_slice(&length(self.stored_len));
+        bytes[8..12].copy_from_slice(&length(self.raw_len));
+        bytes[12..16].copy_from_slice(&self.checksum.to_le_bytes());
+        let own = crc32c::crc32c(&bytes[..CHECKED_LEN]);
+        bytes[CHECKED_LEN..].copy_from_slice(&own.to_le_bytes());
+        bytes
+    }
+
+    /// # Errors
+    /// What is wrong with it. Lengths are within the limits otherwise.
+    pub(super) fn decode(bytes: &[u8; HEADER_LEN]) -> Result<Self, String> {
+        let (words, _) = bytes.as_chunks::<4>();
+        let word = |place: usize| u32::from_le_bytes(words[place]);
+        if crc32c::crc32c(&bytes[..CHECKED_LEN]) != word(4) {
+            return Err("the checksum of its header is wrong".to_owned());
+        }
+        let kind = match words[0] {
+            [0, 0, 0, 0] => Kind::Stored,
+            [1, 0, 0, 0] => Kind::Zstd,
+            other => return Err(format!("it is of the unknown kind {other:?}")),
+        };
+        let length = |place: usize| {
+            let length = usize::try_from(word(place)).unwrap_or(usize::MAX);
+            let possible = (1..=BLOCK_MAX).contains(&length);
+            possible
+                .then_some(length)
+                .ok_or_else(|| format!("it claims {length} bytes; 1 to {BLOCK_MAX} are possible"))
+        };
+        let (stored_len, raw_len) = (length(1)?, length(2)?);
+        let fits = match kind {
+            Kind::Stored => stored_len == raw_len,
+            Kind::Zstd => stored_len < raw_len,
+        };
+        if !fits || raw_len < record::HEADER_LEN {
+            return Err(format!(
+                "it claims {stored_len} bytes for {raw_len} bytes of records"
+            ));
+        }
+        Ok(Self {
+            kind,
+            stored_len,
+            raw_len,
+            checksum: word(3),
+        })
+    }
+}
