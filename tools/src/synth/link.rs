@@ -102,6 +102,8 @@ pub(super) struct MainLink {
     pub(super) out: Vec<u8>,
     /// Read, not yet taken.
     answers: Vec<u8>,
+    /// Bytes written so far.
+    written: u64,
 }
 
 impl MainLink {
@@ -111,6 +113,7 @@ impl MainLink {
             patience,
             out: Vec::with_capacity(2 * BUFFER_BYTES),
             answers: Vec::new(),
+            written: 0,
         }
     }
 
@@ -118,9 +121,15 @@ impl MainLink {
         &self.socket
     }
 
+    /// Bytes written so far.
+    pub(super) fn written(&self) -> u64 {
+        self.written
+    }
+
     /// Writes what is buffered.
     pub(super) fn flush(&mut self) -> Result<(), SynthError> {
         let written = self.socket.write_parts(&mut [IoSlice::new(&self.out)]);
+        self.written += self.out.len() as u64;
         self.out.clear();
         written.map_err(|source| io_error("writing", source))
     }

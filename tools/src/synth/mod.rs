@@ -17,6 +17,7 @@ mod guest;
 mod link;
 mod options;
 mod rng;
+mod schedule;
 mod sender;
 mod session;
 mod shape;
@@ -33,6 +34,10 @@ use std::time::Duration;
 use thiserror::Error;
 
 /// One checkpoint, on the primary's clock.
+///
+/// `received` and `loaded` are counted from when VMSTATE_SEND would have been written had the checkpoint begun when it
+/// was due: from the real moment, less what it [`waited`](Self::waited). Where there is no schedule (a closed loop, no
+/// interval) nothing waits, and both are the same.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct CheckpointReport {
     /// Distinct pages sent, zero pages included.
@@ -41,10 +46,27 @@ pub struct CheckpointReport {
     pub zero_pages: u64,
     /// Bytes of device state.
     pub vmstate_bytes: u64,
-    /// VMSTATE_SEND written to RECEIVED read.
+    /// Bytes written on all channels, framing and device state included.
+    pub bytes: u64,
+    /// When it ended, since CHECKPOINT_READY was read.
+    pub end: Duration,
+    /// CHECKPOINT_REQUEST written to CHECKPOINT_REPLY read.
+    pub reply: Duration,
+    /// VMSTATE_SEND due to RECEIVED read.
     pub received: Duration,
-    /// VMSTATE_SEND written to LOADED read: the guest's pause but for the two ends of it.
+    /// VMSTATE_SEND due to LOADED read.
     pub loaded: Duration,
+    /// How long it waited for its turn because checkpoints before it took longer than the interval.
+    pub waited: Duration,
+    /// How late this side was, which is counted nowhere else: pages were not ready, or the timer came late.
+    pub own_delay: Duration,
+}
+
+impl CheckpointReport {
+    /// VMSTATE_SEND written to LOADED read: the guest's pause but for the two ends of it.
+    pub fn service(&self) -> Duration {
+        self.loaded - self.waited
+    }
 }
 
 /// A whole session.

@@ -42,8 +42,10 @@ pub struct SynthOptions {
     pub pattern: Pattern,
     /// What they hold.
     pub content: Content,
-    /// From the request of one checkpoint to that of the next; longer if a checkpoint takes longer.
+    /// From when one checkpoint is due to when the next one is; zero: each begins as soon as the last one has ended.
     pub interval: Duration,
+    /// Whether a checkpoint that takes longer than the interval moves those after it, instead of making them wait.
+    pub closed_loop: bool,
     /// Checkpoints that [`run`] takes.
     pub checkpoints: u64,
     /// Decides everything that is random.
@@ -73,6 +75,7 @@ impl SynthOptions {
             pattern: Pattern::Random,
             content: Content::Random,
             interval: Duration::from_millis(100),
+            closed_loop: false,
             checkpoints: 20,
             seed: 1,
             version,
@@ -90,29 +93,31 @@ impl SynthOptions {
     pub(super) fn check(&self) -> Result<(), SynthError> {
         if self.ram_bytes == 0 || !self.ram_bytes.is_multiple_of(PAGE_BYTES) {
             return Err(SynthError::Options(
-                "ram_bytes must be a positive multiple of 4096",
+                "the guest's RAM must be a positive multiple of 4096 bytes",
             ));
         }
         if !(0.0..=1.0).contains(&self.zero_share) {
-            return Err(SynthError::Options("zero_share must be between 0 and 1"));
+            return Err(SynthError::Options(
+                "the share of zero pages must be between 0 and 1",
+            ));
         }
         if self.ram_bytes > RAM_BYTES_MAX {
-            return Err(SynthError::Options("ram_bytes must not exceed 16 TiB"));
+            return Err(SynthError::Options("the guest's RAM must not exceed 16 TiB"));
         }
         if !self.dirty_pages.is_possible()
             || self.dirty_pages.largest_parameter() > self.ram_bytes / PAGE_BYTES
         {
             return Err(SynthError::Options(
-                "dirty_pages must be a distribution and not exceed the pages of ram_bytes",
+                "the pages of a checkpoint must be a distribution, and not more than the guest's RAM has",
             ));
         }
         if !self.pattern.is_possible() {
             return Err(SynthError::Options(
-                "a pattern needs runs of at least one page, and shares between 0 and 1",
+                "a pattern needs runs of at least one page, or shares between 0 and 1",
             ));
         }
         if self.patience.is_zero() {
-            return Err(SynthError::Options("patience must not be zero"));
+            return Err(SynthError::Options("the patience must not be zero"));
         }
         Ok(())
     }

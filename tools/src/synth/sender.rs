@@ -3,7 +3,7 @@
 use super::guest::GuestRam;
 use super::link::Socket;
 use super::{Address, SynthError, SynthOptions};
-use colo_ring::units::ChannelId;
+use colo_ring::units::{ChannelId, PAGE_BYTES};
 use colo_ring::wire::codec::Method;
 use colo_ring::wire::multifd::{HEADER_LEN, Init, PacketFields};
 use std::io::{self, IoSlice};
@@ -48,6 +48,13 @@ pub(super) struct Packet {
     pub(super) zero: Vec<u64>,
 }
 
+impl Packet {
+    /// Its length on the wire. What `payload_len` announces does not always follow.
+    fn bytes(&self) -> u64 {
+        HEADER_LEN as u64 + self.normal.len() as u64 * PAGE_BYTES
+    }
+}
+
 /// What a channel's thread is told.
 enum Job {
     Send(Packet),
@@ -61,6 +68,8 @@ pub(super) struct Channel {
     socket: Socket,
     jobs: Option<SyncSender<Job>>,
     thread: Option<JoinHandle<io::Result<()>>>,
+    /// Bytes of all packets so far.
+    bytes: u64,
 }
 
 impl Channel {
@@ -90,12 +99,19 @@ impl Channel {
             socket,
             jobs: Some(jobs),
             thread: Some(thread),
+            bytes: 0,
         })
     }
 
     /// Queues a packet; waits while the queue is full.
     pub(super) fn send(&mut self, packet: Packet) -> Result<(), SynthError> {
+        self.bytes += packet.bytes();
         self.tell(Job::Send(packet))
+    }
+
+    /// Bytes of all packets so far.
+    pub(super) fn bytes(&self) -> u64 {
+        self.bytes
     }
 
     /// Waits until all queued packets have been written.

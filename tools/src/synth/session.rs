@@ -2,6 +2,7 @@
 
 use super::guest::{GuestRam, Image, Page};
 use super::link::{MainLink, Socket};
+use super::schedule::Schedule;
 use super::sender::{Channel, Packet, SharedRam};
 use super::{Address, CheckpointReport, SyncMode, SynthError, SynthOptions, Version, device};
 use colo_ring::units::PACKET_PAGES;
@@ -31,7 +32,9 @@ pub struct SynthPrimary {
     /// Looking like 7.2: each channel's newest packet, not sent until it is known whether a SYNC follows.
     held: Vec<Option<Packet>>,
     checkpoints: u64,
-    last_trigger: Instant,
+    schedule: Schedule,
+    /// First byte sent.
+    start: Instant,
     precopy: Duration,
     device_state: Vec<u8>,
 }
@@ -61,15 +64,15 @@ impl SynthPrimary {
             next_channel: 0,
             packets: 0,
             checkpoints: 0,
-            last_trigger: start,
+            schedule: Schedule::new(Duration::ZERO, options.interval, options.closed_loop),
+            start,
             precopy: Duration::ZERO,
             device_state: Vec::new(),
         };
         primary.start()?;
         primary.precopy_rounds()?;
         primary.initial_state()?;
-        primary.last_trigger = Instant::now();
-        primary.precopy = primary.last_trigger - start;
+        primary.precopy = start.elapsed();
         Ok(primary)
     }
 
@@ -109,37 +112,60 @@ impl SynthPrimary {
     /// See [`SynthError`]. The session is then over.
     pub fn checkpoint(&mut self) -> Result<CheckpointReport, SynthError> {
         let dirty = self.run_guest()?;
-        std::thread::sleep(
-            (self.last_trigger + self.options.interval).saturating_duration_since(Instant::now()),
-        );
-        self.last_trigger = Instant::now();
-
-        self.say(Message::CheckpointRequest)?;
-        self.main.expect(Message::CheckpointReply, Message::parse)?;
         self.checkpoints += 1;
         let device_state = device::state(self.checkpoints);
-        let sent = Instant::now();
-        self.say(Message::VmstateSend)?;
-        if self.options.version == Version::V10_0 {
-            Command::SwitchoverStart.encode(&mut self.main.out);
-        }
-        self.end_section(&dirty)?;
-        Section::Eof.encode(&mut self.main.out);
         let vmstate_bytes = device_state.len() as u64;
-        self.say(Message::VmstateSize(vmstate_bytes))?;
-        self.main.out.extend_from_slice(&device_state);
-        self.main.flush()?;
+        let due = self.schedule.next(self.since_ready());
+        std::thread::sleep(due.saturating_sub(self.since_ready()));
+
+        let written = self.written();
+        let begin = self.since_ready();
+        let own_delay = self.schedule.begin(begin);
+        self.say(Message::CheckpointRequest)?;
+        self.main.expect(Message::CheckpointReply, Message::parse)?;
+        let replied = self.since_ready();
+        let sent = self.since_ready();
+        self.send_checkpoint(&dirty, &device_state)?;
         self.main.expect(Message::VmstateReceived, Message::parse)?;
-        let received = sent.elapsed();
+        let received = self.since_ready();
         self.device_state = device_state;
         self.main.expect(Message::VmstateLoaded, Message::parse)?;
+        let end = self.since_ready();
+        let waited = self.schedule.end(end);
         Ok(CheckpointReport {
             pages: dirty.len() as u64,
             zero_pages: dirty.iter().filter(|page| page.zero).count() as u64,
             vmstate_bytes,
-            received,
-            loaded: sent.elapsed(),
+            bytes: self.written() - written,
+            end,
+            reply: replied - begin,
+            received: waited + (received - sent),
+            loaded: waited + (end - sent),
+            waited,
+            own_delay,
         })
+    }
+
+    /// VMSTATE_SEND and everything that follows it.
+    fn send_checkpoint(&mut self, dirty: &[Page], device_state: &[u8]) -> Result<(), SynthError> {
+        self.say(Message::VmstateSend)?;
+        if self.options.version == Version::V10_0 {
+            Command::SwitchoverStart.encode(&mut self.main.out);
+        }
+        self.end_section(dirty)?;
+        Section::Eof.encode(&mut self.main.out);
+        self.say(Message::VmstateSize(device_state.len() as u64))?;
+        self.main.out.extend_from_slice(device_state);
+        self.main.flush()
+    }
+
+    fn since_ready(&self) -> Duration {
+        self.start.elapsed() - self.precopy
+    }
+
+    /// Bytes written on all channels so far.
+    fn written(&self) -> u64 {
+        self.main.written() + self.channels.iter().map(Channel::bytes).sum::<u64>()
     }
 
     /// Ends the session as a primary that is killed does: by closing its connections.

@@ -41,6 +41,12 @@ fn session(options: &SynthOptions, checkpoints: u32) -> Arc<Seen> {
         let report = primary.checkpoint().unwrap();
         assert_eq!(Distribution::Fixed(report.pages), options.dirty_pages);
         assert!(Duration::ZERO < report.received && report.received <= report.loaded);
+        assert_eq!(report.waited, Duration::ZERO);
+        let pages_bytes = (report.pages - report.zero_pages) * 4096;
+        assert!(
+            (pages_bytes..pages_bytes + 100_000).contains(&report.bytes),
+            "{report:?}"
+        );
         let before = std::mem::replace(&mut received, same(&primary));
         // 7.2 sends a page in passing again.
         let sent = u64::from(received - before);
@@ -116,6 +122,49 @@ fn idle_and_busy_guests() {
         };
         session(&options, 3);
     }
+}
+
+/// The waiting that a stall of the secondary causes has a lower bound, whatever else this machine does.
+#[test]
+fn a_stall_is_in_every_checkpoint_that_waited_for_it() {
+    let take = |closed_loop| {
+        let interval = Duration::from_millis(20);
+        let options = SynthOptions {
+            interval,
+            closed_loop,
+            ..small(Version::V11_1)
+        };
+        let secondary = secondary(&options);
+        let mut primary = SynthPrimary::connect(&secondary.address, &options).unwrap();
+        std::fs::remove_file(&secondary.path).unwrap();
+        let mut reports = Vec::new();
+        for checkpoint in 0..6 {
+            if checkpoint == 1 {
+                *secondary.seen.stall.lock().unwrap() = STALL;
+            }
+            reports.push(primary.checkpoint().unwrap());
+        }
+        reports
+    };
+    const STALL: Duration = Duration::from_millis(300);
+    let open = take(false);
+    assert!(open[1].service() >= STALL, "{open:?}");
+    for (position, report) in (1u32..).zip(&open[2..]) {
+        let left = STALL - Duration::from_millis(20) * position;
+        assert!(report.waited >= left, "{position}: {report:?}");
+        assert!(
+            report.loaded >= left && report.received >= left,
+            "{position}: {report:?}"
+        );
+        assert_eq!(report.service(), report.loaded - report.waited);
+    }
+    let closed = take(true);
+    assert!(closed[1].service() >= STALL, "{closed:?}");
+    assert!(
+        closed
+            .iter()
+            .all(|report| report.waited.is_zero() && report.loaded == report.service())
+    );
 }
 
 #[test]

@@ -17,12 +17,15 @@ use std::path::PathBuf;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Condvar, Mutex, OnceLock};
 use std::thread::JoinHandle;
+use std::time::Duration;
 
 /// What the secondary has; checked by the test between checkpoints.
 #[derive(Default)]
 pub(super) struct Seen {
     table: OnceLock<BlockTable>,
     pub(super) memory: Mutex<Memory>,
+    /// How long the next checkpoint keeps its answers back.
+    pub(super) stall: Mutex<Duration>,
     sync: Mutex<Sync>,
     wake: Condvar,
 }
@@ -332,6 +335,8 @@ impl MainSide {
         check_device_state(&blob).unwrap();
         layout.walk(&blob).unwrap();
         self.seen.memory.lock().unwrap().device_state = blob;
+        let stall = std::mem::take(&mut *self.seen.stall.lock().unwrap());
+        std::thread::sleep(stall);
         self.say(&[], &[Message::VmstateReceived, Message::VmstateLoaded]);
     }
 }
