@@ -13,6 +13,7 @@ pub mod receive;
 pub mod run_file;
 mod signals;
 pub mod status;
+pub mod streams;
 pub mod synth;
 
 pub use cli::main;

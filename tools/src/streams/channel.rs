@@ -1,0 +1,159 @@
+//! A captured multifd channel, packet by packet.
+
+use super::Connection;
+use colo_ring::units::ChannelId;
+use colo_ring::wire::codec::Method;
+use colo_ring::wire::multifd::{HEADER_LEN, INIT_LEN, Init, PacketHeader};
+use std::ops::Range;
+
+/// A multifd channel.
+#[derive(Clone, Debug)]
+pub struct Channel {
+    /// Its connection.
+    pub connection: Connection,
+    /// What its init packet says.
+    pub init: Init,
+    packets: Vec<Packet>,
+    /// For each SYNC, the position behind its packet and behind the empty ones that belong to it.
+    syncs: Vec<usize>,
+    /// How the pages of its first packet with pages are packed.
+    method: Option<Method>,
+    stopped: Option<String>,
+}
+
+/// One packet on a channel.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Packet {
+    /// The byte behind it on its channel.
+    pub end: usize,
+    /// Pages with content.
+    pub normal: u16,
+    /// Zero pages.
+    pub zero: u16,
+    /// Whether it is a sync point.
+    pub sync: bool,
+}
+
+impl Channel {
+    /// Walks the packets of a connection that begins with an init packet, up to its end or to what is no packet.
+    ///
+    /// # Errors
+    /// If it does not begin with a whole init packet: what it begins with.
+    pub(super) fn new(connection: Connection) -> Result<Self, String> {
+        let init = connection
+            .to_secondary
+            .bytes()
+            .first_chunk()
+            .ok_or("its init packet is not complete")?;
+        let init = Init::decode(init).map_err(|error| error.to_string())?;
+        let mut channel = Self {
+            connection,
+            init,
+            packets: Vec::new(),
+            syncs: Vec::new(),
+            method: None,
+            stopped: None,
+        };
+        channel.walk();
+        Ok(channel)
+    }
+
+    fn walk(&mut self) {
+        let bytes = self.connection.to_secondary.bytes();
+        let mut position = INIT_LEN;
+        while let Some(header) = bytes[position..].first_chunk::<HEADER_LEN>() {
+            let header = match PacketHeader::decode(header) {
+                Ok(header) => header,
+                Err(error) => {
+                    let name = self.init.channel;
+                    self.stopped = Some(format!("{name}, byte {position}: {error}"));
+                    return;
+                }
+            };
+            let payload = usize::try_from(header.payload_len()).unwrap_or(usize::MAX);
+            let Some(end) = (position + HEADER_LEN)
+                .checked_add(payload)
+                .filter(|end| *end <= bytes.len())
+            else {
+                break;
+            };
+            position = end;
+            let packet = Packet {
+                end,
+                normal: header.normal_pages(),
+                zero: header.zero_pages(),
+                sync: header.is_sync(),
+            };
+            self.packets.push(packet);
+            if header.normal_pages() > 0 {
+                self.method.get_or_insert(header.method());
+            }
+            if packet.sync {
+                self.syncs.push(self.packets.len());
+            } else if let Some(last) = self.syncs.last_mut()
+                && *last == self.packets.len() - 1
+                && !header.has_pages()
+            {
+                // QEMU 7.2 sends an empty packet behind a SYNC with pages, at once.
+                *last = self.packets.len();
+            }
+        }
+        if position < bytes.len() {
+            let name = self.init.channel;
+            self.stopped = Some(format!(
+                "{name}, byte {position}: the capture ends inside a packet"
+            ));
+        }
+    }
+
+    /// Its number.
+    pub fn id(&self) -> ChannelId {
+        self.init.channel
+    }
+
+    /// All whole packets.
+    pub fn packets(&self) -> &[Packet] {
+        &self.packets
+    }
+
+    /// SYNCs in whole packets.
+    pub fn syncs(&self) -> u64 {
+        self.syncs.len() as u64
+    }
+
+    /// How pages are packed; `None` if the channel carries no page with content.
+    pub fn method(&self) -> Option<Method> {
+        self.method
+    }
+
+    /// Why nothing behind the last packet can be read.
+    pub fn stopped(&self) -> Option<&str> {
+        self.stopped.as_deref()
+    }
+
+    /// The packets behind SYNC `from`, up to and with SYNC `to`, counted from 1; 0 is the channel's begin.
+    ///
+    /// # Panics
+    /// With more than [`Self::syncs`].
+    pub(super) fn between(&self, from: u64, to: u64) -> Range<usize> {
+        let position = |syncs: u64| match usize::try_from(syncs) {
+            Ok(0) => 0,
+            Ok(number) => self.syncs[number - 1],
+            Err(_) => panic!("not so many syncs"),
+        };
+        position(from)..position(to)
+    }
+
+    /// The bytes of the init packet.
+    pub fn init_bytes(&self) -> &[u8] {
+        &self.connection.to_secondary.bytes()[..INIT_LEN]
+    }
+
+    /// The bytes of a packet.
+    pub fn packet_bytes(&self, number: usize) -> &[u8] {
+        let begin = number
+            .checked_sub(1)
+            .map_or(INIT_LEN, |before| self.packets[before].end);
+        &self.connection.to_secondary.bytes()[begin..self.packets[number].end]
+    }
+}

@@ -1,0 +1,290 @@
+//! The captured main channel, as the engine's own session reads it: where it waits for which answer, and where each
+//! checkpoint begins and ends.
+
+use super::{Flow, StreamsError};
+use colo_ring::blocks::BlockTable;
+use colo_ring::session::{Action, Answer, Page, PageContent, Session, SessionLimits};
+use colo_ring::units::BlockId;
+use colo_ring::wire::ram::{BlockRef, Record};
+use std::ops::Range;
+use std::sync::Arc;
+
+/// What the session made of the main channel.
+#[derive(Debug)]
+pub(super) struct MainIndex {
+    /// The versioned machine type.
+    pub machine_type: String,
+    /// Whether the primary opened the return path, so that PONG and SHUT precede READY.
+    pub return_path: bool,
+    /// The guest's RAM blocks.
+    pub blocks: Option<Arc<BlockTable>>,
+    /// The byte behind the initial state: where the primary waits for READY.
+    pub ready: Option<Ready>,
+    /// Every checkpoint that is whole on this channel.
+    pub checkpoints: Vec<MainCheckpoint>,
+    /// Bytes behind which the primary writes anew: pieces it flushes, and what came at different times.
+    pub pieces: Vec<usize>,
+    /// Where and why reading ended before the last byte.
+    pub stopped: Option<String>,
+}
+
+/// The end of precopy.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Ready {
+    /// The byte behind the last one before the wait.
+    pub position: usize,
+    /// Sync points so far.
+    pub markers: u64,
+}
+
+/// A checkpoint on the main channel.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct MainCheckpoint {
+    /// CHECKPOINT_REQUEST, behind which the primary waits for REPLY.
+    pub request: Range<usize>,
+    /// VMSTATE_SEND to the last byte of device state, behind which it waits for RECEIVED and LOADED.
+    pub transfer: Range<usize>,
+    /// Where in it the device state begins.
+    pub device_state: usize,
+    /// Sync points up to its end, since the session's begin.
+    pub markers: u64,
+    /// Pages with content on this channel.
+    pub pages: u64,
+    /// Zero pages on this channel.
+    pub zero_pages: u64,
+    /// Whether there are deltas among them, which depend on what the secondary holds.
+    pub has_deltas: bool,
+    /// Its first page record.
+    pub first_page: Option<PageRecord>,
+    /// The block of the session's last page record, which CONTINUE refers to from here on.
+    pub last_block: Option<BlockId>,
+}
+
+/// A page record, as far as its block is concerned.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct PageRecord {
+    /// Where it begins on the channel.
+    pub position: usize,
+    /// The block it belongs to.
+    pub block: BlockId,
+    /// Whether it refers to the record before, instead of naming its block.
+    pub continues: bool,
+}
+
+impl MainIndex {
+    /// Reads the channel to its end, or to where the session cannot go on.
+    pub(super) fn read(flow: &Flow, channels: u8) -> Self {
+        let mut reader = Reader::new(flow, channels);
+        for chunk in flow.chunks() {
+            let read = reader.read_to(chunk.end);
+            reader.piece(chunk.end);
+            if let Err(error) = read {
+                reader.index.stopped = Some(error);
+                break;
+            }
+        }
+        let end = flow.bytes().len();
+        let whole = reader.is_between_checkpoints && reader.position == end;
+        if reader.index.stopped.is_none() && !whole {
+            reader.index.stopped = Some(format!("main channel, byte {end}: {}", reader.session.ending()));
+        }
+        reader.index.machine_type = reader.session.machine_type().to_owned();
+        reader.index
+    }
+}
+
+struct Reader<'a> {
+    bytes: &'a [u8],
+    session: Session,
+    position: usize,
+    markers: u64,
+    last_block: Option<BlockId>,
+    /// The checkpoint that is being read.
+    current: Option<MainCheckpoint>,
+    is_between_checkpoints: bool,
+    index: MainIndex,
+}
+
+impl<'a> Reader<'a> {
+    fn new(flow: &'a Flow, channels: u8) -> Self {
+        let limits = SessionLimits {
+            channels,
+            // Nothing is allocated by it here.
+            ram_limit_bytes: u64::MAX,
+        };
+        Self {
+            bytes: flow.bytes(),
+            session: Session::new(limits),
+            position: 0,
+            markers: 0,
+            last_block: None,
+            current: None,
+            is_between_checkpoints: false,
+            index: MainIndex {
+                machine_type: String::new(),
+                return_path: false,
+                blocks: None,
+                ready: None,
+                checkpoints: Vec::new(),
+                pieces: Vec::new(),
+                stopped: None,
+            },
+        }
+    }
+
+    /// Steps the session over what came up to `end`: the end of the initial state is known from the silence behind it.
+    fn read_to(&mut self, end: usize) -> Result<(), String> {
+        loop {
+            let begin = self.position;
+            let (consumed, action) = self
+                .session
+                .step(&self.bytes[begin..end])
+                .map_err(|error| error.to_string())?;
+            self.position += consumed;
+            match action {
+                Action::NeedMore => return Ok(()),
+                Action::Continue => {}
+                Action::Memory(blocks) => self.index.blocks = Some(blocks),
+                Action::Page(page) => self.page(begin, page)?,
+                Action::Marker => {
+                    self.markers += 1;
+                    self.piece(self.position);
+                }
+                Action::TransferBegins => {
+                    if let Some(current) = &mut self.current {
+                        current.transfer.start = begin;
+                    }
+                    self.piece(self.position);
+                }
+                Action::RamComplete => self.ram_complete(),
+                Action::Commit(_) => self.session.committed(),
+                Action::Send(answer) => self.wait(begin, answer),
+            }
+        }
+    }
+
+    /// Behind the EOF byte of a checkpoint: VMSTATE_SIZE, the device state.
+    fn ram_complete(&mut self) {
+        const SIZE_LEN: usize = 12;
+        if let Some(current) = &mut self.current {
+            current.device_state = self.position + SIZE_LEN;
+            self.piece(self.position);
+            self.piece(self.position + SIZE_LEN);
+        }
+    }
+
+    fn page(&mut self, position: usize, page: Page<'_>) -> Result<(), String> {
+        let blocks = self
+            .index
+            .blocks
+            .as_ref()
+            .expect("pages come after the block list");
+        let (block, _) = blocks.locate(page.page);
+        self.last_block = Some(block);
+        let Some(current) = &mut self.current else {
+            return Ok(());
+        };
+        match page.content {
+            PageContent::Zero => current.zero_pages += 1,
+            PageContent::Bytes(_) => current.pages += 1,
+            PageContent::Xbzrle(_) => {
+                current.pages += 1;
+                current.has_deltas = true;
+            }
+        }
+        if current.first_page.is_none() {
+            let record = Record::parse(&self.bytes[position..]).map_err(|error| error.to_string())?;
+            let continues = record.is_some_and(|(record, _)| block_of(&record) == Some(BlockRef::Continue));
+            current.first_page = Some(PageRecord {
+                position,
+                block,
+                continues,
+            });
+        }
+        Ok(())
+    }
+
+    /// The session has sent an answer: the primary waits for it here. `begin` is where what is answered begins.
+    fn wait(&mut self, begin: usize, answer: Answer) {
+        self.piece(self.position);
+        self.is_between_checkpoints = matches!(answer, Answer::Ready { .. } | Answer::Loaded);
+        match answer {
+            // The primary does not wait for it.
+            Answer::Pong(_) => {}
+            Answer::Ready { return_path } => {
+                self.index.return_path = return_path;
+                self.index.ready = Some(Ready {
+                    position: self.position,
+                    markers: self.markers,
+                });
+            }
+            Answer::Reply => {
+                self.current = Some(MainCheckpoint {
+                    request: begin..self.position,
+                    transfer: self.position..self.position,
+                    device_state: self.position,
+                    markers: 0,
+                    pages: 0,
+                    zero_pages: 0,
+                    has_deltas: false,
+                    first_page: None,
+                    last_block: None,
+                });
+            }
+            Answer::Loaded => {
+                if let Some(mut checkpoint) = self.current.take() {
+                    checkpoint.transfer.end = self.position;
+                    checkpoint.markers = self.markers;
+                    checkpoint.last_block = self.last_block;
+                    self.index.checkpoints.push(checkpoint);
+                }
+            }
+        }
+    }
+
+    fn piece(&mut self, end: usize) {
+        // SIZE's end is told before its bytes may have come.
+        match self.index.pieces.binary_search(&end) {
+            Ok(_) => {}
+            Err(place) => self.index.pieces.insert(place, end),
+        }
+    }
+}
+
+fn block_of<'a>(record: &Record<'a>) -> Option<BlockRef<'a>> {
+    match record {
+        Record::Zero { block, .. } | Record::Page { block, .. } | Record::Xbzrle { block, .. } => {
+            Some(*block)
+        }
+        _ => None,
+    }
+}
+
+/// The bytes of a checkpoint's transfer with its first page record naming its block, and by how many bytes they are
+/// longer from there on.
+///
+/// # Errors
+/// If there is no page record.
+pub(super) fn with_block_named(
+    bytes: &[u8],
+    transfer: &Range<usize>,
+    first: &PageRecord,
+    blocks: &BlockTable,
+) -> Result<(Vec<u8>, usize), StreamsError> {
+    let broken = || StreamsError::Internal("a page record that was read cannot be read again");
+    let parsed = Record::parse(&bytes[first.position..]).map_err(|_| broken())?;
+    let (mut record, consumed) = parsed.ok_or_else(broken)?;
+    let name = BlockRef::Named(&blocks.block(first.block).name);
+    match &mut record {
+        Record::Zero { block, .. } | Record::Page { block, .. } | Record::Xbzrle { block, .. } => {
+            *block = name
+        }
+        _ => return Err(broken()),
+    }
+    let mut changed = bytes[transfer.start..first.position].to_vec();
+    let before = changed.len();
+    record.encode(&mut changed);
+    let longer = changed.len() - before - consumed;
+    changed.extend_from_slice(&bytes[first.position + consumed..transfer.end]);
+    Ok((changed, longer))
+}

@@ -1,0 +1,360 @@
+//! A captured session as the protocol sees it: which connection is what, where the primary waits for which answer, and
+//! where each checkpoint begins and ends on every connection.
+//!
+//! That is found by the engine's own session and wire code, driven over the captured bytes. The whole capture is held
+//! in memory, so that playing it waits for nothing but the secondary. A capture that ends in the middle is good up to its
+//! last complete checkpoint, and [`Streams::notes`] says so.
+
+mod answers;
+mod channel;
+mod flow;
+mod main_channel;
+#[cfg(test)]
+mod tests;
+
+pub use answers::{Answers, CheckpointAnswers};
+pub use channel::{Channel, Packet};
+pub use flow::{Chunk, Flow};
+
+use colo_ring::blocks::BlockTable;
+use colo_ring::units::ChannelId;
+use colo_ring::wire::codec::Method;
+use colo_ring::wire::stream::{MAIN_MAGIC, MULTIFD_MAGIC};
+use main_channel::{MainCheckpoint, MainIndex};
+use std::ops::Range;
+use std::sync::Arc;
+use std::time::Duration;
+use thiserror::Error;
+
+/// One captured connection.
+#[derive(Clone, Debug, Default)]
+pub struct Connection {
+    /// Its number in the capture.
+    pub id: u16,
+    /// How the capture calls its peer.
+    pub label: String,
+    /// What the primary sent.
+    pub to_secondary: Flow,
+    /// What the secondary sent.
+    pub to_primary: Flow,
+}
+
+/// A captured session.
+#[derive(Debug)]
+pub struct Streams {
+    /// The main channel.
+    pub main: Connection,
+    /// The multifd channels, by their numbers. None: plain mode.
+    pub channels: Vec<Channel>,
+    /// The versioned machine type of the primary.
+    pub machine_type: String,
+    /// Whether the primary opened the return path, so that PONG and SHUT come before READY.
+    pub return_path: bool,
+    /// The guest's RAM blocks.
+    pub blocks: Arc<BlockTable>,
+    /// Precopy.
+    pub precopy: Precopy,
+    /// The complete checkpoints, in order. May be none.
+    pub checkpoints: Vec<Checkpoint>,
+    /// What the captured secondary answered.
+    pub answers: Answers,
+    /// What is in the capture and not in here, and why.
+    pub notes: Vec<String>,
+    /// Bytes on the main channel behind which the primary writes anew, ascending.
+    pieces: Vec<usize>,
+    /// As the session has them on the main channel, one for each of `checkpoints`.
+    on_main: Vec<MainCheckpoint>,
+}
+
+/// What comes before the first checkpoint, up to the wait for CHECKPOINT_READY.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Precopy {
+    /// On the main channel.
+    pub main: Range<usize>,
+    /// On each channel, the packets by number.
+    pub packets: Vec<Range<usize>>,
+}
+
+/// A checkpoint of the capture.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Checkpoint {
+    /// CHECKPOINT_REQUEST on the main channel, behind which the primary waits for REPLY.
+    pub request: Range<usize>,
+    /// VMSTATE_SEND to the last byte of device state, behind which it waits for RECEIVED and LOADED.
+    pub transfer: Range<usize>,
+    /// The device state in it.
+    pub device_state: Range<usize>,
+    /// On each channel, the packets by number.
+    pub packets: Vec<Range<usize>>,
+    /// Sync points.
+    pub syncs: u64,
+    /// Pages with content, on all connections.
+    pub pages: u64,
+    /// Zero pages.
+    pub zero_pages: u64,
+    /// Bytes that the primary sends for it, on all connections.
+    pub bytes: u64,
+    /// When the request came, since the start of the capture.
+    pub at: Duration,
+}
+
+/// Why a capture is not one of a session that can be used.
+#[derive(Debug, Error)]
+pub enum StreamsError {
+    /// No connection begins as a main channel does.
+    #[error(
+        "no connection of the capture is a migration's main channel: none begins with \"QEVM\" ({0} connections). \
+         With TLS the capture must be taken where the session is in clear"
+    )]
+    NoMain(usize),
+    /// More than one does.
+    #[error(
+        "the capture holds {0} sessions (main channels on connections {1:?}); capture one session at a time"
+    )]
+    ManyMains(usize, Vec<u16>),
+    /// A connection's init packet is wrong.
+    #[error("connection {connection}: {reason}")]
+    Init {
+        /// The connection.
+        connection: u16,
+        /// What is wrong.
+        reason: String,
+    },
+    /// Channels are missing or there twice.
+    #[error(
+        "the multifd channels are numbered {0:?}: they must be 0 to N-1, each once; was the capture begun late?"
+    )]
+    Channels(Vec<u8>),
+    /// It ends in precopy, or what it holds is no session.
+    #[error("the capture has no complete precopy, so nothing of it can be played: {0}")]
+    NoPrecopy(String),
+    /// Its checkpoints cannot be played again in the same session.
+    #[error(
+        "the checkpoints cannot be played again within a session: {0}; play only those that the capture has, \
+         or repeat the session"
+    )]
+    NotRepeatable(&'static str),
+    /// This code is wrong.
+    #[error("{0}: this is a bug of colo-ring")]
+    Internal(&'static str),
+}
+
+impl Streams {
+    /// Finds the session in these connections.
+    ///
+    /// # Errors
+    /// See [`StreamsError`].
+    pub fn new(connections: Vec<Connection>) -> Result<Self, StreamsError> {
+        let mut notes = Vec::new();
+        let (main, channels) = sort_connections(connections, &mut notes)?;
+        let count = u8::try_from(channels.len())
+            .map_err(|_| StreamsError::Channels(channels.iter().map(|channel| channel.id().0).collect()))?;
+        let index = MainIndex::read(&main.to_secondary, count);
+        notes.extend(index.stopped.iter().cloned());
+        notes.extend(
+            channels
+                .iter()
+                .filter_map(|channel| channel.stopped().map(str::to_owned)),
+        );
+        let syncs = channels.iter().map(Channel::syncs).min().unwrap_or(u64::MAX);
+        let (ready, blocks) = match (index.ready, index.blocks) {
+            (Some(ready), Some(blocks)) if ready.markers <= syncs => (ready, blocks),
+            (Some(ready), Some(_)) => {
+                let missing = format!("{} syncs on main, {syncs} on a channel", ready.markers);
+                notes.push(missing);
+                return Err(StreamsError::NoPrecopy(notes.join("; ")));
+            }
+            _ => return Err(StreamsError::NoPrecopy(notes.join("; "))),
+        };
+        let precopy = Precopy {
+            main: 0..ready.position,
+            packets: channels
+                .iter()
+                .map(|channel| channel.between(0, ready.markers))
+                .collect(),
+        };
+        let answers = Answers::read(&main.to_primary, index.return_path);
+        let mut streams = Self {
+            main,
+            channels,
+            machine_type: index.machine_type,
+            return_path: index.return_path,
+            blocks,
+            precopy,
+            checkpoints: Vec::new(),
+            answers,
+            notes,
+            pieces: index.pieces,
+            on_main: index.checkpoints,
+        };
+        streams.put_checkpoints_together(ready.markers, syncs);
+        Ok(streams)
+    }
+
+    /// Checkpoints that are complete on all connections.
+    fn put_checkpoints_together(&mut self, mut markers: u64, syncs: u64) {
+        let whole = self
+            .on_main
+            .partition_point(|checkpoint| checkpoint.markers <= syncs);
+        if whole < self.on_main.len() {
+            self.notes.push(format!(
+                "checkpoint {} is complete on the main channel, but not on all others",
+                whole + 1
+            ));
+            self.on_main.truncate(whole);
+        }
+        for on_main in &self.on_main {
+            let between = |channel: &Channel| channel.between(markers, on_main.markers);
+            let packets: Vec<_> = self.channels.iter().map(between).collect();
+            let mut checkpoint = Checkpoint {
+                request: on_main.request.clone(),
+                transfer: on_main.transfer.clone(),
+                device_state: on_main.device_state..on_main.transfer.end,
+                packets,
+                syncs: on_main.markers - markers,
+                pages: on_main.pages,
+                zero_pages: on_main.zero_pages,
+                bytes: (on_main.request.len() + on_main.transfer.len()) as u64,
+                at: self
+                    .main
+                    .to_secondary
+                    .at(on_main.request.start)
+                    .unwrap_or_default(),
+            };
+            for (channel, numbers) in self.channels.iter().zip(&checkpoint.packets) {
+                for number in numbers.clone() {
+                    let packet = channel.packets()[number];
+                    checkpoint.pages += u64::from(packet.normal);
+                    checkpoint.zero_pages += u64::from(packet.zero);
+                    checkpoint.bytes += channel.packet_bytes(number).len() as u64;
+                }
+            }
+            markers = on_main.markers;
+            self.checkpoints.push(checkpoint);
+        }
+    }
+
+    /// The pieces in which the primary writes a part of the main channel.
+    pub fn pieces(&self, part: &Range<usize>) -> impl Iterator<Item = Range<usize>> {
+        let first = self.pieces.partition_point(|end| *end <= part.start);
+        let last = self.pieces.partition_point(|end| *end < part.end);
+        let ends = self.pieces[first..last].iter().copied().chain([part.end]);
+        let mut begin = part.start;
+        ends.map(move |end| std::mem::replace(&mut begin, end)..end)
+            .filter(|piece| !piece.is_empty())
+    }
+
+    /// How pages are packed; `None` if no channel carries a page with content.
+    pub fn method(&self) -> Option<Method> {
+        self.channels.iter().find_map(Channel::method)
+    }
+
+    /// When precopy began, since the start of the capture.
+    pub fn began(&self) -> Duration {
+        self.main.to_secondary.at(0).unwrap_or_default()
+    }
+
+    /// When the primary's guest went on after precopy: READY, or the byte before it where the capture has no answer.
+    pub fn ready_at(&self) -> Duration {
+        let last = self.main.to_secondary.at(self.precopy.main.end - 1);
+        self.answers.ready.or(last).unwrap_or_default()
+    }
+
+    /// What differs when all checkpoints are played again after the last one: records with CONTINUE refer to the block of
+    /// the last page record, which is another one then. Returns the checkpoint whose transfer differs, if one does.
+    ///
+    /// # Errors
+    /// If they cannot be played again.
+    pub fn again(&self) -> Result<Option<Changed>, StreamsError> {
+        if self.on_main.is_empty() {
+            return Err(StreamsError::NotRepeatable("the capture has none"));
+        }
+        if !matches!(self.method(), None | Some(Method::None)) {
+            return Err(StreamsError::NotRepeatable(
+                "their pages are compressed, in one stream for the whole session",
+            ));
+        }
+        if self.on_main.iter().any(|checkpoint| checkpoint.has_deltas) {
+            return Err(StreamsError::NotRepeatable(
+                "they have XBZRLE pages, which change what was sent before",
+            ));
+        }
+        let last = self.on_main.last().and_then(|checkpoint| checkpoint.last_block);
+        let mut with_pages = self.on_main.iter().enumerate();
+        let Some((number, first)) =
+            with_pages.find_map(|(number, checkpoint)| Some((number, checkpoint.first_page?)))
+        else {
+            return Ok(None);
+        };
+        if !first.continues || last == Some(first.block) {
+            return Ok(None);
+        }
+        let transfer = &self.on_main[number].transfer;
+        let bytes = self.main.to_secondary.bytes();
+        let (bytes, longer) = main_channel::with_block_named(bytes, transfer, &first, &self.blocks)?;
+        let moved = |end: usize| if end > first.position { end + longer } else { end } - transfer.start;
+        let pieces = self
+            .pieces(transfer)
+            .map(|piece| moved(piece.start)..moved(piece.end))
+            .collect();
+        Ok(Some(Changed {
+            checkpoint: number,
+            bytes,
+            pieces,
+        }))
+    }
+}
+
+/// A transfer on the main channel whose bytes are not those of the capture.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Changed {
+    /// Position of the checkpoint among all.
+    pub checkpoint: usize,
+    /// The transfer's bytes.
+    pub bytes: Vec<u8>,
+    /// The pieces in which they are written.
+    pub pieces: Vec<Range<usize>>,
+}
+
+/// Tells the main channel and the multifd channels, sorted, from what is neither.
+fn sort_connections(
+    connections: Vec<Connection>,
+    notes: &mut Vec<String>,
+) -> Result<(Connection, Vec<Channel>), StreamsError> {
+    let count = connections.len();
+    let (mut mains, mut channels) = (Vec::new(), Vec::new());
+    for connection in connections {
+        let (number, bytes) = (connection.id, connection.to_secondary.bytes());
+        if bytes.starts_with(&MAIN_MAGIC) {
+            mains.push(connection);
+        } else if bytes.starts_with(&MULTIFD_MAGIC) {
+            let channel = Channel::new(connection);
+            channels.push(channel.map_err(|reason| StreamsError::Init {
+                connection: number,
+                reason,
+            })?);
+        } else {
+            notes.push(format!(
+                "connection {number} ({} bytes) is no part of a migration and is left out",
+                bytes.len()
+            ));
+        }
+    }
+    let numbers: Vec<_> = mains.iter().map(|main| main.id).collect();
+    let (Some(main), true) = (mains.pop(), mains.is_empty()) else {
+        return Err(match numbers.len() {
+            0 => StreamsError::NoMain(count),
+            many => StreamsError::ManyMains(many, numbers),
+        });
+    };
+    channels.sort_by_key(Channel::id);
+    let numbered = channels.iter().enumerate();
+    if numbered
+        .clone()
+        .any(|(position, channel)| u8::try_from(position).map(ChannelId) != Ok(channel.id()))
+    {
+        let ids = channels.iter().map(|channel| channel.id().0).collect();
+        return Err(StreamsError::Channels(ids));
+    }
+    Ok((main, channels))
+}
