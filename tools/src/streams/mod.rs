@@ -16,21 +16,24 @@ pub use answers::{Answers, CheckpointAnswers};
 pub use channel::{Channel, Packet};
 pub use flow::{Chunk, Flow};
 
+use crate::capture_file::{CaptureError, CaptureInfo, CaptureReader, ConnectionId, Direction, Event, Record};
 use colo_ring::blocks::BlockTable;
+use colo_ring::host::Machine;
 use colo_ring::units::ChannelId;
 use colo_ring::wire::codec::Method;
 use colo_ring::wire::stream::{MAIN_MAGIC, MULTIFD_MAGIC};
 use main_channel::{MainCheckpoint, MainIndex};
 use std::ops::Range;
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 use thiserror::Error;
 
 /// One captured connection.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug)]
 pub struct Connection {
     /// Its number in the capture.
-    pub id: u16,
+    pub id: ConnectionId,
     /// How the capture calls its peer.
     pub label: String,
     /// What the primary sent.
@@ -39,9 +42,23 @@ pub struct Connection {
     pub to_primary: Flow,
 }
 
+impl Connection {
+    /// A connection on which nothing was sent yet.
+    pub fn new(id: ConnectionId, label: &str) -> Self {
+        Self {
+            id,
+            label: label.to_owned(),
+            to_secondary: Flow::default(),
+            to_primary: Flow::default(),
+        }
+    }
+}
+
 /// A captured session.
 #[derive(Debug)]
 pub struct Streams {
+    /// What the capture says of itself, if it was read from a file.
+    pub info: Option<CaptureInfo>,
     /// The main channel.
     pub main: Connection,
     /// The multifd channels, by their numbers. None: plain mode.
@@ -101,6 +118,17 @@ pub struct Checkpoint {
 /// Why a capture is not one of a session that can be used.
 #[derive(Debug, Error)]
 pub enum StreamsError {
+    /// The file is damaged or none.
+    #[error(transparent)]
+    File(#[from] CaptureError),
+    /// It cannot be held in memory.
+    #[error(
+        "the capture has more than {limit_bytes} bytes: half of this machine's memory, and it is held there whole"
+    )]
+    TooLarge {
+        /// The limit.
+        limit_bytes: u64,
+    },
     /// No connection begins as a main channel does.
     #[error(
         "no connection of the capture is a migration's main channel: none begins with \"QEVM\" ({0} connections). \
@@ -108,15 +136,13 @@ pub enum StreamsError {
     )]
     NoMain(usize),
     /// More than one does.
-    #[error(
-        "the capture holds {0} sessions (main channels on connections {1:?}); capture one session at a time"
-    )]
-    ManyMains(usize, Vec<u16>),
+    #[error("the capture holds {0} sessions (main channels on {1:?}); capture one session at a time")]
+    ManyMains(usize, Vec<ConnectionId>),
     /// A connection's init packet is wrong.
     #[error("connection {connection}: {reason}")]
     Init {
         /// The connection.
-        connection: u16,
+        connection: ConnectionId,
         /// What is wrong.
         reason: String,
     },
@@ -140,6 +166,36 @@ pub enum StreamsError {
 }
 
 impl Streams {
+    /// Reads a capture file and finds its session.
+    ///
+    /// # Errors
+    /// See [`StreamsError`].
+    pub fn load(path: &Path) -> Result<Self, StreamsError> {
+        let mut reader = CaptureReader::open(path)?;
+        let limit_bytes = Machine::read().memory_bytes / 2;
+        let mut connections = Vec::new();
+        let (mut notes, mut bytes_read) = (Vec::new(), 0);
+        while let Some(record) = reader.next()? {
+            if let Event::Data { bytes, .. } = record.event {
+                bytes_read += bytes.len() as u64;
+                if bytes_read > limit_bytes {
+                    return Err(StreamsError::TooLarge { limit_bytes });
+                }
+            }
+            take(&mut connections, &mut notes, &record);
+        }
+        notes.extend(
+            reader
+                .is_torn()
+                .map(|tear| format!("the file ends early, {tear}")),
+        );
+        let mut streams = Self::new(connections)?;
+        notes.append(&mut streams.notes);
+        streams.notes = notes;
+        streams.info = Some(reader.info().clone());
+        Ok(streams)
+    }
+
     /// Finds the session in these connections.
     ///
     /// # Errors
@@ -175,6 +231,7 @@ impl Streams {
         };
         let answers = Answers::read(&main.to_primary, index.return_path);
         let mut streams = Self {
+            info: None,
             main,
             channels,
             machine_type: index.machine_type,
@@ -314,6 +371,29 @@ pub struct Changed {
     pub bytes: Vec<u8>,
     /// The pieces in which they are written.
     pub pieces: Vec<Range<usize>>,
+}
+
+/// Puts a record where it belongs. The reader has checked that its connection was opened.
+fn take(connections: &mut Vec<Connection>, notes: &mut Vec<String>, record: &Record<'_>) {
+    match record.event {
+        Event::Open { connection, label } => connections.push(Connection::new(connection, label)),
+        Event::Data {
+            connection,
+            direction,
+            bytes,
+        } => {
+            if let Some(connection) = connections.get_mut(usize::from(connection.0)) {
+                let flow = match direction {
+                    Direction::ToSecondary => &mut connection.to_secondary,
+                    Direction::ToPrimary => &mut connection.to_primary,
+                };
+                flow.push(record.at, bytes);
+            }
+        }
+        Event::Note(note) => notes.push(format!("the recorder noted: {note}")),
+        // How a connection ended does not matter: what is complete is known from its bytes.
+        Event::End { .. } | Event::Finish(_) => {}
+    }
 }
 
 /// Tells the main channel and the multifd channels, sorted, from what is neither.

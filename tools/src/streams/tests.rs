@@ -1,7 +1,8 @@
 //! Sessions of the synthetic primary, recorded on their way to a receiver.
 
 use super::*;
-use crate::synth::{Address, SynthOptions, SynthPrimary, Version};
+use crate::capture_file::{CaptureWriter, Compression};
+use crate::synth::{Address, Distribution, SynthOptions, SynthPrimary, Version};
 use colo_ring::receiver::{ListenAddress, Receiver, ReceiverOptions};
 use colo_ring::store::{HugePages, StoreOptions};
 use std::io::{Read, Write};
@@ -17,7 +18,7 @@ fn options(version: Version, channels: u8) -> SynthOptions {
     SynthOptions {
         ram_bytes: 4 << 20,
         channels,
-        dirty_pages: 300,
+        dirty_pages: Distribution::Fixed(300),
         interval: Duration::ZERO,
         zero_share: 0.2,
         ..SynthOptions::new(version)
@@ -89,10 +90,9 @@ fn recorded(options: &SynthOptions) -> Vec<Connection> {
     receiver.stop_handle().stop();
     receiver.wait().unwrap();
     let connection = |(id, [up, down]): (usize, [Mutex<Flow>; 2])| Connection {
-        id: u16::try_from(id).unwrap(),
-        label: String::new(),
         to_secondary: up.into_inner().unwrap(),
         to_primary: down.into_inner().unwrap(),
+        ..Connection::new(ConnectionId(u16::try_from(id).unwrap()), "")
     };
     let _ = std::fs::remove_file(path("front"));
     flows.into_iter().enumerate().map(connection).collect()
@@ -201,6 +201,68 @@ fn a_cut_capture_is_good_up_to_its_last_complete_checkpoint() {
     }
 }
 
+/// The same session from a file, whole and torn.
+#[test]
+fn a_file_holds_the_session() {
+    let whole = recorded(&options(Version::V11_1, 2));
+    let path = std::env::temp_dir().join(format!("colo-streams-{}.cap", std::process::id()));
+    let info = CaptureInfo::now("test", serde_json::Value::Null);
+    let mut writer = CaptureWriter::create(&path, &info, Compression::Zstd).unwrap();
+    let mut events = Vec::new();
+    for connection in &whole {
+        let (id, label) = (connection.id, "127.0.0.1:1");
+        events.push((
+            Duration::ZERO,
+            0,
+            Event::Open {
+                connection: id,
+                label,
+            },
+        ));
+        for (direction, flow) in [
+            (Direction::ToSecondary, &connection.to_secondary),
+            (Direction::ToPrimary, &connection.to_primary),
+        ] {
+            let mut begin = 0;
+            for chunk in flow.chunks() {
+                let bytes = &flow.bytes()[std::mem::replace(&mut begin, chunk.end)..chunk.end];
+                let data = Event::Data {
+                    connection: id,
+                    direction,
+                    bytes,
+                };
+                events.push((chunk.at, 1, data));
+            }
+        }
+    }
+    events.sort_by_key(|(at, rank, _)| (*at, *rank));
+    for (at, _, event) in events {
+        writer.write(at, event).unwrap();
+        writer.flush().unwrap();
+    }
+    drop(writer);
+    let read = Streams::load(&path).unwrap();
+    let direct = Streams::new(whole).unwrap();
+    assert_eq!(read.checkpoints, direct.checkpoints);
+    assert_eq!(read.answers, direct.answers);
+    assert!(read.notes[0].contains("not finished"), "{:?}", read.notes);
+
+    let length = std::fs::metadata(&path).unwrap().len();
+    std::fs::File::options()
+        .write(true)
+        .open(&path)
+        .unwrap()
+        .set_len(length - 100)
+        .unwrap();
+    // The last record is an answer, or the end of the device state.
+    let torn = Streams::load(&path).unwrap();
+    assert!(torn.checkpoints.len() >= CHECKPOINTS - 1, "{:?}", torn.notes);
+    assert!(torn.notes[0].contains("not complete"), "{:?}", torn.notes);
+    std::fs::write(&path, b"something else").unwrap();
+    assert!(matches!(Streams::load(&path), Err(StreamsError::File(_))));
+    std::fs::remove_file(path).unwrap();
+}
+
 #[test]
 fn what_is_no_session_is_refused() {
     let whole = recorded(&options(Version::V11_1, 2));
@@ -215,7 +277,7 @@ fn what_is_no_session_is_refused() {
     let missing = vec![whole[0].clone(), whole[2].clone()];
     assert!(matches!(Streams::new(missing), Err(StreamsError::Channels(ids)) if ids == [1]));
     let mut stranger = whole.clone();
-    stranger.push(Connection::default());
+    stranger.push(Connection::new(ConnectionId(9), ""));
     assert_eq!(Streams::new(stranger).unwrap().notes.len(), 1);
 }
 
@@ -225,7 +287,7 @@ fn checkpoints_again_name_the_block_where_the_capture_continues_another() {
     let mut differed = 0;
     for seed in 1..=10 {
         let mut options = options(Version::V11_1, 0);
-        (options.seed, options.dirty_pages) = (seed, 3);
+        (options.seed, options.dirty_pages) = (seed, Distribution::Fixed(3));
         // A third of this guest is in small blocks.
         options.ram_bytes = 1 << 20;
         let streams = Streams::new(recorded(&options)).unwrap();
