@@ -6,6 +6,7 @@
 pub mod blocks;
 pub mod host;
 pub mod metrics;
+pub mod net;
 pub mod receiver;
 pub mod ring;
 pub mod session;

@@ -6,26 +6,11 @@
 //! nothing is guessed, because a guest with another guest's pages would be worse than none: the connections are
 //! refused, with a way out.
 
+use crate::net::Peer;
 use crate::units::ChannelId;
 use crate::wire::multifd::Init;
-use std::net::IpAddr;
 use std::time::{Duration, Instant};
 use thiserror::Error;
-
-/// Where a connection comes from.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Origin {
-    Host(IpAddr),
-    Process(i32),
-}
-
-/// Connections of one session agree in this.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Peer {
-    /// Position of the listener among the receiver's.
-    pub(super) listener: usize,
-    pub(super) origin: Origin,
-}
 
 /// What the first bytes of a connection said.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -344,6 +329,8 @@ impl<S> Set<S> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::net::Origin;
+    use std::net::IpAddr;
 
     const HOST: Origin = Origin::Host(IpAddr::V4(std::net::Ipv4Addr::LOCALHOST));
     const PEER: Peer = Peer {

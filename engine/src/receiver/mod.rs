@@ -15,7 +15,7 @@ mod director;
 mod dump;
 mod end;
 mod guest;
-mod listen;
+mod identify;
 mod main_channel;
 mod options;
 mod page_channel;
@@ -25,20 +25,19 @@ mod timeline;
 pub use control::{Answer, Request};
 pub use dump::{DUMP_SCHEMA, DUMP_VERSION, Dumped, DumpedBlock};
 pub use end::{ChannelError, SessionEnd};
-pub use listen::ListenError;
-pub use options::{AddressError, ListenAddress, ReceiverOptions};
+pub use options::ReceiverOptions;
 pub use status::{STATUS_SCHEMA, STATUS_VERSION, SessionState, SessionStatus, StatusReport};
 
 use crate::host::Machine;
 use crate::metrics::{MetricsError, Recorder, Report, RunDescription, SampleQueue};
+pub use crate::net::{AddressError, ListenAddress, ListenError};
+use crate::net::{Listener, Runtime, bind_unix};
 use crate::ring::{BackendKind, Plane, PlaneError, PlaneOptions};
 use crate::store::{CopyMethod, Flusher, FlusherError, Store};
 use budget::Budget;
 use control::Asked;
 use director::{Director, Wires, direct};
 use guest::{MakeStore, Surroundings};
-use listen::Listener;
-use std::future::Future;
 use std::path::PathBuf;
 use std::rc::Rc;
 use std::sync::Arc;
@@ -166,8 +165,13 @@ impl Receiver {
         let control_ask = ask.clone();
         let thread = std::thread::Builder::new().name("colo-control".into());
         let thread = thread.spawn(move || {
-            let runtime = ControlRuntime::new(&director.events)?;
-            let uring = matches!(runtime, ControlRuntime::Uring(_));
+            let (runtime, fallback) = Runtime::new().map_err(ReceiverError::Thread)?;
+            if let Some(error) = fallback {
+                (director.events)(Event::Warning(format!(
+                    "connections are accepted without io_uring ({error}), which makes no difference to their pages"
+                )));
+            }
+            let uring = runtime.is_uring();
             let main = async move {
                 if let Some((listener, path)) = control {
                     let failed = |source| ReceiverError::Control { path, source };
@@ -233,7 +237,7 @@ fn bind_control(
         path: path.to_owned(),
         source,
     };
-    let listener = listen::bind_control(path)?;
+    let listener = bind_unix(path)?;
     std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o600)).map_err(failed)?;
     listener.set_nonblocking(true).map_err(failed)?;
     Ok((listener, path.to_owned()))
@@ -345,32 +349,4 @@ fn store_maker(options: &ReceiverOptions, budget: Arc<Budget>, events: Arc<Event
             fallbacks,
         })
     })
-}
-
-/// What the control thread waits with. No page passes through it, so that readiness will do where io_uring is not to
-/// be had: the kernel has none, it is disabled, or its memory does not fit `ulimit -l`.
-enum ControlRuntime {
-    Uring(Box<tokio_uring::Runtime>),
-    Readiness(tokio::runtime::Runtime),
-}
-
-impl ControlRuntime {
-    fn new(events: &Arc<Events>) -> Result<Self, ReceiverError> {
-        let error = match tokio_uring::Runtime::new(&tokio_uring::builder()) {
-            Ok(runtime) => return Ok(Self::Uring(Box::new(runtime))),
-            Err(error) => error,
-        };
-        events(Event::Warning(format!(
-            "connections are accepted without io_uring ({error}), which makes no difference to their pages"
-        )));
-        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
-        runtime.map(Self::Readiness).map_err(ReceiverError::Thread)
-    }
-
-    fn block_on<F: Future>(self, main: F) -> F::Output {
-        match self {
-            Self::Uring(runtime) => runtime.block_on(main),
-            Self::Readiness(runtime) => tokio::task::LocalSet::new().block_on(&runtime, main),
-        }
-    }
 }

@@ -1,21 +1,15 @@
-//! Accepting connections and reading what they are: on the control thread, one task a listener and one a connection,
-//! so that a silent connection holds up nobody.
-//!
-//! With io_uring the waiting is done by tokio-uring, else by readiness; what is read is the same. Exactly the bytes
-//! that tell the kind of a channel are taken off the socket, and for a multifd channel its init packet.
+//! Accepting connections: one task a listener.
+#![forbid(unsafe_code)]
 
-use super::assemble::{Identity, Origin, Peer};
-use super::options::ListenAddress;
+use super::ListenAddress;
 use crate::ring::own_descriptor;
-use crate::wire::multifd::{INIT_LEN, Init};
-use crate::wire::stream::{ChannelKind, classify};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::sockopt::{
     KeepAlive, PeerCredentials, TcpKeepCount, TcpKeepIdle, TcpKeepInterval, TcpNoDelay, TcpUserTimeout,
 };
 use nix::sys::socket::{Shutdown, getsockopt, setsockopt, shutdown};
 use std::io;
-use std::net::{TcpListener, TcpStream};
+use std::net::{IpAddr, TcpListener, TcpStream};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::fs::FileTypeExt;
 use std::os::unix::net::{UnixListener, UnixStream};
@@ -23,15 +17,7 @@ use std::path::Path;
 use std::rc::Rc;
 use std::time::Duration;
 use thiserror::Error;
-use tokio::io::AsyncReadExt;
 use tokio::sync::mpsc;
-use tokio_uring::buf::{BoundedBuf, Slice};
-
-/// Bytes that tell the kind of a connection.
-pub(super) const FIRST_LEN: usize = 4;
-
-/// Most connections that are accepted and not identified, or wait for the rest of their session. More are closed.
-pub(super) const PENDING_MAX: usize = 1024;
 
 /// A TCP connection whose other host is silent for this long is probed.
 const PROBE_AFTER_SECONDS: u32 = 10;
@@ -42,19 +28,40 @@ const PROBE_EVERY_SECONDS: u32 = 5;
 /// Probes without an answer that end the connection: 40 seconds after the last sign of life.
 const PROBES: u32 = 6;
 
+/// Where a connection comes from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Origin {
+    /// A host.
+    Host(IpAddr),
+    /// A process of this host, over a UNIX socket.
+    Process(i32),
+}
+
+/// Connections of one session agree in this.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Peer {
+    /// Position of the listener among all.
+    pub listener: usize,
+    /// Where it comes from.
+    pub origin: Origin,
+}
+
 /// An accepted connection.
 #[derive(Debug)]
-pub(super) struct Accepted {
-    pub(super) socket: OwnedFd,
-    pub(super) is_tcp: bool,
-    pub(super) peer: Peer,
+pub struct Accepted {
+    /// It blocks.
+    pub socket: OwnedFd,
+    /// Whether it is TCP, else it is a UNIX socket.
+    pub is_tcp: bool,
+    /// What connections of one session have in common.
+    pub peer: Peer,
     /// The other end, for people.
-    pub(super) from: String,
+    pub from: String,
 }
 
 impl Accepted {
     /// Whether the other end has closed it, even if not all that it sent was read.
-    pub(super) fn is_gone(&self) -> bool {
+    pub fn is_gone(&self) -> bool {
         // nix has no name for it. A reset and an error are always reported.
         let closed = PollFlags::from_bits_retain(libc::POLLRDHUP);
         let mut ends = [PollFd::new(self.socket.as_fd(), closed)];
@@ -63,7 +70,7 @@ impl Accepted {
 }
 
 /// A socket that listens.
-pub(super) struct Listener {
+pub struct Listener {
     socket: OwnedFd,
     address: ListenAddress,
 }
@@ -86,7 +93,11 @@ fn hint(error: &io::Error) -> &'static str {
 }
 
 impl Listener {
-    pub(super) fn bind(address: &ListenAddress) -> Result<Self, ListenError> {
+    /// Listens on an address.
+    ///
+    /// # Errors
+    /// If it is not to be had; the message says what may help.
+    pub fn bind(address: &ListenAddress) -> Result<Self, ListenError> {
         let failed = |source| ListenError {
             address: address.clone(),
             source,
@@ -101,7 +112,7 @@ impl Listener {
                 })
             }
             ListenAddress::Unix(path) => {
-                let socket = bind_unix(path).map_err(failed)?.into();
+                let socket = bind(path).map_err(failed)?.into();
                 Ok(Self {
                     socket,
                     address: address.clone(),
@@ -111,12 +122,12 @@ impl Listener {
     }
 
     /// The address with the real port.
-    pub(super) fn address(&self) -> &ListenAddress {
+    pub fn address(&self) -> &ListenAddress {
         &self.address
     }
 
     /// Makes a pending accept return: tokio-uring ends only when nothing is in flight.
-    pub(super) fn close(&self) {
+    pub fn close(&self) {
         let _ = shutdown(self.socket.as_raw_fd(), Shutdown::Both);
     }
 
@@ -124,8 +135,12 @@ impl Listener {
         matches!(self.address, ListenAddress::Tcp(_))
     }
 
-    /// Accepts for ever; ends when the socket is shut down. `position` is this listener's among all.
-    pub(super) async fn accept_all(
+    /// Accepts for ever; ends when the socket is shut down or nobody takes what is told. `position` is this listener's
+    /// among all. With `uring` it must run on tokio-uring's runtime.
+    ///
+    /// # Errors
+    /// If the socket cannot be waited on at all.
+    pub async fn accept_all(
         self: Rc<Self>,
         position: usize,
         uring: bool,
@@ -181,7 +196,10 @@ impl Listener {
 
 /// Makes the connection fail where the primary's host has gone without a word (spec §14.1): between checkpoints it
 /// is silent for as long as `x-checkpoint-delay`, so that silence alone says nothing.
-fn watch_for_vanished_host(socket: &OwnedFd) -> nix::Result<()> {
+///
+/// # Errors
+/// If it is no TCP socket.
+pub fn watch_for_vanished_host(socket: &OwnedFd) -> nix::Result<()> {
     setsockopt(socket, KeepAlive, &true)?;
     setsockopt(socket, TcpKeepIdle, &PROBE_AFTER_SECONDS)?;
     setsockopt(socket, TcpKeepInterval, &PROBE_EVERY_SECONDS)?;
@@ -230,116 +248,8 @@ impl Acceptor {
     }
 }
 
-/// Reads what kind of connection this is.
-///
-/// # Errors
-/// What an operator should know: it is no migration channel, or ended or stayed silent.
-pub(super) async fn identify(
-    accepted: &Accepted,
-    uring: bool,
-    deadline: Duration,
-) -> Result<Identity, String> {
-    let reading = async {
-        let text = |error: io::Error| error.to_string();
-        let mut reader = Reader::new(accepted, uring).map_err(text)?;
-        let first: [u8; FIRST_LEN] = reader.read().await?;
-        let identity = match classify(first).map_err(|error| error.to_string())? {
-            ChannelKind::Main => Identity::Main,
-            ChannelKind::Multifd => {
-                let mut init = [0; INIT_LEN];
-                let rest: [u8; INIT_LEN - FIRST_LEN] = reader.read().await?;
-                init[..FIRST_LEN].copy_from_slice(&first);
-                init[FIRST_LEN..].copy_from_slice(&rest);
-                Init::decode(&init)
-                    .map(Identity::Multifd)
-                    .map_err(|error| error.to_string())?
-            }
-        };
-        reader.done().map_err(text)?;
-        Ok(identity)
-    };
-    let result = match tokio::time::timeout(deadline, reading).await {
-        Ok(result) => result,
-        Err(_) => Err(format!("it did not say what it is within {deadline:?}")),
-    };
-    if result.is_err() {
-        // It also ends a read that is still in flight.
-        let _ = shutdown(accepted.socket.as_raw_fd(), Shutdown::Both);
-    }
-    result
-}
-
-enum Reader {
-    UringTcp(tokio_uring::net::TcpStream),
-    UringUnix(tokio_uring::net::UnixStream),
-    Tcp(tokio::net::TcpStream),
-    Unix(tokio::net::UnixStream),
-}
-
-impl Reader {
-    fn new(accepted: &Accepted, uring: bool) -> io::Result<Self> {
-        let socket = accepted.socket.try_clone()?;
-        if accepted.is_tcp {
-            let stream = TcpStream::from(socket);
-            if uring {
-                return Ok(Self::UringTcp(tokio_uring::net::TcpStream::from_std(stream)));
-            }
-            stream.set_nonblocking(true)?;
-            return Ok(Self::Tcp(tokio::net::TcpStream::from_std(stream)?));
-        }
-        let stream = UnixStream::from(socket);
-        if uring {
-            return Ok(Self::UringUnix(tokio_uring::net::UnixStream::from_std(stream)));
-        }
-        stream.set_nonblocking(true)?;
-        Ok(Self::Unix(tokio::net::UnixStream::from_std(stream)?))
-    }
-
-    /// Exactly N bytes, and not one more: what follows belongs to the data plane.
-    async fn read<const N: usize>(&mut self) -> Result<[u8; N], String> {
-        let mut bytes = [0; N];
-        let mut have = 0;
-        while have < N {
-            let rest = &mut bytes[have..];
-            let count = match self {
-                Self::UringTcp(stream) => keep(stream.read(room(rest.len())).await, rest),
-                Self::UringUnix(stream) => keep(stream.read(room(rest.len())).await, rest),
-                Self::Tcp(stream) => stream.read(rest).await,
-                Self::Unix(stream) => stream.read(rest).await,
-            };
-            match count {
-                Ok(0) => return Err("it was closed before it said what it is".into()),
-                Ok(count) => have += count,
-                Err(error) => return Err(error.to_string()),
-            }
-        }
-        Ok(bytes)
-    }
-
-    /// Gives the socket back as it was: the mode belongs to the connection, not to the descriptor.
-    fn done(self) -> io::Result<()> {
-        match self {
-            Self::UringTcp(_) | Self::UringUnix(_) => Ok(()),
-            Self::Tcp(stream) => stream.into_std()?.set_nonblocking(false),
-            Self::Unix(stream) => stream.into_std()?.set_nonblocking(false),
-        }
-    }
-}
-
-/// An owned buffer that takes exactly that many bytes, whatever it has room for.
-fn room(bytes: usize) -> Slice<Vec<u8>> {
-    Vec::with_capacity(bytes).slice(..bytes)
-}
-
-/// Moves what an owned buffer holds to where it belongs.
-fn keep((count, part): (io::Result<usize>, Slice<Vec<u8>>), to: &mut [u8]) -> io::Result<usize> {
-    let count = count?;
-    to[..count].copy_from_slice(&part[..count]);
-    Ok(count)
-}
-
 /// Binds a UNIX socket. A socket file that nobody listens on any more is replaced, as after a kill.
-fn bind_unix(path: &Path) -> io::Result<UnixListener> {
+fn bind(path: &Path) -> io::Result<UnixListener> {
     let is_socket = std::fs::symlink_metadata(path).is_ok_and(|meta| meta.file_type().is_socket());
     if is_socket && UnixStream::connect(path).is_err_and(|e| e.kind() == io::ErrorKind::ConnectionRefused) {
         std::fs::remove_file(path)?;
@@ -347,10 +257,15 @@ fn bind_unix(path: &Path) -> io::Result<UnixListener> {
     UnixListener::bind(path)
 }
 
-/// The same for the control socket.
-pub(super) fn bind_control(path: &Path) -> Result<UnixListener, ListenError> {
-    let address = ListenAddress::Unix(path.to_owned());
-    bind_unix(path).map_err(|source| ListenError { address, source })
+/// A UNIX socket of the standard library's kind, bound as [`Listener::bind`] does it.
+///
+/// # Errors
+/// If it cannot be bound.
+pub fn bind_unix(path: &Path) -> Result<UnixListener, ListenError> {
+    bind(path).map_err(|source| ListenError {
+        address: ListenAddress::Unix(path.to_owned()),
+        source,
+    })
 }
 
 #[cfg(all(test, not(loom), not(miri)))]
