@@ -306,6 +306,10 @@ fn make_director(
         samples: Arc::new(SampleQueue::new()),
         flusher: Arc::new(flusher),
         make_store: store_maker(&options, budget.clone(), events.clone()),
+        run_apart: Arc::new(|work| {
+            let thread = std::thread::Builder::new().name("colo-memory".into());
+            thread.spawn(work).map(drop)
+        }),
         notify: Arc::new(move || changed.notify_one()),
         warn: Arc::new(move |text| warn_events(Event::Warning(text))),
     };

@@ -67,10 +67,10 @@ impl CoreWake {
         woken
     }
 
-    /// Takes the count, so that the descriptor is no longer readable.
-    pub fn clear(&self) {
+    /// Takes the count, so that the descriptor is no longer readable. Whether there was one.
+    pub fn clear(&self) -> bool {
         // EAGAIN: nothing to take, which is what was wanted.
-        let _ = self.event.read();
+        self.event.read().is_ok()
     }
 
     fn wake(&self) {
