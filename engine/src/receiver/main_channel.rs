@@ -7,6 +7,7 @@ use super::end::SessionEnd;
 use super::guest::Guest;
 use super::timeline::Timeline;
 use crate::blocks::BlockTable;
+use crate::canary::{self, Canary};
 use crate::ring::{Endpoint, Loss, ReceivePlan, ReceiveStyle, Staging, quick_ack};
 use crate::session::{Action, Answer, Page, PageContent, Session, SessionLimits};
 use crate::store::Slab;
@@ -144,7 +145,11 @@ impl MainChannel {
         self.guest
             .rendezvous
             .close_gate()
-            .map_err(|channel| SessionEnd::NotQuiet { channel })
+            .map_err(|channel| SessionEnd::NotQuiet { channel })?;
+        if canary::is_set(Canary::EarlyAcknowledge) && self.session.record().is_some() {
+            self.send(Answer::Loaded)?;
+        }
+        Ok(())
     }
 
     fn commit(&mut self, checkpoint: CheckpointId) {

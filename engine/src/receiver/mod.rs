@@ -19,6 +19,8 @@ mod identify;
 mod main_channel;
 mod options;
 mod page_channel;
+#[cfg(all(test, not(loom), not(miri)))]
+mod sim;
 mod status;
 mod timeline;
 

@@ -73,6 +73,20 @@ impl CoreWake {
         self.event.read().is_ok()
     }
 
+    /// The calling thread runs no loop any more.
+    #[cfg(all(test, not(loom), not(miri)))]
+    pub fn disown() {
+        OWN.set((-1, false));
+    }
+
+    /// Whether the loop would be woken now.
+    #[cfg(all(test, not(loom), not(miri)))]
+    pub fn is_readable(&self) -> bool {
+        use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+        let mut polled = [PollFd::new(self.as_fd(), PollFlags::POLLIN)];
+        poll(&mut polled, PollTimeout::ZERO) == Ok(1)
+    }
+
     fn wake(&self) {
         let (fd, _) = OWN.get();
         if fd == self.event.as_raw_fd() {
