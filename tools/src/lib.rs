@@ -6,6 +6,7 @@ mod cli;
 mod control;
 pub mod demo;
 pub mod doctor;
+pub mod hlog;
 pub mod options;
 pub mod output;
 pub mod qmp;
