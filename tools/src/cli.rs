@@ -1,5 +1,6 @@
 //! The command line: which subcommands there are.
 
+use crate::compare::{self, CompareArgs};
 use crate::demo::{self, DemoArgs};
 use crate::doctor::{self, DoctorArgs};
 use crate::receive::{self, ReceiveArgs};
@@ -59,6 +60,15 @@ enum Command {
     )]
     Demo(DemoArgs),
 
+    /// Compare measured runs: a table, JSON, or one HTML page with plots
+    ///
+    /// For each phase: mean, percentiles and maximum of every run, and their ratios to the baseline with a 95 %
+    /// interval from resampling. An interval that includes 1 shows no difference. See docs/reports.md.
+    #[command(
+        after_help = "Example:\n  colo-ring compare QEMU=qemu.run.json ring.run.json --phase loaded --html report.html\n  colo-ring compare /var/log/colo/guest1.json /var/log/colo/guest2.json"
+    )]
+    Compare(CompareArgs),
+
     /// Say what this machine lacks, what that means, and the command that mends it
     ///
     /// Everything is tried or read, nothing is changed. Exit code 0 if a receiver works here, 1 if something
@@ -78,6 +88,7 @@ pub fn main() -> ExitCode {
         Command::Dump(args) => status::run_dump(&args),
         Command::Discard(args) => status::run_discard(&args),
         Command::Demo(args) => demo::run(&args),
+        Command::Compare(args) => compare::run(&args),
         Command::Doctor(args) => doctor::run(&args),
     };
     result.unwrap_or_else(|error| error.report())

@@ -3,6 +3,7 @@
 
 pub mod capture_file;
 mod cli;
+pub mod compare;
 mod control;
 pub mod demo;
 pub mod doctor;

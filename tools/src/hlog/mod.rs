@@ -373,12 +373,13 @@ impl Log {
     }
 }
 
-fn empty() -> Histogram<u64> {
+/// A histogram without values yet, of the digits that all ours have.
+pub(crate) fn empty() -> Histogram<u64> {
     Histogram::new(SIGNIFICANT_DIGITS).expect("0 to 5 significant digits are allowed")
 }
 
 /// Adds value by value: `Histogram::add` would keep the source's digits, and with them its memory.
-fn add_values(to: &mut Histogram<u64>, from: &Histogram<u64>) {
+pub(crate) fn add_values(to: &mut Histogram<u64>, from: &Histogram<u64>) {
     for step in from.iter_recorded() {
         to.record_n(step.value_iterated_to(), step.count_at_value())
             .expect("a histogram that resizes itself takes any value");
