@@ -3,6 +3,7 @@
 use crate::compare::{self, CompareArgs};
 use crate::demo::{self, DemoArgs};
 use crate::doctor::{self, DoctorArgs};
+use crate::protect::{self, ProtectArgs};
 use crate::receive::{self, ReceiveArgs};
 use crate::status::{self, DiscardArgs, DumpArgs, StatusArgs};
 use clap::{Parser, Subcommand};
@@ -32,6 +33,15 @@ enum Command {
         after_help = "Example:\n  colo-ring receive --listen tcp:0.0.0.0:4444 --channels 4 \\\n      --control unix:/run/colo-ring.sock --hist /var/log/colo/guest1\n\nThe primary then needs, over QMP: x-colo, return-path and multifd on, multifd-channels 4,\nx-checkpoint-delay as wanted, and migrate to this address: see docs/primary.md."
     )]
     Receive(Box<ReceiveArgs>),
+
+    /// Put a running QEMU under the protection of a receiver, over QMP
+    ///
+    /// Sets what COLO needs, switches off what it cannot have (and says so), starts the migration and waits until the
+    /// guest is protected. Ctrl-C ends the waiting, not the migration, and says how the primary is left.
+    #[command(
+        after_help = "Example:\n  colo-ring protect --qmp /run/guest1.qmp --to tcp:192.0.2.2:4444 --channels 4 --interval 300"
+    )]
+    Protect(ProtectArgs),
 
     /// Print how a running receiver and its sessions stand
     #[command(after_help = "Example:\n  colo-ring status --control unix:/run/colo-ring.sock")]
@@ -84,6 +94,7 @@ pub fn main() -> ExitCode {
     let cli = Cli::parse();
     let result = match cli.command {
         Command::Receive(args) => receive::run(*args),
+        Command::Protect(args) => protect::run(&args),
         Command::Status(args) => status::run_status(&args),
         Command::Dump(args) => status::run_dump(&args),
         Command::Discard(args) => status::run_discard(&args),

@@ -10,6 +10,7 @@ pub mod doctor;
 pub mod hlog;
 pub mod options;
 pub mod output;
+pub mod protect;
 pub mod qmp;
 pub mod receive;
 pub mod run_file;
