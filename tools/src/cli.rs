@@ -6,6 +6,7 @@ use crate::doctor::{self, DoctorArgs};
 use crate::protect::{self, ProtectArgs};
 use crate::receive::{self, ReceiveArgs};
 use crate::status::{self, DiscardArgs, DumpArgs, StatusArgs};
+use crate::synth::command::{self as synth, SynthArgs};
 use clap::{Parser, Subcommand};
 use std::process::ExitCode;
 
@@ -61,6 +62,17 @@ enum Command {
     #[command(after_help = "Example:\n  colo-ring discard --control unix:/run/colo-ring.sock --session 1")]
     Discard(DiscardArgs),
 
+    /// Be a primary without a guest: make a session of a chosen shape, live or into a capture
+    ///
+    /// Speaks to any COLO secondary, QEMU included, as a QEMU primary does, with device state that only looks like one.
+    /// Checkpoints are due at fixed times whatever the secondary does, and received and loaded are counted from when
+    /// they were due: one that comes late because the last one was still running has waited, and that shows. Pages
+    /// are made before they are due, and what this side is late by is counted apart. With --out nothing is measured.
+    #[command(
+        after_help = "Example:\n  colo-ring synth --to tcp:127.0.0.1:4444 --ram 1G --pages lognormal:3000,0.5 --interval 600\n  colo-ring synth --to unix:/run/colo.sock --preset file-upload --run /tmp/upload --name colo-ring\n  colo-ring synth --out /tmp/idle.cap --preset idle --checkpoints 20"
+    )]
+    Synth(Box<SynthArgs>),
+
     /// Measure every backend with a synthetic primary on this machine alone
     ///
     /// Needs no root, no huge pages and no QEMU; what is missing is told. Prints p50 and p99 of every phase. Primary
@@ -98,6 +110,7 @@ pub fn main() -> ExitCode {
         Command::Status(args) => status::run_status(&args),
         Command::Dump(args) => status::run_dump(&args),
         Command::Discard(args) => status::run_discard(&args),
+        Command::Synth(args) => synth::run(&args),
         Command::Demo(args) => demo::run(&args),
         Command::Compare(args) => compare::run(&args),
         Command::Doctor(args) => doctor::run(&args),

@@ -1,23 +1,42 @@
-//! The primary's sockets: connecting, and the main channel with its buffer.
+//! The primary's connections: opening them, and the main channel with its buffer.
 
+use super::recording::{RecordedConnection, Recording};
 use super::{Address, SynthError};
 use colo_ring::wire::Parsed;
+use colo_ring::wire::colo::Message;
+use colo_ring::wire::return_path::RpMessage;
 use std::fmt::Debug;
 use std::io::{self, IoSlice, Read, Write};
 use std::net::{Shutdown, TcpStream};
 use std::os::unix::net::UnixStream;
 use std::time::Duration;
 
-/// A connected stream of either kind.
+/// Where a session goes.
+pub(super) enum Destination<'a> {
+    Secondary(&'a Address),
+    Recording(&'a Recording),
+}
+
+impl Destination<'_> {
+    /// Opens one channel, called `what`. Reads and writes of a socket give up after `patience`.
+    pub(super) fn open(&self, what: &str, patience: Duration) -> Result<Socket, SynthError> {
+        match self {
+            Self::Secondary(address) => Socket::connect(address, what, patience),
+            Self::Recording(recording) => recording.open(what).map(Socket::Recorded),
+        }
+    }
+}
+
+/// A connected stream, or what takes its place.
 #[derive(Debug)]
 pub(super) enum Socket {
     Tcp(TcpStream),
     Unix(UnixStream),
+    Recorded(RecordedConnection),
 }
 
 impl Socket {
-    /// Connects one channel. Reads and writes give up after `patience`.
-    pub(super) fn connect(address: &Address, what: &str, patience: Duration) -> Result<Self, SynthError> {
+    fn connect(address: &Address, what: &str, patience: Duration) -> Result<Self, SynthError> {
         let connect = || -> io::Result<Self> {
             Ok(match address {
                 Address::Tcp(host_port) => {
@@ -45,7 +64,7 @@ impl Socket {
     pub(super) fn set_nodelay(&self) -> io::Result<()> {
         match self {
             Self::Tcp(socket) => socket.set_nodelay(true),
-            Self::Unix(_) => Ok(()),
+            Self::Unix(_) | Self::Recorded(_) => Ok(()),
         }
     }
 
@@ -54,6 +73,7 @@ impl Socket {
         let _ = match self {
             Self::Tcp(socket) => socket.shutdown(Shutdown::Both),
             Self::Unix(socket) => socket.shutdown(Shutdown::Both),
+            Self::Recorded(_) => Ok(()),
         };
     }
 
@@ -61,6 +81,7 @@ impl Socket {
         Ok(match self {
             Self::Tcp(socket) => Self::Tcp(socket.try_clone()?),
             Self::Unix(socket) => Self::Unix(socket.try_clone()?),
+            Self::Recorded(connection) => Self::Recorded(connection.clone()),
         })
     }
 
@@ -68,6 +89,7 @@ impl Socket {
         match self {
             Self::Tcp(socket) => socket.read(buffer),
             Self::Unix(socket) => socket.read(buffer),
+            Self::Recorded(_) => Err(io::ErrorKind::Unsupported.into()),
         }
     }
 
@@ -78,6 +100,7 @@ impl Socket {
             let written = match self {
                 Self::Tcp(socket) => socket.write_vectored(parts),
                 Self::Unix(socket) => socket.write_vectored(parts),
+                Self::Recorded(connection) => return connection.send(parts),
             };
             match written {
                 Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
@@ -87,6 +110,32 @@ impl Socket {
             }
         }
         Ok(())
+    }
+}
+
+/// What a secondary says on the main channel.
+pub(super) trait Answer: PartialEq + Debug + Copy {
+    fn parse(input: &[u8]) -> Parsed<Self>;
+    fn encode(self, out: &mut Vec<u8>);
+}
+
+impl Answer for Message {
+    fn parse(input: &[u8]) -> Parsed<Self> {
+        Self::parse(input)
+    }
+
+    fn encode(self, out: &mut Vec<u8>) {
+        Self::encode(self, out);
+    }
+}
+
+impl Answer for RpMessage {
+    fn parse(input: &[u8]) -> Parsed<Self> {
+        Self::parse(input)
+    }
+
+    fn encode(self, out: &mut Vec<u8>) {
+        Self::encode(self, out);
     }
 }
 
@@ -142,18 +191,19 @@ impl MainLink {
         self.flush()
     }
 
-    /// Waits for the answer `expected`, as `parse` reads it.
-    pub(super) fn expect<T: PartialEq + Debug>(
-        &mut self,
-        expected: T,
-        parse: impl Fn(&[u8]) -> Parsed<T>,
-    ) -> Result<(), SynthError> {
+    /// Waits for the answer `expected`; a recording takes it as given.
+    pub(super) fn expect<T: Answer>(&mut self, expected: T) -> Result<(), SynthError> {
+        if let Socket::Recorded(connection) = &self.socket {
+            let mut answer = Vec::new();
+            expected.encode(&mut answer);
+            return Ok(connection.answer(&answer)?);
+        }
         loop {
             let unexpected = |seen: String| SynthError::Unexpected {
                 expected: format!("{expected:?}"),
                 seen,
             };
-            match parse(&self.answers) {
+            match T::parse(&self.answers) {
                 Ok(Some((seen, consumed))) if seen == expected => {
                     self.answers.drain(..consumed);
                     return Ok(());
@@ -188,9 +238,5 @@ impl MainLink {
 }
 
 fn io_error(doing: &'static str, source: io::Error) -> SynthError {
-    SynthError::Io {
-        what: "main channel".to_owned(),
-        doing,
-        source,
-    }
+    SynthError::io("main channel", doing, source)
 }
