@@ -10,7 +10,6 @@
 //!
 //! Nothing here blocks or wakes: that is the business of whoever drives the channels.
 
-use crate::canary::{self, Canary};
 use crate::sync::{AtomicBool, AtomicU32, Ordering, fence};
 use crate::units::ChannelId;
 
@@ -72,8 +71,7 @@ impl Rendezvous {
 
     /// Whether every channel has arrived.
     pub fn all_arrived(&self) -> bool {
-        let early = usize::from(canary::is_set(Canary::EarlySync));
-        usize::try_from(self.arrived.load(Ordering::Acquire)).is_ok_and(|n| n + early >= self.channels.len())
+        usize::try_from(self.arrived.load(Ordering::Acquire)).is_ok_and(|n| n == self.channels.len())
     }
 
     /// At a marker with all channels arrived: the next epoch begins. Called by the main channel's driver alone.
