@@ -4,6 +4,7 @@
 //! [`wire`]; [`session`] says when a checkpoint is complete; [`store`] commits it.
 
 pub mod blocks;
+mod canary;
 pub mod host;
 pub mod metrics;
 pub mod net;

@@ -1,11 +1,12 @@
 //! The command line: which subcommands there are.
 
+use crate::compare::{self, CompareArgs};
 use crate::demo::{self, DemoArgs};
 use crate::doctor::{self, DoctorArgs};
+use crate::protect::{self, ProtectArgs};
 use crate::receive::{self, ReceiveArgs};
-use crate::replay::{self, ReplayArgs};
-use crate::sink::{self, SinkArgs};
 use crate::status::{self, DiscardArgs, DumpArgs, StatusArgs};
+use crate::synth::command::{self as synth, SynthArgs};
 use clap::{Parser, Subcommand};
 use std::process::ExitCode;
 
@@ -34,6 +35,15 @@ enum Command {
     )]
     Receive(Box<ReceiveArgs>),
 
+    /// Put a running QEMU under the protection of a receiver, over QMP
+    ///
+    /// Sets what COLO needs, switches off what it cannot have (and says so), starts the migration and waits until the
+    /// guest is protected. Ctrl-C ends the waiting, not the migration, and says how the primary is left.
+    #[command(
+        after_help = "Example:\n  colo-ring protect --qmp /run/guest1.qmp --to tcp:192.0.2.2:4444 --channels 4 --interval 300"
+    )]
+    Protect(ProtectArgs),
+
     /// Print how a running receiver and its sessions stand
     #[command(after_help = "Example:\n  colo-ring status --control unix:/run/colo-ring.sock")]
     Status(StatusArgs),
@@ -52,23 +62,16 @@ enum Command {
     #[command(after_help = "Example:\n  colo-ring discard --control unix:/run/colo-ring.sock --session 1")]
     Discard(DiscardArgs),
 
-    /// Play a capture as its primary would, against any secondary, and measure from the primary's side
+    /// Be a primary without a guest: make a session of a chosen shape, live or into a capture
     ///
-    /// Every answer is waited for as the primary did, and nothing else. The capture is held in memory. received and loaded
-    /// are VMSTATE_SEND to VMSTATE_RECEIVED and to VMSTATE_LOADED. A secondary that fails ends the replay with exit code 1;
-    /// what was measured before is written and printed.
+    /// Speaks to any COLO secondary, QEMU included, as a QEMU primary does, with device state that only looks like one.
+    /// Checkpoints are due at fixed times whatever the secondary does, and received and loaded are counted from when
+    /// they were due: one that comes late because the last one was still running has waited, and that shows. Pages
+    /// are made before they are due, and what this side is late by is counted apart. With --out nothing is measured.
     #[command(
-        after_help = "Example:\n  colo-ring replay guest.cap --to tcp:127.0.0.1:4444 --interval 100 --checkpoints 300 \\\n      --pid $(pidof colo-ring) --out /tmp/mine --name colo-ring\n  colo-ring replay guest.cap --sink --pace max"
+        after_help = "Example:\n  colo-ring synth --to tcp:127.0.0.1:4444 --ram 1G --pages lognormal:3000,0.5 --interval 600\n  colo-ring synth --to unix:/run/colo.sock --preset file-upload --run /tmp/upload --name colo-ring\n  colo-ring synth --out /tmp/idle.cap --preset idle --checkpoints 20"
     )]
-    Replay(Box<ReplayArgs>),
-
-    /// Be a secondary that keeps nothing: the floor of the transport, for comparison
-    ///
-    /// Reads every byte into a small buffer and answers as soon as it may. A guest that is protected by it is not.
-    #[command(
-        after_help = "Example:\n  colo-ring sink --listen tcp:127.0.0.1:4444 --channels 4\n  colo-ring replay guest.cap --to tcp:127.0.0.1:4444"
-    )]
-    Sink(SinkArgs),
+    Synth(Box<SynthArgs>),
 
     /// Measure every backend with a synthetic primary on this machine alone
     ///
@@ -78,6 +81,15 @@ enum Command {
         after_help = "Example:\n  colo-ring demo\n  colo-ring demo --ram 256M --pages 10000 --interval 100"
     )]
     Demo(DemoArgs),
+
+    /// Compare measured runs: a table, JSON, or one HTML page with plots
+    ///
+    /// For each phase: mean, percentiles and maximum of every run, and their ratios to the baseline with a 95 %
+    /// interval from resampling. An interval that includes 1 shows no difference. See docs/reports.md.
+    #[command(
+        after_help = "Example:\n  colo-ring compare QEMU=qemu.run.json ring.run.json --phase loaded --html report.html\n  colo-ring compare /var/log/colo/guest1.json /var/log/colo/guest2.json"
+    )]
+    Compare(CompareArgs),
 
     /// Say what this machine lacks, what that means, and the command that mends it
     ///
@@ -94,12 +106,13 @@ pub fn main() -> ExitCode {
     let cli = Cli::parse();
     let result = match cli.command {
         Command::Receive(args) => receive::run(*args),
+        Command::Protect(args) => protect::run(&args),
         Command::Status(args) => status::run_status(&args),
         Command::Dump(args) => status::run_dump(&args),
         Command::Discard(args) => status::run_discard(&args),
-        Command::Replay(args) => replay::run(&args),
-        Command::Sink(args) => sink::run(&args),
+        Command::Synth(args) => synth::run(&args),
         Command::Demo(args) => demo::run(&args),
+        Command::Compare(args) => compare::run(&args),
         Command::Doctor(args) => doctor::run(&args),
     };
     result.unwrap_or_else(|error| error.report())

@@ -3,17 +3,18 @@
 
 pub mod capture_file;
 mod cli;
+pub mod compare;
 mod control;
 pub mod demo;
 pub mod doctor;
+pub mod hlog;
 pub mod options;
 pub mod output;
+pub mod protect;
 pub mod qmp;
 pub mod receive;
-pub mod replay;
 pub mod run_file;
 mod signals;
-pub mod sink;
 pub mod status;
 pub mod streams;
 pub mod synth;

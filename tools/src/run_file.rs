@@ -207,8 +207,12 @@ impl RunFile {
     /// # Errors
     /// If it cannot be read, or is not such a file.
     pub fn read(path: &Path) -> Result<Self, RunFileError> {
-        let text = read_bounded(path)?;
-        let run: Self = serde_json::from_slice(&text).map_err(|source| RunFileError::Json {
+        Self::parse(path, &read_bounded(path)?)
+    }
+
+    /// What [`Self::read`] does with the text of the file.
+    pub(crate) fn parse(path: &Path, text: &[u8]) -> Result<Self, RunFileError> {
+        let run: Self = serde_json::from_slice(text).map_err(|source| RunFileError::Json {
             path: path.to_owned(),
             source,
         })?;

@@ -24,7 +24,10 @@ pub(super) type Notify = Arc<dyn Fn() + Send + Sync>;
 /// Tells an operator something.
 pub(super) type Warn = Arc<dyn Fn(String) + Send + Sync>;
 
-/// Makes a guest's memory; may take seconds. Called once, on a thread of its own.
+/// Does something that takes seconds where nobody waits for it: on a thread of its own.
+pub(super) type RunApart = dyn Fn(Box<dyn FnOnce() + Send>) -> std::io::Result<()> + Send + Sync;
+
+/// Makes a guest's memory; may take seconds. Called once, apart.
 pub(super) type MakeStore = dyn Fn(&Guest, Arc<BlockTable>) -> Made + Send + Sync;
 
 /// A guest's memory, or why there is none.
@@ -42,6 +45,7 @@ pub(super) struct Surroundings {
     pub(super) samples: Arc<SampleQueue>,
     pub(super) flusher: Arc<Flusher>,
     pub(super) make_store: Arc<MakeStore>,
+    pub(super) run_apart: Arc<RunApart>,
     pub(super) notify: Notify,
     pub(super) warn: Warn,
 }

@@ -7,6 +7,7 @@ use super::end::SessionEnd;
 use super::guest::Guest;
 use super::timeline::Timeline;
 use crate::blocks::BlockTable;
+use crate::canary::{self, Canary};
 use crate::ring::{Endpoint, Loss, ReceivePlan, ReceiveStyle, Staging, quick_ack};
 use crate::session::{Action, Answer, Page, PageContent, Session, SessionLimits};
 use crate::store::Slab;
@@ -130,16 +131,13 @@ impl MainChannel {
         self.guest.memory_asked.store(true, Ordering::Relaxed);
         let guest = self.guest.clone();
         // Not here: touching a large guest's memory takes seconds, and this thread drives other guests too.
-        let made = std::thread::Builder::new()
-            .name("colo-memory".into())
-            .spawn(move || {
-                let make = || (guest.around.make_store)(&guest, table);
-                // The main channel waits for an answer, whatever happens here.
-                let made = catch_unwind(AssertUnwindSafe(make));
-                guest.memory_made(made.unwrap_or_else(|_| Err("the thread that made it panicked".into())));
-            });
-        made.map(drop)
-            .map_err(|error| SessionEnd::NoMemory(error.to_string()))
+        let make = move || {
+            let make = || (guest.around.make_store)(&guest, table);
+            // The main channel waits for an answer, whatever happens here.
+            let made = catch_unwind(AssertUnwindSafe(make));
+            guest.memory_made(made.unwrap_or_else(|_| Err("the thread that made it panicked".into())));
+        };
+        (self.guest.around.run_apart)(Box::new(make)).map_err(|error| SessionEnd::NoMemory(error.to_string()))
     }
 
     fn ram_complete(&mut self) -> Result<(), SessionEnd> {
@@ -147,7 +145,11 @@ impl MainChannel {
         self.guest
             .rendezvous
             .close_gate()
-            .map_err(|channel| SessionEnd::NotQuiet { channel })
+            .map_err(|channel| SessionEnd::NotQuiet { channel })?;
+        if canary::is_set(Canary::EarlyAcknowledge) && self.session.record().is_some() {
+            self.send(Answer::Loaded)?;
+        }
+        Ok(())
     }
 
     fn commit(&mut self, checkpoint: CheckpointId) {

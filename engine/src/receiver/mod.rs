@@ -19,6 +19,8 @@ mod identify;
 mod main_channel;
 mod options;
 mod page_channel;
+#[cfg(all(test, not(loom), not(miri)))]
+mod sim;
 mod status;
 mod timeline;
 
@@ -306,6 +308,10 @@ fn make_director(
         samples: Arc::new(SampleQueue::new()),
         flusher: Arc::new(flusher),
         make_store: store_maker(&options, budget.clone(), events.clone()),
+        run_apart: Arc::new(|work| {
+            let thread = std::thread::Builder::new().name("colo-memory".into());
+            thread.spawn(work).map(drop)
+        }),
         notify: Arc::new(move || changed.notify_one()),
         warn: Arc::new(move |text| warn_events(Event::Warning(text))),
     };

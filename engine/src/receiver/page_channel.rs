@@ -6,6 +6,7 @@
 
 use super::end::{ChannelError, SessionEnd};
 use super::guest::Guest;
+use crate::canary::{self, Canary};
 use crate::ring::{Endpoint, Loss, ReceivePlan, ReceiveStyle, Staging};
 use crate::session::Ticket;
 use crate::store::{Landing, Slab};
@@ -200,7 +201,7 @@ impl PageChannel {
             .fetch_add(std::mem::take(&mut self.bytes_since_sync), Ordering::Relaxed);
         let (ticket, last) = self.guest.rendezvous.arrive();
         self.state = State::AtSync(ticket);
-        if last || self.style.wake_each {
+        if (last || self.style.wake_each) && !canary::is_set(Canary::LostWake) {
             self.guest.wake_main();
         }
     }
@@ -309,6 +310,8 @@ impl Endpoint for PageChannel {
 
 impl Drop for PageChannel {
     fn drop(&mut self) {
-        self.guest.leave();
+        if !canary::is_set(Canary::LostLeave) {
+            self.guest.leave();
+        }
     }
 }

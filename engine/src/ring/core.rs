@@ -123,24 +123,35 @@ impl<B: Backend> Core<B> {
 
     fn drive(&mut self) -> io::Result<()> {
         loop {
-            let registering = self.registrations.iter().any(Registration::pending);
-            let wait = if registering { Wait::Poll } else { Wait::Block };
-            let mut woken = self.backend.wait(wait, &mut self.done)?;
-            while let Some(completion) = self.done.pop() {
-                self.completed(completion);
-            }
-            if woken {
-                self.attach_new();
-            }
-            while woken || self.wake.take_own() {
-                woken = false;
-                self.resume_all();
-            }
-            self.register_some();
-            if self.inbox.stop.load(Ordering::Acquire) && self.slots.iter().all(Option::is_none) {
+            self.turn()?;
+            if self.inbox.stop.load(Ordering::Acquire) && self.is_empty() {
                 return Ok(());
             }
         }
+    }
+
+    /// Takes what has completed since the last turn, or waits for it, and acts on it.
+    pub(super) fn turn(&mut self) -> io::Result<()> {
+        let registering = self.registrations.iter().any(Registration::pending);
+        let wait = if registering { Wait::Poll } else { Wait::Block };
+        let mut woken = self.backend.wait(wait, &mut self.done)?;
+        while let Some(completion) = self.done.pop() {
+            self.completed(completion);
+        }
+        if woken {
+            self.attach_new();
+        }
+        while woken || self.wake.take_own() {
+            woken = false;
+            self.resume_all();
+        }
+        self.register_some();
+        Ok(())
+    }
+
+    /// Whether it drives no endpoint.
+    pub(super) fn is_empty(&self) -> bool {
+        self.slots.iter().all(Option::is_none)
     }
 
     /// The backend has failed: every session of this core ends. What is posted may still be written to, so those

@@ -18,6 +18,8 @@ mod epoll;
 mod plan;
 mod plane;
 mod receive;
+#[cfg(all(test, not(loom), not(miri)))]
+pub(crate) mod sim;
 mod staging;
 mod threads;
 mod uring;

@@ -98,6 +98,26 @@ impl ReceivePlan {
         &self.pieces[self.first..self.end]
     }
 
+    /// Puts bytes where those behind the first `filled` missing ones belong, as a kernel does that has not reported
+    /// them yet.
+    #[cfg(all(test, not(loom), not(miri)))]
+    pub(super) fn put(&mut self, filled: usize, bytes: &[u8]) {
+        let (mut skip, mut bytes) = (filled, bytes);
+        for piece in self.pieces() {
+            let at = skip.min(piece.iov_len);
+            skip -= at;
+            let (now, later) = bytes.split_at(bytes.len().min(piece.iov_len - at));
+            // SAFETY: inside of the piece, whose memory the plan's endpoint answers for (contract above); the simulation
+            // that calls this has one thread.
+            unsafe {
+                let place = piece.iov_base.cast::<u8>().add(at);
+                std::ptr::copy_nonoverlapping(now.as_ptr(), place, now.len());
+            }
+            bytes = later;
+        }
+        assert!(bytes.is_empty(), "no more than was asked for");
+    }
+
     /// The same as a message header for recvmsg. It points into this plan.
     pub(super) fn message(&mut self) -> &mut libc::msghdr {
         self.message.msg_iov = self.pieces[self.first..self.end].as_mut_ptr();

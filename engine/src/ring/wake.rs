@@ -67,10 +67,24 @@ impl CoreWake {
         woken
     }
 
-    /// Takes the count, so that the descriptor is no longer readable.
-    pub fn clear(&self) {
+    /// Takes the count, so that the descriptor is no longer readable. Whether there was one.
+    pub fn clear(&self) -> bool {
         // EAGAIN: nothing to take, which is what was wanted.
-        let _ = self.event.read();
+        self.event.read().is_ok()
+    }
+
+    /// The calling thread runs no loop any more.
+    #[cfg(all(test, not(loom), not(miri)))]
+    pub fn disown() {
+        OWN.set((-1, false));
+    }
+
+    /// Whether the loop would be woken now.
+    #[cfg(all(test, not(loom), not(miri)))]
+    pub fn is_readable(&self) -> bool {
+        use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+        let mut polled = [PollFd::new(self.as_fd(), PollFlags::POLLIN)];
+        poll(&mut polled, PollTimeout::ZERO) == Ok(1)
     }
 
     fn wake(&self) {

@@ -5,6 +5,7 @@
 use super::bitmap::DirtyBitmap;
 use super::image::RamImage;
 use crate::blocks::BlockTable;
+use crate::canary::{self, Canary};
 use crate::units::CheckpointId;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
@@ -35,7 +36,9 @@ impl Record {
     /// Takes the device state of the checkpoint whose pages are in the image now, and gives back the buffer of the
     /// one before, emptied.
     pub(super) fn adopt(&mut self, id: CheckpointId, device_state: &mut Vec<u8>) {
-        std::mem::swap(&mut self.device_state, device_state);
+        if !canary::is_set(Canary::StaleDeviceState) {
+            std::mem::swap(&mut self.device_state, device_state);
+        }
         device_state.clear();
         self.checkpoint = Some(id);
     }

@@ -55,6 +55,7 @@ pub use map::LandingRun;
 pub use plan::{PageRun, Plan};
 
 use crate::blocks::BlockTable;
+use crate::canary::{self, Canary};
 use crate::units::{CheckpointId, PAGE_SIZE, PageIndex};
 use bitmap::PageSet;
 use cache::{Cache, Mirror};
@@ -148,7 +149,8 @@ impl Store {
         Self::with_slabs(table, label, options, cache::SLAB_PAGES)
     }
 
-    fn with_slabs(
+    /// As [`Store::create`], with slabs of another size: for tests, whose guests are small.
+    pub(crate) fn with_slabs(
         table: Arc<BlockTable>,
         label: &str,
         options: &StoreOptions,
@@ -228,6 +230,9 @@ impl Store {
                 }
                 copy::fence();
             }
+            Phase::Colo if canary::is_set(Canary::LostMark) => {
+                self.dirty.mark_all(shard, &landing.pages()[1..]);
+            }
             Phase::Colo => self.dirty.mark_all(shard, landing.pages()),
         }
         self.received.insert_all(landing.pages());
@@ -253,6 +258,9 @@ impl Store {
         put(self.cache.slot(page));
         match self.phase() {
             Phase::Precopy => put(self.image().span(PageRun::one(page))),
+            Phase::Colo if canary::is_set(Canary::EarlyImage) => {
+                put(self.image().span(PageRun::one(page)));
+            }
             Phase::Colo => self.dirty.mark(shard, page),
         }
         self.received.insert_all(&[page]);
@@ -342,6 +350,18 @@ impl Store {
     /// Before the first commit, or when a file cannot be written. Then nothing of this dump is left behind.
     pub fn dump(&self, directory: &Path) -> Result<DumpReport, StoreError> {
         self.committed.dump(directory)
+    }
+
+    /// Copies a page of the last committed checkpoint out.
+    #[cfg(test)]
+    pub(crate) fn read_committed(&self, page: PageIndex, out: &mut [u8; PAGE_SIZE]) {
+        copy::read(self.image().span(PageRun::one(page)), out);
+    }
+
+    /// The device state of the last committed checkpoint.
+    #[cfg(test)]
+    pub(crate) fn committed_device_state(&self) -> Vec<u8> {
+        self.committed.lock().device_state.clone()
     }
 
     fn image(&self) -> &RamImage {

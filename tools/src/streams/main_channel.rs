@@ -16,8 +16,6 @@ pub(super) struct MainIndex {
     pub machine_type: String,
     /// Whether the primary opened the return path, so that PONG and SHUT precede READY.
     pub return_path: bool,
-    /// Values of PONGs that the primary got before READY.
-    pub pongs: Vec<u32>,
     /// The guest's RAM blocks.
     pub blocks: Option<Arc<BlockTable>>,
     /// The byte behind the initial state: where the primary waits for READY.
@@ -125,7 +123,6 @@ impl<'a> Reader<'a> {
             index: MainIndex {
                 machine_type: String::new(),
                 return_path: false,
-                pongs: Vec::new(),
                 blocks: None,
                 ready: None,
                 checkpoints: Vec::new(),
@@ -213,7 +210,7 @@ impl<'a> Reader<'a> {
         self.is_between_checkpoints = matches!(answer, Answer::Ready { .. } | Answer::Loaded);
         match answer {
             // The primary does not wait for it.
-            Answer::Pong(value) => self.index.pongs.push(value),
+            Answer::Pong(_) => {}
             Answer::Ready { return_path } => {
                 self.index.return_path = return_path;
                 self.index.ready = Some(Ready {

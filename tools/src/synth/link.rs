@@ -1,24 +1,42 @@
-//! The primary's sockets: connecting, and the main channel with its buffer.
+//! The primary's connections: opening them, and the main channel with its buffer.
 
+use super::recording::{RecordedConnection, Recording};
 use super::{Address, SynthError};
 use colo_ring::wire::Parsed;
+use colo_ring::wire::colo::Message;
+use colo_ring::wire::return_path::RpMessage;
 use std::fmt::Debug;
 use std::io::{self, IoSlice, Read, Write};
 use std::net::{Shutdown, TcpStream};
-use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
 use std::time::Duration;
 
-/// A connected stream of either kind.
+/// Where a session goes.
+pub(super) enum Destination<'a> {
+    Secondary(&'a Address),
+    Recording(&'a Recording),
+}
+
+impl Destination<'_> {
+    /// Opens one channel, called `what`. Reads and writes of a socket give up after `patience`.
+    pub(super) fn open(&self, what: &str, patience: Duration) -> Result<Socket, SynthError> {
+        match self {
+            Self::Secondary(address) => Socket::connect(address, what, patience),
+            Self::Recording(recording) => recording.open(what).map(Socket::Recorded),
+        }
+    }
+}
+
+/// A connected stream, or what takes its place.
 #[derive(Debug)]
-pub(crate) enum Socket {
+pub(super) enum Socket {
     Tcp(TcpStream),
     Unix(UnixStream),
+    Recorded(RecordedConnection),
 }
 
 impl Socket {
-    /// Connects one channel. Reads and writes give up after `patience`.
-    pub(crate) fn connect(address: &Address, what: &str, patience: Duration) -> Result<Self, SynthError> {
+    fn connect(address: &Address, what: &str, patience: Duration) -> Result<Self, SynthError> {
         let connect = || -> io::Result<Self> {
             Ok(match address {
                 Address::Tcp(host_port) => {
@@ -43,58 +61,46 @@ impl Socket {
     }
 
     /// Switches Nagle's algorithm off where there is one.
-    pub(crate) fn set_nodelay(&self) -> io::Result<()> {
+    pub(super) fn set_nodelay(&self) -> io::Result<()> {
         match self {
             Self::Tcp(socket) => socket.set_nodelay(true),
-            Self::Unix(_) => Ok(()),
+            Self::Unix(_) | Self::Recorded(_) => Ok(()),
         }
     }
 
-    pub(crate) fn shutdown(&self) {
+    pub(super) fn shutdown(&self) {
         // A peer that has closed already makes this fail, which is the same in the end.
         let _ = match self {
             Self::Tcp(socket) => socket.shutdown(Shutdown::Both),
             Self::Unix(socket) => socket.shutdown(Shutdown::Both),
+            Self::Recorded(_) => Ok(()),
         };
     }
 
-    pub(crate) fn try_clone(&self) -> io::Result<Self> {
+    pub(super) fn try_clone(&self) -> io::Result<Self> {
         Ok(match self {
             Self::Tcp(socket) => Self::Tcp(socket.try_clone()?),
             Self::Unix(socket) => Self::Unix(socket.try_clone()?),
+            Self::Recorded(connection) => Self::Recorded(connection.clone()),
         })
     }
 
-    /// Makes reads and writes return where they would wait.
-    pub(crate) fn set_nonblocking(&self) -> io::Result<()> {
-        match self {
-            Self::Tcp(socket) => socket.set_nonblocking(true),
-            Self::Unix(socket) => socket.set_nonblocking(true),
-        }
-    }
-
-    pub(crate) fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
         match self {
             Self::Tcp(socket) => socket.read(buffer),
             Self::Unix(socket) => socket.read(buffer),
-        }
-    }
-
-    /// Writes what there is room for.
-    pub(crate) fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        match self {
-            Self::Tcp(socket) => socket.write(bytes),
-            Self::Unix(socket) => socket.write(bytes),
+            Self::Recorded(_) => Err(io::ErrorKind::Unsupported.into()),
         }
     }
 
     /// Writes all of `parts`, in as few calls as the system allows.
-    pub(crate) fn write_parts(&mut self, mut parts: &mut [IoSlice<'_>]) -> io::Result<()> {
+    pub(super) fn write_parts(&mut self, mut parts: &mut [IoSlice<'_>]) -> io::Result<()> {
         IoSlice::advance_slices(&mut parts, 0);
         while !parts.is_empty() {
             let written = match self {
                 Self::Tcp(socket) => socket.write_vectored(parts),
                 Self::Unix(socket) => socket.write_vectored(parts),
+                Self::Recorded(connection) => return connection.send(parts),
             };
             match written {
                 Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
@@ -107,12 +113,29 @@ impl Socket {
     }
 }
 
-impl AsFd for Socket {
-    fn as_fd(&self) -> BorrowedFd<'_> {
-        match self {
-            Self::Tcp(socket) => socket.as_fd(),
-            Self::Unix(socket) => socket.as_fd(),
-        }
+/// What a secondary says on the main channel.
+pub(super) trait Answer: PartialEq + Debug + Copy {
+    fn parse(input: &[u8]) -> Parsed<Self>;
+    fn encode(self, out: &mut Vec<u8>);
+}
+
+impl Answer for Message {
+    fn parse(input: &[u8]) -> Parsed<Self> {
+        Self::parse(input)
+    }
+
+    fn encode(self, out: &mut Vec<u8>) {
+        Self::encode(self, out);
+    }
+}
+
+impl Answer for RpMessage {
+    fn parse(input: &[u8]) -> Parsed<Self> {
+        Self::parse(input)
+    }
+
+    fn encode(self, out: &mut Vec<u8>) {
+        Self::encode(self, out);
     }
 }
 
@@ -121,7 +144,7 @@ const BUFFER_BYTES: usize = 32 << 10;
 
 /// The main channel. Nagle's algorithm stays on, as with QEMU: what a secondary does about it is part of the measurement.
 #[derive(Debug)]
-pub(crate) struct MainLink {
+pub(super) struct MainLink {
     socket: Socket,
     patience: Duration,
     /// Encoded, not yet written. Encoders append here.
@@ -133,7 +156,7 @@ pub(crate) struct MainLink {
 }
 
 impl MainLink {
-    pub(crate) fn new(socket: Socket, patience: Duration) -> Self {
+    pub(super) fn new(socket: Socket, patience: Duration) -> Self {
         Self {
             socket,
             patience,
@@ -143,51 +166,44 @@ impl MainLink {
         }
     }
 
-    pub(crate) fn socket(&self) -> &Socket {
+    pub(super) fn socket(&self) -> &Socket {
         &self.socket
     }
 
     /// Bytes written so far.
-    pub(crate) fn written(&self) -> u64 {
+    pub(super) fn written(&self) -> u64 {
         self.written
     }
 
-    /// Writes these bytes, without those that are buffered.
-    pub(crate) fn write(&mut self, bytes: &[u8]) -> Result<(), SynthError> {
-        self.written += bytes.len() as u64;
-        let written = self.socket.write_parts(&mut [IoSlice::new(bytes)]);
+    /// Writes what is buffered.
+    pub(super) fn flush(&mut self) -> Result<(), SynthError> {
+        let written = self.socket.write_parts(&mut [IoSlice::new(&self.out)]);
+        self.written += self.out.len() as u64;
+        self.out.clear();
         written.map_err(|source| io_error("writing", source))
     }
 
-    /// Writes what is buffered.
-    pub(crate) fn flush(&mut self) -> Result<(), SynthError> {
-        let mut out = std::mem::take(&mut self.out);
-        let written = self.write(&out);
-        out.clear();
-        self.out = out;
-        written
-    }
-
     /// Writes what is buffered if it is much: between records.
-    pub(crate) fn flush_if_full(&mut self) -> Result<(), SynthError> {
+    pub(super) fn flush_if_full(&mut self) -> Result<(), SynthError> {
         if self.out.len() < BUFFER_BYTES {
             return Ok(());
         }
         self.flush()
     }
 
-    /// Waits for the answer `expected`, as `parse` reads it.
-    pub(crate) fn expect<T: PartialEq + Debug>(
-        &mut self,
-        expected: T,
-        parse: impl Fn(&[u8]) -> Parsed<T>,
-    ) -> Result<(), SynthError> {
+    /// Waits for the answer `expected`; a recording takes it as given.
+    pub(super) fn expect<T: Answer>(&mut self, expected: T) -> Result<(), SynthError> {
+        if let Socket::Recorded(connection) = &self.socket {
+            let mut answer = Vec::new();
+            expected.encode(&mut answer);
+            return Ok(connection.answer(&answer)?);
+        }
         loop {
             let unexpected = |seen: String| SynthError::Unexpected {
                 expected: format!("{expected:?}"),
                 seen,
             };
-            match parse(&self.answers) {
+            match T::parse(&self.answers) {
                 Ok(Some((seen, consumed))) if seen == expected => {
                     self.answers.drain(..consumed);
                     return Ok(());
@@ -222,9 +238,5 @@ impl MainLink {
 }
 
 fn io_error(doing: &'static str, source: io::Error) -> SynthError {
-    SynthError::Io {
-        what: "main channel".to_owned(),
-        doing,
-        source,
-    }
+    SynthError::io("main channel", doing, source)
 }

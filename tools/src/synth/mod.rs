@@ -11,11 +11,16 @@
 #![forbid(unsafe_code)]
 
 mod address;
+pub mod command;
 mod content;
 mod device;
+mod figures;
 mod guest;
 mod link;
 mod options;
+mod preset;
+mod recording;
+mod report;
 mod rng;
 mod schedule;
 mod sender;
@@ -26,12 +31,12 @@ mod tests;
 
 pub use address::Address;
 pub use guest::Image;
-pub(crate) use link::{MainLink, Socket};
 pub use options::{RAM_BYTES_MAX, SyncMode, SynthOptions, Version};
-pub(crate) use schedule::Schedule;
+pub use preset::Preset;
 pub use session::SynthPrimary;
 pub use shape::{Content, Distribution, Pattern, ShapeError};
 
+use crate::capture_file::CaptureError;
 use std::time::Duration;
 use thiserror::Error;
 
@@ -123,6 +128,9 @@ pub enum SynthError {
         /// What the system said.
         source: std::io::Error,
     },
+    /// The capture cannot be written.
+    #[error(transparent)]
+    Capture(#[from] CaptureError),
     /// The secondary closed the main channel.
     #[error("the secondary closed the main channel while {expected} was expected; its log says why")]
     Closed {
@@ -145,4 +153,14 @@ pub enum SynthError {
         /// What came.
         seen: String,
     },
+}
+
+impl SynthError {
+    /// A failure of the channel `what`; that of a recording carries its own error.
+    fn io(what: &str, doing: &'static str, source: std::io::Error) -> Self {
+        let what = what.to_owned();
+        source
+            .downcast()
+            .map_or_else(|source| Self::Io { what, doing, source }, Self::Capture)
+    }
 }

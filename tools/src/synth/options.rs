@@ -1,21 +1,50 @@
 //! The session to be made, as options.
 
 use super::{Content, Distribution, Pattern, SynthError};
+use clap::ValueEnum;
 use colo_ring::units::PAGE_BYTES;
+use serde::{Serialize, Serializer};
+use std::fmt;
 use std::time::Duration;
 
 /// Most RAM of a guest: what 64-bit sums over its pages allow, and more than any machine has.
 pub const RAM_BYTES_MAX: u64 = 16 << 40;
 
 /// Which QEMU the session looks like on the wire (spec §18).
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum Version {
     /// 11.1: return path with PING, no ENABLE_COLO, SWITCHOVER_START before the guest's last precopy pages.
+    #[value(name = "11.1")]
     V11_1,
     /// 10.0: ENABLE_COLO, no return path, SWITCHOVER_START in each checkpoint too.
+    #[value(name = "10.0")]
     V10_0,
     /// 7.2: ENABLE_COLO, no return path, SYNC on packets with pages, stale fields in empty ones, pages sent twice.
+    #[value(name = "7.2")]
     V7_2,
+}
+
+impl Version {
+    /// As it is written on the command line and in reports.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::V11_1 => "11.1",
+            Self::V10_0 => "10.0",
+            Self::V7_2 => "7.2",
+        }
+    }
+}
+
+impl fmt::Display for Version {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(self.name())
+    }
+}
+
+impl Serialize for Version {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.serialize_str(self.name())
+    }
 }
 
 /// What marks a sync point on the main channel (spec §10).

@@ -1,8 +1,9 @@
-//! The multifd channels: one thread each, which sends packets straight from guest memory.
+//! The multifd channels: one thread each, which sends packets straight from guest memory. Into a recording they are
+//! written at once, so that it has one order.
 
 use super::guest::GuestRam;
-use super::link::Socket;
-use super::{Address, SynthError, SynthOptions};
+use super::link::{Destination, Socket};
+use super::{SynthError, SynthOptions};
 use colo_ring::units::{ChannelId, PAGE_BYTES};
 use colo_ring::wire::codec::Method;
 use colo_ring::wire::multifd::{HEADER_LEN, Init, PacketFields};
@@ -62,43 +63,53 @@ enum Job {
     Report(SyncSender<()>),
 }
 
-/// A channel with its thread. Dropping it closes the connection and leaves the thread to end by that.
+/// A channel. Dropping it closes the connection, by which its thread ends.
 pub(super) struct Channel {
     id: u8,
     socket: Socket,
-    jobs: Option<SyncSender<Job>>,
-    thread: Option<JoinHandle<io::Result<()>>>,
+    sender: Sender,
     /// Bytes of all packets so far.
     bytes: u64,
 }
 
+enum Sender {
+    Thread {
+        jobs: SyncSender<Job>,
+        thread: JoinHandle<io::Result<()>>,
+    },
+    Recording(SharedRam),
+    Finished,
+}
+
 impl Channel {
-    /// Connects the channel and sends its init packet.
-    pub(super) fn connect(
-        address: &Address,
+    /// Opens the channel and sends its init packet.
+    pub(super) fn open(
+        destination: &Destination<'_>,
         id: u8,
         options: &SynthOptions,
         ram: SharedRam,
     ) -> Result<Self, SynthError> {
-        let socket = Socket::connect(address, &name(id), options.patience)?;
+        let mut socket = destination.open(&name(id), options.patience)?;
         let channel = ChannelId(id);
         let uuid = options.uuid;
         let start = || {
             socket.set_nodelay()?;
-            let mut own = socket.try_clone()?;
-            own.write_parts(&mut [IoSlice::new(&Init { uuid, channel }.encode())])?;
+            socket.write_parts(&mut [IoSlice::new(&Init { uuid, channel }.encode())])?;
+            if let Destination::Recording(_) = destination {
+                return Ok(Sender::Recording(ram));
+            }
+            let own = socket.try_clone()?;
             let (jobs, queue) = sync_channel(QUEUE_PACKETS);
             let thread = std::thread::Builder::new()
                 .name(format!("synth-{id}"))
                 .spawn(move || send_packets(own, &queue, &ram))?;
-            Ok((jobs, thread))
+            Ok(Sender::Thread { jobs, thread })
         };
-        let (jobs, thread) = start().map_err(|source| io_error(id, "starting", source))?;
+        let sender = start().map_err(|source| io_error(id, "starting", source))?;
         Ok(Self {
             id,
             socket,
-            jobs: Some(jobs),
-            thread: Some(thread),
+            sender,
             bytes: 0,
         })
     }
@@ -106,7 +117,11 @@ impl Channel {
     /// Queues a packet; waits while the queue is full.
     pub(super) fn send(&mut self, packet: Packet) -> Result<(), SynthError> {
         self.bytes += packet.bytes();
-        self.tell(Job::Send(packet))
+        match &self.sender {
+            Sender::Recording(ram) => send_packet(&mut self.socket, &packet, ram)
+                .map_err(|source| io_error(self.id, "sending a packet", source)),
+            Sender::Thread { .. } | Sender::Finished => self.tell(Job::Send(packet)),
+        }
     }
 
     /// Bytes of all packets so far.
@@ -116,6 +131,9 @@ impl Channel {
 
     /// Waits until all queued packets have been written.
     pub(super) fn drain(&mut self) -> Result<(), SynthError> {
+        if let Sender::Recording(_) = self.sender {
+            return Ok(());
+        }
         let (report, reported) = sync_channel(1);
         self.tell(Job::Report(report))?;
         // The thread drops its end without an answer only if it has failed.
@@ -127,8 +145,8 @@ impl Channel {
     }
 
     fn tell(&mut self, job: Job) -> Result<(), SynthError> {
-        match &self.jobs {
-            Some(jobs) if jobs.send(job).is_ok() => Ok(()),
+        match &self.sender {
+            Sender::Thread { jobs, .. } if jobs.send(job).is_ok() => Ok(()),
             _ => self.why_gone(),
         }
     }
@@ -141,10 +159,10 @@ impl Channel {
 
     /// Waits until all queued packets have been written, ends the thread, and says how that went.
     pub(super) fn finish(&mut self) -> Result<(), SynthError> {
-        self.jobs = None;
-        let Some(thread) = self.thread.take() else {
+        let Sender::Thread { jobs, thread } = std::mem::replace(&mut self.sender, Sender::Finished) else {
             return Ok(());
         };
+        drop(jobs);
         let ended = thread
             .join()
             .unwrap_or_else(|panic| std::panic::resume_unwind(panic));
@@ -163,45 +181,44 @@ fn name(id: u8) -> String {
 }
 
 fn io_error(id: u8, doing: &'static str, source: io::Error) -> SynthError {
-    let what = name(id);
-    SynthError::Io { what, doing, source }
+    SynthError::io(&name(id), doing, source)
 }
 
 fn send_packets(mut socket: Socket, queue: &Receiver<Job>, ram: &SharedRam) -> io::Result<()> {
-    let mut header = [0; HEADER_LEN];
     while let Ok(job) = queue.recv() {
-        let packet = match job {
-            Job::Send(packet) => packet,
-            Job::Report(report) => {
-                // Whoever asked waits for it.
-                let _ = report.send(());
-                continue;
-            }
-        };
-        let ram = ram.read();
-        let table = ram.table();
-        let block = packet.block.and_then(|block| table.iter().nth(block));
-        PacketFields {
-            sync: packet.sync,
-            method: Method::None,
-            pages_alloc: packet.pages_alloc,
-            payload_len: packet.payload_len,
-            packet_num: packet.packet_num,
-            block: block.map_or(b"", |(_, block)| &block.name),
-            normal: &packet.normal,
-            zero: &packet.zero,
+        match job {
+            Job::Send(packet) => send_packet(&mut socket, &packet, ram)?,
+            // Whoever asked waits for it.
+            Job::Report(report) => drop(report.send(())),
         }
-        .encode(&mut header);
-        let pages = packet
-            .normal
-            .iter()
-            .flat_map(|&offset| packet.block.map(|block| ram.page(block, offset)));
-        let header = [&header[..]].into_iter();
-        let mut parts: Vec<_> = header
-            .chain(pages.map(|page| &page[..]))
-            .map(IoSlice::new)
-            .collect();
-        socket.write_parts(&mut parts)?;
     }
     Ok(())
+}
+
+fn send_packet(socket: &mut Socket, packet: &Packet, ram: &SharedRam) -> io::Result<()> {
+    let ram = ram.read();
+    let table = ram.table();
+    let block = packet.block.and_then(|block| table.iter().nth(block));
+    let mut header = [0; HEADER_LEN];
+    PacketFields {
+        sync: packet.sync,
+        method: Method::None,
+        pages_alloc: packet.pages_alloc,
+        payload_len: packet.payload_len,
+        packet_num: packet.packet_num,
+        block: block.map_or(b"", |(_, block)| &block.name),
+        normal: &packet.normal,
+        zero: &packet.zero,
+    }
+    .encode(&mut header);
+    let pages = packet
+        .normal
+        .iter()
+        .flat_map(|&offset| packet.block.map(|block| ram.page(block, offset)));
+    let header = [&header[..]].into_iter();
+    let mut parts: Vec<_> = header
+        .chain(pages.map(|page| &page[..]))
+        .map(IoSlice::new)
+        .collect();
+    socket.write_parts(&mut parts)
 }

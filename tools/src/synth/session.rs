@@ -1,10 +1,12 @@
 //! The session itself: what a primary sends and waits for, in order (spec §1, §12).
 
 use super::guest::{GuestRam, Image, Page};
-use super::link::{MainLink, Socket};
+use super::link::{Destination, MainLink};
+use super::recording::Recording;
 use super::schedule::Schedule;
 use super::sender::{Channel, Packet, SharedRam};
 use super::{Address, CheckpointReport, SyncMode, SynthError, SynthOptions, Version, device};
+use crate::capture_file::CaptureWriter;
 use colo_ring::units::PACKET_PAGES;
 use colo_ring::wire::colo::Message;
 use colo_ring::wire::multifd::raw_payload_len;
@@ -15,6 +17,28 @@ use std::time::{Duration, Instant};
 
 /// Pages that one PART section of precopy covers.
 const PART_PAGES: usize = 16_384;
+
+/// The time since the session's start.
+enum Clock {
+    Real(Instant),
+    Recording(Recording),
+}
+
+impl Clock {
+    fn now(&self) -> Duration {
+        match self {
+            Self::Real(start) => start.elapsed(),
+            Self::Recording(recording) => recording.now(),
+        }
+    }
+
+    fn wait_until(&self, then: Duration) {
+        match self {
+            Self::Real(start) => std::thread::sleep(then.saturating_sub(start.elapsed())),
+            Self::Recording(recording) => recording.pass(then.max(recording.now())),
+        }
+    }
+}
 
 /// A primary in COLO, between two checkpoints.
 pub struct SynthPrimary {
@@ -33,8 +57,7 @@ pub struct SynthPrimary {
     held: Vec<Option<Packet>>,
     checkpoints: u64,
     schedule: Schedule,
-    /// First byte sent.
-    start: Instant,
+    clock: Clock,
     precopy: Duration,
     device_state: Vec<u8>,
 }
@@ -45,12 +68,28 @@ impl SynthPrimary {
     /// # Errors
     /// See [`SynthError`].
     pub fn connect(address: &Address, options: &SynthOptions) -> Result<Self, SynthError> {
+        Self::begin(&Destination::Secondary(address), options)
+    }
+
+    /// Writes the session to a capture, together with what a secondary answers, and goes through precopy. Checkpoints
+    /// stand there when they are due; each of their reports has no durations, for there is nobody to measure.
+    ///
+    /// # Errors
+    /// See [`SynthError`].
+    pub fn record(capture: CaptureWriter, options: &SynthOptions) -> Result<Self, SynthError> {
+        Self::begin(&Destination::Recording(&Recording::new(capture)), options)
+    }
+
+    fn begin(destination: &Destination<'_>, options: &SynthOptions) -> Result<Self, SynthError> {
         options.check()?;
         let ram = SharedRam::new(GuestRam::new(options));
-        let start = Instant::now();
-        let socket = Socket::connect(address, "main channel", options.patience)?;
+        let clock = match destination {
+            Destination::Secondary(_) => Clock::Real(Instant::now()),
+            Destination::Recording(recording) => Clock::Recording((*recording).clone()),
+        };
+        let socket = destination.open("main channel", options.patience)?;
         let channels: Vec<_> = (0..options.channels)
-            .map(|id| Channel::connect(address, id, options, ram.clone()))
+            .map(|id| Channel::open(destination, id, options, ram.clone()))
             .collect::<Result<_, _>>()?;
         let mut primary = Self {
             options: options.clone(),
@@ -65,14 +104,14 @@ impl SynthPrimary {
             packets: 0,
             checkpoints: 0,
             schedule: Schedule::new(Duration::ZERO, options.interval, options.closed_loop),
-            start,
+            clock,
             precopy: Duration::ZERO,
             device_state: Vec::new(),
         };
         primary.start()?;
         primary.precopy_rounds()?;
         primary.initial_state()?;
-        primary.precopy = start.elapsed();
+        primary.precopy = primary.clock.now();
         Ok(primary)
     }
 
@@ -116,20 +155,20 @@ impl SynthPrimary {
         let device_state = device::state(self.checkpoints);
         let vmstate_bytes = device_state.len() as u64;
         let due = self.schedule.next(self.since_ready());
-        std::thread::sleep(due.saturating_sub(self.since_ready()));
+        self.clock.wait_until(self.precopy + due);
 
         let written = self.written();
         let begin = self.since_ready();
         let own_delay = self.schedule.begin(begin);
         self.say(Message::CheckpointRequest)?;
-        self.main.expect(Message::CheckpointReply, Message::parse)?;
+        self.main.expect(Message::CheckpointReply)?;
         let replied = self.since_ready();
         let sent = self.since_ready();
         self.send_checkpoint(&dirty, &device_state)?;
-        self.main.expect(Message::VmstateReceived, Message::parse)?;
+        self.main.expect(Message::VmstateReceived)?;
         let received = self.since_ready();
         self.device_state = device_state;
-        self.main.expect(Message::VmstateLoaded, Message::parse)?;
+        self.main.expect(Message::VmstateLoaded)?;
         let end = self.since_ready();
         let waited = self.schedule.end(end);
         Ok(CheckpointReport {
@@ -160,7 +199,7 @@ impl SynthPrimary {
     }
 
     fn since_ready(&self) -> Duration {
-        self.start.elapsed() - self.precopy
+        self.clock.now() - self.precopy
     }
 
     /// Bytes written on all channels so far.
@@ -168,13 +207,17 @@ impl SynthPrimary {
         self.main.written() + self.channels.iter().map(Channel::bytes).sum::<u64>()
     }
 
-    /// Ends the session as a primary that is killed does: by closing its connections.
+    /// Ends the session as a primary that is killed does: by closing its connections. A capture is finished.
     ///
     /// # Errors
-    /// If a channel had failed without having been noticed.
+    /// If a channel had failed without having been noticed, or the end of a capture cannot be written.
     pub fn close(mut self) -> Result<(), SynthError> {
         self.main.socket().shutdown();
-        self.channels.iter_mut().try_for_each(Channel::finish)
+        self.channels.iter_mut().try_for_each(Channel::finish)?;
+        match &self.clock {
+            Clock::Real(_) => Ok(()),
+            Clock::Recording(recording) => recording.finish(),
+        }
     }
 
     /// Header, commands, and the RAM section's START with the block list and the first sync point.
@@ -226,10 +269,10 @@ impl SynthPrimary {
         self.main.out.extend_from_slice(vmdesc.as_bytes());
         self.main.flush()?;
         if self.has_return_path() {
-            self.main.expect(RpMessage::Pong(1), RpMessage::parse)?;
-            self.main.expect(RpMessage::Shut(0), RpMessage::parse)?;
+            self.main.expect(RpMessage::Pong(1))?;
+            self.main.expect(RpMessage::Shut(0))?;
         }
-        self.main.expect(Message::CheckpointReady, Message::parse)
+        self.main.expect(Message::CheckpointReady)
     }
 
     /// Lets the guest work, and returns the pages that it dirtied.

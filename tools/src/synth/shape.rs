@@ -240,6 +240,16 @@ pub enum Content {
     Text,
 }
 
+impl fmt::Display for Content {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(match self {
+            Self::Random => "random",
+            Self::Compressible => "compressible",
+            Self::Text => "text",
+        })
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -1,0 +1,48 @@
+//! Deliberate breaks, each of which the simulation must find: a simulation that never fails proves nothing.
+//!
+//! In every build but a test's there are none: [`is_set`] is a constant no.
+#![forbid(unsafe_code)]
+
+/// A break of one promise.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Canary {
+    /// A sync is taken as complete before its last channel has arrived.
+    EarlySync,
+    /// A channel that arrives last at a sync wakes nobody.
+    LostWake,
+    /// The last page of a packet is not marked dirty.
+    LostMark,
+    /// Pages reach the image before they are committed.
+    EarlyImage,
+    /// A checkpoint is acknowledged before its device state is here.
+    EarlyAcknowledge,
+    /// A flush leaves out a page.
+    SkippedPage,
+    /// A commit keeps the device state of the checkpoint before.
+    StaleDeviceState,
+    /// A channel that has ended is not counted out.
+    LostLeave,
+}
+
+#[cfg(test)]
+thread_local! {
+    static SET: std::cell::Cell<Option<Canary>> = const { std::cell::Cell::new(None) };
+}
+
+/// Sets the break of this thread.
+#[cfg(test)]
+pub(crate) fn set(canary: Option<Canary>) {
+    SET.set(canary);
+}
+
+/// Whether this thread is to break that promise.
+#[cfg(test)]
+pub(crate) fn is_set(canary: Canary) -> bool {
+    SET.get() == Some(canary)
+}
+
+/// Whether this thread is to break that promise: never.
+#[cfg(not(test))]
+pub(crate) const fn is_set(_: Canary) -> bool {
+    false
+}

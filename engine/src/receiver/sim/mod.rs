@@ -1,0 +1,82 @@
+//! A deterministic simulation of the receiver: the real endpoints, sessions, core loops and stores, driven by a model
+//! primary over a model network. No thread, no clock, no socket that carries a page: **a seed is a run**.
+//!
+//! ```text
+//!  Primary ──bytes──► Wire ··any fragmentation, order, delay, end··► SimBackend ► Core ► MainChannel, PageChannel ► Store
+//!     ▲  snapshots                                                                              │ answers
+//!     └──────────────────────────── a socket pair for each connection, read by the primary ◄───┘
+//! ```
+//!
+//! A [`World`] takes one step after the other, each chosen by the seed: some bytes arrive, a receive gets some of them, a
+//! core takes a turn, the primary goes on, memory is made, something breaks. After every step it asks:
+//!
+//! * Is the committed checkpoint one that the primary has sent whole, all of which is here?
+//! * Is it the last one acknowledged, or one behind it whose acknowledgement is on its way?
+//! * Is the image, page by page, that checkpoint's memory, and the device state its device state?
+//!
+//! At the end: did everything that was not broken come to its end, and is nothing held any more: no endpoint, no posted
+//! receive, no registered buffer, no memory, no budget?
+//!
+//! What is not simulated: the backends' own system calls, the threads of a flush, a connection's way to its session,
+//! deadlines. Orders between threads are loom's.
+//!
+//! `scripts/simulate` runs it for as long as one likes.
+
+mod memory;
+mod primary;
+mod rng;
+mod session;
+mod tests;
+mod world;
+
+use crate::canary::{self, Canary};
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use world::World;
+
+/// Bytes of the main channel that are read before its session begins.
+const FIRST_LEN: usize = 4;
+
+/// What a run did, for the one who asks whether runs do enough.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+struct Tally {
+    steps: u64,
+    sessions: u64,
+    /// Sessions that were left alone and came to their end.
+    untouched: u64,
+    commits: u64,
+    bytes: u64,
+    dumps: u64,
+    /// Follows from every step: two runs are equal if theirs are.
+    digest: u64,
+}
+
+impl Tally {
+    fn add(&mut self, other: &Tally) {
+        self.steps += other.steps;
+        self.sessions += other.sessions;
+        self.untouched += other.untouched;
+        self.commits += other.commits;
+        self.bytes += other.bytes;
+        self.dumps += other.dumps;
+        self.digest ^= other.digest;
+    }
+}
+
+/// Runs one seed, with one promise broken if a canary is given. `trace` tells every step.
+///
+/// # Errors
+/// What was wrong, and after which step.
+fn run(seed: u64, trace: bool, canary: Option<Canary>) -> Result<Tally, String> {
+    canary::set(canary);
+    let done = catch_unwind(AssertUnwindSafe(|| {
+        let mut world = World::new(seed, trace);
+        let done = world.run();
+        done.map_err(|error| format!("step {}: {error}", world.steps()))
+    }));
+    canary::set(None);
+    done.unwrap_or_else(|panic| {
+        let text = panic.downcast_ref::<String>().map(String::as_str);
+        let text = text.or(panic.downcast_ref::<&str>().copied());
+        Err(format!("a panic: {}", text.unwrap_or("without a message")))
+    })
+}

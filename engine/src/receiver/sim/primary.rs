@@ -1,0 +1,559 @@
+//! The model primary: what a QEMU of some version sends in a COLO session, and which answers it waits for.
+//!
+//! It writes whole stages at once, the bytes of each connection by themselves: how they are cut into pieces and in which
+//! order they arrive is the network's matter. Answers are compared byte for byte.
+
+use super::memory::{Content, Memory, PAGE, Snapshot, is_zero};
+use super::rng::Rng;
+use crate::blocks::BlockTable;
+use crate::units::PACKET_PAGES;
+use crate::wire::codec::Method;
+use crate::wire::colo::Message;
+use crate::wire::multifd::{HEADER_LEN, PacketFields, raw_payload_len};
+use crate::wire::ram::{BlockRef, Record, encode_block_list};
+use crate::wire::stream::{Command, SECTION_EOF, Section, StreamHeader, encode_footer};
+use crate::wire::xbzrle;
+use std::collections::VecDeque;
+
+/// Which primary it looks like.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Version {
+    V7_2,
+    V10_0,
+    V11_1,
+}
+
+/// Where zero pages go.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum ZeroPages {
+    MainChannel,
+    ZeroLists,
+    AsNormal,
+}
+
+/// What stays the same for a session.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Kind {
+    pub(super) version: Version,
+    /// 0 is plain mode.
+    pub(super) channels: usize,
+    /// Sync points at MULTIFD_FLUSH; else at the end of each section.
+    per_round: bool,
+    zero_pages: ZeroPages,
+    xbzrle: bool,
+    in_order: bool,
+    packet_pages: usize,
+    pub(super) checkpoints: u64,
+}
+
+impl Kind {
+    pub(super) fn random(rng: &mut Rng) -> Self {
+        let version = rng.pick(&[Version::V7_2, Version::V10_0, Version::V11_1]);
+        let zeros = [ZeroPages::MainChannel, ZeroPages::ZeroLists, ZeroPages::AsNormal];
+        Self {
+            version,
+            channels: rng.pick(&[0, 1, 1, 2, 2, 3, 4, 4, 8]),
+            per_round: version != Version::V7_2 && !rng.one_in(3),
+            zero_pages: rng.pick(&zeros),
+            xbzrle: rng.one_in(2),
+            in_order: rng.one_in(2),
+            packet_pages: rng.any_size(PACKET_PAGES),
+            checkpoints: rng.any_size(6) as u64,
+        }
+    }
+}
+
+/// What it does next.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Stage {
+    Start,
+    /// Precopy is sent; it waits for CHECKPOINT_READY.
+    WaitReady,
+    /// It may ask for a checkpoint.
+    Idle,
+    WaitReply,
+    /// A checkpoint is to be sent: its guest is stopped.
+    Stopped,
+    WaitLoaded,
+    /// All its checkpoints are acknowledged.
+    Done,
+}
+
+/// The answers, as bytes (spec §6, §12.1).
+const PONG: [u8; 8] = [0, 2, 0, 4, 0, 0, 0, 1];
+const SHUT: [u8; 8] = [0, 1, 0, 4, 0, 0, 0, 0];
+const READY: [u8; 4] = [0, 0, 0, 0];
+const REPLY: [u8; 4] = [0, 0, 0, 2];
+const RECEIVED: [u8; 4] = [0, 0, 0, 5];
+const LOADED: [u8; 4] = [0, 0, 0, 6];
+
+const RAM_SECTION: u32 = 2;
+const DEVICE_SECTION: u32 = 5;
+const VMDESC: &[u8] = br#"{"configuration": {}, "page_size": 4096, "devices": [{"name": "cpu"}]}"#;
+
+/// One packet of a channel, until its round's sync.
+#[derive(Clone, Default)]
+struct Packet {
+    block: usize,
+    normal: Vec<(u64, Content)>,
+    zero: Vec<u64>,
+}
+
+/// One connection's bytes.
+#[derive(Default)]
+pub(super) struct Stream {
+    /// Not yet given to the network.
+    pub(super) out: Vec<u8>,
+    /// How many were, and are to be.
+    pub(super) sent: usize,
+    /// Where packets, records and messages begin.
+    pub(super) starts: Vec<usize>,
+}
+
+impl Stream {
+    fn put(&mut self, encode: impl FnOnce(&mut Vec<u8>)) {
+        self.starts.push(self.sent);
+        let before = self.out.len();
+        encode(&mut self.out);
+        self.sent += self.out.len() - before;
+    }
+}
+
+pub(super) struct Primary {
+    pub(super) kind: Kind,
+    pub(super) stage: Stage,
+    pub(super) memory: Memory,
+    /// The state at the end of precopy, then that of each checkpoint that was sent.
+    pub(super) snapshots: Vec<Snapshot>,
+    /// How many of them were acknowledged.
+    pub(super) acknowledged: usize,
+    /// The main channel, then the multifd channels.
+    pub(super) streams: Vec<Stream>,
+    expected: VecDeque<u8>,
+    /// Packets of the current round, by channel.
+    queued: Vec<Vec<Packet>>,
+    /// Where the last SYNC of each channel ended.
+    synced_at: Vec<usize>,
+    packets: u64,
+    last_block: Option<usize>,
+    /// Newest content sent on the main channel: what a delta is against.
+    on_main: Vec<Option<Content>>,
+    counted: (u64, u64),
+}
+
+impl Primary {
+    pub(super) fn new(rng: &mut Rng, kind: Kind, pages_max: usize) -> Self {
+        let memory = Memory::new(rng, pages_max);
+        Self {
+            kind,
+            stage: Stage::Start,
+            snapshots: Vec::new(),
+            acknowledged: 0,
+            streams: (0..=kind.channels).map(|_| Stream::default()).collect(),
+            expected: VecDeque::new(),
+            queued: vec![Vec::new(); kind.channels],
+            synced_at: vec![0; kind.channels],
+            packets: 0,
+            last_block: None,
+            on_main: vec![None; memory.pages.len()],
+            counted: (0, 0),
+            memory,
+        }
+    }
+
+    /// Whether it could do something without an answer.
+    pub(super) fn may_act(&self) -> bool {
+        matches!(self.stage, Stage::Start | Stage::Idle | Stage::Stopped)
+    }
+
+    /// Does what comes next.
+    pub(super) fn act(&mut self, rng: &mut Rng) {
+        match self.stage {
+            Stage::Start => self.precopy(rng),
+            Stage::Idle if self.snapshots.len() as u64 > self.kind.checkpoints => self.stage = Stage::Done,
+            Stage::Idle => {
+                self.message(Message::CheckpointRequest);
+                self.wait_for(Stage::WaitReply, &[&REPLY]);
+            }
+            Stage::Stopped => self.checkpoint(rng),
+            _ => {}
+        }
+    }
+
+    /// Takes bytes of the secondary's.
+    ///
+    /// # Errors
+    /// If they are not what it waits for.
+    pub(super) fn hear(&mut self, bytes: &[u8]) -> Result<(), String> {
+        for byte in bytes {
+            match self.expected.pop_front() {
+                Some(expected) if expected == *byte => {}
+                Some(expected) => {
+                    let (stage, left) = (self.stage, self.expected.len());
+                    return Err(format!(
+                        "{stage:?}: answered by {byte:#x} where {expected:#x} and {left} more bytes belong"
+                    ));
+                }
+                None => return Err(format!("{:?}: an answer ({bytes:x?}) to nothing", self.stage)),
+            }
+        }
+        if self.expected.is_empty() && !bytes.is_empty() {
+            self.answered();
+        }
+        Ok(())
+    }
+
+    fn answered(&mut self) {
+        self.stage = match self.stage {
+            Stage::WaitReply => Stage::Stopped,
+            Stage::WaitReady | Stage::WaitLoaded => {
+                self.acknowledged += 1;
+                Stage::Idle
+            }
+            other => other,
+        };
+    }
+
+    fn wait_for(&mut self, stage: Stage, answers: &[&[u8]]) {
+        self.stage = stage;
+        self.expected
+            .extend(answers.iter().flat_map(|bytes| bytes.iter()));
+    }
+
+    fn main(&mut self, encode: impl FnOnce(&mut Vec<u8>)) {
+        self.streams[0].put(encode);
+    }
+
+    fn message(&mut self, message: Message) {
+        self.main(|out| message.encode(out));
+    }
+
+    fn section(&mut self, section: &Section<'_>) {
+        self.main(|out| section.encode(out));
+    }
+
+    /// Everything up to CHECKPOINT_READY.
+    fn precopy(&mut self, rng: &mut Rng) {
+        self.start();
+        for round in 0..rng.range(1, 3) {
+            let mut pages: Vec<usize> = self.memory.dirty.iter().copied().collect();
+            self.order(rng, &mut pages);
+            let mut new_round = round > 0;
+            while !pages.is_empty() {
+                let part = rng.any_size(pages.len());
+                let part: Vec<usize> = pages.drain(..part).collect();
+                self.section(&Section::Part { id: RAM_SECTION });
+                if std::mem::take(&mut new_round) {
+                    self.marker(rng);
+                }
+                self.memory.run(rng, 8);
+                self.send_dirty(rng, &part);
+                self.end_of_section(rng);
+            }
+        }
+        if self.kind.version != Version::V7_2 {
+            self.main(|out| Command::SwitchoverStart.encode(out));
+        }
+        self.last_part(rng);
+        let device_state = device_state(rng, 0);
+        self.main(|out| {
+            out.extend_from_slice(&device_state);
+            let length = u32::try_from(VMDESC.len()).expect("a short text");
+            Section::VmDescription { length }.encode(out);
+            out.extend_from_slice(VMDESC);
+        });
+        self.take_snapshot(device_state);
+        if self.kind.version == Version::V11_1 {
+            self.wait_for(Stage::WaitReady, &[&PONG, &SHUT, &READY]);
+        } else {
+            self.wait_for(Stage::WaitReady, &[&READY]);
+        }
+    }
+
+    fn start(&mut self) {
+        let header = StreamHeader {
+            machine_type: "pc-i440fx".to_owned(),
+            target_page_bits: false,
+            capabilities: false,
+            uuid: None,
+        };
+        let mut bytes = Vec::new();
+        header.encode(&mut bytes);
+        // The first bytes are read before there is a session.
+        self.main(|out| out.extend_from_slice(&bytes[super::FIRST_LEN..]));
+        if self.kind.version == Version::V11_1 {
+            self.main(|out| Command::OpenReturnPath.encode(out));
+            self.main(|out| Command::Ping(1).encode(out));
+        } else {
+            self.main(|out| Command::EnableColo.encode(out));
+        }
+        let entry = |(name, pages): &(String, usize)| (name.as_bytes().into(), (pages * PAGE) as u64);
+        let entries = self.memory.blocks.iter().map(entry).collect();
+        let table = BlockTable::new(entries, (self.memory.pages.len() * PAGE) as u64);
+        let table = table.expect("distinct names of blocks with pages");
+        self.section(&Section::RamStart { id: RAM_SECTION });
+        self.main(|out| encode_block_list(out, &table));
+        // Every channel begins with a SYNC without pages.
+        let mut rng = Rng::new(0);
+        self.marker(&mut rng);
+        self.end_of_section(&mut rng);
+    }
+
+    fn order(&self, rng: &mut Rng, pages: &mut [usize]) {
+        if self.kind.in_order {
+            let from = rng.below(pages.len().max(1));
+            pages.rotate_left(from);
+        } else {
+            rng.shuffle(pages);
+        }
+    }
+
+    /// The guest runs no more: all that is dirty, and then the round's last sync.
+    fn last_part(&mut self, rng: &mut Rng) {
+        let mut dirty: Vec<usize> = self.memory.dirty.iter().copied().collect();
+        self.order(rng, &mut dirty);
+        if rng.one_in(2) && !dirty.is_empty() {
+            // The same pages before, in a round of their own and with other content: which of the two wins matters.
+            let again = rng.any_size(dirty.len());
+            let stale: Vec<_> = dirty[..again]
+                .iter()
+                .map(|page| (*page, self.memory.content(rng, *page)))
+                .collect();
+            self.section(&Section::Part { id: RAM_SECTION });
+            self.marker(rng);
+            self.send_pages(rng, stale);
+            self.end_of_section(rng);
+        }
+        self.section(&Section::End { id: RAM_SECTION });
+        self.marker(rng);
+        let wrap = rng.below(dirty.len() + 1);
+        self.send_dirty(rng, &dirty[..wrap]);
+        if rng.one_in(2) {
+            self.marker(rng);
+        }
+        self.send_dirty(rng, &dirty[wrap..]);
+        self.marker(rng);
+        self.end_of_section(rng);
+    }
+
+    fn checkpoint(&mut self, rng: &mut Rng) {
+        let most = if rng.one_in(4) { 0 } else { self.memory.pages.len() };
+        let most = most.min(rng.any_size(self.memory.pages.len()));
+        self.memory.run(rng, most);
+        self.message(Message::VmstateSend);
+        if self.kind.version == Version::V10_0 {
+            self.main(|out| Command::SwitchoverStart.encode(out));
+        }
+        self.last_part(rng);
+        self.section(&Section::Eof);
+        let device_state = device_state(rng, self.snapshots.len());
+        self.message(Message::VmstateSize(device_state.len() as u64));
+        self.main(|out| out.extend_from_slice(&device_state));
+        self.take_snapshot(device_state);
+        self.wait_for(Stage::WaitLoaded, &[&RECEIVED, &LOADED]);
+    }
+
+    fn take_snapshot(&mut self, device_state: Vec<u8>) {
+        let main = self.streams[0].sent;
+        self.snapshots.push(Snapshot {
+            pages: self.memory.pages.clone(),
+            device_state,
+            sent: std::mem::take(&mut self.counted),
+            complete_at: [main].into_iter().chain(self.synced_at.iter().copied()).collect(),
+        });
+    }
+
+    fn send_dirty(&mut self, rng: &mut Rng, pages: &[usize]) {
+        let content = |page: &usize| (*page, self.memory.pages[*page].clone());
+        let contents = pages.iter().map(content).collect();
+        for page in pages {
+            self.memory.dirty.remove(page);
+        }
+        self.send_pages(rng, contents);
+    }
+
+    /// Sends pages, each where this kind of primary sends it, and none twice in a round with different content.
+    fn send_pages(&mut self, rng: &mut Rng, pages: Vec<(usize, Content)>) {
+        let mut packet = Packet::default();
+        for (page, content) in pages {
+            let zero = is_zero(&content) && self.kind.zero_pages != ZeroPages::AsNormal;
+            let on_main = self.kind.channels == 0
+                || (zero && self.kind.zero_pages == ZeroPages::MainChannel)
+                || rng.one_in(100);
+            if on_main {
+                self.record(rng, page, zero, content);
+                continue;
+            }
+            let (block, offset) = self.memory.locate(page);
+            let full = packet.normal.len() + packet.zero.len() >= self.kind.packet_pages;
+            if full || packet.block != block {
+                let next = Packet {
+                    block,
+                    ..Packet::default()
+                };
+                let before = std::mem::replace(&mut packet, next);
+                if self.kind.version == Version::V7_2 && full && before.block == block && rng.one_in(2) {
+                    // The last page of a full packet again, on whichever channel.
+                    packet.normal.extend(before.normal.last().cloned());
+                }
+                self.queue(rng, before);
+            }
+            if zero {
+                packet.zero.push(offset);
+            } else {
+                packet.normal.push((offset, content));
+            }
+        }
+        self.queue(rng, packet);
+    }
+
+    fn queue(&mut self, rng: &mut Rng, packet: Packet) {
+        if !packet.normal.is_empty() || !packet.zero.is_empty() {
+            self.counted.0 += packet.normal.len() as u64;
+            self.counted.1 += packet.zero.len() as u64;
+            let channel = rng.below(self.queued.len());
+            self.queued[channel].push(packet);
+        }
+    }
+
+    fn record(&mut self, rng: &mut Rng, page: usize, zero: bool, content: Content) {
+        let (block, offset) = self.memory.locate(page);
+        let name = self.memory.blocks[block].0.clone();
+        let continued = self.last_block.replace(block) == Some(block) && !rng.one_in(8);
+        let named = if continued {
+            BlockRef::Continue
+        } else {
+            BlockRef::Named(name.as_bytes())
+        };
+        let mut delta = Vec::new();
+        if self.kind.xbzrle
+            && self.kind.channels == 0
+            && let Some(before) = &self.on_main[page]
+        {
+            xbzrle::encode(before, &content, &mut delta);
+        }
+        let (block, content) = (named, &*self.on_main[page].insert(content));
+        let delta = &*delta;
+        let record = match delta.len() {
+            _ if zero => Record::Zero { block, offset },
+            1..=PAGE => Record::Xbzrle { block, offset, delta },
+            _ => Record::Page {
+                block,
+                offset,
+                content,
+            },
+        };
+        self.streams[0].put(|out| record.encode(out));
+        if zero {
+            self.counted.1 += 1;
+        } else {
+            self.counted.0 += 1;
+        }
+    }
+
+    /// A sync point in a round.
+    fn marker(&mut self, rng: &mut Rng) {
+        if self.kind.channels > 0 && self.kind.per_round {
+            self.sync(rng);
+            self.main(|out| Record::MultifdFlush.encode(out));
+        }
+    }
+
+    fn end_of_section(&mut self, rng: &mut Rng) {
+        if !self.kind.per_round {
+            self.sync(rng);
+        }
+        self.main(|out| Record::Eos.encode(out));
+        self.main(|out| encode_footer(out, RAM_SECTION));
+    }
+
+    /// What is queued on every channel, and a SYNC behind it.
+    fn sync(&mut self, rng: &mut Rng) {
+        for channel in 0..self.kind.channels {
+            let mut packets = std::mem::take(&mut self.queued[channel]);
+            let last = packets.pop();
+            for packet in packets {
+                self.packet(channel, &packet, false);
+            }
+            // As 7.2 does it now and then: SYNC on the last packet with pages, then an empty one.
+            let with_pages = self.kind.version == Version::V7_2 && rng.one_in(2);
+            match last {
+                Some(packet) if with_pages => {
+                    self.packet(channel, &packet, true);
+                    self.synced_at[channel] = self.streams[channel + 1].sent;
+                    self.empty_packet(channel, &packet, false);
+                }
+                Some(packet) => {
+                    self.packet(channel, &packet, false);
+                    self.empty_packet(channel, &packet, true);
+                    self.synced_at[channel] = self.streams[channel + 1].sent;
+                }
+                None => {
+                    self.empty_packet(channel, &Packet::default(), true);
+                    self.synced_at[channel] = self.streams[channel + 1].sent;
+                }
+            }
+        }
+    }
+
+    fn packet(&mut self, channel: usize, packet: &Packet, sync: bool) {
+        let name = &self.memory.blocks[packet.block].0;
+        let normal: Vec<u64> = packet.normal.iter().map(|(offset, _)| *offset).collect();
+        let mut header = [0; HEADER_LEN];
+        PacketFields {
+            sync,
+            method: Method::None,
+            pages_alloc: u32::try_from(PACKET_PAGES).expect("128"),
+            payload_len: raw_payload_len(normal.len()),
+            packet_num: self.packets,
+            block: name.as_bytes(),
+            normal: &normal,
+            zero: &packet.zero,
+        }
+        .encode(&mut header);
+        self.packets += 1;
+        self.streams[channel + 1].put(|out| {
+            out.extend_from_slice(&header);
+            packet
+                .normal
+                .iter()
+                .for_each(|(_, content)| out.extend_from_slice(&content[..]));
+        });
+    }
+
+    /// A packet without pages; 7.2 leaves block and size of the one before in it.
+    fn empty_packet(&mut self, channel: usize, before: &Packet, sync: bool) {
+        let mut fields = PacketFields {
+            sync,
+            ..PacketFields::sync(self.packets)
+        };
+        if self.kind.version == Version::V7_2 {
+            fields.pages_alloc = u32::try_from(PACKET_PAGES).expect("128");
+            fields.payload_len = raw_payload_len(before.normal.len());
+            fields.block = self.memory.blocks[before.block].0.as_bytes();
+        }
+        let mut header = [0; HEADER_LEN];
+        fields.encode(&mut header);
+        self.packets += 1;
+        self.streams[channel + 1].put(|out| out.extend_from_slice(&header));
+    }
+}
+
+/// One device section and the EOF byte. No two are equal.
+fn device_state(rng: &mut Rng, checkpoint: usize) -> Vec<u8> {
+    let mut out = Vec::new();
+    let section = Section::Full {
+        id: DEVICE_SECTION,
+        idstr: b"cpu",
+        instance: 0,
+        version: 1,
+    };
+    section.encode(&mut out);
+    out.extend_from_slice(&checkpoint.to_be_bytes());
+    for _ in 0..rng.any_size(4000) {
+        out.push(rng.next().to_le_bytes()[0]);
+    }
+    encode_footer(&mut out, DEVICE_SECTION);
+    out.push(SECTION_EOF);
+    out
+}

@@ -1,0 +1,225 @@
+//! One session in the simulation: the model primary with the real guest, and the question whether they agree.
+
+use super::memory::PAGE;
+use super::primary::{Primary, Stage};
+use crate::metrics::CheckpointSample;
+use crate::receiver::dump;
+use crate::receiver::guest::Guest;
+use crate::ring::sim::{Network, Wire};
+use crate::store::Store;
+use crate::units::PageIndex;
+use nix::errno::Errno;
+use nix::sys::socket::{MsgFlags, recv};
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::path::Path;
+use std::sync::Arc;
+
+pub(super) struct SimSession {
+    pub(super) guest: Arc<Guest>,
+    pub(super) primary: Primary,
+    /// The other ends of the descriptors; the main channel's first.
+    pub(super) peers: Vec<OwnedFd>,
+    /// Its connections among the network's; the main channel's first.
+    pub(super) wires: std::ops::Range<usize>,
+    /// How much of each connection is what the primary has said: a cut or spoilt one is less than it believes.
+    pub(super) genuine: Vec<usize>,
+    /// Whether something was done to it, so that it need not come to its end.
+    pub(super) is_touched: bool,
+    /// All endpoints have left, and what was not committed is dropped.
+    pub(super) is_over: bool,
+    committed: usize,
+    samples: usize,
+}
+
+impl SimSession {
+    pub(super) fn new(
+        guest: Arc<Guest>,
+        primary: Primary,
+        peers: Vec<OwnedFd>,
+        wires: std::ops::Range<usize>,
+        is_touched: bool,
+    ) -> Self {
+        Self {
+            genuine: vec![usize::MAX; peers.len()],
+            guest,
+            primary,
+            peers,
+            wires,
+            is_touched,
+            is_over: false,
+            committed: 0,
+            samples: 0,
+        }
+    }
+
+    /// Gives what the primary has written to the network.
+    pub(super) fn send(&mut self, net: &mut Network) {
+        for (stream, wire) in self
+            .primary
+            .streams
+            .iter_mut()
+            .zip(&mut net.wires[self.wires.clone()])
+        {
+            // A connection that ends takes nothing more.
+            let out = std::mem::take(&mut stream.out);
+            if wire.end == crate::ring::sim::StreamEnd::Open {
+                wire.sent.extend_from_slice(&out);
+            }
+        }
+    }
+
+    /// Reads answers; whether there were any.
+    pub(super) fn hear(&mut self) -> Result<bool, String> {
+        let mut bytes = [0; 64];
+        match recv(self.peers[0].as_raw_fd(), &mut bytes, MsgFlags::MSG_DONTWAIT) {
+            Ok(0) | Err(Errno::EAGAIN | Errno::ECONNRESET) => Ok(false),
+            Ok(count) => self.primary.hear(&bytes[..count]).map(|()| true),
+            Err(errno) => Err(format!("reading answers: {errno}")),
+        }
+    }
+
+    /// Checkpoints of which everything is here, the initial state counted.
+    fn delivered(&self, wires: &[Wire]) -> usize {
+        let snapshots = &self.primary.snapshots;
+        let is_here = |at: &usize| {
+            let mut parts = snapshots[*at].complete_at.iter().zip(&self.genuine).zip(wires);
+            parts.all(|((end, genuine), wire)| end <= genuine && *end <= wire.taken)
+        };
+        (0..snapshots.len()).take_while(is_here).count()
+    }
+
+    /// Compares what is committed with what the primary has sent, whole.
+    pub(super) fn check(&mut self, net: &Network) -> Result<(), String> {
+        let delivered = self.delivered(&net.wires[self.wires.clone()]);
+        let acknowledged = self.primary.acknowledged;
+        let store = self.guest.store();
+        let committed = store.and_then(|store| store.committed());
+        let committed = committed.map_or(0, |id| usize::try_from(id.0).expect("few") + 1);
+        if committed < acknowledged {
+            return Err(format!(
+                "{acknowledged} states are acknowledged and {committed} committed"
+            ));
+        }
+        if committed > delivered {
+            return Err(format!("{committed} states are committed and {delivered} here"));
+        }
+        if committed < self.committed {
+            return Err(format!(
+                "{} states were committed, now {committed}",
+                self.committed
+            ));
+        }
+        self.committed = committed;
+        match store {
+            Some(store) if committed > 0 => self.compare(store),
+            _ => Ok(()),
+        }
+    }
+
+    fn compare(&self, store: &Store) -> Result<(), String> {
+        let state = self.committed - 1;
+        let snapshot = &self.primary.snapshots[state];
+        let mut page = [0; PAGE];
+        for (at, expected) in snapshot.pages.iter().enumerate() {
+            store.read_committed(PageIndex::new(at as u64), &mut page);
+            if page != **expected {
+                return Err(format!(
+                    "page {at} of {} is not what state {state} had there: {}",
+                    snapshot.pages.len(),
+                    self.what_is(at, &page)
+                ));
+            }
+        }
+        match store.committed_device_state() == snapshot.device_state {
+            true => Ok(()),
+            false => Err(format!("the device state is not that of state {state}")),
+        }
+    }
+
+    /// What is known of a page that should not be there.
+    fn what_is(&self, at: usize, page: &[u8; PAGE]) -> String {
+        let states = self.primary.snapshots.iter();
+        let known = states.enumerate().find(|(_, state)| *state.pages[at] == *page);
+        match known {
+            Some((state, _)) => format!("it is what state {state} had"),
+            None if page.iter().all(|byte| *byte == 0) => "it is zero".to_owned(),
+            None => "no state had this".to_owned(),
+        }
+    }
+
+    /// A measurement of a checkpoint: as many pages as were sent for it.
+    pub(super) fn measured(&mut self, sample: &CheckpointSample) -> Result<(), String> {
+        self.samples += 1;
+        let number = usize::try_from(sample.checkpoint).expect("few");
+        if number != self.samples {
+            return Err(format!("measurement {} is of checkpoint {number}", self.samples));
+        }
+        let (sent, seen) = (
+            self.primary.snapshots[number].sent,
+            (sample.pages, sample.zero_pages),
+        );
+        if sent != seen {
+            return Err(format!(
+                "checkpoint {number}: {sent:?} pages and zero pages sent, {seen:?} counted"
+            ));
+        }
+        Ok(())
+    }
+
+    /// Dumps the committed checkpoint and compares the files.
+    pub(super) fn dump(&self, directory: &Path) -> Result<(), String> {
+        let dumped = dump::dump(&self.guest, directory)?;
+        let snapshot = &self.primary.snapshots[self.committed - 1];
+        if dumped.checkpoint != self.committed as u64 - 1 {
+            return Err(format!("a dump of checkpoint {}", dumped.checkpoint));
+        }
+        let read = |file: &str| std::fs::read(directory.join(file)).map_err(|error| error.to_string());
+        let mut ram = Vec::new();
+        for block in &dumped.blocks {
+            ram.extend(read(&block.file)?);
+        }
+        let pages = ram.as_chunks::<PAGE>().0;
+        if pages.len() != snapshot.pages.len() || pages.iter().zip(&snapshot.pages).any(|(a, b)| *a != **b) {
+            return Err("a dump is not its checkpoint's memory".to_owned());
+        }
+        if read(&dumped.device_state_file)? != snapshot.device_state {
+            return Err("a dump is not its checkpoint's device state".to_owned());
+        }
+        Ok(())
+    }
+
+    /// Whether something is committed that could be dumped.
+    pub(super) fn is_committed(&self) -> bool {
+        self.committed > 0
+    }
+
+    pub(super) fn commits(&self) -> u64 {
+        self.committed as u64
+    }
+
+    /// What the control thread does when all endpoints have left.
+    pub(super) fn settle(&mut self) -> Result<bool, String> {
+        if self.is_over || !self.guest.is_over() {
+            return Ok(false);
+        }
+        self.is_over = true;
+        let end = self.guest.end().map(ToString::to_string);
+        let end = end.ok_or("all endpoints have left a session that has not ended")?;
+        if !self.is_touched && self.primary.stage != Stage::Done {
+            return Err(format!("the session has ended by itself: {end}"));
+        }
+        if self.samples + 1 < self.primary.acknowledged || self.samples > self.committed {
+            return Err(format!(
+                "{} measurements of {} states",
+                self.samples, self.committed
+            ));
+        }
+        if let Some(store) = self.guest.store() {
+            store.drop_uncommitted();
+            if store.dirty_pages() > 0 {
+                return Err("what was not committed was not dropped".to_owned());
+            }
+        }
+        Ok(true)
+    }
+}

@@ -1,0 +1,118 @@
+//! Seeds that always run, the proof that runs find what is broken, and `simulate`, which `scripts/simulate` calls.
+
+use super::{Tally, run};
+use crate::canary::Canary;
+use std::collections::hash_map::RandomState;
+use std::hash::{BuildHasher, Hasher};
+use std::path::PathBuf;
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+/// A directory's name that nobody has, in memory if possible.
+pub(super) fn scratch() -> PathBuf {
+    static NEXT: AtomicU64 = AtomicU64::new(0);
+    let number = NEXT.fetch_add(1, Ordering::Relaxed);
+    let memory = PathBuf::from("/dev/shm");
+    let below = if memory.is_dir() {
+        memory
+    } else {
+        std::env::temp_dir()
+    };
+    below.join(format!("colo-ring-sim-{}-{number}", std::process::id()))
+}
+
+fn again(seed: u64, error: &str) -> String {
+    format!("seed {seed}, {error}\n  again, step by step: scripts/simulate --seed {seed} --trace")
+}
+
+#[test]
+fn what_is_committed_is_always_a_checkpoint_whole() {
+    let mut all = Tally::default();
+    for seed in 0..150 {
+        let tally = run(seed, false, None).unwrap_or_else(|error| panic!("{}", again(seed, &error)));
+        all.add(&tally);
+    }
+    println!("{all:?}");
+    // A simulation in which little happens proves little.
+    assert!(
+        all.untouched > 40 && all.commits > 300 && all.dumps > 0,
+        "{all:?}"
+    );
+}
+
+#[test]
+fn a_seed_is_a_run() {
+    for seed in 0..10 {
+        assert_eq!(run(seed, false, None), run(seed, false, None), "seed {seed}");
+    }
+}
+
+/// Each break is found, within that many seeds.
+#[test]
+fn canaries_do_not_survive() {
+    let canaries = [
+        (Canary::EarlySync, 10),
+        (Canary::LostWake, 10),
+        (Canary::LostMark, 10),
+        (Canary::EarlyImage, 10),
+        (Canary::EarlyAcknowledge, 10),
+        (Canary::SkippedPage, 10),
+        (Canary::StaleDeviceState, 10),
+        (Canary::LostLeave, 10),
+    ];
+    for (canary, seeds) in canaries {
+        let found =
+            (0..seeds).find_map(|seed| run(seed, false, Some(canary)).err().map(|error| (seed, error)));
+        let (seed, error) = found.unwrap_or_else(|| panic!("{canary:?} was not found in {seeds} seeds"));
+        println!("{canary:?}: seed {seed}, {error}");
+    }
+}
+
+fn setting(name: &str) -> Option<u64> {
+    let text = std::env::var(name).ok()?;
+    Some(
+        text.parse()
+            .unwrap_or_else(|_| panic!("{name} is a number, not {text:?}")),
+    )
+}
+
+/// As many seeds as the environment says, on all cores: see `scripts/simulate`.
+#[test]
+#[ignore = "run by scripts/simulate"]
+fn simulate() {
+    let trace = setting("SIM_TRACE").is_some();
+    let first = setting("SIM_SEED").unwrap_or_else(|| RandomState::new().build_hasher().finish() >> 16);
+    let end = setting("SIM_MINUTES").map(|minutes| Instant::now() + Duration::from_secs(60 * minutes));
+    let most = setting("SIM_SEEDS").unwrap_or(if end.is_some() { u64::MAX } else { 1 });
+    println!("seeds from {first}");
+    let next = AtomicU64::new(0);
+    let (all, failed) = (Mutex::new((0u64, Tally::default())), Mutex::new(Vec::new()));
+    let start = Instant::now();
+    let work = || {
+        loop {
+            let number = next.fetch_add(1, Ordering::Relaxed);
+            let late = end.is_some_and(|end| Instant::now() > end);
+            if number >= most || late || !failed.lock().unwrap().is_empty() {
+                return;
+            }
+            let seed = first.wrapping_add(number);
+            match run(seed, trace, None) {
+                Ok(tally) => {
+                    let mut all = all.lock().unwrap();
+                    all.0 += 1;
+                    all.1.add(&tally);
+                }
+                Err(error) => failed.lock().unwrap().push(again(seed, &error)),
+            }
+        }
+    };
+    let workers = std::thread::available_parallelism().map_or(1, usize::from);
+    std::thread::scope(|scope| {
+        (0..workers).for_each(|_| drop(scope.spawn(work)));
+    });
+    let (runs, tally) = all.into_inner().unwrap();
+    println!("{runs} runs in {:.1} s: {tally:?}", start.elapsed().as_secs_f64());
+    let failed = failed.into_inner().unwrap();
+    assert!(failed.is_empty(), "{}", failed.join("\n"));
+}

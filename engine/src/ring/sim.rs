@@ -1,0 +1,324 @@
+//! A data plane without a kernel's network: the real loop of a core over connections whose bytes a simulation moves,
+//! as many as it likes at a time.
+//!
+//! Each connection has a real descriptor, whose other end the simulation holds. Answers and shutdowns go by it, bytes to
+//! the endpoint never do: they are *sent* when the model primary writes them, *arrived* when the simulated network has
+//! carried them here, and *taken* when they were put where the endpoint's plan says.
+
+use super::core::{Backend, Completion, Core, Inbox, Wait};
+use super::wake::{CoreWake, Waker};
+use super::{Endpoint, ReceivePlan};
+use crate::store::Slab;
+use nix::errno::Errno;
+use nix::sys::socket::{MsgFlags, recv};
+use std::cell::RefCell;
+use std::io;
+use std::os::fd::RawFd;
+use std::ptr::NonNull;
+use std::rc::Rc;
+use std::sync::Arc;
+
+/// All connections, shared by the cores and the simulation.
+pub(crate) type Net = Rc<RefCell<Network>>;
+
+/// Whether slabs can be registered as buffers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Registered {
+    /// As with epoll.
+    No,
+    /// As with io_uring.
+    Yes,
+    /// As with io_uring under a limit of locked memory.
+    Refused,
+}
+
+/// How a stream ends once all of it was taken.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum StreamEnd {
+    /// Not yet.
+    Open,
+    /// As the peer closed it.
+    Eof,
+    /// By this error; what was not taken before it is lost.
+    Error(Errno),
+}
+
+/// One connection towards the receiver.
+pub(crate) struct Wire {
+    fd: RawFd,
+    /// All bytes that the primary has sent.
+    pub(crate) sent: Vec<u8>,
+    /// How many of them are here.
+    pub(crate) arrived: usize,
+    /// How many of those are where they belong.
+    pub(crate) taken: usize,
+    pub(crate) end: StreamEnd,
+    /// Whether the receiver was seen to have shut its side down: what has arrived can be read, then the stream ends.
+    shut: bool,
+    posted: Option<Posted>,
+}
+
+/// A receive that the kernel has.
+struct Posted {
+    core: usize,
+    slot: usize,
+    plan: NonNull<ReceivePlan>,
+    filled: usize,
+}
+
+impl Wire {
+    /// A connection that uses this descriptor.
+    pub(crate) fn new(fd: RawFd) -> Self {
+        Self {
+            fd,
+            sent: Vec::new(),
+            arrived: 0,
+            taken: 0,
+            end: StreamEnd::Open,
+            shut: false,
+            posted: None,
+        }
+    }
+
+    fn is_shut(&mut self) -> bool {
+        let flags = MsgFlags::MSG_PEEK | MsgFlags::MSG_DONTWAIT;
+        self.shut = self.shut || matches!(recv(self.fd, &mut [0], flags), Ok(0));
+        self.shut
+    }
+
+    /// Whether bytes are under way.
+    pub(crate) fn is_under_way(&self) -> bool {
+        !self.shut && self.arrived < self.sent.len()
+    }
+
+    /// Lets at most `bytes` bytes arrive; says how many did. None do behind a shutdown.
+    pub(crate) fn arrive(&mut self, bytes: usize) -> usize {
+        let bytes = bytes.min(self.sent.len() - self.arrived);
+        if bytes == 0 || self.is_shut() {
+            return 0;
+        }
+        self.arrived += bytes;
+        bytes
+    }
+
+    /// The peer sends no more than the first `bytes` bytes, of which those that have arrived cannot be undone.
+    pub(crate) fn cut(&mut self, bytes: usize, end: StreamEnd) {
+        self.sent.truncate(bytes.max(self.arrived));
+        self.end = end;
+        if let StreamEnd::Error(_) = end {
+            self.sent.truncate(self.taken);
+            self.arrived = self.taken;
+        }
+    }
+
+    /// Whether a receive is posted on which something could be done now.
+    pub(crate) fn is_ready(&mut self) -> bool {
+        let Some(posted) = &self.posted else { return false };
+        let here = self.taken < self.arrived || posted.filled > 0;
+        here || (self.end != StreamEnd::Open && !self.is_under_way()) || self.is_shut()
+    }
+
+    /// Puts at most `bytes` bytes into the posted plan. Returns the completion if the kernel would report it, which
+    /// `eager` lets it do also while bytes are missing that the plan asked to wait for.
+    fn receive(&mut self, bytes: usize, eager: bool) -> Option<(usize, Completion)> {
+        let ended_before = self.is_shut() || (self.end != StreamEnd::Open && !self.is_under_way());
+        let posted = self.posted.as_mut()?;
+        // SAFETY: posted and not completed, so the endpoint keeps the plan where it is and does not touch it (contract of
+        // `core`); everything here is on one thread.
+        let plan = unsafe { posted.plan.as_mut() };
+        let missing = plan.remaining() - posted.filled;
+        let count = bytes.min(missing).min(self.arrived - self.taken);
+        plan.put(posted.filled, &self.sent[self.taken..self.taken + count]);
+        posted.filled += count;
+        self.taken += count;
+        let (filled, missing, waits) = (posted.filled, missing - count, plan.wait_all);
+        let ended = self.taken == self.arrived && ended_before;
+        let enough = missing == 0 || !waits || eager;
+        if !ended && (filled == 0 || !enough) {
+            return None;
+        }
+        let result = match self.end {
+            StreamEnd::Error(errno) if filled == 0 => Err(errno.into()),
+            _ => Ok(filled),
+        };
+        let posted = self.posted.take()?;
+        let slot = posted.slot;
+        Some((posted.core, Completion { slot, result }))
+    }
+}
+
+/// The connections, and what the cores are to be told.
+pub(crate) struct Network {
+    pub(crate) wires: Vec<Wire>,
+    registered: Registered,
+    ready: Vec<Vec<Completion>>,
+    /// Per core: address and bytes of each buffer.
+    buffers: Vec<Vec<Option<(usize, usize)>>>,
+}
+
+impl Network {
+    pub(crate) fn new(cores: usize, registered: Registered) -> Net {
+        Rc::new(RefCell::new(Self {
+            wires: Vec::new(),
+            registered,
+            ready: (0..cores).map(|_| Vec::new()).collect(),
+            buffers: vec![Vec::new(); cores],
+        }))
+    }
+
+    /// See [`Wire::receive`]. Whether something changed.
+    pub(crate) fn receive(&mut self, wire: usize, bytes: usize, eager: bool) -> bool {
+        let before = self.wires[wire].taken;
+        match self.wires[wire].receive(bytes, eager) {
+            Some((core, completion)) => {
+                self.ready[core].push(completion);
+                true
+            }
+            None => before != self.wires[wire].taken,
+        }
+    }
+
+    /// Whether a core has completions to take.
+    pub(crate) fn is_ready(&self, core: usize) -> bool {
+        !self.ready[core].is_empty()
+    }
+
+    /// Receives posted, completions not taken, and buffers registered: none of them is left when all is over.
+    pub(crate) fn held(&self) -> (usize, usize, usize) {
+        let posted = self.wires.iter().filter(|wire| wire.posted.is_some()).count();
+        let ready = self.ready.iter().map(Vec::len).sum();
+        let buffers = self.buffers.iter().flatten().flatten().count();
+        (posted, ready, buffers)
+    }
+}
+
+/// The simulation's backend of one core.
+struct SimBackend {
+    core: usize,
+    net: Net,
+    wake: Arc<CoreWake>,
+}
+
+impl Backend for SimBackend {
+    fn post(&mut self, slot: usize, fd: RawFd, plan: &mut ReceivePlan) {
+        let net = &mut *self.net.borrow_mut();
+        if let Some(index) = plan.registered {
+            let buffer = net.buffers[self.core].get(usize::from(index)).copied().flatten();
+            let (base, bytes) = buffer.expect("a plan names a buffer that is registered");
+            for piece in plan.pieces() {
+                let offset = piece.iov_base.addr().checked_sub(base);
+                let inside = offset.is_some_and(|offset| offset + piece.iov_len <= bytes);
+                assert!(inside, "a registered receive leaves its buffer");
+            }
+        }
+        assert!(
+            plan.remaining() > 0,
+            "a receive of no bytes looks like the end of the stream"
+        );
+        let wire = net.wires.iter_mut().find(|wire| wire.fd == fd);
+        let wire = wire.expect("the endpoint's descriptor is that of its connection");
+        assert!(
+            wire.posted.is_none(),
+            "one receive at a time is posted on a connection"
+        );
+        wire.posted = Some(Posted {
+            core: self.core,
+            slot,
+            plan: NonNull::from(plan),
+            filled: 0,
+        });
+    }
+
+    fn wait(&mut self, _wait: Wait, done: &mut Vec<Completion>) -> io::Result<bool> {
+        done.append(&mut self.net.borrow_mut().ready[self.core]);
+        Ok(self.wake.clear())
+    }
+
+    fn forget(&mut self, _slot: usize, fd: RawFd) {
+        let net = self.net.borrow();
+        let posted = net
+            .wires
+            .iter()
+            .any(|wire| wire.fd == fd && wire.posted.is_some());
+        assert!(!posted, "an endpoint goes only when its receive has completed");
+    }
+
+    fn reserve_buffers(&mut self, count: u16) -> Option<u16> {
+        let net = &mut *self.net.borrow_mut();
+        if net.registered == Registered::No {
+            return None;
+        }
+        let buffers = &mut net.buffers[self.core];
+        let first = u16::try_from(buffers.len()).ok()?;
+        buffers.resize(buffers.len() + usize::from(count), None);
+        Some(first)
+    }
+
+    fn register(&mut self, index: u16, slab: &Slab) -> io::Result<()> {
+        let net = &mut *self.net.borrow_mut();
+        if net.registered == Registered::Refused {
+            return Err(Errno::ENOMEM.into());
+        }
+        net.buffers[self.core][usize::from(index)] = Some((slab.base().addr(), slab.bytes()));
+        Ok(())
+    }
+
+    fn release_buffers(&mut self, first: u16, count: u16) {
+        let range = usize::from(first)..usize::from(first) + usize::from(count);
+        self.net.borrow_mut().buffers[self.core][range].fill(None);
+    }
+}
+
+/// A core whose loop goes on only when it is told to.
+pub(crate) struct SimCore {
+    core: Core<SimBackend>,
+    wake: Arc<CoreWake>,
+    inbox: Arc<Inbox>,
+}
+
+impl SimCore {
+    /// Core number `core` of that network. `warn` takes what an operator would be told.
+    pub(crate) fn new(net: &Net, core: usize, warn: Arc<dyn Fn(String) + Send + Sync>) -> nix::Result<Self> {
+        let (wake, inbox) = (Arc::new(CoreWake::new()?), Arc::new(Inbox::default()));
+        let backend = SimBackend {
+            core,
+            net: net.clone(),
+            wake: wake.clone(),
+        };
+        Ok(Self {
+            core: Core::new(backend, wake.clone(), inbox.clone(), warn),
+            wake,
+            inbox,
+        })
+    }
+
+    /// What wakes it.
+    pub(crate) fn waker(&self) -> Waker {
+        Waker::Core(self.wake.clone())
+    }
+
+    /// Hands an endpoint to it.
+    pub(crate) fn attach(&self, endpoint: Box<dyn Endpoint>) {
+        self.inbox.endpoints.push(endpoint);
+        self.waker().wake();
+    }
+
+    /// One turn of its loop, which does not wait.
+    pub(crate) fn turn(&mut self) -> io::Result<()> {
+        self.wake.adopt();
+        let done = self.core.turn();
+        // What wakes it between its turns comes from elsewhere.
+        CoreWake::disown();
+        done
+    }
+
+    /// Whether somebody has woken it.
+    pub(crate) fn is_woken(&self) -> bool {
+        self.wake.is_readable()
+    }
+
+    /// Whether it drives no endpoint.
+    pub(crate) fn is_empty(&self) -> bool {
+        self.core.is_empty()
+    }
+}

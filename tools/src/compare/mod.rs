@@ -1,0 +1,323 @@
+//! `colo-ring compare`: runs side by side.
+//!
+//! [`report`] makes a [`Comparison`] of runs; it can be printed as a table, as JSON, and as one HTML page.
+
+mod bootstrap;
+mod distribution;
+pub mod html;
+mod plots;
+mod runs;
+mod svg;
+mod table;
+
+pub use bootstrap::{COUNT_MIN, Interval, Ratio, Ratios};
+pub use distribution::{ROUNDS_MIN, Resampling};
+pub use runs::{CompareError, PHASE_UNNAMED, Run, Unit, gather};
+
+use crate::output::{CommandError, print, print_json, tell};
+use crate::run_file::{Clock, SecondaryUse};
+use bootstrap::Resampled;
+use clap::Args;
+use colo_ring::host::Machine;
+use serde::Serialize;
+use std::collections::BTreeSet;
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+/// Every known phase, in the order of tables: the receiver's clock, then the primary's.
+pub const PHASES: [&str; 8] = [
+    "reply", "transfer", "vmstate", "commit", "pause", "flush", "received", "loaded",
+];
+
+/// Resamples behind every interval.
+pub const RESAMPLES: u32 = 1000;
+
+/// Options of `colo-ring compare`.
+#[derive(Debug, Args)]
+pub struct CompareArgs {
+    /// Runs: PREFIX.run.json, a receiver's PREFIX.json (its logs lie beside it), or an interval log (.hlog); NAME=
+    /// sets the name in tables
+    #[arg(value_name = "[NAME=]FILE", required = true)]
+    files: Vec<String>,
+
+    /// Compare this phase alone (repeatable): pause, transfer, loaded...
+    #[arg(long, value_name = "NAME")]
+    phase: Vec<String>,
+
+    /// The run that the others are divided by; the first one unless given
+    #[arg(long, value_name = "NAME")]
+    baseline: Option<String>,
+
+    /// Add up runs of one name: they are rounds of one measurement
+    #[arg(long)]
+    merge: bool,
+
+    /// Unit of the values in interval logs (.hlog) that are given by themselves
+    #[arg(long, value_enum, value_name = "UNIT", default_value = "ns")]
+    unit: Unit,
+
+    /// Seed of the resampling: the same seed gives the same intervals
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    seed: u64,
+
+    /// Write one HTML page with plots, which needs no network
+    #[arg(long, value_name = "FILE")]
+    html: Option<PathBuf>,
+
+    /// Print JSON (schema colo-ring.compare, version 1)
+    #[arg(long)]
+    json: bool,
+}
+
+/// What of the runs is compared, and how.
+#[derive(Clone, Debug, Serialize)]
+pub struct Options {
+    /// Name of the run that the others are divided by; None takes the first.
+    pub baseline: Option<String>,
+    /// Phases to compare; empty takes all.
+    pub phases: Vec<String>,
+    /// Seed of the resampling.
+    pub seed: u64,
+    /// Resamples behind every interval.
+    pub resamples: u32,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        Self {
+            baseline: None,
+            phases: Vec::new(),
+            seed: 1,
+            resamples: RESAMPLES,
+        }
+    }
+}
+
+/// Runs side by side.
+#[derive(Debug, Serialize)]
+pub struct Comparison<'a> {
+    schema: &'static str,
+    schema_version: u32,
+    options: Options,
+    baseline: &'a str,
+    runs: Vec<RunInfo<'a>>,
+    phases: Vec<PhaseComparison<'a>>,
+    /// For plots.
+    #[serde(skip)]
+    sources: &'a [Run],
+}
+
+/// What there is to say of a run.
+#[derive(Debug, Serialize)]
+struct RunInfo<'a> {
+    name: &'a str,
+    files: &'a [PathBuf],
+    command: Option<&'a str>,
+    options: &'a serde_json::Value,
+    machine: Option<&'a Machine>,
+    clock: Option<Clock>,
+    secondary: Option<SecondaryUse>,
+    checkpoints: u64,
+    /// Of `checkpoints`, those that something is known to have disturbed.
+    disturbed: u64,
+    /// Left out when the run was written.
+    dropped: u64,
+    notes: &'a [String],
+}
+
+/// One phase of all runs.
+#[derive(Debug, Serialize)]
+struct PhaseComparison<'a> {
+    phase: String,
+    rows: Vec<Row<'a>>,
+}
+
+/// One phase of one run.
+#[derive(Debug, Serialize)]
+struct Row<'a> {
+    run: &'a str,
+    count: u64,
+    mean_ns: f64,
+    p50_ns: u64,
+    p90_ns: u64,
+    p99_ns: u64,
+    p99_9_ns: u64,
+    max_ns: u64,
+    p99_is_max: bool,
+    p99_9_is_max: bool,
+    /// What the interval was made by. None if there are too few values for one.
+    resampled: Option<Resampling>,
+    /// To the baseline. None for the baseline, and where that lacks the phase.
+    ratios: Option<Ratios>,
+}
+
+/// Compares `runs`, which have different names.
+///
+/// # Errors
+/// If the baseline or a phase that `options` names is not there, or two runs have one name.
+pub fn report<'a>(runs: &'a [Run], options: Options) -> Result<Comparison<'a>, CompareError> {
+    let mut names = BTreeSet::new();
+    if let Some(run) = runs.iter().find(|run| !names.insert(run.name.as_str())) {
+        return Err(CompareError::SameName(run.name.clone()));
+    }
+    let baseline = match &options.baseline {
+        None => 0,
+        Some(name) => {
+            let position = runs.iter().position(|run| run.name == *name);
+            position.ok_or_else(|| CompareError::Baseline {
+                name: name.clone(),
+                there: names.iter().copied().collect::<Vec<_>>().join(", "),
+            })?
+        }
+    };
+    let phases = phases_of(runs, &options.phases)?;
+    let compare = |phase: String| PhaseComparison {
+        rows: rows(runs, baseline, &phase, &options),
+        phase,
+    };
+    Ok(Comparison {
+        schema: "colo-ring.compare",
+        schema_version: 1,
+        baseline: runs.get(baseline).map_or("", Run::name),
+        runs: runs.iter().map(run_info).collect(),
+        phases: phases.into_iter().map(compare).collect(),
+        options: options.clone(),
+        sources: runs,
+    })
+}
+
+/// All phases of the runs, the known ones first and in their order; or those of `wanted`.
+fn phases_of(runs: &[Run], wanted: &[String]) -> Result<Vec<String>, CompareError> {
+    let there: BTreeSet<_> = runs
+        .iter()
+        .flat_map(|run| run.samples.keys())
+        .map(String::as_str)
+        .collect();
+    if let Some(missing) = wanted.iter().find(|phase| !there.contains(phase.as_str())) {
+        return Err(CompareError::Phase {
+            phase: missing.clone(),
+            there: there.into_iter().collect::<Vec<_>>().join(", "),
+        });
+    }
+    let mut phases: Vec<_> = there.into_iter().map(str::to_owned).collect();
+    phases.retain(|phase| wanted.is_empty() || wanted.contains(phase));
+    phases.sort_by_key(|phase| {
+        PHASES
+            .iter()
+            .position(|known| known == phase)
+            .unwrap_or(PHASES.len())
+    });
+    Ok(phases)
+}
+
+fn run_info(run: &Run) -> RunInfo<'_> {
+    let (checkpoints, disturbed) = run.checkpoints();
+    RunInfo {
+        name: &run.name,
+        files: &run.files,
+        command: run.command.as_deref(),
+        options: &run.options,
+        machine: run.machine.as_ref(),
+        clock: run.clock,
+        secondary: run.secondary,
+        checkpoints,
+        disturbed,
+        dropped: run.dropped,
+        notes: &run.notes,
+    }
+}
+
+fn rows<'a>(runs: &'a [Run], baseline: usize, phase: &str, options: &Options) -> Vec<Row<'a>> {
+    let distributions: Vec<_> = runs.iter().map(|run| run.distribution(phase)).collect();
+    let mut rounds = distributions.iter().flatten().map(|run| run.rounds());
+    let first = rounds.next();
+    // Runs with the same rounds were alternated: a round is then drawn for all of them at once.
+    let alternated = rounds.all(|rounds| Some(&rounds) == first.as_ref());
+    let resampled: Vec<_> = distributions
+        .into_iter()
+        .zip(1..)
+        .map(|(distribution, number)| {
+            let distribution = distribution?;
+            let paired = alternated && distribution.resampling() == Resampling::Rounds;
+            let stream = if paired { 0 } else { number };
+            Some(Resampled::new(
+                distribution,
+                options.seed,
+                stream,
+                options.resamples,
+            ))
+        })
+        .collect();
+    let base = resampled.get(baseline).and_then(Option::as_ref);
+    let row = |(index, resampled): (usize, &Option<Resampled>)| {
+        let resampled = resampled.as_ref()?;
+        let distribution = &resampled.distribution;
+        let figures = distribution.figures();
+        let count = distribution.count();
+        Some(Row {
+            run: &runs[index].name,
+            count,
+            mean_ns: figures.mean,
+            p50_ns: figures.p50,
+            p90_ns: figures.p90,
+            p99_ns: figures.p99,
+            p99_9_ns: figures.p99_9,
+            max_ns: distribution.max(),
+            p99_is_max: count < 100,
+            p99_9_is_max: count < 1000,
+            resampled: resampled.resampling(),
+            ratios: base
+                .filter(|_| index != baseline)
+                .map(|base| resampled.ratios(base)),
+        })
+    };
+    resampled.iter().enumerate().filter_map(row).collect()
+}
+
+/// Reads the runs, compares them, and prints the result.
+///
+/// # Errors
+/// If a file cannot be read or runs cannot be compared.
+pub fn run(args: &CompareArgs) -> Result<ExitCode, CommandError> {
+    let failed = |error: CompareError| match error {
+        CompareError::SameName(_)
+        | CompareError::Name(_)
+        | CompareError::Baseline { .. }
+        | CompareError::Phase { .. } => CommandError::Usage(error.to_string()),
+        _ => CommandError::Failed(error.to_string()),
+    };
+    let read = |file: &String| Run::read(file, args.unit);
+    let runs = args
+        .files
+        .iter()
+        .map(read)
+        .collect::<Result<Vec<_>, _>>()
+        .map_err(failed)?;
+    let runs = gather(runs, args.merge).map_err(failed)?;
+    let options = Options {
+        baseline: args.baseline.clone(),
+        phases: args.phase.clone(),
+        seed: args.seed,
+        ..Options::default()
+    };
+    let comparison = report(&runs, options).map_err(failed)?;
+    if let Some(path) = &args.html {
+        std::fs::write(path, html::page(&comparison)).map_err(|error| {
+            CommandError::Failed(format!("cannot write the page {}: {error}", path.display()))
+        })?;
+    }
+    if args.json {
+        print_json(&comparison)?;
+    } else {
+        for run in &runs {
+            for note in &run.notes {
+                tell(&format!("{}: {note}", run.name));
+            }
+        }
+        print(&comparison.table())?;
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+#[cfg(test)]
+mod tests;

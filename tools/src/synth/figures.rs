@@ -1,0 +1,158 @@
+//! What a session's checkpoints took, as histograms and as a run file.
+
+use super::CheckpointReport;
+use crate::run_file::Checkpoint;
+use colo_ring::metrics::{SIGNIFICANT_DIGITS, display_nanoseconds};
+use hdrhistogram::Histogram;
+use serde::Serialize;
+use std::time::Duration;
+
+/// A phase's name, and how to read it off a checkpoint.
+type Phase = (&'static str, fn(&CheckpointReport) -> Duration);
+
+/// What is recorded of a checkpoint.
+const PHASES: [Phase; 5] = [
+    ("reply", |report| report.reply),
+    ("received", |report| report.received),
+    ("loaded", |report| report.loaded),
+    ("waited", |report| report.waited),
+    ("service", CheckpointReport::service),
+];
+
+/// Phases that mean something without a schedule.
+const UNSCHEDULED: usize = 3;
+
+/// The sums and histograms of a session.
+pub(super) struct Figures {
+    histograms: Vec<(&'static str, Histogram<u64>)>,
+    sums_ns: Vec<u128>,
+    pub(super) checkpoints: u64,
+    pub(super) pages: u64,
+    pub(super) zero_pages: u64,
+    pub(super) bytes: u64,
+    /// See [`CheckpointReport::own_delay`].
+    own_delay: Duration,
+    own_delay_max: Duration,
+}
+
+/// One phase over all checkpoints.
+#[derive(Clone, Copy, Debug, Serialize)]
+pub(super) struct PhaseFigures {
+    phase: &'static str,
+    count: u64,
+    mean_ns: u64,
+    p50_ns: u64,
+    p90_ns: u64,
+    p99_ns: u64,
+    p99_9_ns: u64,
+    max_ns: u64,
+}
+
+/// How late this side was.
+#[derive(Clone, Copy, Debug, Serialize)]
+pub(super) struct OwnDelay {
+    pub(super) mean_ns: u64,
+    pub(super) max_ns: u64,
+}
+
+impl Figures {
+    /// `scheduled` is whether checkpoints can wait for each other.
+    pub(super) fn new(scheduled: bool) -> Self {
+        let count = if scheduled { PHASES.len() } else { UNSCHEDULED };
+        let empty = || Histogram::new(SIGNIFICANT_DIGITS).expect("0 to 5 significant digits are allowed");
+        Self {
+            histograms: PHASES[..count].iter().map(|(name, _)| (*name, empty())).collect(),
+            sums_ns: vec![0; count],
+            checkpoints: 0,
+            pages: 0,
+            zero_pages: 0,
+            bytes: 0,
+            own_delay: Duration::ZERO,
+            own_delay_max: Duration::ZERO,
+        }
+    }
+
+    pub(super) fn record(&mut self, report: &CheckpointReport) {
+        let kept = self.histograms.iter_mut().zip(&mut self.sums_ns);
+        for ((_, duration), ((_, histogram), sum)) in PHASES.iter().zip(kept) {
+            let value = nanoseconds(duration(report));
+            histogram
+                .record(value)
+                .expect("a histogram that resizes itself takes any value");
+            *sum += u128::from(value);
+        }
+        self.checkpoints += 1;
+        self.pages += report.pages - report.zero_pages;
+        self.zero_pages += report.zero_pages;
+        self.bytes += report.bytes;
+        self.own_delay += report.own_delay;
+        self.own_delay_max = self.own_delay_max.max(report.own_delay);
+    }
+
+    /// The checkpoint as run files have it.
+    pub(super) fn checkpoint(&self, report: &CheckpointReport) -> Checkpoint {
+        let phases = PHASES[..self.histograms.len()].iter();
+        Checkpoint {
+            n: self.checkpoints,
+            at_ns: nanoseconds(report.end),
+            phases_ns: phases
+                .map(|(name, duration)| ((*name).to_owned(), nanoseconds(duration(report))))
+                .collect(),
+            pages: report.pages - report.zero_pages,
+            zero_pages: report.zero_pages,
+            bytes: report.bytes,
+            ..Checkpoint::default()
+        }
+    }
+
+    pub(super) fn phases(&self) -> Vec<PhaseFigures> {
+        let figures = |((phase, histogram), sum): (&(&'static str, Histogram<u64>), &u128)| PhaseFigures {
+            phase,
+            count: histogram.len(),
+            mean_ns: mean(*sum, self.checkpoints),
+            p50_ns: histogram.value_at_quantile(0.5),
+            p90_ns: histogram.value_at_quantile(0.9),
+            p99_ns: histogram.value_at_quantile(0.99),
+            p99_9_ns: histogram.value_at_quantile(0.999),
+            max_ns: histogram.max(),
+        };
+        self.histograms.iter().zip(&self.sums_ns).map(figures).collect()
+    }
+
+    pub(super) fn own_delay(&self) -> OwnDelay {
+        OwnDelay {
+            mean_ns: mean(self.own_delay.as_nanos(), self.checkpoints),
+            max_ns: nanoseconds(self.own_delay_max),
+        }
+    }
+}
+
+impl PhaseFigures {
+    pub(super) const HEAD: [&str; 8] = ["phase", "n", "mean", "p50", "p90", "p99", "p99.9", "max"];
+
+    /// A row of the table.
+    pub(super) fn row(&self) -> Vec<String> {
+        let figures = [
+            self.mean_ns,
+            self.p50_ns,
+            self.p90_ns,
+            self.p99_ns,
+            self.p99_9_ns,
+            self.max_ns,
+        ];
+        let names = [self.phase.to_owned(), self.count.to_string()];
+        names
+            .into_iter()
+            .chain(figures.map(display_nanoseconds))
+            .collect()
+    }
+}
+
+fn mean(sum: u128, count: u64) -> u64 {
+    u64::try_from(sum / u128::from(count.max(1))).unwrap_or(u64::MAX)
+}
+
+/// 584 years at most.
+fn nanoseconds(duration: Duration) -> u64 {
+    u64::try_from(duration.as_nanos()).unwrap_or(u64::MAX)
+}
