@@ -5,6 +5,7 @@
 
 pub mod blocks;
 mod canary;
+pub mod failover;
 pub mod host;
 pub mod metrics;
 pub mod net;

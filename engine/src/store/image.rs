@@ -10,7 +10,7 @@ use super::map::{Mapping, Span, can_populate};
 use super::names::file_names;
 use super::plan::PageRun;
 use crate::blocks::{BlockTable, RamBlock};
-use crate::units::PAGE_BYTES;
+use crate::units::{BlockId, PAGE_BYTES};
 use nix::errno::Errno;
 use nix::fcntl::{FallocateFlags, fallocate};
 use nix::sys::memfd::{MFdFlags, memfd_create};
@@ -26,8 +26,8 @@ pub(super) struct RamImage {
     table: Arc<BlockTable>,
     /// In the order of the table.
     blocks: Vec<Mapping>,
-    /// Named files, removed at the end.
-    files: Vec<PathBuf>,
+    /// The named file of each block that has one, removed at the end.
+    files: Vec<Option<PathBuf>>,
 }
 
 /// A block's file, not yet mapped, and how long the mapping is to be.
@@ -57,12 +57,14 @@ impl RamImage {
         let directory = directory.map(RamDirectory::open).transpose()?;
         let mut transparent = pages == HugePages::Thp;
         for ((_, block), name) in table.iter().zip(file_names(&table, &[])) {
-            let mapping = match &directory {
-                Some(directory) if directory.holds(block) => {
-                    let file = directory.create(&format!("{label}.{name}"), block, &mut image.files)?;
+            let directory = directory.as_ref().filter(|directory| directory.holds(block));
+            let mapping = match directory {
+                Some(directory) => {
+                    let (path, file) = directory.create(&format!("{label}.{name}"), block)?;
+                    image.files.push(Some(path));
                     file.map(block)?
                 }
-                _ => match memfd_of_huge_pages(block, pages) {
+                None => match memfd_of_huge_pages(block, pages) {
                     Some(Ok(mapping)) => mapping,
                     Some(Err(lack)) => {
                         transparent = true;
@@ -72,6 +74,7 @@ impl RamImage {
                     None => memfd(block)?,
                 },
             };
+            image.files.resize(image.blocks.len() + 1, None);
             image.blocks.push(mapping);
         }
         if transparent {
@@ -102,6 +105,11 @@ impl RamImage {
         &self.blocks
     }
 
+    /// The named file of a block, for a QEMU to map: absolute.
+    pub(super) fn file(&self, id: BlockId) -> Option<&Path> {
+        self.files[usize::from(id.0)].as_deref()
+    }
+
     /// The pages of `run`, or the first of them where its block ends before it does.
     pub(super) fn span(&self, run: PageRun) -> Span<'_> {
         let (id, offset) = self.table.locate(run.first);
@@ -112,7 +120,7 @@ impl RamImage {
 
 impl Drop for RamImage {
     fn drop(&mut self) {
-        for path in &self.files {
+        for path in self.files.iter().flatten() {
             // Gone already, or the directory is: either way there is nobody left to tell.
             drop(std::fs::remove_file(path));
         }
@@ -214,7 +222,10 @@ impl RamDirectory {
             TMPFS_MAGIC => None,
             _ => return Err(StoreError::RamDirectory(path.to_owned())),
         };
-        let path = path.to_owned();
+        // A QEMU that is to map a file of it runs elsewhere.
+        let path = path
+            .canonicalize()
+            .map_err(|error| StoreError::file(path, error))?;
         Ok(Self { path, huge_page })
     }
 
@@ -224,12 +235,7 @@ impl RamDirectory {
         self.huge_page.is_none_or(|page| block.used_length >= page)
     }
 
-    fn create(
-        &self,
-        name: &str,
-        block: &RamBlock,
-        files: &mut Vec<PathBuf>,
-    ) -> Result<BlockFile, StoreError> {
+    fn create(&self, name: &str, block: &RamBlock) -> Result<(PathBuf, BlockFile), StoreError> {
         let path = self.path.join(name);
         let made = File::options()
             .read(true)
@@ -242,13 +248,15 @@ impl RamDirectory {
             std::io::ErrorKind::AlreadyExists => StoreError::RamFileExists(path.clone()),
             _ => StoreError::file(&path, error),
         })?;
-        files.push(path);
         let granule = self.huge_page.unwrap_or(PAGE_BYTES);
+        // A guest's blocks add up to less than 2^64 bytes, and a mapping of that would fail with an error of its own.
         let length = block.used_length.checked_next_multiple_of(granule);
-        Ok(BlockFile {
+        let length = length.unwrap_or(u64::MAX - (granule - 1));
+        let file = BlockFile {
             file: file.into(),
-            length: length.ok_or_else(|| StoreError::no_memory(block, block.used_length, Errno::EFBIG))?,
+            length,
             huge: self.huge_page.is_some(),
-        })
+        };
+        Ok((path, file))
     }
 }

@@ -157,22 +157,33 @@ impl StreamHeader {
         let length = u32::try_from(self.machine_type.len()).expect("a machine type has at most 255 bytes");
         out.extend_from_slice(&length.to_be_bytes());
         out.extend_from_slice(self.machine_type.as_bytes());
-        let mut subsection = |name: &[u8], body: &[u8]| {
-            out.push(SUBSECTION);
-            put_str8(out, name);
-            out.extend_from_slice(&1u32.to_be_bytes());
-            out.extend_from_slice(body);
-        };
         if self.target_page_bits {
-            subsection(NAME_PAGE_BITS, &PAGE_SHIFT.to_be_bytes());
+            put_subsection(out, NAME_PAGE_BITS, &PAGE_SHIFT.to_be_bytes());
         }
         if self.capabilities {
-            subsection(NAME_CAPABILITIES, &0u32.to_be_bytes());
+            put_subsection(out, NAME_CAPABILITIES, &0u32.to_be_bytes());
         }
         if let Some(uuid) = &self.uuid {
-            subsection(NAME_UUID, uuid);
+            put_subsection(out, NAME_UUID, uuid);
         }
     }
+}
+
+/// Appends the configuration subsection that says that capability `name` is on, after a header without one.
+///
+/// # Panics
+/// If the name is longer than 255 bytes.
+pub fn encode_capability(out: &mut Vec<u8>, name: &[u8]) {
+    let mut body = 1u32.to_be_bytes().to_vec();
+    put_str8(&mut body, name);
+    put_subsection(out, NAME_CAPABILITIES, &body);
+}
+
+fn put_subsection(out: &mut Vec<u8>, name: &[u8], body: &[u8]) {
+    out.push(SUBSECTION);
+    put_str8(out, name);
+    out.extend_from_slice(&1u32.to_be_bytes());
+    out.extend_from_slice(body);
 }
 
 fn machine_type(cursor: &mut Cursor<'_>) -> Result<String, Stop> {
