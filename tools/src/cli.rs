@@ -1,5 +1,6 @@
 //! The command line: which subcommands there are.
 
+use crate::capture::{self, CaptureArgs};
 use crate::compare::{self, CompareArgs};
 use crate::demo::{self, DemoArgs};
 use crate::doctor::{self, DoctorArgs};
@@ -62,6 +63,24 @@ enum Command {
     #[command(after_help = "Example:\n  colo-ring discard --control unix:/run/colo-ring.sock --session 1")]
     Discard(DiscardArgs),
 
+    /// Record a session: a transparent recorder between a primary and any secondary
+    ///
+    /// The primary migrates to --listen, and every connection is passed on to --to, both ways, with its bytes, ends
+    /// and resets as they are. One session is recorded: the command ends when the primary's last connection has ended. The
+    /// file can be read while it grows.
+    ///
+    /// Recording never holds the guest up and never ends its connection: when the disk is full or too slow, the recording
+    /// ends with what is there, says so, and forwarding goes on. SIGINT and SIGTERM end the recording, too; open
+    /// connections go on until they end, or until a second signal. Exit code 1 if the recording is not complete.
+    ///
+    /// The report says by how much forwarding lengthened each checkpoint: from the last of the checkpoint's bytes read to
+    /// the last of them written to the secondary's socket, on whichever connection, plus the same of the secondary's
+    /// VMSTATE_LOADED. What it takes until this process is woken, and the second way through the network, are not in it.
+    #[command(
+        after_help = "Example:\n  colo-ring capture --listen tcp:0.0.0.0:4445 --to tcp:192.0.2.7:4444 --out guest1.cap\n\nThen migrate the primary to port 4445 of this host instead of to the secondary."
+    )]
+    Capture(CaptureArgs),
+
     /// Be a primary without a guest: make a session of a chosen shape, live or into a capture
     ///
     /// Speaks to any COLO secondary, QEMU included, as a QEMU primary does, with device state that only looks like one.
@@ -110,6 +129,7 @@ pub fn main() -> ExitCode {
         Command::Status(args) => status::run_status(&args),
         Command::Dump(args) => status::run_dump(&args),
         Command::Discard(args) => status::run_discard(&args),
+        Command::Capture(args) => capture::run(&args),
         Command::Synth(args) => synth::run(&args),
         Command::Demo(args) => demo::run(&args),
         Command::Compare(args) => compare::run(&args),

@@ -1,6 +1,7 @@
 //! The parts of the command `colo-ring`, as a library for its tests: one file a subcommand.
 #![forbid(unsafe_code)]
 
+pub mod capture;
 pub mod capture_file;
 mod cli;
 pub mod compare;

@@ -101,6 +101,11 @@ impl Drop for ProgressLine {
     }
 }
 
+/// Bytes as MiB, for people.
+pub fn mebibytes(bytes: u64) -> f64 {
+    bytes as f64 / f64::from(1 << 20)
+}
+
 /// A table of texts: the first column to the left, the others to the right, as numbers are.
 pub fn table(rows: &[Vec<String>]) -> String {
     let columns = rows.iter().map(Vec::len).max().unwrap_or(0);

@@ -2,7 +2,7 @@
 
 use crate::control::ask;
 use crate::options::{ControlAddress, Size};
-use crate::output::{CommandError, print, print_json, table};
+use crate::output::{CommandError, mebibytes, print, print_json, table};
 use clap::Args;
 use colo_ring::metrics::{Phase, display_nanoseconds};
 use colo_ring::receiver::{Dumped, Request, SessionState, SessionStatus, StatusReport};
@@ -241,8 +241,4 @@ fn render_dump(dumped: &Dumped, directory: &Path) -> String {
     };
     text.push_str(&table(&dumped.blocks.iter().map(row).collect::<Vec<_>>()));
     text
-}
-
-fn mebibytes(bytes: u64) -> f64 {
-    bytes as f64 / f64::from(1 << 20)
 }

@@ -46,6 +46,8 @@ pub struct CaptureWriter<W: Write = File> {
     /// Where a block is put together, header and content.
     block: Vec<u8>,
     order: Order,
+    /// What was recorded when the last block was written.
+    written: Totals,
     /// The time of the last record.
     last_at: Duration,
     failed: bool,
@@ -89,6 +91,7 @@ impl<W: Write> CaptureWriter<W> {
             records: Vec::with_capacity(BLOCK_TARGET + record::HEADER_LEN + DATA_MAX),
             block: Vec::new(),
             order: Order::default(),
+            written: Totals::default(),
             last_at: Duration::ZERO,
             failed: false,
         };
@@ -153,7 +156,9 @@ impl<W: Write> CaptureWriter<W> {
         let (header, content) = self.block.split_at_mut(block::HEADER_LEN);
         header.copy_from_slice(&block::Header::new(kind, content, raw_len).encode());
         self.records.clear();
-        self.write_block()
+        self.write_block()?;
+        self.written = self.order.totals();
+        Ok(())
     }
 
     /// Ends the capture in an orderly way.
@@ -167,14 +172,9 @@ impl<W: Write> CaptureWriter<W> {
         Ok(totals)
     }
 
-    /// What was recorded so far.
+    /// What stands in the file so far; what is not flushed is left out.
     pub fn totals(&self) -> Totals {
-        self.order.totals()
-    }
-
-    /// Bytes of the file so far, what is not flushed left out.
-    pub fn bytes_written(&self) -> u64 {
-        self.offset
+        self.written
     }
 
     fn append(&mut self, at: Duration, event: Event<'_>) -> Result<(), CaptureError> {
