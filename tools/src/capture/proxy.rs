@@ -87,8 +87,8 @@ async fn serve(
                     pairs.spawn_local(pair::run(session.clone(), connection, wish.clone()));
                 }
                 Some(Err(error)) => tell(&format!("warning: {error}")),
-                // It says why below.
-                None => break,
+                // Nothing can be accepted at all.
+                None => return accepting.await.unwrap_or_else(|error| Err(io::Error::other(error))),
             },
             Some(_) = pairs.join_next() => {}
             Ok(()) = wish.changed() => {}
@@ -102,10 +102,10 @@ async fn serve(
             break;
         }
     }
+    // The task first: a socket that is shut down may stay readable without ever giving a connection.
+    accepting.abort();
+    tokio::task::yield_now().await;
     listener.close();
-    accepted.close();
     while pairs.join_next().await.is_some() {}
-    accepting
-        .await
-        .unwrap_or_else(|error| Err(io::Error::other(error)))
+    Ok(())
 }

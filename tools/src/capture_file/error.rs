@@ -17,7 +17,7 @@ pub enum CaptureError {
         source: io::Error,
     },
     /// It would be overwritten.
-    #[error("{} exists already; give another name, or remove it", .0.display())]
+    #[error("{} exists already; give another name, or --force to replace it", .0.display())]
     Exists(PathBuf),
     /// Reading failed.
     #[error("reading the capture at byte {offset}: {source}")]

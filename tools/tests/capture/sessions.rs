@@ -1,0 +1,179 @@
+//! Whole sessions of a synthetic primary, through the recorder to a receiver.
+
+use crate::harness::{By, Running, Scratch, capture, guest, read, receiver, run};
+use colo_ring_tools::capture_file::EndKind;
+use colo_ring_tools::streams::Streams;
+use colo_ring_tools::synth::SynthPrimary;
+use nix::sys::signal::Signal;
+use std::path::Path;
+use std::time::Duration;
+
+const CHECKPOINTS: u64 = 20;
+
+/// What the receiver has committed is what the primary has.
+fn assert_committed(scratch: &Scratch, primary: &SynthPrimary, checkpoint: u64) {
+    let control = format!("unix:{}", scratch.file("control"));
+    let out = scratch.file("dump");
+    let dump = run(&[
+        "dump",
+        "--control",
+        &control,
+        "--session",
+        "1",
+        "--out",
+        &out,
+        "--json",
+    ]);
+    assert_eq!(dump.code, Some(0), "{}", dump.log);
+    let dumped = dump.report();
+    assert_eq!(dumped["checkpoint"], checkpoint);
+    for block in dumped["blocks"].as_array().unwrap() {
+        let name = block["name"].as_str().unwrap();
+        let written = std::fs::read(Path::new(&out).join(block["file"].as_str().unwrap())).unwrap();
+        assert!(
+            *primary.image(name).unwrap() == *written,
+            "{name} differs from the primary's memory"
+        );
+    }
+    std::fs::remove_dir_all(&out).unwrap();
+}
+
+fn protect(proxy: &Running, checkpoints: u64) -> SynthPrimary {
+    let mut primary = SynthPrimary::connect(&proxy.address, &guest()).unwrap();
+    let mut pauses: Vec<_> = (0..checkpoints)
+        .map(|_| primary.checkpoint().unwrap().service())
+        .collect();
+    pauses.sort_unstable();
+    // The primary leaves Nagle's algorithm on: where one acknowledgement is delayed, it takes 40 ms.
+    let median = pauses[pauses.len() / 2];
+    assert!(median < Duration::from_millis(35), "{pauses:?}");
+    primary
+}
+
+#[test]
+fn a_session_goes_through_and_is_measured() {
+    for (name, by, compress) in [
+        ("session", By::Itself, "zstd"),
+        ("session-ready", By::WithoutUring, "none"),
+    ] {
+        let scratch = Scratch::new(name);
+        let mut secondary = receiver(&scratch);
+        let mut proxy = capture(&scratch, &secondary.address, by, &["--compress", compress]);
+        let primary = protect(&proxy, CHECKPOINTS);
+        assert_committed(&scratch, &primary, CHECKPOINTS);
+        primary.close().unwrap();
+        assert_eq!(secondary.wait().code, Some(0));
+        let ended = proxy.wait();
+        assert_eq!(ended.code, Some(0), "{}", ended.log);
+
+        let report = ended.report();
+        assert_eq!(report["schema"], "colo-ring.capture");
+        assert_eq!(report["ended_early"], serde_json::Value::Null);
+        let added = &report["added"];
+        assert_eq!(added["checkpoints"], CHECKPOINTS, "{report}");
+        for part in ["both", "to_secondary", "to_primary"] {
+            let figure = |key: &str| added[part][key].as_u64().unwrap();
+            assert!(
+                0 < figure("p50_ns") && figure("p50_ns") <= figure("p99_ns"),
+                "{added}"
+            );
+            assert!(
+                figure("p99_ns") <= figure("max_ns") && figure("max_ns") < 5_000_000_000,
+                "{added}"
+            );
+        }
+        let kinds = |kind: &str| {
+            let connections = report["connections"].as_array().unwrap();
+            connections
+                .iter()
+                .filter(|connection| connection["kind"] == kind)
+                .count()
+        };
+        assert_eq!((kinds("main"), kinds("multifd"), kinds("unknown")), (1, 2, 0));
+
+        // The file holds the session, as the protocol sees it.
+        let contents = read(&scratch);
+        assert_eq!(contents.tear, None);
+        assert!(
+            contents
+                .flows
+                .values()
+                .flatten()
+                .all(|flow| flow.end == Some(EndKind::Eof))
+        );
+        let streams = Streams::load(Path::new(&scratch.file("cap"))).unwrap();
+        assert_eq!(streams.checkpoints.len() as u64, CHECKPOINTS);
+        assert_eq!(report["recorded"]["connections"], 3);
+    }
+}
+
+/// The file can be read while the session goes on.
+#[test]
+fn the_file_grows_with_the_session() {
+    let scratch = Scratch::new("grows");
+    let secondary = receiver(&scratch);
+    let proxy = capture(&scratch, &secondary.address, By::Itself, &[]);
+    let mut primary = protect(&proxy, 3);
+    let checkpoints = |at_least: usize| {
+        let started = std::time::Instant::now();
+        loop {
+            assert!(read(&scratch).tear.is_some(), "it was not finished");
+            let streams = Streams::load(Path::new(&scratch.file("cap")));
+            if let Ok(streams) = streams
+                && streams.checkpoints.len() >= at_least
+            {
+                return;
+            }
+            assert!(
+                started.elapsed() < crate::harness::PATIENCE,
+                "checkpoint {at_least} does not come"
+            );
+            std::thread::sleep(Duration::from_millis(50));
+        }
+    };
+    checkpoints(3);
+    primary.checkpoint().unwrap();
+    checkpoints(4);
+}
+
+/// The first signal ends the recording alone, the second the connections.
+#[test]
+fn signals_end_the_recording_before_the_session() {
+    for (name, signal) in [("int", Signal::SIGINT), ("term", Signal::SIGTERM)] {
+        let scratch = Scratch::new(name);
+        let secondary = receiver(&scratch);
+        let mut proxy = capture(&scratch, &secondary.address, By::Itself, &[]);
+        let mut primary = protect(&proxy, 3);
+        proxy.signal(signal);
+        proxy.wait_for("the recording is ended");
+        for _ in 0..3 {
+            primary.checkpoint().unwrap();
+        }
+        assert_committed(&scratch, &primary, 6);
+        assert!(proxy.is_running());
+        proxy.signal(signal);
+        let ended = proxy.wait();
+        assert_eq!(ended.code, Some(0), "{}", ended.log);
+        assert!(primary.checkpoint().is_err(), "its connection is closed");
+        assert_eq!(read(&scratch).tear, None);
+        let streams = Streams::load(Path::new(&scratch.file("cap"))).unwrap();
+        assert!(
+            (3..6).contains(&streams.checkpoints.len()),
+            "{}",
+            streams.checkpoints.len()
+        );
+        assert_eq!(ended.report()["added"]["checkpoints"], 6, "measuring goes on");
+    }
+}
+
+#[test]
+fn without_a_primary_it_ends_at_once_and_says_so() {
+    let scratch = Scratch::new("nobody");
+    let mut proxy = capture(&scratch, &"tcp:127.0.0.1:1".parse().unwrap(), By::Itself, &[]);
+    proxy.signal(Signal::SIGINT);
+    let ended = proxy.wait();
+    assert_eq!(ended.code, Some(1));
+    assert!(ended.log.contains("no primary was here"), "{}", ended.log);
+    let contents = read(&scratch);
+    assert!(contents.tear.is_none() && contents.flows.is_empty());
+}
