@@ -6,6 +6,8 @@ use crate::demo::{self, DemoArgs};
 use crate::doctor::{self, DoctorArgs};
 use crate::protect::{self, ProtectArgs};
 use crate::receive::{self, ReceiveArgs};
+use crate::replay::{self, ReplayArgs};
+use crate::sink::{self, SinkArgs};
 use crate::status::{self, DiscardArgs, DumpArgs, StatusArgs};
 use crate::synth::command::{self as synth, SynthArgs};
 use clap::{Parser, Subcommand};
@@ -92,6 +94,24 @@ enum Command {
     )]
     Synth(Box<SynthArgs>),
 
+    /// Play a capture as its primary would, against any secondary, and measure from the primary's side
+    ///
+    /// Every answer is waited for as the primary did, and nothing else. The capture is held in memory. received and loaded
+    /// are VMSTATE_SEND to VMSTATE_RECEIVED and to VMSTATE_LOADED. A secondary that fails ends the replay with exit code 1;
+    /// what was measured before is written and printed.
+    #[command(
+        after_help = "Example:\n  colo-ring replay guest.cap --to tcp:127.0.0.1:4444 --interval 100 --checkpoints 300 \\\n      --pid $(pidof colo-ring) --out /tmp/mine --name colo-ring\n  colo-ring replay guest.cap --sink --pace max"
+    )]
+    Replay(Box<ReplayArgs>),
+
+    /// Be a secondary that keeps nothing: the floor of the transport, for comparison
+    ///
+    /// Reads every byte into a small buffer and answers as soon as it may. A guest that is protected by it is not.
+    #[command(
+        after_help = "Example:\n  colo-ring sink --listen tcp:127.0.0.1:4444 --channels 4\n  colo-ring replay guest.cap --to tcp:127.0.0.1:4444"
+    )]
+    Sink(SinkArgs),
+
     /// Measure every backend with a synthetic primary on this machine alone
     ///
     /// Needs no root, no huge pages and no QEMU; what is missing is told. Prints p50 and p99 of every phase. Primary
@@ -131,6 +151,8 @@ pub fn main() -> ExitCode {
         Command::Discard(args) => status::run_discard(&args),
         Command::Capture(args) => capture::run(&args),
         Command::Synth(args) => synth::run(&args),
+        Command::Replay(args) => replay::run(&args),
+        Command::Sink(args) => sink::run(&args),
         Command::Demo(args) => demo::run(&args),
         Command::Compare(args) => compare::run(&args),
         Command::Doctor(args) => doctor::run(&args),

@@ -1,6 +1,7 @@
 //! Values of options as types: read from the command line, written back as they would be typed.
 
 use clap::ValueEnum;
+use colo_ring::host::parse_core_list;
 use colo_ring::ring::BackendKind;
 use colo_ring::store::{self, CacheKind, CommitMode};
 use serde::{Serialize, Serializer};
@@ -81,6 +82,21 @@ impl fmt::Display for Size {
         match whole {
             Some((unit, name)) => write!(f, "{}{name}", self.0 / unit),
             None => write!(f, "{}", self.0),
+        }
+    }
+}
+
+/// A list of cores, like `2-5,8`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct CoreList(pub Vec<usize>);
+
+impl CoreList {
+    /// Reads a list of at least one core.
+    pub(crate) fn parse(text: &str) -> Result<Self, String> {
+        match parse_core_list(text) {
+            Ok(cores) if cores.is_empty() => Err("no core; write it like 2-5,8".to_owned()),
+            Ok(cores) => Ok(Self(cores)),
+            Err(error) => Err(error.to_string()),
         }
     }
 }

@@ -1,10 +1,10 @@
 //! `colo-ring receive`: the secondary.
 
-use crate::options::{Backend, Cache, Commit, ControlAddress, HugePages, Size, Switch};
+use crate::options::{Backend, Cache, Commit, ControlAddress, CoreList, HugePages, Size, Switch};
 use crate::output::{CommandError, ProgressLine, print, print_json, tell};
 use crate::{signals, status};
 use clap::Args;
-use colo_ring::host::{Machine, allowed_cores, parse_core_list};
+use colo_ring::host::{Machine, allowed_cores};
 use colo_ring::metrics::Report;
 use colo_ring::receiver::{
     Answer, Event, ListenAddress, Outcome, Receiver, ReceiverOptions, Request, SessionStatus, StatusReport,
@@ -81,20 +81,6 @@ pub struct ReceiveArgs {
     /// Print the report at the end as JSON (schema colo-ring.receive, version 1)
     #[arg(long)]
     json: bool,
-}
-
-/// A list of cores from the command line.
-#[derive(Clone, Debug)]
-pub struct CoreList(Vec<usize>);
-
-impl CoreList {
-    fn parse(text: &str) -> Result<Self, String> {
-        match parse_core_list(text) {
-            Ok(cores) if cores.is_empty() => Err("no core; write it like 2-5,8".to_owned()),
-            Ok(cores) => Ok(Self(cores)),
-            Err(error) => Err(error.to_string()),
-        }
-    }
 }
 
 /// The options in force, as reports echo them.

@@ -68,8 +68,11 @@ pub fn parse_core_list(list: &str) -> Result<Vec<usize>, CoreListError> {
     Ok(cores)
 }
 
-/// Lets the calling thread run on these cores alone.
-pub(crate) fn pin(cores: &[usize]) -> std::io::Result<()> {
+/// Lets the calling thread, and those that it starts from now on, run on these cores alone.
+///
+/// # Errors
+/// What `sched_setaffinity` says: there is no such core, or it is not allowed.
+pub fn pin(cores: &[usize]) -> std::io::Result<()> {
     let mut set = CpuSet::new();
     for core in cores {
         set.set(*core)?;

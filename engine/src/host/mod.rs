@@ -12,8 +12,7 @@ mod proc;
 mod registration;
 mod ring;
 
-pub(crate) use cores::pin;
-pub use cores::{CoreListError, NumaNode, allowed_cores, numa_nodes, parse_core_list};
+pub use cores::{CoreListError, NumaNode, allowed_cores, numa_nodes, parse_core_list, pin};
 pub use machine::Machine;
 pub use memory::{HugePagePool, MemoryReport};
 pub use network::NetworkReport;

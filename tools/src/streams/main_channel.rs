@@ -16,6 +16,8 @@ pub(super) struct MainIndex {
     pub machine_type: String,
     /// Whether the primary opened the return path, so that PONG and SHUT precede READY.
     pub return_path: bool,
+    /// Values of PONGs that the primary got before READY.
+    pub pongs: Vec<u32>,
     /// The guest's RAM blocks.
     pub blocks: Option<Arc<BlockTable>>,
     /// The byte behind the initial state: where the primary waits for READY.
@@ -123,6 +125,7 @@ impl<'a> Reader<'a> {
             index: MainIndex {
                 machine_type: String::new(),
                 return_path: false,
+                pongs: Vec::new(),
                 blocks: None,
                 ready: None,
                 checkpoints: Vec::new(),
@@ -210,7 +213,7 @@ impl<'a> Reader<'a> {
         self.is_between_checkpoints = matches!(answer, Answer::Ready { .. } | Answer::Loaded);
         match answer {
             // The primary does not wait for it.
-            Answer::Pong(_) => {}
+            Answer::Pong(value) => self.index.pongs.push(value),
             Answer::Ready { return_path } => {
                 self.index.return_path = return_path;
                 self.index.ready = Some(Ready {

@@ -67,6 +67,8 @@ pub struct Streams {
     pub machine_type: String,
     /// Whether the primary opened the return path, so that PONG and SHUT come before READY.
     pub return_path: bool,
+    /// Values of the PONGs that come before READY: the primary reads them there, and waits for none.
+    pub pongs: Vec<u32>,
     /// The guest's RAM blocks.
     pub blocks: Arc<BlockTable>,
     /// Precopy.
@@ -236,6 +238,7 @@ impl Streams {
             channels,
             machine_type: index.machine_type,
             return_path: index.return_path,
+            pongs: index.pongs,
             blocks,
             precopy,
             checkpoints: Vec::new(),

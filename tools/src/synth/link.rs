@@ -8,6 +8,7 @@ use colo_ring::wire::return_path::RpMessage;
 use std::fmt::Debug;
 use std::io::{self, IoSlice, Read, Write};
 use std::net::{Shutdown, TcpStream};
+use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
 use std::time::Duration;
 
@@ -18,7 +19,7 @@ pub(super) enum Destination<'a> {
 }
 
 impl Destination<'_> {
-    /// Opens one channel, called `what`. Reads and writes of a socket give up after `patience`.
+    /// Opens one channel: see [`Socket::connect`].
     pub(super) fn open(&self, what: &str, patience: Duration) -> Result<Socket, SynthError> {
         match self {
             Self::Secondary(address) => Socket::connect(address, what, patience),
@@ -29,14 +30,15 @@ impl Destination<'_> {
 
 /// A connected stream, or what takes its place.
 #[derive(Debug)]
-pub(super) enum Socket {
+pub(crate) enum Socket {
     Tcp(TcpStream),
     Unix(UnixStream),
     Recorded(RecordedConnection),
 }
 
 impl Socket {
-    fn connect(address: &Address, what: &str, patience: Duration) -> Result<Self, SynthError> {
+    /// Connects one channel, called `what`. Reads and writes give up after `patience`.
+    pub(crate) fn connect(address: &Address, what: &str, patience: Duration) -> Result<Self, SynthError> {
         let connect = || -> io::Result<Self> {
             Ok(match address {
                 Address::Tcp(host_port) => {
@@ -61,14 +63,14 @@ impl Socket {
     }
 
     /// Switches Nagle's algorithm off where there is one.
-    pub(super) fn set_nodelay(&self) -> io::Result<()> {
+    pub(crate) fn set_nodelay(&self) -> io::Result<()> {
         match self {
             Self::Tcp(socket) => socket.set_nodelay(true),
             Self::Unix(_) | Self::Recorded(_) => Ok(()),
         }
     }
 
-    pub(super) fn shutdown(&self) {
+    pub(crate) fn shutdown(&self) {
         // A peer that has closed already makes this fail, which is the same in the end.
         let _ = match self {
             Self::Tcp(socket) => socket.shutdown(Shutdown::Both),
@@ -77,7 +79,7 @@ impl Socket {
         };
     }
 
-    pub(super) fn try_clone(&self) -> io::Result<Self> {
+    pub(crate) fn try_clone(&self) -> io::Result<Self> {
         Ok(match self {
             Self::Tcp(socket) => Self::Tcp(socket.try_clone()?),
             Self::Unix(socket) => Self::Unix(socket.try_clone()?),
@@ -85,7 +87,25 @@ impl Socket {
         })
     }
 
-    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+    /// Makes reads and writes return where they would wait.
+    pub(crate) fn set_nonblocking(&self) -> io::Result<()> {
+        match self {
+            Self::Tcp(socket) => socket.set_nonblocking(true),
+            Self::Unix(socket) => socket.set_nonblocking(true),
+            Self::Recorded(_) => Ok(()),
+        }
+    }
+
+    /// Its descriptor, to wait for it.
+    pub(crate) fn descriptor(&self) -> Option<BorrowedFd<'_>> {
+        match self {
+            Self::Tcp(socket) => Some(socket.as_fd()),
+            Self::Unix(socket) => Some(socket.as_fd()),
+            Self::Recorded(_) => None,
+        }
+    }
+
+    pub(crate) fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
         match self {
             Self::Tcp(socket) => socket.read(buffer),
             Self::Unix(socket) => socket.read(buffer),
@@ -93,8 +113,17 @@ impl Socket {
         }
     }
 
+    /// Writes what there is room for.
+    pub(crate) fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        match self {
+            Self::Tcp(socket) => socket.write(bytes),
+            Self::Unix(socket) => socket.write(bytes),
+            Self::Recorded(connection) => connection.send(&[IoSlice::new(bytes)]).map(|()| bytes.len()),
+        }
+    }
+
     /// Writes all of `parts`, in as few calls as the system allows.
-    pub(super) fn write_parts(&mut self, mut parts: &mut [IoSlice<'_>]) -> io::Result<()> {
+    pub(crate) fn write_parts(&mut self, mut parts: &mut [IoSlice<'_>]) -> io::Result<()> {
         IoSlice::advance_slices(&mut parts, 0);
         while !parts.is_empty() {
             let written = match self {
@@ -114,7 +143,7 @@ impl Socket {
 }
 
 /// What a secondary says on the main channel.
-pub(super) trait Answer: PartialEq + Debug + Copy {
+pub(crate) trait Answer: PartialEq + Debug + Copy {
     fn parse(input: &[u8]) -> Parsed<Self>;
     fn encode(self, out: &mut Vec<u8>);
 }
@@ -144,7 +173,7 @@ const BUFFER_BYTES: usize = 32 << 10;
 
 /// The main channel. Nagle's algorithm stays on, as with QEMU: what a secondary does about it is part of the measurement.
 #[derive(Debug)]
-pub(super) struct MainLink {
+pub(crate) struct MainLink {
     socket: Socket,
     patience: Duration,
     /// Encoded, not yet written. Encoders append here.
@@ -156,7 +185,7 @@ pub(super) struct MainLink {
 }
 
 impl MainLink {
-    pub(super) fn new(socket: Socket, patience: Duration) -> Self {
+    pub(crate) fn new(socket: Socket, patience: Duration) -> Self {
         Self {
             socket,
             patience,
@@ -166,25 +195,33 @@ impl MainLink {
         }
     }
 
-    pub(super) fn socket(&self) -> &Socket {
+    pub(crate) fn socket(&self) -> &Socket {
         &self.socket
     }
 
     /// Bytes written so far.
-    pub(super) fn written(&self) -> u64 {
+    pub(crate) fn written(&self) -> u64 {
         self.written
     }
 
     /// Writes what is buffered.
-    pub(super) fn flush(&mut self) -> Result<(), SynthError> {
-        let written = self.socket.write_parts(&mut [IoSlice::new(&self.out)]);
-        self.written += self.out.len() as u64;
-        self.out.clear();
+    pub(crate) fn flush(&mut self) -> Result<(), SynthError> {
+        let mut out = std::mem::take(&mut self.out);
+        let written = self.write(&out);
+        out.clear();
+        self.out = out;
+        written
+    }
+
+    /// Writes these bytes, without those that are buffered.
+    pub(crate) fn write(&mut self, bytes: &[u8]) -> Result<(), SynthError> {
+        self.written += bytes.len() as u64;
+        let written = self.socket.write_parts(&mut [IoSlice::new(bytes)]);
         written.map_err(|source| io_error("writing", source))
     }
 
     /// Writes what is buffered if it is much: between records.
-    pub(super) fn flush_if_full(&mut self) -> Result<(), SynthError> {
+    pub(crate) fn flush_if_full(&mut self) -> Result<(), SynthError> {
         if self.out.len() < BUFFER_BYTES {
             return Ok(());
         }
@@ -192,7 +229,7 @@ impl MainLink {
     }
 
     /// Waits for the answer `expected`; a recording takes it as given.
-    pub(super) fn expect<T: Answer>(&mut self, expected: T) -> Result<(), SynthError> {
+    pub(crate) fn expect<T: Answer>(&mut self, expected: T) -> Result<(), SynthError> {
         if let Socket::Recorded(connection) = &self.socket {
             let mut answer = Vec::new();
             expected.encode(&mut answer);

@@ -31,8 +31,10 @@ mod tests;
 
 pub use address::Address;
 pub use guest::Image;
+pub(crate) use link::{Answer, MainLink, Socket};
 pub use options::{RAM_BYTES_MAX, SyncMode, SynthOptions, Version};
 pub use preset::Preset;
+pub(crate) use schedule::Schedule;
 pub use session::SynthPrimary;
 pub use shape::{Content, Distribution, Pattern, ShapeError};
 

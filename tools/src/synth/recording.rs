@@ -84,7 +84,7 @@ impl Recording {
 
 /// One connection of it.
 #[derive(Clone)]
-pub(super) struct RecordedConnection {
+pub(crate) struct RecordedConnection {
     recording: Recording,
     connection: ConnectionId,
 }

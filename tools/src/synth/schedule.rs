@@ -13,7 +13,7 @@ use std::time::Duration;
 
 /// The schedule of a session's checkpoints.
 #[derive(Debug)]
-pub(super) struct Schedule {
+pub(crate) struct Schedule {
     /// Zero: there is no schedule, each checkpoint is due as soon as it can begin.
     interval: Duration,
     closed_loop: bool,
@@ -28,7 +28,7 @@ pub(super) struct Schedule {
 
 impl Schedule {
     /// The first checkpoint is due an interval after `start`.
-    pub(super) fn new(start: Duration, interval: Duration, closed_loop: bool) -> Self {
+    pub(crate) fn new(start: Duration, interval: Duration, closed_loop: bool) -> Self {
         Self {
             interval,
             closed_loop,
@@ -40,7 +40,7 @@ impl Schedule {
     }
 
     /// The next checkpoint could begin `now`. Returns when it is due: a moment that has passed, if it is overdue.
-    pub(super) fn next(&mut self, now: Duration) -> Duration {
+    pub(crate) fn next(&mut self, now: Duration) -> Duration {
         self.due = if self.interval.is_zero() {
             now
         } else if self.closed_loop {
@@ -51,14 +51,19 @@ impl Schedule {
         self.due
     }
 
+    /// The next checkpoint is due at this moment, whatever the interval.
+    pub(crate) fn next_at(&mut self, due: Duration) {
+        self.due = due;
+    }
+
     /// The checkpoint begins. Returns how late this side is with it: later than it was due, and than the last one ended.
-    pub(super) fn begin(&mut self, now: Duration) -> Duration {
+    pub(crate) fn begin(&mut self, now: Duration) -> Duration {
         self.began = now;
         now.saturating_sub(self.due.max(self.ended))
     }
 
     /// The checkpoint has ended. Returns how long it waited for those before it.
-    pub(super) fn end(&mut self, now: Duration) -> Duration {
+    pub(crate) fn end(&mut self, now: Duration) -> Duration {
         self.ended = now;
         let waited = self.free.saturating_sub(self.due);
         self.free = self.due + waited + (now - self.began);

@@ -1,0 +1,98 @@
+//! Captured sessions of QEMU 7.2 and 10.0, played by `colo-ring replay` to a receiver: what it holds then must equal a
+//! naive reading of the same bytes, also after the checkpoints were played more than once.
+
+use colo_ring::receiver::{Answer, ListenAddress, Receiver, ReceiverOptions, Request};
+use colo_ring::ring::BackendKind;
+use colo_ring::store::{HugePages, StoreOptions};
+use colo_ring_tests::capture::{Capture, write_capture_file};
+use colo_ring_tests::command::{Scratch, run};
+use colo_ring_tests::model::Model;
+use serde_json::Value;
+use std::path::PathBuf;
+use std::time::Duration;
+
+const PASSES: u64 = 3;
+
+fn receiver() -> Receiver {
+    let options = ReceiverOptions {
+        listen: vec![ListenAddress::Tcp(([127, 0, 0, 1], 0).into())],
+        channels: 4,
+        cores: vec![0],
+        backend: BackendKind::Epoll,
+        registered: false,
+        store: StoreOptions {
+            hugepages: HugePages::Off,
+            ..StoreOptions::default()
+        },
+        ram_limit_bytes: 1 << 30,
+        hist: None,
+        described: Value::Null,
+        control: None,
+        once: false,
+        identify_deadline: Duration::from_secs(10),
+    };
+    Receiver::start(options, drop).unwrap()
+}
+
+/// Plays a capture and compares what the receiver has committed with the model.
+fn play(name: &str, pace: &[&str]) {
+    let scratch = Scratch::new();
+    let file = scratch.file("session.cap");
+    write_capture_file(name, file.as_ref());
+    let model = Model::of(&Capture::read(name));
+    let receiver = receiver();
+    let address = receiver.addresses()[0].to_string();
+    let out = scratch.file("run");
+    let passes = PASSES.to_string();
+    let played = run(&[
+        &[
+            "replay", &file, "--to", &address, "--loop", &passes, "--json", "--out", &out,
+        ],
+        pace,
+    ]
+    .concat());
+    let said = String::from_utf8_lossy(&played.stderr);
+    assert!(played.status.success(), "{said}");
+    let report: Value = serde_json::from_slice(&played.stdout).unwrap();
+    assert_eq!(report["capture"]["checkpoints"], model.checkpoints);
+    assert_eq!(report["phases"]["loaded"]["count"], PASSES * model.checkpoints);
+
+    let Ok(Answer::Status(status)) = receiver.ask(Request::Status) else {
+        panic!("no status")
+    };
+    let directory = PathBuf::from(scratch.file("dump"));
+    std::fs::create_dir(&directory).unwrap();
+    let dump = Request::Dump {
+        session: status.sessions[0].session,
+        directory: directory.clone(),
+    };
+    let Ok(Answer::Dumped(dumped)) = receiver.ask(dump) else {
+        panic!("no dump")
+    };
+    let dumped = serde_json::to_value(dumped).unwrap();
+    assert_eq!(dumped["checkpoint"], PASSES * model.checkpoints);
+    let blocks = dumped["blocks"].as_array().unwrap();
+    assert_eq!(blocks.len(), model.blocks.len());
+    let read = |file: &Value| std::fs::read(directory.join(file.as_str().unwrap())).unwrap();
+    for (block, (name, content)) in blocks.iter().zip(&model.blocks) {
+        assert_eq!(block["name"].as_str().unwrap().as_bytes(), name);
+        assert!(
+            read(&block["file"]) == *content,
+            "block {} differs",
+            block["name"]
+        );
+    }
+    assert!(read(&dumped["device_state_file"]) == model.device_state);
+    receiver.stop_handle().stop();
+    receiver.wait().unwrap();
+}
+
+#[test]
+fn a_session_of_qemu_7_2() {
+    play("colo-multifd4-7.2", &["--pace", "max"]);
+}
+
+#[test]
+fn a_session_of_qemu_10() {
+    play("colo-multifd4-10", &["--interval", "20"]);
+}

@@ -1,0 +1,99 @@
+//! `colo-ring sink`: a secondary that keeps nothing. It reads every byte into one small buffer per connection and
+//! answers as soon as it may: what a checkpoint takes with it is the floor of the transport, below which no secondary can
+//! get.
+//!
+//! The main channel is read by the engine's own session, so that answers come where they must. On the other channels
+//! packets are followed by their headers, payload is skipped, and SYNCs are counted; nothing is parked at a SYNC, since
+//! nothing is kept that could be overtaken.
+
+mod connections;
+mod serve;
+
+use crate::options::CoreList;
+use crate::output::{CommandError, print_json, tell};
+use clap::Args;
+use colo_ring::host::Machine;
+use colo_ring::receiver::ListenAddress;
+use connections::Listener;
+use serde::Serialize;
+use std::process::ExitCode;
+
+/// Options of `colo-ring sink`.
+#[derive(Debug, Args, Serialize)]
+pub struct SinkArgs {
+    /// Where primaries connect to: tcp:ADDRESS:PORT (port 0 takes a free one) or unix:PATH
+    #[arg(long, value_name = "ADDRESS")]
+    #[serde(serialize_with = "as_text")]
+    listen: ListenAddress,
+
+    /// The primaries' multifd-channels; 0 = plain mode
+    #[arg(long, value_name = "N", default_value_t = 4)]
+    channels: u8,
+
+    /// Read with one thread on each of these cores, like 2-5,8 [default: one thread, anywhere]
+    #[arg(long, value_name = "LIST", value_parser = CoreList::parse)]
+    cores: Option<CoreList>,
+
+    /// End after this many sessions [default: never]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
+    sessions: Option<u64>,
+
+    /// Print a report at the end as JSON (schema colo-ring.sink, version 1)
+    #[arg(long)]
+    #[serde(skip)]
+    json: bool,
+}
+
+fn as_text<S: serde::Serializer>(address: &ListenAddress, serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.collect_str(address)
+}
+
+#[derive(Serialize)]
+struct SinkReport<'a> {
+    schema: &'static str,
+    schema_version: u32,
+    options: &'a SinkArgs,
+    machine: Machine,
+    sessions: u64,
+    checkpoints: u64,
+    bytes: u64,
+}
+
+/// Serves one session after the other.
+///
+/// # Errors
+/// If it cannot listen. A session that fails is told, and costs only itself.
+pub fn run(args: &SinkArgs) -> Result<ExitCode, CommandError> {
+    let cannot =
+        |error: std::io::Error| CommandError::Failed(format!("cannot listen on {}: {error}", args.listen));
+    let listener = Listener::bind(&args.listen).map_err(cannot)?;
+    tell(&format!("listening on {}", listener.address().map_err(cannot)?));
+    let cores = args.cores.as_ref().map_or(&[][..], |list| &list.0[..]);
+    let (mut sessions, mut checkpoints, mut bytes) = (0, 0, 0);
+    while args.sessions.is_none_or(|wanted| sessions < wanted) {
+        let served = listener
+            .accept_session(args.channels)
+            .and_then(|connections| serve::session(connections, cores));
+        sessions += 1;
+        match served {
+            Ok(served) => {
+                tell(&format!("session {sessions}: {} checkpoints", served.checkpoints));
+                checkpoints += served.checkpoints;
+                bytes += served.bytes;
+            }
+            Err(error) => tell(&format!("session {sessions} failed: {error}")),
+        }
+    }
+    if args.json {
+        print_json(&SinkReport {
+            schema: "colo-ring.sink",
+            schema_version: 1,
+            options: args,
+            machine: Machine::read(),
+            sessions,
+            checkpoints,
+            bytes,
+        })?;
+    }
+    Ok(ExitCode::SUCCESS)
+}

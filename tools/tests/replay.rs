@@ -1,0 +1,448 @@
+//! `colo-ring replay` as its users run it: a session of the synthetic primary is recorded on its way to a receiver, and
+//! played to others.
+
+use colo_ring_tools::capture_file::{
+    CaptureInfo, CaptureWriter, Compression, ConnectionId, Direction, Event,
+};
+use colo_ring_tools::run_file::RunFile;
+use colo_ring_tools::synth::{Address, Distribution, SynthOptions, SynthPrimary, Version};
+use serde_json::Value;
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::io::{BufRead, BufReader, Read, Write};
+use std::net::{Shutdown, TcpListener, TcpStream};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Output, Stdio};
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+const CHECKPOINTS: u64 = 6;
+
+fn command() -> Command {
+    Command::new(env!("CARGO_BIN_EXE_colo-ring"))
+}
+
+fn run(args: &[&str]) -> Output {
+    command().args(args).output().unwrap()
+}
+
+fn said(output: &Output) -> String {
+    String::from_utf8_lossy(&output.stderr).into_owned()
+}
+
+fn json(output: &Output) -> Value {
+    serde_json::from_slice(&output.stdout).unwrap_or_else(|error| panic!("{error}: {}", said(output)))
+}
+
+/// A directory of its own per test, removed at the end.
+struct Scratch(PathBuf);
+
+impl Scratch {
+    fn new(name: &str) -> Self {
+        let path = std::env::temp_dir().join(format!("colo-ring-replay-{}-{name}", std::process::id()));
+        std::fs::create_dir_all(&path).unwrap();
+        Self(path)
+    }
+
+    fn file(&self, name: &str) -> String {
+        self.0.join(name).to_str().unwrap().to_owned()
+    }
+}
+
+impl Drop for Scratch {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_dir_all(&self.0);
+    }
+}
+
+/// A secondary in a process of its own, killed when dropped.
+struct Secondary {
+    process: Child,
+    address: String,
+    control: String,
+}
+
+impl Secondary {
+    fn start(scratch: &Scratch, name: &str, args: &[&str]) -> Self {
+        let control = format!("unix:{}", scratch.file(&format!("{name}.control")));
+        let mut command = command();
+        command.args(args).args(["--listen", "tcp:127.0.0.1:0"]);
+        if args[0] == "receive" {
+            command.args(["--hugepages", "off", "--control", &control]);
+        }
+        let mut process = command
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let mut stderr = BufReader::new(process.stderr.take().unwrap());
+        let mut line = String::new();
+        while !line.starts_with("listening on ") {
+            line.clear();
+            assert!(
+                stderr.read_line(&mut line).unwrap() > 0,
+                "it ended: {:?}",
+                process.wait()
+            );
+        }
+        std::thread::spawn(move || stderr.read_to_end(&mut Vec::new()));
+        Self {
+            process,
+            address: line.trim_start_matches("listening on ").trim().to_owned(),
+            control,
+        }
+    }
+
+    fn receiver(scratch: &Scratch, name: &str, channels: u8) -> Self {
+        Self::start(scratch, name, &["receive", "--channels", &channels.to_string()])
+    }
+
+    /// What is committed of its newest session: the blocks' content by name, the device state, the checkpoint's number.
+    fn dump(&self, scratch: &Scratch, name: &str) -> (BTreeMap<String, Vec<u8>>, Vec<u8>, u64) {
+        let status = json(&run(&["status", "--control", &self.control, "--json"]));
+        let session = status["sessions"].as_array().unwrap().last().unwrap()["session"].to_string();
+        let out = scratch.file(name);
+        let dump = run(&[
+            "dump",
+            "--control",
+            &self.control,
+            "--session",
+            &session,
+            "--out",
+            &out,
+            "--json",
+        ]);
+        assert!(dump.status.success(), "{}", said(&dump));
+        let dump = json(&dump);
+        let read = |file: &Value| std::fs::read(Path::new(&out).join(file.as_str().unwrap())).unwrap();
+        let blocks = dump["blocks"].as_array().unwrap().iter();
+        let blocks = blocks.map(|block| (block["name"].as_str().unwrap().to_owned(), read(&block["file"])));
+        (
+            blocks.collect(),
+            read(&dump["device_state_file"]),
+            dump["checkpoint"].as_u64().unwrap(),
+        )
+    }
+}
+
+impl Drop for Secondary {
+    fn drop(&mut self) {
+        let _ = self.process.kill();
+        let _ = self.process.wait();
+    }
+}
+
+type Recorder = Arc<Mutex<(CaptureWriter<File>, Instant)>>;
+
+fn record(recorder: &Recorder, event: Event<'_>) {
+    let mut locked = recorder.lock().unwrap();
+    let at = locked.1.elapsed();
+    locked.0.write(at, event).unwrap();
+}
+
+/// Copies one direction and records it, before the other side can answer.
+fn relay(
+    mut from: TcpStream,
+    mut to: TcpStream,
+    connection: ConnectionId,
+    direction: Direction,
+    recorder: &Recorder,
+) {
+    let mut buffer = vec![0; 1 << 16];
+    while let Ok(count @ 1..) = from.read(&mut buffer) {
+        let bytes = &buffer[..count];
+        let data = Event::Data {
+            connection,
+            direction,
+            bytes,
+        };
+        record(recorder, data);
+        if to.write_all(bytes).is_err() {
+            break;
+        }
+    }
+    let _ = to.shutdown(Shutdown::Write);
+}
+
+/// What the secondary holds at the end of a session.
+type Held = (BTreeMap<String, Vec<u8>>, Vec<u8>);
+
+/// Records a session to `path`, and returns what the primary had at its end.
+fn recorded(scratch: &Scratch, options: &SynthOptions, path: &str) -> Held {
+    let live = Secondary::receiver(scratch, "live", options.channels);
+    let info = CaptureInfo::now("test", Value::Null);
+    let writer = CaptureWriter::create(path.as_ref(), &info, Compression::Zstd).unwrap();
+    let recorder = Arc::new(Mutex::new((writer, Instant::now())));
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let front: Address = format!("tcp:{}", listener.local_addr().unwrap()).parse().unwrap();
+    let held = std::thread::scope(|scope| {
+        let primary = scope.spawn(|| {
+            let mut primary = SynthPrimary::connect(&front, options).unwrap();
+            for _ in 0..CHECKPOINTS {
+                primary.checkpoint().unwrap();
+            }
+            let block = |(name, _): (String, u64)| {
+                let image = primary.image(&name).unwrap().to_vec();
+                (name, image)
+            };
+            let blocks = primary.blocks().into_iter().map(block).collect();
+            let held = (blocks, primary.device_state().to_vec());
+            primary.close().unwrap();
+            held
+        });
+        for number in 0..=u16::from(options.channels) {
+            let near = listener.accept().unwrap().0;
+            let far = TcpStream::connect(live.address.trim_start_matches("tcp:")).unwrap();
+            let connection = ConnectionId(number);
+            record(
+                &recorder,
+                Event::Open {
+                    connection,
+                    label: "synth",
+                },
+            );
+            let clones = (near.try_clone().unwrap(), far.try_clone().unwrap());
+            let recorder = &recorder;
+            scope.spawn(move || relay(near, far, connection, Direction::ToSecondary, recorder));
+            scope.spawn(move || relay(clones.1, clones.0, connection, Direction::ToPrimary, recorder));
+        }
+        primary.join().unwrap()
+    });
+    let (writer, _) = Arc::into_inner(recorder).unwrap().into_inner().unwrap();
+    writer.finish().unwrap();
+    let (blocks, device_state, checkpoint) = live.dump(scratch, "live.dump");
+    assert_eq!(checkpoint, CHECKPOINTS);
+    assert!(
+        (&blocks, &device_state) == (&held.0, &held.1),
+        "the live session differs already"
+    );
+    held
+}
+
+fn guest(version: Version, channels: u8) -> SynthOptions {
+    SynthOptions {
+        ram_bytes: 8 << 20,
+        channels,
+        dirty_pages: Distribution::Fixed(200),
+        interval: Duration::from_millis(10),
+        zero_share: 0.2,
+        ..SynthOptions::new(version)
+    }
+}
+
+#[test]
+fn a_replay_leaves_what_the_session_left() {
+    for (version, channels) in [
+        (Version::V11_1, 2),
+        (Version::V11_1, 0),
+        (Version::V10_0, 1),
+        (Version::V7_2, 2),
+    ] {
+        let scratch = Scratch::new(&format!("same-{version:?}-{channels}"));
+        let file = scratch.file("session.cap");
+        let held = recorded(&scratch, &guest(version, channels), &file);
+        let receiver = Secondary::receiver(&scratch, "again", channels);
+        let pid = receiver.process.id().to_string();
+        let paces: [(&[&str], u64); 4] = [
+            (&[], CHECKPOINTS),
+            (&["--pace", "max", "--loop", "3"], 3 * CHECKPOINTS),
+            (&["--interval", "3", "--checkpoints", "2"], 2),
+            (&["--pace", "max", "--checkpoints", "18", "--cores", "0"], 18),
+        ];
+        for (number, (pace, checkpoints)) in paces.iter().enumerate() {
+            let out = scratch.file(&format!("run-{number}"));
+            let args = [
+                "replay",
+                &file,
+                "--to",
+                &receiver.address,
+                "--json",
+                "--pid",
+                &pid,
+                "--out",
+                &out,
+            ];
+            let output = run(&[&args, *pace].concat());
+            assert!(output.status.success(), "{version:?} {pace:?}: {}", said(&output));
+            let report = json(&output);
+            assert_eq!(report["checkpoints"], *checkpoints);
+            assert!(report["secondary"]["cpu_ns"].as_u64().unwrap() > 0);
+            assert!(report["secondary"]["rss_bytes_max"].as_u64().unwrap() > 8 << 20);
+            let share = report["replay_share"]["share"].as_f64().unwrap();
+            assert!(0.0 < share && share <= 1.0, "{share}");
+            let (blocks, device_state, checkpoint) = receiver.dump(&scratch, &format!("dump-{number}"));
+            assert_eq!(checkpoint, *checkpoints);
+            if checkpoints % CHECKPOINTS == 0 {
+                assert!(
+                    blocks == held.0 && device_state == held.1,
+                    "{version:?} {channels} {pace:?} differs"
+                );
+            }
+            let measured = RunFile::read(Path::new(&format!("{out}.run.json"))).unwrap();
+            assert_eq!(measured.checkpoints.len() as u64, *checkpoints);
+            for (checkpoint, n) in measured.checkpoints.iter().zip(1..) {
+                let phase = |name: &str| checkpoint.phases_ns[name];
+                assert_eq!(checkpoint.n, n);
+                assert!(0 < phase("reply") && 0 < phase("received") && phase("received") <= phase("loaded"));
+                let pages = checkpoint.pages + checkpoint.zero_pages;
+                assert!((200..204).contains(&pages), "{pages}");
+            }
+            for phase in ["reply", "received", "loaded"] {
+                let log = std::fs::read_to_string(format!("{out}.{phase}.hlog")).unwrap();
+                assert!(log.contains("#[Histogram log format version 1.3]"), "{log}");
+            }
+        }
+    }
+}
+
+#[test]
+fn sessions_in_a_row_and_a_sink() {
+    let scratch = Scratch::new("row");
+    let file = scratch.file("session.cap");
+    let held = recorded(&scratch, &guest(Version::V11_1, 2), &file);
+    let receiver = Secondary::receiver(&scratch, "again", 2);
+    let output = run(&[
+        "replay",
+        &file,
+        "--to",
+        &receiver.address,
+        "--pace",
+        "max",
+        "--repeat",
+        "3",
+        "--json",
+    ]);
+    assert!(output.status.success(), "{}", said(&output));
+    let report = json(&output);
+    assert_eq!(
+        (&report["sessions"], &report["checkpoints"]),
+        (&3.into(), &(3 * CHECKPOINTS).into())
+    );
+    let (blocks, device_state, _) = receiver.dump(&scratch, "dump");
+    assert!(blocks == held.0 && device_state == held.1);
+
+    let output = run(&["replay", &file, "--sink", "--pace", "max", "--checkpoints", "50"]);
+    assert!(output.status.success(), "{}", said(&output));
+    let table = String::from_utf8_lossy(&output.stdout);
+    assert!(table.contains("sink: pc-i440fx-11.1, 2 channels"), "{table}");
+    assert!(
+        table.contains("loaded") && table.contains("the replay's own share"),
+        "{table}"
+    );
+
+    let sink = Secondary::start(&scratch, "sink", &["sink", "--channels", "2", "--cores", "0-1"]);
+    let output = run(&[
+        "replay",
+        &file,
+        "--to",
+        &sink.address,
+        "--interval",
+        "2",
+        "--loop",
+        "2",
+        "--json",
+    ]);
+    assert!(output.status.success(), "{}", said(&output));
+    assert_eq!(json(&output)["phases"]["reply"]["count"], 2 * CHECKPOINTS);
+}
+
+#[test]
+fn a_secondary_that_fails_is_told_and_what_was_measured_is_kept() {
+    let scratch = Scratch::new("fails");
+    let file = scratch.file("session.cap");
+    recorded(&scratch, &guest(Version::V11_1, 2), &file);
+    let out = scratch.file("run");
+
+    // It dies after a while.
+    let mut sink = Secondary::start(&scratch, "sink", &["sink", "--channels", "2"]);
+    let replay = command()
+        .args([
+            "replay",
+            &file,
+            "--to",
+            &sink.address,
+            "--interval",
+            "20",
+            "--checkpoints",
+            "100000",
+            "--out",
+            &out,
+        ])
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    std::thread::sleep(Duration::from_millis(500));
+    sink.process.kill().unwrap();
+    let output = replay.wait_with_output().unwrap();
+    assert_eq!(output.status.code(), Some(1), "{}", said(&output));
+    assert!(
+        said(&output).contains("closed the main channel") || said(&output).contains("Broken pipe"),
+        "{}",
+        said(&output)
+    );
+    let measured = RunFile::read(Path::new(&format!("{out}.run.json"))).unwrap();
+    assert!(!measured.checkpoints.is_empty());
+    assert!(
+        measured
+            .notes
+            .iter()
+            .any(|note| note.starts_with("it ended early")),
+        "{:?}",
+        measured.notes
+    );
+
+    // It answers wrongly, from a receiver that expects another number of channels to one that is none.
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = format!("tcp:{}", listener.local_addr().unwrap());
+    let browser = std::thread::spawn(move || {
+        let connections: Vec<_> = (0..3).map(|_| listener.accept().unwrap().0).collect();
+        (&connections[0])
+            .write_all(b"HTTP/1.1 400 Bad Request\r\n\r\n")
+            .unwrap();
+        for mut connection in connections {
+            let _ = connection.read_to_end(&mut Vec::new());
+        }
+    });
+    let output = run(&["replay", &file, "--to", &address]);
+    browser.join().unwrap();
+    assert_eq!(output.status.code(), Some(1));
+    assert!(
+        said(&output).contains("where Pong(1) was expected"),
+        "{}",
+        said(&output)
+    );
+
+    let other = ["receive", "--channels", "1", "--accept-timeout", "1"];
+    let receiver = Secondary::start(&scratch, "other", &other);
+    let output = run(&["replay", &file, "--to", &receiver.address, "--patience", "20"]);
+    assert_eq!(output.status.code(), Some(1), "{}", said(&output));
+
+    let output = run(&["replay", &file, "--to", "tcp:127.0.0.1:1"]);
+    assert_eq!(output.status.code(), Some(1));
+    assert!(
+        said(&output).contains("is the secondary listening there?"),
+        "{}",
+        said(&output)
+    );
+}
+
+#[test]
+fn what_cannot_be_played_is_refused() {
+    let scratch = Scratch::new("refused");
+    let nothing = scratch.file("nothing");
+    std::fs::write(&nothing, b"nothing").unwrap();
+    let refused = |args: &[&str], code: i32, reason: &str| {
+        let output = run(&[&["replay"], args].concat());
+        assert_eq!(output.status.code(), Some(code), "{args:?}: {}", said(&output));
+        assert!(said(&output).contains(reason), "{args:?}: {}", said(&output));
+    };
+    refused(&[&nothing, "--sink"], 1, "this is no capture");
+    refused(&[&scratch.file("missing"), "--sink"], 1, "No such file");
+    refused(&[&nothing], 2, "--to");
+    refused(&[&nothing, "--to", "4444"], 2, "is no address");
+    refused(&[&nothing, "--sink", "--interval", "0"], 2, "0");
+    refused(&[&nothing, "--sink", "--cores", ""], 2, "no core");
+    refused(&[&nothing, "--sink", "--name", ""], 2, "cannot be a run's name");
+}
