@@ -71,7 +71,7 @@ enum Command {
     /// and resets as they are. One session is recorded: the command ends when the primary's last connection has ended. The
     /// file can be read while it grows.
     ///
-    /// Recording never holds the guest up and never ends its connection: when the disk is full or too slow, the recording
+    /// Recording never holds a protected guest up and never ends its connection: when the disk is full or too slow, the recording
     /// ends with what is there, says so, and forwarding goes on. SIGINT and SIGTERM end the recording, too; open
     /// connections go on until they end, or until a second signal. Exit code 1 if the recording is not complete.
     ///

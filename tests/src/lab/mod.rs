@@ -13,6 +13,7 @@ mod qemu;
 mod qmp;
 mod ram;
 mod receiver;
+mod recorder;
 mod settings;
 mod stats;
 
@@ -34,6 +35,7 @@ pub use qmp::{Event, Qmp};
 pub use ram::SavedRam;
 pub(crate) use receiver::command_under_test;
 pub use receiver::{Backend, Dump, Receiver, ReceiverOptions};
+pub use recorder::Recorder;
 pub use settings::HostSetting;
 pub use stats::{Distribution, host};
 

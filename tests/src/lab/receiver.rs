@@ -346,7 +346,7 @@ impl Dump {
     }
 }
 
-fn malformed(what: &str, error: &serde_json::Error) -> LabError {
+pub(super) fn malformed(what: &str, error: &serde_json::Error) -> LabError {
     LabError::Malformed {
         what: what.to_owned(),
         detail: error.to_string(),

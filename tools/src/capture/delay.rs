@@ -180,6 +180,11 @@ impl Delays {
         }
     }
 
+    /// Whether the guest is protected: READY has gone through. Where that cannot be told, it may be.
+    pub fn is_protected(&self) -> bool {
+        self.answers.ready || self.given_up.is_some()
+    }
+
     /// Checkpoints so far.
     pub fn checkpoints(&self) -> u64 {
         self.added.both.len()

@@ -8,6 +8,7 @@ use crate::output::tell;
 use clap::ValueEnum;
 use crossbeam_queue::ArrayQueue;
 use serde::Serialize;
+use std::cell::Cell;
 use std::fs::File;
 use std::io;
 use std::sync::Arc;
@@ -23,13 +24,17 @@ const FLUSH_EVERY: Duration = Duration::from_millis(500);
 /// Most buffers that wait for their next use.
 const SPARE_MAX: usize = 64;
 
+/// A disk that makes no room for so long counts as one that does not keep up, as long as the guest is not protected.
+const PATIENCE: Duration = Duration::from_secs(10);
+
 /// What to do when the disk does not keep up.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum WhenBehind {
-    /// End the recording and go on forwarding: the guest is never held up
+    /// End the recording and go on forwarding: a protected guest is never held up. Until it is protected, while its
+    /// memory is copied for the first time, its connection waits for the disk
     End,
-    /// Hold the connection up until there is room again: nothing is lost, but the guest waits for the disk
+    /// Hold the connection up until there is room again: nothing is lost, but the guest's pauses may get longer
     Wait,
 }
 
@@ -72,6 +77,8 @@ pub struct Recorder {
     started: Instant,
     queue_bytes_max: u64,
     when_behind: WhenBehind,
+    /// The guest is protected: who holds its connection up makes its pauses longer.
+    guest_protected: Cell<bool>,
     thread: JoinHandle<Recorded>,
 }
 
@@ -109,6 +116,7 @@ impl Recorder {
             started: Instant::now(),
             queue_bytes_max,
             when_behind,
+            guest_protected: Cell::new(false),
             thread: thread.spawn(move || write_all(writer, &queued, &of_thread))?,
         })
     }
@@ -118,15 +126,27 @@ impl Recorder {
         self.shared.spare.pop().unwrap_or_default()
     }
 
-    /// Waits for room in the queue, if that is wanted rather than an end.
+    /// From now on nothing is held up for the disk, unless that is wanted.
+    pub fn guest_is_protected(&self) {
+        self.guest_protected.set(true);
+    }
+
+    /// Waits for room in the queue, if that is better than an end.
     pub async fn room(&self) {
-        while self.when_behind == WhenBehind::Wait && self.is_full() && !self.has_ended() {
+        while self.is_full() && self.waits() && !self.has_ended() {
             // In this order nothing is missed: room that is made after the question wakes this.
             let room = self.shared.room.notified();
             tokio::pin!(room);
             room.as_mut().enable();
-            if self.is_full() && !self.has_ended() {
-                room.await;
+            if !self.is_full() || self.has_ended() {
+                return;
+            }
+            let waited = tokio::time::timeout(PATIENCE, room).await;
+            if waited.is_err() && self.when_behind == WhenBehind::End {
+                self.stop(Some(format!(
+                    "the disk took nothing for {} s",
+                    PATIENCE.as_secs()
+                )));
             }
         }
     }
@@ -141,7 +161,7 @@ impl Recorder {
         if self.has_ended() {
             return give_back(&self.shared, bytes);
         }
-        if self.is_full() && self.when_behind == WhenBehind::End {
+        if self.is_full() && !self.waits() {
             give_back(&self.shared, bytes);
             return self.stop(Some(format!(
                 "the disk did not keep up: more than {} bytes waited for it; --queue takes more, --when-behind wait \
@@ -197,6 +217,10 @@ impl Recorder {
     pub fn finish(self) -> Recorded {
         drop(self.queue);
         self.thread.join().expect("the writer's thread does not panic")
+    }
+
+    fn waits(&self) -> bool {
+        self.when_behind == WhenBehind::Wait || !self.guest_protected.get()
     }
 
     fn is_full(&self) -> bool {

@@ -133,6 +133,9 @@ impl Session {
         self.progress
             .checkpoints
             .store(delays.checkpoints(), Ordering::Relaxed);
+        if delays.is_protected() {
+            self.recorder.guest_is_protected();
+        }
         self.recorder.data(read_at, connection, direction, bytes);
     }
 

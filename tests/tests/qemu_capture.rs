@@ -1,0 +1,118 @@
+//! A real QEMU 11.1 primary, recorded on its way to a secondary: neither side notices, and the file holds the session.
+
+use std::time::Duration;
+
+use colo_ring_tests::lab::{
+    Address, Backend, Guest, Lab, LabError, Machine, Protection, Qemu, Receiver, ReceiverOptions, Recorder,
+    TestGuest, Transport, experiment,
+};
+use colo_ring_tools::streams::Streams;
+
+const CHECKPOINTS_MIN: usize = 15;
+const LIMIT: Duration = Duration::from_secs(60);
+
+/// Without quick acknowledgements and without Nagle's algorithm off, on both sides, it is 40 ms or more.
+const PAUSE_P50_MAX_US: u64 = 35_000;
+
+fn load() -> TestGuest {
+    TestGuest::random(2000, 48)
+}
+
+fn primary(lab: &Lab) -> Result<Qemu, LabError> {
+    let qemu = Qemu::start(lab, "primary", &Machine::bare("pc", 64, Guest::Test(load())))?;
+    qemu.wait_serial("tick 2 ", LIMIT)?;
+    Ok(qemu)
+}
+
+fn protection(channels: u8) -> Protection {
+    Protection {
+        channels,
+        checkpoint_delay_ms: 150,
+        zero_page_detection: None,
+    }
+}
+
+/// What the recorder says and what its file holds fit the checkpoints that the primary counted.
+fn check_recording(recorder: &mut Recorder, channels: u8, checkpoints: usize) -> Result<(), LabError> {
+    let report = recorder.wait_report()?;
+    println!("{report:#}");
+    let count = u64::try_from(checkpoints).expect("a count");
+    assert_eq!(report["added"]["checkpoints"], count, "{report:#}");
+    assert_eq!(report["recorded"]["connections"], u64::from(channels) + 1);
+    let streams = Streams::load(recorder.capture()).unwrap_or_else(|error| panic!("{error}"));
+    assert_eq!(streams.checkpoints.len(), checkpoints, "{:?}", streams.notes);
+    Ok(())
+}
+
+fn through_to_the_receiver(channels: u8, transport: Transport) {
+    experiment(|lab| {
+        let (front, back) = (Address::free(lab, transport)?, Address::free(lab, transport)?);
+        let options = ReceiverOptions {
+            channels,
+            backend: Backend::Uring,
+            once: true,
+            extra: Vec::new(),
+        };
+        let mut receiver = Receiver::start(lab, &back, &options)?;
+        let mut recorder = Recorder::start(lab, &front, &back)?;
+        let mut primary = primary(lab)?;
+        primary.protect(&front, &protection(channels))?;
+        primary.wait_checkpoints(CHECKPOINTS_MIN, LIMIT)?;
+        let saved = primary.commit_stopped(&lab.file("saved.ram"))?;
+        let dump = receiver.dump_only(&lab.file("dump"))?;
+        saved.assert_equal(&dump.block("pc.ram")?)?;
+        primary.check_guest()?;
+        let checkpoints = primary.checkpoints()?;
+        assert_eq!(dump.checkpoint(), u64::try_from(checkpoints).expect("a count"));
+        let mut pauses = primary.pauses_us();
+        pauses.sort_unstable();
+        let median = pauses[pauses.len() / 2];
+        println!("the primary's pause at the median: {median} µs");
+        assert!(median <= PAUSE_P50_MAX_US, "{pauses:?}");
+
+        drop(primary);
+        receiver.wait_exit()?;
+        check_recording(&mut recorder, channels, checkpoints)
+    });
+}
+
+#[test]
+fn multifd_over_tcp() {
+    through_to_the_receiver(4, Transport::Tcp);
+}
+
+#[test]
+fn plain_over_unix() {
+    through_to_the_receiver(0, Transport::Unix);
+}
+
+/// QEMU's own secondary is recorded, too.
+#[test]
+fn to_qemus_own_secondary() {
+    const CHANNELS: u8 = 2;
+    experiment(|lab| {
+        let (front, back) = (
+            Address::free(lab, Transport::Tcp)?,
+            Address::free(lab, Transport::Tcp)?,
+        );
+        let machine = Machine::bare("pc", 64, Guest::Test(load()));
+        let mut secondary = Qemu::start_incoming(lab, "secondary", &machine)?;
+        secondary.be_secondary(&back, CHANNELS)?;
+        let mut recorder = Recorder::start(lab, &front, &back)?;
+        let mut primary = primary(lab)?;
+        primary.protect(&front, &protection(CHANNELS))?;
+        primary.wait_checkpoints(CHECKPOINTS_MIN, LIMIT)?;
+        primary.check_guest()?;
+        drop(primary);
+        drop(secondary);
+        let report = recorder.wait_report()?;
+        let measured = report["added"]["checkpoints"].as_u64().unwrap_or(0);
+        assert!(
+            measured >= u64::try_from(CHECKPOINTS_MIN).expect("a count"),
+            "{report:#}"
+        );
+        let streams = Streams::load(recorder.capture()).unwrap_or_else(|error| panic!("{error}"));
+        assert_eq!(streams.checkpoints.len() as u64, measured, "{:?}", streams.notes);
+        Ok(())
+    });
+}
