@@ -112,10 +112,11 @@ enum Command {
     )]
     Sink(SinkArgs),
 
-    /// Measure every backend with a synthetic primary on this machine alone
+    /// Measure every backend, cache placement and commit mode with a synthetic primary on this machine alone
     ///
-    /// Needs no root, no huge pages and no QEMU; what is missing is told. Prints p50 and p99 of every phase. Primary
-    /// and receiver share the machine's cores, so the figures compare backends and are not those of two hosts.
+    /// Needs no root, no huge pages and no QEMU; what is missing is told. Prints p50 and p99 of every phase, compares
+    /// what the primary waits for, and writes a page of plots. Primary and receiver share the machine's cores, so the
+    /// figures compare receivers and are not those of two hosts.
     #[command(
         after_help = "Example:\n  colo-ring demo\n  colo-ring demo --ram 256M --pages 10000 --interval 100"
     )]

@@ -87,6 +87,11 @@ impl ProgressLine {
         }
     }
 
+    /// Shows how much of a number of steps is done, and which one is next.
+    pub fn bar(&mut self, done: usize, all: usize, next: &str) {
+        self.show(&bar(done, all, next));
+    }
+
     /// Takes the line away, before something else is told.
     pub fn clear(&mut self) {
         if std::mem::take(&mut self.shown) {
@@ -104,6 +109,12 @@ impl Drop for ProgressLine {
 /// Bytes as MiB, for people.
 pub fn mebibytes(bytes: u64) -> f64 {
     bytes as f64 / f64::from(1 << 20)
+}
+
+fn bar(done: usize, all: usize, next: &str) -> String {
+    const WIDTH: usize = 30;
+    let full = WIDTH * done.min(all) / all.max(1);
+    format!("[{:<WIDTH$}] {done} of {all}: {next}", "=".repeat(full))
 }
 
 /// A table of texts: the first column to the left, the others to the right, as numbers are.
@@ -130,6 +141,19 @@ pub fn table(rows: &[Vec<String>]) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_bar_fills_up() {
+        let filled = |done, all| bar(done, all, "x").matches('=').count();
+        assert_eq!(
+            [filled(0, 8), filled(4, 8), filled(8, 8), filled(0, 0)],
+            [0, 15, 30, 0]
+        );
+        assert_eq!(
+            bar(1, 2, "next"),
+            format!("[{}{}] 1 of 2: next", "=".repeat(15), " ".repeat(15))
+        );
+    }
 
     #[test]
     fn tables_line_up() {

@@ -354,34 +354,58 @@ fn the_doctor_reports_for_machines() {
 }
 
 #[test]
-fn the_demo_measures_every_backend_or_says_why_not() {
-    let small = [
-        "--ram",
-        "8M",
-        "--pages",
-        "50",
-        "--checkpoints",
-        "4",
-        "--interval",
-        "1",
-        "--rounds",
-        "2",
-    ];
+fn the_demo_measures_every_variant_or_says_why_not() {
+    let scratch = Scratch::new("demo");
+    let page = scratch.file("page.html");
+    let small = "--ram 8M --pages 50 --checkpoints 4 --interval 1 --rounds 2";
+    let small: Vec<_> = small.split(' ').chain(["--html", &page]).collect();
     let output = run(&[&["demo", "--json"], &small[..]].concat());
     assert!(output.status.success(), "{}", said(&output));
     let report: Value = serde_json::from_slice(&output.stdout).unwrap();
     assert_eq!(report["options"]["ram_bytes"], 8 << 20);
-    let backends = report["backends"].as_array().unwrap();
-    for backend in backends {
-        assert_eq!(backend["receiver"]["checkpoints"], 8);
-        assert_eq!(backend["primary"]["loaded"]["count"], 8);
+    let variants = report["variants"].as_array().unwrap();
+    for variant in variants {
+        assert_eq!(variant["receiver"]["checkpoints"], 8);
+        let mut primary = variant["primary"].as_array().unwrap().iter();
+        let loaded = primary.find(|figures| figures["phase"] == "loaded").unwrap();
+        assert_eq!(loaded["count"], 8);
     }
     let warnings = report["warnings"].to_string();
     for name in ["uring", "epoll", "threads"] {
-        let measured = backends.iter().any(|backend| backend["backend"] == name);
+        let measured = variants.iter().any(|variant| variant["backend"] == name);
         assert!(
             measured || warnings.contains(&format!("{name} is not available")),
             "{name}: {warnings}"
         );
     }
+    let compared = report["comparison"]["runs"].as_array().unwrap();
+    assert_eq!(compared.len(), variants.len());
+    let text = std::fs::read_to_string(&page).unwrap();
+    for variant in variants {
+        assert!(text.contains(variant["name"].as_str().unwrap()));
+    }
+
+    // For people, and where the page cannot be written: the figures are told all the same.
+    let nowhere: Vec<_> = small
+        .iter()
+        .map(|arg| {
+            if *arg == page {
+                "/nonexistent/page.html"
+            } else {
+                arg
+            }
+        })
+        .collect();
+    let output = run(&[&["demo"], &nowhere[..]].concat());
+    assert_eq!(output.status.code(), Some(1));
+    assert!(
+        said(&output).contains("cannot write the page /nonexistent/page.html"),
+        "{}",
+        said(&output)
+    );
+    let table = String::from_utf8_lossy(&output.stdout);
+    assert!(
+        table.contains("p50/p99 in ms") && table.contains("threads mirror sync"),
+        "{table}"
+    );
 }

@@ -1,13 +1,13 @@
 //! `colo-ring synth`: the synthetic primary as a command.
 
 use super::figures::Figures;
-use super::report::{CaptureReport, Described, LiveReport, SCHEMA, SCHEMA_VERSION, Schedule, mib};
+use super::report::{CaptureReport, Described, LiveReport, SCHEMA, SCHEMA_VERSION, Schedule};
 use super::{
     Address, Content, Distribution, Pattern, Preset, SynthError, SynthOptions, SynthPrimary, Version,
 };
 use crate::capture_file::{CaptureInfo, CaptureWriter, Compression};
 use crate::options::Size;
-use crate::output::{CommandError, ProgressLine, print, print_json, tell};
+use crate::output::{CommandError, ProgressLine, mebibytes, print, print_json, tell};
 use crate::run_file::{Clock, RunFile, check_name};
 use crate::signals;
 use clap::{ArgGroup, Args, ValueEnum};
@@ -280,8 +280,8 @@ impl Command<'_> {
                 report.checkpoints,
                 report.pages,
                 report.zero_pages,
-                mib(report.bytes),
-                mib(length),
+                mebibytes(report.bytes),
+                mebibytes(length),
             ))?;
         }
         Ok(ExitCode::SUCCESS)

@@ -23,13 +23,13 @@ const PHASES: [Phase; 5] = [
 const UNSCHEDULED: usize = 3;
 
 /// The sums and histograms of a session.
-pub(super) struct Figures {
+pub(crate) struct Figures {
     histograms: Vec<(&'static str, Histogram<u64>)>,
     sums_ns: Vec<u128>,
-    pub(super) checkpoints: u64,
-    pub(super) pages: u64,
-    pub(super) zero_pages: u64,
-    pub(super) bytes: u64,
+    pub(crate) checkpoints: u64,
+    pub(crate) pages: u64,
+    pub(crate) zero_pages: u64,
+    pub(crate) bytes: u64,
     /// See [`CheckpointReport::own_delay`].
     own_delay: Duration,
     own_delay_max: Duration,
@@ -37,27 +37,27 @@ pub(super) struct Figures {
 
 /// One phase over all checkpoints.
 #[derive(Clone, Copy, Debug, Serialize)]
-pub(super) struct PhaseFigures {
-    phase: &'static str,
+pub(crate) struct PhaseFigures {
+    pub(crate) phase: &'static str,
     count: u64,
     mean_ns: u64,
-    p50_ns: u64,
+    pub(crate) p50_ns: u64,
     p90_ns: u64,
-    p99_ns: u64,
+    pub(crate) p99_ns: u64,
     p99_9_ns: u64,
     max_ns: u64,
 }
 
 /// How late this side was.
 #[derive(Clone, Copy, Debug, Serialize)]
-pub(super) struct OwnDelay {
-    pub(super) mean_ns: u64,
-    pub(super) max_ns: u64,
+pub(crate) struct OwnDelay {
+    pub(crate) mean_ns: u64,
+    pub(crate) max_ns: u64,
 }
 
 impl Figures {
     /// `scheduled` is whether checkpoints can wait for each other.
-    pub(super) fn new(scheduled: bool) -> Self {
+    pub(crate) fn new(scheduled: bool) -> Self {
         let count = if scheduled { PHASES.len() } else { UNSCHEDULED };
         let empty = || Histogram::new(SIGNIFICANT_DIGITS).expect("0 to 5 significant digits are allowed");
         Self {
@@ -72,7 +72,7 @@ impl Figures {
         }
     }
 
-    pub(super) fn record(&mut self, report: &CheckpointReport) {
+    pub(crate) fn record(&mut self, report: &CheckpointReport) {
         let kept = self.histograms.iter_mut().zip(&mut self.sums_ns);
         for ((_, duration), ((_, histogram), sum)) in PHASES.iter().zip(kept) {
             let value = nanoseconds(duration(report));
@@ -90,7 +90,7 @@ impl Figures {
     }
 
     /// The checkpoint as run files have it.
-    pub(super) fn checkpoint(&self, report: &CheckpointReport) -> Checkpoint {
+    pub(crate) fn checkpoint(&self, report: &CheckpointReport) -> Checkpoint {
         let phases = PHASES[..self.histograms.len()].iter();
         Checkpoint {
             n: self.checkpoints,
@@ -105,7 +105,7 @@ impl Figures {
         }
     }
 
-    pub(super) fn phases(&self) -> Vec<PhaseFigures> {
+    pub(crate) fn phases(&self) -> Vec<PhaseFigures> {
         let figures = |((phase, histogram), sum): (&(&'static str, Histogram<u64>), &u128)| PhaseFigures {
             phase,
             count: histogram.len(),
@@ -119,7 +119,7 @@ impl Figures {
         self.histograms.iter().zip(&self.sums_ns).map(figures).collect()
     }
 
-    pub(super) fn own_delay(&self) -> OwnDelay {
+    pub(crate) fn own_delay(&self) -> OwnDelay {
         OwnDelay {
             mean_ns: mean(self.own_delay.as_nanos(), self.checkpoints),
             max_ns: nanoseconds(self.own_delay_max),
@@ -128,10 +128,10 @@ impl Figures {
 }
 
 impl PhaseFigures {
-    pub(super) const HEAD: [&str; 8] = ["phase", "n", "mean", "p50", "p90", "p99", "p99.9", "max"];
+    pub(crate) const HEAD: [&str; 8] = ["phase", "n", "mean", "p50", "p90", "p99", "p99.9", "max"];
 
     /// A row of the table.
-    pub(super) fn row(&self) -> Vec<String> {
+    pub(crate) fn row(&self) -> Vec<String> {
         let figures = [
             self.mean_ns,
             self.p50_ns,

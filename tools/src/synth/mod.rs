@@ -30,6 +30,7 @@ mod shape;
 mod tests;
 
 pub use address::Address;
+pub(crate) use figures::{Figures, PhaseFigures};
 pub use guest::Image;
 pub(crate) use link::{Answer, MainLink, Socket};
 pub use options::{RAM_BYTES_MAX, SyncMode, SynthOptions, Version};

@@ -3,7 +3,7 @@
 use super::figures::{OwnDelay, PhaseFigures};
 use super::{Content, Distribution, Pattern, Preset, Version};
 use crate::options::Size;
-use crate::output::table;
+use crate::output::{mebibytes, table};
 use colo_ring::host::Machine;
 use colo_ring::metrics::{display_nanoseconds, with_suffix};
 use serde::Serialize;
@@ -121,15 +121,11 @@ impl LiveReport {
             table(&rows),
             self.pages,
             self.zero_pages,
-            mib(self.bytes),
+            mebibytes(self.bytes),
         );
         if let Some(prefix) = run {
             text.push_str(&format!("run: {}\n", with_suffix(prefix, ".run.json").display()));
         }
         text
     }
-}
-
-pub(super) fn mib(bytes: u64) -> f64 {
-    bytes as f64 / f64::from(1 << 20)
 }
