@@ -4,6 +4,7 @@ use crate::capture::{self, CaptureArgs};
 use crate::compare::{self, CompareArgs};
 use crate::demo::{self, DemoArgs};
 use crate::doctor::{self, DoctorArgs};
+use crate::inspect::{self, InspectArgs};
 use crate::protect::{self, ProtectArgs};
 use crate::receive::{self, ReceiveArgs};
 use crate::replay::{self, ReplayArgs};
@@ -122,6 +123,15 @@ enum Command {
     )]
     Demo(DemoArgs),
 
+    /// Print what is in a capture, an interval log, a measured run or a receiver's report
+    ///
+    /// An overview, or with --kind everything of a kind, one by one, with its place in the file or stream. A file that
+    /// ends early is shown up to there; damage is told with its place.
+    #[command(
+        after_help = "Example:\n  colo-ring inspect session.cap --kind packets --channel 0 --checkpoint 1..3\n  colo-ring inspect /var/log/colo/guest1.pause.hlog"
+    )]
+    Inspect(InspectArgs),
+
     /// Compare measured runs: a table, JSON, or one HTML page with plots
     ///
     /// For each phase: mean, percentiles and maximum of every run, and their ratios to the baseline with a 95 %
@@ -155,6 +165,7 @@ pub fn main() -> ExitCode {
         Command::Replay(args) => replay::run(&args),
         Command::Sink(args) => sink::run(&args),
         Command::Demo(args) => demo::run(&args),
+        Command::Inspect(args) => inspect::run(&args),
         Command::Compare(args) => compare::run(&args),
         Command::Doctor(args) => doctor::run(&args),
     };

@@ -9,6 +9,7 @@ mod control;
 pub mod demo;
 pub mod doctor;
 pub mod hlog;
+pub mod inspect;
 pub mod options;
 pub mod output;
 pub mod protect;

@@ -1,7 +1,7 @@
 //! What the command prints: results on standard output, everything else on standard error.
 
 use serde::Serialize;
-use std::io::{self, IsTerminal, Write};
+use std::io::{self, BufWriter, IsTerminal, StdoutLock, Write};
 use std::process::ExitCode;
 use thiserror::Error;
 
@@ -136,6 +136,93 @@ pub fn table(rows: &[Vec<String>]) -> String {
         text.push('\n');
     }
     text
+}
+
+/// Text from a file or a peer, for a terminal: control characters would be commands to it.
+pub fn printable(text: &str) -> String {
+    let letter = |letter: char| if letter.is_control() { '\u{fffd}' } else { letter };
+    text.chars().map(letter).collect()
+}
+
+/// A listing of any length, item by item: lines of a table for people; for machines one JSON object whose last key is
+/// the list.
+pub struct Lines {
+    out: BufWriter<StdoutLock<'static>>,
+    json: bool,
+    widths: Vec<usize>,
+    empty: bool,
+}
+
+impl Lines {
+    /// Begins a listing. `around` is the object that the list, named `key`, is put into.
+    ///
+    /// # Errors
+    /// If standard output cannot be written.
+    pub fn new(json: bool, around: &impl Serialize, key: &str) -> Result<Self, CommandError> {
+        let mut out = BufWriter::new(io::stdout().lock());
+        if json {
+            let object = serde_json::to_string_pretty(around).map_err(io::Error::from)?;
+            let open = object.trim_end().trim_end_matches('}').trim_end();
+            write!(out, "{open},\n  \"{key}\": [")?;
+        }
+        Ok(Self {
+            out,
+            json,
+            widths: Vec::new(),
+            empty: true,
+        })
+    }
+
+    /// The table's head: names separated by `|`, and how wide the columns are at least.
+    ///
+    /// # Errors
+    /// If standard output cannot be written.
+    pub fn head(&mut self, names: &str, widths: &[usize]) -> Result<(), CommandError> {
+        self.widths = widths.to_vec();
+        if !self.json {
+            let names: Vec<_> = names.split('|').map(str::to_owned).collect();
+            self.line(&names)?;
+        }
+        Ok(())
+    }
+
+    /// An item: what it is for machines, and its cells for people.
+    ///
+    /// # Errors
+    /// If standard output cannot be written.
+    pub fn item(
+        &mut self,
+        item: &impl Serialize,
+        cells: impl FnOnce() -> Vec<String>,
+    ) -> Result<(), CommandError> {
+        if !self.json {
+            return self.line(&cells());
+        }
+        let separator = if std::mem::take(&mut self.empty) { "" } else { "," };
+        let text = serde_json::to_string(item).map_err(io::Error::from)?;
+        Ok(write!(self.out, "{separator}\n    {text}")?)
+    }
+
+    fn line(&mut self, cells: &[String]) -> Result<(), CommandError> {
+        let padded = cells.iter().enumerate().map(|(column, cell)| {
+            let width = self.widths.get(column).copied().unwrap_or(0);
+            format!("{cell:>width$}")
+        });
+        let line = padded.collect::<Vec<_>>().join("  ");
+        Ok(writeln!(self.out, "{}", line.trim_end())?)
+    }
+
+    /// Ends the listing.
+    ///
+    /// # Errors
+    /// If standard output cannot be written.
+    pub fn finish(mut self) -> Result<(), CommandError> {
+        if self.json {
+            let close = if self.empty { "" } else { "\n  " };
+            writeln!(self.out, "{close}]\n}}")?;
+        }
+        Ok(self.out.flush()?)
+    }
 }
 
 #[cfg(test)]

@@ -14,7 +14,7 @@ pub use bootstrap::{COUNT_MIN, Interval, Ratio, Ratios};
 pub use distribution::{ROUNDS_MIN, Resampling};
 pub use runs::{CompareError, PHASE_UNNAMED, Run, Unit, gather};
 
-use crate::output::{CommandError, print, print_json, tell};
+use crate::output::{CommandError, print, print_json, printable, tell};
 use crate::run_file::{Clock, SecondaryUse};
 use bootstrap::Resampled;
 use clap::Args;
@@ -311,7 +311,7 @@ pub fn run(args: &CompareArgs) -> Result<ExitCode, CommandError> {
     } else {
         for run in &runs {
             for note in &run.notes {
-                tell(&format!("{}: {note}", run.name));
+                tell(&format!("{}: {}", run.name, printable(note)));
             }
         }
         print(&comparison.table())?;

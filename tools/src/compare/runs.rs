@@ -78,7 +78,8 @@ pub enum Unit {
 }
 
 impl Unit {
-    const fn nanoseconds(self) -> u64 {
+    /// Nanoseconds in one.
+    pub const fn nanoseconds(self) -> u64 {
         match self {
             Self::Ns => 1,
             Self::Us => 1_000,

@@ -1,0 +1,45 @@
+"""Interval logs with the Python HdrHistogram (PyPI: hdrhistogram).
+
+    python.py write LOG          writes the log that every tool here writes
+    python.py read LOG           prints what is in a log, as `interval TAG COUNT P50 P99 MAX` and a total
+"""
+
+import sys
+
+from hdrh.histogram import HdrHistogram
+from hdrh.log import HistogramLogReader, HistogramLogWriter
+
+HOUR_NS = 3600 * 10**9
+
+
+def write(path):
+    # Windows' line ends, as this library writes there.
+    with open(path, "w", encoding="utf-8", newline="\r\n") as file:
+        log = HistogramLogWriter(file)
+        log.output_comment("[written by the Python HdrHistogram]")
+        log.output_log_format_version()
+        log.output_base_time(1_700_000_000_000)
+        log.output_legend()
+        first, second, empty = (HdrHistogram(1, HOUR_NS, 3) for _ in range(3))
+        for n in range(1, 1001):
+            first.record_value(n * 1000)
+        second.record_value(5_000_000, 100)
+        for start, histogram in enumerate([first, second, empty], start=1):
+            log.output_interval_histogram(histogram, start, start + 1)
+
+
+def figures(histogram):
+    percentiles = [histogram.get_value_at_percentile(percent) for percent in (50, 99)]
+    return " ".join(str(value) for value in [histogram.get_total_count(), *percentiles, histogram.get_max_value()])
+
+
+def read(path):
+    total = HdrHistogram(1, HOUR_NS, 3)
+    reader = HistogramLogReader(path, total)
+    while (histogram := reader.get_next_interval_histogram()) is not None:
+        print("interval", histogram.get_tag() or "-", figures(histogram))
+        total.add(histogram)
+    print("total", figures(total))
+
+
+{"write": write, "read": read}[sys.argv[1]](sys.argv[2])

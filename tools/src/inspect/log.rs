@@ -1,0 +1,199 @@
+//! An interval log.
+
+use super::{InspectArgs, Kind};
+use crate::hlog::{Entry, HlogError, Interval, Log, Reader, Torn};
+use crate::output::{CommandError, Lines, print, print_json, printable, table, tell};
+use colo_ring::metrics::display_nanoseconds;
+use hdrhistogram::Histogram;
+use serde::Serialize;
+
+const QUANTILES: [(&str, f64); 5] = [
+    ("p50", 0.5),
+    ("p90", 0.9),
+    ("p99", 0.99),
+    ("p99.9", 0.999),
+    ("p99.99", 0.9999),
+];
+
+#[derive(Serialize)]
+struct LogContent {
+    started_unix_s: Option<f64>,
+    comments: Vec<String>,
+    intervals: u64,
+    total: Figures,
+    tags: Vec<TagFigures>,
+    tags_not_kept: bool,
+    torn: Option<Torn>,
+}
+
+#[derive(Serialize)]
+struct TagFigures {
+    tag: String,
+    intervals: u64,
+    #[serde(flatten)]
+    figures: Figures,
+}
+
+/// Of one histogram, in nanoseconds.
+#[derive(Serialize)]
+struct Figures {
+    count: u64,
+    min_ns: u64,
+    mean_ns: f64,
+    p50_ns: u64,
+    p90_ns: u64,
+    p99_ns: u64,
+    p99_9_ns: u64,
+    p99_99_ns: u64,
+    max_ns: u64,
+}
+
+impl Figures {
+    fn new(histogram: &Histogram<u64>, factor: u64) -> Self {
+        let [p50_ns, p90_ns, p99_ns, p99_9_ns, p99_99_ns] =
+            QUANTILES.map(|(_, quantile)| histogram.value_at_quantile(quantile).saturating_mul(factor));
+        Self {
+            count: histogram.len(),
+            min_ns: histogram.min().saturating_mul(factor),
+            mean_ns: histogram.mean() * factor as f64,
+            p50_ns,
+            p90_ns,
+            p99_ns,
+            p99_9_ns,
+            p99_99_ns,
+            max_ns: histogram.max().saturating_mul(factor),
+        }
+    }
+
+    fn cells(&self) -> Vec<String> {
+        let figures = [
+            self.p50_ns,
+            self.p90_ns,
+            self.p99_ns,
+            self.p99_9_ns,
+            self.p99_99_ns,
+            self.max_ns,
+        ];
+        let cells = figures.map(display_nanoseconds);
+        [vec![self.count.to_string()], cells.to_vec()].concat()
+    }
+}
+
+#[derive(Serialize)]
+struct IntervalContent {
+    line: u64,
+    offset: u64,
+    tag: Option<String>,
+    start_s: f64,
+    length_s: f64,
+    #[serde(flatten)]
+    figures: Figures,
+}
+
+pub(super) fn run(args: &InspectArgs) -> Result<(), CommandError> {
+    args.allow("an interval log", &[Kind::Intervals], false)?;
+    let failed = |error: HlogError| CommandError::Failed(error.to_string());
+    let factor = args.unit.nanoseconds();
+    if args.kind.is_some() {
+        return list(args, factor);
+    }
+    let log = Log::read(&args.file).map_err(failed)?;
+    let content = LogContent {
+        started_unix_s: log.start_time_s,
+        comments: log.comments,
+        intervals: log.intervals,
+        total: Figures::new(&log.total, factor),
+        tags: log
+            .tags
+            .into_iter()
+            .map(|(tag, (intervals, histogram))| TagFigures {
+                tag,
+                intervals,
+                figures: Figures::new(&histogram, factor),
+            })
+            .collect(),
+        tags_not_kept: log.tags_not_kept,
+        torn: log.torn,
+    };
+    if args.json {
+        return print_json(&args.inspection("interval log", content));
+    }
+    print(&render(&content))
+}
+
+fn render(content: &LogContent) -> String {
+    let mut text = format!("interval log, {} intervals", content.intervals);
+    if let Some(started) = content.started_unix_s {
+        text.push_str(&format!(", started {started:.3} s after 1970"));
+    }
+    text.push('\n');
+    for comment in &content.comments {
+        text.push_str(&format!("  {}\n", printable(comment)));
+    }
+    text.push('\n');
+    let head = [
+        "",
+        "intervals",
+        "n",
+        "p50",
+        "p90",
+        "p99",
+        "p99.9",
+        "p99.99",
+        "max",
+    ];
+    let mut rows = vec![head.map(str::to_owned).to_vec()];
+    let total = vec!["all".to_owned(), content.intervals.to_string()];
+    rows.push([total, content.total.cells()].concat());
+    for tag in &content.tags {
+        let begin = vec![printable(&tag.tag), tag.intervals.to_string()];
+        rows.push([begin, tag.figures.cells()].concat());
+    }
+    text.push_str(&table(&rows));
+    if content.tags_not_kept {
+        text.push_str("further tags are in the first row alone\n");
+    }
+    if let Some(torn) = &content.torn {
+        text.push_str(&format!("it is {torn}\n"));
+    }
+    text
+}
+
+/// Interval by interval, as it is read: a log may have millions.
+fn list(args: &InspectArgs, factor: u64) -> Result<(), CommandError> {
+    let failed = |error: HlogError| CommandError::Failed(error.to_string());
+    let mut reader = Reader::open(&args.file).map_err(failed)?;
+    let mut lines = Lines::new(args.json, &args.inspection("interval log", ()), "intervals")?;
+    let head = "byte|start s|length s|tag|n|p50|p90|p99|p99.9|p99.99|max";
+    lines.head(head, &[10, 12, 9, 12, 9, 9, 9, 9, 9, 9, 9])?;
+    while let Some(entry) = reader.next_entry().map_err(failed)? {
+        match entry {
+            Entry::Interval(interval) => {
+                let content = of_interval(interval, factor);
+                lines.item(&content, || {
+                    let begin = vec![
+                        content.offset.to_string(),
+                        format!("{:.3}", content.start_s),
+                        format!("{:.3}", content.length_s),
+                        content.tag.as_deref().map_or_else(|| "-".to_owned(), printable),
+                    ];
+                    [begin, content.figures.cells()].concat()
+                })?;
+            }
+            Entry::Torn(torn) => tell(&format!("{} is {torn}", args.file.display())),
+            Entry::StartTime(_) | Entry::BaseTime(_) | Entry::Comment(_) => {}
+        }
+    }
+    lines.finish()
+}
+
+fn of_interval(interval: Interval, factor: u64) -> IntervalContent {
+    IntervalContent {
+        line: interval.line,
+        offset: interval.offset,
+        figures: Figures::new(&interval.histogram, factor),
+        tag: interval.tag,
+        start_s: interval.start_s,
+        length_s: interval.length_s,
+    }
+}
