@@ -34,7 +34,8 @@ public class Logs {
     }
 
     static String figures(Histogram h) {
-        return h.getTotalCount() + " " + h.getValueAtPercentile(50) + " " + h.getValueAtPercentile(99) + " " + h.getMaxValue();
+        long count = h.getTotalCount();
+        return count + " " + Math.round(count > 0 ? h.getMean() : 0) + " " + (count > 0 ? h.getMinValue() : 0) + " " + h.getMaxValue();
     }
 
     static void read(String path) throws Exception {

@@ -22,7 +22,8 @@ function write(path) {
   fs.writeFileSync(path, text);
 }
 
-const figures = (h) => [h.totalCount, h.getValueAtPercentile(50), h.getValueAtPercentile(99), h.maxValue].join(" ");
+const figures = (h) =>
+  [h.totalCount, (h.totalCount ? h.mean : 0).toFixed(0), h.totalCount ? h.minNonZeroValue : 0, h.maxValue].join(" ");
 
 function read(path) {
   const reader = new hdr.HistogramLogReader(fs.readFileSync(path, "utf-8"), 64);

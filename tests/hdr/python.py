@@ -1,7 +1,8 @@
 """Interval logs with the Python HdrHistogram (PyPI: hdrhistogram).
 
     python.py write LOG          writes the log that every tool here writes
-    python.py read LOG           prints what is in a log, as `interval TAG COUNT P50 P99 MAX` and a total
+    python.py read LOG           prints what is in a log, as `interval TAG COUNT MEAN MIN MAX` and a total;
+                                 no percentiles, because libraries round their ranks differently
 """
 
 import sys
@@ -29,8 +30,9 @@ def write(path):
 
 
 def figures(histogram):
-    percentiles = [histogram.get_value_at_percentile(percent) for percent in (50, 99)]
-    return " ".join(str(value) for value in [histogram.get_total_count(), *percentiles, histogram.get_max_value()])
+    mean = histogram.get_mean_value() if histogram.get_total_count() else 0
+    figures = [histogram.get_total_count(), f"{mean:.0f}", histogram.get_min_value(), histogram.get_max_value()]
+    return " ".join(str(figure) for figure in figures)
 
 
 def read(path):
@@ -38,7 +40,9 @@ def read(path):
     reader = HistogramLogReader(path, total)
     while (histogram := reader.get_next_interval_histogram()) is not None:
         print("interval", histogram.get_tag() or "-", figures(histogram))
-        total.add(histogram)
+        # The library takes the minimum of an empty one for a measured 0.
+        if histogram.get_total_count():
+            total.add(histogram)
     print("total", figures(total))
 
 

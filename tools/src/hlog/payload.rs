@@ -10,6 +10,7 @@ use flate2::read::ZlibDecoder;
 use hdrhistogram::Histogram;
 use hdrhistogram::serialization::Deserializer;
 use std::io::Read;
+use std::ops::Range;
 use thiserror::Error;
 
 /// Bytes of a decompressed histogram at most. One of five digits over the whole range of 64 bits has six million
@@ -21,6 +22,10 @@ const V2_COMPRESSED_COOKIE: u32 = 0x1c84_9304;
 /// The bits of a cookie that say how wide counts are; in V2 they do not matter.
 const WORD_SIZE_BITS: u32 = 0xf0;
 const HEADER_BYTES: usize = 40;
+/// Where in the header is by how many places the counts are shifted.
+const SHIFT: Range<usize> = 8..12;
+/// Where in the header the ratio of integers to values is.
+const RATIO: Range<usize> = 32..40;
 
 /// Why a histogram could not be decoded.
 #[derive(Debug, Error)]
@@ -60,12 +65,18 @@ pub(super) fn decode(text: &str) -> Result<Histogram<u64>, PayloadError> {
     let padding = GeneralPurposeConfig::new().with_decode_padding_mode(DecodePaddingMode::Indifferent);
     let bytes = GeneralPurpose::new(&alphabet::STANDARD, padding).decode(text)?;
     let cookie = word(&bytes, 0)?;
-    let plain = match cookie & !WORD_SIZE_BITS {
+    let mut plain = match cookie & !WORD_SIZE_BITS {
         V2_COOKIE => bytes,
         V2_COMPRESSED_COOKIE => inflate(&bytes)?,
         _ => return Err(PayloadError::Cookie(cookie)),
     };
     check_plain(&plain)?;
+    // The JavaScript library writes 1 as an integer where a floating-point number belongs, and a shift of counts of 1
+    // where it shifts none; it reads neither.
+    if plain[RATIO] == 1u64.to_be_bytes() && plain[SHIFT] == 1u32.to_be_bytes() {
+        plain[RATIO].copy_from_slice(&1f64.to_be_bytes());
+        plain[SHIFT].fill(0);
+    }
     Ok(Deserializer::new().deserialize(&mut plain.as_slice())?)
 }
 
