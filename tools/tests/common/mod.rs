@@ -1,0 +1,56 @@
+//! What the tests of `compare` and `inspect` share.
+
+use std::path::PathBuf;
+use std::process::{Command, Output};
+
+pub fn command() -> Command {
+    Command::new(env!("CARGO_BIN_EXE_colo-ring"))
+}
+
+/// Runs it to its end. Returns its exit code, standard output and standard error.
+pub fn run(args: &[&str]) -> (Option<i32>, String, String) {
+    let Output {
+        status,
+        stdout,
+        stderr,
+    } = command().args(args).output().unwrap();
+    let text = |bytes: Vec<u8>| String::from_utf8(bytes).unwrap();
+    (status.code(), text(stdout), text(stderr))
+}
+
+/// Runs it, which must work and say nothing else. Returns its standard output.
+pub fn output(args: &[&str]) -> String {
+    let (code, stdout, stderr) = run(args);
+    assert_eq!((code, stderr.as_str()), (Some(0), ""), "{args:?}");
+    stdout
+}
+
+pub fn json(args: &[&str]) -> serde_json::Value {
+    serde_json::from_str(&output(&[args, &["--json"]].concat())).unwrap()
+}
+
+/// A log that another language's HdrHistogram library wrote.
+pub fn foreign_log(language: &str) -> String {
+    format!("{}/../tests/hdr/{language}.hlog", env!("CARGO_MANIFEST_DIR"))
+}
+
+/// A directory of its own per test, removed at the end.
+pub struct Scratch(PathBuf);
+
+impl Scratch {
+    pub fn new(name: &str) -> Self {
+        let path = std::env::temp_dir().join(format!("colo-ring-files-{}-{name}", std::process::id()));
+        std::fs::create_dir_all(&path).unwrap();
+        Self(path)
+    }
+
+    pub fn file(&self, name: &str) -> String {
+        self.0.join(name).to_str().unwrap().to_owned()
+    }
+}
+
+impl Drop for Scratch {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_dir_all(&self.0);
+    }
+}
