@@ -249,4 +249,9 @@ mod tests {
         assert_eq!(table(&rows), "phase         p50\ntransfer  1.00 µs\nx\n");
         assert_eq!(table(&[]), "");
     }
+
+    #[test]
+    fn nothing_in_a_text_commands_a_terminal() {
+        assert_eq!(printable("a\u{1b}[2Jä\n"), "a\u{fffd}[2Jä\u{fffd}");
+    }
 }

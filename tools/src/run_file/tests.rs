@@ -128,3 +128,34 @@ fn a_run_that_could_not_be_read_is_not_written() {
     assert!(bad.write(&scratch.0.join("x")).is_err());
     assert_eq!(std::fs::read_dir(&scratch.0).unwrap().count(), 0);
 }
+
+/// Whatever stands in a file, it is read or refused.
+#[test]
+fn damaged_runs_never_panic() {
+    use rand::rngs::Xoshiro256PlusPlus;
+    use rand::{RngExt, SeedableRng};
+    let good = serde_json::to_vec(&run()).unwrap();
+    let mut rng = Xoshiro256PlusPlus::seed_from_u64(6);
+    let (mut read, mut refused) = (0, 0);
+    for _ in 0..3000 {
+        let mut bad = good.clone();
+        let at = rng.random_range(0..bad.len());
+        match rng.random_range(0..4) {
+            0 => bad[at] = rng.random(),
+            1 => bad.truncate(at),
+            2 => {
+                bad.remove(at);
+            }
+            _ => bad[at] ^= 1 << rng.random_range(0..7),
+        }
+        match RunFile::parse(Path::new("x"), &bad) {
+            // What is taken can be used.
+            Ok(run) => {
+                read += 1;
+                run.phases().iter().for_each(|phase| drop(run.histogram(phase)));
+            }
+            Err(_) => refused += 1,
+        }
+    }
+    assert!(read > 100 && refused > 100, "{read} read, {refused} refused");
+}
