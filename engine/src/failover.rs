@@ -13,6 +13,7 @@ use crate::wire::ram::{BlockRef, RECORD_MAX, Record, encode_block_list, encode_b
 use crate::wire::stream::{Section, StreamHeader, encode_capability, encode_footer};
 use serde::{Deserialize, Serialize};
 use std::io::{self, Write};
+use thiserror::Error;
 
 /// The capability of the fresh QEMU that makes it take its main memory from a shared file.
 pub const IGNORE_SHARED: &str = "x-ignore-shared";
@@ -43,6 +44,23 @@ pub struct StreamReport {
     pub zero_pages: u64,
 }
 
+/// Why a stream was not written to its end.
+#[derive(Debug, Error)]
+#[error("{source}")]
+pub struct StreamError {
+    /// What the system said.
+    pub source: io::Error,
+    /// Whether all was written that a QEMU needs to run the guest. If not, the guest does not run from it.
+    pub complete: bool,
+}
+
+impl From<io::Error> for StreamError {
+    fn from(source: io::Error) -> Self {
+        let complete = false;
+        Self { source, complete }
+    }
+}
+
 /// Writes the stream of a checkpoint. `read` fills in a page of it.
 ///
 /// # Errors
@@ -56,7 +74,7 @@ pub fn write_stream(
     read: impl FnMut(PageIndex, &mut [u8; PAGE_SIZE]),
     form: Form,
     out: impl Write,
-) -> io::Result<StreamReport> {
+) -> Result<StreamReport, StreamError> {
     let mut writer = Writer {
         out,
         buffer: Vec::with_capacity(BUFFER_BYTES + RECORD_MAX),
@@ -70,11 +88,16 @@ pub fn write_stream(
     writer.pages(&record.blocks, read, form)?;
     end_ram(&mut writer.buffer, record.ram_section);
     writer.bytes(device_state)?;
+    writer.flush()?;
+    // From here on the guest may run: QEMU does without a vmdesc, if need be.
     let length = u32::try_from(EMPTY_VMDESC.len()).expect("two bytes");
     Section::VmDescription { length }.encode(&mut writer.buffer);
-    writer.bytes(EMPTY_VMDESC)?;
-    writer.flush()?;
-    writer.out.flush()?;
+    writer.buffer.extend_from_slice(EMPTY_VMDESC);
+    let ended = writer.flush().and_then(|()| writer.out.flush());
+    ended.map_err(|source| {
+        let complete = true;
+        StreamError { source, complete }
+    })?;
     Ok(writer.report)
 }
 

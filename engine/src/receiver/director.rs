@@ -1,16 +1,17 @@
 //! The control thread: puts connections together to sessions, starts them, watches their ends, answers questions and
 //! writes the measurements down. It is never on a page's way.
 
+mod answers;
+
 use super::assemble::{Arrival, Assembler, Complete, Identity, Outcome};
 use super::budget::Budget;
-use super::control::{Answer, Asked, Request};
-use super::dump::dump;
+use super::control::Said;
 use super::end::SessionEnd;
 use super::guest::{Connection, Guest, Surroundings};
 use super::identify::{FIRST_LEN, PENDING_MAX, identify};
 use super::main_channel::MainChannel;
 use super::page_channel::PageChannel;
-use super::status::{STATUS_SCHEMA, STATUS_VERSION, SessionStatus, StatusReport};
+use super::status::SessionStatus;
 use super::{Event, Events, Outcome as ReceiverOutcome, ReceiverError, ReceiverOptions};
 use crate::metrics::{Recorder, Summary};
 use crate::net::{Accepted, Listener};
@@ -62,7 +63,7 @@ pub(super) struct Director {
 
 /// The wires to the control thread.
 pub(super) struct Wires {
-    pub(super) asked: mpsc::Receiver<Asked>,
+    pub(super) said: mpsc::Receiver<Said>,
     pub(super) changed: Arc<Notify>,
     pub(super) stop: Arc<Notify>,
 }
@@ -128,7 +129,7 @@ pub(super) async fn direct(
         tokio::select! {
             Some(connection) = accepted.recv() => book.accept(connection),
             Some(result) = identified.recv() => book.identify(result),
-            Some(asked) = wires.asked.recv() => book.answer(asked, &listeners),
+            Some(said) = wires.said.recv() => book.hear(said, &listeners),
             () = wires.changed.notified() => book.settle(),
             _ = tick.tick() => book.tick(),
             _ = interval.tick() => book.log_interval(),
@@ -300,7 +301,11 @@ impl Book {
             entry.summary = Some(self.director.recorder.end_session(guest.id));
             let status = self.status_of(&self.entries[position]);
             (self.director.events)(Event::Ended(Box::new(status.clone())));
-            self.ended_sessions += 1;
+            if guest.end().is_some_and(SessionEnd::may_hold_the_only_copy) {
+                self.keep_the_only_copy(guest.id);
+            } else {
+                self.ended_sessions += 1;
+            }
             match guest.store().filter(|store| store.committed().is_some()) {
                 Some(store) => {
                     let store = store.clone();
@@ -313,6 +318,18 @@ impl Book {
                 }
             }
         }
+    }
+
+    /// A guest that may live nowhere else is never given up without a word, not even by `once`.
+    fn keep_the_only_copy(&self, id: u32) {
+        let goes_on = match self.director.options.once {
+            true => ". This receiver goes on in spite of --once",
+            false => "",
+        };
+        self.warn(format!(
+            "session {id} is kept until `colo-ring failover --session {id}` starts its guest here or `colo-ring discard` \
+             gives it up{goes_on}"
+        ));
     }
 
     /// Takes a session off the book; its figures stay for the report. Its memory goes with the entry.
@@ -369,71 +386,6 @@ impl Book {
         }
     }
 
-    fn answer(&mut self, asked: Asked, listeners: &[Rc<Listener>]) {
-        let answer = match asked.request {
-            Request::Status => Ok(Answer::Status(Box::new(self.status(listeners)))),
-            Request::Discard { session } => match self.discard(session) {
-                Err(error) => Err(error),
-                Ok(entry) => {
-                    // Giving a large guest's memory back takes seconds; the answer says that it is done.
-                    tokio::task::spawn_blocking(move || {
-                        drop(entry);
-                        let _ = asked.reply.send(Ok(Answer::Discarded { discarded: session }));
-                    });
-                    return;
-                }
-            },
-            Request::Dump { session, directory } => {
-                match self.entries.iter().find(|entry| entry.guest.id == session) {
-                    None => Err(no_session(session)),
-                    Some(entry) => {
-                        let guest = entry.guest.clone();
-                        // It takes as long as the disk; the answer goes out from there.
-                        tokio::task::spawn_blocking(move || {
-                            let _ = asked.reply.send(dump(&guest, &directory).map(Answer::Dumped));
-                        });
-                        return;
-                    }
-                }
-            }
-        };
-        // Whoever asked may be gone.
-        let _ = asked.reply.send(answer);
-    }
-
-    fn status(&self, listeners: &[Rc<Listener>]) -> StatusReport {
-        let options = &self.director.options;
-        StatusReport {
-            schema: STATUS_SCHEMA.into(),
-            schema_version: STATUS_VERSION,
-            listen: listeners
-                .iter()
-                .map(|listener| listener.address().to_string())
-                .collect(),
-            backend: options.backend.name().into(),
-            ring: self
-                .director
-                .plane
-                .features()
-                .map(|features| features.to_string()),
-            cores: options.cores.clone(),
-            uptime_ms: u64::try_from(self.director.around.started.elapsed().as_millis()).unwrap_or(u64::MAX),
-            ram_held_bytes: self.director.budget.held(),
-            ram_limit_bytes: self.director.budget.limit(),
-            sessions: self.entries.iter().map(|entry| self.status_of(entry)).collect(),
-        }
-    }
-
-    fn discard(&mut self, session: u32) -> Result<Entry, String> {
-        let position = self.entries.iter().position(|entry| entry.guest.id == session);
-        let position = position.ok_or_else(|| no_session(session))?;
-        if self.entries[position].summary.is_none() {
-            return Err(format!("session {session} is running: its primary is connected"));
-        }
-        let status = self.status_of(&self.entries[position]);
-        Ok(self.forget(position, status))
-    }
-
     /// Ends all sessions and waits until they are over.
     async fn end_all(&mut self, changed: &Notify) {
         for accepted in self.unidentified.iter().filter_map(std::rc::Weak::upgrade) {
@@ -467,8 +419,4 @@ impl Book {
             .finish(self.director.around.started.elapsed())?;
         Ok(ReceiverOutcome { sessions, report })
     }
-}
-
-fn no_session(session: u32) -> String {
-    format!("there is no session {session}, or it left no checkpoint; `colo-ring status` lists them")
 }

@@ -52,6 +52,9 @@ pub enum SessionEnd {
     /// The guest's memory could not be made.
     #[error("no memory for this guest: {0}")]
     NoMemory(String),
+    /// Its checkpoint is given to a fresh QEMU, so nothing more is taken from its primary.
+    #[error("its checkpoint was claimed by a failover")]
+    Promoted,
     /// The receiver was told to end.
     #[error("the receiver was stopped")]
     Stopped,
@@ -60,7 +63,18 @@ pub enum SessionEnd {
 impl SessionEnd {
     /// Whether the session ended as sessions do: by the primary's going away, or by our being stopped.
     pub fn is_orderly(&self) -> bool {
-        matches!(self, Self::PrimaryLost(_) | Self::Broken { .. } | Self::Stopped)
+        matches!(
+            self,
+            Self::PrimaryLost(_) | Self::Broken { .. } | Self::Promoted | Self::Stopped
+        )
+    }
+
+    /// Whether the guest may live nowhere but here (spec §5).
+    pub(super) fn may_hold_the_only_copy(&self) -> bool {
+        let (Self::PrimaryLost(ending) | Self::Broken { ending, .. }) = self else {
+            return false;
+        };
+        *ending == Ending::PlainMigration
     }
 }
 

@@ -6,6 +6,7 @@
 
 use super::budget::Lease;
 use super::end::SessionEnd;
+use super::promotion::Promotion;
 use crate::blocks::BlockTable;
 use crate::metrics::SampleQueue;
 use crate::ring::Waker;
@@ -15,7 +16,7 @@ use crate::units::ChannelId;
 use nix::sys::socket::{Shutdown, shutdown};
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Instant;
 
 /// Called when something about a guest has changed that the control thread should look at.
@@ -87,6 +88,8 @@ pub(super) struct Guest {
     pub(super) suppressed_at: AtomicU64,
     /// Whether its block list has come.
     pub(super) memory_asked: AtomicBool,
+    /// Whose its checkpoint is.
+    promotion: Mutex<Promotion>,
     main: Connection,
     channels: Vec<Connection>,
     memory: OnceLock<Memory>,
@@ -115,12 +118,18 @@ impl Guest {
             suppressed_at: AtomicU64::new(0),
             endpoints: AtomicUsize::new(channels.len() + 1),
             memory_asked: AtomicBool::new(false),
+            promotion: Mutex::default(),
             main,
             channels,
             memory: OnceLock::new(),
             end: OnceLock::new(),
             channel_lost: AtomicBool::new(false),
         })
+    }
+
+    /// Whose its checkpoint is, for a moment.
+    pub(super) fn promotion(&self) -> MutexGuard<'_, Promotion> {
+        self.promotion.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     pub(super) fn main_fd(&self) -> RawFd {

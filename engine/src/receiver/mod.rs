@@ -14,19 +14,22 @@ mod control;
 mod director;
 mod dump;
 mod end;
+mod feed;
 mod guest;
 mod identify;
 mod main_channel;
 mod options;
 mod page_channel;
+mod promotion;
 #[cfg(all(test, not(loom), not(miri)))]
 mod sim;
 mod status;
 mod timeline;
 
-pub use control::{Answer, Request};
+pub use control::{Answer, Claimed, ClaimedBlock, Request};
 pub use dump::{DUMP_SCHEMA, DUMP_VERSION, Dumped, DumpedBlock};
 pub use end::{ChannelError, SessionEnd};
+pub use feed::{Fed, Feed};
 pub use options::ReceiverOptions;
 pub use status::{STATUS_SCHEMA, STATUS_VERSION, SessionState, SessionStatus, StatusReport};
 
@@ -37,9 +40,10 @@ use crate::net::{Listener, Runtime, bind_unix};
 use crate::ring::{BackendKind, Plane, PlaneError, PlaneOptions};
 use crate::store::{CopyMethod, Flusher, FlusherError, Store};
 use budget::Budget;
-use control::Asked;
+use control::{Asked, Said};
 use director::{Director, Wires, direct};
 use guest::{MakeStore, Surroundings};
+use promotion::Conversation;
 use std::path::PathBuf;
 use std::rc::Rc;
 use std::sync::Arc;
@@ -114,7 +118,7 @@ pub struct Outcome {
 pub struct Receiver {
     addresses: Vec<ListenAddress>,
     stop: Arc<Notify>,
-    ask: mpsc::Sender<Asked>,
+    ask: mpsc::Sender<Said>,
     thread: JoinHandle<Result<Outcome, ReceiverError>>,
 }
 
@@ -160,7 +164,7 @@ impl Receiver {
         let stop = Arc::new(Notify::new());
         let (ask, asked) = mpsc::channel(64);
         let wires = Wires {
-            asked,
+            said: asked,
             changed,
             stop: stop.clone(),
         };
@@ -209,9 +213,10 @@ impl Receiver {
     /// In words, or that the receiver has ended.
     pub fn ask(&self, request: Request) -> Result<Answer, String> {
         let (reply, answer) = oneshot::channel();
+        let by = Conversation::OWN;
         let gone = || "the receiver has ended".to_owned();
         self.ask
-            .blocking_send(Asked { request, reply })
+            .blocking_send(Said::Asked(Asked { by, request, reply }))
             .map_err(|_| gone())?;
         answer.blocking_recv().map_err(|_| gone())?
     }

@@ -2,6 +2,7 @@
 #![forbid(unsafe_code)]
 
 use super::guest::Guest;
+use super::promotion::Promotion;
 use crate::metrics::Summary;
 use serde::{Deserialize, Serialize};
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -47,6 +48,8 @@ pub enum SessionState {
     Protected,
     /// The primary is gone. A committed checkpoint, if there is one, is kept.
     Ended,
+    /// Its guest was resumed elsewhere from its last checkpoint.
+    Promoted,
 }
 
 /// One session.
@@ -62,6 +65,9 @@ pub struct SessionStatus {
     pub end: Option<String>,
     /// Whether it ended as sessions do, and not by an error.
     pub orderly: Option<bool>,
+    /// What a failover has done or does with its checkpoint, if one was tried.
+    #[serde(default)]
+    pub promotion: Option<String>,
     /// The machine type, once known.
     pub machine: Option<String>,
     /// Bytes over all RAM blocks, once known.
@@ -91,7 +97,9 @@ impl SessionStatus {
         let checkpoint = guest.store().and_then(|store| store.committed());
         let now = u64::try_from(guest.around.started.elapsed().as_nanos()).unwrap_or(u64::MAX);
         let age = checkpoint.map(|_| now.saturating_sub(read(&counters.committed_at_ns)) / 1_000_000);
+        let promotion = guest.promotion();
         let state = match (guest.end(), checkpoint) {
+            _ if *promotion == Promotion::Promoted => SessionState::Promoted,
             (Some(_), _) => SessionState::Ended,
             (None, None) => SessionState::Precopy,
             (None, Some(_)) => SessionState::Protected,
@@ -102,6 +110,7 @@ impl SessionStatus {
             state,
             end: guest.end().map(ToString::to_string),
             orderly: guest.end().map(|end| end.is_orderly()),
+            promotion: promotion.words(),
             machine: guest.record.get().map(|record| record.machine_type.clone()),
             ram_bytes: guest.store().map(|store| store.table().total_bytes()),
             checkpoint: checkpoint.map(|id| id.0),
