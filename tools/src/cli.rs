@@ -4,6 +4,7 @@ use crate::capture::{self, CaptureArgs};
 use crate::compare::{self, CompareArgs};
 use crate::demo::{self, DemoArgs};
 use crate::doctor::{self, DoctorArgs};
+use crate::failover::{self, FailoverArgs};
 use crate::inspect::{self, InspectArgs};
 use crate::protect::{self, ProtectArgs};
 use crate::receive::{self, ReceiveArgs};
@@ -47,6 +48,17 @@ enum Command {
         after_help = "Example:\n  colo-ring protect --qmp /run/guest1.qmp --to tcp:192.0.2.2:4444 --channels 4 --interval 300"
     )]
     Protect(ProtectArgs),
+
+    /// Resume a lost primary's guest from its last committed checkpoint, in a fresh QEMU
+    ///
+    /// The QEMU is started here, from the primary's own command line, or waits already. Where the receiver keeps the
+    /// guest's memory in a named file (receive --ram-dir), the fresh QEMU runs on that very file and only the rest
+    /// travels; otherwise, and with --stream, all of it travels. The memory is the guest's then: one failover wins,
+    /// and if its QEMU does not start, the checkpoint is still there. It returns once the guest runs.
+    #[command(
+        after_help = "Example:\n  colo-ring failover --control unix:/run/colo-ring.sock --session 1 \\\n      --fence 'ipmitool -H bmc-a chassis power off' -- qemu-system-x86_64 -machine pc -m 4G …\n  colo-ring failover --control unix:/run/colo-ring.sock --session 1 --qmp /run/standby.qmp\n  colo-ring failover --control unix:/run/colo-ring.sock --session 1 --to - | ssh host-c …"
+    )]
+    Failover(Box<FailoverArgs>),
 
     /// Print how a running receiver and its sessions stand
     #[command(after_help = "Example:\n  colo-ring status --control unix:/run/colo-ring.sock")]
@@ -157,6 +169,7 @@ pub fn main() -> ExitCode {
     let result = match cli.command {
         Command::Receive(args) => receive::run(*args),
         Command::Protect(args) => protect::run(&args),
+        Command::Failover(args) => failover::run(&args),
         Command::Status(args) => status::run_status(&args),
         Command::Dump(args) => status::run_dump(&args),
         Command::Discard(args) => status::run_discard(&args),

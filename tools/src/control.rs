@@ -21,47 +21,72 @@ struct Line<A> {
 /// # Errors
 /// If there is no receiver, it goes away, or it refuses: with its reason.
 pub fn ask<A: DeserializeOwned>(address: &ControlAddress, request: &Request) -> Result<A, CommandError> {
-    let failed =
-        |doing: &str, error: &io::Error| CommandError::Failed(format!("cannot {doing} {address}: {error}"));
-    let mut stream = UnixStream::connect(&address.0).map_err(|error| {
-        let hint = match error.kind() {
-            io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused => {
-                "; is a receiver running with this --control?"
-            }
-            io::ErrorKind::PermissionDenied => "; only the receiver's own user may speak to it",
-            _ => "",
-        };
-        CommandError::Failed(format!("cannot connect to {address}: {error}{hint}"))
-    })?;
-    let mut line = serde_json::to_vec(request).map_err(io::Error::from)?;
-    line.push(b'\n');
-    stream
-        .write_all(&line)
-        .map_err(|error| failed("write to", &error))?;
-    let mut text = String::new();
-    let count = BufReader::new(stream)
-        .read_line(&mut text)
-        .map_err(|error| failed("read from", &error))?;
-    if count == 0 {
-        return Err(CommandError::Failed(format!(
-            "the receiver at {address} ended without an answer"
-        )));
+    Conversation::open(address)?.ask(request)
+}
+
+/// A connection to a receiver's control socket: what was claimed in it belongs to it.
+pub struct Conversation {
+    address: ControlAddress,
+    stream: BufReader<UnixStream>,
+}
+
+impl Conversation {
+    /// Connects to the receiver at `address`.
+    ///
+    /// # Errors
+    /// If there is no receiver, or it belongs to somebody else.
+    pub fn open(address: &ControlAddress) -> Result<Self, CommandError> {
+        let stream = UnixStream::connect(&address.0).map_err(|error| {
+            let hint = match error.kind() {
+                io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused => {
+                    "; is a receiver running with this --control?"
+                }
+                io::ErrorKind::PermissionDenied => "; only the receiver's own user may speak to it",
+                _ => "",
+            };
+            CommandError::Failed(format!("cannot connect to {address}: {error}{hint}"))
+        })?;
+        Ok(Self {
+            address: address.clone(),
+            stream: BufReader::new(stream),
+        })
     }
-    let not_understood = |error| {
-        CommandError::Failed(format!(
-            "the answer from {address} is not understood ({error}); is it a receiver of another version?"
-        ))
-    };
-    let line: Line<A> = serde_json::from_str(&text).map_err(not_understood)?;
-    match line {
-        Line {
-            answer: Some(answer), ..
-        } => Ok(answer),
-        Line {
-            error: Some(error), ..
-        } => Err(CommandError::Failed(error)),
-        Line { .. } => Err(CommandError::Failed(format!(
-            "the answer from {address} is empty"
-        ))),
+
+    /// Asks, and waits for the answer, however long it takes.
+    ///
+    /// # Errors
+    /// If the receiver goes away or refuses: with its reason.
+    pub fn ask<A: DeserializeOwned>(&mut self, request: &Request) -> Result<A, CommandError> {
+        let address = &self.address;
+        let failed = |doing: &str, error: &io::Error| {
+            CommandError::Failed(format!("cannot {doing} {address}: {error}"))
+        };
+        let mut line = serde_json::to_vec(request).map_err(io::Error::from)?;
+        line.push(b'\n');
+        let written = self.stream.get_mut().write_all(&line);
+        written.map_err(|error| failed("write to", &error))?;
+        let mut text = String::new();
+        let count = self.stream.read_line(&mut text);
+        if count.map_err(|error| failed("read from", &error))? == 0 {
+            return Err(CommandError::Failed(format!(
+                "the receiver at {address} ended without an answer"
+            )));
+        }
+        let not_understood = |error| {
+            CommandError::Failed(format!(
+                "the answer from {address} is not understood ({error}); is it a receiver of another version?"
+            ))
+        };
+        match serde_json::from_str(&text).map_err(not_understood)? {
+            Line {
+                answer: Some(answer), ..
+            } => Ok(answer),
+            Line {
+                error: Some(error), ..
+            } => Err(CommandError::Failed(error)),
+            Line { .. } => Err(CommandError::Failed(format!(
+                "the answer from {address} is empty"
+            ))),
+        }
     }
 }

@@ -8,6 +8,7 @@ pub mod compare;
 mod control;
 pub mod demo;
 pub mod doctor;
+pub mod failover;
 pub mod hlog;
 pub mod inspect;
 pub mod options;

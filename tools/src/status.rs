@@ -129,9 +129,13 @@ pub fn run_discard(args: &DiscardArgs) -> Result<ExitCode, CommandError> {
 /// How a session ended, or that it runs, in words.
 pub(crate) fn end(session: &SessionStatus) -> String {
     let end = session.end.as_deref().unwrap_or("it runs");
-    match session.checkpoint {
-        Some(checkpoint) => format!("{end}; checkpoint {checkpoint} is kept"),
-        None => format!("{end}; nothing was committed"),
+    match (session.checkpoint, session.checkpoint_age_ms) {
+        (Some(checkpoint), Some(age)) if session.end.is_some() => {
+            let (seconds, tenths) = (age / 1000, age % 1000 / 100);
+            format!("{end}; checkpoint {checkpoint}, {seconds}.{tenths} s old, is kept")
+        }
+        (Some(checkpoint), _) => format!("{end}; checkpoint {checkpoint} is kept"),
+        (None, _) => format!("{end}; nothing was committed"),
     }
 }
 
@@ -187,6 +191,9 @@ fn render(status: &StatusReport) -> String {
         if session.state == SessionState::Ended {
             text.push_str(&format!("session {} ended: {}\n", session.session, end(session)));
         }
+        if let Some(promotion) = &session.promotion {
+            text.push_str(&format!("session {}: {promotion}\n", session.session));
+        }
         for fallback in &session.fallbacks {
             text.push_str(&format!("session {}: {fallback}\n", session.session));
         }
@@ -199,6 +206,7 @@ fn session_row(session: &SessionStatus) -> Vec<String> {
         SessionState::Precopy => "precopy",
         SessionState::Protected => "protected",
         SessionState::Ended => "ended",
+        SessionState::Promoted => "promoted",
     };
     let or_dash = |value: Option<String>| value.unwrap_or_else(|| "-".to_owned());
     let pause = session.summary.phase(Phase::Pause);

@@ -127,6 +127,8 @@ pub enum Answer {
     Released {
         /// The session.
         released: u32,
+        /// What is still to be said of its checkpoint; nothing if it is there as before.
+        promotion: Option<String>,
     },
     /// To [`Request::Promoted`].
     Promoted {

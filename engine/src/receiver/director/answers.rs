@@ -50,12 +50,7 @@ impl Book {
             Request::Release {
                 session,
                 may_have_run,
-            } => {
-                let released = self
-                    .guest(session)
-                    .and_then(|guest| guest.promotion().release(by, may_have_run));
-                released.map(|()| Answer::Released { released: session })
-            }
+            } => self.release(session, by, may_have_run),
             Request::Promoted { session } => match self.promoted(session, by) {
                 Ok(entry) => return give_up(entry, reply, Answer::Promoted { promoted: session }),
                 Err(error) => Err(error),
@@ -177,6 +172,16 @@ impl Book {
         let guest = self.guest(feed.session)?;
         guest.promotion().check_claimed(by)?;
         Ok(guest)
+    }
+
+    fn release(&self, session: u32, by: Conversation, may_have_run: bool) -> Result<Answer, String> {
+        let guest = self.guest(session)?;
+        let mut promotion = guest.promotion();
+        promotion.release(by, may_have_run)?;
+        Ok(Answer::Released {
+            released: session,
+            promotion: promotion.words(),
+        })
     }
 
     /// A guest runs from what was given: nothing of it may stay here.

@@ -1,0 +1,248 @@
+//! What a failover tells.
+
+use super::waiting::Waiting;
+use super::{FailoverArgs, nanoseconds, shown};
+use crate::output::{CommandError, print, print_json, tell};
+use colo_ring::host::Machine;
+use colo_ring::metrics::display_nanoseconds;
+use colo_ring::receiver::{Claimed, Fed};
+use serde::Serialize;
+use serde_json::json;
+use std::path::PathBuf;
+use std::time::Duration;
+
+/// How long each step took.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Times {
+    /// Until the checkpoint was ours.
+    pub(super) claim: Duration,
+    /// Starting QEMU or connecting to it.
+    pub(super) start: Duration,
+    /// Checking and preparing it.
+    pub(super) check: Duration,
+    /// The operator's fence.
+    pub(super) fence: Duration,
+    /// The receiver's part: holding the checkpoint, and writing it while QEMU loads.
+    pub(super) feed: Duration,
+    /// From the stream's last byte until the guest runs.
+    pub(super) load: Duration,
+    /// All of it.
+    pub(super) total: Duration,
+}
+
+/// What became of the checkpoint.
+pub(super) struct Outcome {
+    /// `shared`, `stream` or `written`.
+    way: &'static str,
+    /// QEMU's word for what the guest does.
+    status: Option<String>,
+    qemu: Option<String>,
+    qmp: Option<PathBuf>,
+    pid: Option<u32>,
+    to: Option<String>,
+    fed: Fed,
+    pub(super) times: Times,
+}
+
+#[derive(Serialize)]
+struct Steps {
+    claim_ns: u64,
+    start_ns: u64,
+    check_ns: u64,
+    fence_ns: u64,
+    feed_ns: u64,
+    hold_ns: u64,
+    keep_ns: u64,
+    write_ns: u64,
+    load_ns: u64,
+    total_ns: u64,
+}
+
+#[derive(Serialize)]
+struct FailoverReport<'a> {
+    schema: &'static str,
+    schema_version: u32,
+    options: serde_json::Value,
+    session: u32,
+    checkpoint: u64,
+    checkpoint_age_ms: u64,
+    machine_type: &'a str,
+    way: &'static str,
+    status: Option<&'a str>,
+    qemu: Option<&'a str>,
+    qmp: Option<String>,
+    pid: Option<u32>,
+    to: Option<&'a str>,
+    kept: Option<String>,
+    stream_bytes: u64,
+    pages: u64,
+    zero_pages: u64,
+    steps: Steps,
+    machine: Machine,
+}
+
+impl Outcome {
+    /// A guest runs in a QEMU.
+    pub(super) fn resumed(waiting: &Waiting, status: String, shared: Option<String>, fed: Fed) -> Self {
+        Self {
+            way: if shared.is_some() { "shared" } else { "stream" },
+            status: Some(status),
+            qemu: Some(waiting.version()),
+            qmp: Some(waiting.monitor().to_owned()),
+            pid: waiting.pid(),
+            to: None,
+            fed,
+            times: Times::default(),
+        }
+    }
+
+    /// A stream was written.
+    pub(super) fn written(to: String, fed: Fed) -> Self {
+        Self {
+            way: "written",
+            status: None,
+            qemu: None,
+            qmp: None,
+            pid: None,
+            to: Some(to),
+            fed,
+            times: Times::default(),
+        }
+    }
+
+    fn steps(&self) -> Steps {
+        let times = &self.times;
+        Steps {
+            claim_ns: nanoseconds(times.claim),
+            start_ns: nanoseconds(times.start),
+            check_ns: nanoseconds(times.check),
+            fence_ns: nanoseconds(times.fence),
+            feed_ns: nanoseconds(times.feed),
+            hold_ns: self.fed.hold_ns,
+            keep_ns: self.fed.keep_ns,
+            write_ns: self.fed.write_ns,
+            load_ns: nanoseconds(times.load),
+            total_ns: nanoseconds(times.total),
+        }
+    }
+}
+
+/// Tells it to people or machines. With the stream on standard output only standard error is left.
+pub(super) fn print_outcome(
+    args: &FailoverArgs,
+    claimed: &Claimed,
+    outcome: &Outcome,
+) -> Result<(), CommandError> {
+    let is_stdout_taken = args.to == Some(super::Target::Here);
+    if args.json {
+        let report = report(args, claimed, outcome)?;
+        return match is_stdout_taken {
+            true => {
+                tell(&serde_json::to_string(&report).map_err(std::io::Error::from)?);
+                Ok(())
+            }
+            false => print_json(&report),
+        };
+    }
+    let text = words(args, claimed, outcome)?;
+    match is_stdout_taken {
+        true => {
+            tell(text.trim_end());
+            Ok(())
+        }
+        false => print(&text),
+    }
+}
+
+fn report<'a>(
+    args: &FailoverArgs,
+    claimed: &'a Claimed,
+    outcome: &'a Outcome,
+) -> Result<FailoverReport<'a>, CommandError> {
+    Ok(FailoverReport {
+        schema: "colo-ring.failover",
+        schema_version: 1,
+        options: json!({
+            "control": args.control.to_string(),
+            "stream": args.stream,
+            "force": args.force,
+            "retry": args.retry,
+            "fence": args.fence,
+            "qemu": args.qemu,
+            "qemu_args": args.qemu_args,
+        }),
+        session: args.session,
+        checkpoint: outcome.fed.checkpoint,
+        checkpoint_age_ms: claimed.checkpoint_age_ms,
+        machine_type: &claimed.machine,
+        way: outcome.way,
+        status: outcome.status.as_deref(),
+        qemu: outcome.qemu.as_deref(),
+        qmp: outcome.qmp.as_deref().map(shown),
+        pid: outcome.pid,
+        to: outcome.to.as_deref(),
+        kept: args.keep()?.as_deref().map(shown),
+        stream_bytes: outcome.fed.stream.bytes,
+        pages: outcome.fed.stream.pages,
+        zero_pages: outcome.fed.stream.zero_pages,
+        steps: outcome.steps(),
+        machine: Machine::read(),
+    })
+}
+
+fn words(args: &FailoverArgs, claimed: &Claimed, outcome: &Outcome) -> Result<String, CommandError> {
+    let (session, checkpoint) = (args.session, outcome.fed.checkpoint);
+    let age = claimed.checkpoint_age_ms;
+    let kibibytes = outcome.fed.stream.bytes / 1024;
+    let mut text = match (&outcome.status, &outcome.to) {
+        (Some(status), _) => {
+            let does = if status == "running" {
+                "runs".to_owned()
+            } else {
+                format!("stands ({status})")
+            };
+            let qemu = outcome.qemu.as_deref().unwrap_or_default();
+            format!(
+                "the guest of session {session} {does} in QEMU {qemu} from checkpoint {checkpoint}, which was {age} ms old\n"
+            )
+        }
+        (None, to) => format!(
+            "checkpoint {checkpoint} of session {session} was written to {} ({kibibytes} KiB). When its guest runs: \
+             colo-ring discard; if it does not start: --retry\n",
+            to.as_deref().unwrap_or_default()
+        ),
+    };
+    match outcome.way {
+        "shared" => text.push_str(&format!(
+            "its memory is the receiver's file, which the guest consumes and the receiver gives up; {kibibytes} KiB were sent\n"
+        )),
+        "stream" => text.push_str(&format!("its memory was sent: {kibibytes} KiB; the receiver gives its own up\n")),
+        _ => {}
+    }
+    if let Some(kept) = args.keep()? {
+        text.push_str(&format!(
+            "a copy is kept: qemu-system-x86_64 … -incoming file:{}\n",
+            kept.display()
+        ));
+    }
+    if let Some(pid) = outcome.pid {
+        let monitor = outcome.qmp.as_deref().map(shown).unwrap_or_default();
+        text.push_str(&format!("process {pid}, monitor unix:{monitor}\n"));
+    }
+    let steps = outcome.steps();
+    let named = [
+        ("claim", steps.claim_ns),
+        ("QEMU's start", steps.start_ns),
+        ("check", steps.check_ns),
+        ("fence", steps.fence_ns),
+        ("stream", steps.feed_ns),
+        ("QEMU's loading", steps.load_ns),
+        ("all", steps.total_ns),
+    ];
+    let named = named.iter().filter(|(_, ns)| *ns > 0);
+    let named: Vec<_> = named
+        .map(|(name, ns)| format!("{name} {}", display_nanoseconds(*ns)))
+        .collect();
+    text.push_str(&format!("{}\n", named.join(", ")));
+    Ok(text)
+}
