@@ -98,8 +98,8 @@ enum Command {
 
     /// Be a primary without a guest: make a session of a chosen shape, live or into a capture
     ///
-    /// Speaks to any COLO secondary, QEMU included, as a QEMU primary does, with device state that only looks like one.
-    /// Checkpoints are due at fixed times whatever the secondary does, and received and loaded are counted from when
+    /// Speaks as a QEMU primary does. The secondary is a receiver or anything else that does not look into the device
+    /// state: QEMU does, and refuses it, because it only looks like that of a machine. Checkpoints are due at fixed times whatever the secondary does, and received and loaded are counted from when
     /// they were due: one that comes late because the last one was still running has waited, and that shows. Pages
     /// are made before they are due, and what this side is late by is counted apart. With --out nothing is measured.
     #[command(

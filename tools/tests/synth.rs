@@ -244,6 +244,35 @@ fn a_capture_that_is_played_leaves_what_the_live_session_of_that_seed_leaves() {
     }
 }
 
+/// The same by the command that is made for it, which takes its waits from the capture instead of its order.
+#[test]
+fn a_capture_that_is_replayed_leaves_the_primary_s_memory() {
+    for (version, channels, pace) in [
+        (Version::V11_1, 2, ["--pace", "max"]),
+        (Version::V10_0, 0, ["--interval", "20"]),
+        (Version::V7_2, 3, ["--pace", "max"]),
+    ] {
+        let secondary = Secondary::start("replayed", channels);
+        let path = secondary.scratch.file("session.cap");
+        let options = SynthOptions {
+            channels,
+            ..options(version)
+        };
+        let (model_of_capture, _) = capture(&path, &options, 5);
+        let replay = Command::new(env!("CARGO_BIN_EXE_colo-ring"))
+            .args(["replay", path.to_str().unwrap(), "--to", &secondary.address()])
+            .args(pace)
+            .output()
+            .unwrap();
+        assert!(replay.status.success(), "{}", said(&replay));
+        assert!(
+            secondary.committed() == model_of_capture,
+            "{version}, {channels} channels"
+        );
+        secondary.end();
+    }
+}
+
 #[test]
 fn a_capture_is_read_as_the_session_that_it_is() {
     let scratch = Scratch::new("streams");

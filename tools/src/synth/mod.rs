@@ -1,4 +1,5 @@
-//! A synthetic primary: speaks to any COLO secondary as a QEMU primary does, with a guest that is only memory.
+//! A synthetic primary: speaks to a COLO secondary as a QEMU primary does, with a guest that is only memory. QEMU itself
+//! cannot be that secondary: it would have to load the device state, which only has the form of one.
 //!
 //! It owns the guest's RAM model, its sockets and one thread per multifd channel. It follows QEMU where a secondary
 //! could notice: what is sent on which channel and in which order, where the main channel is flushed, Nagle's
