@@ -5,6 +5,7 @@
 
 mod capture;
 mod elements;
+mod listing;
 mod log;
 mod report;
 
