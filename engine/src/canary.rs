@@ -8,6 +8,8 @@
 pub(crate) enum Canary {
     /// A sync is taken as complete before its last channel has arrived.
     EarlySync,
+    /// A channel may write while a commit is under way or done.
+    OpenGate,
     /// A channel that arrives last at a sync wakes nobody.
     LostWake,
     /// The last page of a packet is not marked dirty.

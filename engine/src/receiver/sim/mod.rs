@@ -30,6 +30,7 @@ mod tests;
 mod world;
 
 use crate::canary::{self, Canary};
+use std::collections::BTreeMap;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use world::World;
 
@@ -37,7 +38,7 @@ use world::World;
 const FIRST_LEN: usize = 4;
 
 /// What a run did, for the one who asks whether runs do enough.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 struct Tally {
     steps: u64,
     sessions: u64,
@@ -46,6 +47,8 @@ struct Tally {
     commits: u64,
     bytes: u64,
     dumps: u64,
+    /// Sessions by how they ended.
+    ends: BTreeMap<&'static str, u64>,
     /// Follows from every step: two runs are equal if theirs are.
     digest: u64,
 }
@@ -58,6 +61,9 @@ impl Tally {
         self.commits += other.commits;
         self.bytes += other.bytes;
         self.dumps += other.dumps;
+        for (end, count) in &other.ends {
+            *self.ends.entry(end).or_default() += count;
+        }
         self.digest ^= other.digest;
     }
 }

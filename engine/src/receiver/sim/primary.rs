@@ -5,6 +5,7 @@
 
 use super::memory::{Content, Memory, PAGE, Snapshot, is_zero};
 use super::rng::Rng;
+use super::session::Intruder;
 use crate::blocks::BlockTable;
 use crate::units::PACKET_PAGES;
 use crate::wire::codec::Method;
@@ -351,6 +352,26 @@ impl Primary {
         self.main(|out| out.extend_from_slice(&device_state));
         self.take_snapshot(device_state);
         self.wait_for(Stage::WaitLoaded, &[&RECEIVED, &LOADED]);
+    }
+
+    /// Sends a page behind the last sync of the checkpoint that is on its way, if one is, on a channel.
+    pub(super) fn intrude(&mut self, rng: &mut Rng) -> Option<Intruder> {
+        if !matches!(self.stage, Stage::WaitReady | Stage::WaitLoaded) || self.kind.channels == 0 {
+            return None;
+        }
+        let page = rng.below(self.memory.pages.len());
+        let mut bytes = [0xee; PAGE];
+        bytes[..8].copy_from_slice(&rng.next().to_le_bytes());
+        let content = Content::new(bytes);
+        let (block, offset) = self.memory.locate(page);
+        let packet = Packet {
+            block,
+            normal: vec![(offset, content.clone())],
+            zero: Vec::new(),
+        };
+        let channel = rng.below(self.kind.channels);
+        self.packet(channel, &packet, false);
+        Some(Intruder::new(channel, self.snapshots.len() - 1, page, content))
     }
 
     fn take_snapshot(&mut self, device_state: Vec<u8>) {

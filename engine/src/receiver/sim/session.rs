@@ -1,9 +1,10 @@
 //! One session in the simulation: the model primary with the real guest, and the question whether they agree.
 
-use super::memory::PAGE;
+use super::memory::{Content, PAGE};
 use super::primary::{Primary, Stage};
 use crate::metrics::CheckpointSample;
 use crate::receiver::dump;
+use crate::receiver::end::{ChannelError, SessionEnd};
 use crate::receiver::guest::Guest;
 use crate::ring::sim::{Network, Wire};
 use crate::store::Store;
@@ -27,8 +28,33 @@ pub(super) struct SimSession {
     pub(super) is_touched: bool,
     /// All endpoints have left, and what was not committed is dropped.
     pub(super) is_over: bool,
+    /// A packet that the primary should not have sent.
+    pub(super) intruder: Option<Intruder>,
     committed: usize,
     samples: usize,
+}
+
+/// A page sent behind the last sync of a checkpoint, before the next one. It may come before the receiver can know that; then
+/// it belongs to that checkpoint. Else the session must end by it.
+pub(super) struct Intruder {
+    pub(super) channel: usize,
+    pub(super) state: usize,
+    pub(super) page: usize,
+    pub(super) content: Content,
+    /// It came in time.
+    is_in: bool,
+}
+
+impl Intruder {
+    pub(super) fn new(channel: usize, state: usize, page: usize, content: Content) -> Self {
+        Self {
+            channel,
+            state,
+            page,
+            content,
+            is_in: false,
+        }
+    }
 }
 
 impl SimSession {
@@ -47,6 +73,7 @@ impl SimSession {
             wires,
             is_touched,
             is_over: false,
+            intruder: None,
             committed: 0,
             samples: 0,
         }
@@ -109,11 +136,34 @@ impl SimSession {
                 self.committed
             ));
         }
-        self.committed = committed;
-        match store {
-            Some(store) if committed > 0 => self.compare(store),
-            _ => Ok(()),
+        let now = std::mem::replace(&mut self.committed, committed) != committed;
+        let Some(store) = store.filter(|_| committed > 0).cloned() else {
+            return Ok(());
+        };
+        if let Some(intruder) = &mut self.intruder
+            && (now && intruder.state + 1 == committed)
+        {
+            let mut page = [0; PAGE];
+            store.read_committed(PageIndex::new(intruder.page as u64), &mut page);
+            intruder.is_in = page == *intruder.content;
         }
+        self.compare(&store)
+    }
+
+    /// Whether the primary may go on: an intruder that is still on its way could pass for a page of the next checkpoint.
+    pub(super) fn may_act(&self, net: &Network) -> bool {
+        let Some(intruder) = &self.intruder else {
+            return self.primary.may_act();
+        };
+        let wire = &net.wires[self.wires.start + 1 + intruder.channel];
+        let is_through = wire.taken == wire.sent.len() && net.held().1 == 0 && !wire.is_filling();
+        self.primary.may_act() && (is_through || self.guest.end().is_some())
+    }
+
+    /// Whether a page may have this content though it is not the snapshot's.
+    fn is_intruder(&self, at: usize, page: &[u8; PAGE]) -> bool {
+        let intruder = self.intruder.as_ref().filter(|intruder| intruder.is_in);
+        intruder.is_some_and(|intruder| intruder.page == at && *intruder.content == *page)
     }
 
     fn compare(&self, store: &Store) -> Result<(), String> {
@@ -122,7 +172,7 @@ impl SimSession {
         let mut page = [0; PAGE];
         for (at, expected) in snapshot.pages.iter().enumerate() {
             store.read_committed(PageIndex::new(at as u64), &mut page);
-            if page != **expected {
+            if page != **expected && !self.is_intruder(at, &page) {
                 return Err(format!(
                     "page {at} of {} is not what state {state} had there: {}",
                     snapshot.pages.len(),
@@ -158,7 +208,7 @@ impl SimSession {
             self.primary.snapshots[number].sent,
             (sample.pages, sample.zero_pages),
         );
-        if sent != seen {
+        if sent != seen && self.intruder.is_none() {
             return Err(format!(
                 "checkpoint {number}: {sent:?} pages and zero pages sent, {seen:?} counted"
             ));
@@ -179,7 +229,9 @@ impl SimSession {
             ram.extend(read(&block.file)?);
         }
         let pages = ram.as_chunks::<PAGE>().0;
-        if pages.len() != snapshot.pages.len() || pages.iter().zip(&snapshot.pages).any(|(a, b)| *a != **b) {
+        let mut both = pages.iter().zip(&snapshot.pages).enumerate();
+        let is_equal = both.all(|(at, (page, expected))| *page == **expected || self.is_intruder(at, page));
+        if pages.len() != snapshot.pages.len() || !is_equal {
             return Err("a dump is not its checkpoint's memory".to_owned());
         }
         if read(&dumped.device_state_file)? != snapshot.device_state {
@@ -195,6 +247,25 @@ impl SimSession {
 
     pub(super) fn commits(&self) -> u64 {
         self.committed as u64
+    }
+
+    /// How it ended, in a word.
+    pub(super) fn end(&self) -> &'static str {
+        match self.guest.end() {
+            None => "not",
+            Some(SessionEnd::PrimaryLost(_)) => "primary lost",
+            Some(SessionEnd::Broken { .. }) => "broken",
+            Some(SessionEnd::MainChannel(_)) => "main channel",
+            Some(SessionEnd::Channel {
+                error: ChannelError::NotQuiet,
+                ..
+            }) => "gate closed",
+            Some(SessionEnd::Channel { .. }) => "channel",
+            Some(SessionEnd::NotQuiet { .. }) => "not quiet",
+            Some(SessionEnd::NoMemory(_)) => "no memory",
+            Some(SessionEnd::Stopped) => "stopped",
+            Some(_) => "another",
+        }
     }
 
     /// What the control thread does when all endpoints have left.

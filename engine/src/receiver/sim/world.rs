@@ -44,11 +44,21 @@ enum Fault {
     Kill,
     /// One connection brings rubbish.
     Rubbish,
+    /// A channel brings a page after the last sync of a checkpoint.
+    Intrude,
     /// The operator stops it.
     Stop,
 }
 
-const FAULTS: [Fault; 5] = [Fault::Cut, Fault::Reset, Fault::Kill, Fault::Rubbish, Fault::Stop];
+const FAULTS: [Fault; 7] = [
+    Fault::Cut,
+    Fault::Reset,
+    Fault::Kill,
+    Fault::Rubbish,
+    Fault::Intrude,
+    Fault::Intrude,
+    Fault::Stop,
+];
 
 pub(super) struct World {
     rng: Rng,
@@ -67,6 +77,8 @@ pub(super) struct World {
     faults: Vec<(u64, usize, Fault)>,
     dump_at: Option<u64>,
     wait_all: bool,
+    /// Most bytes that arrive, or are received, in one step.
+    piece_bytes: usize,
 }
 
 impl World {
@@ -103,6 +115,7 @@ impl World {
             faults: Vec::new(),
             dump_at: rng.one_in(16).then(|| rng.any_size(2000) as u64),
             wait_all: rng.one_in(2),
+            piece_bytes: rng.pick(&[200, 2000, 20_000, 1 << 20, 1 << 20, 1 << 20]),
             rng: Rng::new(rng.next()),
             trace,
             tally: Tally::default(),
@@ -121,7 +134,11 @@ impl World {
             world.begin(kind, style, pages_max, no_memory);
             if world.rng.one_in(2) {
                 let fault = world.rng.pick(&FAULTS);
-                let at = world.rng.any_size(3000) as u64;
+                // Small pieces make long runs.
+                let at = world
+                    .rng
+                    .any_size(if world.piece_bytes < 10_000 { 20_000 } else { 1000 })
+                    as u64;
                 world.faults.push((at, world.sessions.len() - 1, fault));
             }
         }
@@ -214,7 +231,7 @@ impl World {
         }
         while self.step()? {}
         self.close()?;
-        Ok(self.tally)
+        Ok(self.tally.clone())
     }
 
     /// All is over: nothing may be held any more.
@@ -226,6 +243,7 @@ impl World {
             session.check(&self.net.borrow())?;
             self.tally.untouched += u64::from(!session.is_touched);
             self.tally.commits += session.commits();
+            *self.tally.ends.entry(session.end()).or_default() += 1;
             let guest = Arc::downgrade(&session.guest);
             let store = session.guest.store().map(Arc::downgrade);
             drop(session);
@@ -315,7 +333,7 @@ impl World {
         if self.stalled[wire] || !self.net.borrow().wires[wire].is_under_way() {
             return false;
         }
-        let bytes = self.rng.any_size(1 << 20);
+        let bytes = self.rng.any_size(self.piece_bytes);
         let bytes = self.net.borrow_mut().wires[wire].arrive(bytes);
         self.tally.bytes += bytes as u64;
         self.note(|| format!("wire {wire}: {bytes} bytes arrive"));
@@ -323,7 +341,7 @@ impl World {
     }
 
     fn receive(&mut self, wire: usize) -> bool {
-        let bytes = self.rng.any_size(1 << 20);
+        let bytes = self.rng.any_size(self.piece_bytes);
         let eager = !self.wait_all || self.rng.one_in(200);
         let net = &mut *self.net.borrow_mut();
         if !net.wires[wire].is_ready() {
@@ -352,7 +370,7 @@ impl World {
         let heard = session
             .hear()
             .map_err(|error| format!("session {number}: {error}"))?;
-        let acts = !heard && session.primary.may_act();
+        let acts = !heard && session.may_act(&self.net.borrow());
         if acts {
             session.primary.act(&mut self.rng);
             session.send(&mut self.net.borrow_mut());
@@ -378,6 +396,10 @@ impl World {
         let now = self.tally.steps;
         while let Some(position) = self.faults.iter().position(|(at, ..)| *at <= now) {
             let (_, session, fault) = self.faults.swap_remove(position);
+            if fault == Fault::Intrude && !self.intrude(session) {
+                self.faults.push((now + 1, session, fault));
+                break;
+            }
             self.fault(session, fault);
         }
         if self.dump_at.is_some_and(|at| at <= now)
@@ -424,8 +446,19 @@ impl World {
                 }
             }
             Fault::Rubbish => self.spoil(number, connection),
+            // It has done it already.
+            Fault::Intrude => {}
             Fault::Stop => session.guest.finish(SessionEnd::Stopped),
         }
+    }
+
+    /// Lets a channel bring a page that it should not; false if now is no time for it.
+    fn intrude(&mut self, number: usize) -> bool {
+        let session = &mut self.sessions[number];
+        let intruder = session.primary.intrude(&mut self.rng);
+        session.send(&mut self.net.borrow_mut());
+        session.intruder = intruder;
+        session.intruder.is_some()
     }
 
     /// Ends a connection somewhere in what is under way on it.
