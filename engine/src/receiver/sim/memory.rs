@@ -44,7 +44,7 @@ impl Memory {
             "/rom@etc/acpi/tables",
             "0000:00:02.0/vga.vram",
         ];
-        let block = |name: &&str| (name.to_string(), rng.any_size(pages_max / count));
+        let block = |name: &&str| (name.to_string(), rng.range(1, pages_max / count));
         let blocks: Vec<_> = names[..count].iter().map(block).collect();
         let all: usize = blocks.iter().map(|(_, pages)| pages).sum();
         let zero: Content = Rc::new([0; PAGE]);

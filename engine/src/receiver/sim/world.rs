@@ -28,8 +28,21 @@ const STORES: [(CacheKind, CommitMode); 1] = [(CacheKind::Mirror, CommitMode::Sy
 /// Steps after which a run has gone astray: none came near.
 const STEPS_MAX: u64 = 1_000_000;
 
+/// Steps that many runs have.
+const STEPS_USUAL: usize = 3000;
+
 /// Failed tries to find something to do at random, after which everything is looked at.
 const TRIES: usize = 24;
+
+/// Most pages of a guest, and most bytes of a piece in which they come: not so many small ones that few runs fit a minute.
+const SIZES: [(usize, usize); 6] = [
+    (8, 200),
+    (40, 2000),
+    (150, 20_000),
+    (8, 1 << 20),
+    (40, 1 << 20),
+    (150, 1 << 20),
+];
 
 type Job = Box<dyn FnOnce() + Send>;
 
@@ -102,7 +115,7 @@ impl World {
         };
         let net = Network::new(cores, registered);
         let jobs = Arc::new(Mutex::new(Vec::new()));
-        let pages_max = rng.pick(&[8, 40, 150]);
+        let (pages_max, piece_bytes) = rng.pick(&SIZES);
         let no_memory = rng.one_in(20);
         let ram = if no_memory { 4095 } else { 1 << 30 };
         let budgets = [("ram", ram), ("device state", 1 << 30)];
@@ -113,19 +126,9 @@ impl World {
             cores: (0..cores).map(new_core).collect(),
             stalled: vec![false; connections],
             faults: Vec::new(),
-            dump_at: rng.one_in(16).then(|| rng.any_size(2000) as u64),
+            dump_at: rng.one_in(16).then(|| rng.any_size(STEPS_USUAL) as u64),
             wait_all: rng.one_in(2),
-            piece_bytes: rng.pick(&[
-                200,
-                2000,
-                2000,
-                20_000,
-                20_000,
-                1 << 20,
-                1 << 20,
-                1 << 20,
-                1 << 20,
-            ]),
+            piece_bytes,
             rng: Rng::new(rng.next()),
             trace,
             tally: Tally::default(),
@@ -144,11 +147,7 @@ impl World {
             world.begin(kind, style, pages_max, no_memory);
             if world.rng.one_in(2) {
                 let fault = world.rng.pick(&FAULTS);
-                // Small pieces make long runs.
-                let at = world
-                    .rng
-                    .any_size(if world.piece_bytes < 10_000 { 20_000 } else { 1000 })
-                    as u64;
+                let at = world.rng.any_size(STEPS_USUAL) as u64;
                 world.faults.push((at, world.sessions.len() - 1, fault));
             }
         }
