@@ -36,6 +36,7 @@ fn options(backend: BackendKind, channels: u8) -> ReceiverOptions {
         control: None,
         once: false,
         identify_deadline: Duration::from_secs(5),
+        host_watch: colo_ring::net::HostWatch::default(),
     }
 }
 

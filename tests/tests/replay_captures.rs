@@ -30,6 +30,7 @@ fn receiver() -> Receiver {
         control: None,
         once: false,
         identify_deadline: Duration::from_secs(10),
+        host_watch: colo_ring::net::HostWatch::default(),
     };
     Receiver::start(options, drop).unwrap()
 }

@@ -11,6 +11,7 @@ pub mod doctor;
 pub mod failover;
 pub mod hlog;
 pub mod inspect;
+mod on_loss;
 pub mod options;
 pub mod output;
 pub mod protect;

@@ -1,11 +1,13 @@
 //! `colo-ring receive`: the secondary.
 
+use crate::on_loss::OnLoss;
 use crate::options::{Backend, Cache, Commit, ControlAddress, CoreList, HugePages, Size, Switch};
 use crate::output::{CommandError, ProgressLine, print, print_json, tell};
 use crate::{signals, status};
 use clap::Args;
 use colo_ring::host::{Machine, allowed_cores};
 use colo_ring::metrics::Report;
+use colo_ring::net::HostWatch;
 use colo_ring::receiver::{
     Answer, Event, ListenAddress, Outcome, Receiver, ReceiverOptions, Request, SessionStatus, StatusReport,
 };
@@ -78,6 +80,19 @@ pub struct ReceiveArgs {
     #[arg(long, value_name = "SECONDS", default_value_t = 10, value_parser = clap::value_parser!(u64).range(1..=3600))]
     accept_timeout: u64,
 
+    /// Run CMD by sh when a primary is lost: with COLO_RING_SESSION, COLO_RING_CHECKPOINT (empty: nothing to resume),
+    /// COLO_RING_CHECKPOINT_AGE_MS, COLO_RING_REASON, COLO_RING_PEER, COLO_RING_MACHINE and COLO_RING_CONTROL
+    #[arg(long, value_name = "CMD")]
+    on_loss: Option<String>,
+
+    /// Seconds of silence after which a primary's host is probed (TCP keep-alive)
+    #[arg(long, value_name = "SECONDS", default_value_t = HostWatch::default().probe_after_s, value_parser = clap::value_parser!(u32).range(1..=32767))]
+    keepalive: u32,
+
+    /// Seconds without a sign of life after which a primary is lost (TCP_USER_TIMEOUT)
+    #[arg(long, value_name = "SECONDS", default_value_t = HostWatch::default().give_up_after_s, value_parser = clap::value_parser!(u32).range(1..=86400))]
+    user_timeout: u32,
+
     /// Print the report at the end as JSON (schema colo-ring.receive, version 1)
     #[arg(long)]
     json: bool,
@@ -98,6 +113,9 @@ struct Described {
     ram_limit_bytes: u64,
     once: bool,
     accept_timeout_s: u64,
+    keepalive_s: u32,
+    user_timeout_s: u32,
+    on_loss: Option<String>,
 }
 
 #[derive(Serialize)]
@@ -124,6 +142,7 @@ fn raise_open_files() {
 /// If it cannot start or go on.
 pub fn run(args: ReceiveArgs) -> Result<ExitCode, CommandError> {
     let (once, json, hist) = (args.once, args.json, args.hist.clone());
+    let on_loss = (args.on_loss.clone()).map(|command| OnLoss::new(command, args.control.as_ref()));
     let options = args.into_options()?;
     let (wish, wished) = mpsc::channel();
     signals::on_end(move || {
@@ -131,7 +150,13 @@ pub fn run(args: ReceiveArgs) -> Result<ExitCode, CommandError> {
         let _ = wish.send(());
     })?;
     raise_open_files();
-    let receiver = Receiver::start(options, |event| tell(&describe(&event))).map_err(failed)?;
+    let told = move |event: Event| {
+        tell(&describe(&event));
+        if let (Some(on_loss), Event::Ended(status)) = (&on_loss, &event) {
+            on_loss.session_ended(status);
+        }
+    };
+    let receiver = Receiver::start(options, told).map_err(failed)?;
     for address in receiver.addresses() {
         tell(&format!("listening on {address}"));
     }
@@ -157,6 +182,12 @@ pub fn run(args: ReceiveArgs) -> Result<ExitCode, CommandError> {
 
 impl ReceiveArgs {
     fn into_options(self) -> Result<ReceiverOptions, CommandError> {
+        if self.user_timeout < self.keepalive {
+            return Err(CommandError::Usage(
+                "--user-timeout must not be shorter than --keepalive: a silent host is not given up before it was probed"
+                    .to_owned(),
+            ));
+        }
         let ram_limit_bytes = self
             .ram_limit
             .map_or_else(|| Machine::read().memory_bytes / 2, |size| size.0);
@@ -182,6 +213,9 @@ impl ReceiveArgs {
             ram_limit_bytes,
             once: self.once,
             accept_timeout_s: self.accept_timeout,
+            keepalive_s: self.keepalive,
+            user_timeout_s: self.user_timeout,
+            on_loss: self.on_loss,
         };
         Ok(ReceiverOptions {
             described: serde_json::to_value(&described).map_err(std::io::Error::from)?,
@@ -202,6 +236,10 @@ impl ReceiveArgs {
             control: self.control.map(|address| address.0),
             once: self.once,
             identify_deadline: Duration::from_secs(self.accept_timeout),
+            host_watch: HostWatch {
+                probe_after_s: self.keepalive,
+                give_up_after_s: self.user_timeout,
+            },
         })
     }
 }
@@ -349,6 +387,7 @@ mod tests {
             ("--listen unix:/tmp/x --ram-limit 0", "--ram-limit"),
             ("--listen unix:/tmp/x --ram-limit 1.5G", "512M"),
             ("--listen unix:/tmp/x --accept-timeout 0", "0"),
+            ("--listen unix:/tmp/x --user-timeout 2", "--keepalive"),
             ("--listen unix:/tmp/x --control /tmp/c", "unix:PATH"),
             ("--listen unix:/tmp/x --backend rdma", "uring"),
         ] {

@@ -71,6 +71,7 @@ impl Secondary {
             control: None,
             once: false,
             identify_deadline: Duration::from_secs(5),
+            host_watch: colo_ring::net::HostWatch::default(),
         };
         Self {
             receiver: Receiver::start(options, |_| ()).unwrap(),

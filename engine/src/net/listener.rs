@@ -5,7 +5,7 @@ use super::ListenAddress;
 use crate::ring::own_descriptor;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::sockopt::{
-    KeepAlive, PeerCredentials, TcpKeepCount, TcpKeepIdle, TcpKeepInterval, TcpNoDelay, TcpUserTimeout,
+    KeepAlive, PeerCredentials, TcpKeepIdle, TcpKeepInterval, TcpNoDelay, TcpUserTimeout,
 };
 use nix::sys::socket::{Shutdown, getsockopt, setsockopt, shutdown};
 use std::io;
@@ -19,14 +19,41 @@ use std::time::Duration;
 use thiserror::Error;
 use tokio::sync::mpsc;
 
-/// A TCP connection whose other host is silent for this long is probed.
-const PROBE_AFTER_SECONDS: u32 = 10;
+/// Seconds between probes of a silent host.
+const PROBE_EVERY_SECONDS: u32 = 1;
 
-/// Seconds between probes.
-const PROBE_EVERY_SECONDS: u32 = 5;
+/// When a TCP connection whose other host has vanished without a word is given up.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct HostWatch {
+    /// Seconds of silence after which the other host is probed, once a second.
+    pub probe_after_s: u32,
+    /// Seconds without any sign of life after which the connection is given up.
+    pub give_up_after_s: u32,
+}
 
-/// Probes without an answer that end the connection: 40 seconds after the last sign of life.
-const PROBES: u32 = 6;
+impl Default for HostWatch {
+    /// For a decision within 10 seconds.
+    fn default() -> Self {
+        Self {
+            probe_after_s: 3,
+            give_up_after_s: 8,
+        }
+    }
+}
+
+impl HostWatch {
+    /// Sets it on a socket.
+    ///
+    /// # Errors
+    /// If it is no TCP socket.
+    pub fn apply(self, socket: &OwnedFd) -> nix::Result<()> {
+        setsockopt(socket, KeepAlive, &true)?;
+        setsockopt(socket, TcpKeepIdle, &self.probe_after_s.max(1))?;
+        setsockopt(socket, TcpKeepInterval, &PROBE_EVERY_SECONDS)?;
+        // What decides, for probes and for answers of ours that nobody acknowledges: Linux does not count probes then.
+        setsockopt(socket, TcpUserTimeout, &self.give_up_after_s.saturating_mul(1000))
+    }
+}
 
 /// Where a connection comes from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -73,6 +100,7 @@ impl Accepted {
 pub struct Listener {
     socket: OwnedFd,
     address: ListenAddress,
+    watch: HostWatch,
 }
 
 /// Why an address cannot be listened on.
@@ -109,6 +137,7 @@ impl Listener {
                 Ok(Self {
                     socket: listener.into(),
                     address,
+                    watch: HostWatch::default(),
                 })
             }
             ListenAddress::Unix(path) => {
@@ -116,9 +145,17 @@ impl Listener {
                 Ok(Self {
                     socket,
                     address: address.clone(),
+                    watch: HostWatch::default(),
                 })
             }
         }
+    }
+
+    /// Watches the hosts of accepted connections like this.
+    #[must_use]
+    pub fn watching(mut self, watch: HostWatch) -> Self {
+        self.watch = watch;
+        self
     }
 
     /// The address with the real port.
@@ -174,7 +211,9 @@ impl Listener {
         let is_tcp = self.is_tcp();
         let (origin, from) = if is_tcp {
             setsockopt(&socket, TcpNoDelay, &true)?;
-            watch_for_vanished_host(&socket)?;
+            // Between checkpoints a primary is silent for as long as `x-checkpoint-delay`, so that silence alone says
+            // nothing (spec §14.1).
+            self.watch.apply(&socket)?;
             let stream = TcpStream::from(socket.try_clone()?);
             let peer = stream.peer_addr()?;
             (Origin::Host(peer.ip()), peer.to_string())
@@ -192,21 +231,6 @@ impl Listener {
             from,
         })
     }
-}
-
-/// Makes the connection fail where the primary's host has gone without a word (spec §14.1): between checkpoints it
-/// is silent for as long as `x-checkpoint-delay`, so that silence alone says nothing.
-///
-/// # Errors
-/// If it is no TCP socket.
-pub fn watch_for_vanished_host(socket: &OwnedFd) -> nix::Result<()> {
-    setsockopt(socket, KeepAlive, &true)?;
-    setsockopt(socket, TcpKeepIdle, &PROBE_AFTER_SECONDS)?;
-    setsockopt(socket, TcpKeepInterval, &PROBE_EVERY_SECONDS)?;
-    setsockopt(socket, TcpKeepCount, &PROBES)?;
-    // The same for an answer of ours that nobody acknowledges: probes are not sent then.
-    let given_up = (PROBE_AFTER_SECONDS + PROBE_EVERY_SECONDS * PROBES) * 1000;
-    setsockopt(socket, TcpUserTimeout, &given_up)
 }
 
 enum Acceptor {
@@ -290,8 +314,9 @@ mod tests {
         let socket = TcpListener::from(listener.socket.try_clone().unwrap()).accept();
         let accepted = listener.describe(socket.unwrap().0.into(), 0).unwrap();
         assert!(getsockopt(&accepted.socket, KeepAlive).unwrap());
-        assert_eq!(getsockopt(&accepted.socket, TcpKeepIdle).unwrap(), 10);
-        assert_eq!(getsockopt(&accepted.socket, TcpUserTimeout).unwrap(), 40_000);
+        assert_eq!(getsockopt(&accepted.socket, TcpKeepIdle).unwrap(), 3);
+        assert_eq!(getsockopt(&accepted.socket, TcpKeepInterval).unwrap(), 1);
+        assert_eq!(getsockopt(&accepted.socket, TcpUserTimeout).unwrap(), 8_000);
     }
 
     /// Connections that are reset before they are looked at do not hold up the one behind them.

@@ -11,6 +11,6 @@ mod runtime;
 mod stream;
 
 pub use address::{AddressError, ListenAddress};
-pub use listener::{Accepted, ListenError, Listener, Origin, Peer, bind_unix, watch_for_vanished_host};
+pub use listener::{Accepted, HostWatch, ListenError, Listener, Origin, Peer, bind_unix};
 pub use runtime::Runtime;
 pub use stream::Stream;

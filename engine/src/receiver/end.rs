@@ -69,6 +69,11 @@ impl SessionEnd {
         )
     }
 
+    /// Whether the primary was lost, or had to be given up.
+    pub(super) fn is_loss(&self) -> bool {
+        !matches!(self, Self::Promoted | Self::Stopped)
+    }
+
     /// Whether the guest may live nowhere but here (spec §5).
     pub(super) fn may_hold_the_only_copy(&self) -> bool {
         let (Self::PrimaryLost(ending) | Self::Broken { ending, .. }) = self else {

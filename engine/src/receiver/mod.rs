@@ -152,8 +152,8 @@ impl Receiver {
         let listeners: Vec<Listener> = options
             .listen
             .iter()
-            .map(Listener::bind)
-            .collect::<Result<_, _>>()?;
+            .map(|address| Ok(Listener::bind(address)?.watching(options.host_watch)))
+            .collect::<Result<_, ListenError>>()?;
         let addresses = listeners
             .iter()
             .map(|listener| listener.address().clone())

@@ -1,5 +1,6 @@
 //! What a receiver is started with.
 
+use crate::net::HostWatch;
 use crate::net::ListenAddress;
 use crate::ring::BackendKind;
 use crate::store::StoreOptions;
@@ -33,4 +34,6 @@ pub struct ReceiverOptions {
     pub once: bool,
     /// From a session's first connection until all of its channels must be identified.
     pub identify_deadline: Duration,
+    /// When a primary whose host is silent counts as lost.
+    pub host_watch: HostWatch,
 }

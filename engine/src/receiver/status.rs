@@ -1,6 +1,7 @@
 //! What the receiver says about itself.
 #![forbid(unsafe_code)]
 
+use super::end::SessionEnd;
 use super::guest::Guest;
 use super::promotion::Promotion;
 use crate::metrics::Summary;
@@ -65,6 +66,9 @@ pub struct SessionStatus {
     pub end: Option<String>,
     /// Whether it ended as sessions do, and not by an error.
     pub orderly: Option<bool>,
+    /// Whether it ended because its primary was lost: not by the receiver's end, and not by a failover.
+    #[serde(default)]
+    pub lost: bool,
     /// What a failover has done or does with its checkpoint, if one was tried.
     #[serde(default)]
     pub promotion: Option<String>,
@@ -110,6 +114,7 @@ impl SessionStatus {
             state,
             end: guest.end().map(ToString::to_string),
             orderly: guest.end().map(|end| end.is_orderly()),
+            lost: guest.end().is_some_and(SessionEnd::is_loss),
             promotion: promotion.words(),
             machine: guest.record.get().map(|record| record.machine_type.clone()),
             ram_bytes: guest.store().map(|store| store.table().total_bytes()),

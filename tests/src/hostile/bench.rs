@@ -288,5 +288,6 @@ fn options(backend: BackendKind, channels: u8) -> ReceiverOptions {
         control: None,
         once: false,
         identify_deadline: DEADLINE,
+        host_watch: colo_ring::net::HostWatch::default(),
     }
 }

@@ -3,7 +3,7 @@
 use super::session::{Session, Wish};
 use crate::capture_file::{ConnectionId, Direction, EndKind};
 use crate::synth::Address;
-use colo_ring::net::{Accepted, Stream, watch_for_vanished_host};
+use colo_ring::net::{Accepted, HostWatch, Stream};
 use nix::sys::socket::Shutdown;
 use std::cell::Cell;
 use std::io;
@@ -140,7 +140,7 @@ async fn connect(to: &Address) -> io::Result<OwnedFd> {
             let stream = stream.into_std()?;
             stream.set_nonblocking(false)?;
             let socket = stream.into();
-            watch_for_vanished_host(&socket)?;
+            HostWatch::default().apply(&socket)?;
             Ok(socket)
         }
         Address::Unix(path) => {

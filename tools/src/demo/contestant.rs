@@ -122,6 +122,7 @@ impl Contestant {
             control: None,
             once: false,
             identify_deadline: Duration::from_secs(10),
+            host_watch: colo_ring::net::HostWatch::default(),
         };
         let collected = warnings.clone();
         let collect = move |event| {

@@ -60,6 +60,7 @@ fn recorded(options: &SynthOptions) -> Vec<Connection> {
             control: None,
             once: false,
             identify_deadline: Duration::from_secs(10),
+            host_watch: colo_ring::net::HostWatch::default(),
         },
         drop,
     )
