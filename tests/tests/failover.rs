@@ -1,0 +1,435 @@
+//! Giving a checkpoint away, as the control socket does it: one conversation wins, what is given is the committed
+//! checkpoint, and what fails leaves it there. What a QEMU makes of it is tested in `qemu_failover.rs`.
+
+use colo_ring::blocks::BlockTable;
+use colo_ring::failover::{Form, write_stream};
+use colo_ring::net::HostWatch;
+use colo_ring::receiver::{Event, ListenAddress, Receiver, ReceiverOptions, SessionStatus};
+use colo_ring::ring::BackendKind;
+use colo_ring::session::SessionRecord;
+use colo_ring::store::{HugePages, StoreOptions};
+use colo_ring::units::{BlockId, PAGE_SIZE};
+use colo_ring_tests::command::{RunningReceiver, Scratch, guest, wrapped};
+use colo_ring_tests::hostile::{BLOCKS, Cut, HostilePrimary, RAM, header};
+use colo_ring_tools::synth::SynthPrimary;
+use serde_json::{Value, json};
+use std::io::{BufRead, BufReader, Read, Write};
+use std::net::SocketAddr;
+use std::os::unix::fs::PermissionsExt;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Arc, mpsc};
+use std::time::{Duration, Instant};
+
+const CHANNELS: u8 = 2;
+const PATIENCE: Duration = Duration::from_secs(10);
+
+/// A receiver in this process whose images are files.
+struct Bench {
+    receiver: Option<Receiver>,
+    address: SocketAddr,
+    events: mpsc::Receiver<Event>,
+    scratch: Scratch,
+    ram: SharedDirectory,
+}
+
+/// A directory on a tmpfs, removed when dropped.
+struct SharedDirectory(PathBuf);
+
+impl SharedDirectory {
+    fn new() -> Self {
+        static NEXT: AtomicU32 = AtomicU32::new(0);
+        let number = NEXT.fetch_add(1, Ordering::Relaxed);
+        let path = format!("/dev/shm/colo-ring-failover-{}-{number}", std::process::id());
+        std::fs::create_dir(&path).expect("a directory");
+        Self(path.into())
+    }
+
+    fn files(&self) -> usize {
+        std::fs::read_dir(&self.0).expect("its directory").count()
+    }
+}
+
+impl Drop for SharedDirectory {
+    fn drop(&mut self) {
+        // What is left takes memory until the next start of this machine, and harms nobody else.
+        let _ = std::fs::remove_dir_all(&self.0);
+    }
+}
+
+/// A conversation on the control socket.
+struct Conversation(BufReader<UnixStream>);
+
+impl Conversation {
+    fn ask(&mut self, request: &Value) -> Result<Value, String> {
+        writeln!(self.0.get_mut(), "{request}").expect("the receiver listens");
+        let mut line = String::new();
+        self.0.read_line(&mut line).expect("an answer");
+        let mut line: Value = serde_json::from_str(&line).expect("JSON");
+        match line["ok"].as_bool() {
+            Some(true) => Ok(line["answer"].take()),
+            _ => Err(line["error"].as_str().expect("a reason").to_owned()),
+        }
+    }
+
+    fn claim(&mut self, session: u32) -> Result<Value, String> {
+        self.ask(&claim(session, false, false))
+    }
+
+    fn feed(&mut self, session: u32, to: &str, shared: Option<&str>) -> Result<Value, String> {
+        self.ask(&json!({"command": "feed", "session": session, "to": to, "shared": shared, "keep": null}))
+    }
+}
+
+fn claim(session: u32, force: bool, retry: bool) -> Value {
+    json!({"command": "claim", "session": session, "force": force, "retry": retry})
+}
+
+fn release(session: u32, may_have_run: bool) -> Value {
+    json!({"command": "release", "session": session, "may_have_run": may_have_run})
+}
+
+impl Bench {
+    fn start() -> Self {
+        let (scratch, ram) = (Scratch::new(), SharedDirectory::new());
+        let (tell, events) = mpsc::channel();
+        let options = ReceiverOptions {
+            listen: vec![ListenAddress::Tcp(([127, 0, 0, 1], 0).into())],
+            channels: CHANNELS,
+            cores: colo_ring::host::allowed_cores().expect("cores to run on"),
+            backend: BackendKind::Epoll,
+            registered: false,
+            store: StoreOptions {
+                hugepages: HugePages::Off,
+                ram_dir: Some(ram.0.clone()),
+                ..StoreOptions::default()
+            },
+            ram_limit_bytes: 64 << 20,
+            hist: None,
+            described: Value::Null,
+            control: Some(scratch.file("control").into()),
+            once: false,
+            identify_deadline: PATIENCE,
+            host_watch: HostWatch::default(),
+        };
+        let receiver = Receiver::start(options, move |event| {
+            // At the very end nobody listens any more.
+            let _ = tell.send(event);
+        });
+        let receiver = receiver.expect("a receiver");
+        let ListenAddress::Tcp(address) = receiver.addresses()[0] else {
+            panic!("it was told to listen on TCP")
+        };
+        Self {
+            receiver: Some(receiver),
+            address,
+            events,
+            scratch,
+            ram,
+        }
+    }
+
+    fn conversation(&self) -> Conversation {
+        let stream = UnixStream::connect(self.scratch.file("control")).expect("the control socket");
+        Conversation(BufReader::new(stream))
+    }
+
+    /// A session with one committed checkpoint.
+    fn protected(&self) -> HostilePrimary {
+        HostilePrimary::protected(self.address, CHANNELS)
+    }
+
+    fn ended(&self) -> SessionStatus {
+        loop {
+            if let Event::Ended(status) = self.events.recv_timeout(PATIENCE).expect("the session's end") {
+                return *status;
+            }
+        }
+    }
+
+    /// A claim that succeeds as soon as the one before is noticed to have gone.
+    fn claim_soon(&self, request: &Value) -> Conversation {
+        let since = Instant::now();
+        loop {
+            let mut conversation = self.conversation();
+            match conversation.ask(request) {
+                Ok(_) => return conversation,
+                Err(error) => assert!(since.elapsed() < PATIENCE, "{error}"),
+            }
+        }
+    }
+
+    /// What a QEMU at a socket is given, and the receiver's answer.
+    fn received(&self, conversation: &mut Conversation, shared: Option<&str>) -> (Vec<u8>, Value) {
+        let path = self.scratch.file("incoming");
+        let _ = std::fs::remove_file(&path);
+        let listener = UnixListener::bind(&path).expect("a socket");
+        let reader = std::thread::spawn(move || {
+            let (mut bytes, mut stream) = (Vec::new(), listener.accept().expect("a connection").0);
+            stream.read_to_end(&mut bytes).expect("a stream");
+            bytes
+        });
+        let fed = conversation
+            .feed(1, &format!("unix:{path}"), shared)
+            .expect("it is given");
+        (reader.join().expect("the reader"), fed)
+    }
+}
+
+impl Drop for Bench {
+    fn drop(&mut self) {
+        if let Some(receiver) = self.receiver.take() {
+            receiver.stop_handle().stop();
+            let _ = receiver.wait();
+        }
+    }
+}
+
+/// The stream of what this primary knows to be committed.
+fn expected(primary: &HostilePrimary, form: Form) -> Vec<u8> {
+    let entries: Vec<_> = BLOCKS
+        .iter()
+        .map(|(name, bytes)| (name.as_bytes().into(), *bytes))
+        .collect();
+    let total = BLOCKS.iter().map(|(_, bytes)| bytes).sum();
+    let record = SessionRecord {
+        header: header(),
+        machine_type: "pc-i440fx-11.1".into(),
+        ram_section: RAM,
+        blocks: Arc::new(BlockTable::new(entries, total).expect("a good list")),
+        vmdesc: Vec::new(),
+    };
+    let image: Vec<u8> = primary.image().flat_map(|(_, bytes)| bytes.to_vec()).collect();
+    let pages: Vec<_> = image.chunks_exact(PAGE_SIZE).collect();
+    let read = |page: colo_ring::units::PageIndex, out: &mut [u8; PAGE_SIZE]| {
+        out.copy_from_slice(pages[usize::try_from(page.get()).expect("few pages")]);
+    };
+    let mut bytes = Vec::new();
+    write_stream(&record, primary.device_state(), read, form, &mut bytes).expect("memory");
+    bytes
+}
+
+#[test]
+fn there_must_be_a_checkpoint_and_no_primary() {
+    let bench = Bench::start();
+    let mut conversation = bench.conversation();
+    assert!(conversation.claim(1).unwrap_err().contains("no session 1"));
+    // In precopy: only the beginning has been sent.
+    let mut primary = HostilePrimary::connect(bench.address, CHANNELS);
+    for (_, bytes) in &primary.precopy_parts()[..3] {
+        primary.main.send(bytes);
+    }
+    let since = Instant::now();
+    let refused = loop {
+        let refused = conversation.claim(1).unwrap_err();
+        if refused.contains("precopy") || since.elapsed() > PATIENCE {
+            break refused;
+        }
+    };
+    assert!(refused.contains("nothing to resume"), "{refused}");
+    primary.cut(Cut::Fin);
+    assert!(bench.ended().lost);
+    let refused = conversation.claim(1).unwrap_err();
+    assert!(
+        refused.contains("left no checkpoint") && refused.contains("goes on there"),
+        "{refused}"
+    );
+    // Protected: its guest runs there.
+    let _primary = bench.protected();
+    let refused = conversation.claim(2).unwrap_err();
+    assert!(
+        refused.contains("is connected") && refused.contains("--force"),
+        "{refused}"
+    );
+}
+
+#[test]
+fn one_conversation_wins_and_its_end_frees_the_claim() {
+    let bench = Bench::start();
+    let mut primary = bench.protected();
+    primary.cut(Cut::Rst);
+    bench.ended();
+    let (mut one, mut two) = (bench.conversation(), bench.conversation());
+    let claimed = one.claim(1).unwrap();
+    assert_eq!(claimed["checkpoint"], 1);
+    assert_eq!(claimed["machine"], "pc-i440fx-11.1");
+    assert_eq!(claimed["blocks"][0]["used_length"], BLOCKS[0].1);
+    assert!(
+        claimed["end"]
+            .as_str()
+            .unwrap()
+            .contains("the last committed checkpoint is 1")
+    );
+    assert!(
+        two.claim(1)
+            .unwrap_err()
+            .contains("another failover of it is under way")
+    );
+    for request in [
+        json!({"command": "feed", "session": 1, "to": "file:/tmp/x", "shared": null, "keep": null}),
+        release(1, false),
+        json!({"command": "promoted", "session": 1}),
+        json!({"command": "discard", "session": 1}),
+    ] {
+        assert!(two.ask(&request).is_err(), "{request}");
+    }
+    drop(one);
+    let mut three = bench.claim_soon(&claim(1, false, false));
+    three.ask(&release(1, false)).unwrap();
+    two.claim(1).unwrap();
+}
+
+#[test]
+fn what_is_given_is_the_committed_checkpoint_and_only_once() {
+    let bench = Bench::start();
+    let mut primary = bench.protected();
+    // A checkpoint that is on its way when the primary is lost.
+    primary.request();
+    let bytes = primary.checkpoint_bytes(9, &[]);
+    primary.main.send(&bytes[..bytes.len() - 1]);
+    primary.cut(Cut::Fin);
+    assert!(bench.ended().end.unwrap().contains("which is dropped"));
+
+    let mut one = bench.conversation();
+    let claimed = one.claim(1).unwrap();
+    let file = claimed["blocks"][0]["file"].as_str().expect("a file with a name");
+    assert_eq!(std::fs::read(file).unwrap(), primary.image().next().unwrap().1);
+    let (stream, fed) = bench.received(&mut one, None);
+    assert!(stream == expected(&primary, Form::Complete), "{fed}");
+    assert_eq!(fed["stream"]["bytes"], u64::try_from(stream.len()).unwrap());
+    // It dies before it can say what became of it.
+    drop(one);
+    let since = Instant::now();
+    let refused = loop {
+        let refused = bench.conversation().claim(1).unwrap_err();
+        if refused.contains("--retry") || since.elapsed() > PATIENCE {
+            break refused;
+        }
+    };
+    assert!(refused.contains("was given to unix:"), "{refused}");
+
+    let mut two = bench.claim_soon(&claim(1, false, true));
+    let (stream, _) = bench.received(&mut two, Some("pc.ram"));
+    assert!(stream == expected(&primary, Form::Shared(BlockId(0))));
+    assert!(bench.ram.files() > 0);
+    two.ask(&json!({"command": "promoted", "session": 1})).unwrap();
+    // The guest's memory is the guest's alone: here it has no name and no mapping any more.
+    assert_eq!(bench.ram.files(), 0);
+    for retry in [false, true] {
+        let refused = bench.conversation().ask(&claim(1, true, retry)).unwrap_err();
+        assert!(refused.contains("was promoted at checkpoint 1"), "{refused}");
+    }
+    let status = two.ask(&json!({"command": "status"})).unwrap();
+    assert_eq!(status["sessions"], json!([]));
+    assert_eq!(status["ram_held_bytes"], 0);
+}
+
+#[test]
+fn a_primary_that_is_connected_is_closed_by_force_alone() {
+    let bench = Bench::start();
+    let mut primary = bench.protected();
+    let mut conversation = bench.conversation();
+    conversation.ask(&claim(1, true, false)).unwrap();
+    // A claim alone changes nothing.
+    primary.checkpoint(&[(0, 5, 0x55)]);
+    let (stream, fed) = bench.received(&mut conversation, None);
+    assert_eq!(fed["checkpoint"], 2);
+    assert!(stream == expected(&primary, Form::Complete));
+    assert!(primary.is_closed(), "connections were left open");
+    let status = bench.ended();
+    assert!(!status.lost && status.end.unwrap().contains("failover"));
+}
+
+#[test]
+fn what_fails_leaves_the_checkpoint_there() {
+    let bench = Bench::start();
+    let mut primary = bench.protected();
+    primary.cut(Cut::Fin);
+    bench.ended();
+    let mut conversation = bench.conversation();
+    let nobody = format!("unix:{}", bench.scratch.file("nobody"));
+    for (to, shared, says) in [
+        (nobody.as_str(), None, "cannot connect to"),
+        ("tcp:127.0.0.1:1", None, "cannot connect to"),
+        ("file:relative", None, "not an absolute path"),
+        ("file:/nonexistent/stream", None, "No such file"),
+        ("fd:3", None, "is no place for a stream"),
+        (
+            "file:/nonexistent/stream",
+            Some("pc.rom"),
+            "has no ram block pc.rom",
+        ),
+    ] {
+        conversation.claim(1).unwrap();
+        let refused = conversation.feed(1, to, shared).unwrap_err();
+        assert!(refused.contains(says), "{to}: {refused}");
+        // Nothing was given, so nothing can have run, whatever one believes.
+        let released = conversation.ask(&release(1, true)).unwrap();
+        assert_eq!(released["promotion"], Value::Null, "{to}");
+    }
+    let path = bench.scratch.file("stream");
+    conversation.claim(1).unwrap();
+    conversation.feed(1, &format!("file:{path}"), None).unwrap();
+    assert!(std::fs::read(&path).unwrap() == expected(&primary, Form::Complete));
+    assert_eq!(
+        std::fs::metadata(&path).unwrap().permissions().mode() & 0o777,
+        0o600
+    );
+    assert!(!std::path::Path::new(&format!("{path}~part")).exists());
+    // The file may be lost: whoever knows that no guest runs from it may have another.
+    assert_eq!(
+        conversation.ask(&release(1, false)).unwrap()["promotion"],
+        Value::Null
+    );
+    conversation.claim(1).unwrap();
+}
+
+/// A plain migration by mistake: the guest may live only here, so not even `--once` gives it up.
+#[test]
+fn the_only_copy_of_a_guest_is_kept() {
+    let receiver = RunningReceiver::start(wrapped(&[]), &["--once"]);
+    let primary = SynthPrimary::connect(receiver.address(), &guest()).expect("precopy");
+    primary.close().expect("its end");
+    receiver.told("goes on in spite of --once");
+    receiver.told("colo-ring failover --session 1");
+    assert_eq!(receiver.status()["sessions"][0]["checkpoint"], 0);
+    receiver.signal(nix::sys::signal::Signal::SIGTERM);
+    let ended = receiver.wait();
+    assert!(ended.status.success(), "{}", ended.log);
+}
+
+/// The hook is told of a lost primary, and of nothing else.
+#[test]
+fn a_cluster_manager_is_told_of_a_loss() {
+    let scratch = Scratch::new();
+    let (part, told) = (scratch.file("part"), scratch.file("told"));
+    let hook = format!("env | grep ^COLO_RING_ | sort > {part} && cat {part} >> {told}; exit 3");
+    let receiver = RunningReceiver::start(wrapped(&[]), &["--on-loss", &hook]);
+    let mut primary = SynthPrimary::connect(receiver.address(), &guest()).expect("precopy");
+    primary.checkpoint().expect("a checkpoint");
+    std::thread::sleep(Duration::from_millis(150));
+    drop(primary);
+    receiver.told("--on-loss failed (exit status: 3)");
+    let text = std::fs::read_to_string(&told).expect("what the hook wrote");
+    let value = |key: &str| {
+        let line = text
+            .lines()
+            .find_map(|line| line.strip_prefix(key)?.strip_prefix('='));
+        line.unwrap_or_else(|| panic!("{key} is missing in {text}"))
+            .to_owned()
+    };
+    assert_eq!(value("COLO_RING_SESSION"), "1");
+    assert_eq!(value("COLO_RING_CHECKPOINT"), "1");
+    let age: u64 = value("COLO_RING_CHECKPOINT_AGE_MS").parse().expect("a number");
+    assert!((150..5000).contains(&age), "{age} ms");
+    assert!(value("COLO_RING_REASON").contains("the last committed checkpoint is 1"));
+    assert!(value("COLO_RING_PEER").starts_with("127.0.0.1:"));
+    assert!(value("COLO_RING_CONTROL").starts_with("unix:/"));
+    assert!(!value("COLO_RING_MACHINE").is_empty());
+    // The receiver's own end is no loss.
+    let _primary = SynthPrimary::connect(receiver.address(), &guest()).expect("precopy");
+    receiver.signal(nix::sys::signal::Signal::SIGTERM);
+    assert!(receiver.wait().status.success());
+    assert_eq!(std::fs::read_to_string(&told).expect("the same"), text);
+}
