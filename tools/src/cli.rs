@@ -5,6 +5,7 @@ use crate::compare::{self, CompareArgs};
 use crate::demo::{self, DemoArgs};
 use crate::doctor::{self, DoctorArgs};
 use crate::failover::{self, FailoverArgs};
+use crate::import::{self, ImportArgs};
 use crate::inspect::{self, InspectArgs};
 use crate::protect::{self, ProtectArgs};
 use crate::receive::{self, ReceiveArgs};
@@ -107,6 +108,15 @@ enum Command {
     )]
     Synth(Box<SynthArgs>),
 
+    /// Make a capture file of a session that was recorded with tcpdump
+    ///
+    /// Retransmissions and packets out of order are put right; what the recorder has lost cannot be, and is told with
+    /// connection and byte. The capture then holds what came before.
+    #[command(
+        after_help = "Example:\n  tcpdump -i any -s 0 -B 65536 -w session.pcap tcp port 4444\n  colo-ring import session.pcap --port 4444 --out session.cap\n  colo-ring replay session.cap --sink"
+    )]
+    Import(ImportArgs),
+
     /// Play a capture as its primary would, against any secondary, and measure from the primary's side
     ///
     /// Every answer is waited for as the primary did, and nothing else. The capture is held in memory. received and loaded
@@ -175,6 +185,7 @@ pub fn main() -> ExitCode {
         Command::Discard(args) => status::run_discard(&args),
         Command::Capture(args) => capture::run(&args),
         Command::Synth(args) => synth::run(&args),
+        Command::Import(args) => import::run(&args),
         Command::Replay(args) => replay::run(&args),
         Command::Sink(args) => sink::run(&args),
         Command::Demo(args) => demo::run(&args),

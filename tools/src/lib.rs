@@ -10,6 +10,7 @@ pub mod demo;
 pub mod doctor;
 pub mod failover;
 pub mod hlog;
+pub mod import;
 pub mod inspect;
 mod on_loss;
 pub mod options;

@@ -10,7 +10,7 @@ mod channel;
 mod flow;
 mod main_channel;
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;
 
 pub use answers::{Answers, CheckpointAnswers};
 pub use channel::{Channel, Packet};

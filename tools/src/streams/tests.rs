@@ -12,9 +12,9 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Mutex, mpsc};
 use std::time::Instant;
 
-const CHECKPOINTS: usize = 4;
+pub(crate) const CHECKPOINTS: usize = 4;
 
-fn options(version: Version, channels: u8) -> SynthOptions {
+pub(crate) fn options(version: Version, channels: u8) -> SynthOptions {
     SynthOptions {
         ram_bytes: 4 << 20,
         channels,
@@ -38,7 +38,7 @@ fn relay(mut from: UnixStream, mut to: UnixStream, flow: &Mutex<Flow>, started: 
 }
 
 /// Runs a session through a relay and returns its connections, main first.
-fn recorded(options: &SynthOptions) -> Vec<Connection> {
+pub(crate) fn recorded(options: &SynthOptions) -> Vec<Connection> {
     static COUNT: AtomicU32 = AtomicU32::new(0);
     let unique = format!("{}-{}", std::process::id(), COUNT.fetch_add(1, Ordering::Relaxed));
     let path = |side: &str| std::env::temp_dir().join(format!("colo-streams-{unique}-{side}"));
