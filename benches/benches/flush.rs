@@ -6,7 +6,7 @@
 //! reads 128 MiB of other memory before each commit, so that slots and image are in no cache; "fresh" commits right
 //! after the pages were received.
 
-use colo_ring::store::{CopyMethod, Flusher, HugePages, Store, StoreOptions};
+use colo_ring::store::{CacheKind, CommitMode, CopyMethod, Flusher, HugePages, Store, StoreOptions};
 use colo_ring::units::{CheckpointId, PAGE_SIZE};
 use colo_ring_benches::{Numbers, guest, machine, median, random_pages};
 use std::hint::black_box;
@@ -28,6 +28,8 @@ fn main() {
     };
     let options = StoreOptions {
         hugepages,
+        cache: CacheKind::Mirror,
+        commit: CommitMode::Sync,
         ..StoreOptions::default()
     };
     let (store, notes) =
@@ -93,7 +95,9 @@ impl Bench {
     fn commit(&mut self, flusher: &Flusher, pages: usize, cold: bool) -> f64 {
         let dirty = random_pages(self.store.table(), pages, &mut self.numbers);
         let content = [self.checkpoint.to_le_bytes()[0]; PAGE_SIZE];
-        dirty.iter().for_each(|page| self.store.write(0, *page, &content));
+        dirty
+            .iter()
+            .for_each(|page| self.store.write(0, *page, &content).expect("memory for the page"));
         if cold {
             let lines = self.evict.iter().step_by(64).map(|byte| u64::from(*byte));
             black_box(lines.sum::<u64>());

@@ -89,7 +89,7 @@ enum Command {
     /// ends with what is there, says so, and forwarding goes on. SIGINT and SIGTERM end the recording, too; open
     /// connections go on until they end, or until a second signal. Exit code 1 if the recording is not complete.
     ///
-    /// The report says by how much forwarding lengthened each checkpoint at least: from the last of the checkpoint's bytes read to
+    /// The report says by how much forwarding lengthened each checkpoint: from the last of the checkpoint's bytes read to
     /// the last of them written to the secondary's socket, on whichever connection, plus the same of the secondary's
     /// VMSTATE_LOADED. What it takes until this process is woken, and the second way through the network, are not in it.
     #[command(

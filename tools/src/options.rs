@@ -147,6 +147,8 @@ pub enum Switch {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Cache {
+    /// Slots that are taken as pages arrive and used again: takes the memory of a checkpoint or two
+    Pool,
     /// A slot for every page of the guest: takes as much memory again as the guest has
     Mirror,
 }
@@ -155,6 +157,8 @@ pub enum Cache {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Commit {
+    /// After the primary goes on: the checkpoint is committed by its record
+    Deferred,
     /// Before the primary goes on
     Sync,
 }
@@ -188,10 +192,14 @@ impl From<Backend> for BackendKind {
     }
 }
 
-impl From<Cache> for CacheKind {
-    fn from(value: Cache) -> Self {
-        match value {
-            Cache::Mirror => Self::Mirror,
+impl Cache {
+    /// As the engine has it; `pool_max` is the pool's limit.
+    pub fn kind(self, pool_max: Option<Size>) -> CacheKind {
+        match self {
+            Self::Pool => CacheKind::Pool {
+                max: pool_max.map(|size| size.0),
+            },
+            Self::Mirror => CacheKind::Mirror,
         }
     }
 }
@@ -199,6 +207,7 @@ impl From<Cache> for CacheKind {
 impl From<Commit> for CommitMode {
     fn from(value: Commit) -> Self {
         match value {
+            Commit::Deferred => Self::Deferred,
             Commit::Sync => Self::Sync,
         }
     }

@@ -44,11 +44,16 @@ pub struct ReceiveArgs {
     registered: Switch,
 
     /// Where received pages wait for their commit
-    #[arg(long, value_enum, default_value_t = Cache::Mirror)]
+    #[arg(long, value_enum, default_value_t = Cache::Pool)]
     cache: Cache,
 
+    /// Most memory that the cache placement pool grows to by itself, like 512M; a checkpoint that needs more gets it, slower,
+    /// with a warning [default: as much as the guest's RAM]
+    #[arg(long, value_name = "SIZE")]
+    pool_max: Option<Size>,
+
     /// When pages are copied to the RAM image
-    #[arg(long, value_enum, default_value_t = Commit::Sync)]
+    #[arg(long, value_enum, default_value_t = Commit::Deferred)]
     commit: Commit,
 
     /// What guest memory is made of; what this host lacks is replaced, with a warning
@@ -107,6 +112,7 @@ struct Described {
     backend: Backend,
     registered: bool,
     cache: Cache,
+    pool_max_bytes: Option<u64>,
     commit: Commit,
     hugepages: HugePages,
     ram_dir: Option<PathBuf>,
@@ -196,6 +202,10 @@ impl ReceiveArgs {
                 "no guest fits: give --ram-limit, like 6G".to_owned(),
             ));
         }
+        if self.pool_max.is_some() && self.cache != Cache::Pool {
+            let text = "--pool-max is a limit of --cache pool";
+            return Err(CommandError::Usage(text.to_owned()));
+        }
         let cores = match self.cores {
             Some(list) => list.0,
             None => default_cores(self.channels)?,
@@ -207,6 +217,7 @@ impl ReceiveArgs {
             backend: self.backend,
             registered: self.registered == Switch::On,
             cache: self.cache,
+            pool_max_bytes: self.pool_max.map(|size| size.0),
             commit: self.commit,
             hugepages: self.hugepages,
             ram_dir: self.ram_dir.clone(),
@@ -227,7 +238,7 @@ impl ReceiveArgs {
             store: StoreOptions {
                 hugepages: self.hugepages.into(),
                 ram_dir: self.ram_dir,
-                cache: self.cache.into(),
+                cache: self.cache.kind(self.pool_max),
                 commit: self.commit.into(),
                 ..StoreOptions::default()
             },

@@ -8,9 +8,10 @@ use super::budget::Budget;
 use super::control::Said;
 use super::end::SessionEnd;
 use super::guest::{Connection, Guest, Surroundings};
+use super::helper::Helper;
 use super::identify::{FIRST_LEN, PENDING_MAX, identify};
 use super::main_channel::MainChannel;
-use super::page_channel::PageChannel;
+use super::page_channel::{Cores, PageChannel};
 use super::status::SessionStatus;
 use super::{Event, Events, Outcome as ReceiverOutcome, ReceiverError, ReceiverOptions};
 use crate::metrics::{Recorder, Summary};
@@ -223,9 +224,13 @@ impl Book {
         self.next += 1;
         let plane = &self.director.plane;
         let first = usize::try_from(id).unwrap_or(0);
-        // The main channel shares its core with channel 0; with several guests each begins at another core.
+        // With several guests each begins at another core. Its channels share that of the main channel, and go to others
+        // while they carry much; a thread of its own for each of them is what the backend `threads` is.
         let main_driver = plane.driver(first);
         let drivers: Vec<Driver> = (0..complete.channels.len())
+            .map(|_| plane.driver(first))
+            .collect();
+        let helpers: Vec<Driver> = (1..plane.driving_cores())
             .map(|n| plane.driver(first + n))
             .collect();
         let (peer, is_tcp) = (complete.main.from.clone(), complete.main.is_tcp);
@@ -238,9 +243,15 @@ impl Book {
         let channels = channels
             .map(|(channel, driver)| connect(channel, driver))
             .collect();
-        let guest = Guest::new(id, peer.clone(), self.director.around.clone(), main, channels);
+        let wakers = helpers.iter().map(|helper| helper.waker.clone()).collect();
+        let around = self.director.around.clone();
+        let guest = Guest::new(id, peer.clone(), around, main, channels, wakers);
         (self.director.events)(Event::Began { session: id, peer });
-        for (driver, endpoint) in self.endpoints(&guest, is_tcp, &main_driver, &drivers) {
+        let mut endpoints = self.endpoints(&guest, is_tcp, &main_driver, &drivers);
+        for driver in &helpers {
+            endpoints.push((driver, Box::new(Helper::new(guest.clone()))));
+        }
+        for (driver, endpoint) in endpoints {
             if let Err(error) = plane.attach(driver, endpoint) {
                 guest.finish(SessionEnd::NoMemory(format!("no thread for a channel: {error}")));
             }
@@ -282,7 +293,10 @@ impl Book {
         let mut endpoints: Vec<(&Driver, Box<dyn Endpoint>)> = vec![(main_driver, Box::new(main))];
         for (driver, channel) in drivers.iter().zip(0..options.channels) {
             let shard = shard(driver, usize::from(channel) + 1);
-            let channel = PageChannel::new(guest.clone(), ChannelId(channel), shard, style);
+            let home = driver.core();
+            let away = (home + usize::from(channel)) % options.cores.len();
+            let channel = ChannelId(channel);
+            let channel = PageChannel::new(guest.clone(), channel, shard, style, Cores { home, away });
             endpoints.push((driver, Box::new(channel)));
         }
         endpoints

@@ -1,6 +1,7 @@
 //! How a session ended.
 
 use crate::session::{Ending, SessionError};
+use crate::store::StoreError;
 use crate::units::ChannelId;
 use crate::wire::WireError;
 use thiserror::Error;
@@ -49,7 +50,7 @@ pub enum SessionEnd {
     /// The primary does not take its answers.
     #[error("the primary does not read its answers: {0}")]
     Answer(std::io::Error),
-    /// The guest's memory could not be made.
+    /// The guest's memory could not be made, or has no room for what arrives.
     #[error("no memory for this guest: {0}")]
     NoMemory(String),
     /// Its checkpoint is given to a fresh QEMU, so nothing more is taken from its primary.
@@ -95,4 +96,19 @@ pub enum ChannelError {
     /// Pages after the last sync of a round (spec §10, quiet channels).
     #[error("pages after the last sync of a checkpoint, before the next one was answered")]
     NotQuiet,
+    /// There is no memory for its pages.
+    #[error("{0}")]
+    NoMemory(String),
+}
+
+impl From<StoreError> for ChannelError {
+    fn from(error: StoreError) -> Self {
+        Self::NoMemory(error.to_string())
+    }
+}
+
+impl From<StoreError> for SessionEnd {
+    fn from(error: StoreError) -> Self {
+        Self::NoMemory(error.to_string())
+    }
 }

@@ -90,8 +90,12 @@ pub(super) struct Guest {
     pub(super) memory_asked: AtomicBool,
     /// Whose its checkpoint is.
     promotion: Mutex<Promotion>,
+    /// Whether a thread is adding memory to its pool.
+    pub(super) growing: AtomicBool,
     main: Connection,
     channels: Vec<Connection>,
+    /// Cores that help, beside that of the main channel.
+    helpers: Vec<Waker>,
     memory: OnceLock<Memory>,
     end: OnceLock<SessionEnd>,
     channel_lost: AtomicBool,
@@ -99,13 +103,15 @@ pub(super) struct Guest {
 }
 
 impl Guest {
-    /// A session that is about to begin. `channels` are in the order of their ids.
+    /// A session that is about to begin. `channels` are in the order of their ids; each of the `helpers` drives an endpoint
+    /// of its own.
     pub(super) fn new(
         id: u32,
         peer: String,
         around: Arc<Surroundings>,
         main: Connection,
         channels: Vec<Connection>,
+        helpers: Vec<Waker>,
     ) -> Arc<Self> {
         let count = u8::try_from(channels.len()).expect("a session has at most 255 channels");
         Arc::new(Self {
@@ -116,11 +122,13 @@ impl Guest {
             counters: Counters::default(),
             record: OnceLock::new(),
             suppressed_at: AtomicU64::new(0),
-            endpoints: AtomicUsize::new(channels.len() + 1),
+            endpoints: AtomicUsize::new(1 + channels.len() + helpers.len()),
             memory_asked: AtomicBool::new(false),
             promotion: Mutex::default(),
+            growing: AtomicBool::new(false),
             main,
             channels,
+            helpers,
             memory: OnceLock::new(),
             end: OnceLock::new(),
             channel_lost: AtomicBool::new(false),
@@ -186,9 +194,15 @@ impl Guest {
         }
     }
 
+    /// Wakes the cores that help: there is work that can wait, and much of it.
+    pub(super) fn wake_helpers(&self) {
+        self.helpers.iter().for_each(Waker::wake);
+    }
+
     fn wake_all(&self) {
         self.main.waker.wake();
         self.wake_channels();
+        self.wake_helpers();
     }
 
     /// Ends the session. The first reason stays.

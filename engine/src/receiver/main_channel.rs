@@ -5,12 +5,15 @@
 
 use super::end::SessionEnd;
 use super::guest::Guest;
+use super::helper::flush_some;
+use super::intake::Intake;
 use super::timeline::Timeline;
 use crate::blocks::BlockTable;
 use crate::canary::{self, Canary};
-use crate::ring::{Endpoint, Loss, ReceivePlan, ReceiveStyle, Staging, quick_ack};
+use crate::metrics::CheckpointSample;
+use crate::ring::{Buffers, Endpoint, Loss, ReceivePlan, ReceiveStyle, quick_ack};
 use crate::session::{Action, Answer, Page, PageContent, Session, SessionLimits};
-use crate::store::Slab;
+use crate::store::{Phase, Slab, Store, StoreError};
 use crate::units::{CheckpointId, PAGE_SIZE};
 use crate::wire::{WireError, xbzrle};
 use nix::sys::socket::{MsgFlags, send};
@@ -20,10 +23,6 @@ use std::os::fd::RawFd;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::time::Instant;
-
-/// Room for what has arrived and is not parsed yet. In plain mode pages come this way, some dozens at a time.
-const STAGING_BYTES: usize = 256 << 10;
 
 /// What the session waits for before its next step.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -31,6 +30,9 @@ enum Waiting {
     Bytes,
     Memory,
     Sync,
+    /// CHECKPOINT_REPLY: no page may arrive before the last checkpoint's are in the image, and the primary's guest runs on
+    /// meanwhile.
+    Flush,
 }
 
 pub(super) struct MainChannel {
@@ -39,10 +41,17 @@ pub(super) struct MainChannel {
     shard: usize,
     style: ReceiveStyle,
     is_tcp: bool,
+    /// Pages come on this channel, and no others are there.
+    is_plain: bool,
     plan: Box<ReceivePlan>,
-    staging: Staging,
+    intake: Intake,
+    buffers: Buffers,
     waiting: Waiting,
     timeline: Timeline,
+    /// The last checkpoint's, until its flush is over.
+    sample: Option<CheckpointSample>,
+    /// Slabs of the pool that were made in haste, as far as the operator was told.
+    hasty_slabs: u64,
     answer: Vec<u8>,
     /// Bytes of device state that the budget knows of.
     device_state_bytes: u64,
@@ -58,18 +67,20 @@ impl MainChannel {
         is_tcp: bool,
         first: &[u8],
     ) -> Self {
-        let mut staging = Staging::new(STAGING_BYTES);
-        staging.put(first);
         Self {
             guest,
             session: Session::new(limits),
             shard,
             style,
             is_tcp,
+            is_plain: limits.channels == 0,
             plan: ReceivePlan::new(),
-            staging,
+            intake: Intake::new(first),
+            buffers: Buffers::default(),
             waiting: Waiting::Bytes,
             timeline: Timeline::new(),
+            sample: None,
+            hasty_slabs: 0,
             answer: Vec::with_capacity(Answer::LEN_MAX),
             device_state_bytes: 0,
         }
@@ -78,8 +89,8 @@ impl MainChannel {
     /// Steps the session until it waits for something.
     fn drive(&mut self) -> Result<(), SessionEnd> {
         while self.is_wait_over()? {
-            let (consumed, action) = self.session.step(self.staging.bytes())?;
-            self.staging.consume(consumed);
+            let (consumed, action) = self.session.step(self.intake.bytes())?;
+            self.intake.consume(consumed);
             match action {
                 Action::Continue => {}
                 Action::NeedMore => {
@@ -87,10 +98,16 @@ impl MainChannel {
                     self.note_suppressed();
                     return self.account();
                 }
-                Action::Page(page) => apply(&self.guest, self.shard, page).map_err(|error| {
-                    self.session
-                        .error_at(self.session.position() - consumed as u64, error)
-                })?,
+                Action::Page(page) => {
+                    let applied = apply(&self.guest, &self.intake, self.shard, page);
+                    applied.map_err(|refusal| match refusal {
+                        Refusal::Wire(error) => {
+                            let position = self.session.position() - consumed as u64;
+                            SessionEnd::from(self.session.error_at(position, error))
+                        }
+                        Refusal::Store(error) => error.into(),
+                    })?;
+                }
                 Action::Memory(table) => self.make_memory(table)?,
                 Action::Marker => self.waiting = Waiting::Sync,
                 Action::TransferBegins => self.timeline.transfer_begins(),
@@ -120,6 +137,14 @@ impl MainChannel {
                 }
                 self.guest.rendezvous.release();
                 self.guest.wake_channels();
+            }
+            Waiting::Flush => {
+                if self.guest.store().is_some_and(|store| store.is_flushing()) {
+                    return Ok(false);
+                }
+                self.waiting = Waiting::Bytes;
+                self.deliver_sample();
+                self.write(Answer::Reply)?;
             }
         }
         self.waiting = Waiting::Bytes;
@@ -169,21 +194,29 @@ impl MainChannel {
             }
             store.begin_colo();
         }
-        let begin = Instant::now();
         store.commit(
             checkpoint,
             self.session.device_state(),
             &self.guest.around.flusher,
         );
-        self.timeline.flushed(begin.elapsed());
         self.session.committed();
     }
 
     fn send(&mut self, answer: Answer) -> Result<(), SessionEnd> {
         if answer == Answer::Reply {
+            self.timeline.requested();
+            if self.guest.store().is_some_and(|store| store.is_flushing()) {
+                self.waiting = Waiting::Flush;
+                return Ok(());
+            }
+        }
+        self.write(answer)
+    }
+
+    fn write(&mut self, answer: Answer) -> Result<(), SessionEnd> {
+        if answer == Answer::Reply {
             // Before the primary can know that it may send pages again.
             self.guest.rendezvous.open_gate();
-            self.timeline.requested();
         }
         answer.encode(&mut self.answer);
         let flags = MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_NOSIGNAL;
@@ -198,16 +231,70 @@ impl MainChannel {
         }
         match answer {
             Answer::Reply => self.timeline.reply_sent(),
-            Answer::Loaded => {
-                let checkpoint = self.guest.store().and_then(|store| store.committed());
-                let checkpoint = checkpoint.unwrap_or(CheckpointId(0));
-                let sample = self.timeline.loaded_sent(&self.guest, checkpoint);
-                self.guest.around.samples.push(sample);
-            }
+            Answer::Loaded => self.loaded_sent(),
             Answer::Ready { .. } => self.timeline.ready_sent(&self.guest),
             Answer::Pong(_) => {}
         }
         Ok(())
+    }
+
+    /// The primary's guest runs again: what can wait begins now.
+    fn loaded_sent(&mut self) {
+        let Some(store) = self.guest.store().cloned() else {
+            return;
+        };
+        let checkpoint = store.committed().unwrap_or(CheckpointId(0));
+        self.sample = Some(self.timeline.loaded_sent(&self.guest, checkpoint));
+        self.deliver_sample();
+        if store.flush_needs_help() {
+            self.guest.wake_helpers();
+        }
+        self.mind_the_pool(&store);
+    }
+
+    /// Hands on what was measured, once the flush belongs to the past, too.
+    fn deliver_sample(&mut self) {
+        let Some(store) = self.guest.store().filter(|store| !store.is_flushing()) else {
+            return;
+        };
+        if let Some(sample) = self.sample.take() {
+            let flush = store.flush_time();
+            self.guest
+                .around
+                .samples
+                .push(CheckpointSample { flush, ..sample });
+        }
+    }
+
+    /// Makes room for the next checkpoint where this one found too little, and tells if it had to be made in haste.
+    fn mind_the_pool(&mut self, store: &Arc<Store>) {
+        let hasty = store.pool_use().map_or(0, |pool| pool.hasty_slabs);
+        if hasty > self.hasty_slabs {
+            (self.guest.around.warn)(format!(
+                "session {}: a checkpoint needed {} cache slabs more than there were; pages waited for their memory, \
+                 which made it slower{}",
+                self.guest.id,
+                hasty - self.hasty_slabs,
+                if store.wants_growth() {
+                    ""
+                } else {
+                    ". A larger --pool-max avoids that"
+                },
+            ));
+            self.hasty_slabs = hasty;
+        }
+        if !store.wants_growth() || self.guest.growing.swap(true, Ordering::AcqRel) {
+            return;
+        }
+        let (guest, store) = (self.guest.clone(), store.clone());
+        let grow = move || {
+            if let Err(error) = store.grow() {
+                (guest.around.warn)(format!("session {}: {error}", guest.id));
+            }
+            guest.growing.store(false, Ordering::Release);
+        };
+        // Not here: touching memory takes milliseconds. Where that cannot be had the pool stays as it is.
+        let _ = (self.guest.around.run_apart)(Box::new(grow));
     }
 
     /// Device state grows by what arrives. It has a budget like RAM: once for this buffer, and once for the committed one
@@ -233,6 +320,23 @@ impl MainChannel {
         self.guest.suppressed_at.store(position, Ordering::Relaxed);
     }
 
+    /// Plans the next receive. False if there is no room for it.
+    fn prepare(&mut self) -> Result<bool, StoreError> {
+        if self.is_plain
+            && let Some(store) = self.guest.store()
+            && store.phase() == Phase::Colo
+        {
+            self.intake.move_to_pool(store)?;
+        }
+        let Some(space) = self.intake.space()? else {
+            return Ok(false);
+        };
+        self.plan.clear();
+        self.plan.push(space.address, space.bytes);
+        self.plan.registered = space.slab.and_then(|slab| self.buffers.index(slab));
+        Ok(true)
+    }
+
     fn end_if_err(&mut self, result: Result<(), SessionEnd>) -> ControlFlow<()> {
         match result {
             Ok(()) => ControlFlow::Continue(()),
@@ -244,8 +348,20 @@ impl MainChannel {
     }
 }
 
+/// Why a page was not taken.
+enum Refusal {
+    Wire(WireError),
+    Store(StoreError),
+}
+
+impl From<StoreError> for Refusal {
+    fn from(error: StoreError) -> Self {
+        Self::Store(error)
+    }
+}
+
 /// Puts a page that came on this channel where it belongs.
-fn apply(guest: &Guest, shard: usize, page: Page<'_>) -> Result<(), WireError> {
+fn apply(guest: &Guest, intake: &Intake, shard: usize, page: Page<'_>) -> Result<(), Refusal> {
     let store = guest
         .store()
         .expect("the session gives pages only after Action::Memory was answered");
@@ -256,15 +372,16 @@ fn apply(guest: &Guest, shard: usize, page: Page<'_>) -> Result<(), WireError> {
             counters.zero_pages.fetch_add(1, Ordering::Relaxed);
             return Ok(());
         }
-        PageContent::Bytes(bytes) => store.write(shard, page.page, bytes),
+        PageContent::Bytes(bytes) => intake.keep(store, shard, page.page, bytes)?,
         PageContent::Xbzrle(delta) => {
             if !store.was_received(page.page) {
-                return Err(WireError::Xbzrle("it changes a page that was never received"));
+                let error = WireError::Xbzrle("it changes a page that was never received");
+                return Err(Refusal::Wire(error));
             }
             let mut content = [0; PAGE_SIZE];
             store.read_newest(page.page, &mut content);
-            xbzrle::apply(delta, &mut content)?;
-            store.write(shard, page.page, &content);
+            xbzrle::apply(delta, &mut content).map_err(Refusal::Wire)?;
+            store.write(shard, page.page, &content)?;
         }
     }
     counters.pages.fetch_add(1, Ordering::Relaxed);
@@ -284,15 +401,19 @@ impl Endpoint for MainChannel {
         if self.waiting != Waiting::Bytes && !self.style.read_ahead {
             return None;
         }
-        let (space, free) = self.staging.space()?;
-        self.plan.clear();
-        self.plan.push(space, free);
-        Some(&mut self.plan)
+        match self.prepare() {
+            Ok(true) => Some(&mut self.plan),
+            Ok(false) => None,
+            Err(error) => {
+                self.guest.finish(error.into());
+                None
+            }
+        }
     }
 
     fn received(&mut self, bytes: usize) -> ControlFlow<()> {
         self.timeline.bytes_came();
-        self.staging.fill(bytes);
+        self.intake.fill(bytes);
         self.guest
             .counters
             .bytes
@@ -323,16 +444,40 @@ impl Endpoint for MainChannel {
         self.end_if_err(result)
     }
 
-    fn slabs(&self) -> &[Slab] {
-        self.guest.store().map_or(&[], |store| store.slabs())
+    fn attached(&mut self, core: usize, buffers: Buffers) {
+        self.shard = core;
+        self.buffers = buffers;
     }
 
-    // Pages that come this way are written by us, not by the kernel.
-    fn use_buffers(&mut self, _first: u16) {}
+    fn slab_limit(&self) -> usize {
+        self.guest.store().map_or(0, |store| store.slab_limit())
+    }
+
+    fn slab(&self, position: usize) -> Option<&Slab> {
+        self.guest.store()?.slab(position)
+    }
+
+    fn use_buffers(&mut self, buffers: Buffers) {
+        self.buffers = buffers;
+    }
+
+    fn background(&mut self) -> bool {
+        let busy = flush_some(&self.guest);
+        self.deliver_sample();
+        busy
+    }
 }
 
 impl Drop for MainChannel {
     fn drop(&mut self) {
+        // The flush goes on when everybody has left; what was measured of it is what counts.
+        if let (Some(store), Some(sample)) = (self.guest.store(), self.sample.take()) {
+            let flush = store.flush_time();
+            self.guest
+                .around
+                .samples
+                .push(CheckpointSample { flush, ..sample });
+        }
         self.guest.leave();
     }
 }

@@ -7,7 +7,7 @@
 use super::end::{ChannelError, SessionEnd};
 use super::guest::Guest;
 use crate::canary::{self, Canary};
-use crate::ring::{Endpoint, Loss, ReceivePlan, ReceiveStyle, Staging};
+use crate::ring::{Buffers, Endpoint, Loss, ReceivePlan, ReceiveStyle, Staging};
 use crate::session::Ticket;
 use crate::store::{Landing, Slab};
 use crate::units::{ChannelId, PAGE_SIZE};
@@ -33,8 +33,17 @@ enum HeaderPlace {
     None,
     /// The channel's own buffer.
     Own,
-    /// The place for it in a slab, since a registered read cannot leave its buffer.
-    Slab(usize),
+    /// Behind the pages, in their slab: one read cannot leave its registered buffer.
+    Landing,
+}
+
+/// The cores that drive a channel: positions among the plane's.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Cores {
+    /// Beside the main channel, where it meets it at syncs.
+    pub(super) home: usize,
+    /// While it carries much.
+    pub(super) away: usize,
 }
 
 pub(super) struct PageChannel {
@@ -48,8 +57,8 @@ pub(super) struct PageChannel {
     normal: Box<PageList>,
     zero: Box<PageList>,
     state: State,
-    /// Index of the first slab among this ring's registered buffers.
-    buffers: Option<u16>,
+    buffers: Buffers,
+    cores: Cores,
     synced_once: bool,
     packets: u64,
     /// Where the current packet began on the channel.
@@ -61,7 +70,13 @@ pub(super) struct PageChannel {
 
 impl PageChannel {
     /// The channel after its init packet.
-    pub(super) fn new(guest: Arc<Guest>, id: ChannelId, shard: usize, style: ReceiveStyle) -> Self {
+    pub(super) fn new(
+        guest: Arc<Guest>,
+        id: ChannelId,
+        shard: usize,
+        style: ReceiveStyle,
+        cores: Cores,
+    ) -> Self {
         Self {
             guest,
             id,
@@ -69,11 +84,12 @@ impl PageChannel {
             style,
             plan: ReceivePlan::new(),
             header: Staging::new(HEADER_LEN),
-            landing: Box::default(),
+            landing: Box::new(Landing::of(id)),
             normal: Box::default(),
             zero: Box::default(),
             state: State::Header,
-            buffers: None,
+            buffers: Buffers::default(),
+            cores,
             synced_once: false,
             packets: 0,
             position: INIT_LEN as u64,
@@ -110,8 +126,7 @@ impl PageChannel {
         }
         self.header.consume(HEADER_LEN);
         if payload > 0 {
-            self.plan_payload(sync);
-            return Ok(());
+            return self.plan_payload(sync);
         }
         self.end_of_packet(0);
         if sync {
@@ -122,9 +137,9 @@ impl PageChannel {
         Ok(())
     }
 
-    fn plan_payload(&mut self, sync: bool) {
+    fn plan_payload(&mut self, sync: bool) -> Result<(), ChannelError> {
         let store = self.guest.store().expect("checked with the packet's pages");
-        store.place(self.normal.as_slice(), &mut self.landing);
+        store.place(self.normal.as_slice(), &mut self.landing)?;
         self.plan.clear();
         self.plan.wait_all = true;
         for run in self.landing.runs() {
@@ -137,38 +152,41 @@ impl PageChannel {
                     .push(run.address.wrapping_add(page * PAGE_SIZE), PAGE_SIZE);
             }
         }
-        let slab = self.landing.slab();
-        let buffer = slab.and_then(|slab| self.buffers?.checked_add(slab.0));
-        self.plan.registered = buffer;
-        let header_follows = match (slab, buffer) {
+        self.plan.registered = self.buffer();
+        let header_follows = match self.landing.header() {
             _ if sync || !self.style.chain_header => HeaderPlace::None,
-            (Some(slab), Some(_)) => {
-                let slab = usize::from(slab.0);
-                self.plan.push(store.slabs()[slab].header(self.id), HEADER_LEN);
-                HeaderPlace::Slab(slab)
+            Some(place) => {
+                self.plan.push(place, HEADER_LEN);
+                HeaderPlace::Landing
             }
-            _ => {
+            None => {
                 let (space, bytes) = self.header.space().expect("the header was consumed");
                 self.plan.push(space, bytes);
                 HeaderPlace::Own
             }
         };
         self.state = State::Payload { sync, header_follows };
+        Ok(())
+    }
+
+    /// The registered buffer that the payload's places lie in.
+    fn buffer(&self) -> Option<u16> {
+        self.landing.slab().and_then(|slab| self.buffers.index(slab))
     }
 
     /// The payload, and the header behind it if it was asked for, are where they belong.
     fn payload_landed(&mut self, sync: bool, header_follows: HeaderPlace) -> Result<(), ChannelError> {
         let store = self.guest.store().expect("the payload went there");
-        store.landed(self.shard, &self.landing);
+        store.landed(self.shard, &mut self.landing);
         self.guest.rendezvous.end_packet(self.id);
         let pages = self.normal.as_slice().len();
         self.pages_since_sync += pages as u64;
         match header_follows {
             HeaderPlace::None => {}
             HeaderPlace::Own => self.header.fill(HEADER_LEN),
-            HeaderPlace::Slab(slab) => {
+            HeaderPlace::Landing => {
                 let mut header = [0; HEADER_LEN];
-                store.slabs()[slab].read_header(self.id, &mut header);
+                store.read_header(&self.landing, &mut header);
                 self.header.put(&header);
             }
         }
@@ -299,17 +317,41 @@ impl Endpoint for PageChannel {
         ControlFlow::Continue(())
     }
 
-    fn slabs(&self) -> &[Slab] {
-        self.guest.store().map_or(&[], |store| store.slabs())
+    fn attached(&mut self, core: usize, buffers: Buffers) {
+        self.shard = core;
+        self.buffers = buffers;
+        // A payload that was planned on another core has that one's index.
+        if matches!(self.state, State::Payload { .. }) {
+            self.plan.registered = self.buffer();
+        }
     }
 
-    fn use_buffers(&mut self, first: u16) {
-        self.buffers = Some(first);
+    fn slab_limit(&self) -> usize {
+        self.guest.store().map_or(0, |store| store.slab_limit())
+    }
+
+    fn slab(&self, position: usize) -> Option<&Slab> {
+        self.guest.store()?.slab(position)
+    }
+
+    fn use_buffers(&mut self, buffers: Buffers) {
+        self.buffers = buffers;
+    }
+
+    fn moves_to(&self) -> Option<usize> {
+        match self.state {
+            State::AtSync(_) => Some(self.cores.home),
+            _ if self.pages_since_sync >= self.style.spread_from_pages => Some(self.cores.away),
+            _ => None,
+        }
     }
 }
 
 impl Drop for PageChannel {
     fn drop(&mut self) {
+        if let Some(store) = self.guest.store() {
+            store.put_back(&mut self.landing);
+        }
         if !canary::is_set(Canary::LostLeave) {
             self.guest.leave();
         }

@@ -35,7 +35,6 @@ pub(super) struct Timeline {
     transfer_begins: Instant,
     ram_complete: Instant,
     everything_here: Instant,
-    flush: Duration,
     before: Totals,
 }
 
@@ -49,7 +48,6 @@ impl Timeline {
             transfer_begins: now,
             ram_complete: now,
             everything_here: now,
-            flush: Duration::ZERO,
             before: Totals::default(),
         }
     }
@@ -79,17 +77,13 @@ impl Timeline {
         self.everything_here = Instant::now();
     }
 
-    pub(super) fn flushed(&mut self, flush: Duration) {
-        self.flush = flush;
-    }
-
     /// The initial state is committed: what is counted from here on belongs to checkpoints.
     pub(super) fn ready_sent(&mut self, guest: &Guest) {
         self.before = Totals::of(guest);
         self.note_commit(guest, Duration::ZERO);
     }
 
-    /// The checkpoint is over.
+    /// The checkpoint is over, but for its flush, which is not in the sample.
     pub(super) fn loaded_sent(&mut self, guest: &Guest, checkpoint: CheckpointId) -> CheckpointSample {
         let now = Instant::now();
         let totals = Totals::of(guest);
@@ -105,7 +99,7 @@ impl Timeline {
             vmstate: self.everything_here - self.ram_complete,
             commit: now - self.everything_here,
             pause,
-            flush: self.flush,
+            flush: Duration::ZERO,
             pages: totals.pages - before.pages,
             zero_pages: totals.zero_pages - before.zero_pages,
             bytes: totals.bytes - before.bytes,

@@ -5,7 +5,7 @@
 //! endpoints are attached.
 
 use super::wake::CoreWake;
-use super::{Endpoint, Loss, ReceivePlan};
+use super::{Buffers, Endpoint, Loss, ReceivePlan};
 use crate::store::Slab;
 use crossbeam_queue::SegQueue;
 use std::io;
@@ -56,6 +56,8 @@ pub(super) trait Backend {
 pub(super) struct Inbox {
     pub endpoints: SegQueue<Box<dyn Endpoint>>,
     pub stop: AtomicBool,
+    /// Its core has failed and drives nothing any more.
+    failed: AtomicBool,
 }
 
 struct Slot {
@@ -64,18 +66,28 @@ struct Slot {
     closing: bool,
 }
 
-/// Progress of making one guest's slabs known to the ring.
+/// What of one guest's slabs is known to the ring.
 struct Registration {
     guest: u64,
-    first: u16,
-    count: u16,
-    registered: u16,
+    /// Indices that are reserved for it, from `registered.first` on.
+    reserved: u16,
+    registered: Buffers,
     failed: bool,
 }
 
-impl Registration {
-    fn pending(&self) -> bool {
-        !self.failed && self.registered < self.count
+/// A core as others see it: where endpoints are put that it shall drive, and how it is woken to find them.
+#[derive(Clone)]
+pub(super) struct Peer {
+    pub inbox: Arc<Inbox>,
+    pub wake: Arc<CoreWake>,
+}
+
+impl Peer {
+    pub(super) fn new() -> io::Result<Self> {
+        Ok(Self {
+            inbox: Arc::default(),
+            wake: Arc::new(CoreWake::new()?),
+        })
     }
 }
 
@@ -84,31 +96,38 @@ pub(super) type Warn = Arc<dyn Fn(String) + Send + Sync>;
 
 pub(super) struct Core<B> {
     backend: B,
-    wake: Arc<CoreWake>,
-    inbox: Arc<Inbox>,
+    /// All cores of the plane, and which of them this is.
+    peers: Arc<[Peer]>,
+    position: usize,
     slots: Vec<Option<Slot>>,
     registrations: Vec<Registration>,
     /// Completions that are to be handed on: here, so that none is lost in a panic.
     done: Vec<Completion>,
+    /// The slot that was last asked for work that can wait.
+    idle_turn: usize,
+    /// Whether there is something to do without waiting for it.
+    busy: bool,
     warn: Warn,
 }
 
 impl<B: Backend> Core<B> {
-    pub(super) fn new(backend: B, wake: Arc<CoreWake>, inbox: Arc<Inbox>, warn: Warn) -> Self {
+    pub(super) fn new(backend: B, peers: Arc<[Peer]>, position: usize, warn: Warn) -> Self {
         Self {
             backend,
-            wake,
-            inbox,
+            peers,
+            position,
             slots: Vec::new(),
             registrations: Vec::new(),
             done: Vec::with_capacity(256),
+            idle_turn: 0,
+            busy: false,
             warn,
         }
     }
 
     /// Drives endpoints until it is told to stop and the last one has ended.
     pub(super) fn run(mut self) -> io::Result<()> {
-        self.wake.adopt();
+        self.wake().adopt();
         loop {
             match catch_unwind(AssertUnwindSafe(|| self.drive())) {
                 Ok(Ok(())) => return Ok(()),
@@ -121,32 +140,51 @@ impl<B: Backend> Core<B> {
         }
     }
 
+    fn wake(&self) -> &CoreWake {
+        &self.peers[self.position].wake
+    }
+
+    fn inbox(&self) -> &Inbox {
+        &self.peers[self.position].inbox
+    }
+
     fn drive(&mut self) -> io::Result<()> {
         loop {
             self.turn()?;
-            if self.inbox.stop.load(Ordering::Acquire) && self.is_empty() {
+            let stop = self.inbox().stop.load(Ordering::Acquire) && self.inbox().endpoints.is_empty();
+            if stop && self.is_empty() {
                 return Ok(());
             }
         }
     }
 
-    /// Takes what has completed since the last turn, or waits for it, and acts on it.
+    /// Takes what has completed since the last turn, or waits for it, and acts on it; or, if nothing has, does a little of
+    /// the work that can wait.
     pub(super) fn turn(&mut self) -> io::Result<()> {
-        let registering = self.registrations.iter().any(Registration::pending);
-        let wait = if registering { Wait::Poll } else { Wait::Block };
+        let wait = if self.busy { Wait::Poll } else { Wait::Block };
         let mut woken = self.backend.wait(wait, &mut self.done)?;
+        let idle = !woken && self.done.is_empty();
         while let Some(completion) = self.done.pop() {
             self.completed(completion);
         }
         if woken {
             self.attach_new();
         }
-        while woken || self.wake.take_own() {
+        while woken || self.wake().take_own() {
             woken = false;
             self.resume_all();
         }
-        self.register_some();
+        self.busy = self.register_some();
+        if idle || !self.busy {
+            self.busy |= self.background_some();
+        }
         Ok(())
+    }
+
+    /// Whether it has something to do without waiting for it.
+    #[cfg(test)]
+    pub(super) fn is_busy(&self) -> bool {
+        self.busy
     }
 
     /// Whether it drives no endpoint.
@@ -154,12 +192,31 @@ impl<B: Backend> Core<B> {
         self.slots.iter().all(Option::is_none)
     }
 
+    /// Lets the next endpoint that has some do a little of the work that can wait. False if none has.
+    fn background_some(&mut self) -> bool {
+        let count = self.slots.len();
+        for turn in self.idle_turn..self.idle_turn + count {
+            let Some(slot) = self.slots[turn % count].as_mut() else {
+                continue;
+            };
+            if !slot.closing && slot.endpoint.background() {
+                self.idle_turn = (turn + 1) % count;
+                return true;
+            }
+        }
+        false
+    }
+
     /// The backend has failed: every session of this core ends. What is posted may still be written to, so those
     /// endpoints and their memory are never freed.
     fn abandon(&mut self, error: &io::Error) {
+        let failure = || Loss::Error(io::Error::new(error.kind(), error.to_string()));
+        self.inbox().failed.store(true, Ordering::Release);
+        while let Some(mut endpoint) = self.inbox().endpoints.pop() {
+            endpoint.lost(failure());
+        }
         for mut slot in self.slots.drain(..).flatten() {
-            slot.endpoint
-                .lost(Loss::Error(io::Error::new(error.kind(), error.to_string())));
+            slot.endpoint.lost(failure());
             if slot.posted {
                 std::mem::forget(slot);
             }
@@ -180,7 +237,11 @@ impl<B: Backend> Core<B> {
     }
 
     fn attach_new(&mut self) {
-        while let Some(endpoint) = self.inbox.endpoints.pop() {
+        while let Some(mut endpoint) = self.inbox().endpoints.pop() {
+            let guest = endpoint.guest();
+            let registration = self.registrations.iter().find(|r| r.guest == guest);
+            let buffers = registration.map_or_else(Buffers::default, |r| r.registered);
+            endpoint.attached(self.position, buffers);
             let free = self.slots.iter().position(Option::is_none);
             let index = free.unwrap_or_else(|| {
                 self.slots.push(None);
@@ -231,15 +292,31 @@ impl<B: Backend> Core<B> {
     }
 
     fn go_on(&mut self, index: usize, flow: ControlFlow<()>) {
-        if flow.is_continue() {
-            return self.post(index);
-        }
         let Some(slot) = self.slots[index].as_mut() else {
             return;
         };
-        slot.closing = true;
-        if !slot.posted {
-            self.remove(index);
+        if flow.is_break() {
+            slot.closing = true;
+            if !slot.posted {
+                self.remove(index);
+            }
+            return;
+        }
+        let elsewhere = slot.endpoint.moves_to().filter(|core| *core != self.position);
+        match elsewhere {
+            Some(core) if !slot.posted && !self.peers[core].inbox.failed.load(Ordering::Acquire) => {
+                self.hand_over(index, core);
+            }
+            _ => self.post(index),
+        }
+    }
+
+    /// Another core drives the endpoint from now on.
+    fn hand_over(&mut self, index: usize, core: usize) {
+        if let Some(slot) = self.detach(index) {
+            let peer = &self.peers[core];
+            peer.inbox.endpoints.push(slot.endpoint);
+            peer.wake.wake();
         }
     }
 
@@ -258,78 +335,77 @@ impl<B: Backend> Core<B> {
     }
 
     fn remove(&mut self, index: usize) {
-        let Some(slot) = self.slots[index].take() else {
-            return;
-        };
+        // Dropped last: it may be the last owner of the slabs that were just given back.
+        drop(self.detach(index));
+    }
+
+    /// Takes an endpoint off this core; the last one of a guest takes the guest's buffers with it.
+    fn detach(&mut self, index: usize) -> Option<Slot> {
+        let slot = self.slots[index].take()?;
         self.backend.forget(index, slot.endpoint.fd());
         let guest = slot.endpoint.guest();
-        if !self
-            .slots
-            .iter()
-            .flatten()
-            .any(|other| other.endpoint.guest() == guest)
+        let others = |other: &Slot| other.endpoint.guest() == guest;
+        if !self.slots.iter().flatten().any(others)
             && let Some(position) = self.registrations.iter().position(|r| r.guest == guest)
         {
             let registration = self.registrations.swap_remove(position);
             self.backend
-                .release_buffers(registration.first, registration.count);
+                .release_buffers(registration.registered.first, registration.reserved);
         }
-        // Dropped last: it may be the last owner of the slabs that were just given back.
-        drop(slot);
+        Some(slot)
     }
 
-    /// One slab a turn: a large guest's registration must not hold up the other guests of this core.
-    fn register_some(&mut self) {
-        self.find_new_slabs();
-        let Some(registration) = self.registrations.iter_mut().find(|r| r.pending()) else {
-            return;
-        };
-        let guest = registration.guest;
-        let mut members = self
-            .slots
-            .iter_mut()
-            .flatten()
-            .filter(|slot| slot.endpoint.guest() == guest);
-        let Some(slot) = members.next() else { return };
-        let index = registration.first + registration.registered;
-        match self.backend.register(
-            index,
-            &slot.endpoint.slabs()[usize::from(registration.registered)],
-        ) {
-            Err(error) => {
-                registration.failed = true;
-                let count = registration.count;
-                (self.warn)(format!(
-                    "guest {guest}: registering {count} cache slabs with io_uring failed ({error}); its pages are \
-                     received without registered buffers. With \"cannot allocate memory\": raise `ulimit -l`"
-                ));
-            }
-            Ok(()) => {
-                registration.registered += 1;
-                if registration.registered == registration.count {
-                    let first = registration.first;
-                    slot.endpoint.use_buffers(first);
-                    members.for_each(|slot| slot.endpoint.use_buffers(first));
-                }
-            }
-        }
-    }
-
-    fn find_new_slabs(&mut self) {
-        for slot in self.slots.iter().flatten() {
-            let (guest, slabs) = (slot.endpoint.guest(), slot.endpoint.slabs());
-            if slabs.is_empty() || self.registrations.iter().any(|r| r.guest == guest) {
+    /// One slab a turn: a large guest's registration must not hold up the other guests of this core. True if it
+    /// registered one, so that there may be more.
+    fn register_some(&mut self) -> bool {
+        self.find_new_guests();
+        for position in 0..self.registrations.len() {
+            let registration = &mut self.registrations[position];
+            let next = registration.registered.count;
+            if registration.failed || next == registration.reserved {
                 continue;
             }
-            let reserved = u16::try_from(slabs.len())
+            let guest = registration.guest;
+            let of_guest = |slot: &&mut Slot| slot.endpoint.guest() == guest;
+            let mut members = self.slots.iter_mut().flatten().filter(of_guest);
+            let Some(slot) = members.next() else { continue };
+            let Some(slab) = slot.endpoint.slab(usize::from(next)) else {
+                continue;
+            };
+            match self.backend.register(registration.registered.first + next, slab) {
+                Err(error) => {
+                    registration.failed = true;
+                    (self.warn)(format!(
+                        "guest {guest}: registering cache slab {next} with io_uring failed ({error}); pages are received \
+                         there without registered buffers. With \"cannot allocate memory\": raise `ulimit -l`"
+                    ));
+                }
+                Ok(()) => {
+                    registration.registered.count += 1;
+                    let buffers = registration.registered;
+                    slot.endpoint.use_buffers(buffers);
+                    members.for_each(|slot| slot.endpoint.use_buffers(buffers));
+                }
+            }
+            return true;
+        }
+        false
+    }
+
+    fn find_new_guests(&mut self) {
+        for slot in self.slots.iter().flatten() {
+            let (guest, limit) = (slot.endpoint.guest(), slot.endpoint.slab_limit());
+            if limit == 0 || self.registrations.iter().any(|r| r.guest == guest) {
+                continue;
+            }
+            let reserved = u16::try_from(limit)
                 .ok()
-                .and_then(|n| Some((self.backend.reserve_buffers(n)?, n)));
-            let (first, count) = reserved.unwrap_or((0, 0));
+                .and_then(|count| Some((self.backend.reserve_buffers(count)?, count)));
+            let (first, reserved) = reserved.unwrap_or((0, 0));
             self.registrations.push(Registration {
                 guest,
-                first,
-                count,
-                registered: 0,
+                reserved,
+                registered: Buffers { first, count: 0 },
                 failed: false,
             });
         }
@@ -375,10 +451,14 @@ mod tests {
         fn resume(&mut self) -> ControlFlow<()> {
             ControlFlow::Continue(())
         }
-        fn slabs(&self) -> &[Slab] {
-            &[]
+        fn attached(&mut self, _core: usize, _buffers: Buffers) {}
+        fn slab_limit(&self) -> usize {
+            0
         }
-        fn use_buffers(&mut self, _first: u16) {}
+        fn slab(&self, _position: usize) -> Option<&Slab> {
+            None
+        }
+        fn use_buffers(&mut self, _buffers: Buffers) {}
     }
 
     #[test]
@@ -396,7 +476,8 @@ mod tests {
             let (wake, inbox) = (wake.clone(), inbox.clone());
             thread::spawn(move || {
                 let epoll = EpollBackend::new(wake.clone()).unwrap();
-                Core::new(epoll, wake, inbox, Arc::new(|_| {})).run()
+                let peers = Arc::new([Peer { inbox, wake }]);
+                Core::new(epoll, peers, 0, Arc::new(|_| {})).run()
             })
         };
         Waker::Core(wake.clone()).wake();

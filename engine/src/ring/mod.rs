@@ -36,7 +36,7 @@ pub(crate) use staging::Staging;
 pub use uring::RingFeatures;
 pub(crate) use wake::{Semaphore, Waker};
 
-use crate::store::Slab;
+use crate::store::{Slab, SlabId};
 use std::io;
 use std::ops::ControlFlow;
 use std::os::fd::RawFd;
@@ -73,11 +73,42 @@ pub(crate) trait Endpoint: Send {
     /// Its waker was woken. A receive may be posted.
     fn resume(&mut self) -> ControlFlow<()>;
 
-    /// The guest's cache slabs, once there are any, for registration as buffers.
-    fn slabs(&self) -> &[Slab];
+    /// From now on it is driven by this core (a position among the plane's), whose ring has these buffers for it. Called
+    /// when nothing is posted; not by the backend `threads`.
+    fn attached(&mut self, core: usize, buffers: Buffers);
 
-    /// From now on slab `n` is buffer `first + n` of the ring that drives this endpoint.
-    fn use_buffers(&mut self, first: u16);
+    /// Most cache slabs that the guest can ever have; 0 as long as it has no memory.
+    fn slab_limit(&self) -> usize;
+
+    /// One of them, once it is there, for registration as a buffer.
+    fn slab(&self, position: usize) -> Option<&Slab>;
+
+    /// The ring that drives it has these buffers for it now.
+    fn use_buffers(&mut self, buffers: Buffers);
+
+    /// The core that shall drive it from now on, if it is another one. Asked when nothing is posted.
+    fn moves_to(&self) -> Option<usize> {
+        None
+    }
+
+    /// Does a little of the work that can wait, when the core has nothing to receive. False if there is none.
+    fn background(&mut self) -> bool {
+        false
+    }
+}
+
+/// The guest's slabs among a ring's registered buffers: slab `n` is buffer `first + n`, for the first `count` slabs.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Buffers {
+    pub first: u16,
+    pub count: u16,
+}
+
+impl Buffers {
+    /// The buffer that this slab is.
+    pub fn index(self, slab: SlabId) -> Option<u16> {
+        (slab.0 < self.count).then(|| self.first + slab.0)
+    }
 }
 
 /// How an endpoint shapes its plans: what the backend is good at.
@@ -93,7 +124,12 @@ pub(crate) struct ReceiveStyle {
     pub read_ahead: bool,
     /// The main channel is woken by each channel that arrives at a sync, not by the last one alone.
     pub wake_each: bool,
+    /// Pages of one round from which on a channel goes to a core of its own.
+    pub spread_from_pages: u64,
 }
+
+/// Before that, waking another core takes longer than it saves: with four channels that is 8 MiB.
+const SPREAD_FROM_PAGES: u64 = 512;
 
 impl ReceiveStyle {
     /// For the rings and epoll: as few operations as possible.
@@ -103,6 +139,7 @@ impl ReceiveStyle {
         coalesce: true,
         read_ahead: true,
         wake_each: false,
+        spread_from_pages: SPREAD_FROM_PAGES,
     };
 
     /// For a thread per channel: what QEMU's receiver does.
@@ -112,5 +149,6 @@ impl ReceiveStyle {
         coalesce: false,
         read_ahead: false,
         wake_each: true,
+        spread_from_pages: u64::MAX,
     };
 }

@@ -1,9 +1,9 @@
 //! Starting a backend on its cores, and handing endpoints to it.
 
-use super::core::{Core, Inbox, Warn};
+use super::core::{Core, Peer, Warn};
 use super::epoll::EpollBackend;
 use super::uring::{RingFeatures, UringBackend};
-use super::wake::{CoreWake, Semaphore, Waker};
+use super::wake::{Semaphore, Waker};
 use super::{Endpoint, ReceiveStyle, threads};
 use crate::host::{RingUnavailable, pin};
 use std::io;
@@ -95,8 +95,7 @@ impl Driver {
 }
 
 struct CoreHandle {
-    inbox: Arc<Inbox>,
-    wake: Arc<CoreWake>,
+    peer: Peer,
     thread: JoinHandle<()>,
 }
 
@@ -124,13 +123,18 @@ impl Plane {
             cores: Vec::new(),
             threads: Mutex::default(),
         };
-        for position in 0..plane.options.cores.len() {
-            if plane.options.backend == BackendKind::Threads {
-                let core = plane.options.cores[position];
-                check_core(core)?;
-                continue;
-            }
-            match start_core(&plane.options, position, warn.clone()) {
+        if plane.options.backend == BackendKind::Threads {
+            plane
+                .options
+                .cores
+                .iter()
+                .try_for_each(|core| check_core(*core))?;
+            return Ok(plane);
+        }
+        let peers = plane.options.cores.iter().map(|_| Peer::new());
+        let peers: Arc<[Peer]> = peers.collect::<Result<_, _>>()?;
+        for position in 0..peers.len() {
+            match start_core(&plane.options, &peers, position, warn.clone()) {
                 Ok((handle, features)) => {
                     plane.features = features.or(plane.features);
                     plane.cores.push(handle);
@@ -154,11 +158,16 @@ impl Plane {
         self.features
     }
 
+    /// How many cores drive endpoints; with the backend `threads` none does.
+    pub fn driving_cores(&self) -> usize {
+        self.cores.len()
+    }
+
     /// A place for one endpoint: the `n`-th core, counted around.
     pub fn driver(&self, n: usize) -> Driver {
         let core = n % self.options.cores.len();
         let waker = match self.cores.get(core) {
-            Some(handle) => Waker::Core(handle.wake.clone()),
+            Some(handle) => Waker::Core(handle.peer.wake.clone()),
             None => Waker::Thread(Arc::new(Semaphore::default())),
         };
         Driver { waker, core }
@@ -175,8 +184,8 @@ impl Plane {
                 if core.thread.is_finished() {
                     return Err(io::Error::other("its core receives no more"));
                 }
-                core.inbox.endpoints.push(endpoint);
-                Waker::Core(wake.clone()).wake();
+                core.peer.inbox.endpoints.push(endpoint);
+                wake.wake();
             }
             Waker::Thread(turn) => {
                 let (turn, cores) = (turn.clone(), self.options.cores.clone());
@@ -198,8 +207,8 @@ impl Plane {
     /// Waits until all endpoints have ended (their sockets must have been shut down), and ends the threads.
     pub fn stop(self) {
         for core in &self.cores {
-            core.inbox.stop.store(true, Ordering::Release);
-            Waker::Core(core.wake.clone()).wake();
+            core.peer.inbox.stop.store(true, Ordering::Release);
+            core.peer.wake.wake();
         }
         let threads = self.threads.into_inner().unwrap_or_else(PoisonError::into_inner);
         for thread in self.cores.into_iter().map(|core| core.thread).chain(threads) {
@@ -211,16 +220,16 @@ impl Plane {
 
 fn start_core(
     options: &PlaneOptions,
+    peers: &Arc<[Peer]>,
     position: usize,
     warn: Warn,
 ) -> Result<(CoreHandle, Option<RingFeatures>), PlaneError> {
     let core = options.cores[position];
     let (backend, registered) = (options.backend, options.registered);
-    let wake = Arc::new(CoreWake::new().map_err(io::Error::from)?);
-    let inbox = Arc::new(Inbox::default());
     let (started, report) = mpsc::channel();
     let thread = {
-        let (wake, inbox) = (wake.clone(), inbox.clone());
+        let peers = peers.clone();
+        let wake = peers[position].wake.clone();
         thread::Builder::new()
             .name(format!("colo-core-{core}"))
             .spawn(move || {
@@ -233,19 +242,19 @@ fn start_core(
                     reason: explain(&error),
                 };
                 let ended = if backend == BackendKind::Uring {
-                    match UringBackend::new(wake.clone(), registered) {
+                    match UringBackend::new(wake, registered) {
                         Err(error) => return drop(started.send(Err(failed(error)))),
                         Ok(ring) => {
                             let _ = started.send(Ok(Some(ring.features())));
-                            Core::new(ring, wake, inbox, warn.clone()).run()
+                            Core::new(ring, peers, position, warn.clone()).run()
                         }
                     }
                 } else {
-                    match EpollBackend::new(wake.clone()) {
+                    match EpollBackend::new(wake) {
                         Err(error) => return drop(started.send(Err(failed(error)))),
                         Ok(epoll) => {
                             let _ = started.send(Ok(None));
-                            Core::new(epoll, wake, inbox, warn.clone()).run()
+                            Core::new(epoll, peers, position, warn.clone()).run()
                         }
                     }
                 };
@@ -257,7 +266,10 @@ fn start_core(
             })?
     };
     match report.recv() {
-        Ok(Ok(features)) => Ok((CoreHandle { inbox, wake, thread }, features)),
+        Ok(Ok(features)) => {
+            let peer = peers[position].clone();
+            Ok((CoreHandle { peer, thread }, features))
+        }
         Ok(Err(error)) => Err(error),
         Err(_) => Err(PlaneError::Backend {
             backend,

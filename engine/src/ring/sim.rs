@@ -5,7 +5,7 @@
 //! the endpoint never do: they are *sent* when the model primary writes them, *arrived* when the simulated network has
 //! carried them here, and *taken* when they were put where the endpoint's plan says.
 
-use super::core::{Backend, Completion, Core, Inbox, Wait};
+use super::core::{Backend, Completion, Core, Peer, Wait};
 use super::wake::{CoreWake, Waker};
 use super::{Endpoint, ReceivePlan};
 use crate::store::Slab;
@@ -239,13 +239,11 @@ impl Backend for SimBackend {
         Ok(self.wake.clear())
     }
 
-    fn forget(&mut self, _slot: usize, fd: RawFd) {
+    fn forget(&mut self, slot: usize, _fd: RawFd) {
         let net = self.net.borrow();
-        let posted = net
-            .wires
-            .iter()
-            .any(|wire| wire.fd == fd && wire.posted.is_some());
-        assert!(!posted, "an endpoint goes only when its receive has completed");
+        let mut posted = net.wires.iter().filter_map(|wire| wire.posted.as_ref());
+        let own = posted.any(|posted| posted.core == self.core && posted.slot == slot);
+        assert!(!own, "an endpoint goes only when its receive has completed");
     }
 
     fn reserve_buffers(&mut self, count: u16) -> Option<u16> {
@@ -277,53 +275,63 @@ impl Backend for SimBackend {
 /// A core whose loop goes on only when it is told to.
 pub(crate) struct SimCore {
     core: Core<SimBackend>,
-    wake: Arc<CoreWake>,
-    inbox: Arc<Inbox>,
+    peer: Peer,
 }
 
 impl SimCore {
-    /// Core number `core` of that network. `warn` takes what an operator would be told.
-    pub(crate) fn new(net: &Net, core: usize, warn: Arc<dyn Fn(String) + Send + Sync>) -> nix::Result<Self> {
-        let (wake, inbox) = (Arc::new(CoreWake::new()?), Arc::new(Inbox::default()));
-        let backend = SimBackend {
-            core,
-            net: net.clone(),
-            wake: wake.clone(),
+    /// All cores of that network. `warn` takes what an operator would be told.
+    pub(crate) fn all(
+        net: &Net,
+        cores: usize,
+        warn: &Arc<dyn Fn(String) + Send + Sync>,
+    ) -> io::Result<Vec<Self>> {
+        let peers: Arc<[Peer]> = (0..cores).map(|_| Peer::new()).collect::<Result<_, _>>()?;
+        let core = |position: usize| {
+            let peer = peers[position].clone();
+            let backend = SimBackend {
+                core: position,
+                net: net.clone(),
+                wake: peer.wake.clone(),
+            };
+            Self {
+                core: Core::new(backend, peers.clone(), position, warn.clone()),
+                peer,
+            }
         };
-        Ok(Self {
-            core: Core::new(backend, wake.clone(), inbox.clone(), warn),
-            wake,
-            inbox,
-        })
+        Ok((0..cores).map(core).collect())
     }
 
     /// What wakes it.
     pub(crate) fn waker(&self) -> Waker {
-        Waker::Core(self.wake.clone())
+        Waker::Core(self.peer.wake.clone())
     }
 
     /// Hands an endpoint to it.
     pub(crate) fn attach(&self, endpoint: Box<dyn Endpoint>) {
-        self.inbox.endpoints.push(endpoint);
+        self.peer.inbox.endpoints.push(endpoint);
         self.waker().wake();
     }
 
     /// One turn of its loop, which does not wait.
     pub(crate) fn turn(&mut self) -> io::Result<()> {
-        self.wake.adopt();
+        self.peer.wake.adopt();
         let done = self.core.turn();
+        let again = self.peer.wake.take_own();
         // What wakes it between its turns comes from elsewhere.
         CoreWake::disown();
+        if again {
+            self.peer.wake.wake();
+        }
         done
     }
 
-    /// Whether somebody has woken it.
-    pub(crate) fn is_woken(&self) -> bool {
-        self.wake.is_readable()
+    /// Whether its next turn would not wait: it was woken, or has something left to do.
+    pub(crate) fn is_awake(&self) -> bool {
+        self.peer.wake.is_readable() || self.core.is_busy()
     }
 
-    /// Whether it drives no endpoint.
+    /// Whether it drives no endpoint, and none is on its way.
     pub(crate) fn is_empty(&self) -> bool {
-        self.core.is_empty()
+        self.core.is_empty() && self.peer.inbox.endpoints.is_empty()
     }
 }

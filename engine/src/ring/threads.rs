@@ -25,5 +25,7 @@ pub(super) fn run(mut endpoint: Box<dyn Endpoint>, turn: &Arc<Semaphore>) {
         if flow.is_break() {
             return;
         }
+        // To its end: the primary's next request waits for it anyhow.
+        while endpoint.background() {}
     }
 }

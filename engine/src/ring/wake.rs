@@ -87,7 +87,8 @@ impl CoreWake {
         poll(&mut polled, PollTimeout::ZERO) == Ok(1)
     }
 
-    fn wake(&self) {
+    /// Makes its loop look at its inbox and its endpoints again.
+    pub fn wake(&self) {
         let (fd, _) = OWN.get();
         if fd == self.event.as_raw_fd() {
             OWN.set((fd, true));

@@ -13,9 +13,7 @@
 //! next, never lost. That last sentence is what the loom tests below check.
 #![forbid(unsafe_code)]
 
-use super::map::index;
-#[cfg(not(loom))]
-use super::map::zeroed_words;
+use super::map::{index, zeroed_words};
 use super::plan::Plan;
 use crate::sync::{AtomicU64, Ordering};
 use crate::units::PageIndex;
@@ -32,12 +30,6 @@ const SCAN_WORDS: usize = 64;
 /// Words of padding behind each shard's words, so that no cache line (nor pair of lines, which some processors
 /// fetch together) holds words of two shards.
 const PADDING_WORDS: usize = 16;
-
-/// Words of zero that loom watches.
-#[cfg(loom)]
-fn zeroed_words(count: usize) -> Box<[AtomicU64]> {
-    (0..count).map(|_| AtomicU64::new(0)).collect()
-}
 
 /// Where a page's bit is: word and mask.
 fn bit(page: PageIndex) -> (u64, u64) {
@@ -108,6 +100,15 @@ fn take_word(word: &AtomicU64) -> u64 {
 pub struct DirtyBitmap {
     shards: Box<[Shard]>,
     summary_words: u64,
+}
+
+impl std::fmt::Debug for DirtyBitmap {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let marked = self.count();
+        f.debug_struct("DirtyBitmap")
+            .field("marked", &marked)
+            .finish_non_exhaustive()
+    }
 }
 
 impl DirtyBitmap {

@@ -62,6 +62,13 @@ pub(super) fn fill(target: Span<'_>, bytes: &[u8; PAGE_SIZE]) {
     unsafe { arch::fill(target.start(), bytes) }
 }
 
+/// What a kernel does for a receive.
+#[cfg(test)]
+pub(super) fn fill_bytes(to: *mut u8, bytes: &[u8]) {
+    // SAFETY: the tests give memory of a window's space, at least as long, which nobody else uses.
+    unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), to, bytes.len()) }
+}
+
 /// Reads one page to ordinary memory.
 pub(super) fn read(source: Span<'_>, bytes: &mut [u8; PAGE_SIZE]) {
     let source = source.first(1);
@@ -125,7 +132,7 @@ mod x86_64 {
     }
 
     /// # Safety
-    /// As [`copy`]; `length` is a positive multiple of 256, and both addresses are aligned to 64.
+    /// As [`copy`]; `length` is a positive multiple of 256, and `to` is aligned to 64.
     pub(super) unsafe fn copy_non_temporal(to: *mut u8, from: *const u8, length: usize) {
         // SAFETY: handed on; the instruction set asked for was found.
         unsafe {
@@ -178,9 +185,9 @@ mod x86_64 {
         };
     }
 
-    streaming_copy!(copy_avx512, "64", "vmovdqa64", "vmovntdq", "zmm", "vzeroupper");
-    streaming_copy!(copy_avx2, "32", "vmovdqa", "vmovntdq", "ymm", "vzeroupper");
-    streaming_copy!(copy_sse2, "16", "movdqa", "movntdq", "xmm", "");
+    streaming_copy!(copy_avx512, "64", "vmovdqu64", "vmovntdq", "zmm", "vzeroupper");
+    streaming_copy!(copy_avx2, "32", "vmovdqu", "vmovntdq", "ymm", "vzeroupper");
+    streaming_copy!(copy_sse2, "16", "movdqu", "movntdq", "xmm", "");
 
     pub(super) fn fence() {
         // SAFETY: orders stores, nothing else.
@@ -253,12 +260,19 @@ mod x86_64 {
                 let memory = Mapping::anonymous(3 * PAGE_BYTES).unwrap();
                 let (source, target) = (memory.span(0, 1), memory.span(PAGE_BYTES, 1));
                 super::super::fill(source, &bytes);
+                let mut seen = [0; PAGE_SIZE];
                 // SAFETY: two mapped pages that do not overlap, aligned, on a processor that has the set.
                 unsafe { copy(target.start(), source.start(), PAGE_SIZE) };
                 super::fence();
-                let mut seen = [0; PAGE_SIZE];
                 super::super::read(target, &mut seen);
                 assert!(seen == bytes, "{name}");
+                // From any address, as in plain mode: the page after five bytes.
+                let loose = memory.loose_span(5, 1);
+                // SAFETY: as above, but for the alignment of what is read.
+                unsafe { copy(target.start(), loose.start(), PAGE_SIZE - 256) };
+                super::fence();
+                super::super::read(target, &mut seen);
+                assert!(seen[..PAGE_SIZE - 256] == bytes[5..PAGE_SIZE - 251], "{name}");
                 assert!(
                     super::super::is_zero(memory.span(2 * PAGE_BYTES, 1)),
                     "{name} wrote behind its page"
@@ -271,7 +285,7 @@ mod x86_64 {
 #[cfg(any(not(target_arch = "x86_64"), miri, test))]
 mod portable {
     use crate::units::PAGE_SIZE;
-    use std::sync::atomic::{AtomicU64, Ordering, fence as memory_fence};
+    use std::sync::atomic::{AtomicU8, AtomicU64, Ordering, fence as memory_fence};
 
     const WORD: usize = size_of::<u64>();
 
@@ -291,24 +305,39 @@ mod portable {
         }
     }
 
+    /// A word of guest memory that may lie at any address.
+    ///
+    /// # Safety
+    /// Eight bytes at `at` can be read.
+    unsafe fn load(at: *const u8) -> u64 {
+        if at.addr().is_multiple_of(WORD) {
+            // SAFETY: an aligned word.
+            return unsafe { word(at) }.load(Ordering::Relaxed);
+        }
+        let byte = |offset| {
+            // SAFETY: one of the eight bytes, read atomically as everything else here.
+            unsafe { AtomicU8::from_ptr(at.add(offset).cast_mut()) }.load(Ordering::Relaxed)
+        };
+        u64::from_ne_bytes(std::array::from_fn(byte))
+    }
+
     /// # Safety
     /// A page at `from` can be read.
     pub(super) unsafe fn read(from: *const u8, bytes: &mut [u8; PAGE_SIZE]) {
         for (at, chunk) in bytes.as_chunks_mut::<WORD>().0.iter_mut().enumerate() {
             // SAFETY: a word of that page.
-            *chunk = unsafe { word(from.add(at * WORD)) }
-                .load(Ordering::Relaxed)
-                .to_ne_bytes();
+            *chunk = unsafe { load(from.add(at * WORD)) }.to_ne_bytes();
         }
     }
 
     /// # Safety
-    /// `length` bytes at `from` can be read and at `to` be written; both are guest memory of whole words.
+    /// `length` bytes at `from` can be read and at `to` be written; both are guest memory of whole words, and `to` is
+    /// aligned to them.
     pub(super) unsafe fn copy(to: *mut u8, from: *const u8, length: usize) {
         for at in (0..length).step_by(WORD) {
             // SAFETY: inside of what the caller vouches for.
-            let (to, from) = unsafe { (word(to.add(at)), word(from.add(at))) };
-            to.store(from.load(Ordering::Relaxed), Ordering::Relaxed);
+            let (to, value) = unsafe { (word(to.add(at)), load(from.add(at))) };
+            to.store(value, Ordering::Relaxed);
         }
     }
 

@@ -75,12 +75,14 @@ impl CommittedImage {
     ///
     /// # Errors
     /// Before the first commit, or when a file cannot be written. Then nothing of this dump is left behind.
-    pub fn dump(&self, directory: &Path) -> Result<DumpReport, StoreError> {
+    ///
+    /// `settle` brings into the image what was committed, as [`super::Store::settle`] does.
+    pub(super) fn dump(&self, directory: &Path, settle: impl Fn()) -> Result<DumpReport, StoreError> {
         // The lock guards no data: a dump that panicked leaves nothing behind that matters to the next.
         let _only_one = self.dumping.lock().unwrap_or_else(PoisonError::into_inner);
         self.begin_tracking()?;
         let dumped = DumpFiles::create(directory, self.table()).and_then(|files| {
-            self.dump_passes(&files)
+            self.dump_passes(&files, &settle)
                 .map(|(checkpoint, passes)| (files, checkpoint, passes))
         });
         self.lock().tracking = None;
@@ -97,7 +99,9 @@ impl CommittedImage {
         Ok(())
     }
 
-    fn dump_passes(&self, files: &DumpFiles) -> Result<(CheckpointId, u32), StoreError> {
+    fn dump_passes(&self, files: &DumpFiles, settle: &impl Fn()) -> Result<(CheckpointId, u32), StoreError> {
+        // What is committed from here on is tracked; what was committed before is brought into the image.
+        settle();
         files.write_all(&self.image)?;
         let mut plan = Plan::default();
         let mut passes = 1;
@@ -113,6 +117,7 @@ impl CommittedImage {
                 LOCKED_PAGES_MAX
             };
             if plan.pages() <= limit {
+                settle();
                 // A commit waits for this lock, and a guest for the commit: what is left is taken to memory under it
                 // and written afterwards, however slow the disk is.
                 let pages = read_plan(&self.image, &plan);
@@ -127,6 +132,8 @@ impl CommittedImage {
             if passes == PASSES_MAX {
                 return Err(StoreError::DumpTooSlow { passes });
             }
+            // The pages of the plan are committed, so that they are in the image after this.
+            settle();
             files.write_plan(&self.image, &plan)?;
         }
     }
@@ -324,11 +331,13 @@ mod tests {
             ..StoreOptions::default()
         };
         let (store, _) = Store::create(table.clone(), "test", &options).unwrap();
-        store.write(
-            0,
-            table.page(crate::units::BlockId(0), PAGE_BYTES).unwrap(),
-            &[7; 4096],
-        );
+        store
+            .write(
+                0,
+                table.page(crate::units::BlockId(0), PAGE_BYTES).unwrap(),
+                &[7; 4096],
+            )
+            .unwrap();
         let flusher = Flusher::new(CopyMethod::Memcpy, 0, &[]).unwrap();
         store.commit(CheckpointId(0), &mut Vec::new(), &flusher);
         let full = || DumpFile {
@@ -341,7 +350,10 @@ mod tests {
             blocks: vec![full()],
             device_state: full(),
         };
-        let refused = store.committed.dump_passes(&files).unwrap_err();
+        let refused = store
+            .committed
+            .dump_passes(&files, &|| store.settle())
+            .unwrap_err();
         assert_eq!(
             refused.to_string(),
             "/nonexistent/pc.ram~part: No space left on device (os error 28)"

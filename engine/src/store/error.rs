@@ -33,9 +33,24 @@ pub enum StoreError {
         /// What the kernel said.
         source: io::Error,
     },
+    /// The cache's slots are used up.
+    #[error(
+        "the pages that are waiting for their commit take {mib} MiB of cache, twice the guest's RAM: its primary sends \
+         the same pages again and again"
+    )]
+    PoolFull {
+        /// What the cache has.
+        mib: u64,
+    },
+    /// Slots that cannot do what was asked for.
+    #[error(
+        "a guest that runs on the ram image needs the cache placement mirror and the commit mode sync: the pages that it \
+         changes are restored from the cache, before the primary goes on"
+    )]
+    RunningGuest,
     /// Mapped, but the memory is not there.
     #[error(
-        "no memory for a guest of {bytes} bytes, which takes twice as much (ram image and cache): {source}; free some, \
+        "no memory for a guest of {bytes} bytes and the cache that it takes beside its ram image: {source}; free some, \
          or raise the memory limit of this process's cgroup"
     )]
     NoMemory {

@@ -1,19 +1,21 @@
-//! The flush: dirty slots → RAM image, by the committing thread and parked helpers.
+//! The flush: dirty slots → RAM image, inside of a commit by the committing thread and parked helpers, or after it in
+//! small steps by whoever has nothing else to do.
 //!
 //! A [`Flush`] belongs to a store and is what its threads share; a [`Flusher`] is the helpers, which several stores
 //! share. Claims go through the plan in address order, so that the threads stay near each other and each writes runs.
 #![forbid(unsafe_code)]
 
 use super::cache::Cache;
-use super::copy::{self, CopyMethod};
+use super::copy::CopyMethod;
 use super::handover::{HandOver, Offer};
 use super::image::RamImage;
-use super::plan::{PageRun, Plan};
+use super::plan::Plan;
 use crate::canary::{self, Canary};
 use crate::host::pin;
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, RwLock, mpsc};
 use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
 use thiserror::Error;
 
 /// From how many dirty pages on helpers are woken: below that, waking one takes longer than it saves.
@@ -21,6 +23,9 @@ const HELP_FROM_PAGES: u64 = 1000;
 
 /// Words of the plan that a thread claims at a time: 16 to 1024 pages, between 5 µs and 0.5 ms of work.
 const CLAIM_WORDS: usize = 16;
+
+/// The same where a core looks at its sockets after each claim: up to 256 pages.
+const STEP_WORDS: usize = 4;
 
 /// What a flush did.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -31,16 +36,36 @@ pub struct FlushReport {
     pub runs: u64,
     /// Helpers that took part.
     pub helpers: usize,
+    /// Time that the copying took, summed over the threads that did it.
+    pub busy: Duration,
 }
 
-/// A store's flush in progress, or at rest with an empty plan.
+/// What became of one step of a flush.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum FlushStep {
+    /// There was nothing to do: no flush is under way, or others do what is left.
+    Nothing,
+    /// Some pages were copied; there may be more.
+    Some,
+    /// The last pages were copied.
+    Last,
+}
+
+/// A store's flush in progress, or at rest.
 pub(super) struct Flush {
     image: Arc<RamImage>,
     cache: Arc<dyn Cache>,
     round: RwLock<Round>,
     /// First word of the plan that is not claimed.
     next: AtomicUsize,
+    /// Words whose pages are copied.
+    done: AtomicUsize,
+    /// Whether there are words that are not.
+    open: AtomicBool,
+    /// A thread panicked in its part: the image may be torn.
+    failed: AtomicBool,
     runs: AtomicU64,
+    busy_ns: AtomicU64,
 }
 
 /// What one flush is to do: written by the committing thread, then read by all.
@@ -59,64 +84,132 @@ impl Flush {
             cache,
             round: RwLock::new(Round { plan, method }),
             next: AtomicUsize::new(0),
+            done: AtomicUsize::new(0),
+            open: AtomicBool::new(false),
+            failed: AtomicBool::new(false),
             runs: AtomicU64::new(0),
+            busy_ns: AtomicU64::new(0),
         })
     }
 
-    /// Copies what `plan_it` puts into the plan; the caller holds the store's commit lock, so there is one at a time.
-    pub(super) fn run(self: &Arc<Self>, flusher: &Flusher, plan_it: impl FnOnce(&mut Plan)) -> FlushReport {
-        let pages = {
-            let mut round = self.round.write().expect(NEVER_POISONED);
-            plan_it(&mut round.plan);
-            round.method = flusher.method;
-            round.plan.pages()
-        };
+    /// Begins a flush of what `plan_it` puts into the plan, and says how many pages that is. The caller holds the store's
+    /// commit lock, and has settled the flush before, so there is one at a time.
+    pub(super) fn begin(&self, method: CopyMethod, plan_it: impl FnOnce(&mut Plan)) -> u64 {
+        debug_assert!(!self.is_open(), "one flush after the other");
+        let mut round = self.round.write().expect(NEVER_POISONED);
+        plan_it(&mut round.plan);
+        round.method = method;
         self.next.store(0, Ordering::Relaxed);
+        self.done.store(0, Ordering::Relaxed);
         self.runs.store(0, Ordering::Relaxed);
+        self.busy_ns.store(0, Ordering::Relaxed);
+        // Release: who finds it open finds the plan, too.
+        self.open.store(round.plan.len() > 0, Ordering::Release);
+        round.plan.pages()
+    }
+
+    /// Whether there is something to copy, or being copied.
+    pub(super) fn is_open(&self) -> bool {
+        self.open.load(Ordering::Acquire)
+    }
+
+    /// Whether it has so many pages that threads should be woken for it.
+    pub(super) fn is_large(&self) -> bool {
+        self.is_open() && self.round.read().expect(NEVER_POISONED).plan.pages() >= HELP_FROM_PAGES
+    }
+
+    /// Begins a flush and does all of it, with the helpers where they are free.
+    pub(super) fn run(self: &Arc<Self>, flusher: &Flusher, plan_it: impl FnOnce(&mut Plan)) -> FlushReport {
+        let pages = self.begin(flusher.method, plan_it);
         let helpers = match pages {
-            ..HELP_FROM_PAGES => {
-                self.work();
-                0
-            }
+            ..HELP_FROM_PAGES => 0,
             HELP_FROM_PAGES.. => flusher.share(self),
         };
-        let runs = self.runs.load(Ordering::Relaxed);
-        FlushReport { pages, runs, helpers }
+        self.settle();
+        FlushReport {
+            pages,
+            helpers,
+            ..self.report()
+        }
+    }
+
+    /// What was done since the last beginning.
+    pub(super) fn report(&self) -> FlushReport {
+        FlushReport {
+            pages: 0,
+            runs: self.runs.load(Ordering::Relaxed),
+            helpers: 0,
+            busy: Duration::from_nanos(self.busy_ns.load(Ordering::Relaxed)),
+        }
+    }
+
+    /// Whether a part of it panicked.
+    pub(super) fn has_failed(&self) -> bool {
+        self.failed.load(Ordering::Acquire)
+    }
+
+    /// Does what is left and waits for what others do of it.
+    ///
+    /// # Panics
+    /// If a part of it panicked, here or elsewhere: it will never be done.
+    pub(super) fn settle(&self) {
+        while self.is_open() {
+            assert!(!self.has_failed(), "a part of the flush panicked");
+            if self.step(CLAIM_WORDS) == FlushStep::Nothing {
+                // A claim that another thread has in hand: at most half a millisecond.
+                std::thread::yield_now();
+            }
+        }
+    }
+
+    /// A small part of it, if there is one.
+    pub(super) fn small_step(&self) -> FlushStep {
+        self.step(STEP_WORDS)
+    }
+
+    fn step(&self, words: usize) -> FlushStep {
+        if !self.is_open() {
+            return FlushStep::Nothing;
+        }
+        let round = self.round.read().expect(NEVER_POISONED);
+        let begin = self.next.fetch_add(words, Ordering::Relaxed);
+        let end = round.plan.len().min(begin.saturating_add(words));
+        if begin >= end {
+            return FlushStep::Nothing;
+        }
+        let started = Instant::now();
+        let part = Part(&self.failed);
+        let first = begin + usize::from(canary::is_set(Canary::SkippedPage));
+        let runs = self
+            .cache
+            .flush(&round.plan, first..end, &self.image, round.method);
+        drop(part);
+        let busy = u64::try_from(started.elapsed().as_nanos()).unwrap_or(u64::MAX);
+        self.runs.fetch_add(runs, Ordering::Relaxed);
+        self.busy_ns.fetch_add(busy, Ordering::Relaxed);
+        // Acquire and release: who finds the flush closed finds every page in the image.
+        let done = self.done.fetch_add(end - begin, Ordering::AcqRel) + (end - begin);
+        if done < round.plan.len() {
+            return FlushStep::Some;
+        }
+        self.open.store(false, Ordering::Release);
+        FlushStep::Last
     }
 
     /// One thread's part: claims words of the plan until none is left.
     fn work(&self) {
-        let round = self.round.read().expect(NEVER_POISONED);
-        let mut runs = 0;
-        loop {
-            let begin = self.next.fetch_add(CLAIM_WORDS, Ordering::Relaxed);
-            let end = round.plan.len().min(begin + CLAIM_WORDS);
-            if begin >= end {
-                break;
-            }
-            for run in round.plan.runs(begin..end) {
-                runs += self.copy_run(run, round.method);
-            }
-        }
-        copy::fence();
-        self.runs.fetch_add(runs, Ordering::Relaxed);
+        while self.step(CLAIM_WORDS) == FlushStep::Some {}
     }
+}
 
-    /// Copies a run in as many pieces as it has in memory: it may cross blocks of the image and slabs of the cache.
-    fn copy_run(&self, mut run: PageRun, method: CopyMethod) -> u64 {
-        let mut pieces = 0;
-        if canary::is_set(Canary::SkippedPage) {
-            run = run.skip(1);
+/// A part of a flush that is being done: leaves word if it panics.
+struct Part<'a>(&'a AtomicBool);
+
+impl Drop for Part<'_> {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            self.0.store(true, Ordering::Release);
         }
-        while run.pages > 0 {
-            let source = self.cache.newest(run);
-            let target = self.image.span(run);
-            let pages = source.pages().min(target.pages());
-            copy::copy(target.first(pages), source.first(pages), method);
-            run = run.skip(pages);
-            pieces += 1;
-        }
-        pieces
     }
 }
 
@@ -193,6 +286,11 @@ impl Flusher {
             (Ok(Err(source)), Some(core)) => Err(FlusherError::Pin { helper, core, source }),
             _ => Ok(()),
         }
+    }
+
+    /// How pages are copied.
+    pub(super) fn method(&self) -> CopyMethod {
+        self.method
     }
 
     /// Does all of `flush`, with the helpers where they are free; says how many came.

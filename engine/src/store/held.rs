@@ -21,8 +21,8 @@ impl Store {
     /// that panicked.
     pub fn hold_committed(&self) -> Option<HeldCheckpoint<'_>> {
         self.committed()?;
-        self.settle();
         let record = self.committed.lock();
+        self.settle();
         let checkpoint = record.checkpoint?;
         Some(HeldCheckpoint {
             store: self,
@@ -36,14 +36,6 @@ impl Store {
     pub fn image_file(&self, id: BlockId) -> Option<&Path> {
         self.image().file(id)
     }
-
-    /// Waits until the image's files hold the last committed checkpoint. A commit copies all of it before it returns, so
-    /// there is nothing to wait for.
-    #[expect(
-        clippy::unused_self,
-        reason = "the one place that knows when the image is complete"
-    )]
-    fn settle(&self) {}
 }
 
 impl HeldCheckpoint<'_> {

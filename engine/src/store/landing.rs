@@ -2,9 +2,10 @@
 #![forbid(unsafe_code)]
 
 use super::Phase;
-use super::cache::SlabId;
-use super::map::{LandingRun, Span};
-use crate::units::{PACKET_PAGES, PageIndex};
+use super::extents::Cursor;
+use super::map::{LandingRun, Span, index};
+use super::slab::{HEADER_BYTES, Slab, SlabId};
+use crate::units::{ChannelId, PACKET_PAGES, PageIndex};
 
 /// The landing places of a packet's normal pages, in the packet's order: filled by [`super::Store::place`], handed to
 /// the kernel, then given back to [`super::Store::landed`]. A channel owns one and uses it for all its packets:
@@ -13,7 +14,21 @@ pub struct Landing {
     pages: Vec<PageIndex>,
     runs: Vec<LandingRun>,
     slab: SlabChoice,
+    header: Option<HeaderPlace>,
+    channel: ChannelId,
     pub(super) phase: Phase,
+    /// Where its channel goes on in the pool, and the slot of the first page.
+    pub(super) cursor: Cursor,
+    pub(super) slot: u32,
+}
+
+/// Where the header of the packet that follows may be read to, with the pages.
+#[derive(Clone, Copy)]
+pub(super) struct HeaderPlace {
+    pub(super) slab: SlabId,
+    pub(super) offset: u64,
+    /// The address, in the type that carries addresses.
+    run: LandingRun,
 }
 
 /// In which registered buffer the runs lie.
@@ -30,12 +45,34 @@ impl Default for Landing {
             pages: Vec::with_capacity(PACKET_PAGES),
             runs: Vec::with_capacity(PACKET_PAGES),
             slab: SlabChoice::NoPageYet,
+            header: None,
+            channel: ChannelId(0),
             phase: Phase::Precopy,
+            cursor: Cursor::default(),
+            slot: 0,
         }
     }
 }
 
 impl Landing {
+    /// For the packets of `channel`.
+    pub fn of(channel: ChannelId) -> Self {
+        Self {
+            channel,
+            ..Self::default()
+        }
+    }
+
+    pub(super) fn channel(&self) -> ChannelId {
+        self.channel
+    }
+
+    /// [`HEADER_BYTES`] bytes in the slab of all pages ([`Self::slab`]), for the header of the packet that follows: so one
+    /// read may fill both. To be read out by [`super::Store::read_header`] before the landing is used again.
+    pub fn header(&self) -> Option<*mut u8> {
+        self.header.map(|place| place.run.address)
+    }
+
     /// The pages, in the packet's order.
     pub fn pages(&self) -> &[PageIndex] {
         &self.pages
@@ -62,7 +99,35 @@ impl Landing {
         self.pages.clear();
         self.runs.clear();
         self.slab = SlabChoice::NoPageYet;
+        self.header = None;
         self.phase = phase;
+    }
+
+    /// All pages lie in one piece of one slab.
+    pub(super) fn push_all(&mut self, pages: &[PageIndex], slab: SlabId, place: Span<'_>) {
+        self.pages.extend_from_slice(pages);
+        self.slab = SlabChoice::All(slab);
+        let (address, length) = (place.start(), place.bytes());
+        if length > 0 {
+            self.runs.push(LandingRun { address, length });
+        }
+    }
+
+    pub(super) fn set_header(&mut self, id: SlabId, offset: u64, slab: &Slab) {
+        let address = slab.memory().bytes(index(offset), index(HEADER_BYTES));
+        let run = LandingRun {
+            address,
+            length: index(HEADER_BYTES),
+        };
+        self.header = Some(HeaderPlace {
+            slab: id,
+            offset,
+            run,
+        });
+    }
+
+    pub(super) fn header_place(&self) -> Option<HeaderPlace> {
+        self.header
     }
 
     /// Adds the place of the next page: `slab` is the registered buffer it lies in, if any.

@@ -126,6 +126,18 @@ impl Mapping {
         }
     }
 
+    /// `pages` times a page's bytes from byte `offset` on, which may be any: only to be read from.
+    ///
+    /// # Panics
+    /// Unless they lie inside the mapping.
+    pub(super) fn loose_span(&self, offset: u64, pages: u64) -> Span<'_> {
+        Span {
+            start: self.bytes(index(offset), index(pages * PAGE_BYTES)),
+            pages,
+            life: PhantomData,
+        }
+    }
+
     fn length_u64(&self) -> u64 {
         u64::try_from(self.length).unwrap_or(u64::MAX)
     }
@@ -264,7 +276,8 @@ pub(super) fn populate(mappings: &[&Mapping]) -> Result<(), Errno> {
     })
 }
 
-/// Whole pages inside a [`Mapping`]: readable, writable, aligned to the page size, valid for `'a`.
+/// Whole pages inside a [`Mapping`]: readable, writable, valid for `'a`, and aligned to the page size unless they are
+/// from [`Mapping::loose_span`].
 #[derive(Clone, Copy)]
 pub(super) struct Span<'a> {
     start: *mut u8,
@@ -328,6 +341,12 @@ pub struct LandingRun {
 unsafe impl Send for LandingRun {}
 // SAFETY: as above.
 unsafe impl Sync for LandingRun {}
+
+/// Words of zero that loom watches.
+#[cfg(loom)]
+pub(super) fn zeroed_words(count: usize) -> Box<[crate::sync::AtomicU64]> {
+    (0..count).map(|_| crate::sync::AtomicU64::new(0)).collect()
+}
 
 /// `count` words of zero. The operating system gives the memory on first touch, so words that are never written
 /// cost address space only.

@@ -2,14 +2,24 @@
 //!
 //! # What it holds
 //! * The **RAM image**: the guest's RAM as of the last committed checkpoint, in files that a QEMU can map.
-//! * The **cache**: slots in which received pages wait for their commit ([`CacheKind`]).
+//! * The **cache**: slots in which received pages wait for their commit, and in [`CommitMode::Deferred`] from there to
+//!   their flush ([`CacheKind`]).
 //! * The **dirty bitmap**: the pages received since the last commit.
 //! * The **commit record**: number and device state of the last committed checkpoint.
 //!
 //! # Phases
-//! In **precopy** nothing is committed that could be torn: pages land in the image, are copied to their cache slots
-//! once they are there, and are not marked dirty. With [`Store::begin_colo`] image and cache are equal. From then
-//! on pages land in slots and are marked, and the image changes in [`Store::commit`] alone.
+//! In **precopy** nothing is committed that could be torn: pages land in the image, and in a mirror are copied to their
+//! slots, and are not marked dirty. With [`Store::begin_colo`] that ends. From then on pages land in slots and are marked,
+//! and the image changes by a commit alone:
+//!
+//! ```text
+//!  receiving ── commit (sync: copies, then the record) ──────────────────────────────► receiving
+//!      └─────── commit (deferred: the record) ──► flushing ── the last flush step ─────────┘
+//! ```
+//!
+//! While it is **flushing**, the last committed checkpoint is in image and slots together, and no page is received: a
+//! correct primary is quiet between a commit and CHECKPOINT_REPLY, which the session holds back until then. So
+//! whoever wants the checkpoint in the image calls [`Store::settle`], at any time.
 //!
 //! # Who may do what, until when
 //! * Receiving threads call [`Store::place`], let the kernel fill the places, then call [`Store::landed`]; or
@@ -22,7 +32,6 @@
 //!   clone until its last operation has ended. The memory goes when the last clone goes.
 //! * [`Store::committed`] and [`Store::dump`] see a checkpoint whole or not at all, at any time.
 //!
-//! # Later placements and commit modes
 //! Where slots are is the matter of `cache::Cache`; when dirty slots are copied is decided in [`Store::commit`] alone.
 
 mod bitmap;
@@ -31,6 +40,7 @@ mod committed;
 mod copy;
 mod dump;
 mod error;
+mod extents;
 mod flusher;
 mod handover;
 mod held;
@@ -38,40 +48,57 @@ mod huge;
 mod image;
 mod landing;
 mod map;
+mod mirror;
 mod names;
 mod plan;
+mod pool;
+mod slab;
+mod stack;
+mod window;
 
 #[cfg(all(test, not(loom), not(miri)))]
 mod tests;
 
 pub use bitmap::DirtyBitmap;
-pub use cache::{HEADER_BYTES, Slab, SlabId};
 pub use copy::CopyMethod;
 pub use dump::{DEVICE_STATE_FILE, DumpReport, DumpedBlock, RESERVED_FILES};
 pub use error::StoreError;
-pub use flusher::{FlushReport, Flusher, FlusherError};
+pub use extents::PoolUse;
+pub use flusher::{FlushReport, FlushStep, Flusher, FlusherError};
 pub use held::HeldCheckpoint;
 pub use huge::{Fallback, HugePages};
 pub use landing::Landing;
 pub use map::LandingRun;
 pub use plan::{PageRun, Plan};
+pub use slab::{HEADER_BYTES, Slab, SlabId};
+pub use window::Window;
 
 use crate::blocks::BlockTable;
 use crate::canary::{self, Canary};
 use crate::units::{CheckpointId, PAGE_SIZE, PageIndex};
 use bitmap::PageSet;
-use cache::{Cache, Mirror};
+use cache::Cache;
 use committed::CommittedImage;
+use extents::{Extents, Shape};
 use flusher::Flush;
 use image::RamImage;
 use map::Mapping;
+use mirror::Mirror;
+use pool::Pool;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
 
 /// Which placement of cache slots.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum CacheKind {
+    /// Slots are taken as pages arrive and given back when they are flushed: as much memory as checkpoints need.
+    Pool {
+        /// Bytes up to which it grows as it likes; `None` for as much as the guest's RAM. A checkpoint that needs more gets
+        /// it, slower, and it is counted.
+        max: Option<u64>,
+    },
     /// A slot for every page of guest RAM: memory doubles.
     Mirror,
 }
@@ -79,6 +106,9 @@ pub enum CacheKind {
 /// When dirty slots are copied to the RAM image.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum CommitMode {
+    /// After the commit, while the primary runs: the checkpoint is committed by its record alone, and is whole in image and
+    /// slots together.
+    Deferred,
     /// Inside of the commit: the image is complete when it returns.
     Sync,
 }
@@ -96,6 +126,10 @@ pub struct StoreOptions {
     pub commit: CommitMode,
     /// Threads that receive pages: each marks in its own shard of the dirty bitmap. At least 1.
     pub shards: usize,
+    /// Where somebody runs the guest on the RAM image between checkpoints: marks the pages that it changes, which each
+    /// commit then restores. Only with [`CacheKind::Mirror`] and [`CommitMode::Sync`]. The guest must stand still during a
+    /// commit, and its marks must be made by then.
+    pub running_guest: Option<Arc<DirtyBitmap>>,
 }
 
 impl Default for StoreOptions {
@@ -103,9 +137,10 @@ impl Default for StoreOptions {
         Self {
             hugepages: HugePages::Huge2M,
             ram_dir: None,
-            cache: CacheKind::Mirror,
-            commit: CommitMode::Sync,
+            cache: CacheKind::Pool { max: None },
+            commit: CommitMode::Deferred,
             shards: 1,
+            running_guest: None,
         }
     }
 }
@@ -125,13 +160,26 @@ pub struct Store {
     cache: Arc<dyn Cache>,
     colo: AtomicBool,
     dirty: DirtyBitmap,
+    running_guest: Option<Arc<DirtyBitmap>>,
     received: PageSet,
     flush: Arc<Flush>,
     mode: CommitMode,
 }
 
+/// How finely a cache divides its memory: fixed but for tests.
+#[derive(Clone, Copy)]
+pub(crate) struct Grain {
+    pub(crate) mirror_slab_pages: u64,
+    pub(crate) pool_slab_extents: Option<u32>,
+}
+
+const GRAIN: Grain = Grain {
+    mirror_slab_pages: mirror::SLAB_PAGES,
+    pool_slab_extents: None,
+};
+
 impl Store {
-    /// Maps memory for the guest of `table` and makes sure that it is there: image and cache, so twice the guest's RAM.
+    /// Maps memory for the guest of `table` and makes sure that it is there: the image, and what the cache begins with.
     /// `label` begins the names of the image's files in a RAM directory; it is the caller's, not the peer's.
     ///
     /// Populating takes about a second per 4 GiB and core on a quiet host; call it where waiting does no harm.
@@ -148,35 +196,61 @@ impl Store {
         label: &str,
         options: &StoreOptions,
     ) -> Result<(Self, Vec<Fallback>), StoreError> {
-        Self::with_slabs(table, label, options, cache::SLAB_PAGES)
+        Self::with_grain(table, label, options, GRAIN)
     }
 
-    /// As [`Store::create`], with slabs of another size: for tests, whose guests are small.
-    pub(crate) fn with_slabs(
+    /// As [`Store::create`], with memory divided otherwise: for tests, whose guests are small.
+    pub(crate) fn with_grain(
         table: Arc<BlockTable>,
         label: &str,
         options: &StoreOptions,
-        slab_pages: u64,
+        grain: Grain,
     ) -> Result<(Self, Vec<Fallback>), StoreError> {
+        let restores = (options.cache, options.commit) == (CacheKind::Mirror, CommitMode::Sync);
+        if options.running_guest.is_some() && !restores {
+            return Err(StoreError::RunningGuest);
+        }
         let (pages, bytes) = (table.total_pages(), table.total_bytes());
         let mut notes = Vec::new();
         let ram_dir = options.ram_dir.as_deref();
-        let image = RamImage::map(table, label, options.hugepages, ram_dir, &mut notes)?;
-        let cache = match options.cache {
-            CacheKind::Mirror => Mirror::map(pages, slab_pages, options.hugepages, &mut notes)?,
-        };
-        let mappings: Vec<&Mapping> = image.mappings().iter().chain(cache.mappings()).collect();
-        map::populate(&mappings).map_err(|errno| StoreError::NoMemory {
+        let image = Arc::new(RamImage::map(
+            table,
+            label,
+            options.hugepages,
+            ram_dir,
+            &mut notes,
+        )?);
+        let refused = |errno: nix::errno::Errno| StoreError::NoMemory {
             bytes,
             source: errno.into(),
-        })?;
-        let (image, cache): (_, Arc<dyn Cache>) = (Arc::new(image), Arc::new(cache));
+        };
+        let populate = |cache: Vec<&Mapping>| {
+            let mappings: Vec<&Mapping> = image.mappings().iter().chain(cache).collect();
+            map::populate(&mappings).map_err(refused)
+        };
+        let cache: Arc<dyn Cache> = match options.cache {
+            CacheKind::Mirror => {
+                let mirror = Mirror::map(pages, grain.mirror_slab_pages, options.hugepages, &mut notes)?;
+                populate(mirror.mappings().collect())?;
+                Arc::new(mirror)
+            }
+            CacheKind::Pool { max } => {
+                let shape = match grain.pool_slab_extents {
+                    None => Shape::of_guest(pages, max),
+                    Some(extents) => Shape::with_slabs(pages, max, extents),
+                };
+                let extents = Extents::map(shape, options.hugepages, &mut notes)?;
+                populate(extents.slabs().map(Slab::memory).collect())?;
+                Arc::new(Pool::new(extents, pages, options.shards))
+            }
+        };
         let store = Self {
             flush: Flush::new(image.clone(), cache.clone()),
             committed: CommittedImage::new(image),
             cache,
             colo: AtomicBool::new(false),
             dirty: DirtyBitmap::new(pages, options.shards),
+            running_guest: options.running_guest.clone(),
             received: PageSet::new(pages),
             mode: options.commit,
         };
@@ -188,9 +262,14 @@ impl Store {
         self.committed.table()
     }
 
-    /// The memory that slots lie in, for registration: a [`SlabId`] is a position in it.
-    pub fn slabs(&self) -> &[Slab] {
-        self.cache.slabs()
+    /// Most slabs that slots can ever lie in.
+    pub fn slab_limit(&self) -> usize {
+        self.cache.slab_limit()
+    }
+
+    /// A slab, for registration: a [`SlabId`] is its position. The next one may come later; one that is there stays.
+    pub fn slab(&self, position: usize) -> Option<&Slab> {
+        self.cache.slab(position)
     }
 
     /// Where received pages go now.
@@ -204,9 +283,12 @@ impl Store {
     /// Says where the normal pages of a packet are to land; `landing` holds that until its next use. All its places
     /// are to be filled before [`Store::landed`].
     ///
+    /// # Errors
+    /// If there is no memory for them: see [`StoreError::PoolFull`].
+    ///
     /// # Panics
     /// With more than [`crate::units::PACKET_PAGES`] pages.
-    pub fn place(&self, pages: &[PageIndex], landing: &mut Landing) {
+    pub fn place(&self, pages: &[PageIndex], landing: &mut Landing) -> Result<(), StoreError> {
         let phase = self.phase();
         landing.begin(phase, pages.len());
         match phase {
@@ -214,6 +296,7 @@ impl Store {
                 for page in pages {
                     landing.push(*page, None, self.image().span(PageRun::one(*page)));
                 }
+                Ok(())
             }
             Phase::Colo => self.cache.place(pages, landing),
         }
@@ -223,21 +306,37 @@ impl Store {
     ///
     /// # Panics
     /// If there is no such shard.
-    pub fn landed(&self, shard: usize, landing: &Landing) {
+    pub fn landed(&self, shard: usize, landing: &mut Landing) {
         match landing.phase {
             Phase::Precopy => {
                 for page in landing.pages() {
-                    let source = self.image().span(PageRun::one(*page));
-                    copy::copy(self.cache.slot(*page), source, CopyMethod::NonTemporal);
+                    self.cache.follow(*page, self.image());
                 }
                 copy::fence();
             }
-            Phase::Colo if canary::is_set(Canary::LostMark) => {
-                self.dirty.mark_all(shard, &landing.pages()[1..]);
+            Phase::Colo => {
+                self.cache.landed(landing);
+                let lost = usize::from(canary::is_set(Canary::LostMark));
+                self.dirty.mark_all(shard, &landing.pages()[lost..]);
             }
-            Phase::Colo => self.dirty.mark_all(shard, landing.pages()),
         }
         self.received.insert_all(landing.pages());
+    }
+
+    /// Reads out the header that came with the pages of `landing` ([`Landing::header`]).
+    ///
+    /// # Panics
+    /// If it had no place for one, or with more than [`HEADER_BYTES`] bytes.
+    pub fn read_header(&self, landing: &Landing, out: &mut [u8]) {
+        assert!(out.len() <= map::index(HEADER_BYTES), "a header has its own area");
+        let place = landing.header_place().expect("its header has a place");
+        let slab = self.slab(usize::from(place.slab.0)).expect("pages landed there");
+        slab.memory().copy_out(map::index(place.offset), out);
+    }
+
+    /// A channel's landing is used no more: what it holds of the pool is given back.
+    pub fn put_back(&self, landing: &mut Landing) {
+        self.cache.put_back(landing);
     }
 
     /// A page of zeros was received. `shard` is the calling thread's.
@@ -245,36 +344,67 @@ impl Store {
     /// # Panics
     /// If there is no such shard.
     pub fn zero(&self, shard: usize, page: PageIndex) {
-        self.put(shard, page, copy::zero);
+        match self.phase() {
+            Phase::Precopy => {
+                copy::zero(self.image().span(PageRun::one(page)));
+                self.cache.follow(page, self.image());
+                copy::fence();
+            }
+            Phase::Colo => {
+                self.cache.zero(page);
+                self.dirty.mark(shard, page);
+            }
+        }
+        self.received.insert_all(&[page]);
     }
 
     /// A page was received whose bytes the caller holds. `shard` is the calling thread's.
     ///
+    /// # Errors
+    /// If there is no memory for it: see [`StoreError::PoolFull`].
+    ///
     /// # Panics
     /// If there is no such shard.
-    pub fn write(&self, shard: usize, page: PageIndex, bytes: &[u8; PAGE_SIZE]) {
-        self.put(shard, page, |place| copy::fill(place, bytes));
+    pub fn write(&self, shard: usize, page: PageIndex, bytes: &[u8; PAGE_SIZE]) -> Result<(), StoreError> {
+        match self.phase() {
+            Phase::Precopy => {
+                copy::fill(self.image().span(PageRun::one(page)), bytes);
+                self.cache.follow(page, self.image());
+                copy::fence();
+            }
+            Phase::Colo => {
+                if canary::is_set(Canary::EarlyImage) {
+                    copy::fill(self.image().span(PageRun::one(page)), bytes);
+                }
+                self.cache.write(shard, page, bytes)?;
+                self.dirty.mark(shard, page);
+            }
+        }
+        self.received.insert_all(&[page]);
+        Ok(())
     }
 
-    fn put(&self, shard: usize, page: PageIndex, put: impl Fn(map::Span<'_>)) {
-        put(self.cache.slot(page));
-        match self.phase() {
-            Phase::Precopy => put(self.image().span(PageRun::one(page))),
-            Phase::Colo if canary::is_set(Canary::EarlyImage) => {
-                put(self.image().span(PageRun::one(page)));
-            }
-            Phase::Colo => self.dirty.mark(shard, page),
-        }
+    /// A page has arrived in `window`, and stays there until it is flushed. `shard` is the calling thread's.
+    ///
+    /// # Panics
+    /// If there is no such shard, or the page does not lie there; in precopy.
+    pub fn adopt(&self, shard: usize, page: PageIndex, window: &Window, bytes: &[u8; PAGE_SIZE]) {
+        assert_eq!(
+            self.phase(),
+            Phase::Colo,
+            "in precopy pages belong into the image"
+        );
+        self.cache.adopt(page, window.locate(bytes));
+        self.dirty.mark(shard, page);
         self.received.insert_all(&[page]);
     }
 
     /// Reads the newest received content of a page, committed or not: what a delta is applied to (spec §7.4).
     pub fn read_newest(&self, page: PageIndex, out: &mut [u8; PAGE_SIZE]) {
-        let place = match self.phase() {
-            Phase::Precopy => self.image().span(PageRun::one(page)),
-            Phase::Colo => self.cache.newest(PageRun::one(page)),
-        };
-        copy::read(place, out);
+        let in_image = self.phase() == Phase::Precopy || !self.cache.read(page, out);
+        if in_image {
+            copy::read(self.image().span(PageRun::one(page)), out);
+        }
     }
 
     /// Whether the page was received at least once.
@@ -301,11 +431,14 @@ impl Store {
     /// an empty buffer (that of the checkpoint before, so that in the long run none is allocated). The caller has seen
     /// to it that nobody is receiving: see the module.
     ///
-    /// Checkpoint 0, the end of precopy, has nothing to flush.
+    /// Checkpoint 0, the end of precopy, has nothing to flush. In [`CommitMode::Deferred`] nothing is copied here: from
+    /// then on the store [`is_flushing`](Self::is_flushing).
     ///
     /// # Panics
     /// If `id` does not follow the last one, or after [`Store::drop_uncommitted`].
     pub fn commit(&self, id: CheckpointId, device_state: &mut Vec<u8>, flusher: &Flusher) -> FlushReport {
+        // Done long ago where pages were received in between: see the module.
+        self.settle();
         let mut record = self.committed.lock();
         assert!(
             !record.ended,
@@ -317,31 +450,93 @@ impl Store {
             "checkpoint {id} cannot be committed after {:?}",
             record.checkpoint
         );
+        let plan_it = |plan: &mut Plan| {
+            if let Some(running_guest) = &self.running_guest {
+                running_guest.take(plan);
+                self.dirty.mark_plan(0, plan);
+            }
+            self.dirty.take(plan);
+            if let Some(tracking) = &record.tracking {
+                tracking.mark_plan(0, plan);
+            }
+        };
         let report = match self.mode {
-            CommitMode::Sync => self.flush.run(flusher, |plan| {
-                self.dirty.take(plan);
-                if let Some(tracking) = &record.tracking {
-                    tracking.mark_plan(0, plan);
-                }
-            }),
+            CommitMode::Sync => self.flush.run(flusher, plan_it),
+            CommitMode::Deferred => FlushReport {
+                pages: self.flush.begin(flusher.method(), plan_it),
+                ..FlushReport::default()
+            },
         };
         record.adopt(id, device_state);
         self.committed.publish(id);
         report
     }
 
+    /// Whether committed pages wait in their slots for their copying to the image. No page may be received meanwhile.
+    pub fn is_flushing(&self) -> bool {
+        self.flush.is_open()
+    }
+
+    /// Whether that is so many pages that several threads should do it.
+    pub fn flush_needs_help(&self) -> bool {
+        self.flush.is_large()
+    }
+
+    /// Copies a few of them, which takes at most about 0.1 ms. Any thread may, also several at a time.
+    pub fn flush_step(&self) -> FlushStep {
+        self.flush.small_step()
+    }
+
+    /// Copies what is left of them and waits for what other threads do of it: the image is the last committed checkpoint
+    /// when it returns, until the next commit.
+    pub fn settle(&self) {
+        self.flush.settle();
+    }
+
+    /// What the flush of the last commit took, as far as it has gone.
+    pub fn flush_time(&self) -> Duration {
+        self.flush.report().busy
+    }
+
     /// The last committed checkpoint; `None` in precopy, and after a commit that panicked. Waits for nobody.
     pub fn committed(&self) -> Option<CheckpointId> {
-        self.committed.committed()
+        self.committed.committed().filter(|_| !self.flush.has_failed())
+    }
+
+    /// How a pool stands; `None` for a mirror.
+    pub fn pool_use(&self) -> Option<PoolUse> {
+        self.extents().map(Extents::used)
+    }
+
+    /// Whether the checkpoint that has just been received found too little room: [`Self::grow`] makes some for the next.
+    pub fn wants_growth(&self) -> bool {
+        self.extents().is_some_and(Extents::wants_growth)
+    }
+
+    /// Adds memory to the pool, which may take tens of milliseconds: for another thread than those that receive.
+    ///
+    /// # Errors
+    /// If there is none.
+    pub fn grow(&self) -> Result<(), StoreError> {
+        self.extents().map_or(Ok(()), Extents::grow)
+    }
+
+    fn extents(&self) -> Option<&Extents> {
+        self.cache.pool()
     }
 
     /// Ends the session: what was received since the last commit is dropped, nothing can be committed any more, and
-    /// the cache's memory goes back to the host. The caller has seen to it that nobody is receiving (see the module) and
-    /// that no ring has a slab registered.
+    /// the cache's memory goes back to the host, once what was committed is in the image. The caller has seen to it that
+    /// nobody is receiving (see the module) and that no ring has a slab registered.
     pub fn drop_uncommitted(&self) {
-        self.committed.lock().ended = true;
-        self.dirty.clear();
-        self.cache.slabs().iter().for_each(Slab::give_back);
+        self.settle();
+        let mut record = self.committed.lock();
+        record.ended = true;
+        let mut plan = Plan::default();
+        self.dirty.take(&mut plan);
+        self.cache.drop_pages(&plan, 0..plan.len());
+        self.cache.end();
+        self.cache.give_back();
     }
 
     /// Dumps the last committed checkpoint into `directory`, which is made if it does not exist: a file per block and
@@ -351,13 +546,16 @@ impl Store {
     /// # Errors
     /// Before the first commit, or when a file cannot be written. Then nothing of this dump is left behind.
     pub fn dump(&self, directory: &Path) -> Result<DumpReport, StoreError> {
-        self.committed.dump(directory)
+        self.committed.dump(directory, || self.settle())
     }
 
     /// Copies a page of the last committed checkpoint out.
     #[cfg(test)]
     pub(crate) fn read_committed(&self, page: PageIndex, out: &mut [u8; PAGE_SIZE]) {
-        copy::read(self.image().span(PageRun::one(page)), out);
+        // While it is flushing, what is newest is committed: see the module.
+        if !self.is_flushing() || !self.cache.read(page, out) {
+            copy::read(self.image().span(PageRun::one(page)), out);
+        }
     }
 
     /// The device state of the last committed checkpoint.

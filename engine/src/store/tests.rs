@@ -3,6 +3,8 @@
 mod dumps;
 mod memory;
 mod model;
+mod pool;
+mod running_guest;
 
 use super::*;
 use crate::units::{PACKET_PAGES, PAGE_BYTES};
@@ -21,18 +23,43 @@ fn table(blocks: &[(&str, u64)]) -> Arc<BlockTable> {
     Arc::new(BlockTable::new(blocks.iter().map(entry).collect(), total).unwrap())
 }
 
+/// Every placement with every commit mode.
+const KINDS: [(CacheKind, CommitMode); 4] = [
+    (CacheKind::Mirror, CommitMode::Sync),
+    (CacheKind::Mirror, CommitMode::Deferred),
+    (CacheKind::Pool { max: None }, CommitMode::Sync),
+    (CacheKind::Pool { max: None }, CommitMode::Deferred),
+];
+
+const TEST_GRAIN: Grain = Grain {
+    mirror_slab_pages: TEST_SLAB_PAGES,
+    pool_slab_extents: Some(2),
+};
+
 fn options() -> StoreOptions {
     StoreOptions {
         hugepages: HugePages::Off,
         shards: SHARDS,
+        cache: CacheKind::Mirror,
+        commit: CommitMode::Sync,
         ..StoreOptions::default()
     }
 }
 
-fn store(blocks: &[(&str, u64)]) -> Store {
-    let (store, notes) = Store::with_slabs(table(blocks), "test", &options(), TEST_SLAB_PAGES).unwrap();
+fn store_of((cache, commit): (CacheKind, CommitMode), blocks: &[(&str, u64)]) -> Store {
+    let options = StoreOptions {
+        cache,
+        commit,
+        ..options()
+    };
+    let (store, notes) = Store::with_grain(table(blocks), "test", &options, TEST_GRAIN).unwrap();
     assert_eq!(notes, []);
     store
+}
+
+/// A mirror that is flushed inside of the commit.
+fn store(blocks: &[(&str, u64)]) -> Store {
+    store_of(KINDS[0], blocks)
 }
 
 fn alone() -> Flusher {
@@ -59,7 +86,7 @@ fn stamp(bytes: &[u8; PAGE_SIZE]) -> u64 {
 
 fn land(store: &Store, shard: usize, pages: &[(u64, u64)], landing: &mut Landing) {
     let indices: Vec<_> = pages.iter().map(|(index, _)| page(*index)).collect();
-    store.place(&indices, landing);
+    store.place(&indices, landing).unwrap();
     let bytes: Vec<u8> = pages.iter().flat_map(|(_, stamp)| content(*stamp)).collect();
     landing.fill_by_kernel(&bytes);
     store.landed(shard, landing);
@@ -119,40 +146,46 @@ fn a_packet_in_one_slab_is_one_registered_buffer() {
     let store = store(&BLOCKS);
     let mut landing = Landing::default();
     let packet: Vec<_> = (10..20).chain([5]).map(page).collect();
-    store.place(&packet, &mut landing);
+    store.place(&packet, &mut landing).unwrap();
     assert_eq!(
         (landing.slab(), landing.runs().len()),
         (None, 2),
         "the image is no registered buffer"
     );
     store.begin_colo();
-    store.place(&packet, &mut landing);
+    store.place(&packet, &mut landing).unwrap();
     assert_eq!(landing.slab(), Some(SlabId(0)));
     let lengths: Vec<_> = landing.runs().iter().map(|run| run.length / PAGE_SIZE).collect();
     assert_eq!(lengths, [10, 1], "neighbours share a run");
-    let slab = &store.slabs()[0];
+    let slab = store.slab(0).unwrap();
     for run in landing.runs() {
         let offset = run.address.addr() - slab.base().addr();
         assert!(offset + run.length <= slab.bytes());
     }
-    store.place(&[page(63), page(64)], &mut landing);
+    store.place(&[page(63), page(64)], &mut landing).unwrap();
     assert_eq!((landing.slab(), landing.runs().len()), (None, 2), "two slabs");
-    store.place(&[page(PAGES - 1)], &mut landing);
+    store.place(&[page(PAGES - 1)], &mut landing).unwrap();
     assert_eq!(landing.slab(), Some(SlabId(3)));
-    store.place(&[], &mut landing);
+    store.place(&[], &mut landing).unwrap();
     assert_eq!((landing.slab(), landing.runs().len()), (None, 0));
 }
 
 #[test]
 fn headers_lie_in_the_slab_behind_all_slots() {
     let store = store(&BLOCKS);
-    assert_eq!(store.slabs().len(), 4);
-    let slots = [64, 64, 64, 32];
-    for (slab, pages) in store.slabs().iter().zip(slots) {
-        let first = slab.header(crate::units::ChannelId(0)).addr() - slab.base().addr();
-        assert_eq!(first, pages * PAGE_SIZE);
-        let last = slab.header(crate::units::ChannelId(255)).addr() - slab.base().addr();
-        assert_eq!(last + usize::try_from(HEADER_BYTES).unwrap(), slab.bytes());
+    assert_eq!((store.slab_limit(), store.slab(4).is_none()), (4, true));
+    store.begin_colo();
+    for (slab, pages) in [64, 64, 64, 32].into_iter().enumerate() {
+        let memory = store.slab(slab).unwrap();
+        for channel in [0, 255] {
+            let mut landing = Landing::of(crate::units::ChannelId(channel));
+            let first = u64::try_from(slab).unwrap() * TEST_SLAB_PAGES;
+            store.place(&[page(first)], &mut landing).unwrap();
+            let offset = landing.header().unwrap().addr() - memory.base().addr();
+            let header = usize::try_from(HEADER_BYTES).unwrap();
+            assert_eq!(offset, pages * PAGE_SIZE + usize::from(channel) * header);
+            assert!(offset + header <= memory.bytes());
+        }
     }
 }
 
@@ -163,7 +196,7 @@ fn a_packet_larger_than_the_wire_allows_is_a_mistake_of_the_caller() {
     let pages: Vec<_> = (0..=PACKET_PAGES)
         .map(|at| page(u64::try_from(at).unwrap()))
         .collect();
-    store.place(&pages, &mut Landing::default());
+    let _ = store.place(&pages, &mut Landing::default());
 }
 
 #[test]
@@ -195,24 +228,30 @@ fn device_state_buffers_are_used_in_turn() {
 #[test]
 fn helpers_flush_every_page_once() {
     const MANY: u64 = 6000;
-    let store = store(&[("pc.ram", MANY - 100), ("vga", 100)]);
+    for kind in KINDS {
+        helpers_flush(&store_of(kind, &[("pc.ram", MANY - 100), ("vga", 100)]), MANY);
+    }
+}
+
+fn helpers_flush(store: &Store, many: u64) {
     store.begin_colo();
     for (checkpoint, method) in (0..).zip([CopyMethod::NonTemporal, CopyMethod::Memcpy]) {
         let flusher = Flusher::new(method, 2, &[]).unwrap();
         // Every page but each seventh, so that runs begin and end everywhere.
         let (mut landing, offset) = (Landing::default(), checkpoint * 10_000 + 1);
-        let pages: Vec<_> = (0..MANY)
+        let pages: Vec<_> = (0..many)
             .filter(|at| at % 7 != checkpoint)
             .map(|at| (at, at + offset))
             .collect();
         for packet in pages.chunks(PACKET_PAGES) {
-            land(&store, 1, packet, &mut landing);
+            land(store, 1, packet, &mut landing);
         }
         let report = store.commit(CheckpointId(checkpoint), &mut Vec::new(), &flusher);
+        store.settle();
         assert_eq!(report.pages, u64::try_from(pages.len()).unwrap());
         assert!(report.helpers <= 2);
         for (at, stamp) in pages {
-            assert_eq!(image_stamp(&store, at), stamp, "page {at}");
+            assert_eq!(image_stamp(store, at), stamp, "page {at}");
         }
     }
 }
@@ -227,7 +266,7 @@ fn several_stores_share_the_helpers() {
             store.begin_colo();
             for checkpoint in 0..20 {
                 let stamp = guest * 1000 + checkpoint;
-                (0..1500).for_each(|at| store.write(0, page(at), &content(stamp)));
+                (0..1500).for_each(|at| store.write(0, page(at), &content(stamp)).unwrap());
                 let report = store.commit(CheckpointId(checkpoint), &mut Vec::new(), &flusher);
                 assert_eq!(report.pages, 1500);
                 assert!((0..1500).all(|at| image_stamp(&store, at) == stamp));
@@ -247,23 +286,28 @@ fn a_core_that_is_not_there_is_an_error() {
 /// Spec §10, "the same page twice": the page is one or the other or a mix, and nothing else suffers.
 #[test]
 fn two_threads_may_write_one_page() {
-    let store = Arc::new(store(&BLOCKS));
+    KINDS.into_iter().for_each(two_threads_write_one_page);
+}
+
+fn two_threads_write_one_page(kind: (CacheKind, CommitMode)) {
+    let store = Arc::new(store_of(kind, &BLOCKS));
     store.begin_colo();
     let writer = |shard: usize, byte: u8| {
         let store = store.clone();
         thread::spawn(move || {
             let mut landing = Landing::default();
             for _ in 0..2000 {
-                store.write(shard, page(7), &[byte; PAGE_SIZE]);
-                store.place(&[page(7)], &mut landing);
+                store.write(shard, page(7), &[byte; PAGE_SIZE]).unwrap();
+                store.place(&[page(7)], &mut landing).unwrap();
                 landing.fill_by_kernel(&[byte; PAGE_SIZE]);
-                store.landed(shard, &landing);
+                store.landed(shard, &mut landing);
             }
         })
     };
     let writers = [writer(0, 0x11), writer(1, 0x22)];
     writers.into_iter().for_each(|writer| writer.join().unwrap());
     store.commit(CheckpointId(0), &mut Vec::new(), &alone());
+    store.settle();
     let mut bytes = [0; PAGE_SIZE];
     copy::read(store.image().span(PageRun::one(page(7))), &mut bytes);
     assert!(bytes.iter().all(|byte| [0x11, 0x22].contains(byte)));

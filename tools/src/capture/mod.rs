@@ -61,8 +61,8 @@ pub struct CaptureArgs {
     #[arg(long)]
     force: bool,
 
-    /// How the file is compressed: zstd takes a core while pages come, which another on this host may miss
-    #[arg(long, value_enum, default_value_t = Compression::None)]
+    /// How the file is compressed
+    #[arg(long, value_enum, default_value_t = Compression::Zstd)]
     compress: Compression,
 
     /// Most memory for what waits to be written, like 256M
@@ -260,7 +260,7 @@ fn render(report: &CaptureReport<'_>) -> String {
     }
     match (report.added, report.added_unknown) {
         (Some(added), _) if added.checkpoints > 0 => text.push_str(&format!(
-            "{} checkpoints; forwarding lengthened each by at least {}\n",
+            "{} checkpoints; forwarding lengthened each by {}\n",
             added.checkpoints, added.both
         )),
         (_, Some(why)) => text.push_str(&format!(

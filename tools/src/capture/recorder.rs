@@ -164,7 +164,7 @@ impl Recorder {
         if self.is_full() && !self.waits() {
             give_back(&self.shared, bytes);
             return self.stop(Some(format!(
-                "it did not keep up: more than {} bytes waited to be written; --queue takes more, --when-behind wait \
+                "the disk did not keep up: more than {} bytes waited for it; --queue takes more, --when-behind wait \
                  holds the connection up instead",
                 self.queue_bytes_max
             )));

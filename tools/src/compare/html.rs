@@ -1,6 +1,6 @@
 //! The comparison as one HTML page: nothing is loaded, no script is needed, light and dark are the reader's.
 //!
-//! Whatever comes from a file passes `escape`.
+//! Whatever comes from a file passes [`escape`].
 
 use super::svg::escape;
 use super::table::{display_mean, figures, interval_cell, ratio_cell, way_in_words};
@@ -209,8 +209,8 @@ fn meaning(phase: &str) -> String {
     let text = match phase {
         "reply" => "CHECKPOINT_REQUEST read until CHECKPOINT_REPLY sent",
         "transfer" => "VMSTATE_SEND read until all pages are there",
-        "vmstate" => "all pages there until the device state is complete",
-        "commit" => "device state complete until VMSTATE_LOADED sent",
+        "vmstate" => "from there until the device state is complete",
+        "commit" => "from there until VMSTATE_LOADED is sent",
         "pause" => "CHECKPOINT_REPLY sent until VMSTATE_LOADED sent, as the receiver sees it",
         "flush" => "copying pages to the RAM image",
         "received" => "VMSTATE_SEND sent until VMSTATE_RECEIVED read, as the primary sees it",

@@ -111,7 +111,7 @@ impl Contestant {
             registered: variant.registered,
             store: StoreOptions {
                 hugepages: HugePages::TwoMiB.into(),
-                cache: variant.cache.into(),
+                cache: variant.cache.kind(None),
                 commit: variant.commit.into(),
                 ..StoreOptions::default()
             },

@@ -3,13 +3,15 @@
 //! The connections are read record by record and need no memory; everything else is found by [`Streams`], which holds
 //! the capture whole, up to half of the machine's memory.
 
-use super::{InspectArgs, Kind, listing};
+use super::elements::{self, Element};
+use super::{ChannelFilter, InspectArgs, Kind};
 use crate::capture_file::{
     CaptureError, CaptureInfo, CaptureReader, ConnectionId, Direction, EndKind, Event, Record,
 };
 use crate::output::{CommandError, Lines, print, print_json, printable, table, tell};
-use crate::streams::{Channel, Streams, StreamsError};
+use crate::streams::{Channel, Packet, Streams, StreamsError};
 use colo_ring::metrics::display_nanoseconds;
+use colo_ring::wire::multifd::{HEADER_LEN, PacketHeader};
 use serde::Serialize;
 use std::path::Path;
 use std::time::Duration;
@@ -95,6 +97,37 @@ struct CheckpointItem {
     loaded_ns: Option<u64>,
 }
 
+/// A multifd packet in the list.
+#[derive(Serialize)]
+struct PacketItem {
+    channel: u8,
+    packet: usize,
+    checkpoint: Option<u64>,
+    at_ns: u64,
+    offset: usize,
+    bytes: usize,
+    packet_num: u64,
+    sync: bool,
+    method: &'static str,
+    block: String,
+    pages: u16,
+    zero_pages: u16,
+    /// Offsets in the block, of the first page with content and the first zero page.
+    first_page: Option<u64>,
+    first_zero_page: Option<u64>,
+}
+
+/// An element of the main channel in the list.
+#[derive(Serialize)]
+struct ElementItem<'a> {
+    channel: &'static str,
+    checkpoint: Option<u64>,
+    at_ns: u64,
+    offset: usize,
+    bytes: usize,
+    what: &'a str,
+}
+
 pub(super) fn run(args: &InspectArgs) -> Result<(), CommandError> {
     let kinds = [
         Kind::Connections,
@@ -113,8 +146,8 @@ pub(super) fn run(args: &InspectArgs) -> Result<(), CommandError> {
             }
             match kind {
                 Kind::Checkpoints => list_checkpoints(args, &streams),
-                Kind::Sections => listing::elements(args, &streams),
-                _ => listing::packets(args, &streams),
+                Kind::Sections => list_elements(args, &streams),
+                _ => list_packets(args, &streams),
             }
         }
     }
@@ -393,12 +426,183 @@ fn list_checkpoints(args: &InspectArgs, streams: &Streams) -> Result<(), Command
     lines.finish()
 }
 
-pub(super) fn nanoseconds(duration: Duration) -> u64 {
+/// The checkpoint that a byte of the main channel belongs to; 0 is precopy.
+fn checkpoint_at(streams: &Streams, byte: usize) -> Option<u64> {
+    if streams.precopy.main.contains(&byte) {
+        return Some(0);
+    }
+    let index = streams
+        .checkpoints
+        .partition_point(|checkpoint| checkpoint.transfer.end <= byte);
+    (index < streams.checkpoints.len()).then(|| index as u64 + 1)
+}
+
+fn list_elements(args: &InspectArgs, streams: &Streams) -> Result<(), CommandError> {
+    if matches!(args.channel, Some(ChannelFilter::Multifd(_))) {
+        return Err(CommandError::Usage(
+            "sections are on the main channel: --kind packets lists multifd channels".to_owned(),
+        ));
+    }
+    let mut lines = Lines::new(args.json, &args.inspection("capture", ()), "sections")?;
+    lines.head(ELEMENT_HEAD, ELEMENT_WIDTHS)?;
+    let stopped = walk_elements(args, streams, &mut lines, |element| !element.is_page)?;
+    end_list(args, lines, stopped)
+}
+
+const ELEMENT_HEAD: &str = "channel|checkpoint|at|byte|bytes|what";
+const ELEMENT_WIDTHS: &[usize] = &[7, 10, 11, 12, 9];
+
+fn walk_elements(
+    args: &InspectArgs,
+    streams: &Streams,
+    lines: &mut Lines,
+    wanted: impl Fn(&Element) -> bool,
+) -> Result<Option<String>, CommandError> {
+    elements::walk(streams, |element| {
+        let checkpoint = checkpoint_at(streams, element.offset);
+        if !wanted(&element) || !args.wants_checkpoint(checkpoint) {
+            return Ok(());
+        }
+        let item = ElementItem {
+            channel: "main",
+            checkpoint,
+            at_ns: nanoseconds(streams.main.to_secondary.at(element.offset).unwrap_or_default()),
+            offset: element.offset,
+            bytes: element.bytes,
+            what: &element.what,
+        };
+        lines.item(&item, || {
+            vec![
+                "main".to_owned(),
+                number_or_dash(item.checkpoint),
+                time(item.at_ns),
+                item.offset.to_string(),
+                item.bytes.to_string(),
+                printable(item.what),
+            ]
+        })
+    })
+}
+
+fn list_packets(args: &InspectArgs, streams: &Streams) -> Result<(), CommandError> {
+    let mut lines = Lines::new(args.json, &args.inspection("capture", ()), "packets")?;
+    let mut stopped = None;
+    if args.wants_channel(ChannelFilter::Main) && (streams.channels.is_empty() || args.channel.is_some()) {
+        // Plain mode: pages are records of the main channel.
+        lines.head(ELEMENT_HEAD, ELEMENT_WIDTHS)?;
+        stopped = walk_elements(args, streams, &mut lines, |element| element.is_page)?;
+        return end_list(args, lines, stopped);
+    }
+    let channels: Vec<_> = streams
+        .channels
+        .iter()
+        .filter(|channel| args.wants_channel(ChannelFilter::Multifd(channel.id().0)))
+        .collect();
+    if let (Some(ChannelFilter::Multifd(wanted)), true) = (args.channel, channels.is_empty()) {
+        return Err(CommandError::Usage(format!(
+            "there is no channel {wanted}: the capture has {} multifd channels",
+            streams.channels.len()
+        )));
+    }
+    let head = "channel|packet|checkpoint|at|byte|bytes|num|pages|zero|first page|first zero|method|block";
+    lines.head(head, &[7, 7, 10, 11, 12, 9, 8, 5, 5, 12, 12, 6, 10])?;
+    for channel in channels {
+        for number in 0..channel.packets().len() {
+            let checkpoint = packet_checkpoint(streams, channel, number);
+            if !args.wants_checkpoint(checkpoint) {
+                continue;
+            }
+            let item = packet_item(channel, number, checkpoint);
+            lines.item(&item, || packet_cells(&item))?;
+        }
+        stopped = stopped.or(channel.stopped().map(str::to_owned));
+    }
+    end_list(args, lines, stopped)
+}
+
+/// The checkpoint that a packet belongs to; 0 is precopy.
+fn packet_checkpoint(streams: &Streams, channel: &Channel, number: usize) -> Option<u64> {
+    let place = usize::from(channel.id().0);
+    if streams.precopy.packets.get(place)?.contains(&number) {
+        return Some(0);
+    }
+    let behind = |checkpoint: &crate::streams::Checkpoint| checkpoint.packets[place].end <= number;
+    let index = streams.checkpoints.partition_point(behind);
+    (index < streams.checkpoints.len()).then(|| index as u64 + 1)
+}
+
+fn packet_item(channel: &Channel, number: usize, checkpoint: Option<u64>) -> PacketItem {
+    let packet: Packet = channel.packets()[number];
+    let bytes = channel.packet_bytes(number);
+    let offset = packet.end - bytes.len();
+    let at = channel.connection.to_secondary.at(offset).unwrap_or_default();
+    // It was decoded once, when the capture was read.
+    let header = bytes
+        .first_chunk::<HEADER_LEN>()
+        .and_then(|header| PacketHeader::decode(header).ok());
+    let block = header
+        .as_ref()
+        .filter(|header| header.has_pages())
+        .and_then(|header| header.block_name().ok());
+    PacketItem {
+        channel: channel.id().0,
+        packet: number,
+        checkpoint,
+        at_ns: nanoseconds(at),
+        offset,
+        bytes: bytes.len(),
+        packet_num: header.as_ref().map_or(0, PacketHeader::packet_num),
+        sync: packet.sync,
+        method: header.as_ref().map_or("", |header| header.method().name()),
+        block: block
+            .map(|name| name.escape_ascii().to_string())
+            .unwrap_or_default(),
+        pages: packet.normal,
+        zero_pages: packet.zero,
+        first_page: header.as_ref().and_then(|header| header.normal_offsets().next()),
+        first_zero_page: header.as_ref().and_then(|header| header.zero_offsets().next()),
+    }
+}
+
+fn packet_cells(item: &PacketItem) -> Vec<String> {
+    let hex = |offset: Option<u64>| offset.map_or_else(|| "-".to_owned(), |offset| format!("{offset:#x}"));
+    let block = match (item.block.as_str(), item.sync) {
+        ("", true) => "SYNC".to_owned(),
+        (block, true) => format!("{block} SYNC"),
+        (block, false) => block.to_owned(),
+    };
+    vec![
+        item.channel.to_string(),
+        item.packet.to_string(),
+        number_or_dash(item.checkpoint),
+        time(item.at_ns),
+        item.offset.to_string(),
+        item.bytes.to_string(),
+        item.packet_num.to_string(),
+        item.pages.to_string(),
+        item.zero_pages.to_string(),
+        hex(item.first_page),
+        hex(item.first_zero_page),
+        item.method.to_owned(),
+        block,
+    ]
+}
+
+/// Ends a list that may not go to the capture's end.
+fn end_list(args: &InspectArgs, lines: Lines, stopped: Option<String>) -> Result<(), CommandError> {
+    lines.finish()?;
+    if let Some(stopped) = stopped {
+        tell(&format!("{}: {}", args.file.display(), printable(&stopped)));
+    }
+    Ok(())
+}
+
+fn nanoseconds(duration: Duration) -> u64 {
     u64::try_from(duration.as_nanos()).unwrap_or(u64::MAX)
 }
 
 /// A time since the start of the capture.
-pub(super) fn time(nanoseconds: u64) -> String {
+fn time(nanoseconds: u64) -> String {
     format!("{:.6}", nanoseconds as f64 / 1e9)
 }
 
@@ -410,7 +614,7 @@ fn duration_or_dash(nanoseconds: Option<u64>) -> String {
     nanoseconds.map_or_else(|| "-".to_owned(), display_nanoseconds)
 }
 
-pub(super) fn number_or_dash(number: Option<u64>) -> String {
+fn number_or_dash(number: Option<u64>) -> String {
     number.map_or_else(|| "-".to_owned(), |number| number.to_string())
 }
 

@@ -5,7 +5,6 @@
 
 mod capture;
 mod elements;
-mod listing;
 mod log;
 mod report;
 

@@ -8,12 +8,13 @@ use crate::metrics::SampleQueue;
 use crate::receiver::budget::Budget;
 use crate::receiver::end::SessionEnd;
 use crate::receiver::guest::{Connection, Guest, MakeStore, Memory, Surroundings};
+use crate::receiver::helper::Helper;
 use crate::receiver::main_channel::MainChannel;
-use crate::receiver::page_channel::PageChannel;
+use crate::receiver::page_channel::{Cores, PageChannel};
 use crate::ring::ReceiveStyle;
 use crate::ring::sim::{Net, Network, Registered, SimCore, StreamEnd, Wire};
 use crate::session::SessionLimits;
-use crate::store::{CacheKind, CommitMode, CopyMethod, Flusher, HugePages, Store, StoreOptions};
+use crate::store::{CacheKind, CommitMode, CopyMethod, Flusher, Grain, HugePages, Store, StoreOptions};
 use crate::units::ChannelId;
 use crate::wire::stream::MAIN_MAGIC;
 use nix::errno::Errno;
@@ -23,7 +24,12 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
 /// Every way to make a store.
-const STORES: [(CacheKind, CommitMode); 1] = [(CacheKind::Mirror, CommitMode::Sync)];
+const STORES: [(CacheKind, CommitMode); 4] = [
+    (CacheKind::Mirror, CommitMode::Sync),
+    (CacheKind::Mirror, CommitMode::Deferred),
+    (CacheKind::Pool { max: None }, CommitMode::Sync),
+    (CacheKind::Pool { max: None }, CommitMode::Deferred),
+];
 
 /// Steps after which a run has gone astray: none came near.
 const STEPS_MAX: u64 = 1_000_000;
@@ -121,9 +127,8 @@ impl World {
         let budgets = [("ram", ram), ("device state", 1 << 30)];
         let budgets = budgets.map(|(name, bytes)| Arc::new(Budget::new(bytes, name)));
         let around = surroundings(rng, cores, &jobs, &budgets);
-        let new_core = |core| SimCore::new(&net, core, around.warn.clone()).expect("an eventfd");
         let mut world = Self {
-            cores: (0..cores).map(new_core).collect(),
+            cores: SimCore::all(&net, cores, &around.warn).expect("eventfds"),
             stalled: vec![false; connections],
             faults: Vec::new(),
             dump_at: rng.one_in(16).then(|| rng.any_size(STEPS_USUAL) as u64),
@@ -141,7 +146,10 @@ impl World {
         let style = if threads {
             ReceiveStyle::THREADS
         } else {
-            ReceiveStyle::RING
+            ReceiveStyle {
+                spread_from_pages: world.rng.pick(&[1, 3, 10, u64::MAX]),
+                ..ReceiveStyle::RING
+            }
         };
         for kind in kinds {
             world.begin(kind, style, pages_max, no_memory);
@@ -189,12 +197,8 @@ impl World {
             let (socket, peer) = pair.expect("two descriptors");
             self.net.borrow_mut().wires.push(Wire::new(socket.as_raw_fd()));
             peers.push(peer);
-            // The main channel shares its core with channel 0.
-            let beside = if threads {
-                connection
-            } else {
-                connection.saturating_sub(1)
-            };
+            // Channels are at home where the main channel is, but for the backend that has a thread for each.
+            let beside = if threads { connection } else { 0 };
             let core = (first_core + beside) % self.cores.len();
             drivers.push(core);
             let waker = self.cores[core].waker();
@@ -202,7 +206,16 @@ impl World {
         }
         let main = connections.remove(0);
         let id = u32::try_from(self.sessions.len()).expect("few");
-        let guest = Guest::new(id, "model".into(), self.around.clone(), main, connections);
+        let helpers: Vec<usize> = if threads {
+            Vec::new()
+        } else {
+            (0..self.cores.len()).filter(|core| *core != first_core).collect()
+        };
+        let wakers = helpers.iter().map(|core| self.cores[*core].waker()).collect();
+        let guest = Guest::new(id, "model".into(), self.around.clone(), main, connections, wakers);
+        for core in helpers {
+            self.cores[core].attach(Box::new(Helper::new(guest.clone())));
+        }
         let channels = u8::try_from(kind.channels).expect("few");
         let limits = SessionLimits {
             channels,
@@ -212,7 +225,12 @@ impl World {
         let main = MainChannel::new(guest.clone(), limits, drivers[0], style, false, first);
         self.cores[drivers[0]].attach(Box::new(main));
         for (channel, core) in (0..channels).zip(&drivers[1..]) {
-            let channel = PageChannel::new(guest.clone(), ChannelId(channel), *core, style);
+            let beside = if threads { 0 } else { usize::from(channel) };
+            let cores = Cores {
+                home: *core,
+                away: (core + beside) % self.cores.len(),
+            };
+            let channel = PageChannel::new(guest.clone(), ChannelId(channel), *core, style, cores);
             self.cores[*core].attach(Box::new(channel));
         }
         let wires = first_wire..first_wire + kind.channels + 1;
@@ -364,7 +382,7 @@ impl World {
     }
 
     fn turn(&mut self, core: usize) -> Result<bool, String> {
-        if !self.net.borrow().is_ready(core) && !self.cores[core].is_woken() {
+        if !self.net.borrow().is_ready(core) && !self.cores[core].is_awake() {
             return Ok(false);
         }
         self.note(|| format!("core {core} takes a turn"));
@@ -515,15 +533,19 @@ fn surroundings(
         cache,
         commit,
         shards,
+        running_guest: None,
     };
     let method = rng.pick(&[CopyMethod::NonTemporal, CopyMethod::Memcpy]);
-    let slab_pages = rng.pick(&[16, 64, 256]);
+    let grain = Grain {
+        mirror_slab_pages: rng.pick(&[16, 64, 256]),
+        pool_slab_extents: Some(rng.pick(&[1, 2, 5])),
+    };
     let jobs = jobs.clone();
     Arc::new(Surroundings {
         started: Instant::now(),
         samples: Arc::new(SampleQueue::with_capacity(4)),
         flusher: Arc::new(Flusher::new(method, 0, &[]).expect("no helpers, no error")),
-        make_store: store_maker(options, slab_pages, budgets.clone()),
+        make_store: store_maker(options, grain, budgets.clone()),
         run_apart: Arc::new(move |job| {
             jobs.lock().unwrap_or_else(PoisonError::into_inner).push(job);
             Ok(())
@@ -533,12 +555,12 @@ fn surroundings(
     })
 }
 
-fn store_maker(options: StoreOptions, slab_pages: u64, budgets: [Arc<Budget>; 2]) -> Arc<MakeStore> {
+fn store_maker(options: StoreOptions, grain: Grain, budgets: [Arc<Budget>; 2]) -> Arc<MakeStore> {
     Arc::new(move |_, table| {
         let [ram, device_state] = &budgets;
         let ram = ram.take(table.total_bytes())?;
         let device_state = device_state.take(0)?;
-        let made = Store::with_slabs(table, "sim", &options, slab_pages);
+        let made = Store::with_grain(table, "sim", &options, grain);
         let (store, _) = made.map_err(|error| error.to_string())?;
         Ok(Memory {
             store: Arc::new(store),

@@ -6,13 +6,17 @@ use std::collections::BTreeSet;
 /// Dumps beside a thread that commits without a pause: each dump is one of its checkpoints, whole.
 #[test]
 fn a_dump_is_of_one_checkpoint_while_others_are_committed() {
+    KINDS.into_iter().for_each(dumps_beside_commits);
+}
+
+fn dumps_beside_commits(kind: (CacheKind, CommitMode)) {
     const MANY: u64 = 4000;
     /// Content of a page at a checkpoint: each checkpoint writes two thirds of the pages.
     fn expected(at: u64, checkpoint: u64) -> u64 {
         let back = u64::from((at + checkpoint).is_multiple_of(3));
         checkpoint.checked_sub(back).map_or(0, |wrote| wrote + 1)
     }
-    let store = Arc::new(store(&[("pc.ram", MANY - 1), ("rom", 1)]));
+    let store = Arc::new(store_of(kind, &[("pc.ram", MANY - 1), ("rom", 1)]));
     store.begin_colo();
     let stop = Arc::new(AtomicBool::new(false));
     let committed_once = Arc::new(std::sync::Barrier::new(2));
@@ -22,8 +26,9 @@ fn a_dump_is_of_one_checkpoint_while_others_are_committed() {
             let flusher = Flusher::new(CopyMethod::NonTemporal, 1, &[]).unwrap();
             let mut device_state = Vec::new();
             for checkpoint in 0.. {
+                store.settle();
                 for at in (0..MANY).filter(|at| (at + checkpoint) % 3 != 0) {
-                    store.write(0, page(at), &content(checkpoint + 1));
+                    store.write(0, page(at), &content(checkpoint + 1)).unwrap();
                 }
                 device_state.extend(checkpoint.to_le_bytes());
                 store.commit(CheckpointId(checkpoint), &mut device_state, &flusher);

@@ -11,7 +11,7 @@ fn named_files_hold_the_image_and_go_with_it() {
     };
     let (store, notes) = Store::create(table(&BLOCKS), "guest", &options).unwrap();
     assert_eq!(notes, []);
-    store.write(0, page(3), &content(33));
+    store.write(0, page(3), &content(33)).unwrap();
     let file = scratch.0.join("guest.pc.ram");
     assert_eq!(
         fs::read(&file).unwrap()[3 * PAGE_SIZE..4 * PAGE_SIZE],
@@ -83,7 +83,7 @@ fn a_lack_of_huge_pages_is_told() {
             assert!(free() < before, "no huge page was taken");
         }
     }
-    store.write(0, page(1024), &content(5));
+    store.write(0, page(1024), &content(5)).unwrap();
     assert_eq!(image_stamp(&store, 1024), 5);
 }
 

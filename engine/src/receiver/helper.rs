@@ -1,0 +1,80 @@
+//! A guest's presence on a core that receives for it only now and then: it keeps the guest's slabs registered with that
+//! core's ring, so that a channel may be handed over at any time, and does a part of the flush.
+
+use super::guest::Guest;
+use crate::ring::{Buffers, Endpoint, Loss, ReceivePlan};
+use crate::store::{FlushStep, Slab};
+use std::ops::ControlFlow;
+use std::os::fd::RawFd;
+use std::sync::Arc;
+
+pub(super) struct Helper {
+    guest: Arc<Guest>,
+}
+
+impl Helper {
+    pub(super) fn new(guest: Arc<Guest>) -> Self {
+        Self { guest }
+    }
+}
+
+/// A small part of the guest's flush; whoever does the last one tells the main channel, which may wait for it.
+pub(super) fn flush_some(guest: &Guest) -> bool {
+    let step = guest
+        .store()
+        .map_or(FlushStep::Nothing, |store| store.flush_step());
+    if step == FlushStep::Last {
+        guest.wake_main();
+    }
+    step != FlushStep::Nothing
+}
+
+impl Endpoint for Helper {
+    // Nothing is ever received on it here.
+    fn fd(&self) -> RawFd {
+        self.guest.main_fd()
+    }
+
+    fn guest(&self) -> u64 {
+        u64::from(self.guest.id)
+    }
+
+    fn plan(&mut self) -> Option<&mut ReceivePlan> {
+        None
+    }
+
+    fn received(&mut self, _bytes: usize) -> ControlFlow<()> {
+        ControlFlow::Continue(())
+    }
+
+    fn lost(&mut self, _loss: Loss) {}
+
+    fn resume(&mut self) -> ControlFlow<()> {
+        match self.guest.end() {
+            Some(_) => ControlFlow::Break(()),
+            None => ControlFlow::Continue(()),
+        }
+    }
+
+    fn attached(&mut self, _core: usize, _buffers: Buffers) {}
+
+    fn slab_limit(&self) -> usize {
+        self.guest.store().map_or(0, |store| store.slab_limit())
+    }
+
+    fn slab(&self, position: usize) -> Option<&Slab> {
+        self.guest.store()?.slab(position)
+    }
+
+    fn use_buffers(&mut self, _buffers: Buffers) {}
+
+    fn background(&mut self) -> bool {
+        flush_some(&self.guest)
+    }
+}
+
+impl Drop for Helper {
+    fn drop(&mut self) {
+        self.guest.leave();
+    }
+}

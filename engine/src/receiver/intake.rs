@@ -1,0 +1,92 @@
+//! What has arrived on a main channel and was not parsed yet: in a buffer of its own, or, in plain mode between
+//! checkpoints, in the guest's pool, where pages then stay.
+
+use crate::ring::Staging;
+use crate::store::{SlabId, Store, StoreError, Window};
+use crate::units::{PAGE_SIZE, PageIndex};
+use std::sync::Arc;
+
+/// Room for what has arrived and is not parsed yet. In precopy of plain mode pages come this way, some dozens at a time.
+const STAGING_BYTES: usize = 256 << 10;
+
+pub(super) enum Intake {
+    Own(Staging),
+    Pool(Window),
+}
+
+/// Where the next bytes go.
+pub(super) struct Space {
+    pub(super) address: *mut u8,
+    pub(super) bytes: usize,
+    /// The slab that it lies in.
+    pub(super) slab: Option<SlabId>,
+}
+
+impl Intake {
+    /// With the first bytes of the channel.
+    pub(super) fn new(first: &[u8]) -> Self {
+        let mut staging = Staging::new(STAGING_BYTES);
+        staging.put(first);
+        Self::Own(staging)
+    }
+
+    pub(super) fn bytes(&self) -> &[u8] {
+        match self {
+            Self::Own(staging) => staging.bytes(),
+            Self::Pool(window) => window.bytes(),
+        }
+    }
+
+    pub(super) fn consume(&self, count: usize) {
+        match self {
+            Self::Own(staging) => staging.consume(count),
+            Self::Pool(window) => window.consume(count),
+        }
+    }
+
+    pub(super) fn fill(&mut self, count: usize) {
+        match self {
+            Self::Own(staging) => staging.fill(count),
+            Self::Pool(window) => window.fill(count),
+        }
+    }
+
+    /// Free space, if there is any. Only while no receive is posted.
+    pub(super) fn space(&mut self) -> Result<Option<Space>, StoreError> {
+        let (space, slab) = match self {
+            Self::Own(staging) => (staging.space(), None),
+            Self::Pool(window) => {
+                let space = window.space()?;
+                (space, Some(window.slab()))
+            }
+        };
+        Ok(space.map(|(address, bytes)| Space { address, bytes, slab }))
+    }
+
+    /// From now on pages stay where they arrive, if the store can do that. Only while no receive is posted, and not before
+    /// everything that has arrived is parsed.
+    pub(super) fn move_to_pool(&mut self, store: &Arc<Store>) -> Result<(), StoreError> {
+        if let Self::Own(staging) = self
+            && staging.bytes().is_empty()
+            && let Some(window) = Window::open(store)?
+        {
+            *self = Self::Pool(window);
+        }
+        Ok(())
+    }
+
+    /// A page is among what has arrived: keeps it where it is, or copies it.
+    pub(super) fn keep(
+        &self,
+        store: &Store,
+        shard: usize,
+        page: PageIndex,
+        bytes: &[u8; PAGE_SIZE],
+    ) -> Result<(), StoreError> {
+        match self {
+            Self::Own(_) => store.write(shard, page, bytes)?,
+            Self::Pool(window) => store.adopt(shard, page, window, bytes),
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,367 @@
+//! Extents: contiguous runs of slots in the slabs of a [`super::pool::Pool`], taken whole and given back whole.
+//!
+//! Who takes an extent **holds** it and fills it from its beginning: a channel for its packets, the main channel for
+//! its stream. Pages that have arrived in it **live** there until they are flushed, superseded or dropped. An extent
+//! with neither holder nor living page is free, and the one freed last is taken first, because its memory is still
+//! in a processor's cache. When everything in a held extent is gone, its holder starts again at its beginning.
+#![forbid(unsafe_code)]
+
+use super::StoreError;
+use super::huge::{Fallback, HugePages};
+use super::map::{self, Span, index};
+use super::slab::{Slab, SlabId, SlabMemory, slab_id};
+use super::stack::{FreeStack, Link};
+use crate::sync::{AtomicU32, AtomicUsize, Ordering};
+use crate::units::{PACKET_PAGES, PAGE_BYTES};
+use std::sync::{Mutex, OnceLock, PoisonError};
+
+/// Slots of an extent: two whole packets, and one slot into which the header of the packet that follows may be read.
+pub(super) const EXTENT_SLOTS: u32 = 2 * 128 + 1;
+
+const _: () = assert!(PACKET_PAGES == 128, "an extent is made for two whole packets");
+
+/// Bytes of an extent.
+pub(super) const EXTENT_BYTES: u64 = EXTENT_SLOTS as u64 * PAGE_BYTES;
+
+/// Extents of a slab of a small and of a large guest: 34 MiB in 2 MiB pages, and just below 512 MiB.
+const SLAB_EXTENTS: (u32, u32) = (33, 508);
+
+/// Extents that connections may hold, beyond what their pages need: one for each possible channel and receiving thread.
+const HELD_MAX: u64 = 320;
+
+/// What is populated when a guest arrives.
+const FIRST_BYTES: u64 = 64 << 20;
+
+/// Number of an extent, over all slabs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct ExtentId(pub(super) u32);
+
+/// How many slabs of which size.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Shape {
+    /// Extents of a slab.
+    pub(super) slab_extents: u32,
+    /// Slabs that are there from the beginning.
+    pub(super) first: usize,
+    /// Slabs up to which the pool grows as it likes.
+    pub(super) keep: usize,
+    /// Slabs that there can be at all.
+    pub(super) limit: usize,
+}
+
+impl Shape {
+    /// For a guest of `pages` pages. `keep_bytes` is the operator's limit, if there is one.
+    ///
+    /// A checkpoint needs a slot for each page that it changes, so at most one for each page of the guest; pages that a
+    /// primary sends again and again, and extents that are not filled to their end, take more: twice as much is the limit.
+    pub(super) fn of_guest(pages: u64, keep_bytes: Option<u64>) -> Self {
+        let extents = pages.div_ceil(u64::from(EXTENT_SLOTS - 1));
+        let (small, large) = SLAB_EXTENTS;
+        let grown = u32::try_from(extents / 32).unwrap_or(large);
+        let small = u32::try_from(extents / 2 + 2).map_or(small, |half| half.clamp(4, small));
+        Self::with_slabs(pages, keep_bytes, grown.clamp(small, large))
+    }
+
+    pub(super) fn with_slabs(pages: u64, keep_bytes: Option<u64>, slab_extents: u32) -> Self {
+        let extents = pages.div_ceil(u64::from(EXTENT_SLOTS - 1));
+        let slabs = |extents: u64| index(extents.div_ceil(u64::from(slab_extents)));
+        let limit = slabs(2 * extents + HELD_MAX);
+        let bytes = u64::from(slab_extents) * EXTENT_BYTES;
+        let keep = match keep_bytes {
+            None => limit,
+            Some(keep) => index((keep / bytes).max(1)).min(limit),
+        };
+        let first = index(FIRST_BYTES.div_ceil(bytes))
+            .min(slabs(extents + 8))
+            .min(keep);
+        Self {
+            slab_extents,
+            first,
+            keep,
+            limit,
+        }
+    }
+
+    fn slab_bytes(self) -> u64 {
+        u64::from(self.slab_extents) * EXTENT_BYTES
+    }
+}
+
+/// How the pool stands.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct PoolUse {
+    /// Bytes of slabs.
+    pub bytes: u64,
+    /// Extents that are free, of `extents`.
+    pub free_extents: u64,
+    /// Extents that there are.
+    pub extents: u64,
+    /// Slabs that were taken beyond the limit, or while pages waited for them.
+    pub hasty_slabs: u64,
+}
+
+/// See the module.
+pub(super) struct Extents {
+    shape: Shape,
+    slabs: Box<[OnceLock<Slab>]>,
+    /// Slabs that are there.
+    grown: AtomicUsize,
+    /// Of each extent: its living pages, and one more if somebody holds it.
+    live: Box<[AtomicU32]>,
+    links: Box<[Link]>,
+    free: FreeStack,
+    free_count: AtomicU32,
+    hasty: AtomicU32,
+    growing: Mutex<Option<SlabMemory>>,
+}
+
+impl Extents {
+    /// With the first slabs mapped; their memory is not yet populated.
+    ///
+    /// # Errors
+    /// If there is not even address space. Too few huge pages are a fallback, noted in `notes`.
+    pub(super) fn map(shape: Shape, huge: HugePages, notes: &mut Vec<Fallback>) -> Result<Self, StoreError> {
+        let extents = shape.limit * index(u64::from(shape.slab_extents));
+        let counters = || (0..extents).map(|_| AtomicU32::new(0)).collect();
+        let pool = Self {
+            shape,
+            slabs: (0..shape.limit).map(|_| OnceLock::new()).collect(),
+            grown: AtomicUsize::new(0),
+            live: counters(),
+            links: counters(),
+            free: FreeStack::new(),
+            free_count: AtomicU32::new(0),
+            hasty: AtomicU32::new(0),
+            growing: Mutex::new(None),
+        };
+        let mut memory = SlabMemory::new(huge);
+        for _ in 0..shape.first {
+            let slab = pool.map_slab(&mut memory)?;
+            pool.add(slab);
+        }
+        notes.extend(memory.note(shape.first));
+        *pool.growing.lock().unwrap_or_else(PoisonError::into_inner) = Some(memory);
+        Ok(pool)
+    }
+
+    fn map_slab(&self, memory: &mut SlabMemory) -> Result<Slab, StoreError> {
+        let bytes = self.shape.slab_bytes();
+        Slab::of_slots(memory, bytes).map_err(|errno| StoreError::NoCacheMemory {
+            bytes,
+            source: errno.into(),
+        })
+    }
+
+    fn add(&self, slab: Slab) {
+        let position = self.grown.load(Ordering::Relaxed);
+        let first = u32::try_from(position).expect("few slabs") * self.shape.slab_extents;
+        assert!(
+            self.slabs[position].set(slab).is_ok(),
+            "slabs are added one after the other"
+        );
+        self.grown.store(position + 1, Ordering::Release);
+        for extent in (first..first + self.shape.slab_extents).rev() {
+            self.push_free(ExtentId(extent));
+        }
+    }
+
+    pub(super) fn slab_limit(&self) -> usize {
+        self.shape.limit
+    }
+
+    pub(super) fn slab(&self, position: usize) -> Option<&Slab> {
+        self.slabs.get(position)?.get()
+    }
+
+    pub(super) fn slabs(&self) -> impl Iterator<Item = &Slab> {
+        self.slabs.iter().map_while(OnceLock::get)
+    }
+
+    fn live(&self, extent: ExtentId) -> &AtomicU32 {
+        &self.live[index(u64::from(extent.0))]
+    }
+
+    /// The slab of an extent, and where the extent begins in it.
+    pub(super) fn locate(&self, extent: ExtentId) -> (SlabId, &Slab, u64) {
+        let position = index(u64::from(extent.0 / self.shape.slab_extents));
+        let slab = self.slab(position).expect("an extent's slab is there");
+        let begin = u64::from(extent.0 % self.shape.slab_extents) * EXTENT_BYTES;
+        (slab_id(position), slab, begin)
+    }
+
+    /// One page's bytes at byte `offset` of an extent.
+    pub(super) fn page(&self, extent: ExtentId, offset: u64) -> Span<'_> {
+        let (_, slab, begin) = self.locate(extent);
+        slab.memory().loose_span(begin + offset, 1)
+    }
+
+    /// Takes a free extent, and holds it. Where there is none, makes some: slow, and counted.
+    ///
+    /// # Errors
+    /// If there is no memory for more, or pages take twice what the guest has.
+    pub(super) fn take(&self) -> Result<ExtentId, StoreError> {
+        loop {
+            if let Some(number) = self.free.pop(&self.links) {
+                self.free_count.fetch_sub(1, Ordering::Relaxed);
+                let extent = ExtentId(number);
+                self.live(extent).store(1, Ordering::Relaxed);
+                return Ok(extent);
+            }
+            self.grow_in_haste()?;
+        }
+    }
+
+    fn push_free(&self, extent: ExtentId) {
+        // Counted first: never fewer than there are.
+        self.free_count.fetch_add(1, Ordering::Relaxed);
+        self.free.push(extent.0, &self.links);
+    }
+
+    /// `pages` pages live in a held extent from now on.
+    pub(super) fn add_living(&self, extent: ExtentId, pages: u32) {
+        self.live(extent).fetch_add(pages, Ordering::Relaxed);
+    }
+
+    /// As many pages as `count` are gone, or the holder.
+    pub(super) fn release(&self, extent: ExtentId, count: u32) {
+        // Acquire and release: who takes the extent next writes after everybody has read.
+        let before = self.live(extent).fetch_sub(count, Ordering::AcqRel);
+        debug_assert!(before >= count, "nothing is released twice");
+        if before == count {
+            self.push_free(extent);
+        }
+    }
+
+    /// Whether nothing lives in a held extent, so that its holder may begin again.
+    pub(super) fn is_empty(&self, extent: ExtentId) -> bool {
+        self.live(extent).load(Ordering::Acquire) == 1
+    }
+
+    /// How many extents are in use.
+    fn in_use(&self) -> u64 {
+        self.total()
+            .saturating_sub(u64::from(self.free_count.load(Ordering::Relaxed)))
+    }
+
+    fn total(&self) -> u64 {
+        u64::try_from(self.grown.load(Ordering::Relaxed)).unwrap_or(u64::MAX)
+            * u64::from(self.shape.slab_extents)
+    }
+
+    /// Whether a checkpoint like the one that is here now, and a quarter more, would not find room, and may have it.
+    pub(super) fn wants_growth(&self) -> bool {
+        let used = self.in_use();
+        self.grown.load(Ordering::Relaxed) < self.shape.keep && self.total() < used + used / 4 + 8
+    }
+
+    /// Adds a slab whose memory is there.
+    ///
+    /// # Errors
+    /// If there is no memory for it.
+    pub(super) fn grow(&self) -> Result<(), StoreError> {
+        let mut growing = self.growing.lock().unwrap_or_else(PoisonError::into_inner);
+        if self.grown.load(Ordering::Relaxed) >= self.shape.keep {
+            return Ok(());
+        }
+        let memory = growing.as_mut().expect("set when the extents were mapped");
+        let slab = self.map_slab(memory)?;
+        map::populate(&[slab.memory()]).map_err(|errno| StoreError::NoCacheMemory {
+            bytes: self.shape.slab_bytes(),
+            source: errno.into(),
+        })?;
+        self.add(slab);
+        Ok(())
+    }
+
+    /// A slab for pages that are waiting in a socket: the kernel finds its memory while it receives.
+    fn grow_in_haste(&self) -> Result<(), StoreError> {
+        let mut growing = self.growing.lock().unwrap_or_else(PoisonError::into_inner);
+        if self.free_count.load(Ordering::Acquire) > 0 {
+            // Somebody else was faster.
+            return Ok(());
+        }
+        if self.grown.load(Ordering::Relaxed) == self.shape.limit {
+            return Err(StoreError::PoolFull {
+                mib: self.used().bytes >> 20,
+            });
+        }
+        let memory = growing.as_mut().expect("set when the extents were mapped");
+        let slab = self.map_slab(memory)?;
+        self.add(slab);
+        self.hasty.fetch_add(1, Ordering::Relaxed);
+        Ok(())
+    }
+
+    pub(super) fn used(&self) -> PoolUse {
+        let extents = self.total();
+        PoolUse {
+            bytes: u64::try_from(self.grown.load(Ordering::Relaxed)).unwrap_or(u64::MAX)
+                * self.shape.slab_bytes(),
+            free_extents: u64::from(self.free_count.load(Ordering::Relaxed)),
+            extents,
+            hasty_slabs: u64::from(self.hasty.load(Ordering::Relaxed)),
+        }
+    }
+}
+
+/// Where its holder goes on in an extent.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) struct Cursor {
+    held: Option<(u32, u32)>,
+}
+
+impl Cursor {
+    /// An extent and the first of `slots` slots in it, which nobody else has. They stay the holder's to fill until
+    /// [`Self::advance`] says that pages have arrived in them, or the next claim.
+    ///
+    /// # Errors
+    /// See [`Extents::take`].
+    pub(super) fn claim(&mut self, extents: &Extents, slots: u32) -> Result<(ExtentId, u32), StoreError> {
+        debug_assert!(slots <= EXTENT_SLOTS, "a packet and a header");
+        if let Some((extent, used)) = self.held {
+            let extent = ExtentId(extent);
+            let used = if extents.is_empty(extent) { 0 } else { used };
+            if used + slots <= EXTENT_SLOTS {
+                self.held = Some((extent.0, used));
+                return Ok((extent, used));
+            }
+            self.held = None;
+            extents.release(extent, 1);
+        }
+        let extent = extents.take()?;
+        self.held = Some((extent.0, 0));
+        Ok((extent, 0))
+    }
+
+    /// Pages have arrived in the first `pages` slots that were claimed last.
+    pub(super) fn advance(&mut self, extents: &Extents, pages: u32) -> ExtentId {
+        let (extent, used) = self.held.as_mut().expect("claimed before");
+        let extent = ExtentId(*extent);
+        extents.add_living(extent, pages);
+        *used += pages;
+        extent
+    }
+
+    /// Gives the extent up.
+    pub(super) fn put_back(&mut self, extents: &Extents) {
+        if let Some((extent, _)) = self.held.take() {
+            extents.release(ExtentId(extent), 1);
+        }
+    }
+
+    /// As one word, for a cursor that is found through a shared reference but has one user.
+    pub(super) fn pack(self) -> u64 {
+        self.held.map_or(0, |(extent, used)| {
+            (u64::from(extent) + 1) << 16 | u64::from(used)
+        })
+    }
+
+    /// The opposite of [`Self::pack`].
+    pub(super) fn unpack(word: u64) -> Self {
+        let part = |value: u64| u32::try_from(value).expect("packed from 32 bits");
+        let held = (word >> 16)
+            .checked_sub(1)
+            .map(|extent| (part(extent), part(word & 0xffff)));
+        Self { held }
+    }
+}

@@ -1,0 +1,155 @@
+//! The placement `mirror`: a slot for every page of the guest.
+#![forbid(unsafe_code)]
+
+use super::StoreError;
+use super::cache::Cache;
+use super::copy::{self, CopyMethod};
+use super::extents::Extents;
+use super::huge::{Fallback, HugePages};
+use super::image::RamImage;
+use super::landing::Landing;
+use super::map::{Mapping, Span, index};
+use super::plan::{PageRun, Plan};
+use super::slab::{Slab, SlabMemory, slab_id};
+use super::window::Arrived;
+use crate::units::{PAGE_BYTES, PAGE_SIZE, PageIndex};
+use std::ops::Range;
+
+/// Pages in a slab: 512 MiB, so that with the header area it stays below 1 GiB, the most that an io_uring takes as
+/// one registered buffer. 64 Ki slabs are then 32 TiB.
+pub(super) const SLAB_PAGES: u64 = 1 << 17;
+
+/// A slot for every page of the guest: page and slot have the same number.
+pub(super) struct Mirror {
+    slabs: Vec<Slab>,
+    /// Pages in each slab but the last: a power of two, so that a page is found by shift and mask.
+    slab_shift: u32,
+}
+
+impl Mirror {
+    /// Maps slabs of `slab_pages` pages (a power of two, [`SLAB_PAGES`] but for tests) for `pages` pages; their memory
+    /// is not yet populated.
+    ///
+    /// # Errors
+    /// If there is not even address space. Too few huge pages are a fallback, noted in `notes`.
+    pub(super) fn map(
+        pages: u64,
+        slab_pages: u64,
+        huge: HugePages,
+        notes: &mut Vec<Fallback>,
+    ) -> Result<Self, StoreError> {
+        assert!(slab_pages.is_power_of_two(), "pages are found by shift and mask");
+        let mut memory = SlabMemory::new(huge);
+        let mut slabs = Vec::with_capacity(index(pages.div_ceil(slab_pages)));
+        for first in (0..pages).step_by(index(slab_pages)) {
+            let slot_bytes = slab_pages.min(pages - first) * PAGE_BYTES;
+            let slab = Slab::with_headers(&mut memory, slot_bytes);
+            slabs.push(slab.map_err(|errno| StoreError::NoCacheMemory {
+                bytes: pages * PAGE_BYTES,
+                source: errno.into(),
+            })?);
+        }
+        notes.extend(memory.note(slabs.len()));
+        let slab_shift = slab_pages.trailing_zeros();
+        Ok(Self { slabs, slab_shift })
+    }
+
+    pub(super) fn mappings(&self) -> impl Iterator<Item = &Mapping> {
+        self.slabs.iter().map(Slab::memory)
+    }
+
+    /// The slab of a page, and its byte offset there.
+    fn locate(&self, page: PageIndex) -> (usize, u64) {
+        let slab = page.get() >> self.slab_shift;
+        let slot = page.get() & ((1 << self.slab_shift) - 1);
+        (index(slab), slot * PAGE_BYTES)
+    }
+}
+
+impl Mirror {
+    /// The slots of the pages of `run`, or of the first of them where they do not lie in one slab.
+    fn slots(&self, run: PageRun) -> Span<'_> {
+        let (slab, offset) = self.locate(run.first);
+        let slab = &self.slabs[slab];
+        let left = (slab.slot_bytes() - offset) / PAGE_BYTES;
+        slab.memory().span(offset, run.pages.min(left))
+    }
+}
+
+impl Cache for Mirror {
+    fn slab_limit(&self) -> usize {
+        self.slabs.len()
+    }
+
+    fn slab(&self, position: usize) -> Option<&Slab> {
+        self.slabs.get(position)
+    }
+
+    fn place(&self, pages: &[PageIndex], landing: &mut Landing) -> Result<(), StoreError> {
+        for page in pages {
+            let (slab, offset) = self.locate(*page);
+            let place = self.slabs[slab].memory().span(offset, 1);
+            landing.push(*page, Some(slab_id(slab)), place);
+        }
+        if let Some(slab) = landing.slab() {
+            let memory = &self.slabs[usize::from(slab.0)];
+            landing.set_header(slab, memory.header(landing.channel()), memory);
+        }
+        Ok(())
+    }
+
+    fn landed(&self, _landing: &mut Landing) {}
+
+    fn zero(&self, page: PageIndex) {
+        copy::zero(self.slots(PageRun::one(page)));
+    }
+
+    fn write(&self, _shard: usize, page: PageIndex, bytes: &[u8; PAGE_SIZE]) -> Result<(), StoreError> {
+        copy::fill(self.slots(PageRun::one(page)), bytes);
+        Ok(())
+    }
+
+    fn adopt(&self, _page: PageIndex, _arrived: Arrived) {
+        unreachable!("a mirror gives out no window that a page could lie in");
+    }
+
+    fn read(&self, page: PageIndex, out: &mut [u8; PAGE_SIZE]) -> bool {
+        copy::read(self.slots(PageRun::one(page)), out);
+        true
+    }
+
+    fn follow(&self, page: PageIndex, image: &RamImage) {
+        let run = PageRun::one(page);
+        copy::copy(self.slots(run), image.span(run), CopyMethod::NonTemporal);
+    }
+
+    fn flush(&self, plan: &Plan, words: Range<usize>, image: &RamImage, method: CopyMethod) -> u64 {
+        let mut pieces = 0;
+        for mut run in plan.runs(words) {
+            // It may cross blocks of the image and slabs of the cache.
+            while run.pages > 0 {
+                let (source, target) = (self.slots(run), image.span(run));
+                let pages = source.pages().min(target.pages());
+                copy::copy(target.first(pages), source.first(pages), method);
+                run = run.skip(pages);
+                pieces += 1;
+            }
+        }
+        copy::fence();
+        pieces
+    }
+
+    fn drop_pages(&self, _plan: &Plan, _words: Range<usize>) {}
+
+    fn put_back(&self, _landing: &mut Landing) {}
+
+    fn end(&self) {}
+
+    fn pool(&self) -> Option<&Extents> {
+        None
+    }
+
+    fn give_back(&self) {
+        self.slabs.iter().for_each(Slab::give_back);
+    }
+}

@@ -1,0 +1,230 @@
+//! The placement `pool`: slots are taken as pages arrive, the pages of a packet in one piece of an extent, and given
+//! back when they are flushed. So the cache is as large as the checkpoints are, not as the guest is, and what is received
+//! lands in memory that was used a moment ago.
+//!
+//! # Where a page is
+//! One word for each page of the guest says where its newest content is, from the page's arrival to its flush: nowhere
+//! (then the image has it), in an extent, or that it is all zeros. Arrivals exchange the word; what it said
+//! before is superseded and given back. Between a commit and the next CHECKPOINT_REPLY the words are those of
+//! the committed checkpoint, which the flush takes one by one; no page may arrive then (`session::Rendezvous`, the gate).
+#![forbid(unsafe_code)]
+
+use super::StoreError;
+use super::cache::Cache;
+use super::copy::{self, CopyMethod};
+use super::extents::{Cursor, EXTENT_BYTES, ExtentId, Extents};
+use super::image::RamImage;
+use super::landing::Landing;
+use super::map::{Span, index, zeroed_words};
+use super::plan::{PageRun, Plan};
+use super::slab::Slab;
+use super::window::Arrived;
+use crate::sync::{AtomicU64, Ordering};
+use crate::units::{PAGE_BYTES, PAGE_SIZE, PageIndex};
+use std::ops::Range;
+
+/// Bits of a place's byte offset in its extent.
+const OFFSET_BITS: u32 = 21;
+
+const _: () = assert!(EXTENT_BYTES < 1 << OFFSET_BITS);
+
+/// Where a page's newest content is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Place {
+    /// Not here: the image has it.
+    Image,
+    /// It is all zeros.
+    Zero,
+    /// At a byte of an extent.
+    Slot(ExtentId, u64),
+}
+
+impl Place {
+    fn pack(self) -> u64 {
+        match self {
+            Self::Image => 0,
+            Self::Zero => 1,
+            Self::Slot(extent, offset) => (u64::from(extent.0) + 1) << OFFSET_BITS | offset,
+        }
+    }
+
+    fn unpack(word: u64) -> Self {
+        let Some(extent) = (word >> OFFSET_BITS).checked_sub(1) else {
+            return if word == 0 { Self::Image } else { Self::Zero };
+        };
+        let extent = ExtentId(u32::try_from(extent).expect("packed from 32 bits"));
+        Self::Slot(extent, word & ((1 << OFFSET_BITS) - 1))
+    }
+}
+
+/// A cursor of a receiving thread, for pages that come one by one. On a cache line of its own.
+#[repr(align(64))]
+struct ShardCursor(AtomicU64);
+
+/// See the module.
+pub(super) struct Pool {
+    extents: Extents,
+    places: Box<[AtomicU64]>,
+    cursors: Box<[ShardCursor]>,
+}
+
+impl Pool {
+    pub(super) fn new(extents: Extents, pages: u64, shards: usize) -> Self {
+        Self {
+            extents,
+            places: zeroed_words(index(pages)),
+            cursors: (0..shards).map(|_| ShardCursor(AtomicU64::new(0))).collect(),
+        }
+    }
+
+    fn place_of(&self, page: PageIndex) -> Place {
+        Place::unpack(self.places[index(page.get())].load(Ordering::Acquire))
+    }
+
+    /// From now on `place` has the page's newest content; the one before is given back.
+    fn supersede(&self, page: PageIndex, place: Place) {
+        // Release: the content is there for whoever finds the place.
+        let before = self.places[index(page.get())].swap(place.pack(), Ordering::AcqRel);
+        if let Place::Slot(extent, _) = Place::unpack(before) {
+            self.extents.release(extent, 1);
+        }
+    }
+
+    /// The pages from `page` on, at most `pages`, whose content lies in one piece from `first` on.
+    fn piece(&self, page: PageIndex, first: (ExtentId, u64), pages: u64) -> u64 {
+        let (extent, offset) = first;
+        let follows = |at: &u64| {
+            let next = PageIndex::new(page.get() + at);
+            self.place_of(next) == Place::Slot(extent, offset + at * PAGE_BYTES)
+        };
+        (1..pages).find(|at| !follows(at)).unwrap_or(pages)
+    }
+
+    /// Copies the beginning of a run to the image: as many pages as lie in one piece.
+    fn copy_piece(&self, run: PageRun, image: &RamImage, method: CopyMethod) -> u64 {
+        let target = image.span(run);
+        match self.place_of(run.first) {
+            Place::Image => 1,
+            Place::Zero => {
+                copy::zero(target.first(1));
+                1
+            }
+            Place::Slot(extent, offset) => {
+                let pages = self.piece(run.first, (extent, offset), target.pages());
+                copy::copy(target.first(pages), self.span(extent, offset, pages), method);
+                pages
+            }
+        }
+    }
+
+    fn span(&self, extent: ExtentId, offset: u64, pages: u64) -> Span<'_> {
+        let (_, slab, begin) = self.extents.locate(extent);
+        slab.memory().loose_span(begin + offset, pages)
+    }
+}
+
+impl Cache for Pool {
+    fn slab_limit(&self) -> usize {
+        self.extents.slab_limit()
+    }
+
+    fn slab(&self, position: usize) -> Option<&Slab> {
+        self.extents.slab(position)
+    }
+
+    fn place(&self, pages: &[PageIndex], landing: &mut Landing) -> Result<(), StoreError> {
+        let count = u32::try_from(pages.len()).expect("a packet's pages");
+        let (extent, slot) = landing.cursor.claim(&self.extents, count + 1)?;
+        let (id, slab, begin) = self.extents.locate(extent);
+        let first = begin + u64::from(slot) * PAGE_BYTES;
+        landing.slot = slot;
+        landing.push_all(pages, id, slab.memory().span(first, u64::from(count)));
+        // The slot behind the pages: the next packet's own pages may go there, once its header was read out.
+        landing.set_header(id, first + u64::from(count) * PAGE_BYTES, slab);
+        Ok(())
+    }
+
+    fn landed(&self, landing: &mut Landing) {
+        let count = u32::try_from(landing.pages().len()).expect("a packet's pages");
+        let extent = landing.cursor.advance(&self.extents, count);
+        for (at, page) in (u64::from(landing.slot)..).zip(landing.pages()) {
+            self.supersede(*page, Place::Slot(extent, at * PAGE_BYTES));
+        }
+    }
+
+    fn zero(&self, page: PageIndex) {
+        self.supersede(page, Place::Zero);
+    }
+
+    fn write(&self, shard: usize, page: PageIndex, bytes: &[u8; PAGE_SIZE]) -> Result<(), StoreError> {
+        // The shard is one thread's, and so is its cursor.
+        let word = &self.cursors[shard].0;
+        let mut cursor = Cursor::unpack(word.load(Ordering::Relaxed));
+        let claimed = cursor.claim(&self.extents, 1);
+        if let Ok((extent, slot)) = &claimed {
+            let offset = u64::from(*slot) * PAGE_BYTES;
+            copy::fill(self.extents.page(*extent, offset), bytes);
+            cursor.advance(&self.extents, 1);
+            self.supersede(page, Place::Slot(*extent, offset));
+        }
+        word.store(cursor.pack(), Ordering::Relaxed);
+        claimed.map(drop)
+    }
+
+    fn adopt(&self, page: PageIndex, arrived: Arrived) {
+        self.extents.add_living(arrived.extent, 1);
+        self.supersede(page, Place::Slot(arrived.extent, arrived.offset));
+    }
+
+    fn read(&self, page: PageIndex, out: &mut [u8; PAGE_SIZE]) -> bool {
+        match self.place_of(page) {
+            Place::Image => return false,
+            Place::Zero => out.fill(0),
+            Place::Slot(extent, offset) => copy::read(self.extents.page(extent, offset), out),
+        }
+        true
+    }
+
+    fn follow(&self, _page: PageIndex, _image: &RamImage) {}
+
+    fn flush(&self, plan: &Plan, words: Range<usize>, image: &RamImage, method: CopyMethod) -> u64 {
+        let mut pieces = 0;
+        for mut run in plan.runs(words.clone()) {
+            while run.pages > 0 {
+                let pages = self.copy_piece(run, image, method);
+                run = run.skip(pages);
+                pieces += 1;
+            }
+        }
+        // The image is written, for everybody, before a place says so and a slot is used again.
+        copy::fence();
+        self.drop_pages(plan, words);
+        pieces
+    }
+
+    fn drop_pages(&self, plan: &Plan, words: Range<usize>) {
+        for run in plan.runs(words) {
+            for page in run.first.get()..run.end() {
+                self.supersede(PageIndex::new(page), Place::Image);
+            }
+        }
+    }
+
+    fn end(&self) {
+        for cursor in &self.cursors {
+            Cursor::unpack(cursor.0.swap(0, Ordering::Relaxed)).put_back(&self.extents);
+        }
+    }
+
+    fn put_back(&self, landing: &mut Landing) {
+        landing.cursor.put_back(&self.extents);
+    }
+
+    fn pool(&self) -> Option<&Extents> {
+        Some(&self.extents)
+    }
+
+    fn give_back(&self) {
+        self.extents.slabs().for_each(Slab::give_back);
+    }
+}

@@ -1,0 +1,153 @@
+//! The memory that slots lie in: slabs, each of which a ring registers as one buffer.
+#![forbid(unsafe_code)]
+
+use super::huge::{self, Fallback, HUGE_2M, HugePages};
+use super::map::{Mapping, index};
+use crate::units::ChannelId;
+
+/// Position of a slab among the store's slabs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct SlabId(pub u16);
+
+pub(super) fn slab_id(position: usize) -> SlabId {
+    SlabId(u16::try_from(position).expect("64 Ki slabs are 32 TiB"))
+}
+
+/// Bytes of the header area of one channel at the end of a slab. A packet header is 320 + 8 · 128 = 1344 bytes (spec §8.2).
+pub const HEADER_BYTES: u64 = 2048;
+
+/// Headers that a slab has room for: one for each possible [`ChannelId`].
+const HEADERS: u64 = 256;
+
+const HEADER_AREA: u64 = HEADERS * HEADER_BYTES;
+
+/// A piece of cache memory that a ring registers as one buffer. In a [`super::mirror::Mirror`] a header area lies
+/// behind the slots, so that one read may fill the slots of a packet and take the next packet's header.
+pub struct Slab {
+    memory: Mapping,
+    slot_bytes: u64,
+    header_bytes: u64,
+}
+
+impl Slab {
+    /// Slots alone.
+    pub(super) fn of_slots(memory: &mut SlabMemory, slot_bytes: u64) -> Result<Self, nix::errno::Errno> {
+        Self::map(memory, slot_bytes, 0)
+    }
+
+    /// Slots, and a header area.
+    pub(super) fn with_headers(memory: &mut SlabMemory, slot_bytes: u64) -> Result<Self, nix::errno::Errno> {
+        Self::map(memory, slot_bytes, HEADER_AREA)
+    }
+
+    fn map(memory: &mut SlabMemory, slot_bytes: u64, header_bytes: u64) -> Result<Self, nix::errno::Errno> {
+        Ok(Self {
+            memory: memory.map(slot_bytes + header_bytes)?,
+            slot_bytes,
+            header_bytes,
+        })
+    }
+
+    /// First byte.
+    pub fn base(&self) -> *mut u8 {
+        self.memory.base()
+    }
+
+    /// Bytes from there on: slots and headers.
+    pub fn bytes(&self) -> usize {
+        index(self.slot_bytes + self.header_bytes)
+    }
+
+    pub(super) fn memory(&self) -> &Mapping {
+        &self.memory
+    }
+
+    /// Bytes of slots.
+    pub(super) fn slot_bytes(&self) -> u64 {
+        self.slot_bytes
+    }
+
+    /// Gives the memory back to the host, as far as it takes it; else it goes with the slab.
+    pub(super) fn give_back(&self) {
+        let _ = self.memory.give_back();
+    }
+
+    /// Where the headers of that channel go, aligned to [`HEADER_BYTES`] and that long: byte offset in the slab. The store
+    /// never touches them; by convention the channel's own receiver alone does.
+    pub(super) fn header(&self, channel: ChannelId) -> u64 {
+        debug_assert!(self.header_bytes > 0, "this slab has a header area");
+        self.slot_bytes + u64::from(channel.0) * HEADER_BYTES
+    }
+}
+
+/// Where slabs get their memory: from the huge page pool until it is empty, and what comes after that.
+pub(super) struct SlabMemory {
+    asked: HugePages,
+    transparent: Option<Fallback>,
+    /// Why the pool gave nothing, and how many slabs and bytes went without.
+    lack: Option<String>,
+    slabs_without: usize,
+    bytes_without: u64,
+}
+
+impl SlabMemory {
+    pub(super) fn new(asked: HugePages) -> Self {
+        Self {
+            asked,
+            transparent: huge::transparent_private(),
+            lack: None,
+            slabs_without: 0,
+            bytes_without: 0,
+        }
+    }
+
+    fn from_pool(length: u64) -> Result<Mapping, String> {
+        huge::default_is_2m()?;
+        // Whole huge pages: the kernel takes advice on nothing less.
+        let length = length.next_multiple_of(HUGE_2M);
+        Mapping::huge(length).map_err(|errno| errno.desc().to_owned())
+    }
+
+    fn map(&mut self, length: u64) -> Result<Mapping, nix::errno::Errno> {
+        let mapping = match self.asked {
+            HugePages::Huge2M | HugePages::Huge1G => match Self::from_pool(length) {
+                Ok(mapping) => mapping,
+                Err(reason) => {
+                    self.lack.get_or_insert(reason);
+                    self.slabs_without += 1;
+                    self.bytes_without += length;
+                    self.map_transparent(length)?
+                }
+            },
+            HugePages::Thp => self.map_transparent(length)?,
+            HugePages::Off => Mapping::anonymous(length)?,
+        };
+        mapping.keep_from_children()?;
+        Ok(mapping)
+    }
+
+    fn map_transparent(&self, length: u64) -> Result<Mapping, nix::errno::Errno> {
+        let mapping = Mapping::anonymous(length)?;
+        if self.transparent.is_none() {
+            // Advice: where the kernel declines it, pages are ordinary ones, as they would be without it.
+            let _ = mapping.advise_huge();
+        }
+        Ok(mapping)
+    }
+
+    /// What `slabs_all` slabs had to do without.
+    pub(super) fn note(&self, slabs_all: usize) -> Option<Fallback> {
+        let Some(reason) = &self.lack else {
+            return self.transparent.clone().filter(|_| self.asked == HugePages::Thp);
+        };
+        let needed = self.bytes_without.div_ceil(HUGE_2M);
+        Some(Fallback::Cache {
+            slabs: self.slabs_without,
+            slabs_all,
+            needed,
+            got: huge::instead(&self.transparent),
+            reason: reason.clone(),
+            remedy: huge::pool_remedy(HUGE_2M >> 10, needed),
+        })
+    }
+}

@@ -1,0 +1,188 @@
+//! The pool: where pages land, and what becomes of the memory.
+
+use super::extents::{EXTENT_BYTES, EXTENT_SLOTS};
+use super::*;
+
+const POOL: (CacheKind, CommitMode) = KINDS[3];
+
+/// A guest for which one slab of the pool is not enough.
+const MANY: u64 = 1500;
+
+fn pool() -> Store {
+    let store = store_of(POOL, &[("pc.ram", MANY)]);
+    store.begin_colo();
+    store
+}
+
+fn free_of(store: &Store) -> (u64, u64) {
+    let pool = store.pool_use().unwrap();
+    (pool.free_extents, pool.extents)
+}
+
+#[test]
+fn a_packet_lands_in_one_piece_with_the_next_header_behind_it() {
+    let store = pool();
+    let mut landing = Landing::default();
+    let scattered: Vec<_> = (0..PACKET_PAGES).map(|at| page((at * 7 % 1500) as u64)).collect();
+    store.place(&scattered, &mut landing).unwrap();
+    let [run] = landing.runs() else {
+        panic!("{:?}", landing.runs())
+    };
+    assert_eq!(run.length, PACKET_PAGES * PAGE_SIZE);
+    assert_eq!(landing.header(), Some(run.address.wrapping_add(run.length)));
+    let slab = store.slab(usize::from(landing.slab().unwrap().0)).unwrap();
+    let offset = run.address.addr() - slab.base().addr();
+    assert!(offset + run.length + PAGE_SIZE <= slab.bytes());
+    // Where the header was, the next packet's pages go.
+    let (first, header) = (run.address, landing.header().unwrap());
+    landing.fill_by_kernel(&vec![1; PACKET_PAGES * PAGE_SIZE]);
+    store.landed(0, &mut landing);
+    store.place(&scattered, &mut landing).unwrap();
+    assert_eq!(landing.runs()[0].address, header);
+    // Nothing was committed of what came first, and all of it came again: its slots are used again.
+    landing.fill_by_kernel(&vec![2; PACKET_PAGES * PAGE_SIZE]);
+    store.landed(0, &mut landing);
+    store.commit(CheckpointId(0), &mut Vec::new(), &alone());
+    store.settle();
+    store.place(&scattered, &mut landing).unwrap();
+    assert_eq!(landing.runs()[0].address, first, "the hottest memory first");
+}
+
+#[test]
+fn it_grows_in_haste_and_ahead_and_loses_nothing() {
+    let store = pool();
+    let mut landing = Landing::default();
+    let before = free_of(&store);
+    for checkpoint in 0..3 {
+        let pages: Vec<_> = (0..MANY).map(|at| (at, at + checkpoint * MANY + 1)).collect();
+        for packet in pages.chunks(PACKET_PAGES) {
+            land(&store, 0, packet, &mut landing);
+        }
+        assert_eq!(newest_stamp(&store, 3), 4 + checkpoint * MANY);
+        store.commit(CheckpointId(checkpoint), &mut Vec::new(), &alone());
+        while store.wants_growth() {
+            store.grow().unwrap();
+        }
+        store.settle();
+        assert!(pages.iter().all(|(at, stamp)| image_stamp(&store, *at) == *stamp));
+    }
+    let pool = store.pool_use().unwrap();
+    assert!(pool.extents > before.1, "{pool:?}");
+    store.put_back(&mut landing);
+    let (free, all) = free_of(&store);
+    assert_eq!(free, all);
+}
+
+/// The same pages over and over, so that one page in each extent stays: memory has an end, and the committed image stays.
+#[test]
+fn a_primary_that_sends_the_same_pages_again_and_again_is_refused() {
+    let store = pool();
+    store.commit(CheckpointId(0), &mut Vec::new(), &alone());
+    let mut landing = Landing::default();
+    let refused = (0..100_000).find_map(|round| {
+        let stays = page(1 + round % (MANY - 1));
+        let again = [page(0)];
+        let pages = std::iter::once(std::slice::from_ref(&stays)).chain(std::iter::repeat_n(&again[..], 255));
+        for packet in pages {
+            if let Err(error) = store.place(packet, &mut landing) {
+                return Some(error);
+            }
+            store.landed(0, &mut landing);
+        }
+        None
+    });
+    // Each page of the guest can keep one extent, so with a larger guest it would come to that.
+    let pool = store.pool_use().unwrap();
+    let limit = (2 * MANY.div_ceil(u64::from(EXTENT_SLOTS) - 1) + 322) * EXTENT_BYTES;
+    assert!(pool.bytes <= limit, "{pool:?}");
+    assert!(
+        matches!(refused, Some(StoreError::PoolFull { .. })),
+        "{refused:?}"
+    );
+    store.drop_uncommitted();
+    assert!((0..MANY).all(|at| image_stamp(&store, at) == 0));
+}
+
+#[test]
+fn what_is_held_is_given_back_at_the_end() {
+    let store = Arc::new(pool());
+    let mut landing = Landing::default();
+    land(&store, 0, &[(1, 11), (2, 12)], &mut landing);
+    store.write(1, page(3), &content(13)).unwrap();
+    let window = Window::open(&store).unwrap().unwrap();
+    store.commit(CheckpointId(0), &mut Vec::new(), &alone());
+    land_more(&store, &mut landing);
+    drop(window);
+    store.put_back(&mut landing);
+    store.drop_uncommitted();
+    let (free, all) = free_of(&store);
+    assert_eq!(free, all);
+    assert_eq!([1, 2, 3].map(|at| image_stamp(&store, at)), [11, 12, 13]);
+}
+
+fn land_more(store: &Store, landing: &mut Landing) {
+    store.settle();
+    land(store, 0, &[(1, 21), (900, 22)], landing);
+}
+
+/// Pages at odd addresses among other bytes, as in plain mode, over more than one extent.
+#[test]
+fn pages_stay_where_a_window_received_them() {
+    let store = Arc::new(pool());
+    let mut window = Window::open(&store).unwrap().unwrap();
+    let mut sent = 0;
+    for at in 0..600 {
+        // A record: five bytes, and the page.
+        let record: Vec<u8> = [0xee; 5].into_iter().chain(content(at + 1)).collect();
+        let mut rest = &record[..];
+        while !rest.is_empty() {
+            let (space, free) = window.space().unwrap().unwrap();
+            let count = rest.len().min(free).min(3000);
+            copy::fill_bytes(space, &rest[..count]);
+            window.fill(count);
+            rest = &rest[count..];
+        }
+        let bytes = window.bytes();
+        assert_eq!(bytes.len(), record.len());
+        let page_bytes = bytes[5..].first_chunk::<PAGE_SIZE>().unwrap();
+        store.adopt(0, page(at), &window, page_bytes);
+        window.consume(record.len());
+        sent += 1;
+    }
+    assert_eq!(newest_stamp(&store, 77), 78);
+    let report = store.commit(CheckpointId(0), &mut Vec::new(), &alone());
+    assert_eq!(report.pages, sent);
+    store.settle();
+    assert!((0..600).all(|at| image_stamp(&store, at) == at + 1));
+    drop(window);
+    let (free, all) = free_of(&store);
+    assert_eq!(free, all, "the extents of flushed pages are free again");
+}
+
+/// Two channels that carry the same pages at the same time: each page is one or the other, and no slot is lost.
+#[test]
+fn superseded_slots_are_given_back_by_whoever_supersedes_them() {
+    let store = Arc::new(pool());
+    let channel = |shard: usize| {
+        let store = store.clone();
+        move || {
+            let mut landing = Landing::default();
+            for round in 0..200 {
+                let stamp = (round * 2 + shard) as u64 + 1;
+                let pages: Vec<_> = (0..40).map(|at| (at * 3, stamp)).collect();
+                land(&store, shard, &pages, &mut landing);
+                store.zero(shard, page(3));
+            }
+            store.put_back(&mut landing);
+        }
+    };
+    thread::scope(|scope| {
+        (0..SHARDS).for_each(|shard| drop(scope.spawn(channel(shard))));
+    });
+    store.commit(CheckpointId(0), &mut Vec::new(), &alone());
+    store.settle();
+    assert_eq!(image_stamp(&store, 3), 0);
+    assert!((0..40).all(|at| image_stamp(&store, at * 3) <= 400));
+    let (free, all) = free_of(&store);
+    assert_eq!(free, all);
+}

@@ -1,0 +1,154 @@
+//! A receive buffer in the pool, in which pages stay where they have arrived: for plain mode, where pages and messages
+//! come in one stream, and where a page will lie is known only when it is there.
+//!
+//! It is filled at its end by the kernel while its beginning is being read, and goes on in another extent when it is
+//! full; the little that was not parsed by then is moved. A page that arrived is **adopted**: it lives in its
+//! extent like one of a packet.
+//!
+//! Contract: as that of `ring::Staging`. `space` is asked for only while no receive into it is posted, and bytes behind
+//! `filled` are never read. Bytes before `filled` are written by nobody as long as the extent is held, which the window
+//! does; so what Rust sees as a slice and what the kernel writes never overlap, and the flush beside it only reads.
+
+use super::extents::{EXTENT_BYTES, ExtentId, Extents};
+use super::map::index;
+use super::slab::SlabId;
+use super::{Store, StoreError};
+use crate::units::{PAGE_BYTES, PAGE_SIZE};
+use std::cell::Cell;
+use std::sync::Arc;
+
+/// Space below which it goes on in another extent: a page record with a block's name, and a little more, so that
+/// receives are not of single records.
+const SPACE_MIN: usize = 4 * PAGE_SIZE;
+
+/// Where a page lies that a window received.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Arrived {
+    pub(super) extent: ExtentId,
+    /// Byte offset in the extent, of any alignment.
+    pub(super) offset: u64,
+}
+
+/// See the module.
+pub struct Window {
+    store: Arc<Store>,
+    extent: ExtentId,
+    pos: Cell<usize>,
+    filled: usize,
+}
+
+impl Window {
+    /// An empty window, if the store's pages can stay where they arrive.
+    ///
+    /// # Errors
+    /// If there is no memory for it.
+    pub fn open(store: &Arc<Store>) -> Result<Option<Self>, StoreError> {
+        let Some(extents) = store.extents() else {
+            return Ok(None);
+        };
+        Ok(Some(Self {
+            extent: extents.take()?,
+            store: store.clone(),
+            pos: Cell::new(0),
+            filled: 0,
+        }))
+    }
+
+    fn extents(&self) -> &Extents {
+        self.store.extents().expect("it had them when this was opened")
+    }
+
+    fn base(&self) -> *mut u8 {
+        self.base_of(self.extent)
+    }
+
+    fn base_of(&self, extent: ExtentId) -> *mut u8 {
+        let (_, slab, begin) = self.extents().locate(extent);
+        slab.memory().bytes(index(begin), index(EXTENT_BYTES))
+    }
+
+    /// The slab that [`Self::space`] lies in.
+    pub fn slab(&self) -> SlabId {
+        self.extents().locate(self.extent).0
+    }
+
+    /// What has arrived and was not consumed.
+    pub fn bytes(&self) -> &[u8] {
+        let pos = self.pos.get();
+        // SAFETY: pos <= filled <= EXTENT_BYTES always, and the extent lies in a slab of the store that this holds. Bytes
+        // below `filled` are written by nobody while this borrow lives: the window holds the extent, `space`, which moves
+        // on, needs `&mut self`, and the kernel was given memory behind `filled` only.
+        unsafe { std::slice::from_raw_parts(self.base().add(pos), self.filled - pos) }
+    }
+
+    /// The first `count` of [`Self::bytes`] are done with. They stay readable through slices taken before.
+    pub fn consume(&self, count: usize) {
+        assert!(
+            count <= self.filled - self.pos.get(),
+            "no more can be consumed than has arrived"
+        );
+        self.pos.set(self.pos.get() + count);
+    }
+
+    /// Where a page lies that is part of what has arrived.
+    ///
+    /// # Panics
+    /// If it does not lie in this window.
+    pub(super) fn locate(&self, page: &[u8; PAGE_SIZE]) -> Arrived {
+        let offset = page.as_ptr().addr().checked_sub(self.base().addr());
+        let offset = offset.filter(|offset| offset + PAGE_SIZE <= self.filled);
+        let offset = offset.expect("the page is a part of this window's bytes");
+        Arrived {
+            extent: self.extent,
+            offset: u64::try_from(offset).expect("an offset in an extent"),
+        }
+    }
+
+    /// The kernel has put `count` bytes into the space it was given.
+    pub fn fill(&mut self, count: usize) {
+        assert!(
+            count <= index(EXTENT_BYTES) - self.filled,
+            "the kernel fills no more than it was given"
+        );
+        self.filled += count;
+    }
+
+    /// Free space. None while what has arrived and was not consumed leaves none. Only to be called while no receive is
+    /// posted.
+    ///
+    /// # Errors
+    /// If there is no memory for another extent.
+    pub fn space(&mut self) -> Result<Option<(*mut u8, usize)>, StoreError> {
+        let (pos, capacity) = (self.pos.get(), index(EXTENT_BYTES));
+        if pos == self.filled && self.extents().is_empty(self.extent) {
+            self.pos.set(0);
+            self.filled = 0;
+        } else if capacity - self.filled < SPACE_MIN && pos > 0 {
+            self.move_on()?;
+        }
+        let free = capacity - self.filled;
+        Ok((free > 0).then_some((self.base().wrapping_add(self.filled), free)))
+    }
+
+    /// Goes on in another extent, with what was not consumed.
+    fn move_on(&mut self) -> Result<(), StoreError> {
+        let next = self.extents().take()?;
+        let (pos, rest) = (self.pos.get(), self.filled - self.pos.get());
+        // SAFETY: `rest` bytes of this extent that nobody writes, to the beginning of one that was taken just now, so that
+        // nobody else uses it; both are EXTENT_BYTES long, and they are different.
+        unsafe { std::ptr::copy_nonoverlapping(self.base().add(pos), self.base_of(next), rest) };
+        self.extents().release(self.extent, 1);
+        self.extent = next;
+        self.pos.set(0);
+        self.filled = rest;
+        Ok(())
+    }
+}
+
+impl Drop for Window {
+    fn drop(&mut self) {
+        self.extents().release(self.extent, 1);
+    }
+}
+
+const _: () = assert!(EXTENT_BYTES > 16 * PAGE_BYTES);
