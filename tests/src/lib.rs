@@ -5,4 +5,3 @@ pub mod command;
 pub mod hostile;
 pub mod lab;
 pub mod model;
-pub mod sink;

