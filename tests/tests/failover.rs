@@ -11,14 +11,13 @@ use colo_ring::store::{HugePages, StoreOptions};
 use colo_ring::units::{BlockId, PAGE_SIZE};
 use colo_ring_tests::command::{RunningReceiver, Scratch, guest, wrapped};
 use colo_ring_tests::hostile::{BLOCKS, Cut, HostilePrimary, RAM, header};
+use colo_ring_tests::lab::SharedDirectory;
 use colo_ring_tools::synth::SynthPrimary;
 use serde_json::{Value, json};
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::SocketAddr;
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::{UnixListener, UnixStream};
-use std::path::PathBuf;
-use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, mpsc};
 use std::time::{Duration, Instant};
 
@@ -32,30 +31,6 @@ struct Bench {
     events: mpsc::Receiver<Event>,
     scratch: Scratch,
     ram: SharedDirectory,
-}
-
-/// A directory on a tmpfs, removed when dropped.
-struct SharedDirectory(PathBuf);
-
-impl SharedDirectory {
-    fn new() -> Self {
-        static NEXT: AtomicU32 = AtomicU32::new(0);
-        let number = NEXT.fetch_add(1, Ordering::Relaxed);
-        let path = format!("/dev/shm/colo-ring-failover-{}-{number}", std::process::id());
-        std::fs::create_dir(&path).expect("a directory");
-        Self(path.into())
-    }
-
-    fn files(&self) -> usize {
-        std::fs::read_dir(&self.0).expect("its directory").count()
-    }
-}
-
-impl Drop for SharedDirectory {
-    fn drop(&mut self) {
-        // What is left takes memory until the next start of this machine, and harms nobody else.
-        let _ = std::fs::remove_dir_all(&self.0);
-    }
 }
 
 /// A conversation on the control socket.
@@ -92,7 +67,7 @@ fn release(session: u32, may_have_run: bool) -> Value {
 
 impl Bench {
     fn start() -> Self {
-        let (scratch, ram) = (Scratch::new(), SharedDirectory::new());
+        let (scratch, ram) = (Scratch::new(), SharedDirectory::new().expect("a directory"));
         let (tell, events) = mpsc::channel();
         let options = ReceiverOptions {
             listen: vec![ListenAddress::Tcp(([127, 0, 0, 1], 0).into())],
@@ -102,7 +77,7 @@ impl Bench {
             registered: false,
             store: StoreOptions {
                 hugepages: HugePages::Off,
-                ram_dir: Some(ram.0.clone()),
+                ram_dir: Some(ram.path().to_owned()),
                 ..StoreOptions::default()
             },
             ram_limit_bytes: 64 << 20,

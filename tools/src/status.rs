@@ -191,6 +191,14 @@ fn render(status: &StatusReport) -> String {
         if session.state == SessionState::Ended {
             text.push_str(&format!("session {} ended: {}\n", session.session, end(session)));
         }
+        let largest = session.blocks.iter().max_by_key(|block| block.used_length);
+        if let Some((block, file)) = largest.and_then(|block| Some((block, block.file.as_ref()?))) {
+            let (number, name) = (session.session, &block.name);
+            text.push_str(&format!(
+                "session {number}: ram block {name} is {}\n",
+                file.display()
+            ));
+        }
         if let Some(promotion) = &session.promotion {
             text.push_str(&format!("session {}: {promotion}\n", session.session));
         }

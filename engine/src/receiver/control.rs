@@ -19,7 +19,7 @@
 use super::dump::Dumped;
 use super::feed::{Fed, Feed};
 use super::promotion::Conversation;
-use super::status::StatusReport;
+use super::status::{GuestBlock, StatusReport};
 use serde::{Deserialize, Serialize};
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -92,18 +92,7 @@ pub struct Claimed {
     /// The primary's versioned machine type.
     pub machine: String,
     /// The RAM blocks, in the primary's order.
-    pub blocks: Vec<ClaimedBlock>,
-}
-
-/// A RAM block of a claimed checkpoint.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct ClaimedBlock {
-    /// Its name.
-    pub name: String,
-    /// Its length in bytes.
-    pub used_length: u64,
-    /// The file that holds it, absolute, where it has one that a QEMU can map.
-    pub file: Option<PathBuf>,
+    pub blocks: Vec<GuestBlock>,
 }
 
 /// What is answered.

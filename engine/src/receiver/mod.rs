@@ -28,12 +28,12 @@ mod sim;
 mod status;
 mod timeline;
 
-pub use control::{Answer, Claimed, ClaimedBlock, Request};
+pub use control::{Answer, Claimed, Request};
 pub use dump::{DUMP_SCHEMA, DUMP_VERSION, Dumped, DumpedBlock};
 pub use end::{ChannelError, SessionEnd};
 pub use feed::{Fed, Feed};
 pub use options::ReceiverOptions;
-pub use status::{STATUS_SCHEMA, STATUS_VERSION, SessionState, SessionStatus, StatusReport};
+pub use status::{GuestBlock, STATUS_SCHEMA, STATUS_VERSION, SessionState, SessionStatus, StatusReport};
 
 use crate::host::Machine;
 use crate::metrics::{MetricsError, Recorder, Report, RunDescription, SampleQueue};

@@ -6,6 +6,7 @@ use super::guest::Guest;
 use super::promotion::Promotion;
 use crate::metrics::Summary;
 use serde::{Deserialize, Serialize};
+use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 /// Name of the schema of [`StatusReport`].
@@ -53,6 +54,32 @@ pub enum SessionState {
     Promoted,
 }
 
+/// A RAM block of a guest.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct GuestBlock {
+    /// Its name.
+    pub name: String,
+    /// Its length in bytes.
+    pub used_length: u64,
+    /// The file that holds its image, absolute, where it has one that a QEMU can map.
+    pub file: Option<PathBuf>,
+}
+
+impl GuestBlock {
+    /// Those of a guest, in its primary's order; none before they are known.
+    pub(super) fn all(guest: &Guest) -> Vec<Self> {
+        let Some(store) = guest.store() else {
+            return Vec::new();
+        };
+        let block = |(id, block): (_, &crate::blocks::RamBlock)| Self {
+            name: block.display_name().into_owned(),
+            used_length: block.used_length,
+            file: store.image_file(id).map(Into::into),
+        };
+        store.table().iter().map(block).collect()
+    }
+}
+
 /// One session.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct SessionStatus {
@@ -76,6 +103,9 @@ pub struct SessionStatus {
     pub machine: Option<String>,
     /// Bytes over all RAM blocks, once known.
     pub ram_bytes: Option<u64>,
+    /// The RAM blocks, once known.
+    #[serde(default)]
+    pub blocks: Vec<GuestBlock>,
     /// The last committed checkpoint; 0 is the state at the end of precopy.
     pub checkpoint: Option<u64>,
     /// Its age in milliseconds.
@@ -118,6 +148,7 @@ impl SessionStatus {
             promotion: promotion.words(),
             machine: guest.record.get().map(|record| record.machine_type.clone()),
             ram_bytes: guest.store().map(|store| store.table().total_bytes()),
+            blocks: GuestBlock::all(guest),
             checkpoint: checkpoint.map(|id| id.0),
             checkpoint_age_ms: age,
             last_pause_ns: read(&counters.pause_ns),

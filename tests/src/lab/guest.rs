@@ -46,6 +46,8 @@ pub struct TestGuest {
     pub region_mib: u32,
     /// Whether the whole region is written once before the guest is ready.
     pub fill: bool,
+    /// Timer interrupts, 100 a second, for each tick.
+    pub interrupts_per_tick: u32,
 }
 
 impl TestGuest {
@@ -59,6 +61,7 @@ impl TestGuest {
             zero_every: 0,
             region_mib: 64,
             fill: false,
+            interrupts_per_tick: 10,
         }
     }
 
@@ -80,12 +83,13 @@ impl TestGuest {
             Pattern::Sequential => 0,
         };
         format!(
-            "rate={} run={run} mib={} soft={} zero={} fill={}",
+            "rate={} run={run} mib={} soft={} zero={} fill={} tick={}",
             self.rate_pages_per_s,
             self.region_mib,
             u8::from(matches!(self.content, Content::Compressible)),
             self.zero_every,
             u8::from(self.fill),
+            self.interrupts_per_tick,
         )
     }
 }

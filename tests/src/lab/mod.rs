@@ -5,6 +5,7 @@
 //! receiver would otherwise disturb each other's times. Every process and file of a `Lab` ends with it.
 
 mod error;
+mod failover;
 mod guest;
 mod image;
 mod network;
@@ -15,6 +16,7 @@ mod ram;
 mod receiver;
 mod recorder;
 mod settings;
+mod shared;
 mod stats;
 
 use std::fs::{self, File};
@@ -26,6 +28,7 @@ use std::time::{Duration, Instant};
 use nix::fcntl::{Flock, FlockArg};
 
 pub use error::LabError;
+pub use failover::protect_by_command;
 pub use guest::{Content, Guest, LinuxGuest, Pattern, TestGuest};
 pub use image::check_test_guest_image;
 pub use network::{Address, Transport};
@@ -37,6 +40,7 @@ pub(crate) use receiver::command_under_test;
 pub use receiver::{Backend, Dump, Receiver, ReceiverOptions};
 pub use recorder::Recorder;
 pub use settings::HostSetting;
+pub use shared::SharedDirectory;
 pub use stats::{Distribution, host};
 
 /// The laboratory, held by one test at a time.

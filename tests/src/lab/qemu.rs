@@ -67,15 +67,13 @@ impl Machine {
         }
     }
 
-    fn args(&self, ram_file: &Path) -> Vec<String> {
+    /// With its RAM in a file, where one is given.
+    fn args(&self, ram_file: Option<&Path>) -> Vec<String> {
         let (machine, memory_mib) = (&self.machine, self.memory_mib);
-        let backend = match self.devices {
-            Devices::None if !self.prealloc => None,
-            Devices::None => Some("memory-backend-ram".to_owned()),
-            Devices::Many => Some(format!(
-                "memory-backend-file,mem-path={},share=on",
-                ram_file.display()
-            )),
+        let backend = match ram_file.map(Path::display) {
+            None if !self.prealloc => None,
+            None => Some("memory-backend-ram".to_owned()),
+            Some(file) => Some(format!("memory-backend-file,mem-path={file},share=on")),
         };
         let mut args = vec!["-m".to_owned(), format!("{memory_mib}M"), "-machine".to_owned()];
         match backend {
@@ -105,7 +103,8 @@ pub struct Qemu {
     process: Child,
     qmp: Qmp,
     machine: Machine,
-    ram_file: PathBuf,
+    ram_file: Option<PathBuf>,
+    free_monitor: PathBuf,
     serial_log: PathBuf,
     serial_socket: PathBuf,
 }
@@ -116,7 +115,7 @@ impl Qemu {
     /// # Errors
     /// When QEMU does not start; its own words are in `NAME.log`.
     pub fn start(lab: &Lab, name: &str, machine: &Machine) -> Result<Self, LabError> {
-        Self::launch(lab, name, machine, &[])
+        Self::launch(lab, name, machine, own_ram(lab, name, machine).as_deref(), &[])
     }
 
     /// Starts a QEMU that waits for `migrate-incoming`.
@@ -124,37 +123,62 @@ impl Qemu {
     /// # Errors
     /// As [`Qemu::start`].
     pub fn start_incoming(lab: &Lab, name: &str, machine: &Machine) -> Result<Self, LabError> {
-        Self::launch(lab, name, machine, &["-incoming", "defer"])
+        Self::launch(
+            lab,
+            name,
+            machine,
+            own_ram(lab, name, machine).as_deref(),
+            &["-incoming", "defer"],
+        )
     }
 
-    fn launch(lab: &Lab, name: &str, machine: &Machine, more: &[&str]) -> Result<Self, LabError> {
-        let qmp_socket = lab.file(&format!("{name}.qmp"));
+    /// The same with its RAM in a file that there is: that of a receiver's image.
+    ///
+    /// # Errors
+    /// As [`Qemu::start`].
+    pub fn start_standby(lab: &Lab, name: &str, machine: &Machine, ram: &Path) -> Result<Self, LabError> {
+        Self::launch(lab, name, machine, Some(ram), &["-incoming", "defer"])
+    }
+
+    /// The command line of a QEMU of that name and machine, without a monitor, for somebody else to start it.
+    #[must_use]
+    pub fn command_line(lab: &Lab, name: &str, machine: &Machine, ram: Option<&Path>) -> Vec<String> {
+        let plain = "-nodefaults -no-user-config -display none -accel tcg";
+        let mut words = vec![lab.qemu.display().to_string()];
+        words.extend(plain.split(' ').map(str::to_owned));
+        words.extend(machine.args(ram));
+        let [socket, log] = [".serial", "-serial.log"].map(|end| lab.file(&format!("{name}{end}")));
+        let chardev = serial_chardev(&socket, &log);
+        words.extend(["-chardev", &chardev, "-serial", "chardev:serial"].map(str::to_owned));
+        words.extend(machine.guest.args(lab));
+        words
+    }
+
+    /// A monitor that nobody uses: for a command under test.
+    #[must_use]
+    pub fn free_monitor(&self) -> &Path {
+        &self.free_monitor
+    }
+
+    fn launch(
+        lab: &Lab,
+        name: &str,
+        machine: &Machine,
+        ram: Option<&Path>,
+        more: &[&str],
+    ) -> Result<Self, LabError> {
+        let [qmp_socket, free_monitor] = [".qmp", ".free"].map(|end| lab.file(&format!("{name}{end}")));
         let serial_socket = lab.file(&format!("{name}.serial"));
         let serial_log = lab.file(&format!("{name}-serial.log"));
-        let ram_file = lab.file(&format!("{name}.ram"));
         let log_path = lab.file(&format!("{name}.log"));
         let log = File::create(&log_path).map_err(LabError::io(format!("create {}", log_path.display())))?;
-        let mut command = Command::new(&lab.qemu);
-        command
-            .args([
-                "-nodefaults",
-                "-no-user-config",
-                "-display",
-                "none",
-                "-accel",
-                "tcg",
-            ])
-            .args(machine.args(&ram_file))
-            .args([
-                "-qmp",
-                &format!("unix:{},server=on,wait=off", qmp_socket.display()),
-            ])
-            .args(["-chardev", &serial_chardev(&serial_socket, &serial_log)])
-            .args(["-serial", "chardev:serial"])
-            .args(machine.guest.args(lab))
-            .args(more)
-            .stdin(Stdio::null())
-            .stderr(log);
+        let words = Self::command_line(lab, name, machine, ram);
+        let mut command = Command::new(&words[0]);
+        command.args(&words[1..]).args(more);
+        for monitor in [&qmp_socket, &free_monitor] {
+            command.args(["-qmp", &format!("unix:{},server=on,wait=off", monitor.display())]);
+        }
+        command.stdin(Stdio::null()).stderr(log);
         let mut process = command
             .spawn()
             .map_err(LabError::io(format!("start {}", lab.qemu.display())))?;
@@ -163,7 +187,8 @@ impl Qemu {
                 process,
                 qmp,
                 machine: machine.clone(),
-                ram_file,
+                ram_file: ram.map(Path::to_owned),
+                free_monitor,
                 serial_log,
                 serial_socket,
             }),
@@ -227,6 +252,12 @@ impl Qemu {
         last_tick(&self.serial())
     }
 
+    /// The numbers of all complete ticks, in order.
+    #[must_use]
+    pub fn all_ticks(&self) -> Vec<u64> {
+        ticks(&self.serial()).collect()
+    }
+
     /// Fails if the guest has found its own memory to be wrong.
     ///
     /// # Errors
@@ -249,13 +280,13 @@ impl Qemu {
         let size = u64::from(self.machine.memory_mib) << 20;
         self.qmp
             .execute("pmemsave", &json!({"val": 0, "size": size, "filename": to}))?;
-        let block = match self.machine.devices {
-            Devices::None => None,
-            Devices::Many => {
+        let block = match (self.machine.devices, &self.ram_file) {
+            (Devices::Many, Some(ram)) => {
                 let copy = to.with_extension("block");
-                fs::copy(&self.ram_file, &copy).map_err(LabError::io("copy the RAM file"))?;
+                fs::copy(ram, &copy).map_err(LabError::io("copy the RAM file"))?;
                 Some(copy)
             }
+            _ => None,
         };
         Ok(SavedRam::new(to.to_owned(), block))
     }
@@ -301,6 +332,11 @@ impl Drop for Qemu {
     }
 }
 
+/// With many devices its RAM is a shared file (see [`Devices::Many`]).
+fn own_ram(lab: &Lab, name: &str, machine: &Machine) -> Option<PathBuf> {
+    (machine.devices == Devices::Many).then(|| lab.file(&format!("{name}.ram")))
+}
+
 // Output goes to the log whether or not somebody is connected.
 fn serial_chardev(socket: &Path, log: &Path) -> String {
     format!(
@@ -311,12 +347,13 @@ fn serial_chardev(socket: &Path, log: &Path) -> String {
 }
 
 fn last_tick(serial: &str) -> u64 {
+    ticks(serial).last().unwrap_or(0)
+}
+
+fn ticks(serial: &str) -> impl Iterator<Item = u64> {
     let complete = &serial[..serial.rfind('\n').unwrap_or(0)];
-    let tick = complete
+    let numbers = complete
         .lines()
-        .rev()
-        .find_map(|line| line.trim_end().strip_prefix("tick "));
-    tick.and_then(|rest| rest.split(' ').next())
-        .and_then(|number| number.parse().ok())
-        .unwrap_or(0)
+        .filter_map(|line| line.trim_end().strip_prefix("tick "));
+    numbers.filter_map(|rest| rest.split(' ').next()?.parse().ok())
 }

@@ -245,15 +245,23 @@ impl Receiver {
         }
     }
 
-    fn control_command<I>(&self, name: &str, arguments: I) -> Result<String, LabError>
+    /// A subcommand that speaks to this receiver.
+    pub(super) fn command(&self, name: &str) -> Command {
+        let mut command = Command::new(&self.command);
+        command
+            .args([name, "--control", &self.control])
+            .stdin(Stdio::null());
+        command
+    }
+
+    pub(super) fn control_command<I>(&self, name: &str, arguments: I) -> Result<String, LabError>
     where
         I: IntoIterator,
         I::Item: AsRef<OsStr>,
     {
-        let mut child = Command::new(&self.command)
-            .args([name, "--control", &self.control])
+        let mut child = self
+            .command(name)
             .args(arguments)
-            .stdin(Stdio::null())
             .stdout(Stdio::piped())
             .stderr(Stdio::piped())
             .spawn()

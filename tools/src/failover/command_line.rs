@@ -1,6 +1,6 @@
 //! The operator's QEMU command line: what is read of it, and what is added.
 
-use colo_ring::receiver::ClaimedBlock;
+use colo_ring::receiver::GuestBlock;
 use serde_json::Value;
 use std::path::Path;
 
@@ -107,7 +107,7 @@ impl CommandLine {
     }
 
     /// Makes `file` the guest's main memory: `block` of the checkpoint. Returns the object that it takes the place of.
-    pub(super) fn share(&mut self, block: &ClaimedBlock, file: &Path) -> Option<String> {
+    pub(super) fn share(&mut self, block: &GuestBlock, file: &Path) -> Option<String> {
         let object = format!(
             "memory-backend-file,id={},mem-path={},size={},share=on",
             escape(&block.name),
@@ -168,10 +168,10 @@ fn object_id(value: &str) -> Option<String> {
 /// # Errors
 /// What differs.
 pub(super) fn main_block<'a>(
-    blocks: &'a [ClaimedBlock],
+    blocks: &'a [GuestBlock],
     backend: Option<&str>,
     bytes: u64,
-) -> Result<&'a ClaimedBlock, String> {
+) -> Result<&'a GuestBlock, String> {
     const MIB: u64 = 1 << 20;
     let listed = || {
         let large = blocks.iter().filter(|block| block.used_length >= MIB);
@@ -208,8 +208,8 @@ mod tests {
         CommandLine::parse(text).unwrap()
     }
 
-    fn block(name: &str, mib: u64) -> ClaimedBlock {
-        ClaimedBlock {
+    fn block(name: &str, mib: u64) -> GuestBlock {
+        GuestBlock {
             name: name.into(),
             used_length: mib << 20,
             file: None,

@@ -4,7 +4,7 @@ use super::command_line::{CommandLine, main_block};
 use crate::output::CommandError;
 use crate::qmp::{Qmp, QmpError};
 use colo_ring::failover::IGNORE_SHARED;
-use colo_ring::receiver::{Claimed, ClaimedBlock};
+use colo_ring::receiver::{Claimed, GuestBlock};
 use serde_json::{Value, json};
 use std::fs::{self, DirBuilder, File};
 use std::os::unix::fs::{DirBuilderExt, MetadataExt};
@@ -163,10 +163,7 @@ impl Waiting {
 
     /// Checks that it waits and is the machine of the checkpoint. Returns the checkpoint's block that it has mapped,
     /// if it has.
-    pub(super) fn check<'a>(
-        &mut self,
-        claimed: &'a Claimed,
-    ) -> Result<Option<&'a ClaimedBlock>, CommandError> {
+    pub(super) fn check<'a>(&mut self, claimed: &'a Claimed) -> Result<Option<&'a GuestBlock>, CommandError> {
         let status = self.ask("query-status", &json!({}))?;
         if status["status"] != "inmigrate" {
             return refuse(&format!(
@@ -193,7 +190,7 @@ impl Waiting {
     }
 
     /// Whether its main memory is the file of the image.
-    fn has_mapped(&mut self, block: &ClaimedBlock) -> Result<bool, CommandError> {
+    fn has_mapped(&mut self, block: &GuestBlock) -> Result<bool, CommandError> {
         let Some(file) = &block.file else {
             return Ok(false);
         };
@@ -218,7 +215,7 @@ impl Waiting {
     fn check_other_memory(
         &mut self,
         claimed: &Claimed,
-        main: &ClaimedBlock,
+        main: &GuestBlock,
         is_shared: bool,
     ) -> Result<(), CommandError> {
         let backends = self.ask("query-memdev", &json!({}))?;

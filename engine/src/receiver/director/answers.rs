@@ -2,7 +2,7 @@
 
 use super::{Book, Entry};
 use crate::net::Listener;
-use crate::receiver::control::{Answer, Asked, Claimed, ClaimedBlock, Request, Said};
+use crate::receiver::control::{Answer, Asked, Claimed, Request, Said};
 use crate::receiver::dump::dump;
 use crate::receiver::feed::{Feed, feed};
 use crate::receiver::guest::Guest;
@@ -149,14 +149,6 @@ impl Book {
         }
         let claimed = guest.promotion().claim(by, retry);
         claimed.map_err(|why| format!("session {session}: {why}"))?;
-        let block = |(id, block): (_, &crate::blocks::RamBlock)| ClaimedBlock {
-            name: block.display_name().into_owned(),
-            used_length: block.used_length,
-            file: guest
-                .store()
-                .and_then(|store| store.image_file(id))
-                .map(Into::into),
-        };
         Ok(Answer::Claimed(Claimed {
             claimed: session,
             checkpoint,
@@ -164,7 +156,7 @@ impl Book {
             peer: guest.peer.clone(),
             end: status.end,
             machine: record.machine_type.clone(),
-            blocks: record.blocks.iter().map(block).collect(),
+            blocks: status.blocks,
         }))
     }
 
