@@ -428,6 +428,44 @@ fn a_secondary_that_fails_is_told_and_what_was_measured_is_kept() {
     );
 }
 
+/// 16 MiB a checkpoint take longer than the interval of a millisecond, even into a sink.
+#[test]
+fn checkpoints_that_are_too_slow_wait_or_move_the_others() {
+    let scratch = Scratch::new("closed");
+    let capture = scratch.file("capture");
+    let shape = [
+        "--ram",
+        "32M",
+        "--channels",
+        "0",
+        "--pages",
+        "4000",
+        "--checkpoints",
+        "2",
+    ];
+    let made = run(&[&["synth", "--out", &capture][..], &shape].concat());
+    assert!(made.status.success(), "{}", said(&made));
+    let waited = |more: &[&str]| {
+        let args = [
+            "replay",
+            &capture,
+            "--sink",
+            "--json",
+            "--checkpoints",
+            "8",
+            "--interval",
+            "1",
+        ];
+        let output = run(&[&args[..], more].concat());
+        assert!(output.status.success(), "{}", said(&output));
+        let report = json(&output);
+        assert_eq!(report["checkpoints"], 8);
+        report["notes"].to_string().contains("count their waiting")
+    };
+    assert!(waited(&[]));
+    assert!(!waited(&["--closed-loop"]));
+}
+
 #[test]
 fn what_cannot_be_played_is_refused() {
     let scratch = Scratch::new("refused");
@@ -443,6 +481,7 @@ fn what_cannot_be_played_is_refused() {
     refused(&[&nothing], 2, "--to");
     refused(&[&nothing, "--to", "4444"], 2, "is no address");
     refused(&[&nothing, "--sink", "--interval", "0"], 2, "0");
+    refused(&[&nothing, "--sink", "--closed-loop"], 2, "--interval");
     refused(&[&nothing, "--sink", "--cores", ""], 2, "no core");
     refused(&[&nothing, "--sink", "--name", ""], 2, "cannot be a run's name");
 }

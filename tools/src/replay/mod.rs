@@ -54,6 +54,11 @@ pub struct ReplayArgs {
     #[serde(rename = "interval_ms")]
     interval: Option<u64>,
 
+    /// Let a slow checkpoint move those after it instead of making them wait: a secondary that needs longer than the
+    /// interval can then be measured, and a stall is counted once, however many checkpoints it delays
+    #[arg(long, requires = "interval")]
+    closed_loop: bool,
+
     /// Checkpoints of each session; behind its last one the capture's first one comes again [default: all, once]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
     checkpoints: Option<u64>,
@@ -111,7 +116,7 @@ enum PaceKind {
 enum Pace {
     Original,
     Max,
-    Interval(Duration),
+    Interval { length: Duration, closed_loop: bool },
 }
 
 fn as_text<S: serde::Serializer>(address: &Option<Address>, serializer: S) -> Result<S::Ok, S::Error> {
@@ -128,7 +133,10 @@ fn named(text: &str) -> Result<String, String> {
 impl ReplayArgs {
     fn pace(&self) -> Pace {
         match (self.interval, self.pace) {
-            (Some(milliseconds), _) => Pace::Interval(Duration::from_millis(milliseconds)),
+            (Some(milliseconds), _) => Pace::Interval {
+                length: Duration::from_millis(milliseconds),
+                closed_loop: self.closed_loop,
+            },
             (None, None | Some(PaceKind::Original)) => Pace::Original,
             (None, Some(PaceKind::Max)) => Pace::Max,
         }

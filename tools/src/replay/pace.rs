@@ -22,14 +22,13 @@ struct Captured {
 impl Pacer {
     /// The secondary became ready at `ready`.
     pub(super) fn new(pace: Pace, streams: &Streams, ready: Duration) -> Self {
-        let (interval, captured) = match pace {
-            Pace::Max => (Duration::ZERO, None),
-            Pace::Interval(interval) => (interval, None),
-            Pace::Original => (Duration::ZERO, Some(Captured::new(streams, ready))),
+        let (interval, closed_loop) = match pace {
+            Pace::Interval { length, closed_loop } => (length, closed_loop),
+            Pace::Max | Pace::Original => (Duration::ZERO, false),
         };
         Self {
-            schedule: Schedule::new(ready, interval, false),
-            captured,
+            schedule: Schedule::new(ready, interval, closed_loop),
+            captured: (pace == Pace::Original).then(|| Captured::new(streams, ready)),
         }
     }
 
