@@ -186,8 +186,8 @@ fn push_phase(page: &mut String, comparison: &Comparison, phase: &PhaseCompariso
         let _ = write!(
             page,
             "<li>{}{}</li>",
-            sign(index_of(comparison, row.run)),
-            escape(row.run)
+            sign(index_of(comparison, &row.run)),
+            escape(&row.run)
         );
     }
     let _ = writeln!(
@@ -227,7 +227,7 @@ fn push_table(page: &mut String, comparison: &Comparison, phase: &PhaseCompariso
     }
     page.push_str("</tr></thead>\n<tbody>\n");
     for row in &phase.rows {
-        push_row(page, index_of(comparison, row.run), row);
+        push_row(page, index_of(comparison, &row.run), row);
     }
     page.push_str("</tbody></table></div>\n");
     if phase.rows.iter().any(|row| row.p99_9_is_max) {
@@ -242,7 +242,7 @@ fn push_row(page: &mut String, index: usize, row: &Row) {
         page,
         "<tr><th scope=\"row\">{}{}</th><td class=\"number\">{}</td>",
         sign(index),
-        escape(row.run),
+        escape(&row.run),
         row.count
     );
     let ratios = row.ratios.map(|ratios| ratios.columns());

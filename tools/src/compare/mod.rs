@@ -101,7 +101,7 @@ pub struct Comparison<'a> {
     options: Options,
     baseline: &'a str,
     runs: Vec<RunInfo<'a>>,
-    phases: Vec<PhaseComparison<'a>>,
+    phases: Vec<PhaseComparison>,
     /// For plots.
     #[serde(skip)]
     sources: &'a [Run],
@@ -127,28 +127,46 @@ struct RunInfo<'a> {
 
 /// One phase of all runs.
 #[derive(Debug, Serialize)]
-struct PhaseComparison<'a> {
+struct PhaseComparison {
     phase: String,
-    rows: Vec<Row<'a>>,
+    rows: Vec<Row>,
 }
 
 /// One phase of one run.
-#[derive(Debug, Serialize)]
-struct Row<'a> {
-    run: &'a str,
-    count: u64,
-    mean_ns: f64,
-    p50_ns: u64,
-    p90_ns: u64,
-    p99_ns: u64,
-    p99_9_ns: u64,
-    max_ns: u64,
-    p99_is_max: bool,
-    p99_9_is_max: bool,
+#[derive(Clone, Debug, Serialize)]
+pub struct Row {
+    /// The run's name.
+    pub run: String,
+    /// Checkpoints.
+    pub count: u64,
+    /// Their mean.
+    pub mean_ns: f64,
+    /// Median.
+    pub p50_ns: u64,
+    /// 90th percentile.
+    pub p90_ns: u64,
+    /// 99th percentile.
+    pub p99_ns: u64,
+    /// 99.9th percentile.
+    pub p99_9_ns: u64,
+    /// The longest.
+    pub max_ns: u64,
+    /// There are too few checkpoints for the 99th percentile to be another than the longest.
+    pub p99_is_max: bool,
+    /// As for the 99th.
+    pub p99_9_is_max: bool,
     /// What the interval was made by. None if there are too few values for one.
-    resampled: Option<Resampling>,
+    pub resampled: Option<Resampling>,
     /// To the baseline. None for the baseline, and where that lacks the phase.
-    ratios: Option<Ratios>,
+    pub ratios: Option<Ratios>,
+}
+
+impl Comparison<'_> {
+    /// One phase of one run, if that has it.
+    pub fn row(&self, phase: &str, run: &str) -> Option<&Row> {
+        let phase = self.phases.iter().find(|compared| compared.phase == phase)?;
+        phase.rows.iter().find(|row| row.run == run)
+    }
 }
 
 /// Compares `runs`, which have different names.
@@ -227,7 +245,7 @@ fn run_info(run: &Run) -> RunInfo<'_> {
     }
 }
 
-fn rows<'a>(runs: &'a [Run], baseline: usize, phase: &str, options: &Options) -> Vec<Row<'a>> {
+fn rows(runs: &[Run], baseline: usize, phase: &str, options: &Options) -> Vec<Row> {
     let distributions: Vec<_> = runs.iter().map(|run| run.distribution(phase)).collect();
     let mut rounds = distributions.iter().flatten().map(|run| run.rounds());
     let first = rounds.next();
@@ -255,7 +273,7 @@ fn rows<'a>(runs: &'a [Run], baseline: usize, phase: &str, options: &Options) ->
         let figures = distribution.figures();
         let count = distribution.count();
         Some(Row {
-            run: &runs[index].name,
+            run: runs[index].name.clone(),
             count,
             mean_ns: figures.mean,
             p50_ns: figures.p50,
