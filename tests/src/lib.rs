@@ -5,3 +5,4 @@ pub mod command;
 pub mod hostile;
 pub mod lab;
 pub mod model;
+pub mod versus;

@@ -80,6 +80,16 @@ impl Qemu {
         })
     }
 
+    /// Lets precopy end after its first pass, whatever the guest dirties meanwhile: the switch-over may take a minute.
+    ///
+    /// # Errors
+    /// When QEMU refuses it.
+    pub fn end_precopy_early(&mut self) -> Result<(), LabError> {
+        self.qmp()
+            .execute("migrate-set-parameters", &json!({"downtime-limit": 60_000}))?;
+        Ok(())
+    }
+
     /// Makes this QEMU, started by [`Qemu::start_incoming`], the COLO secondary at `address`.
     ///
     /// # Errors

@@ -51,10 +51,11 @@ impl HostSetting {
         &self.file
     }
 
-    /// What holds now.
+    /// The file's name, without its directory.
     #[must_use]
-    pub fn now(&self) -> &str {
-        &self.now
+    pub fn name(&self) -> String {
+        let name = self.file.file_name();
+        name.map_or_else(String::new, |name| name.to_string_lossy().into_owned())
     }
 
     /// Whether it is not what it was.

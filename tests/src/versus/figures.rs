@@ -1,0 +1,127 @@
+//! The figures of a cell: its runs side by side, and what each secondary used for them.
+
+use super::contest::{CellResult, Turns};
+use colo_ring::units::PAGE_BYTES;
+use colo_ring_tools::compare::{CompareError, Options, Row, Run, html, report};
+use serde::Serialize;
+
+/// The figures of a cell.
+#[derive(Debug, Serialize)]
+pub struct CellFigures {
+    /// Its name in files.
+    pub cell: String,
+    /// What its checkpoints carry.
+    pub capture: String,
+    /// Milliseconds from one checkpoint to the next; 0 is back to back.
+    pub spacing_ms: u128,
+    /// The name of the secondary that ratios are to: QEMU's own.
+    pub baseline: Option<String>,
+    /// The phases, the most important first.
+    pub phases: Vec<&'static str>,
+    /// Every secondary.
+    pub secondaries: Vec<SecondaryFigures>,
+}
+
+/// The figures of one secondary in one cell.
+#[derive(Debug, Serialize)]
+pub struct SecondaryFigures {
+    /// Its name in tables.
+    pub name: String,
+    /// Its name in options.
+    pub secondary: String,
+    /// Undisturbed checkpoints that were measured.
+    pub checkpoints: u64,
+    /// Checkpoints that were left out, as others had the processor.
+    pub dropped: u64,
+    /// Mean guest pages of a checkpoint.
+    pub pages_per_checkpoint: f64,
+    /// Each phase; none where nothing was measured.
+    pub phases: Vec<Option<Row>>,
+    /// Processor time of its process for a GiB of guest pages, all that it does between checkpoints included.
+    pub cpu_s_per_gib: Option<f64>,
+    /// The same for a checkpoint.
+    pub cpu_ms_per_checkpoint: Option<f64>,
+    /// Resident memory at its highest.
+    pub rss_bytes_max: Option<u64>,
+    /// Guest pages that a receiver copied to the RAM image in a second of flushing, in bytes.
+    pub flush_bytes_per_s: Option<f64>,
+    /// Why it was not measured (further).
+    pub failed: Option<String>,
+}
+
+impl CellFigures {
+    /// Compares the runs of a cell. Returns the page of that comparison, too.
+    ///
+    /// # Errors
+    /// When two secondaries have one name.
+    pub fn of(result: &CellResult, phases: &[&'static str]) -> Result<(Self, String), CompareError> {
+        let runs = result.turns.iter().filter_map(|turns| turns.run.clone());
+        let runs: Vec<_> = runs.map(Run::from).collect();
+        let qemu = result.turns.iter().find(|turns| turns.secondary.is_qemu());
+        let baseline = qemu.and_then(|turns| Some(turns.run.as_ref()?.name.clone()));
+        let options = Options {
+            baseline: baseline.clone(),
+            ..Options::default()
+        };
+        let comparison = report(&runs, options)?;
+        let row = |phase: &str, turns: &Turns| {
+            let row = comparison.row(phase, &turns.run.as_ref()?.name)?;
+            // Without QEMU the first run stands in for it, and no ratio to that is of interest.
+            let ratios = row.ratios.filter(|_| baseline.is_some());
+            Some(Row {
+                ratios,
+                ..row.clone()
+            })
+        };
+        let secondary = |turns: &Turns| {
+            let rows = phases.iter().map(|phase| row(phase, turns)).collect();
+            SecondaryFigures::of(turns, rows)
+        };
+        let figures = Self {
+            cell: result.cell.name(),
+            capture: result.cell.shape.to_string(),
+            spacing_ms: result.cell.spacing.as_millis(),
+            phases: phases.to_vec(),
+            secondaries: result.turns.iter().map(secondary).collect(),
+            baseline: baseline.clone(),
+        };
+        Ok((figures, html::page(&comparison)))
+    }
+
+    /// What is measured, in words.
+    #[must_use]
+    pub fn title(&self) -> String {
+        match self.spacing_ms {
+            0 => format!("{}, back to back", self.capture),
+            ms => format!("{}, every {ms} ms", self.capture),
+        }
+    }
+}
+
+impl SecondaryFigures {
+    fn of(turns: &Turns, phases: Vec<Option<Row>>) -> Self {
+        let run = turns.run.as_ref();
+        let used = run.and_then(|run| run.secondary);
+        let measured = run.map_or(&[][..], |run| &run.checkpoints);
+        let pages: u64 = measured.iter().map(|checkpoint| checkpoint.pages).sum();
+        let bytes = |pages: u64| (pages * PAGE_BYTES) as f64;
+        let seconds = |ns: u64| ns as f64 / 1e9;
+        let session_gib = bytes(turns.session_pages) / f64::from(1 << 30);
+        let cpu = used.filter(|_| turns.session_pages > 0);
+        let flushed = turns.flushed.filter(|flushed| flushed.ns > 0);
+        Self {
+            name: run.map_or(&turns.secondary.name, |run| &run.name).clone(),
+            secondary: turns.secondary.name.clone(),
+            checkpoints: turns.checkpoints(),
+            dropped: run.map_or(0, |run| run.dropped),
+            pages_per_checkpoint: pages as f64 / turns.checkpoints().max(1) as f64,
+            phases,
+            cpu_s_per_gib: cpu.map(|used| seconds(used.cpu_ns) / session_gib),
+            cpu_ms_per_checkpoint: cpu
+                .map(|used| 1e3 * seconds(used.cpu_ns) / turns.session_checkpoints.max(1) as f64),
+            rss_bytes_max: used.map(|used| used.rss_bytes_max),
+            flush_bytes_per_s: flushed.map(|flushed| bytes(flushed.pages) / seconds(flushed.ns)),
+            failed: turns.failed.clone(),
+        }
+    }
+}

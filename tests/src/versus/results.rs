@@ -1,0 +1,173 @@
+//! The files of results, written anew after each cell, so that whatever ends a measurement leaves what was measured.
+
+use super::contest::CellResult;
+use super::figures::CellFigures;
+use super::memory::CopySpeed;
+use super::options::Options;
+use super::secondary::Secondary;
+use super::{page, published, table};
+use crate::lab::{LabError, Transport};
+use colo_ring::host::Machine;
+use serde::Serialize;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+/// What was measured so far.
+#[derive(Debug, Serialize)]
+pub struct Results<'a> {
+    schema: &'static str,
+    schema_version: u32,
+    options: &'a Options,
+    machine: Machine,
+    /// Of colo-ring.
+    version: &'static str,
+    /// QEMU's name and version; none without QEMU.
+    qemu: Option<String>,
+    /// The host's settings meanwhile, in words.
+    settings: Vec<String>,
+    copy: CopySpeed,
+    cells: Vec<CellFigures>,
+    /// Titles and pages of the cells.
+    #[serde(skip)]
+    pages: Vec<(String, String)>,
+    #[serde(skip)]
+    directory: PathBuf,
+}
+
+impl<'a> Results<'a> {
+    /// Nothing yet; makes the directory.
+    ///
+    /// # Errors
+    /// When it cannot be made.
+    pub fn new(
+        options: &'a Options,
+        directory: PathBuf,
+        qemu: Option<String>,
+        settings: Vec<String>,
+    ) -> Result<Self, LabError> {
+        fs::create_dir_all(&directory).map_err(LabError::io(format!("create {}", directory.display())))?;
+        Ok(Self {
+            schema: "colo-ring.bench-vs-qemu",
+            schema_version: 1,
+            options,
+            machine: Machine::read(),
+            version: env!("CARGO_PKG_VERSION"),
+            qemu,
+            settings,
+            copy: CopySpeed::measure(),
+            cells: Vec::new(),
+            pages: Vec::new(),
+            directory,
+        })
+    }
+
+    /// Where the machine stands, in lines.
+    #[must_use]
+    pub fn conditions(&self) -> String {
+        let qemu = self
+            .qemu
+            .as_deref()
+            .unwrap_or("without QEMU: synthetic sessions, nothing is compared with it");
+        format!(
+            "{}\ncolo-ring {}; {qemu}; {}; {}\nmemory copies {:.1} GB/s with one thread, {:.1} with two\n",
+            self.machine,
+            self.version,
+            match self.options.transport() {
+                Transport::Tcp => "loopback TCP",
+                Transport::Unix => "UNIX sockets",
+            },
+            self.settings.join("; "),
+            self.copy.one_thread_bytes_per_s / 1e9,
+            self.copy.two_threads_bytes_per_s / 1e9,
+        )
+    }
+
+    /// Takes the result of a cell, writes everything, and returns the cell's table.
+    ///
+    /// # Errors
+    /// When a file cannot be written.
+    pub fn add(&mut self, result: &CellResult, phases: &[&'static str]) -> Result<String, LabError> {
+        let compared = CellFigures::of(result, phases);
+        let (figures, page) = compared.map_err(|error| LabError::Malformed {
+            what: "what was measured".into(),
+            detail: error.to_string(),
+        })?;
+        for turns in &result.turns {
+            if let Some(run) = &turns.run {
+                let prefix = self.directory.join(&figures.cell).join(&turns.secondary.name);
+                run.write(&prefix).map_err(super::replays::bad_run)?;
+            }
+        }
+        let text = table::cell(&figures, &self.copy);
+        self.pages.push((figures.title(), page));
+        self.cells.push(figures);
+        self.write()?;
+        Ok(text)
+    }
+
+    /// The ratios of all cells, and what is needed to read the tables.
+    #[must_use]
+    pub fn overview(&self) -> String {
+        format!("{}{}", table::overview(&self.cells), table::LEGEND)
+    }
+
+    /// Everything as text for a terminal.
+    fn text(&self) -> String {
+        let tables: Vec<_> = self
+            .cells
+            .iter()
+            .map(|cell| table::cell(cell, &self.copy))
+            .collect();
+        format!(
+            "{}\n{}\n{}",
+            self.conditions(),
+            tables.join("\n"),
+            self.overview()
+        )
+    }
+
+    /// The short table as a Markdown section.
+    #[must_use]
+    pub fn published(&self) -> String {
+        let conditions = self.conditions().replace('\n', " ");
+        published::section(
+            &self.cells,
+            &Secondary::default_ring().name,
+            conditions.trim_end(),
+        )
+    }
+
+    /// Where they are.
+    #[must_use]
+    pub fn directory(&self) -> &Path {
+        &self.directory
+    }
+
+    /// Whether any secondary failed in any cell.
+    #[must_use]
+    pub fn any_failed(&self) -> bool {
+        let failed = |cell: &CellFigures| cell.secondaries.iter().any(|one| one.failed.is_some());
+        self.cells.iter().any(failed)
+    }
+
+    fn write(&self) -> Result<(), LabError> {
+        let title = match &self.qemu {
+            Some(qemu) => format!("colo-ring and {qemu}"),
+            None => "colo-ring".to_owned(),
+        };
+        let json = serde_json::to_string_pretty(self).map_err(|error| LabError::Malformed {
+            what: "the results".into(),
+            detail: error.to_string(),
+        })?;
+        for (name, text) in [
+            ("results.json", json),
+            ("table.txt", self.text()),
+            ("published.md", self.published()),
+            ("index.html", page::page(&title, &self.text(), &self.pages)),
+        ] {
+            let file = self.directory.join(name);
+            fs::write(&file, text).map_err(LabError::io(format!("write {}", file.display())))?;
+        }
+        Ok(())
+    }
+}
