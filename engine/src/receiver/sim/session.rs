@@ -7,7 +7,6 @@ use crate::receiver::dump;
 use crate::receiver::end::{ChannelError, SessionEnd};
 use crate::receiver::guest::Guest;
 use crate::ring::sim::{Network, Wire};
-use crate::store::Store;
 use crate::units::PageIndex;
 use nix::errno::Errno;
 use nix::sys::socket::{MsgFlags, recv};
@@ -147,7 +146,27 @@ impl SimSession {
             store.read_committed(PageIndex::new(intruder.page as u64), &mut page);
             intruder.is_in = page == *intruder.content;
         }
-        self.compare(&store)
+        let read = |page, content: &mut _| store.read_committed(page, content);
+        self.compare(read, &store.committed_device_state())
+    }
+
+    /// What a failover would find now: the checkpoint that is committed.
+    pub(super) fn recover(&self) -> Result<(), String> {
+        let held = self.guest.store().and_then(|store| store.hold_committed());
+        match (self.committed.checked_sub(1), held) {
+            (None, None) => Ok(()),
+            (Some(state), Some(held)) if held.checkpoint().0 == state as u64 => {
+                let read = |page, content: &mut _| held.read(page, content);
+                self.compare(read, held.device_state())
+                    .map_err(|error| format!("in a failover: {error}"))
+            }
+            (state, held) => {
+                let held = held.map(|held| held.checkpoint());
+                Err(format!(
+                    "a failover finds {held:?} where state {state:?} is committed"
+                ))
+            }
+        }
     }
 
     /// Whether the primary may go on: an intruder that is still on its way could pass for a page of the next checkpoint.
@@ -166,12 +185,12 @@ impl SimSession {
         intruder.is_some_and(|intruder| intruder.page == at && *intruder.content == *page)
     }
 
-    fn compare(&self, store: &Store) -> Result<(), String> {
+    fn compare(&self, read: impl Fn(PageIndex, &mut [u8; PAGE]), device_state: &[u8]) -> Result<(), String> {
         let state = self.committed - 1;
         let snapshot = &self.primary.snapshots[state];
         let mut page = [0; PAGE];
         for (at, expected) in snapshot.pages.iter().enumerate() {
-            store.read_committed(PageIndex::new(at as u64), &mut page);
+            read(PageIndex::new(at as u64), &mut page);
             if page != **expected && !self.is_intruder(at, &page) {
                 return Err(format!(
                     "page {at} of {} is not what state {state} had there: {}",
@@ -180,7 +199,7 @@ impl SimSession {
                 ));
             }
         }
-        match store.committed_device_state() == snapshot.device_state {
+        match device_state == snapshot.device_state {
             true => Ok(()),
             false => Err(format!("the device state is not that of state {state}")),
         }
@@ -285,12 +304,14 @@ impl SimSession {
                 self.samples, self.committed
             ));
         }
+        self.recover()?;
         if let Some(store) = self.guest.store() {
             store.drop_uncommitted();
             if store.dirty_pages() > 0 {
                 return Err("what was not committed was not dropped".to_owned());
             }
         }
+        self.recover()?;
         Ok(true)
     }
 }

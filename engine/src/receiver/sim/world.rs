@@ -302,13 +302,18 @@ impl World {
             return Err("this run has no end".to_owned());
         }
         self.break_something()?;
+        if self.rng.one_in(300) {
+            let which = self.rng.below(self.sessions.len());
+            self.note(|| format!("session {which} is looked at as by a failover"));
+            self.sessions[which].recover()?;
+        }
         if !self.act()? {
             return Ok(false);
         }
         self.tally.steps += 1;
         for session in &mut self.sessions {
-            session.settle()?;
             session.check(&self.net.borrow())?;
+            session.settle()?;
         }
         while let Some(sample) = self.around.samples.pop() {
             self.sessions[usize::try_from(sample.session).expect("few")].measured(&sample)?;
