@@ -24,8 +24,8 @@ const HELP_FROM_PAGES: u64 = 1000;
 /// Words of the plan that a thread claims at a time: 16 to 1024 pages, between 5 µs and 0.5 ms of work.
 const CLAIM_WORDS: usize = 16;
 
-/// The same where a core looks at its sockets after each claim: up to 256 pages.
-const STEP_WORDS: usize = 4;
+/// The same where a core looks at its sockets after each claim: up to 256 pages. In tests, whose guests are small, 64.
+const STEP_WORDS: usize = if cfg!(test) { 1 } else { 4 };
 
 /// What a flush did.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]

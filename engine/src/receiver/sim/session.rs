@@ -310,6 +310,10 @@ impl SimSession {
             if store.dirty_pages() > 0 {
                 return Err("what was not committed was not dropped".to_owned());
             }
+            let pool = store.pool_use().filter(|pool| pool.free_extents != pool.extents);
+            if let Some(pool) = pool {
+                return Err(format!("extents of the pool are never given back: {pool:?}"));
+            }
         }
         self.recover()?;
         Ok(true)

@@ -41,13 +41,14 @@ const STEPS_USUAL: usize = 3000;
 const TRIES: usize = 24;
 
 /// Most pages of a guest, and most bytes of a piece in which they come: not so many small ones that few runs fit a minute.
-const SIZES: [(usize, usize); 6] = [
+const SIZES: [(usize, usize); 7] = [
     (8, 200),
     (40, 2000),
     (150, 20_000),
     (8, 1 << 20),
     (40, 1 << 20),
     (150, 1 << 20),
+    (500, 1 << 20),
 ];
 
 type Job = Box<dyn FnOnce() + Send>;
