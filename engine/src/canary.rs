@@ -18,6 +18,8 @@ pub(crate) enum Canary {
     EarlyImage,
     /// A checkpoint is acknowledged before its device state is here.
     EarlyAcknowledge,
+    /// Who settles a flush does not tell the one who waits for it.
+    SilentSettle,
     /// A flush leaves out a page.
     SkippedPage,
     /// A commit keeps the device state of the checkpoint before.

@@ -170,6 +170,9 @@ impl Guest {
         match made {
             Err(reason) => self.finish(SessionEnd::NoMemory(reason)),
             Ok(memory) => {
+                // The main channel waits for a flush before it answers a request, and a dump may do the last part of it.
+                let main = self.main.waker.clone();
+                memory.store.when_flushed(move || main.wake());
                 // Set once: only the one block list of a session asks for memory.
                 let _ = self.memory.set(memory);
                 self.wake_all();

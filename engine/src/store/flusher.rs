@@ -148,18 +148,21 @@ impl Flush {
         self.failed.load(Ordering::Acquire)
     }
 
-    /// Does what is left and waits for what others do of it.
+    /// Does what is left and waits for what others do of it. Whether the last part was done here.
     ///
     /// # Panics
     /// If a part of it panicked, here or elsewhere: it will never be done.
-    pub(super) fn settle(&self) {
+    pub(super) fn settle(&self) -> bool {
         while self.is_open() {
             assert!(!self.has_failed(), "a part of the flush panicked");
-            if self.step(CLAIM_WORDS) == FlushStep::Nothing {
+            match self.step(CLAIM_WORDS) {
+                FlushStep::Last => return true,
+                FlushStep::Some => {}
                 // A claim that another thread has in hand: at most half a millisecond.
-                std::thread::yield_now();
+                FlushStep::Nothing => std::thread::yield_now(),
             }
         }
+        false
     }
 
     /// A small part of it, if there is one.

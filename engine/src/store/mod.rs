@@ -86,8 +86,8 @@ use map::Mapping;
 use mirror::Mirror;
 use pool::Pool;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 /// Which placement of cache slots.
@@ -163,6 +163,7 @@ pub struct Store {
     running_guest: Option<Arc<DirtyBitmap>>,
     received: PageSet,
     flush: Arc<Flush>,
+    flushed: OnceLock<Box<dyn Fn() + Send + Sync>>,
     mode: CommitMode,
 }
 
@@ -252,6 +253,7 @@ impl Store {
             dirty: DirtyBitmap::new(pages, options.shards),
             running_guest: options.running_guest.clone(),
             received: PageSet::new(pages),
+            flushed: OnceLock::new(),
             mode: options.commit,
         };
         Ok((store, notes))
@@ -484,13 +486,34 @@ impl Store {
 
     /// Copies a few of them, which takes at most about 0.1 ms. Any thread may, also several at a time.
     pub fn flush_step(&self) -> FlushStep {
-        self.flush.small_step()
+        let step = self.flush.small_step();
+        if step == FlushStep::Last {
+            self.tell_flushed();
+        }
+        step
     }
 
     /// Copies what is left of them and waits for what other threads do of it: the image is the last committed checkpoint
     /// when it returns, until the next commit.
     pub fn settle(&self) {
-        self.flush.settle();
+        if self.flush.settle() && !canary::is_set(Canary::SilentSettle) {
+            self.tell_flushed();
+        }
+    }
+
+    /// Whoever does the last part of a deferred flush, a dump for example, calls `tell` then: somebody may wait for it.
+    ///
+    /// # Panics
+    /// If it is called twice.
+    pub fn when_flushed(&self, tell: impl Fn() + Send + Sync + 'static) {
+        let set = self.flushed.set(Box::new(tell));
+        assert!(set.is_ok(), "there is one who waits");
+    }
+
+    fn tell_flushed(&self) {
+        if let Some(tell) = self.flushed.get() {
+            tell();
+        }
     }
 
     /// What the flush of the last commit took, as far as it has gone.

@@ -314,6 +314,32 @@ fn two_threads_write_one_page(kind: (CacheKind, CommitMode)) {
     assert_eq!((image_stamp(&store, 6), image_stamp(&store, 8)), (0, 0));
 }
 
+/// A dump that ended a flush told nobody, and the main channel waited for ever before it answered the next request: found by
+/// the simulation (seed 269843797330736 of its day).
+#[test]
+fn whoever_ends_a_flush_tells_the_one_who_waits() {
+    let store = store_of((CacheKind::Mirror, CommitMode::Deferred), &BLOCKS);
+    let told = Arc::new(AtomicU64::new(0));
+    let tell = told.clone();
+    store.when_flushed(move || {
+        tell.fetch_add(1, Ordering::Relaxed);
+    });
+    store.begin_colo();
+    let commit = |checkpoint| {
+        (0..PAGES).for_each(|at| store.write(0, page(at), &content(checkpoint)).unwrap());
+        store.commit(CheckpointId(checkpoint), &mut Vec::new(), &alone());
+        assert!(store.is_flushing());
+    };
+    commit(0);
+    store.settle();
+    assert_eq!(told.load(Ordering::Relaxed), 1);
+    store.settle();
+    commit(1);
+    assert_eq!(told.load(Ordering::Relaxed), 1);
+    while store.flush_step() == FlushStep::Some {}
+    assert_eq!((store.is_flushing(), told.load(Ordering::Relaxed)), (false, 2));
+}
+
 /// Who asks for the checkpoint's number, as a status does, does not wait for a commit or a dump.
 #[test]
 fn the_committed_number_waits_for_nobody() {
