@@ -325,9 +325,14 @@ impl SimCore {
         done
     }
 
-    /// Whether its next turn would not wait: it was woken, or has something left to do.
-    pub(crate) fn is_awake(&self) -> bool {
-        self.peer.wake.is_readable() || self.core.is_busy()
+    /// Whether somebody has woken it.
+    pub(crate) fn is_woken(&self) -> bool {
+        self.peer.wake.is_readable()
+    }
+
+    /// Whether it has something left to do that can wait.
+    pub(crate) fn is_busy(&self) -> bool {
+        self.core.is_busy()
     }
 
     /// Whether it drives no endpoint, and none is on its way.

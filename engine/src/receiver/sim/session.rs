@@ -259,6 +259,11 @@ impl SimSession {
         Ok(())
     }
 
+    /// Whether what is committed is still on its way to the image.
+    pub(super) fn is_flushing(&self) -> bool {
+        self.guest.store().is_some_and(|store| store.is_flushing())
+    }
+
     /// Whether something is committed that could be dumped.
     pub(super) fn is_committed(&self) -> bool {
         self.committed > 0

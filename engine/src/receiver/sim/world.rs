@@ -97,6 +97,12 @@ pub(super) struct World {
     faults: Vec<(u64, usize, Fault)>,
     dump_at: Option<u64>,
     wait_all: bool,
+    /// In how many tries a core does work that can wait.
+    laziness: usize,
+    /// Nothing was found to do at random.
+    is_idle: bool,
+    /// In how many steps somebody asks for the checkpoint while it is being flushed, once: that ends the flush.
+    flush_looks: usize,
     /// Most bytes that arrive, or are received, in one step.
     piece_bytes: usize,
 }
@@ -134,6 +140,9 @@ impl World {
             faults: Vec::new(),
             dump_at: rng.one_in(16).then(|| rng.any_size(STEPS_USUAL) as u64),
             wait_all: rng.one_in(2),
+            laziness: rng.pick(&[1, 20]),
+            is_idle: false,
+            flush_looks: rng.pick(&[4, 100]),
             piece_bytes,
             rng: Rng::new(rng.next()),
             trace,
@@ -303,8 +312,9 @@ impl World {
             return Err("this run has no end".to_owned());
         }
         self.break_something()?;
-        if self.rng.one_in(300) {
-            let which = self.rng.below(self.sessions.len());
+        let which = self.rng.below(self.sessions.len());
+        let flushes = self.sessions[which].is_flushing();
+        if self.rng.one_in(if flushes { self.flush_looks } else { 300 }) {
             self.note(|| format!("session {which} is looked at as by a failover"));
             self.sessions[which].recover()?;
         }
@@ -328,6 +338,7 @@ impl World {
             let wire = self.rng.below(self.stalled.len());
             self.stalled[wire] = !self.stalled[wire];
         }
+        self.is_idle = false;
         for _ in 0..TRIES {
             let what = self.rng.below(12);
             let which = self.rng.next();
@@ -336,6 +347,7 @@ impl World {
             }
         }
         self.stalled.fill(false);
+        self.is_idle = true;
         for what in [0, 3, 7, 9, 11] {
             for which in 0..self.stalled.len().max(self.cores.len()) {
                 if self.try_one(what, which as u64)? {
@@ -388,7 +400,10 @@ impl World {
     }
 
     fn turn(&mut self, core: usize) -> Result<bool, String> {
-        if !self.net.borrow().is_ready(core) && !self.cores[core].is_awake() {
+        let called = self.net.borrow().is_ready(core) || self.cores[core].is_woken();
+        // Work that can wait does, where other guests keep the core from it.
+        let waits = !self.is_idle && !self.rng.one_in(self.laziness);
+        if !called && (waits || !self.cores[core].is_busy()) {
             return Ok(false);
         }
         self.note(|| format!("core {core} takes a turn"));
