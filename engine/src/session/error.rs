@@ -32,8 +32,8 @@ pub enum Ending {
     /// After the initial state, before any checkpoint, from a primary that may not do COLO at all (spec §5).
     #[error(
         "the primary went away after its initial state and before any checkpoint. A plain migration, without the \
-         capability x-colo, completes like this: then its guest is stopped there (`cont` lets it go on) and stored here. \
-         If it was cancelled or lost instead, the guest may run there"
+         capability x-colo, completes like this: then its guest is stopped there (`cont` lets it go on) and stored here \
+         (`colo-ring failover` starts it). If it was cancelled or lost instead, the guest may run there"
     )]
     PlainMigration,
     /// With nothing in flight.
