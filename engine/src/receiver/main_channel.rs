@@ -13,7 +13,7 @@ use crate::canary::{self, Canary};
 use crate::metrics::CheckpointSample;
 use crate::ring::{Buffers, Endpoint, Loss, ReceivePlan, ReceiveStyle, quick_ack};
 use crate::session::{Action, Answer, Page, PageContent, Session, SessionLimits};
-use crate::store::{Phase, Slab, Store, StoreError};
+use crate::store::{Phase, PoolTask, Slab, Store, StoreError};
 use crate::units::{CheckpointId, PAGE_SIZE};
 use crate::wire::{WireError, xbzrle};
 use nix::sys::socket::{MsgFlags, send};
@@ -266,35 +266,42 @@ impl MainChannel {
         }
     }
 
-    /// Makes room for the next checkpoint where this one found too little, and tells if it had to be made in haste.
+    /// Fits the pool to what checkpoints need, and tells if room had to be made in haste.
     fn mind_the_pool(&mut self, store: &Arc<Store>) {
+        let task = store.pool_task();
         let hasty = store.pool_use().map_or(0, |pool| pool.hasty_slabs);
         if hasty > self.hasty_slabs {
+            let advice = match task {
+                PoolTask::Grow => "",
+                PoolTask::Nothing | PoolTask::Shrink => ". A larger --pool-max avoids that",
+            };
             (self.guest.around.warn)(format!(
                 "session {}: a checkpoint needed {} cache slabs more than there were; pages waited for their memory, \
-                 which made it slower{}",
+                 which made it slower{advice}",
                 self.guest.id,
                 hasty - self.hasty_slabs,
-                if store.wants_growth() {
-                    ""
-                } else {
-                    ". A larger --pool-max avoids that"
-                },
             ));
             self.hasty_slabs = hasty;
         }
-        if !store.wants_growth() || self.guest.growing.swap(true, Ordering::AcqRel) {
+        if task == PoolTask::Nothing || self.guest.growing.swap(true, Ordering::AcqRel) {
             return;
         }
         let (guest, store) = (self.guest.clone(), store.clone());
-        let grow = move || {
-            if let Err(error) = store.grow() {
+        let tend = move || {
+            let done = match task {
+                PoolTask::Grow => store.grow(),
+                PoolTask::Shrink | PoolTask::Nothing => {
+                    store.shrink();
+                    Ok(())
+                }
+            };
+            if let Err(error) = done {
                 (guest.around.warn)(format!("session {}: {error}", guest.id));
             }
             guest.growing.store(false, Ordering::Release);
         };
-        // Not here: touching memory takes milliseconds. Where that cannot be had the pool stays as it is.
-        let _ = (self.guest.around.run_apart)(Box::new(grow));
+        // Not here: it takes milliseconds. Where that cannot be had the pool stays as it is.
+        let _ = (self.guest.around.run_apart)(Box::new(tend));
     }
 
     /// Device state grows by what arrives. It has a budget like RAM: once for this buffer, and once for the committed one

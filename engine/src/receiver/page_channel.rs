@@ -217,6 +217,9 @@ impl PageChannel {
         counters
             .bytes
             .fetch_add(std::mem::take(&mut self.bytes_since_sync), Ordering::Relaxed);
+        if let Some(store) = self.guest.store() {
+            store.rest(&mut self.landing);
+        }
         let (ticket, last) = self.guest.rendezvous.arrive();
         self.state = State::AtSync(ticket);
         if (last || self.style.wake_each) && !canary::is_set(Canary::LostWake) {

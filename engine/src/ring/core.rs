@@ -47,7 +47,10 @@ pub(super) trait Backend {
     /// Registers a slab under an index. The slab outlives every receive into it, and its registration.
     fn register(&mut self, index: u16, slab: &Slab) -> io::Result<()>;
 
-    /// Gives `count` indices back.
+    /// Forgets the slab under an index. Nothing is posted that uses it.
+    fn unregister(&mut self, index: u16);
+
+    /// Gives `count` indices back, under which no slab is registered.
     fn release_buffers(&mut self, first: u16, count: u16);
 }
 
@@ -349,8 +352,14 @@ impl<B: Backend> Core<B> {
             && let Some(position) = self.registrations.iter().position(|r| r.guest == guest)
         {
             let registration = self.registrations.swap_remove(position);
-            self.backend
-                .release_buffers(registration.registered.first, registration.reserved);
+            let Buffers { first, count } = registration.registered;
+            for position in 0..count {
+                self.backend.unregister(first + position);
+                if let Some(slab) = slot.endpoint.slab(usize::from(position)) {
+                    slab.unregistered();
+                }
+            }
+            self.backend.release_buffers(first, registration.reserved);
         }
         Some(slot)
     }
@@ -361,32 +370,39 @@ impl<B: Backend> Core<B> {
         self.find_new_guests();
         for position in 0..self.registrations.len() {
             let registration = &mut self.registrations[position];
-            let next = registration.registered.count;
-            if registration.failed || next == registration.reserved {
-                continue;
-            }
             let guest = registration.guest;
             let of_guest = |slot: &&mut Slot| slot.endpoint.guest() == guest;
-            let mut members = self.slots.iter_mut().flatten().filter(of_guest);
-            let Some(slot) = members.next() else { continue };
-            let Some(slab) = slot.endpoint.slab(usize::from(next)) else {
+            let Some(slot) = self.slots.iter_mut().flatten().find(of_guest) else {
                 continue;
             };
-            match self.backend.register(registration.registered.first + next, slab) {
-                Err(error) => {
+            let Buffers { first, count } = registration.registered;
+            let slab = |position: u16| slot.endpoint.slab(usize::from(position));
+            if let Some(last) = count.checked_sub(1)
+                && let Some(retired) = slab(last).filter(|slab| !slab.is_wanted())
+            {
+                self.backend.unregister(first + last);
+                retired.unregistered();
+                registration.registered.count = last;
+            } else if !registration.failed
+                && count < registration.reserved
+                && let Some(next) = slab(count).filter(|slab| slab.is_wanted())
+            {
+                if let Err(error) = self.backend.register(first + count, next) {
                     registration.failed = true;
                     (self.warn)(format!(
-                        "guest {guest}: registering cache slab {next} with io_uring failed ({error}); pages are received \
+                        "guest {guest}: registering cache slab {count} with io_uring failed ({error}); pages are received \
                          there without registered buffers. With \"cannot allocate memory\": raise `ulimit -l`"
                     ));
+                    return true;
                 }
-                Ok(()) => {
-                    registration.registered.count += 1;
-                    let buffers = registration.registered;
-                    slot.endpoint.use_buffers(buffers);
-                    members.for_each(|slot| slot.endpoint.use_buffers(buffers));
-                }
+                next.registered();
+                registration.registered.count += 1;
+            } else {
+                continue;
             }
+            let buffers = registration.registered;
+            let members = self.slots.iter_mut().flatten().filter(of_guest);
+            members.for_each(|slot| slot.endpoint.use_buffers(buffers));
             return true;
         }
         false

@@ -135,5 +135,7 @@ impl Backend for EpollBackend {
         Err(io::ErrorKind::Unsupported.into())
     }
 
+    fn unregister(&mut self, _index: u16) {}
+
     fn release_buffers(&mut self, _first: u16, _count: u16) {}
 }

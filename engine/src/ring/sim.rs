@@ -266,6 +266,28 @@ impl Backend for SimBackend {
         Ok(())
     }
 
+    fn unregister(&mut self, index: u16) {
+        let net = &mut *self.net.borrow_mut();
+        let (base, bytes) = net.buffers[self.core][usize::from(index)]
+            .take()
+            .expect("what is unregistered was registered");
+        let here = |posted: &&Posted| posted.core == self.core;
+        for posted in net
+            .wires
+            .iter()
+            .filter_map(|wire| wire.posted.as_ref())
+            .filter(here)
+        {
+            // SAFETY: posted and not completed, so the plan is where it was (contract of `core`).
+            let plan = unsafe { posted.plan.as_ref() };
+            let inside = |piece: &libc::iovec| (base..base + bytes).contains(&piece.iov_base.addr());
+            assert!(
+                !plan.pieces().iter().any(inside),
+                "a slab is forgotten while a receive into it is posted"
+            );
+        }
+    }
+
     fn release_buffers(&mut self, first: u16, count: u16) {
         let range = usize::from(first)..usize::from(first) + usize::from(count);
         self.net.borrow_mut().buffers[self.core][range].fill(None);

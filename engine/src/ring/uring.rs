@@ -249,21 +249,22 @@ impl Backend for UringBackend {
         }
     }
 
-    fn release_buffers(&mut self, first: u16, count: u16) {
+    fn unregister(&mut self, index: u16) {
         let nothing = libc::iovec {
             iov_base: std::ptr::null_mut(),
             iov_len: 0,
         };
-        for index in first..first + count {
-            // SAFETY: an empty buffer refers to no memory; no receive into the old one is posted any more.
-            let result = unsafe {
-                self.ring
-                    .submitter()
-                    .register_buffers_update(u32::from(index), &[nothing], None)
-            };
-            debug_assert!(result.is_ok(), "clearing a slot of the buffer table: {result:?}");
-            self.buffers[usize::from(index)] = false;
-        }
+        // SAFETY: an empty buffer refers to no memory; no receive into the old one is posted any more.
+        let result = unsafe {
+            self.ring
+                .submitter()
+                .register_buffers_update(u32::from(index), &[nothing], None)
+        };
+        debug_assert!(result.is_ok(), "clearing a slot of the buffer table: {result:?}");
+    }
+
+    fn release_buffers(&mut self, first: u16, count: u16) {
+        self.buffers[usize::from(first)..usize::from(first + count)].fill(false);
     }
 }
 

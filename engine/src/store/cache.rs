@@ -60,6 +60,9 @@ pub(super) trait Cache: Send + Sync {
     /// Drops the newest content of pages: they were not committed.
     fn drop_pages(&self, plan: &Plan, words: Range<usize>);
 
+    /// A channel may not use its landing for some time.
+    fn rest(&self, landing: &mut Landing);
+
     /// A channel's landing is used no more.
     fn put_back(&self, landing: &mut Landing);
 

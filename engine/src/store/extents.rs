@@ -13,6 +13,8 @@ use super::slab::{Slab, SlabId, SlabMemory, slab_id};
 use super::stack::{FreeStack, Link};
 use crate::sync::{AtomicU32, AtomicUsize, Ordering};
 use crate::units::{PACKET_PAGES, PAGE_BYTES};
+use nix::errno::Errno;
+use std::ops::Range;
 use std::sync::{Mutex, OnceLock, PoisonError};
 
 /// Slots of an extent: two whole packets, and one slot into which the header of the packet that follows may be read.
@@ -100,18 +102,45 @@ pub struct PoolUse {
     pub hasty_slabs: u64,
 }
 
+/// What a pool needs done for the checkpoints to come.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum PoolTask {
+    /// Nothing.
+    Nothing,
+    /// A slab more: [`super::Store::grow`].
+    Grow,
+    /// A slab less, which nobody uses any more: [`super::Store::shrink`].
+    Shrink,
+}
+
+/// Checkpoints in a row that would have done with a slab less, after which one is given back.
+const SHRINK_AFTER: u32 = 64;
+
+/// `live` of an extent that is kept back because its slab retires.
+const PARKED: u32 = u32::MAX;
+
 /// See the module.
+///
+/// # Retiring
+/// The last slab **retires** when checkpoints have become smaller: its extents are kept back as they become free. When it
+/// has all of them, rings are told to forget it; when they have, its memory goes back to the host. If slots run short
+/// meanwhile, it is taken back into use.
 pub(super) struct Extents {
     shape: Shape,
     slabs: Box<[OnceLock<Slab>]>,
-    /// Slabs that are there.
+    /// Slabs in use: the first so many.
     grown: AtomicUsize,
-    /// Of each extent: its living pages, and one more if somebody holds it.
+    /// Of each extent: its living pages, and one more if somebody holds it; or [`PARKED`].
     live: Box<[AtomicU32]>,
     links: Box<[Link]>,
     free: FreeStack,
     free_count: AtomicU32,
     hasty: AtomicU32,
+    /// One more than the position of the slab that retires; 0 if none does.
+    retiring: AtomicUsize,
+    parked: AtomicU32,
+    /// Checkpoints in a row for which a slab less would have done.
+    spare: AtomicU32,
     growing: Mutex<Option<SlabMemory>>,
 }
 
@@ -132,37 +161,56 @@ impl Extents {
             free: FreeStack::new(),
             free_count: AtomicU32::new(0),
             hasty: AtomicU32::new(0),
+            retiring: AtomicUsize::new(0),
+            parked: AtomicU32::new(0),
+            spare: AtomicU32::new(0),
             growing: Mutex::new(None),
         };
         let mut memory = SlabMemory::new(huge);
         for _ in 0..shape.first {
-            let slab = pool.map_slab(&mut memory)?;
-            pool.add(slab);
+            pool.add_slab(&mut memory)?;
         }
         notes.extend(memory.note(shape.first));
         *pool.growing.lock().unwrap_or_else(PoisonError::into_inner) = Some(memory);
         Ok(pool)
     }
 
-    fn map_slab(&self, memory: &mut SlabMemory) -> Result<Slab, StoreError> {
-        let bytes = self.shape.slab_bytes();
-        Slab::of_slots(memory, bytes).map_err(|errno| StoreError::NoCacheMemory {
-            bytes,
-            source: errno.into(),
-        })
+    /// Maps the next slab, unless it is mapped since it was in use before, and gives its extents out.
+    fn add_slab(&self, memory: &mut SlabMemory) -> Result<&Slab, StoreError> {
+        let slab = self.next_slab(memory)?;
+        self.open_slab();
+        Ok(slab)
     }
 
-    fn add(&self, slab: Slab) {
+    fn next_slab(&self, memory: &mut SlabMemory) -> Result<&Slab, StoreError> {
+        let place = &self.slabs[self.grown.load(Ordering::Relaxed)];
+        if place.get().is_none() {
+            let bytes = self.shape.slab_bytes();
+            let slab = Slab::of_slots(memory, bytes).map_err(|errno| Self::no_memory(bytes, errno))?;
+            assert!(place.set(slab).is_ok(), "slabs are added by one thread at a time");
+        }
+        Ok(place.get().expect("set above"))
+    }
+
+    fn no_memory(bytes: u64, errno: Errno) -> StoreError {
+        StoreError::NoCacheMemory {
+            bytes,
+            source: errno.into(),
+        }
+    }
+
+    fn open_slab(&self) {
         let position = self.grown.load(Ordering::Relaxed);
-        let first = u32::try_from(position).expect("few slabs") * self.shape.slab_extents;
-        assert!(
-            self.slabs[position].set(slab).is_ok(),
-            "slabs are added one after the other"
-        );
+        self.slabs[position].get().expect("mapped before").want(true);
         self.grown.store(position + 1, Ordering::Release);
-        for extent in (first..first + self.shape.slab_extents).rev() {
+        for extent in self.extents_of(position).rev() {
             self.push_free(ExtentId(extent));
         }
+    }
+
+    fn extents_of(&self, slab: usize) -> Range<u32> {
+        let first = u32::try_from(slab).expect("few slabs") * self.shape.slab_extents;
+        first..first + self.shape.slab_extents
     }
 
     pub(super) fn slab_limit(&self) -> usize {
@@ -173,8 +221,10 @@ impl Extents {
         self.slabs.get(position)?.get()
     }
 
+    /// The slabs in use.
     pub(super) fn slabs(&self) -> impl Iterator<Item = &Slab> {
-        self.slabs.iter().map_while(OnceLock::get)
+        let grown = self.grown.load(Ordering::Acquire);
+        self.slabs[..grown].iter().filter_map(OnceLock::get)
     }
 
     fn live(&self, extent: ExtentId) -> &AtomicU32 {
@@ -204,11 +254,28 @@ impl Extents {
             if let Some(number) = self.free.pop(&self.links) {
                 self.free_count.fetch_sub(1, Ordering::Relaxed);
                 let extent = ExtentId(number);
+                if self.is_retiring(extent) {
+                    self.park(extent);
+                    continue;
+                }
                 self.live(extent).store(1, Ordering::Relaxed);
                 return Ok(extent);
             }
             self.grow_in_haste()?;
         }
+    }
+
+    /// Whether the extent's slab retires, so that its holder should go on in another one.
+    pub(super) fn is_retiring(&self, extent: ExtentId) -> bool {
+        let slab = index(u64::from(extent.0 / self.shape.slab_extents));
+        self.retiring.load(Ordering::Relaxed) == slab + 1
+    }
+
+    /// Keeps back a free extent.
+    fn park(&self, extent: ExtentId) {
+        self.live(extent).store(PARKED, Ordering::Relaxed);
+        // Release: whoever finds all of them here may take their memory away.
+        self.parked.fetch_add(1, Ordering::Release);
     }
 
     fn push_free(&self, extent: ExtentId) {
@@ -227,7 +294,12 @@ impl Extents {
         // Acquire and release: who takes the extent next writes after everybody has read.
         let before = self.live(extent).fetch_sub(count, Ordering::AcqRel);
         debug_assert!(before >= count, "nothing is released twice");
-        if before == count {
+        if before != count {
+            return;
+        }
+        if self.is_retiring(extent) {
+            self.park(extent);
+        } else {
             self.push_free(extent);
         }
     }
@@ -239,8 +311,9 @@ impl Extents {
 
     /// How many extents are in use.
     fn in_use(&self) -> u64 {
-        self.total()
-            .saturating_sub(u64::from(self.free_count.load(Ordering::Relaxed)))
+        let idle = u64::from(self.free_count.load(Ordering::Relaxed))
+            + u64::from(self.parked.load(Ordering::Relaxed));
+        self.total().saturating_sub(idle)
     }
 
     fn total(&self) -> u64 {
@@ -248,10 +321,97 @@ impl Extents {
             * u64::from(self.shape.slab_extents)
     }
 
-    /// Whether a checkpoint like the one that is here now, and a quarter more, would not find room, and may have it.
-    pub(super) fn wants_growth(&self) -> bool {
-        let used = self.in_use();
-        self.grown.load(Ordering::Relaxed) < self.shape.keep && self.total() < used + used / 4 + 8
+    /// What is to be done for the checkpoints to come, asked when one is here whole: they shall find room for as many pages as
+    /// this one has, and a quarter more.
+    pub(super) fn task(&self) -> PoolTask {
+        let (used, grown) = (self.in_use(), self.grown.load(Ordering::Relaxed));
+        let wanted = used + used / 4 + 8;
+        if self.total() < wanted && grown < self.shape.keep {
+            return PoolTask::Grow;
+        }
+        if self.retiring.load(Ordering::Relaxed) > 0 {
+            return if self.has_retired() {
+                PoolTask::Shrink
+            } else {
+                PoolTask::Nothing
+            };
+        }
+        let slab = u64::from(self.shape.slab_extents);
+        if grown <= self.shape.first || self.total() < wanted + slab + slab / 2 {
+            self.spare.store(0, Ordering::Relaxed);
+        } else if self.spare.fetch_add(1, Ordering::Relaxed) >= SHRINK_AFTER {
+            self.spare.store(0, Ordering::Relaxed);
+            self.begin_retiring(grown);
+        }
+        PoolTask::Nothing
+    }
+
+    fn begin_retiring(&self, grown: usize) {
+        self.retiring.store(grown, Ordering::Relaxed);
+        // Takes out those that are free; the others come when they are.
+        let mut others = Vec::new();
+        while let Some(number) = self.free.pop(&self.links) {
+            self.free_count.fetch_sub(1, Ordering::Relaxed);
+            match ExtentId(number) {
+                extent if self.is_retiring(extent) => self.park(extent),
+                extent => others.push(extent),
+            }
+        }
+        others.into_iter().rev().for_each(|extent| self.push_free(extent));
+    }
+
+    /// Whether nobody uses the slab that retires, not even a ring.
+    fn has_retired(&self) -> bool {
+        let slab = self.retiring.load(Ordering::Relaxed).checked_sub(1);
+        let slab = slab.and_then(|slab| self.slab(slab));
+        if self.parked.load(Ordering::Acquire) < self.shape.slab_extents {
+            return false;
+        }
+        slab.is_some_and(|slab| {
+            slab.want(false);
+            !slab.is_registered()
+        })
+    }
+
+    /// Gives the memory of the slab that has retired back to the host.
+    pub(super) fn shrink(&self) {
+        let growing = self.growing.lock().unwrap_or_else(PoisonError::into_inner);
+        if !self.has_retired() {
+            return;
+        }
+        let last = self.grown.load(Ordering::Relaxed) - 1;
+        self.grown.store(last, Ordering::Release);
+        self.end_retiring(last, |_| {});
+        if let Some(slab) = self.slab(last) {
+            slab.give_back();
+        }
+        drop(growing);
+    }
+
+    /// No slab retires any more; `each` gets the extents that were kept back.
+    fn end_retiring(&self, slab: usize, each: impl Fn(ExtentId)) {
+        self.retiring.store(0, Ordering::Relaxed);
+        for extent in self.extents_of(slab).map(ExtentId) {
+            let kept = self
+                .live(extent)
+                .compare_exchange(PARKED, 0, Ordering::AcqRel, Ordering::Relaxed);
+            if kept.is_ok() {
+                self.parked.fetch_sub(1, Ordering::Relaxed);
+                each(extent);
+            }
+        }
+    }
+
+    /// Takes the slab that retires back into use. True if there was one.
+    fn revive(&self) -> bool {
+        let Some(slab) = self.retiring.load(Ordering::Relaxed).checked_sub(1) else {
+            return false;
+        };
+        if let Some(slab) = self.slab(slab) {
+            slab.want(true);
+        }
+        self.end_retiring(slab, |extent| self.push_free(extent));
+        true
     }
 
     /// Adds a slab whose memory is there.
@@ -260,24 +420,21 @@ impl Extents {
     /// If there is no memory for it.
     pub(super) fn grow(&self) -> Result<(), StoreError> {
         let mut growing = self.growing.lock().unwrap_or_else(PoisonError::into_inner);
-        if self.grown.load(Ordering::Relaxed) >= self.shape.keep {
+        if self.revive() || self.grown.load(Ordering::Relaxed) >= self.shape.keep {
             return Ok(());
         }
         let memory = growing.as_mut().expect("set when the extents were mapped");
-        let slab = self.map_slab(memory)?;
-        map::populate(&[slab.memory()]).map_err(|errno| StoreError::NoCacheMemory {
-            bytes: self.shape.slab_bytes(),
-            source: errno.into(),
-        })?;
-        self.add(slab);
+        let slab = self.next_slab(memory)?;
+        map::populate(&[slab.memory()]).map_err(|errno| Self::no_memory(self.shape.slab_bytes(), errno))?;
+        self.open_slab();
         Ok(())
     }
 
     /// A slab for pages that are waiting in a socket: the kernel finds its memory while it receives.
     fn grow_in_haste(&self) -> Result<(), StoreError> {
         let mut growing = self.growing.lock().unwrap_or_else(PoisonError::into_inner);
-        if self.free_count.load(Ordering::Acquire) > 0 {
-            // Somebody else was faster.
+        // Somebody else was faster, or there is one that was to go.
+        if self.free_count.load(Ordering::Acquire) > 0 || self.revive() {
             return Ok(());
         }
         if self.grown.load(Ordering::Relaxed) == self.shape.limit {
@@ -286,8 +443,7 @@ impl Extents {
             });
         }
         let memory = growing.as_mut().expect("set when the extents were mapped");
-        let slab = self.map_slab(memory)?;
-        self.add(slab);
+        self.add_slab(memory)?;
         self.hasty.fetch_add(1, Ordering::Relaxed);
         Ok(())
     }
@@ -297,7 +453,7 @@ impl Extents {
         PoolUse {
             bytes: u64::try_from(self.grown.load(Ordering::Relaxed)).unwrap_or(u64::MAX)
                 * self.shape.slab_bytes(),
-            free_extents: u64::from(self.free_count.load(Ordering::Relaxed)),
+            free_extents: extents - self.in_use(),
             extents,
             hasty_slabs: u64::from(self.hasty.load(Ordering::Relaxed)),
         }
@@ -320,8 +476,9 @@ impl Cursor {
         debug_assert!(slots <= EXTENT_SLOTS, "a packet and a header");
         if let Some((extent, used)) = self.held {
             let extent = ExtentId(extent);
-            let used = if extents.is_empty(extent) { 0 } else { used };
-            if used + slots <= EXTENT_SLOTS {
+            let is_empty = extents.is_empty(extent);
+            let used = if is_empty { 0 } else { used };
+            if used + slots <= EXTENT_SLOTS && !(is_empty && extents.is_retiring(extent)) {
                 self.held = Some((extent.0, used));
                 return Ok((extent, used));
             }
@@ -340,6 +497,14 @@ impl Cursor {
         extents.add_living(extent, pages);
         *used += pages;
         extent
+    }
+
+    /// Gives the extent up if nothing is in it and its slab retires: its holder may have nothing to fill for a long time.
+    pub(super) fn rest(&mut self, extents: &Extents) {
+        let held = self.held.map(|(extent, _)| ExtentId(extent));
+        if held.is_some_and(|extent| extents.is_retiring(extent) && extents.is_empty(extent)) {
+            self.put_back(extents);
+        }
     }
 
     /// Gives the extent up.

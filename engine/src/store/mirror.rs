@@ -141,6 +141,8 @@ impl Cache for Mirror {
 
     fn drop_pages(&self, _plan: &Plan, _words: Range<usize>) {}
 
+    fn rest(&self, _landing: &mut Landing) {}
+
     fn put_back(&self, _landing: &mut Landing) {}
 
     fn end(&self) {}

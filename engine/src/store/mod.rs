@@ -63,7 +63,7 @@ pub use bitmap::DirtyBitmap;
 pub use copy::CopyMethod;
 pub use dump::{DEVICE_STATE_FILE, DumpReport, DumpedBlock, RESERVED_FILES};
 pub use error::StoreError;
-pub use extents::PoolUse;
+pub use extents::{PoolTask, PoolUse};
 pub use flusher::{FlushReport, FlushStep, Flusher, FlusherError};
 pub use held::HeldCheckpoint;
 pub use huge::{Fallback, HugePages};
@@ -531,9 +531,9 @@ impl Store {
         self.extents().map(Extents::used)
     }
 
-    /// Whether the checkpoint that has just been received found too little room: [`Self::grow`] makes some for the next.
-    pub fn wants_growth(&self) -> bool {
-        self.extents().is_some_and(Extents::wants_growth)
+    /// What the pool needs done, after the checkpoint that has just been received.
+    pub fn pool_task(&self) -> PoolTask {
+        self.extents().map_or(PoolTask::Nothing, Extents::task)
     }
 
     /// Adds memory to the pool, which may take tens of milliseconds: for another thread than those that receive.
@@ -542,6 +542,18 @@ impl Store {
     /// If there is none.
     pub fn grow(&self) -> Result<(), StoreError> {
         self.extents().map_or(Ok(()), Extents::grow)
+    }
+
+    /// Gives memory of the pool back to the host that checkpoints need no more, which may take milliseconds.
+    pub fn shrink(&self) {
+        if let Some(extents) = self.extents() {
+            extents.shrink();
+        }
+    }
+
+    /// A channel may not use its landing for some time.
+    pub fn rest(&self, landing: &mut Landing) {
+        self.cache.rest(landing);
     }
 
     fn extents(&self) -> Option<&Extents> {

@@ -216,6 +216,10 @@ impl Cache for Pool {
         }
     }
 
+    fn rest(&self, landing: &mut Landing) {
+        landing.cursor.rest(&self.extents);
+    }
+
     fn put_back(&self, landing: &mut Landing) {
         landing.cursor.put_back(&self.extents);
     }

@@ -3,6 +3,7 @@
 
 use super::huge::{self, Fallback, HUGE_2M, HugePages};
 use super::map::{Mapping, index};
+use crate::sync::{AtomicBool, AtomicU32, Ordering};
 use crate::units::ChannelId;
 
 /// Position of a slab among the store's slabs.
@@ -27,6 +28,10 @@ pub struct Slab {
     memory: Mapping,
     slot_bytes: u64,
     header_bytes: u64,
+    /// Whether rings shall have it registered.
+    wanted: AtomicBool,
+    /// Rings that have.
+    registrations: AtomicU32,
 }
 
 impl Slab {
@@ -45,7 +50,32 @@ impl Slab {
             memory: memory.map(slot_bytes + header_bytes)?,
             slot_bytes,
             header_bytes,
+            wanted: AtomicBool::new(true),
+            registrations: AtomicU32::new(0),
         })
+    }
+
+    pub(super) fn want(&self, wanted: bool) {
+        self.wanted.store(wanted, Ordering::Release);
+    }
+
+    /// Whether a ring that receives into it should have it registered. If not, no receive is posted there.
+    pub fn is_wanted(&self) -> bool {
+        self.wanted.load(Ordering::Acquire)
+    }
+
+    pub(super) fn is_registered(&self) -> bool {
+        self.registrations.load(Ordering::Acquire) > 0
+    }
+
+    /// A ring has registered it.
+    pub fn registered(&self) {
+        self.registrations.fetch_add(1, Ordering::AcqRel);
+    }
+
+    /// A ring has forgotten it.
+    pub fn unregistered(&self) {
+        self.registrations.fetch_sub(1, Ordering::AcqRel);
     }
 
     /// First byte.

@@ -123,6 +123,9 @@ impl Window {
         if pos == self.filled && self.extents().is_empty(self.extent) {
             self.pos.set(0);
             self.filled = 0;
+            if self.extents().is_retiring(self.extent) {
+                self.move_on()?;
+            }
         } else if capacity - self.filled < SPACE_MIN && pos > 0 {
             self.move_on()?;
         }

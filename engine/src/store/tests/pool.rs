@@ -60,7 +60,7 @@ fn it_grows_in_haste_and_ahead_and_loses_nothing() {
         }
         assert_eq!(newest_stamp(&store, 3), 4 + checkpoint * MANY);
         store.commit(CheckpointId(checkpoint), &mut Vec::new(), &alone());
-        while store.wants_growth() {
+        while store.pool_task() == PoolTask::Grow {
             store.grow().unwrap();
         }
         store.settle();
@@ -185,4 +185,39 @@ fn superseded_slots_are_given_back_by_whoever_supersedes_them() {
     assert!((0..40).all(|at| image_stamp(&store, at * 3) <= 400));
     let (free, all) = free_of(&store);
     assert_eq!(free, all);
+}
+
+/// What a large checkpoint took goes back when checkpoints are small again, and comes again when they are large.
+#[test]
+fn it_shrinks_when_checkpoints_are_small_again() {
+    let store = pool();
+    let mut landing = Landing::default();
+    let mut checkpoint = 0;
+    let mut take = |pages: u64| {
+        let pages: Vec<_> = (0..pages).map(|at| (at, at + checkpoint + 1)).collect();
+        for packet in pages.chunks(PACKET_PAGES) {
+            land(&store, 0, packet, &mut landing);
+        }
+        store.rest(&mut landing);
+        store.commit(CheckpointId(checkpoint), &mut Vec::new(), &alone());
+        match store.pool_task() {
+            PoolTask::Grow => store.grow().unwrap(),
+            PoolTask::Shrink => store.shrink(),
+            PoolTask::Nothing => {}
+        }
+        store.settle();
+        assert!(pages.iter().all(|(at, stamp)| image_stamp(&store, *at) == *stamp));
+        checkpoint += 1;
+        store.pool_use().unwrap()
+    };
+    let first = take(10).bytes;
+    let large = (0..5).map(|_| take(MANY).bytes).max().unwrap();
+    assert!(large > first);
+    let small = (0..2000).map(|_| take(10)).last().unwrap();
+    assert!(
+        small.bytes < large && small.bytes >= first,
+        "{small:?}, {first}, {large}"
+    );
+    let again = (0..5).map(|_| take(MANY).bytes).max().unwrap();
+    assert_eq!(again, large);
 }
