@@ -8,13 +8,12 @@
 
 use super::StoreError;
 use super::huge::{Fallback, HugePages};
+use super::lives::{ExtentId, Lives};
 use super::map::{self, Span, index};
 use super::slab::{Slab, SlabId, SlabMemory, slab_id};
-use super::stack::{FreeStack, Link};
 use crate::sync::{AtomicU32, AtomicUsize, Ordering};
 use crate::units::{PACKET_PAGES, PAGE_BYTES};
 use nix::errno::Errno;
-use std::ops::Range;
 use std::sync::{Mutex, OnceLock, PoisonError};
 
 /// Slots of an extent: two whole packets, and one slot into which the header of the packet that follows may be read.
@@ -33,10 +32,6 @@ const HELD_MAX: u64 = 320;
 
 /// What is populated when a guest arrives.
 const FIRST_BYTES: u64 = 64 << 20;
-
-/// Number of an extent, over all slabs.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct ExtentId(pub(super) u32);
 
 /// How many slabs of which size.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -116,9 +111,6 @@ pub enum PoolTask {
 /// Checkpoints in a row that would have done with a slab less, after which one is given back.
 const SHRINK_AFTER: u32 = 64;
 
-/// `live` of an extent that is kept back because its slab retires.
-const PARKED: u32 = u32::MAX;
-
 /// See the module.
 ///
 /// # Retiring
@@ -130,15 +122,8 @@ pub(super) struct Extents {
     slabs: Box<[OnceLock<Slab>]>,
     /// Slabs in use: the first so many.
     grown: AtomicUsize,
-    /// Of each extent: its living pages, and one more if somebody holds it; or [`PARKED`].
-    live: Box<[AtomicU32]>,
-    links: Box<[Link]>,
-    free: FreeStack,
-    free_count: AtomicU32,
+    lives: Lives,
     hasty: AtomicU32,
-    /// One more than the position of the slab that retires; 0 if none does.
-    retiring: AtomicUsize,
-    parked: AtomicU32,
     /// Checkpoints in a row for which a slab less would have done.
     spare: AtomicU32,
     growing: Mutex<Option<SlabMemory>>,
@@ -151,18 +136,12 @@ impl Extents {
     /// If there is not even address space. Too few huge pages are a fallback, noted in `notes`.
     pub(super) fn map(shape: Shape, huge: HugePages, notes: &mut Vec<Fallback>) -> Result<Self, StoreError> {
         let extents = shape.limit * index(u64::from(shape.slab_extents));
-        let counters = || (0..extents).map(|_| AtomicU32::new(0)).collect();
         let pool = Self {
             shape,
             slabs: (0..shape.limit).map(|_| OnceLock::new()).collect(),
             grown: AtomicUsize::new(0),
-            live: counters(),
-            links: counters(),
-            free: FreeStack::new(),
-            free_count: AtomicU32::new(0),
+            lives: Lives::new(extents, shape.slab_extents),
             hasty: AtomicU32::new(0),
-            retiring: AtomicUsize::new(0),
-            parked: AtomicU32::new(0),
             spare: AtomicU32::new(0),
             growing: Mutex::new(None),
         };
@@ -203,14 +182,7 @@ impl Extents {
         let position = self.grown.load(Ordering::Relaxed);
         self.slabs[position].get().expect("mapped before").want(true);
         self.grown.store(position + 1, Ordering::Release);
-        for extent in self.extents_of(position).rev() {
-            self.push_free(ExtentId(extent));
-        }
-    }
-
-    fn extents_of(&self, slab: usize) -> Range<u32> {
-        let first = u32::try_from(slab).expect("few slabs") * self.shape.slab_extents;
-        first..first + self.shape.slab_extents
+        self.lives.open_slab(position);
     }
 
     pub(super) fn slab_limit(&self) -> usize {
@@ -225,10 +197,6 @@ impl Extents {
     pub(super) fn slabs(&self) -> impl Iterator<Item = &Slab> {
         let grown = self.grown.load(Ordering::Acquire);
         self.slabs[..grown].iter().filter_map(OnceLock::get)
-    }
-
-    fn live(&self, extent: ExtentId) -> &AtomicU32 {
-        &self.live[index(u64::from(extent.0))]
     }
 
     /// The slab of an extent, and where the extent begins in it.
@@ -251,68 +219,36 @@ impl Extents {
     /// If there is no memory for more, or pages take twice what the guest has.
     pub(super) fn take(&self) -> Result<ExtentId, StoreError> {
         loop {
-            if let Some(number) = self.free.pop(&self.links) {
-                self.free_count.fetch_sub(1, Ordering::Relaxed);
-                let extent = ExtentId(number);
-                if self.is_retiring(extent) {
-                    self.park(extent);
-                    continue;
-                }
-                self.live(extent).store(1, Ordering::Relaxed);
+            if let Some(extent) = self.lives.take() {
                 return Ok(extent);
             }
             self.grow_in_haste()?;
         }
     }
 
-    /// Whether the extent's slab retires, so that its holder should go on in another one.
-    pub(super) fn is_retiring(&self, extent: ExtentId) -> bool {
-        let slab = index(u64::from(extent.0 / self.shape.slab_extents));
-        self.retiring.load(Ordering::Relaxed) == slab + 1
-    }
-
-    /// Keeps back a free extent.
-    fn park(&self, extent: ExtentId) {
-        self.live(extent).store(PARKED, Ordering::Relaxed);
-        // Release: whoever finds all of them here may take their memory away.
-        self.parked.fetch_add(1, Ordering::Release);
-    }
-
-    fn push_free(&self, extent: ExtentId) {
-        // Counted first: never fewer than there are.
-        self.free_count.fetch_add(1, Ordering::Relaxed);
-        self.free.push(extent.0, &self.links);
-    }
-
     /// `pages` pages live in a held extent from now on.
     pub(super) fn add_living(&self, extent: ExtentId, pages: u32) {
-        self.live(extent).fetch_add(pages, Ordering::Relaxed);
+        self.lives.add(extent, pages);
     }
 
     /// As many pages as `count` are gone, or the holder.
     pub(super) fn release(&self, extent: ExtentId, count: u32) {
-        // Acquire and release: who takes the extent next writes after everybody has read.
-        let before = self.live(extent).fetch_sub(count, Ordering::AcqRel);
-        debug_assert!(before >= count, "nothing is released twice");
-        if before != count {
-            return;
-        }
-        if self.is_retiring(extent) {
-            self.park(extent);
-        } else {
-            self.push_free(extent);
-        }
+        self.lives.release(extent, count);
     }
 
     /// Whether nothing lives in a held extent, so that its holder may begin again.
     pub(super) fn is_empty(&self, extent: ExtentId) -> bool {
-        self.live(extent).load(Ordering::Acquire) == 1
+        self.lives.is_empty(extent)
+    }
+
+    /// Whether the extent's slab retires, so that its holder should go on in another one.
+    pub(super) fn is_retiring(&self, extent: ExtentId) -> bool {
+        self.lives.is_retiring(extent)
     }
 
     /// How many extents are in use.
     fn in_use(&self) -> u64 {
-        let idle = u64::from(self.free_count.load(Ordering::Relaxed))
-            + u64::from(self.parked.load(Ordering::Relaxed));
+        let idle = self.lives.free() + self.lives.parked();
         self.total().saturating_sub(idle)
     }
 
@@ -329,7 +265,7 @@ impl Extents {
         if self.total() < wanted && grown < self.shape.keep {
             return PoolTask::Grow;
         }
-        if self.retiring.load(Ordering::Relaxed) > 0 {
+        if self.lives.retiring_slab().is_some() {
             return if self.has_retired() {
                 PoolTask::Shrink
             } else {
@@ -341,33 +277,15 @@ impl Extents {
             self.spare.store(0, Ordering::Relaxed);
         } else if self.spare.fetch_add(1, Ordering::Relaxed) >= SHRINK_AFTER {
             self.spare.store(0, Ordering::Relaxed);
-            self.begin_retiring(grown);
+            self.lives.retire(grown - 1);
         }
         PoolTask::Nothing
     }
 
-    fn begin_retiring(&self, grown: usize) {
-        self.retiring.store(grown, Ordering::Relaxed);
-        // Takes out those that are free; the others come when they are.
-        let mut others = Vec::new();
-        while let Some(number) = self.free.pop(&self.links) {
-            self.free_count.fetch_sub(1, Ordering::Relaxed);
-            match ExtentId(number) {
-                extent if self.is_retiring(extent) => self.park(extent),
-                extent => others.push(extent),
-            }
-        }
-        others.into_iter().rev().for_each(|extent| self.push_free(extent));
-    }
-
     /// Whether nobody uses the slab that retires, not even a ring.
     fn has_retired(&self) -> bool {
-        let slab = self.retiring.load(Ordering::Relaxed).checked_sub(1);
-        let slab = slab.and_then(|slab| self.slab(slab));
-        if self.parked.load(Ordering::Acquire) < self.shape.slab_extents {
-            return false;
-        }
-        slab.is_some_and(|slab| {
+        let slab = self.lives.retiring_slab().filter(|_| self.lives.are_all_parked());
+        slab.and_then(|slab| self.slab(slab)).is_some_and(|slab| {
             slab.want(false);
             !slab.is_registered()
         })
@@ -381,36 +299,22 @@ impl Extents {
         }
         let last = self.grown.load(Ordering::Relaxed) - 1;
         self.grown.store(last, Ordering::Release);
-        self.end_retiring(last, |_| {});
+        self.lives.end_retiring(|_| {});
         if let Some(slab) = self.slab(last) {
             slab.give_back();
         }
         drop(growing);
     }
 
-    /// No slab retires any more; `each` gets the extents that were kept back.
-    fn end_retiring(&self, slab: usize, each: impl Fn(ExtentId)) {
-        self.retiring.store(0, Ordering::Relaxed);
-        for extent in self.extents_of(slab).map(ExtentId) {
-            let kept = self
-                .live(extent)
-                .compare_exchange(PARKED, 0, Ordering::AcqRel, Ordering::Relaxed);
-            if kept.is_ok() {
-                self.parked.fetch_sub(1, Ordering::Relaxed);
-                each(extent);
-            }
-        }
-    }
-
     /// Takes the slab that retires back into use. True if there was one.
     fn revive(&self) -> bool {
-        let Some(slab) = self.retiring.load(Ordering::Relaxed).checked_sub(1) else {
+        let Some(slab) = self.lives.retiring_slab() else {
             return false;
         };
         if let Some(slab) = self.slab(slab) {
             slab.want(true);
         }
-        self.end_retiring(slab, |extent| self.push_free(extent));
+        self.lives.revive();
         true
     }
 
@@ -434,7 +338,7 @@ impl Extents {
     fn grow_in_haste(&self) -> Result<(), StoreError> {
         let mut growing = self.growing.lock().unwrap_or_else(PoisonError::into_inner);
         // Somebody else was faster, or there is one that was to go.
-        if self.free_count.load(Ordering::Acquire) > 0 || self.revive() {
+        if self.lives.free() > 0 || self.revive() {
             return Ok(());
         }
         if self.grown.load(Ordering::Relaxed) == self.shape.limit {

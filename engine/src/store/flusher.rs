@@ -6,13 +6,14 @@
 #![forbid(unsafe_code)]
 
 use super::cache::Cache;
+use super::claims::Claims;
 use super::copy::CopyMethod;
 use super::handover::{HandOver, Offer};
 use super::image::RamImage;
 use super::plan::Plan;
 use crate::canary::{self, Canary};
 use crate::host::pin;
-use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, RwLock, mpsc};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -56,12 +57,8 @@ pub(super) struct Flush {
     image: Arc<RamImage>,
     cache: Arc<dyn Cache>,
     round: RwLock<Round>,
-    /// First word of the plan that is not claimed.
-    next: AtomicUsize,
-    /// Words whose pages are copied.
-    done: AtomicUsize,
-    /// Whether there are words that are not.
-    open: AtomicBool,
+    /// Which words of the plan are claimed and done.
+    claims: Claims,
     /// A thread panicked in its part: the image may be torn.
     failed: AtomicBool,
     runs: AtomicU64,
@@ -83,9 +80,7 @@ impl Flush {
             image,
             cache,
             round: RwLock::new(Round { plan, method }),
-            next: AtomicUsize::new(0),
-            done: AtomicUsize::new(0),
-            open: AtomicBool::new(false),
+            claims: Claims::new(),
             failed: AtomicBool::new(false),
             runs: AtomicU64::new(0),
             busy_ns: AtomicU64::new(0),
@@ -99,18 +94,15 @@ impl Flush {
         let mut round = self.round.write().expect(NEVER_POISONED);
         plan_it(&mut round.plan);
         round.method = method;
-        self.next.store(0, Ordering::Relaxed);
-        self.done.store(0, Ordering::Relaxed);
         self.runs.store(0, Ordering::Relaxed);
         self.busy_ns.store(0, Ordering::Relaxed);
-        // Release: who finds it open finds the plan, too.
-        self.open.store(round.plan.len() > 0, Ordering::Release);
+        self.claims.open(round.plan.len());
         round.plan.pages()
     }
 
     /// Whether there is something to copy, or being copied.
     pub(super) fn is_open(&self) -> bool {
-        self.open.load(Ordering::Acquire)
+        self.claims.is_open()
     }
 
     /// Whether it has so many pages that threads should be woken for it.
@@ -175,28 +167,25 @@ impl Flush {
             return FlushStep::Nothing;
         }
         let round = self.round.read().expect(NEVER_POISONED);
-        let begin = self.next.fetch_add(words, Ordering::Relaxed);
-        let end = round.plan.len().min(begin.saturating_add(words));
-        if begin >= end {
+        let entries = round.plan.len();
+        let Some(claim) = self.claims.claim(words, entries) else {
             return FlushStep::Nothing;
-        }
+        };
         let started = Instant::now();
         let part = Part(&self.failed);
-        let first = begin + usize::from(canary::is_set(Canary::SkippedPage));
+        let first = claim.start + usize::from(canary::is_set(Canary::SkippedPage));
         let runs = self
             .cache
-            .flush(&round.plan, first..end, &self.image, round.method);
+            .flush(&round.plan, first..claim.end, &self.image, round.method);
         drop(part);
         let busy = u64::try_from(started.elapsed().as_nanos()).unwrap_or(u64::MAX);
         self.runs.fetch_add(runs, Ordering::Relaxed);
         self.busy_ns.fetch_add(busy, Ordering::Relaxed);
-        // Acquire and release: who finds the flush closed finds every page in the image.
-        let done = self.done.fetch_add(end - begin, Ordering::AcqRel) + (end - begin);
-        if done < round.plan.len() {
-            return FlushStep::Some;
+        if self.claims.finish(&claim, entries) {
+            FlushStep::Last
+        } else {
+            FlushStep::Some
         }
-        self.open.store(false, Ordering::Release);
-        FlushStep::Last
     }
 
     /// One thread's part: claims words of the plan until none is left.

@@ -36,6 +36,7 @@
 
 mod bitmap;
 mod cache;
+mod claims;
 mod committed;
 mod copy;
 mod dump;
@@ -47,6 +48,7 @@ mod held;
 mod huge;
 mod image;
 mod landing;
+mod lives;
 mod map;
 mod mirror;
 mod names;

@@ -12,9 +12,10 @@
 use super::StoreError;
 use super::cache::Cache;
 use super::copy::{self, CopyMethod};
-use super::extents::{Cursor, EXTENT_BYTES, ExtentId, Extents};
+use super::extents::{Cursor, EXTENT_BYTES, Extents};
 use super::image::RamImage;
 use super::landing::Landing;
+use super::lives::ExtentId;
 use super::map::{Span, index, zeroed_words};
 use super::plan::{PageRun, Plan};
 use super::slab::Slab;

@@ -9,7 +9,8 @@
 //! `filled` are never read. Bytes before `filled` are written by nobody as long as the extent is held, which the window
 //! does; so what Rust sees as a slice and what the kernel writes never overlap, and the flush beside it only reads.
 
-use super::extents::{EXTENT_BYTES, ExtentId, Extents};
+use super::extents::{EXTENT_BYTES, Extents};
+use super::lives::ExtentId;
 use super::map::index;
 use super::slab::SlabId;
 use super::{Store, StoreError};
