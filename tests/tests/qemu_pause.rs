@@ -51,8 +51,8 @@ fn measure(lab: &Lab, congestion_control: &HostSetting) -> Result<Distribution, 
         cores: None,
     };
     for _ in 0..BLOCKS {
-        ring_us.extend(pauses_us(&start, &ring, cell, CHECKPOINTS_PER_BLOCK)?);
-        qemu_us.extend(pauses_us(&start, &qemu, cell, CHECKPOINTS_PER_BLOCK)?);
+        ring_us.extend(pauses_us(&start, &ring, cell, CHECKPOINTS_PER_BLOCK)?.0);
+        qemu_us.extend(pauses_us(&start, &qemu, cell, CHECKPOINTS_PER_BLOCK)?.0);
     }
     let (ring, qemu) = (Distribution::of_us(&ring_us), Distribution::of_us(&qemu_us));
     println!("pause of the primary, STOP to RESUME; idle guest, multifd-{CHANNELS}, TCP, 300 ms interval");

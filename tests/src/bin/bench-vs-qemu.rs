@@ -12,7 +12,7 @@ use std::process::ExitCode;
 /// Everything that is started is ended, and host settings that are changed (as root: congestion control, slow start
 /// after idle, the core for loopback) are set back, also after SIGINT, SIGTERM and SIGHUP. Nothing else should run on
 /// the machine meanwhile: what does is noticed, and those checkpoints are left out. The first time, captures are made
-/// from a live primary: about two minutes.
+/// from a live primary: two or three minutes and 3 GB.
 ///
 /// Exit codes: 0 done, 1 failed or not everything could be measured, 2 wrong usage.
 #[derive(Parser)]

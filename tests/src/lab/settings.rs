@@ -58,6 +58,12 @@ impl HostSetting {
         name.map_or_else(String::new, |name| name.to_string_lossy().into_owned())
     }
 
+    /// What holds now.
+    #[must_use]
+    pub fn now(&self) -> &str {
+        &self.now
+    }
+
     /// Whether it is not what it was.
     #[must_use]
     pub fn is_changed(&self) -> bool {
@@ -77,8 +83,12 @@ impl fmt::Display for HostSetting {
 
 impl Drop for HostSetting {
     fn drop(&mut self) {
-        if self.is_changed() {
-            let _ = fs::write(&self.file, &self.before);
+        if !self.is_changed() {
+            return;
+        }
+        if let Err(error) = fs::write(&self.file, &self.before) {
+            let (file, before) = (self.file.display(), &self.before);
+            eprintln!("{file} cannot be set back ({error}): write {before} to it");
         }
     }
 }

@@ -47,13 +47,15 @@ pub struct Session {
 pub struct Turns {
     /// Who.
     pub secondary: Secondary,
-    /// Its undisturbed checkpoints of all rounds, without warm-up; none before the first session. Processor time and
-    /// memory are those of the whole sessions.
+    /// Its undisturbed checkpoints of all rounds, without warm-up; none before the first session. Processor time is
+    /// these checkpoints' share of that of the whole sessions.
     pub run: Option<RunFile>,
     /// Checkpoints of the whole sessions.
     pub session_checkpoints: u64,
     /// Guest pages of the whole sessions.
     pub session_pages: u64,
+    /// Processor time of the whole sessions, where it is known.
+    pub session_cpu_ns: Option<u64>,
     /// What a receiver has flushed in the whole sessions.
     pub flushed: Option<Flushed>,
     /// Why it was not measured (further).
@@ -121,6 +123,7 @@ impl Turns {
             run: None,
             session_checkpoints: 0,
             session_pages: 0,
+            session_cpu_ns: None,
             flushed: None,
             failed: None,
         }
@@ -155,9 +158,24 @@ impl Turns {
             sum.pages += flushed.pages;
             sum.ns += flushed.ns;
         }
+        if let Some(used) = run.secondary {
+            *self.session_cpu_ns.get_or_insert_default() += used.cpu_ns;
+        }
         match &mut self.run {
             None => self.run = Some(run),
             Some(all) => add_round(all, run),
+        }
+        self.share_processor_time();
+    }
+
+    fn share_processor_time(&mut self) {
+        let measured = u128::from(self.checkpoints());
+        let (Some(cpu_ns), Some(run)) = (self.session_cpu_ns, &mut self.run) else {
+            return;
+        };
+        let share = u128::from(cpu_ns) * measured / u128::from(self.session_checkpoints.max(1));
+        if let Some(used) = &mut run.secondary {
+            used.cpu_ns = u64::try_from(share).expect("a share is no more than all");
         }
     }
 }
@@ -166,7 +184,6 @@ fn add_round(all: &mut RunFile, mut new: RunFile) {
     all.dropped += new.dropped;
     all.checkpoints.append(&mut new.checkpoints);
     if let (Some(all), Some(new)) = (&mut all.secondary, new.secondary) {
-        all.cpu_ns += new.cpu_ns;
         all.rss_bytes_max = all.rss_bytes_max.max(new.rss_bytes_max);
     }
     for note in new.notes {
@@ -263,7 +280,8 @@ mod tests {
             run.secondary.unwrap(),
             SecondaryUse {
                 pid: 1,
-                cpu_ns: 60,
+                // Of 60 for six sessions of 13, 30 of which count.
+                cpu_ns: 23,
                 rss_bytes_max: 5
             }
         );

@@ -107,7 +107,7 @@ impl SecondaryFigures {
         let bytes = |pages: u64| (pages * PAGE_BYTES) as f64;
         let seconds = |ns: u64| ns as f64 / 1e9;
         let session_gib = bytes(turns.session_pages) / f64::from(1 << 30);
-        let cpu = used.filter(|_| turns.session_pages > 0);
+        let cpu = turns.session_cpu_ns.filter(|_| turns.session_pages > 0);
         let flushed = turns.flushed.filter(|flushed| flushed.ns > 0);
         Self {
             name: run.map_or(&turns.secondary.name, |run| &run.name).clone(),
@@ -116,9 +116,9 @@ impl SecondaryFigures {
             dropped: run.map_or(0, |run| run.dropped),
             pages_per_checkpoint: pages as f64 / turns.checkpoints().max(1) as f64,
             phases,
-            cpu_s_per_gib: cpu.map(|used| seconds(used.cpu_ns) / session_gib),
+            cpu_s_per_gib: cpu.map(|cpu_ns| seconds(cpu_ns) / session_gib),
             cpu_ms_per_checkpoint: cpu
-                .map(|used| 1e3 * seconds(used.cpu_ns) / turns.session_checkpoints.max(1) as f64),
+                .map(|cpu_ns| 1e3 * seconds(cpu_ns) / turns.session_checkpoints.max(1) as f64),
             rss_bytes_max: used.map(|used| used.rss_bytes_max),
             flush_bytes_per_s: flushed.map(|flushed| bytes(flushed.pages) / seconds(flushed.ns)),
             failed: turns.failed.clone(),

@@ -3,7 +3,7 @@
 use super::contest::{Play, Session, TurnOf};
 use super::plan::Cell;
 use super::replays::{bad_run, session_prefix};
-use super::secondary::{Secondary, StartOptions};
+use super::secondary::{Flushed, Secondary, StartOptions};
 use super::shape::Shape;
 use crate::lab::{LabError, Protection, Qemu};
 use colo_ring_tools::run_file::{Checkpoint, Clock, RunFile};
@@ -30,7 +30,7 @@ pub const CELLS: [Cell; 2] = [
 ];
 
 /// A session of a fresh primary, whose guest runs for the cell's spacing between checkpoints, with a fresh
-/// secondary. Returns the pauses, µs.
+/// secondary. Returns the pauses, µs, and what a receiver has flushed.
 ///
 /// # Errors
 /// When one of them fails.
@@ -39,7 +39,7 @@ pub fn pauses_us(
     secondary: &Secondary,
     cell: Cell,
     checkpoints: usize,
-) -> Result<Vec<u64>, LabError> {
+) -> Result<(Vec<u64>, Option<Flushed>), LabError> {
     let running = secondary.start(options, cell.shape)?;
     let mut primary = Qemu::start(
         options.lab,
@@ -56,7 +56,9 @@ pub fn pauses_us(
     primary.protect(running.address(), &protection)?;
     let needed = cell.spacing * u32::try_from(checkpoints).unwrap_or(u32::MAX);
     primary.wait_checkpoints(checkpoints, LIMIT + needed)?;
-    Ok(primary.pauses_us())
+    let pauses_us = primary.pauses_us();
+    drop(primary);
+    Ok((pauses_us, running.end()?))
 }
 
 /// Gives live sessions.
@@ -78,7 +80,7 @@ impl Play for Live<'_> {
     fn session(&self, turn: &TurnOf<'_>) -> Result<Session, LabError> {
         let started = SystemTime::now();
         let checkpoints = usize::try_from(turn.checkpoints).unwrap_or(usize::MAX);
-        let pauses_us = pauses_us(&self.start, turn.secondary, turn.cell, checkpoints)?;
+        let (pauses_us, flushed) = pauses_us(&self.start, turn.secondary, turn.cell, checkpoints)?;
         let name = turn.secondary.title(self.qemu);
         let options = serde_json::json!({ "cell": turn.cell.name() });
         let mut run = RunFile::new(&name, "bench-vs-qemu --live", options, Clock::Primary, started);
@@ -89,6 +91,6 @@ impl Play for Live<'_> {
         };
         run.checkpoints = (1..).zip(&pauses_us).map(checkpoint).collect();
         run.write(&session_prefix(self.out, turn)?).map_err(bad_run)?;
-        Ok(Session { run, flushed: None })
+        Ok(Session { run, flushed })
     }
 }

@@ -26,5 +26,5 @@ pub use live::pauses_us;
 pub use options::Options;
 pub use plan::{Cell, Plan};
 pub use run::run;
-pub use secondary::{Secondary, StartOptions};
+pub use secondary::{Flushed, Secondary, StartOptions};
 pub use shape::Shape;

@@ -36,7 +36,10 @@ pub fn section(cells: &[CellFigures], ring: &str, conditions: &str) -> String {
             }
         }
     }
-    text.push_str(&format!("\n{conditions}\n"));
+    text.push_str(&format!(
+        "\ncolo-ring answers RECEIVED and LOADED in one write, so that its transfer has the commit in it; QEMU's own loads \
+         the device state and copies the pages after its own. {conditions}\n"
+    ));
     text
 }
 

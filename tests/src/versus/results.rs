@@ -1,7 +1,7 @@
 //! The files of results, written anew after each cell, so that whatever ends a measurement leaves what was measured.
 
 use super::contest::CellResult;
-use super::figures::CellFigures;
+use super::figures::{CellFigures, SecondaryFigures};
 use super::memory::CopySpeed;
 use super::options::Options;
 use super::secondary::Secondary;
@@ -129,7 +129,7 @@ impl<'a> Results<'a> {
     /// The short table as a Markdown section.
     #[must_use]
     pub fn published(&self) -> String {
-        let conditions = self.conditions().replace('\n', " ");
+        let conditions = self.conditions().trim_end().replace('\n', "; ");
         published::section(
             &self.cells,
             &Secondary::default_ring().name,
@@ -143,11 +143,23 @@ impl<'a> Results<'a> {
         &self.directory
     }
 
-    /// Whether any secondary failed in any cell.
+    /// Where a secondary failed or too few of its checkpoints were undisturbed, in words.
     #[must_use]
-    pub fn any_failed(&self) -> bool {
-        let failed = |cell: &CellFigures| cell.secondaries.iter().any(|one| one.failed.is_some());
-        self.cells.iter().any(failed)
+    pub fn lacks(&self, wanted: u64) -> Vec<String> {
+        let all = self
+            .cells
+            .iter()
+            .flat_map(|cell| cell.secondaries.iter().map(move |one| (cell, one)));
+        let lacking = all.filter(|(_, one)| one.failed.is_some() || one.checkpoints < wanted);
+        let in_words = |(cell, one): (&CellFigures, &SecondaryFigures)| {
+            let what = if one.failed.is_some() {
+                "failed".to_owned()
+            } else {
+                format!("n = {}", one.checkpoints)
+            };
+            format!("{}: {} {what}", cell.title(), one.name)
+        };
+        lacking.map(in_words).collect()
     }
 
     fn write(&self) -> Result<(), LabError> {
