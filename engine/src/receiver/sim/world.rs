@@ -322,12 +322,12 @@ impl World {
             return Ok(false);
         }
         self.tally.steps += 1;
+        while let Some(sample) = self.around.samples.pop() {
+            self.sessions[usize::try_from(sample.session).expect("few")].measured(&sample)?;
+        }
         for session in &mut self.sessions {
             session.check(&self.net.borrow())?;
             session.settle()?;
-        }
-        while let Some(sample) = self.around.samples.pop() {
-            self.sessions[usize::try_from(sample.session).expect("few")].measured(&sample)?;
         }
         Ok(true)
     }
