@@ -145,6 +145,7 @@ impl Check {
 /// Judges a report.
 pub fn checks(host: &HostReport) -> Vec<Check> {
     let mut checks = vec![cores(host), numa(host), memory(host), shareable_memory(host)];
+    checks.push(locked_memory(host));
     checks.extend(huge_pages(host));
     match &host.ring {
         Ok(ring) => {
@@ -206,7 +207,7 @@ fn numa(host: &HostReport) -> Check {
         "NUMA nodes",
         lists.collect::<Vec<_>>().join(", "),
         "receive on cores of the node to which the network card belongs: cat /sys/class/net/DEVICE/device/numa_node",
-        Some("colo-ring receive --cores LIST"),
+        Some("colo-ring receive --numa-node N"),
     )
 }
 
@@ -289,6 +290,24 @@ fn opcodes(ring: &RingReport) -> Check {
     };
     let seen = format!("without {}", list.collect::<Vec<_>>().join(", "));
     Check::warn("io_uring operations", seen, meaning, None)
+}
+
+fn locked_memory(host: &HostReport) -> Check {
+    const ITEM: &str = "locked memory";
+    let limit = host
+        .memory
+        .memlock_limit_bytes
+        .filter(|_| !host.memory.cap_ipc_lock);
+    match (host.memory.swap_bytes, limit) {
+        (0, _) => Check::ok(ITEM, "not needed: this host has no swap"),
+        (_, None) => Check::ok(ITEM, "all of a guest's memory may be locked"),
+        (_, Some(limit)) => Check::warn(
+            ITEM,
+            format!("RLIMIT_MEMLOCK is {}, and this host has swap", Size(limit)),
+            "guest memory may be swapped out, and is then read back within a pause",
+            Some("ulimit -l unlimited   (service: LimitMEMLOCK=infinity), or swapoff -a"),
+        ),
+    }
 }
 
 fn registered_buffers(host: &HostReport, registration: &RegistrationReport) -> Check {

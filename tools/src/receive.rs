@@ -5,7 +5,7 @@ use crate::options::{Backend, Cache, Commit, ControlAddress, CoreList, HugePages
 use crate::output::{CommandError, ProgressLine, print, print_json, tell};
 use crate::{signals, status};
 use clap::Args;
-use colo_ring::host::{Machine, allowed_cores};
+use colo_ring::host::{Machine, Placement, Topology, allowed_cores};
 use colo_ring::metrics::Report;
 use colo_ring::net::HostWatch;
 use colo_ring::receiver::{
@@ -34,6 +34,10 @@ pub struct ReceiveArgs {
     /// Cores to receive on, like 2-5,8 [default: those this process may use, at most one per channel]
     #[arg(long, value_name = "LIST", value_parser = CoreList::parse)]
     cores: Option<CoreList>,
+
+    /// Receive on the cores of this NUMA node, at most one per channel, into its memory: that of the network card, best
+    #[arg(long, value_name = "N", conflicts_with = "cores")]
+    numa_node: Option<usize>,
 
     /// How to receive; without io_uring on this host, epoll takes its place with a warning
     #[arg(long, value_enum, default_value_t = Backend::Uring)]
@@ -109,6 +113,7 @@ struct Described {
     listen: Vec<String>,
     channels: u8,
     cores: Vec<usize>,
+    placement: Placement,
     backend: Backend,
     registered: bool,
     cache: Cache,
@@ -166,6 +171,7 @@ pub fn run(args: ReceiveArgs) -> Result<ExitCode, CommandError> {
     for address in receiver.addresses() {
         tell(&format!("listening on {address}"));
     }
+    tell(&format!("receiving on {}", receiver.placement()));
     watch(&receiver, &wished);
     let outcome = receiver.wait().map_err(failed)?;
     if json {
@@ -206,13 +212,15 @@ impl ReceiveArgs {
             let text = "--pool-max is a limit of --cache pool";
             return Err(CommandError::Usage(text.to_owned()));
         }
-        let cores = match self.cores {
-            Some(list) => list.0,
-            None => default_cores(self.channels)?,
+        let cores = match (self.cores, self.numa_node) {
+            (Some(list), _) => list.0,
+            (None, Some(node)) => cores_of_node(node, self.channels)?,
+            (None, None) => default_cores(self.channels)?,
         };
         let described = Described {
             listen: self.listen.iter().map(ToString::to_string).collect(),
             channels: self.channels,
+            placement: Topology::read().place(&cores),
             cores: cores.clone(),
             backend: self.backend,
             registered: self.registered == Switch::On,
@@ -255,12 +263,23 @@ impl ReceiveArgs {
     }
 }
 
+fn cores_that_are_ours() -> Result<Vec<usize>, CommandError> {
+    allowed_cores()
+        .map_err(|error| CommandError::Failed(format!("which cores are allowed: {error}; give --cores")))
+}
+
 /// The cores this process may use, at most one per channel.
 pub(crate) fn default_cores(channels: u8) -> Result<Vec<usize>, CommandError> {
-    let mut cores = allowed_cores()
-        .map_err(|error| CommandError::Failed(format!("which cores are allowed: {error}; give --cores")))?;
+    let mut cores = cores_that_are_ours()?;
     cores.truncate(usize::from(channels.max(1)));
     Ok(cores)
+}
+
+/// Those of them that are a NUMA node's.
+fn cores_of_node(node: usize, channels: u8) -> Result<Vec<usize>, CommandError> {
+    Topology::read()
+        .cores_of(node, &cores_that_are_ours()?, usize::from(channels.max(1)))
+        .map_err(|error| CommandError::Usage(error.to_string()))
 }
 
 /// Shows how things stand until the receiver has ended; tells it to end when that is wished.
@@ -395,6 +414,8 @@ mod tests {
             ("--listen 4444", "tcp:"),
             ("--listen unix:/tmp/x --cores 5-2", "2-5,8"),
             ("--listen unix:/tmp/x --channels 256", "256"),
+            ("--listen unix:/tmp/x --numa-node 0 --cores 0", "--cores"),
+            ("--listen unix:/tmp/x --numa-node 1023", "NUMA node"),
             ("--listen unix:/tmp/x --ram-limit 0", "--ram-limit"),
             ("--listen unix:/tmp/x --ram-limit 1.5G", "512M"),
             ("--listen unix:/tmp/x --accept-timeout 0", "0"),

@@ -161,10 +161,10 @@ fn render(status: &StatusReport) -> String {
         .map(|ring| format!(" ({ring})"))
         .unwrap_or_default();
     let mut text = format!(
-        "listening on {}\n{}{ring} on cores {:?}, up {} s, guest RAM {:.0} MiB of at most {}\n\n",
+        "listening on {}\n{}{ring} on {}; up {} s, guest RAM {:.0} MiB of at most {}\n\n",
         status.listen.join(", "),
         status.backend,
-        status.cores,
+        status.placement,
         status.uptime_ms / 1000,
         mebibytes(status.ram_held_bytes),
         Size(status.ram_limit_bytes),

@@ -1,10 +1,8 @@
 //! Cores: which exist, which this process may use, and lists of them as people and sysfs write them.
 #![forbid(unsafe_code)]
 
-use super::proc;
 use nix::sched::{CpuSet, sched_getaffinity, sched_setaffinity};
 use nix::unistd::Pid;
-use serde::Serialize;
 use thiserror::Error;
 
 /// Highest core number in a list: what the kernel is built for at most (`CONFIG_NR_CPUS` of x86).
@@ -25,15 +23,6 @@ pub enum CoreListError {
     /// The same core twice.
     #[error("core {0} stands twice in the list")]
     Twice(usize),
-}
-
-/// One NUMA node.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
-pub struct NumaNode {
-    /// Its number.
-    pub node: usize,
-    /// Its cores; empty for a node of memory alone.
-    pub cores: Vec<usize>,
 }
 
 /// Reads a list like `2-5,8`, in the order in which it is written. An empty list is empty.
@@ -88,19 +77,6 @@ pub fn allowed_cores() -> std::io::Result<Vec<usize>> {
     let set = sched_getaffinity(Pid::from_raw(0))?;
     let allowed = (0..CpuSet::count()).filter(|core| set.is_set(*core).unwrap_or(false));
     Ok(allowed.collect())
-}
-
-/// The NUMA nodes of this machine; empty where the kernel knows none.
-pub fn numa_nodes() -> Vec<NumaNode> {
-    let online = proc::text("/sys/devices/system/node/online").unwrap_or_default();
-    let nodes = parse_core_list(&online).unwrap_or_default().into_iter();
-    nodes
-        .map(|node| {
-            let list = proc::text(format!("/sys/devices/system/node/node{node}/cpulist")).unwrap_or_default();
-            let cores = parse_core_list(&list).unwrap_or_default();
-            NumaNode { node, cores }
-        })
-        .collect()
 }
 
 #[cfg(test)]

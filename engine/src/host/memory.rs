@@ -27,6 +27,8 @@ pub struct HugePagePool {
 pub struct MemoryReport {
     /// Memory of the machine.
     pub total_bytes: u64,
+    /// Swap space.
+    pub swap_bytes: u64,
     /// What could be used without swapping.
     pub available_bytes: u64,
     /// Every size of huge pages that the kernel has.
@@ -51,6 +53,7 @@ impl MemoryReport {
         let choice = |path| Some(proc::chosen(&proc::text(path)?)?.to_owned());
         Self {
             total_bytes: meminfo_bytes(&meminfo, "MemTotal"),
+            swap_bytes: meminfo_bytes(&meminfo, "SwapTotal"),
             available_bytes: meminfo_bytes(&meminfo, "MemAvailable"),
             huge_page_pools: huge_page_pools(),
             thp: choice("/sys/kernel/mm/transparent_hugepage/enabled"),
@@ -69,6 +72,11 @@ impl MemoryReport {
             .iter()
             .find(|pool| pool.page_bytes == page_bytes)
     }
+}
+
+/// Whether memory may be swapped out here.
+pub(crate) fn has_swap() -> bool {
+    meminfo_bytes(&proc::text("/proc/meminfo").unwrap_or_default(), "SwapTotal") > 0
 }
 
 /// Memory of the machine, 0 if unknown.

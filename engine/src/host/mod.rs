@@ -8,14 +8,18 @@ mod cores;
 mod machine;
 mod memory;
 mod network;
+mod numa;
 mod proc;
 mod registration;
 mod ring;
 
-pub use cores::{CoreListError, NumaNode, allowed_cores, numa_nodes, parse_core_list, pin};
+pub use cores::{CoreListError, allowed_cores, parse_core_list, pin};
 pub use machine::Machine;
+pub(crate) use memory::has_swap;
 pub use memory::{HugePagePool, MemoryReport};
 pub use network::NetworkReport;
+pub(crate) use numa::NODES_MAX;
+pub use numa::{CorePlace, NumaError, NumaNode, Placement, Topology};
 pub use ring::{
     OPCODES, OpcodeSupport, RegistrationReport, RingReport, RingUnavailable, SETUP_LEVELS, SetupLevel,
 };
@@ -50,7 +54,7 @@ impl HostReport {
             memory,
             network: NetworkReport::read(),
             cores_allowed: allowed_cores().unwrap_or_default(),
-            numa_nodes: numa_nodes(),
+            numa_nodes: Topology::read().nodes().to_vec(),
         }
     }
 }

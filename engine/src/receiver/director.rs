@@ -14,6 +14,7 @@ use super::main_channel::MainChannel;
 use super::page_channel::{Cores, PageChannel};
 use super::status::SessionStatus;
 use super::{Event, Events, Outcome as ReceiverOutcome, ReceiverError, ReceiverOptions};
+use crate::host::Placement;
 use crate::metrics::{Recorder, Summary};
 use crate::net::{Accepted, Listener};
 use crate::ring::{BackendKind, Driver, Endpoint, Plane};
@@ -55,6 +56,7 @@ const ENDED_KEPT: usize = 1024;
 /// What the receiver was started with and what it has made of it.
 pub(super) struct Director {
     pub(super) options: ReceiverOptions,
+    pub(super) placement: Placement,
     pub(super) around: Arc<Surroundings>,
     pub(super) plane: Plane,
     pub(super) budget: Arc<Budget>,

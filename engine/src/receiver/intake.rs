@@ -64,11 +64,11 @@ impl Intake {
     }
 
     /// From now on pages stay where they arrive, if the store can do that. Only while no receive is posted, and not before
-    /// everything that has arrived is parsed.
-    pub(super) fn move_to_pool(&mut self, store: &Arc<Store>) -> Result<(), StoreError> {
+    /// everything that has arrived is parsed. `shard` is the calling thread's.
+    pub(super) fn move_to_pool(&mut self, store: &Arc<Store>, shard: usize) -> Result<(), StoreError> {
         if let Self::Own(staging) = self
             && staging.bytes().is_empty()
-            && let Some(window) = Window::open(store)?
+            && let Some(window) = Window::open(store, shard)?
         {
             *self = Self::Pool(window);
         }

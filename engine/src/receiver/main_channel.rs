@@ -333,7 +333,7 @@ impl MainChannel {
             && let Some(store) = self.guest.store()
             && store.phase() == Phase::Colo
         {
-            self.intake.move_to_pool(store)?;
+            self.intake.move_to_pool(store, self.shard)?;
         }
         let Some(space) = self.intake.space()? else {
             return Ok(false);

@@ -35,7 +35,7 @@ pub use feed::{Fed, Feed};
 pub use options::ReceiverOptions;
 pub use status::{GuestBlock, STATUS_SCHEMA, STATUS_VERSION, SessionState, SessionStatus, StatusReport};
 
-use crate::host::Machine;
+use crate::host::{Machine, Placement, Topology};
 use crate::metrics::{MetricsError, Recorder, Report, RunDescription, SampleQueue};
 pub use crate::net::{AddressError, ListenAddress, ListenError};
 use crate::net::{Listener, Runtime, bind_unix};
@@ -119,6 +119,7 @@ pub struct Outcome {
 /// A running receiver.
 pub struct Receiver {
     addresses: Vec<ListenAddress>,
+    placement: Placement,
     stop: Arc<Notify>,
     ask: mpsc::Sender<Said>,
     thread: JoinHandle<Result<Outcome, ReceiverError>>,
@@ -162,7 +163,8 @@ impl Receiver {
             .collect();
         let control = options.control.as_deref().map(bind_control).transpose()?;
         let changed = Arc::new(Notify::new());
-        let director = make_director(options, events, &changed)?;
+        let placement = Topology::read().place(&options.cores);
+        let director = make_director(options, placement.clone(), events, &changed)?;
         let stop = Arc::new(Notify::new());
         let (ask, asked) = mpsc::channel(64);
         let wires = Wires {
@@ -193,6 +195,7 @@ impl Receiver {
         });
         Ok(Self {
             addresses,
+            placement,
             stop,
             ask,
             thread: thread.map_err(ReceiverError::Thread)?,
@@ -202,6 +205,11 @@ impl Receiver {
     /// Addresses with their real ports, in the order of the options.
     pub fn addresses(&self) -> &[ListenAddress] {
         &self.addresses
+    }
+
+    /// On which NUMA nodes its cores are, and guests' memory is to lie.
+    pub fn placement(&self) -> &Placement {
+        &self.placement
     }
 
     /// For ending it from a signal's thread.
@@ -291,6 +299,7 @@ fn start_plane(options: &mut ReceiverOptions, events: &Arc<Events>) -> Result<Pl
 
 fn make_director(
     mut options: ReceiverOptions,
+    placement: Placement,
     events: Arc<Events>,
     changed: &Arc<Notify>,
 ) -> Result<Director, ReceiverError> {
@@ -314,7 +323,7 @@ fn make_director(
         started: Instant::now(),
         samples: Arc::new(SampleQueue::new()),
         flusher: Arc::new(flusher),
-        make_store: store_maker(&options, budget.clone(), events.clone()),
+        make_store: store_maker(&options, &placement, budget.clone(), events.clone()),
         run_apart: Arc::new(|work| {
             let thread = std::thread::Builder::new().name("colo-memory".into());
             thread.spawn(work).map(drop)
@@ -327,6 +336,7 @@ fn make_director(
     let plane = start_plane(&mut options, &events)?;
     Ok(Director {
         options,
+        placement,
         around,
         plane,
         budget,
@@ -339,12 +349,20 @@ fn make_director(
 const DEVICE_STATES_MAX: u64 = 4 * crate::wire::limits::VMSTATE_MAX;
 
 /// What makes a guest's memory, when its block list is known.
-fn store_maker(options: &ReceiverOptions, budget: Arc<Budget>, events: Arc<Events>) -> Arc<MakeStore> {
+fn store_maker(
+    options: &ReceiverOptions,
+    placement: &Placement,
+    budget: Arc<Budget>,
+    events: Arc<Events>,
+) -> Arc<MakeStore> {
     let mut store_options = options.store.clone();
     store_options.shards = match options.backend {
         BackendKind::Threads => usize::from(options.channels) + 1,
         BackendKind::Uring | BackendKind::Epoll => options.cores.len(),
     };
+    // Threads of the baseline run on any of the cores: what is left is to spread their memory alike.
+    let nodes = placement.memory_nodes();
+    store_options.nodes = nodes.iter().copied().cycle().take(store_options.shards).collect();
     let device_states = Arc::new(Budget::new(DEVICE_STATES_MAX, "device state"));
     Arc::new(move |guest, table| {
         let ram = budget.take(table.total_bytes())?;

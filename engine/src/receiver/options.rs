@@ -20,7 +20,7 @@ pub struct ReceiverOptions {
     pub backend: BackendKind,
     /// Whether `uring` receives into registered buffers.
     pub registered: bool,
-    /// How guests' memory is made. The number of shards is set by the receiver.
+    /// How guests' memory is made. Shards and their nodes are set by the receiver.
     pub store: StoreOptions,
     /// Most guest RAM to hold, over all guests together, in bytes.
     pub ram_limit_bytes: u64,

@@ -139,7 +139,7 @@ impl PageChannel {
 
     fn plan_payload(&mut self, sync: bool) -> Result<(), ChannelError> {
         let store = self.guest.store().expect("checked with the packet's pages");
-        store.place(self.normal.as_slice(), &mut self.landing)?;
+        store.place(self.shard, self.normal.as_slice(), &mut self.landing)?;
         self.plan.clear();
         self.plan.wait_all = true;
         for run in self.landing.runs() {

@@ -4,6 +4,7 @@
 use super::end::SessionEnd;
 use super::guest::Guest;
 use super::promotion::Promotion;
+use crate::host::Placement;
 use crate::metrics::Summary;
 use serde::{Deserialize, Serialize};
 use std::path::PathBuf;
@@ -30,6 +31,9 @@ pub struct StatusReport {
     pub ring: Option<String>,
     /// Cores in use.
     pub cores: Vec<usize>,
+    /// On which NUMA nodes they are, and guests' memory is to lie.
+    #[serde(default)]
+    pub placement: Placement,
     /// Milliseconds since the start.
     pub uptime_ms: u64,
     /// Guest RAM held, in bytes, and how much may be.

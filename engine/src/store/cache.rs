@@ -7,6 +7,7 @@
 use super::StoreError;
 use super::copy::CopyMethod;
 use super::extents::Extents;
+use super::homes::HomeId;
 use super::image::RamImage;
 use super::landing::Landing;
 use super::plan::Plan;
@@ -26,11 +27,11 @@ pub(super) trait Cache: Send + Sync {
     /// One slab, if it is there (yet). Once there, it stays for the cache's life.
     fn slab(&self, position: usize) -> Option<&Slab>;
 
-    /// Says where the pages of a packet are to land, and the header of the packet behind it.
+    /// Says where the pages of a packet are to land, and the header of the packet behind it. `shard` is the calling thread's.
     ///
     /// # Errors
     /// If there is no memory for them.
-    fn place(&self, pages: &[PageIndex], landing: &mut Landing) -> Result<(), StoreError>;
+    fn place(&self, shard: usize, pages: &[PageIndex], landing: &mut Landing) -> Result<(), StoreError>;
 
     /// The places of `landing` are filled: they hold their pages' newest content now.
     fn landed(&self, landing: &mut Landing);
@@ -71,6 +72,9 @@ pub(super) trait Cache: Send + Sync {
 
     /// Its extents, if it has any.
     fn pool(&self) -> Option<&Extents>;
+
+    /// The home of a shard, whose extents are near to it.
+    fn home(&self, shard: usize) -> HomeId;
 
     /// Gives the memory back to the host. Nothing may be asked of the cache afterwards.
     fn give_back(&self);

@@ -4,12 +4,17 @@
 //! its stream. Pages that have arrived in it **live** there until they are flushed, superseded or dropped. An extent
 //! with neither holder nor living page is free, and the one freed last is taken first, because its memory is still
 //! in a processor's cache. When everything in a held extent is gone, its holder starts again at its beginning.
+//!
+//! Every home (the NUMA node of some receiving threads, see `homes.rs`) has slabs and a free list of its own. An extent
+//! stays its home's; who finds the own list empty borrows from another's, and the home is then the next to grow.
 #![forbid(unsafe_code)]
 
 use super::StoreError;
-use super::huge::{Fallback, HugePages};
+use super::homes::HomeId;
+use super::huge::Fallback;
 use super::lives::{ExtentId, Lives};
 use super::map::{self, Span, index};
+use super::resident;
 use super::slab::{Slab, SlabId, SlabMemory, slab_id};
 use crate::sync::{AtomicU32, AtomicUsize, Ordering};
 use crate::units::{PACKET_PAGES, PAGE_BYTES};
@@ -134,38 +139,43 @@ impl Extents {
     ///
     /// # Errors
     /// If there is not even address space. Too few huge pages are a fallback, noted in `notes`.
-    pub(super) fn map(shape: Shape, huge: HugePages, notes: &mut Vec<Fallback>) -> Result<Self, StoreError> {
+    pub(super) fn map(
+        mut shape: Shape,
+        mut memory: SlabMemory,
+        notes: &mut Vec<Fallback>,
+    ) -> Result<Self, StoreError> {
+        let homes = memory.homes().count();
+        shape.first = shape.first.max(homes.min(shape.keep));
         let extents = shape.limit * index(u64::from(shape.slab_extents));
         let pool = Self {
             shape,
             slabs: (0..shape.limit).map(|_| OnceLock::new()).collect(),
             grown: AtomicUsize::new(0),
-            lives: Lives::new(extents, shape.slab_extents),
+            lives: Lives::new(extents, shape.slab_extents, homes),
             hasty: AtomicU32::new(0),
             spare: AtomicU32::new(0),
             growing: Mutex::new(None),
         };
-        let mut memory = SlabMemory::new(huge);
-        for _ in 0..shape.first {
-            pool.add_slab(&mut memory)?;
+        for position in 0..shape.first {
+            pool.add_slab(&mut memory, HomeId(position % homes))?;
         }
-        notes.extend(memory.note(shape.first));
+        notes.extend(memory.notes(shape.first));
         *pool.growing.lock().unwrap_or_else(PoisonError::into_inner) = Some(memory);
         Ok(pool)
     }
 
-    /// Maps the next slab, unless it is mapped since it was in use before, and gives its extents out.
-    fn add_slab(&self, memory: &mut SlabMemory) -> Result<&Slab, StoreError> {
-        let slab = self.next_slab(memory)?;
+    /// Maps the next slab for `home`, and gives its extents out. One that was in use before is mapped, and whose it was.
+    fn add_slab(&self, memory: &mut SlabMemory, home: HomeId) -> Result<&Slab, StoreError> {
+        let slab = self.next_slab(memory, home)?;
         self.open_slab();
         Ok(slab)
     }
 
-    fn next_slab(&self, memory: &mut SlabMemory) -> Result<&Slab, StoreError> {
+    fn next_slab(&self, memory: &mut SlabMemory, home: HomeId) -> Result<&Slab, StoreError> {
         let place = &self.slabs[self.grown.load(Ordering::Relaxed)];
         if place.get().is_none() {
             let bytes = self.shape.slab_bytes();
-            let slab = Slab::of_slots(memory, bytes).map_err(|errno| Self::no_memory(bytes, errno))?;
+            let slab = Slab::of_slots(memory, bytes, home).map_err(|errno| Self::no_memory(bytes, errno))?;
             assert!(place.set(slab).is_ok(), "slabs are added by one thread at a time");
         }
         Ok(place.get().expect("set above"))
@@ -180,9 +190,10 @@ impl Extents {
 
     fn open_slab(&self) {
         let position = self.grown.load(Ordering::Relaxed);
-        self.slabs[position].get().expect("mapped before").want(true);
+        let slab = self.slabs[position].get().expect("mapped before");
+        slab.want(true);
         self.grown.store(position + 1, Ordering::Release);
-        self.lives.open_slab(position);
+        self.lives.open_slab(position, slab.home());
     }
 
     pub(super) fn slab_limit(&self) -> usize {
@@ -213,16 +224,17 @@ impl Extents {
         slab.memory().loose_span(begin + offset, 1)
     }
 
-    /// Takes a free extent, and holds it. Where there is none, makes some: slow, and counted.
+    /// Takes a free extent, one of `home` where there is one, and holds it. Where there is none at all, makes some: slow, and
+    /// counted.
     ///
     /// # Errors
     /// If there is no memory for more, or pages take twice what the guest has.
-    pub(super) fn take(&self) -> Result<ExtentId, StoreError> {
+    pub(super) fn take(&self, home: HomeId) -> Result<ExtentId, StoreError> {
         loop {
-            if let Some(extent) = self.lives.take() {
+            if let Some(extent) = self.lives.take(home) {
                 return Ok(extent);
             }
-            self.grow_in_haste()?;
+            self.grow_in_haste(home)?;
         }
     }
 
@@ -260,10 +272,12 @@ impl Extents {
     /// What is to be done for the checkpoints to come, asked when one is here whole: they shall find room for as many pages as
     /// this one has, and a quarter more.
     pub(super) fn task(&self) -> PoolTask {
-        let (used, grown) = (self.in_use(), self.grown.load(Ordering::Relaxed));
-        let wanted = used + used / 4 + 8;
-        if self.total() < wanted && grown < self.shape.keep {
-            return PoolTask::Grow;
+        let grown = self.grown.load(Ordering::Relaxed);
+        if self.lives.is_short() {
+            if grown < self.shape.keep {
+                return PoolTask::Grow;
+            }
+            self.lives.forget_borrowed();
         }
         if self.lives.retiring_slab().is_some() {
             return if self.has_retired() {
@@ -272,8 +286,8 @@ impl Extents {
                 PoolTask::Nothing
             };
         }
-        let slab = u64::from(self.shape.slab_extents);
-        if grown <= self.shape.first || self.total() < wanted + slab + slab / 2 {
+        let slab = self.shape.slab_extents;
+        if grown <= self.shape.first || self.lives.spare(grown - 1) < slab + slab / 2 {
             self.spare.store(0, Ordering::Relaxed);
         } else if self.spare.fetch_add(1, Ordering::Relaxed) >= SHRINK_AFTER {
             self.spare.store(0, Ordering::Relaxed);
@@ -299,7 +313,7 @@ impl Extents {
         }
         let last = self.grown.load(Ordering::Relaxed) - 1;
         self.grown.store(last, Ordering::Release);
-        self.lives.end_retiring(|_| {});
+        self.lives.close_slab();
         if let Some(slab) = self.slab(last) {
             slab.give_back();
         }
@@ -318,7 +332,7 @@ impl Extents {
         true
     }
 
-    /// Adds a slab whose memory is there.
+    /// Adds a slab whose memory is there, for the home that is shortest of extents.
     ///
     /// # Errors
     /// If there is no memory for it.
@@ -328,14 +342,16 @@ impl Extents {
             return Ok(());
         }
         let memory = growing.as_mut().expect("set when the extents were mapped");
-        let slab = self.next_slab(memory)?;
+        let slab = self.next_slab(memory, self.lives.shortest_home())?;
         map::populate(&[slab.memory()]).map_err(|errno| Self::no_memory(self.shape.slab_bytes(), errno))?;
+        // Whether memory can be locked was told of the first slabs.
+        drop(resident::lock(std::iter::once(slab.memory())));
         self.open_slab();
         Ok(())
     }
 
     /// A slab for pages that are waiting in a socket: the kernel finds its memory while it receives.
-    fn grow_in_haste(&self) -> Result<(), StoreError> {
+    fn grow_in_haste(&self, home: HomeId) -> Result<(), StoreError> {
         let mut growing = self.growing.lock().unwrap_or_else(PoisonError::into_inner);
         // Somebody else was faster, or there is one that was to go.
         if self.lives.free() > 0 || self.revive() {
@@ -347,7 +363,7 @@ impl Extents {
             });
         }
         let memory = growing.as_mut().expect("set when the extents were mapped");
-        self.add_slab(memory)?;
+        self.add_slab(memory, home)?;
         self.hasty.fetch_add(1, Ordering::Relaxed);
         Ok(())
     }
@@ -372,24 +388,32 @@ pub(super) struct Cursor {
 
 impl Cursor {
     /// An extent and the first of `slots` slots in it, which nobody else has. They stay the holder's to fill until
-    /// [`Self::advance`] says that pages have arrived in them, or the next claim.
+    /// [`Self::advance`] says that pages have arrived in them, or the next claim. `home` is where the holder is now.
     ///
     /// # Errors
     /// See [`Extents::take`].
-    pub(super) fn claim(&mut self, extents: &Extents, slots: u32) -> Result<(ExtentId, u32), StoreError> {
+    pub(super) fn claim(
+        &mut self,
+        extents: &Extents,
+        home: HomeId,
+        slots: u32,
+    ) -> Result<(ExtentId, u32), StoreError> {
         debug_assert!(slots <= EXTENT_SLOTS, "a packet and a header");
         if let Some((extent, used)) = self.held {
             let extent = ExtentId(extent);
             let is_empty = extents.is_empty(extent);
             let used = if is_empty { 0 } else { used };
-            if used + slots <= EXTENT_SLOTS && !(is_empty && extents.is_retiring(extent)) {
+            // Where it begins again, it may as well go elsewhere.
+            let should_leave =
+                is_empty && (extents.is_retiring(extent) || !extents.lives.is_of(extent, home));
+            if used + slots <= EXTENT_SLOTS && !should_leave {
                 self.held = Some((extent.0, used));
                 return Ok((extent, used));
             }
             self.held = None;
             extents.release(extent, 1);
         }
-        let extent = extents.take()?;
+        let extent = extents.take(home)?;
         self.held = Some((extent.0, 0));
         Ok((extent, 0))
     }

@@ -1,5 +1,5 @@
 //! Huge pages: what the operator may ask for, what the host has, and the notes on every step down from the one to
-//! the other.
+//! the other, and from other wishes.
 #![forbid(unsafe_code)]
 
 use thiserror::Error;
@@ -77,6 +77,29 @@ pub enum Fallback {
         setting: String,
         /// How it should stand.
         wanted: &'static str,
+    },
+    /// The kernel does not let memory be put on NUMA nodes.
+    #[error("{what} lies where the kernel puts it, not on NUMA nodes {nodes:?} ({reason}); remedy: {remedy}")]
+    Placement {
+        /// The memory meant.
+        what: &'static str,
+        /// Where it should lie.
+        nodes: Vec<usize>,
+        /// What the kernel said.
+        reason: String,
+        /// What mends it.
+        remedy: &'static str,
+    },
+    /// Memory that may be swapped out.
+    #[error(
+        "{mib} MiB of guest memory are not locked ({reason}), so that this host may swap them out, and read them back \
+         within a pause; remedy: ulimit -l unlimited (service: LimitMEMLOCK=infinity), or swapoff -a"
+    )]
+    Unlocked {
+        /// How much.
+        mib: usize,
+        /// What the kernel said.
+        reason: String,
     },
 }
 

@@ -140,7 +140,7 @@ impl BlockFile {
             // The file must own its memory before it is touched, or a lack of it is a SIGBUS then.
             fallocate(&self.file, FallocateFlags::empty(), 0, signed)?;
         }
-        Mapping::shared(&self.file, self.length)
+        Mapping::shared(&self.file, self.length, self.huge)
     }
 }
 

@@ -4,6 +4,7 @@
 //! 0 frees it. A slab **retires** by keeping its extents back as they become free.
 #![deny(unsafe_code)]
 
+use super::homes::HomeId;
 use super::map::index;
 use super::stack::{FreeStack, Link};
 use crate::sync::{AtomicU32, AtomicUsize, Ordering, fence};
@@ -16,35 +17,85 @@ pub(super) struct ExtentId(pub(super) u32);
 /// The counter of an extent that is kept back because its slab retires.
 const PARKED: u32 = u32::MAX;
 
+/// The extents of one home, on a cache line of their own.
+#[repr(align(64))]
+struct Home {
+    free: FreeStack,
+    free_count: AtomicU32,
+    parked: AtomicU32,
+    /// All of its slabs.
+    extents: AtomicU32,
+    /// Those that its threads took from other homes since it last got a slab.
+    borrowed: AtomicU32,
+}
+
+impl Home {
+    fn new() -> Self {
+        Self {
+            free: FreeStack::new(),
+            free_count: AtomicU32::new(0),
+            parked: AtomicU32::new(0),
+            extents: AtomicU32::new(0),
+            borrowed: AtomicU32::new(0),
+        }
+    }
+
+    fn pop(&self, links: &[Link]) -> Option<ExtentId> {
+        let number = self.free.pop(links)?;
+        self.free_count.fetch_sub(1, Ordering::Relaxed);
+        Some(ExtentId(number))
+    }
+
+    fn extents(&self) -> u32 {
+        self.extents.load(Ordering::Relaxed)
+    }
+
+    /// How many extents the checkpoints to come should find: as many as are in use now, and a quarter more.
+    fn wanted(&self) -> u32 {
+        let idle = self.free_count.load(Ordering::Relaxed) + self.parked.load(Ordering::Relaxed);
+        let used = self.extents().saturating_sub(idle);
+        used + used / 4 + 8 + self.borrowed.load(Ordering::Relaxed)
+    }
+
+    fn shortage(&self) -> u32 {
+        self.wanted().saturating_sub(self.extents())
+    }
+}
+
 /// See the module.
 pub(super) struct Lives {
     live: Box<[AtomicU32]>,
     links: Box<[Link]>,
     slab_extents: u32,
-    free: FreeStack,
-    free_count: AtomicU32,
+    homes: Box<[Home]>,
+    /// Of each slab, once it was opened: the home's position.
+    slab_homes: Box<[AtomicUsize]>,
     /// One more than the position of the slab that retires; 0 if none does.
     retiring: AtomicUsize,
-    parked: AtomicU32,
 }
 
 impl Lives {
-    /// For so many extents, none of which is free yet.
-    pub(super) fn new(extents: usize, slab_extents: u32) -> Self {
+    /// For so many extents, none of which is free yet, and homes, at least one.
+    pub(super) fn new(extents: usize, slab_extents: u32, homes: usize) -> Self {
+        let slabs = extents.div_ceil(index(u64::from(slab_extents)));
         let counters = || (0..extents).map(|_| AtomicU32::new(0)).collect();
         Self {
             live: counters(),
             links: counters(),
             slab_extents,
-            free: FreeStack::new(),
-            free_count: AtomicU32::new(0),
+            homes: (0..homes).map(|_| Home::new()).collect(),
+            slab_homes: (0..slabs).map(|_| AtomicUsize::new(0)).collect(),
             retiring: AtomicUsize::new(0),
-            parked: AtomicU32::new(0),
         }
     }
 
-    /// The extents of a slab are free now.
-    pub(super) fn open_slab(&self, slab: usize) {
+    /// The extents of a slab are free now, and a home's.
+    pub(super) fn open_slab(&self, slab: usize, home: HomeId) {
+        // Relaxed: who gets one of its extents has popped it after it was pushed.
+        self.slab_homes[slab].store(home.0, Ordering::Relaxed);
+        let home = &self.homes[home.0];
+        home.extents.fetch_add(self.slab_extents, Ordering::Relaxed);
+        home.borrowed.store(0, Ordering::Relaxed);
         for extent in self.extents_of(slab).rev() {
             self.push_free(ExtentId(extent));
         }
@@ -59,11 +110,63 @@ impl Lives {
         &self.live[index(u64::from(extent.0))]
     }
 
-    /// Takes a free extent, and holds it.
-    pub(super) fn take(&self) -> Option<ExtentId> {
+    fn home_of_slab(&self, slab: usize) -> &Home {
+        match &*self.homes {
+            [only] => only,
+            homes => &homes[self.slab_homes[slab].load(Ordering::Relaxed)],
+        }
+    }
+
+    fn slab_of(&self, extent: ExtentId) -> usize {
+        index(u64::from(extent.0 / self.slab_extents))
+    }
+
+    fn home_of(&self, extent: ExtentId) -> &Home {
+        self.home_of_slab(self.slab_of(extent))
+    }
+
+    /// Whether an extent is of this home.
+    pub(super) fn is_of(&self, extent: ExtentId, home: HomeId) -> bool {
+        std::ptr::eq(self.home_of(extent), &self.homes[home.0])
+    }
+
+    /// The home that lacks most extents for the checkpoints to come.
+    pub(super) fn shortest_home(&self) -> HomeId {
+        let shortest = (0..self.homes.len()).max_by_key(|home| self.homes[*home].shortage());
+        HomeId(shortest.expect("there is at least one home"))
+    }
+
+    /// Whether a home lacks extents for the checkpoints to come.
+    pub(super) fn is_short(&self) -> bool {
+        self.homes.iter().any(|home| home.shortage() > 0)
+    }
+
+    /// What was borrowed tells nothing any more: no slab can be had for it.
+    pub(super) fn forget_borrowed(&self) {
+        let homes = self.homes.iter();
+        homes.for_each(|home| home.borrowed.store(0, Ordering::Relaxed));
+    }
+
+    /// How many extents the home of a slab has beyond what it wants for the checkpoints to come.
+    pub(super) fn spare(&self, slab: usize) -> u32 {
+        let home = self.home_of_slab(slab);
+        home.extents().saturating_sub(home.wanted())
+    }
+
+    /// Takes a free extent, one of `home` where there is one, and holds it.
+    pub(super) fn take(&self, home: HomeId) -> Option<ExtentId> {
+        let own = &self.homes[home.0];
+        self.take_of(own).or_else(|| {
+            let others = self.homes.iter().filter(|other| !std::ptr::eq(*other, own));
+            let borrowed = others.map(|other| self.take_of(other)).find_map(|taken| taken)?;
+            own.borrowed.fetch_add(1, Ordering::Relaxed);
+            Some(borrowed)
+        })
+    }
+
+    fn take_of(&self, home: &Home) -> Option<ExtentId> {
         loop {
-            let extent = ExtentId(self.free.pop(&self.links)?);
-            self.free_count.fetch_sub(1, Ordering::Relaxed);
+            let extent = home.pop(&self.links)?;
             if self.is_retiring(extent) {
                 self.park(extent);
                 continue;
@@ -99,25 +202,27 @@ impl Lives {
     }
 
     fn push_free(&self, extent: ExtentId) {
+        let home = self.home_of(extent);
         // Counted first: never fewer than there are.
-        self.free_count.fetch_add(1, Ordering::Relaxed);
-        self.free.push(extent.0, &self.links);
+        home.free_count.fetch_add(1, Ordering::Relaxed);
+        home.free.push(extent.0, &self.links);
     }
 
     /// How many are free.
     pub(super) fn free(&self) -> u64 {
-        u64::from(self.free_count.load(Ordering::Acquire))
+        let free = |home: &Home| u64::from(home.free_count.load(Ordering::Acquire));
+        self.homes.iter().map(free).sum()
     }
 
     /// How many are kept back.
     pub(super) fn parked(&self) -> u64 {
-        u64::from(self.parked.load(Ordering::Relaxed))
+        let parked = |home: &Home| u64::from(home.parked.load(Ordering::Relaxed));
+        self.homes.iter().map(parked).sum()
     }
 
     /// Whether the extent's slab retires.
     pub(super) fn is_retiring(&self, extent: ExtentId) -> bool {
-        let slab = index(u64::from(extent.0 / self.slab_extents));
-        self.retiring.load(Ordering::Relaxed) == slab + 1
+        self.retiring.load(Ordering::Relaxed) == self.slab_of(extent) + 1
     }
 
     /// The slab that retires.
@@ -129,7 +234,7 @@ impl Lives {
     fn park(&self, extent: ExtentId) {
         // Release: whoever finds all of them here may take their memory away.
         self.live(extent).store(PARKED, Ordering::Release);
-        self.parked.fetch_add(1, Ordering::Relaxed);
+        self.home_of(extent).parked.fetch_add(1, Ordering::Relaxed);
         // With its twin in `end_retiring`: either that finds it parked, or this finds that nothing retires any more.
         fence(Ordering::SeqCst);
         if !self.is_retiring(extent) && self.unpark(extent) {
@@ -142,7 +247,7 @@ impl Lives {
             .live(extent)
             .compare_exchange(PARKED, 0, Ordering::AcqRel, Ordering::Relaxed);
         if kept.is_ok() {
-            self.parked.fetch_sub(1, Ordering::Relaxed);
+            self.home_of(extent).parked.fetch_sub(1, Ordering::Relaxed);
         }
         kept.is_ok()
     }
@@ -158,11 +263,10 @@ impl Lives {
     pub(super) fn retire(&self, slab: usize) {
         self.retiring.store(slab + 1, Ordering::Relaxed);
         let mut others = Vec::new();
-        while let Some(number) = self.free.pop(&self.links) {
-            self.free_count.fetch_sub(1, Ordering::Relaxed);
-            match ExtentId(number) {
-                extent if self.is_retiring(extent) => self.park(extent),
-                extent => others.push(extent),
+        while let Some(extent) = self.home_of_slab(slab).pop(&self.links) {
+            match self.is_retiring(extent) {
+                true => self.park(extent),
+                false => others.push(extent),
             }
         }
         let others = others.into_iter().rev();
@@ -174,8 +278,17 @@ impl Lives {
         self.end_retiring(|extent| self.push_free(extent));
     }
 
+    /// The slab that retired is out of use: its extents are nobody's.
+    pub(super) fn close_slab(&self) {
+        if let Some(slab) = self.retiring_slab() {
+            self.end_retiring(|_| {});
+            let home = self.home_of_slab(slab);
+            home.extents.fetch_sub(self.slab_extents, Ordering::Relaxed);
+        }
+    }
+
     /// No slab retires any more; `each` gets the extents that were kept back.
-    pub(super) fn end_retiring(&self, each: impl Fn(ExtentId)) {
+    fn end_retiring(&self, each: impl Fn(ExtentId)) {
         let Some(slab) = self.retiring_slab() else { return };
         self.retiring.store(0, Ordering::Relaxed);
         fence(Ordering::SeqCst);
@@ -204,10 +317,10 @@ mod loom_tests {
 
     /// An extent with a page that a flush reads and lets go of on another thread.
     fn flushed_elsewhere() -> (Arc<Lives>, Arc<Memory>, ExtentId, thread::JoinHandle<()>) {
-        let lives = Arc::new(Lives::new(1, 1));
+        let lives = Arc::new(Lives::new(1, 1, 1));
         let memory = Arc::new(Memory(UnsafeCell::new(7)));
-        lives.open_slab(0);
-        let extent = lives.take().unwrap();
+        lives.open_slab(0, HomeId(0));
+        let extent = lives.take(HomeId(0)).unwrap();
         lives.add(extent, 1);
         let flush = {
             let (lives, memory) = (lives.clone(), memory.clone());
@@ -229,7 +342,7 @@ mod loom_tests {
             }
             flush.join().unwrap();
             lives.release(extent, 1);
-            assert_eq!(lives.take(), Some(extent));
+            assert_eq!(lives.take(HomeId(0)), Some(extent));
         });
     }
 
@@ -242,7 +355,7 @@ mod loom_tests {
             lives.release(extent, 1);
             lives.revive();
             flush.join().unwrap();
-            assert_eq!(lives.take(), Some(extent));
+            assert_eq!(lives.take(HomeId(0)), Some(extent));
         });
     }
 
@@ -252,9 +365,9 @@ mod loom_tests {
         loom::model(|| {
             let (lives, memory, extent, flush) = flushed_elsewhere();
             lives.release(extent, 1);
-            if lives.take().is_some() {
+            if lives.take(HomeId(0)).is_some() {
                 memory.0.with_mut(|page| page.addr());
-                assert_eq!(lives.take(), None);
+                assert_eq!(lives.take(HomeId(0)), None);
             }
             flush.join().unwrap();
         });

@@ -7,6 +7,7 @@
 //! Memory is **populated** before it is used ([`populate`]): a lack of it is an error when the guest arrives, never
 //! a SIGBUS later.
 
+use crate::host::NODES_MAX;
 use crate::units::{PAGE_BYTES, PAGE_SIZE};
 use nix::errno::Errno;
 use nix::sys::mman::{self, MapFlags, MmapAdvise, ProtFlags};
@@ -40,6 +41,16 @@ pub(super) struct Mapping {
     base: NonNull<u8>,
     length: usize,
     origin: Origin,
+    /// Whether it is of the huge page pool, whose pages are never swapped out.
+    huge: bool,
+}
+
+/// Which NUMA nodes memory comes from. What a node has not left comes from the others: less near is better than none.
+pub(super) enum Policy<'a> {
+    /// This one.
+    Prefer(usize),
+    /// These in turn, page by page.
+    Interleave(&'a [usize]),
 }
 
 // SAFETY: a Mapping owns its memory, which is not bound to a thread; it lends raw pointers only, and those
@@ -57,7 +68,8 @@ const READ_WRITE: ProtFlags = ProtFlags::PROT_READ.union(ProtFlags::PROT_WRITE);
 
 impl Mapping {
     /// The first `length` bytes of `file`, shared with whoever maps it too. Reserves what a hugetlb file needs.
-    pub(super) fn shared(file: impl AsFd, length: u64) -> Result<Self, Errno> {
+    /// `huge` says whether it is one.
+    pub(super) fn shared(file: impl AsFd, length: u64, huge: bool) -> Result<Self, Errno> {
         let size = pages_only(length);
         // SAFETY: the kernel chooses the place, so that no memory in use is mapped over.
         let base = unsafe { mman::mmap(None, size, READ_WRITE, MapFlags::MAP_SHARED, file, 0)? };
@@ -65,6 +77,7 @@ impl Mapping {
             base: base.cast(),
             length: size.get(),
             origin: Origin::Mmap,
+            huge,
         })
     }
 
@@ -77,6 +90,7 @@ impl Mapping {
             base: base.cast(),
             length: size.get(),
             origin: Origin::Mmap,
+            huge: false,
         })
     }
 
@@ -95,6 +109,7 @@ impl Mapping {
             base,
             length: size.get(),
             origin: Origin::HugepageRs(layout),
+            huge: true,
         })
     }
 
@@ -176,9 +191,50 @@ impl Mapping {
         self.advise(0, self.length, MmapAdvise::MADV_DONTFORK)
     }
 
+    /// Has the memory come from NUMA nodes of the caller's choice. To be called before it is populated; in a shared mapping
+    /// the choice stays with the file.
+    pub(super) fn place_on(&self, policy: Policy<'_>) -> Result<(), Errno> {
+        const WORD_BITS: usize = u64::BITS as usize;
+        let (mode, nodes) = match &policy {
+            Policy::Prefer(node) => (libc::MPOL_PREFERRED, std::slice::from_ref(node)),
+            Policy::Interleave(nodes) => (libc::MPOL_INTERLEAVE, *nodes),
+        };
+        let mut mask = [0u64; NODES_MAX / WORD_BITS];
+        for node in nodes {
+            *mask.get_mut(node / WORD_BITS).ok_or(Errno::EINVAL)? |= 1 << (node % WORD_BITS);
+        }
+        // The kernel reads one bit less than it is told.
+        let bits = NODES_MAX + 1;
+        // SAFETY: the range is this mapping, whose content no policy changes; the kernel reads NODES_MAX bits, all of the mask.
+        let done = unsafe {
+            libc::syscall(
+                libc::SYS_mbind,
+                self.base.as_ptr(),
+                self.length,
+                libc::c_long::from(mode),
+                mask.as_ptr(),
+                bits,
+                0 as libc::c_long,
+            )
+        };
+        Errno::result(done).map(drop)
+    }
+
+    /// Keeps the memory, which is populated, from being swapped out. Pages of the pool never are.
+    pub(super) fn lock(&self) -> Result<(), Errno> {
+        if self.huge {
+            return Ok(());
+        }
+        // SAFETY: the range is this mapping, whose content locking does not change.
+        unsafe { mman::mlock(self.base.cast(), self.length) }
+    }
+
     /// Gives private memory back to the host; it reads as zeros from then on. Huge pages go back from Linux 5.18 on,
     /// before that they stay until the mapping ends.
     pub(super) fn give_back(&self) -> Result<(), Errno> {
+        // What is locked is not given back.
+        // SAFETY: the range is this mapping, whose content unlocking does not change.
+        unsafe { mman::munlock(self.base.cast(), self.length)? };
         self.advise(0, self.length, MmapAdvise::MADV_DONTNEED)
     }
 

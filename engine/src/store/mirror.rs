@@ -5,7 +5,8 @@ use super::StoreError;
 use super::cache::Cache;
 use super::copy::{self, CopyMethod};
 use super::extents::Extents;
-use super::huge::{Fallback, HugePages};
+use super::homes::HomeId;
+use super::huge::Fallback;
 use super::image::RamImage;
 use super::landing::Landing;
 use super::map::{Mapping, Span, index};
@@ -35,11 +36,10 @@ impl Mirror {
     pub(super) fn map(
         pages: u64,
         slab_pages: u64,
-        huge: HugePages,
+        mut memory: SlabMemory,
         notes: &mut Vec<Fallback>,
     ) -> Result<Self, StoreError> {
         assert!(slab_pages.is_power_of_two(), "pages are found by shift and mask");
-        let mut memory = SlabMemory::new(huge);
         let mut slabs = Vec::with_capacity(index(pages.div_ceil(slab_pages)));
         for first in (0..pages).step_by(index(slab_pages)) {
             let slot_bytes = slab_pages.min(pages - first) * PAGE_BYTES;
@@ -49,7 +49,7 @@ impl Mirror {
                 source: errno.into(),
             })?);
         }
-        notes.extend(memory.note(slabs.len()));
+        notes.extend(memory.notes(slabs.len()));
         let slab_shift = slab_pages.trailing_zeros();
         Ok(Self { slabs, slab_shift })
     }
@@ -85,7 +85,7 @@ impl Cache for Mirror {
         self.slabs.get(position)
     }
 
-    fn place(&self, pages: &[PageIndex], landing: &mut Landing) -> Result<(), StoreError> {
+    fn place(&self, _shard: usize, pages: &[PageIndex], landing: &mut Landing) -> Result<(), StoreError> {
         for page in pages {
             let (slab, offset) = self.locate(*page);
             let place = self.slabs[slab].memory().span(offset, 1);
@@ -149,6 +149,10 @@ impl Cache for Mirror {
 
     fn pool(&self) -> Option<&Extents> {
         None
+    }
+
+    fn home(&self, _shard: usize) -> HomeId {
+        HomeId::default()
     }
 
     fn give_back(&self) {

@@ -45,6 +45,7 @@ mod extents;
 mod flusher;
 mod handover;
 mod held;
+mod homes;
 mod huge;
 mod image;
 mod landing;
@@ -54,6 +55,7 @@ mod mirror;
 mod names;
 mod plan;
 mod pool;
+mod resident;
 mod slab;
 mod stack;
 mod window;
@@ -83,10 +85,12 @@ use cache::Cache;
 use committed::CommittedImage;
 use extents::{Extents, Shape};
 use flusher::Flush;
+use homes::Homes;
 use image::RamImage;
 use map::Mapping;
 use mirror::Mirror;
 use pool::Pool;
+use slab::SlabMemory;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
@@ -128,6 +132,8 @@ pub struct StoreOptions {
     pub commit: CommitMode,
     /// Threads that receive pages: each marks in its own shard of the dirty bitmap. At least 1.
     pub shards: usize,
+    /// The NUMA node that each shard's memory should lie on; empty where the kernel decides. The image lies on all of them.
+    pub nodes: Vec<usize>,
     /// Where somebody runs the guest on the RAM image between checkpoints: marks the pages that it changes, which each
     /// commit then restores. Only with [`CacheKind::Mirror`] and [`CommitMode::Sync`]. The guest must stand still during a
     /// commit, and its marks must be made by then.
@@ -142,6 +148,7 @@ impl Default for StoreOptions {
             cache: CacheKind::Pool { max: None },
             commit: CommitMode::Deferred,
             shards: 1,
+            nodes: Vec::new(),
             running_guest: None,
         }
     }
@@ -193,7 +200,7 @@ impl Store {
     /// If the memory is not to be had, or the RAM directory is of no use. See [`StoreError`].
     ///
     /// # Panics
-    /// Without a shard.
+    /// Without a shard, or with nodes for other than all shards.
     pub fn create(
         table: Arc<BlockTable>,
         label: &str,
@@ -223,18 +230,21 @@ impl Store {
             ram_dir,
             &mut notes,
         )?);
+        let homes = place_image(&image, options, &mut notes);
         let refused = |errno: nix::errno::Errno| StoreError::NoMemory {
             bytes,
             source: errno.into(),
         };
         let populate = |cache: Vec<&Mapping>| {
             let mappings: Vec<&Mapping> = image.mappings().iter().chain(cache).collect();
-            map::populate(&mappings).map_err(refused)
+            map::populate(&mappings).map_err(refused)?;
+            Ok(resident::lock(mappings.into_iter()))
         };
+        let memory = SlabMemory::new(options.hugepages, homes.clone());
         let cache: Arc<dyn Cache> = match options.cache {
             CacheKind::Mirror => {
-                let mirror = Mirror::map(pages, grain.mirror_slab_pages, options.hugepages, &mut notes)?;
-                populate(mirror.mappings().collect())?;
+                let mirror = Mirror::map(pages, grain.mirror_slab_pages, memory, &mut notes)?;
+                notes.extend(populate(mirror.mappings().collect())?);
                 Arc::new(mirror)
             }
             CacheKind::Pool { max } => {
@@ -242,9 +252,9 @@ impl Store {
                     None => Shape::of_guest(pages, max),
                     Some(extents) => Shape::with_slabs(pages, max, extents),
                 };
-                let extents = Extents::map(shape, options.hugepages, &mut notes)?;
-                populate(extents.slabs().map(Slab::memory).collect())?;
-                Arc::new(Pool::new(extents, pages, options.shards))
+                let extents = Extents::map(shape, memory, &mut notes)?;
+                notes.extend(populate(extents.slabs().map(Slab::memory).collect())?);
+                Arc::new(Pool::new(extents, homes, pages, options.shards))
             }
         };
         let store = Self {
@@ -285,14 +295,14 @@ impl Store {
     }
 
     /// Says where the normal pages of a packet are to land; `landing` holds that until its next use. All its places
-    /// are to be filled before [`Store::landed`].
+    /// are to be filled before [`Store::landed`]. `shard` is the calling thread's.
     ///
     /// # Errors
     /// If there is no memory for them: see [`StoreError::PoolFull`].
     ///
     /// # Panics
     /// With more than [`crate::units::PACKET_PAGES`] pages.
-    pub fn place(&self, pages: &[PageIndex], landing: &mut Landing) -> Result<(), StoreError> {
+    pub fn place(&self, shard: usize, pages: &[PageIndex], landing: &mut Landing) -> Result<(), StoreError> {
         let phase = self.phase();
         landing.begin(phase, pages.len());
         match phase {
@@ -302,7 +312,7 @@ impl Store {
                 }
                 Ok(())
             }
-            Phase::Colo => self.cache.place(pages, landing),
+            Phase::Colo => self.cache.place(shard, pages, landing),
         }
     }
 
@@ -603,5 +613,21 @@ impl Store {
 
     fn image(&self) -> &RamImage {
         &self.committed.image
+    }
+}
+
+/// Puts the image on the nodes of all shards, and gives back the homes of these. Where the kernel refuses, everything lies
+/// where it likes, and one note says so.
+fn place_image(image: &RamImage, options: &StoreOptions, notes: &mut Vec<Fallback>) -> Homes {
+    let all = options.nodes.is_empty() || options.nodes.len() == options.shards;
+    assert!(all, "every shard has a node, or none has");
+    let homes = Homes::of(&options.nodes);
+    let placed = image.mappings().iter().try_for_each(|block| homes.spread(block));
+    match placed {
+        Ok(()) => homes,
+        Err(errno) => {
+            notes.push(homes.refused("guest memory", errno));
+            Homes::anywhere()
+        }
     }
 }

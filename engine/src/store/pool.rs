@@ -13,6 +13,7 @@ use super::StoreError;
 use super::cache::Cache;
 use super::copy::{self, CopyMethod};
 use super::extents::{Cursor, EXTENT_BYTES, Extents};
+use super::homes::{HomeId, Homes};
 use super::image::RamImage;
 use super::landing::Landing;
 use super::lives::ExtentId;
@@ -65,14 +66,16 @@ struct ShardCursor(AtomicU64);
 /// See the module.
 pub(super) struct Pool {
     extents: Extents,
+    homes: Homes,
     places: Box<[AtomicU64]>,
     cursors: Box<[ShardCursor]>,
 }
 
 impl Pool {
-    pub(super) fn new(extents: Extents, pages: u64, shards: usize) -> Self {
+    pub(super) fn new(extents: Extents, homes: Homes, pages: u64, shards: usize) -> Self {
         Self {
             extents,
+            homes,
             places: zeroed_words(index(pages)),
             cursors: (0..shards).map(|_| ShardCursor(AtomicU64::new(0))).collect(),
         }
@@ -133,9 +136,11 @@ impl Cache for Pool {
         self.extents.slab(position)
     }
 
-    fn place(&self, pages: &[PageIndex], landing: &mut Landing) -> Result<(), StoreError> {
+    fn place(&self, shard: usize, pages: &[PageIndex], landing: &mut Landing) -> Result<(), StoreError> {
         let count = u32::try_from(pages.len()).expect("a packet's pages");
-        let (extent, slot) = landing.cursor.claim(&self.extents, count + 1)?;
+        let (extent, slot) = landing
+            .cursor
+            .claim(&self.extents, self.homes.of_shard(shard), count + 1)?;
         let (id, slab, begin) = self.extents.locate(extent);
         let first = begin + u64::from(slot) * PAGE_BYTES;
         landing.slot = slot;
@@ -161,7 +166,7 @@ impl Cache for Pool {
         // The shard is one thread's, and so is its cursor.
         let word = &self.cursors[shard].0;
         let mut cursor = Cursor::unpack(word.load(Ordering::Relaxed));
-        let claimed = cursor.claim(&self.extents, 1);
+        let claimed = cursor.claim(&self.extents, self.homes.of_shard(shard), 1);
         if let Ok((extent, slot)) = &claimed {
             let offset = u64::from(*slot) * PAGE_BYTES;
             copy::fill(self.extents.page(*extent, offset), bytes);
@@ -227,6 +232,10 @@ impl Cache for Pool {
 
     fn pool(&self) -> Option<&Extents> {
         Some(&self.extents)
+    }
+
+    fn home(&self, shard: usize) -> HomeId {
+        self.homes.of_shard(shard)
     }
 
     fn give_back(&self) {

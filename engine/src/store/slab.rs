@@ -1,10 +1,12 @@
 //! The memory that slots lie in: slabs, each of which a ring registers as one buffer.
 #![forbid(unsafe_code)]
 
+use super::homes::{HomeId, Homes};
 use super::huge::{self, Fallback, HUGE_2M, HugePages};
 use super::map::{Mapping, index};
 use crate::sync::{AtomicBool, AtomicU32, Ordering};
 use crate::units::ChannelId;
+use nix::errno::Errno;
 
 /// Position of a slab among the store's slabs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -28,6 +30,7 @@ pub struct Slab {
     memory: Mapping,
     slot_bytes: u64,
     header_bytes: u64,
+    home: HomeId,
     /// Whether rings shall have it registered.
     wanted: AtomicBool,
     /// Rings that have.
@@ -35,24 +38,29 @@ pub struct Slab {
 }
 
 impl Slab {
-    /// Slots alone.
-    pub(super) fn of_slots(memory: &mut SlabMemory, slot_bytes: u64) -> Result<Self, nix::errno::Errno> {
-        Self::map(memory, slot_bytes, 0)
+    /// Slots alone, for the shards of a home.
+    pub(super) fn of_slots(memory: &mut SlabMemory, slot_bytes: u64, home: HomeId) -> Result<Self, Errno> {
+        let slots = memory.map(slot_bytes)?;
+        memory.place(&slots, |homes, slots| homes.settle(slots, home));
+        Ok(Self::new(slots, slot_bytes, 0, home))
     }
 
-    /// Slots, and a header area.
-    pub(super) fn with_headers(memory: &mut SlabMemory, slot_bytes: u64) -> Result<Self, nix::errno::Errno> {
-        Self::map(memory, slot_bytes, HEADER_AREA)
+    /// Slots, and a header area, for all shards.
+    pub(super) fn with_headers(memory: &mut SlabMemory, slot_bytes: u64) -> Result<Self, Errno> {
+        let slots = memory.map(slot_bytes + HEADER_AREA)?;
+        memory.place(&slots, Homes::spread);
+        Ok(Self::new(slots, slot_bytes, HEADER_AREA, HomeId::default()))
     }
 
-    fn map(memory: &mut SlabMemory, slot_bytes: u64, header_bytes: u64) -> Result<Self, nix::errno::Errno> {
-        Ok(Self {
-            memory: memory.map(slot_bytes + header_bytes)?,
+    fn new(memory: Mapping, slot_bytes: u64, header_bytes: u64, home: HomeId) -> Self {
+        Self {
+            memory,
             slot_bytes,
             header_bytes,
+            home,
             wanted: AtomicBool::new(true),
             registrations: AtomicU32::new(0),
-        })
+        }
     }
 
     pub(super) fn want(&self, wanted: bool) {
@@ -92,6 +100,11 @@ impl Slab {
         &self.memory
     }
 
+    /// Whose it is.
+    pub(super) fn home(&self) -> HomeId {
+        self.home
+    }
+
     /// Bytes of slots.
     pub(super) fn slot_bytes(&self) -> u64 {
         self.slot_bytes
@@ -113,6 +126,9 @@ impl Slab {
 /// Where slabs get their memory: from the huge page pool until it is empty, and what comes after that.
 pub(super) struct SlabMemory {
     asked: HugePages,
+    homes: Homes,
+    /// Why the kernel would not put memory on its node.
+    misplaced: Option<Errno>,
     transparent: Option<Fallback>,
     /// Why the pool gave nothing, and how many slabs and bytes went without.
     lack: Option<String>,
@@ -121,9 +137,11 @@ pub(super) struct SlabMemory {
 }
 
 impl SlabMemory {
-    pub(super) fn new(asked: HugePages) -> Self {
+    pub(super) fn new(asked: HugePages, homes: Homes) -> Self {
         Self {
             asked,
+            homes,
+            misplaced: None,
             transparent: huge::transparent_private(),
             lack: None,
             slabs_without: 0,
@@ -138,7 +156,17 @@ impl SlabMemory {
         Mapping::huge(length).map_err(|errno| errno.desc().to_owned())
     }
 
-    fn map(&mut self, length: u64) -> Result<Mapping, nix::errno::Errno> {
+    pub(super) fn homes(&self) -> &Homes {
+        &self.homes
+    }
+
+    fn place(&mut self, memory: &Mapping, place: impl FnOnce(&Homes, &Mapping) -> Result<(), Errno>) {
+        if let Err(errno) = place(&self.homes, memory) {
+            self.misplaced.get_or_insert(errno);
+        }
+    }
+
+    fn map(&mut self, length: u64) -> Result<Mapping, Errno> {
         let mapping = match self.asked {
             HugePages::Huge2M | HugePages::Huge1G => match Self::from_pool(length) {
                 Ok(mapping) => mapping,
@@ -156,7 +184,7 @@ impl SlabMemory {
         Ok(mapping)
     }
 
-    fn map_transparent(&self, length: u64) -> Result<Mapping, nix::errno::Errno> {
+    fn map_transparent(&self, length: u64) -> Result<Mapping, Errno> {
         let mapping = Mapping::anonymous(length)?;
         if self.transparent.is_none() {
             // Advice: where the kernel declines it, pages are ordinary ones, as they would be without it.
@@ -166,7 +194,12 @@ impl SlabMemory {
     }
 
     /// What `slabs_all` slabs had to do without.
-    pub(super) fn note(&self, slabs_all: usize) -> Option<Fallback> {
+    pub(super) fn notes(&self, slabs_all: usize) -> impl Iterator<Item = Fallback> {
+        let misplaced = self.misplaced.map(|errno| self.homes.refused("the cache", errno));
+        self.huge_note(slabs_all).into_iter().chain(misplaced)
+    }
+
+    fn huge_note(&self, slabs_all: usize) -> Option<Fallback> {
         let Some(reason) = &self.lack else {
             return self.transparent.clone().filter(|_| self.asked == HugePages::Thp);
         };

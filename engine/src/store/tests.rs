@@ -1,6 +1,7 @@
 //! The store as a whole: what its tests share, and those of receiving and committing.
 
 mod dumps;
+mod homes;
 mod memory;
 mod model;
 mod pool;
@@ -86,7 +87,7 @@ fn stamp(bytes: &[u8; PAGE_SIZE]) -> u64 {
 
 fn land(store: &Store, shard: usize, pages: &[(u64, u64)], landing: &mut Landing) {
     let indices: Vec<_> = pages.iter().map(|(index, _)| page(*index)).collect();
-    store.place(&indices, landing).unwrap();
+    store.place(0, &indices, landing).unwrap();
     let bytes: Vec<u8> = pages.iter().flat_map(|(_, stamp)| content(*stamp)).collect();
     landing.fill_by_kernel(&bytes);
     store.landed(shard, landing);
@@ -146,14 +147,14 @@ fn a_packet_in_one_slab_is_one_registered_buffer() {
     let store = store(&BLOCKS);
     let mut landing = Landing::default();
     let packet: Vec<_> = (10..20).chain([5]).map(page).collect();
-    store.place(&packet, &mut landing).unwrap();
+    store.place(0, &packet, &mut landing).unwrap();
     assert_eq!(
         (landing.slab(), landing.runs().len()),
         (None, 2),
         "the image is no registered buffer"
     );
     store.begin_colo();
-    store.place(&packet, &mut landing).unwrap();
+    store.place(0, &packet, &mut landing).unwrap();
     assert_eq!(landing.slab(), Some(SlabId(0)));
     let lengths: Vec<_> = landing.runs().iter().map(|run| run.length / PAGE_SIZE).collect();
     assert_eq!(lengths, [10, 1], "neighbours share a run");
@@ -162,11 +163,11 @@ fn a_packet_in_one_slab_is_one_registered_buffer() {
         let offset = run.address.addr() - slab.base().addr();
         assert!(offset + run.length <= slab.bytes());
     }
-    store.place(&[page(63), page(64)], &mut landing).unwrap();
+    store.place(0, &[page(63), page(64)], &mut landing).unwrap();
     assert_eq!((landing.slab(), landing.runs().len()), (None, 2), "two slabs");
-    store.place(&[page(PAGES - 1)], &mut landing).unwrap();
+    store.place(0, &[page(PAGES - 1)], &mut landing).unwrap();
     assert_eq!(landing.slab(), Some(SlabId(3)));
-    store.place(&[], &mut landing).unwrap();
+    store.place(0, &[], &mut landing).unwrap();
     assert_eq!((landing.slab(), landing.runs().len()), (None, 0));
 }
 
@@ -180,7 +181,7 @@ fn headers_lie_in_the_slab_behind_all_slots() {
         for channel in [0, 255] {
             let mut landing = Landing::of(crate::units::ChannelId(channel));
             let first = u64::try_from(slab).unwrap() * TEST_SLAB_PAGES;
-            store.place(&[page(first)], &mut landing).unwrap();
+            store.place(0, &[page(first)], &mut landing).unwrap();
             let offset = landing.header().unwrap().addr() - memory.base().addr();
             let header = usize::try_from(HEADER_BYTES).unwrap();
             assert_eq!(offset, pages * PAGE_SIZE + usize::from(channel) * header);
@@ -196,7 +197,7 @@ fn a_packet_larger_than_the_wire_allows_is_a_mistake_of_the_caller() {
     let pages: Vec<_> = (0..=PACKET_PAGES)
         .map(|at| page(u64::try_from(at).unwrap()))
         .collect();
-    let _ = store.place(&pages, &mut Landing::default());
+    let _ = store.place(0, &pages, &mut Landing::default());
 }
 
 #[test]
@@ -298,7 +299,7 @@ fn two_threads_write_one_page(kind: (CacheKind, CommitMode)) {
             let mut landing = Landing::default();
             for _ in 0..2000 {
                 store.write(shard, page(7), &[byte; PAGE_SIZE]).unwrap();
-                store.place(&[page(7)], &mut landing).unwrap();
+                store.place(0, &[page(7)], &mut landing).unwrap();
                 landing.fill_by_kernel(&[byte; PAGE_SIZE]);
                 store.landed(shard, &mut landing);
             }

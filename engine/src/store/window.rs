@@ -10,6 +10,7 @@
 //! does; so what Rust sees as a slice and what the kernel writes never overlap, and the flush beside it only reads.
 
 use super::extents::{EXTENT_BYTES, Extents};
+use super::homes::HomeId;
 use super::lives::ExtentId;
 use super::map::index;
 use super::slab::SlabId;
@@ -34,21 +35,24 @@ pub(super) struct Arrived {
 pub struct Window {
     store: Arc<Store>,
     extent: ExtentId,
+    home: HomeId,
     pos: Cell<usize>,
     filled: usize,
 }
 
 impl Window {
-    /// An empty window, if the store's pages can stay where they arrive.
+    /// An empty window, if the store's pages can stay where they arrive. `shard` is that of the thread that will fill it.
     ///
     /// # Errors
     /// If there is no memory for it.
-    pub fn open(store: &Arc<Store>) -> Result<Option<Self>, StoreError> {
+    pub fn open(store: &Arc<Store>, shard: usize) -> Result<Option<Self>, StoreError> {
         let Some(extents) = store.extents() else {
             return Ok(None);
         };
+        let home = store.cache.home(shard);
         Ok(Some(Self {
-            extent: extents.take()?,
+            extent: extents.take(home)?,
+            home,
             store: store.clone(),
             pos: Cell::new(0),
             filled: 0,
@@ -136,7 +140,7 @@ impl Window {
 
     /// Goes on in another extent, with what was not consumed.
     fn move_on(&mut self) -> Result<(), StoreError> {
-        let next = self.extents().take()?;
+        let next = self.extents().take(self.home)?;
         let (pos, rest) = (self.pos.get(), self.filled - self.pos.get());
         // SAFETY: `rest` bytes of this extent that nobody writes, to the beginning of one that was taken just now, so that
         // nobody else uses it; both are EXTENT_BYTES long, and they are different.

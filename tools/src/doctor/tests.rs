@@ -42,6 +42,7 @@ fn good() -> HostReport {
             thp_shmem: Some("advise".to_owned()),
             memlock_limit_bytes: None,
             cap_ipc_lock: false,
+            swap_bytes: 0,
             memfd: Ok(()),
         },
         network: NetworkReport {
@@ -54,6 +55,7 @@ fn good() -> HostReport {
         numa_nodes: vec![NumaNode {
             node: 0,
             cores: vec![0, 1, 2, 3],
+            memory_node: Some(0),
         }],
     }
 }
@@ -125,11 +127,18 @@ fn each_lack_is_told_with_its_remedy() {
             host.memory.thp = Some("never".to_owned());
         },
     );
-    expect("NUMA nodes", warn, "--cores", |host| {
+    expect("NUMA nodes", warn, "--numa-node", |host| {
         host.numa_nodes.push(NumaNode {
             node: 1,
             cores: vec![4],
+            memory_node: Some(1),
         });
+    });
+    expect("locked memory", warn, "ulimit -l", |host| {
+        host.memory.swap_bytes = 1 << 30;
+        host.memory.memlock_limit_bytes = Some(8 << 20);
+        // What registers buffers may do more than what locks memory.
+        host.ring.as_mut().unwrap().registration.beyond_limit = Some(true);
     });
     expect("congestion control", warn, "cubic", |host| {
         host.network.congestion_control = Some("bbr".to_owned());
@@ -162,6 +171,7 @@ fn a_memory_only_node_is_no_second_node() {
     host.numa_nodes.push(NumaNode {
         node: 1,
         cores: vec![],
+        memory_node: Some(1),
     });
     assert_eq!(complaints(&host), []);
 }

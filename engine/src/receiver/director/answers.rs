@@ -76,6 +76,7 @@ impl Book {
                 .features()
                 .map(|features| features.to_string()),
             cores: options.cores.clone(),
+            placement: self.director.placement.clone(),
             uptime_ms: u64::try_from(self.director.around.started.elapsed().as_millis()).unwrap_or(u64::MAX),
             ram_held_bytes: self.director.budget.held(),
             ram_limit_bytes: self.director.budget.limit(),

@@ -554,6 +554,11 @@ fn surroundings(
         cache,
         commit,
         shards,
+        // With two homes, whether or not this host has a second node.
+        nodes: match shards.is_multiple_of(2) {
+            true => (0..shards).map(|shard| shard % 2).collect(),
+            false => Vec::new(),
+        },
         running_guest: None,
     };
     let method = rng.pick(&[CopyMethod::NonTemporal, CopyMethod::Memcpy]);

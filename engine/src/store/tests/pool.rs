@@ -24,7 +24,7 @@ fn a_packet_lands_in_one_piece_with_the_next_header_behind_it() {
     let store = pool();
     let mut landing = Landing::default();
     let scattered: Vec<_> = (0..PACKET_PAGES).map(|at| page((at * 7 % 1500) as u64)).collect();
-    store.place(&scattered, &mut landing).unwrap();
+    store.place(0, &scattered, &mut landing).unwrap();
     let [run] = landing.runs() else {
         panic!("{:?}", landing.runs())
     };
@@ -37,14 +37,14 @@ fn a_packet_lands_in_one_piece_with_the_next_header_behind_it() {
     let (first, header) = (run.address, landing.header().unwrap());
     landing.fill_by_kernel(&vec![1; PACKET_PAGES * PAGE_SIZE]);
     store.landed(0, &mut landing);
-    store.place(&scattered, &mut landing).unwrap();
+    store.place(0, &scattered, &mut landing).unwrap();
     assert_eq!(landing.runs()[0].address, header);
     // Nothing was committed of what came first, and all of it came again: its slots are used again.
     landing.fill_by_kernel(&vec![2; PACKET_PAGES * PAGE_SIZE]);
     store.landed(0, &mut landing);
     store.commit(CheckpointId(0), &mut Vec::new(), &alone());
     store.settle();
-    store.place(&scattered, &mut landing).unwrap();
+    store.place(0, &scattered, &mut landing).unwrap();
     assert_eq!(landing.runs()[0].address, first, "the hottest memory first");
 }
 
@@ -84,7 +84,7 @@ fn a_primary_that_sends_the_same_pages_again_and_again_is_refused() {
         let again = [page(0)];
         let pages = std::iter::once(std::slice::from_ref(&stays)).chain(std::iter::repeat_n(&again[..], 255));
         for packet in pages {
-            if let Err(error) = store.place(packet, &mut landing) {
+            if let Err(error) = store.place(0, packet, &mut landing) {
                 return Some(error);
             }
             store.landed(0, &mut landing);
@@ -109,7 +109,7 @@ fn what_is_held_is_given_back_at_the_end() {
     let mut landing = Landing::default();
     land(&store, 0, &[(1, 11), (2, 12)], &mut landing);
     store.write(1, page(3), &content(13)).unwrap();
-    let window = Window::open(&store).unwrap().unwrap();
+    let window = Window::open(&store, 0).unwrap().unwrap();
     store.commit(CheckpointId(0), &mut Vec::new(), &alone());
     land_more(&store, &mut landing);
     drop(window);
@@ -129,7 +129,7 @@ fn land_more(store: &Store, landing: &mut Landing) {
 #[test]
 fn pages_stay_where_a_window_received_them() {
     let store = Arc::new(pool());
-    let mut window = Window::open(&store).unwrap().unwrap();
+    let mut window = Window::open(&store, 0).unwrap().unwrap();
     let mut sent = 0;
     for at in 0..600 {
         // A record: five bytes, and the page.

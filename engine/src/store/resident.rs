@@ -1,0 +1,23 @@
+//! Keeping guest memory in RAM: a page that was swapped out would be read back within a pause.
+#![forbid(unsafe_code)]
+
+use super::huge::Fallback;
+use super::map::Mapping;
+use crate::host::has_swap;
+
+/// Locks memory that is populated. Where the limit forbids it, and there is swap so that it matters, a note says so.
+pub(super) fn lock<'a>(mappings: impl Iterator<Item = &'a Mapping>) -> Option<Fallback> {
+    let mut unlocked_bytes = 0;
+    let mut reason = None;
+    for mapping in mappings {
+        if let Err(errno) = mapping.lock() {
+            unlocked_bytes += mapping.len();
+            reason.get_or_insert(errno);
+        }
+    }
+    let reason = reason.filter(|_| has_swap())?;
+    Some(Fallback::Unlocked {
+        mib: unlocked_bytes >> 20,
+        reason: reason.desc().to_owned(),
+    })
+}
