@@ -422,6 +422,7 @@ fn what_fails_leaves_the_checkpoint_for_another_attempt() {
         for (name, arguments, says) in cases {
             let refused = secondary.receiver.failover_refused(1, &arguments)?;
             println!("{name}: {refused}");
+            assert!(refused.contains("still there"), "{name}: {refused}");
             for part in says {
                 assert!(
                     refused.contains(part),

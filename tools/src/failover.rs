@@ -9,6 +9,7 @@ use crate::control::Conversation;
 use crate::options::ControlAddress;
 use crate::output::{CommandError, tell};
 use crate::protect::monitor_path;
+use crate::signals;
 use clap::Args;
 use colo_ring::receiver::{Claimed, Fed, Feed, Request};
 use command_line::{CommandLine, main_block};
@@ -19,7 +20,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode, Stdio};
 use std::str::FromStr;
 use std::time::{Duration, Instant};
-use waiting::{RunDirectory, Waiting};
+use waiting::{RunDirectory, Started, Waiting};
 
 /// Options of `colo-ring failover`.
 #[derive(Debug, Args)]
@@ -116,6 +117,13 @@ struct Claim {
 /// If it is not to be had, does not fit, or does not start: what the checkpoint's state is then, is told.
 pub fn run(args: &FailoverArgs) -> Result<ExitCode, CommandError> {
     let began = Instant::now();
+    let started = Started::default();
+    let to_end = started.clone();
+    signals::on_end(move || {
+        to_end.kill();
+        tell("interrupted: `colo-ring status` says how the checkpoint stands");
+        std::process::exit(1);
+    })?;
     let line = args.command_line()?;
     let mut conversation = Conversation::open(&args.control)?;
     let claim = Request::Claim {
@@ -134,9 +142,9 @@ pub fn run(args: &FailoverArgs) -> Result<ExitCode, CommandError> {
     };
     let mut outcome = match (&args.to, line) {
         (Some(target), _) => write_only(args, &mut claim, target, &mut times)?,
-        (None, line) => resume(args, &mut claim, line, &mut times)?,
+        (None, line) => resume(args, &mut claim, line, &started, &mut times)?,
     };
-    times.total = began.elapsed();
+    times.total = began.elapsed() - times.give_up;
     outcome.times = times;
     report::print_outcome(args, &claim.claimed, &outcome)?;
     Ok(ExitCode::SUCCESS)
@@ -186,6 +194,16 @@ impl Claim {
         }))
     }
 
+    /// It failed before anything was given; the claim ends with the conversation.
+    fn untouched(&self, error: &CommandError) -> CommandError {
+        let Claimed {
+            claimed, checkpoint, ..
+        } = &self.claimed;
+        CommandError::Failed(format!(
+            "{error}\nnothing was given away: checkpoint {checkpoint} of session {claimed} is still there"
+        ))
+    }
+
     /// Gives the claim up, and says what is left. `may_have_run`: whether a guest may have, if the stream was written.
     fn release(&mut self, may_have_run: bool, why: &str) -> CommandError {
         let session = self.claimed.claimed;
@@ -220,33 +238,11 @@ fn resume(
     args: &FailoverArgs,
     claim: &mut Claim,
     line: Option<CommandLine>,
+    started: &Started,
     times: &mut Times,
 ) -> Result<Outcome, CommandError> {
-    let directory = RunDirectory::new(args.run_dir.as_deref(), args.session)?;
-    let began = Instant::now();
-    let mut waiting = match (line, &args.qmp) {
-        (Some(line), _) => Waiting::start(fit(args, &claim.claimed, line)?, directory)?,
-        (None, Some(monitor)) => Waiting::attach(monitor, directory)?,
-        (None, None) => {
-            return Err(CommandError::Usage(
-                "say where to: --qmp, --qemu-args, --to or -- QEMU".to_owned(),
-            ));
-        }
-    };
-    times.start = began.elapsed();
-    let began = Instant::now();
-    let mapped = waiting.check(&claim.claimed)?.filter(|_| !args.stream);
-    let shared = mapped.map(|block| block.name.clone());
-    if shared.is_none() && !args.stream {
-        tell(
-            "the receiver's memory has no file that this QEMU has mapped: all of it goes through the stream",
-        );
-    }
-    times.check = began.elapsed();
-    fence(args, claim, times)?;
-    let began = Instant::now();
-    waiting.listen(shared.is_some())?;
-    times.check += began.elapsed();
+    let (mut waiting, shared) =
+        prepare(args, claim, line, started, times).map_err(|error| claim.untouched(&error))?;
     let began = Instant::now();
     let to = format!("unix:{}", waiting.socket().display());
     let fed = match claim.feed(to, shared.clone(), args.keep()?) {
@@ -267,17 +263,54 @@ fn resume(
         }
     };
     times.load = began.elapsed();
-    let promoted = claim.conversation.ask::<Value>(&Request::Promoted {
-        session: args.session,
-    });
     let outcome = Outcome::resumed(&waiting, status, shared, fed);
     waiting.let_go();
-    if let Err(error) = promoted {
+    let began = Instant::now();
+    let session = args.session;
+    if let Err(error) = claim.conversation.ask::<Value>(&Request::Promoted { session }) {
         tell(&format!(
             "warning: the guest runs, but the receiver was not told: {error}"
         ));
     }
+    times.give_up = began.elapsed();
     Ok(outcome)
+}
+
+/// Starts or finds the QEMU, checks it, makes sure that the primary is off, and has it wait for the stream. Returns the
+/// name of the block that it has mapped, if it has.
+fn prepare(
+    args: &FailoverArgs,
+    claim: &Claim,
+    line: Option<CommandLine>,
+    started: &Started,
+    times: &mut Times,
+) -> Result<(Waiting, Option<String>), CommandError> {
+    let directory = RunDirectory::new(args.run_dir.as_deref(), args.session)?;
+    let began = Instant::now();
+    let mut waiting = match (line, &args.qmp) {
+        (Some(line), _) => Waiting::start(fit(args, &claim.claimed, line)?, directory, started)?,
+        (None, Some(monitor)) => Waiting::attach(monitor, directory, started)?,
+        (None, None) => {
+            return Err(CommandError::Usage(
+                "say where to: --qmp, --qemu-args, --to or -- QEMU".to_owned(),
+            ));
+        }
+    };
+    times.start = began.elapsed();
+    let began = Instant::now();
+    let mapped = waiting.check(&claim.claimed)?.filter(|_| !args.stream);
+    let shared = mapped.map(|block| block.name.clone());
+    if shared.is_none() && !args.stream {
+        tell(
+            "the receiver's memory has no file that this QEMU has mapped: all of it goes through the stream",
+        );
+    }
+    times.check = began.elapsed();
+    fence(args, claim, times)?;
+    let began = Instant::now();
+    waiting.listen(shared.is_some())?;
+    times.check += began.elapsed();
+    Ok((waiting, shared))
 }
 
 /// The command line with what must be added, checked against the checkpoint as far as it says something.
@@ -327,7 +360,7 @@ fn fence(args: &FailoverArgs, claim: &Claim, times: &mut Times) -> Result<(), Co
         return Ok(());
     }
     Err(CommandError::Failed(format!(
-        "--fence '{command}' failed ({status}): the primary may still run, so nothing was given away"
+        "--fence '{command}' failed ({status}): the primary may still run"
     )))
 }
 
@@ -338,7 +371,7 @@ fn write_only(
     target: &Target,
     times: &mut Times,
 ) -> Result<Outcome, CommandError> {
-    fence(args, claim, times)?;
+    fence(args, claim, times).map_err(|error| claim.untouched(&error))?;
     let keep = args.keep()?;
     let began = Instant::now();
     let (name, fed) = match target {

@@ -26,8 +26,10 @@ pub(super) struct Times {
     pub(super) feed: Duration,
     /// From the stream's last byte until the guest runs.
     pub(super) load: Duration,
-    /// All of it.
+    /// All of it, until the guest runs.
     pub(super) total: Duration,
+    /// Then: until the receiver has given its memory up.
+    pub(super) give_up: Duration,
 }
 
 /// What became of the checkpoint.
@@ -56,6 +58,7 @@ struct Steps {
     write_ns: u64,
     load_ns: u64,
     total_ns: u64,
+    give_up_ns: u64,
 }
 
 #[derive(Serialize)]
@@ -123,6 +126,7 @@ impl Outcome {
             write_ns: self.fed.write_ns,
             load_ns: nanoseconds(times.load),
             total_ns: nanoseconds(times.total),
+            give_up_ns: nanoseconds(times.give_up),
         }
     }
 }

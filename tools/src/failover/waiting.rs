@@ -5,12 +5,15 @@ use crate::output::CommandError;
 use crate::qmp::{Qmp, QmpError};
 use colo_ring::failover::IGNORE_SHARED;
 use colo_ring::receiver::{Claimed, GuestBlock};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 use serde_json::{Value, json};
 use std::fs::{self, DirBuilder, File};
 use std::os::unix::fs::{DirBuilderExt, MetadataExt};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 /// How long a QEMU may take from its start to its monitor's greeting.
@@ -74,27 +77,58 @@ impl Drop for RunDirectory {
     }
 }
 
+/// The process id of the QEMU that was started here, until it is let go: for a signal that ends this command.
+#[derive(Clone, Default)]
+pub(super) struct Started(Arc<Mutex<Option<Pid>>>);
+
+impl Started {
+    fn set(&self, child: Option<&Child>) {
+        let pid = child
+            .and_then(|child| i32::try_from(child.id()).ok())
+            .map(Pid::from_raw);
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = pid;
+    }
+
+    /// Ends it. It is not reaped yet, so that its id is its own.
+    pub(super) fn kill(&self) {
+        if let Some(pid) = *self.0.lock().unwrap_or_else(PoisonError::into_inner) {
+            // It may have ended by itself.
+            let _ = kill(pid, Signal::SIGKILL);
+        }
+    }
+}
+
 /// The QEMU. One that was started here is killed when this is dropped, unless it was let go.
 pub(super) struct Waiting {
     qmp: Qmp,
     child: Option<Child>,
+    started: Started,
     directory: RunDirectory,
 }
 
 impl Waiting {
     /// The operator's own, which waits already.
-    pub(super) fn attach(monitor: &Path, directory: RunDirectory) -> Result<Self, CommandError> {
+    pub(super) fn attach(
+        monitor: &Path,
+        directory: RunDirectory,
+        started: &Started,
+    ) -> Result<Self, CommandError> {
         let qmp =
             Qmp::connect(monitor, CONNECT_LIMIT).map_err(|error| CommandError::Failed(error.to_string()))?;
         Ok(Self {
             qmp,
             child: None,
+            started: started.clone(),
             directory,
         })
     }
 
     /// Starts one.
-    pub(super) fn start(mut line: CommandLine, directory: RunDirectory) -> Result<Self, CommandError> {
+    pub(super) fn start(
+        mut line: CommandLine,
+        directory: RunDirectory,
+        started: &Started,
+    ) -> Result<Self, CommandError> {
         let (monitor, log) = (directory.file("qmp.sock"), directory.file("qemu.log"));
         line.wait_for_migration(&monitor);
         let failed =
@@ -114,6 +148,7 @@ impl Waiting {
         let mut child = command
             .spawn()
             .map_err(|error| failed(&format!("cannot start {}", line.program()), &error))?;
+        started.set(Some(&child));
         let began = Instant::now();
         loop {
             match Qmp::connect(&monitor, Duration::ZERO) {
@@ -121,6 +156,7 @@ impl Waiting {
                     return Ok(Self {
                         qmp,
                         child: Some(child),
+                        started: started.clone(),
                         directory,
                     });
                 }
@@ -128,6 +164,7 @@ impl Waiting {
                     std::thread::sleep(Duration::from_millis(2));
                 }
                 Err(error) => {
+                    started.set(None);
                     end(&mut child);
                     return Err(CommandError::Failed(format!(
                         "QEMU does not start: {error}{}",
@@ -136,6 +173,7 @@ impl Waiting {
                 }
             }
             if let Some(status) = child.try_wait().ok().flatten() {
+                started.set(None);
                 return Err(CommandError::Failed(format!(
                     "QEMU does not start ({status}){}",
                     last_lines(&log)
@@ -315,6 +353,7 @@ impl Waiting {
     /// The guest runs: it is no longer ours.
     pub(super) fn let_go(mut self) {
         self.directory.keep |= self.child.is_some();
+        self.started.set(None);
         self.child = None;
     }
 
@@ -332,6 +371,7 @@ impl Waiting {
 impl Drop for Waiting {
     fn drop(&mut self) {
         if let Some(child) = &mut self.child {
+            self.started.set(None);
             end(child);
         }
     }

@@ -1,0 +1,157 @@
+//! A primary's host that vanishes without a word: no FIN, no reset, nothing answers any more. In a network namespace,
+//! which takes root and `ip` (iproute2); without root it says that it was skipped.
+
+use colo_ring_tests::command::{RunningReceiver, Scratch, wrapped};
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+/// Both ends of the link, link-local and so in nobody's way.
+const HERE: &str = "169.254.77.1";
+const THERE: &str = "169.254.77.2";
+
+/// A host of its own behind a link; it goes with this value.
+struct OtherHost {
+    name: String,
+}
+
+fn ip(words: &str) {
+    let status = Command::new("ip")
+        .args(words.split(' '))
+        .status()
+        .expect("ip (iproute2)");
+    assert!(status.success(), "ip {words}");
+}
+
+impl OtherHost {
+    fn new() -> Self {
+        // An interface's name has at most 15 bytes.
+        let name = format!("colo{}", std::process::id());
+        ip(&format!("netns add {name}"));
+        let host = Self { name };
+        let name = &host.name;
+        ip(&format!(
+            "link add {name}a type veth peer name {name}b netns {name}"
+        ));
+        ip(&format!("address add {HERE}/30 dev {name}a"));
+        ip(&format!("link set {name}a up"));
+        ip(&format!("-n {name} address add {THERE}/30 dev {name}b"));
+        ip(&format!("-n {name} link set {name}b up"));
+        host
+    }
+
+    fn start(&self, command: &mut Command) -> Child {
+        let mut there = Command::new("ip");
+        there
+            .args(["netns", "exec", &self.name])
+            .arg(command.get_program())
+            .args(command.get_args());
+        there
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .spawn()
+            .expect("ip netns exec")
+    }
+
+    /// Its connections stay, but nothing that is sent to them arrives, and it says nothing about that.
+    fn vanish(&self) {
+        ip(&format!("-n {0} address flush dev {0}b", self.name));
+    }
+}
+
+impl Drop for OtherHost {
+    fn drop(&mut self) {
+        // The link goes with the namespace.
+        let _ = Command::new("ip").args(["netns", "del", &self.name]).status();
+    }
+}
+
+#[test]
+fn a_vanished_host_is_noticed_and_told() {
+    if !nix::unistd::geteuid().is_root() {
+        println!("SKIPPED: a network namespace takes root");
+        return;
+    }
+    let (host, scratch) = (OtherHost::new(), Scratch::new());
+    let told = scratch.file("told");
+    let hook = format!(
+        "echo \"$COLO_RING_CHECKPOINT_AGE_MS $COLO_RING_REASON\" > {told}.part; mv {told}.part {told}"
+    );
+    let listen = format!("tcp:{HERE}:0");
+    let options = [
+        "--listen",
+        &listen,
+        "--keepalive",
+        "1",
+        "--user-timeout",
+        "3",
+        "--on-loss",
+        &hook,
+    ];
+    let receiver = RunningReceiver::start(wrapped(&[]), &options);
+    let log = receiver.log();
+    let line = log.lines().find(|line| line.contains(HERE)).expect("its address");
+    let address = line.trim_start_matches("listening on ");
+    let mut command = wrapped(&[]);
+    // Its next checkpoint is an hour away: the link is silent.
+    command.args([
+        "synth",
+        "--to",
+        address,
+        "--channels",
+        "2",
+        "--ram",
+        "8M",
+        "--interval",
+        "3600000",
+    ]);
+    let mut primary = host.start(&mut command);
+    let since = Instant::now();
+    while receiver.status()["sessions"][0]["state"] != "protected" {
+        assert!(since.elapsed() < Duration::from_secs(20), "{}", receiver.log());
+    }
+    // Silence alone is no loss: probes are answered.
+    std::thread::sleep(Duration::from_secs(5));
+    assert_eq!(
+        receiver.status()["sessions"][0]["state"],
+        "protected",
+        "{}",
+        receiver.log()
+    );
+    host.vanish();
+    let vanished = Instant::now();
+    receiver.told("session 1 ended");
+    let took = vanished.elapsed();
+    println!("noticed after {took:?}");
+    // Its last sign of life may be a probe's interval old.
+    assert!((1..8).contains(&took.as_secs()), "{took:?}");
+    let log = receiver.log();
+    let end = log
+        .lines()
+        .find(|line| line.starts_with("session 1 ended"))
+        .expect("it was told");
+    assert!(
+        end.contains("checkpoint 0") && end.contains("s old, is kept"),
+        "{end}"
+    );
+    let since = Instant::now();
+    let text = loop {
+        if let Ok(text) = std::fs::read_to_string(&told) {
+            break text;
+        }
+        assert!(since.elapsed() < Duration::from_secs(5), "the hook was not run");
+        std::thread::sleep(Duration::from_millis(10));
+    };
+    println!("{end}\n{text}");
+    let age: u64 = text
+        .split(' ')
+        .next()
+        .and_then(|age| age.parse().ok())
+        .expect("an age");
+    assert!(
+        age >= 7000,
+        "{age} ms: five seconds of silence and the time until it was noticed"
+    );
+    // It may have noticed by itself; either way it is reaped.
+    let _ = primary.kill();
+    let _ = primary.wait();
+}
