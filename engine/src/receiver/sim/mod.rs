@@ -14,11 +14,14 @@
 //! * Is it the last one acknowledged, or one behind it whose acknowledgement is on its way?
 //! * Is the image, page by page, that checkpoint's memory, and the device state its device state?
 //!
+//! Now and then, most of all while a flush is under way, it asks as a failover does ([`crate::store::HeldCheckpoint`]) or
+//! dumps to files.
+//!
 //! At the end: did everything that was not broken come to its end, and is nothing held any more: no endpoint, no posted
 //! receive, no registered buffer, no memory, no budget?
 //!
-//! What is not simulated: the backends' own system calls, the threads of a flush, a connection's way to its session,
-//! deadlines. Orders between threads are loom's.
+//! What is not simulated: the backends' own system calls, the threads of a flush, commits between the passes of a dump, a
+//! connection's way to its session, deadlines. Orders between threads are loom's.
 //!
 //! `scripts/simulate` runs it for as long as one likes.
 

@@ -3,17 +3,16 @@
 //! It writes whole stages at once, the bytes of each connection by themselves: how they are cut into pieces and in which
 //! order they arrive is the network's matter. Answers are compared byte for byte.
 
-use super::memory::{Content, Memory, PAGE, Snapshot, is_zero};
+mod pages;
+
+use super::memory::{Content, Memory, PAGE, Snapshot};
 use super::rng::Rng;
 use super::session::Intruder;
 use crate::blocks::BlockTable;
 use crate::units::PACKET_PAGES;
-use crate::wire::codec::Method;
 use crate::wire::colo::Message;
-use crate::wire::multifd::{HEADER_LEN, PacketFields, raw_payload_len};
-use crate::wire::ram::{BlockRef, Record, encode_block_list};
+use crate::wire::ram::encode_block_list;
 use crate::wire::stream::{Command, SECTION_EOF, Section, StreamHeader, encode_footer};
-use crate::wire::xbzrle;
 use std::collections::VecDeque;
 
 /// Which primary it looks like.
@@ -382,181 +381,6 @@ impl Primary {
             sent: std::mem::take(&mut self.counted),
             complete_at: [main].into_iter().chain(self.synced_at.iter().copied()).collect(),
         });
-    }
-
-    fn send_dirty(&mut self, rng: &mut Rng, pages: &[usize]) {
-        let content = |page: &usize| (*page, self.memory.pages[*page].clone());
-        let contents = pages.iter().map(content).collect();
-        for page in pages {
-            self.memory.dirty.remove(page);
-        }
-        self.send_pages(rng, contents);
-    }
-
-    /// Sends pages, each where this kind of primary sends it, and none twice in a round with different content.
-    fn send_pages(&mut self, rng: &mut Rng, pages: Vec<(usize, Content)>) {
-        let mut packet = Packet::default();
-        for (page, content) in pages {
-            let zero = is_zero(&content) && self.kind.zero_pages != ZeroPages::AsNormal;
-            let on_main = self.kind.channels == 0
-                || (zero && self.kind.zero_pages == ZeroPages::MainChannel)
-                || rng.one_in(100);
-            if on_main {
-                self.record(rng, page, zero, content);
-                continue;
-            }
-            let (block, offset) = self.memory.locate(page);
-            let full = packet.normal.len() + packet.zero.len() >= self.kind.packet_pages;
-            if full || packet.block != block {
-                let next = Packet {
-                    block,
-                    ..Packet::default()
-                };
-                let before = std::mem::replace(&mut packet, next);
-                if self.kind.version == Version::V7_2 && full && before.block == block && rng.one_in(2) {
-                    // The last page of a full packet again, on whichever channel.
-                    packet.normal.extend(before.normal.last().cloned());
-                }
-                self.queue(rng, before);
-            }
-            if zero {
-                packet.zero.push(offset);
-            } else {
-                packet.normal.push((offset, content));
-            }
-        }
-        self.queue(rng, packet);
-    }
-
-    fn queue(&mut self, rng: &mut Rng, packet: Packet) {
-        if !packet.normal.is_empty() || !packet.zero.is_empty() {
-            self.counted.0 += packet.normal.len() as u64;
-            self.counted.1 += packet.zero.len() as u64;
-            let channel = rng.below(self.queued.len());
-            self.queued[channel].push(packet);
-        }
-    }
-
-    fn record(&mut self, rng: &mut Rng, page: usize, zero: bool, content: Content) {
-        let (block, offset) = self.memory.locate(page);
-        let name = self.memory.blocks[block].0.clone();
-        let continued = self.last_block.replace(block) == Some(block) && !rng.one_in(8);
-        let named = if continued {
-            BlockRef::Continue
-        } else {
-            BlockRef::Named(name.as_bytes())
-        };
-        let mut delta = Vec::new();
-        if self.kind.xbzrle
-            && self.kind.channels == 0
-            && let Some(before) = &self.on_main[page]
-        {
-            xbzrle::encode(before, &content, &mut delta);
-        }
-        let (block, content) = (named, &*self.on_main[page].insert(content));
-        let delta = &*delta;
-        let record = match delta.len() {
-            _ if zero => Record::Zero { block, offset },
-            1..=PAGE => Record::Xbzrle { block, offset, delta },
-            _ => Record::Page {
-                block,
-                offset,
-                content,
-            },
-        };
-        self.streams[0].put(|out| record.encode(out));
-        if zero {
-            self.counted.1 += 1;
-        } else {
-            self.counted.0 += 1;
-        }
-    }
-
-    /// A sync point in a round.
-    fn marker(&mut self, rng: &mut Rng) {
-        if self.kind.channels > 0 && self.kind.per_round {
-            self.sync(rng);
-            self.main(|out| Record::MultifdFlush.encode(out));
-        }
-    }
-
-    fn end_of_section(&mut self, rng: &mut Rng) {
-        if !self.kind.per_round {
-            self.sync(rng);
-        }
-        self.main(|out| Record::Eos.encode(out));
-        self.main(|out| encode_footer(out, RAM_SECTION));
-    }
-
-    /// What is queued on every channel, and a SYNC behind it.
-    fn sync(&mut self, rng: &mut Rng) {
-        for channel in 0..self.kind.channels {
-            let mut packets = std::mem::take(&mut self.queued[channel]);
-            let last = packets.pop();
-            for packet in packets {
-                self.packet(channel, &packet, false);
-            }
-            // As 7.2 does it now and then: SYNC on the last packet with pages, then an empty one.
-            let with_pages = self.kind.version == Version::V7_2 && rng.one_in(2);
-            match last {
-                Some(packet) if with_pages => {
-                    self.packet(channel, &packet, true);
-                    self.synced_at[channel] = self.streams[channel + 1].sent;
-                    self.empty_packet(channel, &packet, false);
-                }
-                Some(packet) => {
-                    self.packet(channel, &packet, false);
-                    self.empty_packet(channel, &packet, true);
-                    self.synced_at[channel] = self.streams[channel + 1].sent;
-                }
-                None => {
-                    self.empty_packet(channel, &Packet::default(), true);
-                    self.synced_at[channel] = self.streams[channel + 1].sent;
-                }
-            }
-        }
-    }
-
-    fn packet(&mut self, channel: usize, packet: &Packet, sync: bool) {
-        let name = &self.memory.blocks[packet.block].0;
-        let normal: Vec<u64> = packet.normal.iter().map(|(offset, _)| *offset).collect();
-        let mut header = [0; HEADER_LEN];
-        PacketFields {
-            sync,
-            method: Method::None,
-            pages_alloc: u32::try_from(PACKET_PAGES).expect("128"),
-            payload_len: raw_payload_len(normal.len()),
-            packet_num: self.packets,
-            block: name.as_bytes(),
-            normal: &normal,
-            zero: &packet.zero,
-        }
-        .encode(&mut header);
-        self.packets += 1;
-        self.streams[channel + 1].put(|out| {
-            out.extend_from_slice(&header);
-            packet
-                .normal
-                .iter()
-                .for_each(|(_, content)| out.extend_from_slice(&content[..]));
-        });
-    }
-
-    /// A packet without pages; 7.2 leaves block and size of the one before in it.
-    fn empty_packet(&mut self, channel: usize, before: &Packet, sync: bool) {
-        let mut fields = PacketFields {
-            sync,
-            ..PacketFields::sync(self.packets)
-        };
-        if self.kind.version == Version::V7_2 {
-            fields.pages_alloc = u32::try_from(PACKET_PAGES).expect("128");
-            fields.payload_len = raw_payload_len(before.normal.len());
-            fields.block = self.memory.blocks[before.block].0.as_bytes();
-        }
-        let mut header = [0; HEADER_LEN];
-        fields.encode(&mut header);
-        self.packets += 1;
-        self.streams[channel + 1].put(|out| out.extend_from_slice(&header));
     }
 }
 

@@ -1,35 +1,20 @@
 //! Everything of one run, and its steps.
 
-use super::primary::{Kind, Primary, Stage};
+mod connect;
+mod faults;
+mod surroundings;
+
+use super::Tally;
+use super::primary::{Kind, Stage};
 use super::rng::Rng;
 use super::session::SimSession;
-use super::{FIRST_LEN, Tally};
-use crate::metrics::SampleQueue;
 use crate::receiver::budget::Budget;
-use crate::receiver::end::SessionEnd;
-use crate::receiver::guest::{Connection, Guest, MakeStore, Memory, Surroundings};
-use crate::receiver::helper::Helper;
-use crate::receiver::main_channel::MainChannel;
-use crate::receiver::page_channel::{Cores, PageChannel};
+use crate::receiver::guest::Surroundings;
 use crate::ring::ReceiveStyle;
-use crate::ring::sim::{Net, Network, Registered, SimCore, StreamEnd, Wire};
-use crate::session::SessionLimits;
-use crate::store::{CacheKind, CommitMode, CopyMethod, Flusher, Grain, HugePages, Store, StoreOptions};
-use crate::units::ChannelId;
-use crate::wire::stream::MAIN_MAGIC;
-use nix::errno::Errno;
-use nix::sys::socket::{AddressFamily, Shutdown, SockFlag, SockType, shutdown, socketpair};
-use std::os::fd::AsRawFd;
+use crate::ring::sim::{Net, Network, Registered, SimCore, StreamEnd};
+use faults::{FAULTS, Fault};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Instant;
-
-/// Every way to make a store.
-const STORES: [(CacheKind, CommitMode); 4] = [
-    (CacheKind::Mirror, CommitMode::Sync),
-    (CacheKind::Mirror, CommitMode::Deferred),
-    (CacheKind::Pool { max: None }, CommitMode::Sync),
-    (CacheKind::Pool { max: None }, CommitMode::Deferred),
-];
+use surroundings::{Job, STORES, surroundings};
 
 /// Steps after which a run has gone astray: none came near.
 const STEPS_MAX: u64 = 1_000_000;
@@ -51,41 +36,14 @@ const SIZES: [(usize, usize); 7] = [
     (500, 1 << 20),
 ];
 
-type Job = Box<dyn FnOnce() + Send>;
-
-/// What is done to a session, once.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Fault {
-    /// One connection ends in an orderly way, somewhere in what is under way.
-    Cut,
-    /// One connection is reset, or its host has vanished.
-    Reset,
-    /// The primary dies.
-    Kill,
-    /// One connection brings rubbish.
-    Rubbish,
-    /// A channel brings a page after the last sync of a checkpoint.
-    Intrude,
-    /// The operator stops it.
-    Stop,
-}
-
-const FAULTS: [Fault; 7] = [
-    Fault::Cut,
-    Fault::Reset,
-    Fault::Kill,
-    Fault::Rubbish,
-    Fault::Intrude,
-    Fault::Intrude,
-    Fault::Stop,
-];
-
 pub(super) struct World {
     rng: Rng,
     trace: bool,
     tally: Tally,
     net: Net,
     cores: Vec<SimCore>,
+    /// Each core stands for a thread that drives one connection.
+    is_threads: bool,
     sessions: Vec<SimSession>,
     around: Arc<Surroundings>,
     /// What is to be done apart: guests' memory to be made.
@@ -133,7 +91,8 @@ impl World {
         let ram = if no_memory { 4095 } else { 1 << 30 };
         let budgets = [("ram", ram), ("device state", 1 << 30)];
         let budgets = budgets.map(|(name, bytes)| Arc::new(Budget::new(bytes, name)));
-        let around = surroundings(rng, cores, &jobs, &budgets);
+        let store = rng.pick(&STORES);
+        let around = surroundings(rng, store, cores, &jobs, &budgets);
         let mut world = Self {
             cores: SimCore::all(&net, cores, &around.warn).expect("eventfds"),
             stalled: vec![false; connections],
@@ -148,6 +107,7 @@ impl World {
             trace,
             tally: Tally::default(),
             net,
+            is_threads: threads,
             sessions: Vec::new(),
             around,
             jobs,
@@ -169,7 +129,7 @@ impl World {
                 world.faults.push((at, world.sessions.len() - 1, fault));
             }
         }
-        world.note(|| format!("{cores} cores, {style:?}, {registered:?} buffers registered"));
+        world.note(|| format!("{store:?}, {cores} cores, {style:?}, {registered:?} buffers registered"));
         world
     }
 
@@ -181,72 +141,6 @@ impl World {
         if self.trace {
             println!("{:>6} {}", self.tally.steps, text());
         }
-    }
-
-    /// A primary connects all its channels.
-    fn begin(&mut self, kind: Kind, style: ReceiveStyle, pages_max: usize, no_memory: bool) {
-        self.note(|| format!("session {}: {kind:?}", self.sessions.len()));
-        let primary = Primary::new(&mut self.rng, kind, pages_max);
-        let first_wire = self.net.borrow().wires.len();
-        let threads = style == ReceiveStyle::THREADS;
-        let first_core = if threads {
-            first_wire
-        } else {
-            self.rng.below(self.cores.len())
-        };
-        let mut peers = Vec::new();
-        let mut connections = Vec::new();
-        let mut drivers = Vec::new();
-        for connection in 0..=kind.channels {
-            let pair = socketpair(
-                AddressFamily::Unix,
-                SockType::Stream,
-                None,
-                SockFlag::SOCK_CLOEXEC,
-            );
-            let (socket, peer) = pair.expect("two descriptors");
-            self.net.borrow_mut().wires.push(Wire::new(socket.as_raw_fd()));
-            peers.push(peer);
-            // Channels are at home where the main channel is, but for the backend that has a thread for each.
-            let beside = if threads { connection } else { 0 };
-            let core = (first_core + beside) % self.cores.len();
-            drivers.push(core);
-            let waker = self.cores[core].waker();
-            connections.push(Connection { socket, waker });
-        }
-        let main = connections.remove(0);
-        let id = u32::try_from(self.sessions.len()).expect("few");
-        let helpers: Vec<usize> = if threads {
-            Vec::new()
-        } else {
-            (0..self.cores.len()).filter(|core| *core != first_core).collect()
-        };
-        let wakers = helpers.iter().map(|core| self.cores[*core].waker()).collect();
-        let guest = Guest::new(id, "model".into(), self.around.clone(), main, connections, wakers);
-        for core in helpers {
-            self.cores[core].attach(Box::new(Helper::new(guest.clone())));
-        }
-        let channels = u8::try_from(kind.channels).expect("few");
-        let limits = SessionLimits {
-            channels,
-            ram_limit_bytes: 1 << 40,
-        };
-        let first = MAIN_MAGIC.first_chunk::<FIRST_LEN>().expect("four bytes");
-        let main = MainChannel::new(guest.clone(), limits, drivers[0], style, false, first);
-        self.cores[drivers[0]].attach(Box::new(main));
-        for (channel, core) in (0..channels).zip(&drivers[1..]) {
-            let beside = if threads { 0 } else { usize::from(channel) };
-            let cores = Cores {
-                home: *core,
-                away: (core + beside) % self.cores.len(),
-            };
-            let channel = PageChannel::new(guest.clone(), ChannelId(channel), *core, style, cores);
-            self.cores[*core].attach(Box::new(channel));
-        }
-        let wires = first_wire..first_wire + kind.channels + 1;
-        self.sessions
-            .push(SimSession::new(guest, primary, peers, wires, no_memory));
-        self.tally.sessions += 1;
     }
 
     /// Takes steps to the end.
@@ -438,161 +332,4 @@ impl World {
         job();
         true
     }
-
-    /// What happens to a session at this step, if anything.
-    fn break_something(&mut self) -> Result<(), String> {
-        let now = self.tally.steps;
-        while let Some(position) = self.faults.iter().position(|(at, ..)| *at <= now) {
-            let (_, session, fault) = self.faults.swap_remove(position);
-            if fault == Fault::Intrude && !self.intrude(session) {
-                self.faults.push((now + 1, session, fault));
-                break;
-            }
-            self.fault(session, fault);
-        }
-        if self.dump_at.is_some_and(|at| at <= now)
-            && let Some(session) = self.sessions.iter().find(|session| session.is_committed())
-        {
-            self.dump_at = None;
-            self.tally.dumps += 1;
-            self.note(|| "a dump".to_owned());
-            let directory = super::tests::scratch();
-            let dumped = session.dump(&directory);
-            drop(std::fs::remove_dir_all(&directory));
-            dumped?;
-        }
-        Ok(())
-    }
-
-    fn fault(&mut self, number: usize, fault: Fault) {
-        let session = &mut self.sessions[number];
-        session.is_touched = true;
-        let connection = self.rng.below(session.peers.len());
-        self.tally.digest ^= fault as u64 + 1;
-        if self.trace {
-            println!(
-                "{:>6} session {number}, connection {connection}: {fault:?}",
-                self.tally.steps
-            );
-        }
-        match fault {
-            Fault::Cut => self.cut(number, connection, StreamEnd::Eof),
-            Fault::Reset => {
-                let errno = self
-                    .rng
-                    .pick(&[Errno::ECONNRESET, Errno::ETIMEDOUT, Errno::EHOSTUNREACH]);
-                self.cut(number, connection, StreamEnd::Error(errno));
-            }
-            Fault::Kill => {
-                let count = session.peers.len();
-                // It reads no answer any more; ours may still find the connection open.
-                if self.rng.one_in(2) {
-                    let _ = shutdown(session.peers[0].as_raw_fd(), Shutdown::Read);
-                }
-                for connection in 0..count {
-                    self.cut(number, connection, StreamEnd::Eof);
-                }
-            }
-            Fault::Rubbish => self.spoil(number, connection),
-            // It has done it already.
-            Fault::Intrude => {}
-            Fault::Stop => session.guest.finish(SessionEnd::Stopped),
-        }
-    }
-
-    /// Lets a channel bring a page that it should not; false if now is no time for it.
-    fn intrude(&mut self, number: usize) -> bool {
-        let session = &mut self.sessions[number];
-        let intruder = session.primary.intrude(&mut self.rng);
-        session.send(&mut self.net.borrow_mut());
-        session.intruder = intruder;
-        session.intruder.is_some()
-    }
-
-    /// Ends a connection somewhere in what is under way on it.
-    fn cut(&mut self, number: usize, connection: usize, end: StreamEnd) {
-        let session = &mut self.sessions[number];
-        let wire = &mut self.net.borrow_mut().wires[session.wires.start + connection];
-        let under_way = wire.sent.len() - wire.arrived;
-        wire.cut(wire.arrived + self.rng.below(under_way + 1), end);
-        session.genuine[connection] = session.genuine[connection].min(wire.sent.len());
-    }
-
-    /// Puts rubbish where a packet, a record or a message begins that is under way, and ends the connection behind it.
-    fn spoil(&mut self, number: usize, connection: usize) {
-        let session = &mut self.sessions[number];
-        let wire = &mut self.net.borrow_mut().wires[session.wires.start + connection];
-        let starts = &session.primary.streams[connection].starts;
-        let (arrived, sent) = (wire.arrived, wire.sent.len());
-        let possible: Vec<usize> = starts
-            .iter()
-            .copied()
-            .filter(|at| (arrived..sent).contains(at))
-            .collect();
-        let at = if possible.is_empty() {
-            sent
-        } else {
-            self.rng.pick(&possible)
-        };
-        wire.cut(at, StreamEnd::Eof);
-        wire.sent.resize(at + self.rng.any_size(3000), 0xff);
-        session.genuine[connection] = session.genuine[connection].min(at);
-    }
-}
-
-/// What the guests' parts are given to work with, without a thread.
-fn surroundings(
-    rng: &mut Rng,
-    shards: usize,
-    jobs: &Arc<Mutex<Vec<Job>>>,
-    budgets: &[Arc<Budget>; 2],
-) -> Arc<Surroundings> {
-    let (cache, commit) = rng.pick(&STORES);
-    let options = StoreOptions {
-        hugepages: HugePages::Off,
-        ram_dir: None,
-        cache,
-        commit,
-        shards,
-        // With two homes, whether or not this host has a second node.
-        nodes: match shards.is_multiple_of(2) {
-            true => (0..shards).map(|shard| shard % 2).collect(),
-            false => Vec::new(),
-        },
-        running_guest: None,
-    };
-    let method = rng.pick(&[CopyMethod::NonTemporal, CopyMethod::Memcpy]);
-    let grain = Grain {
-        mirror_slab_pages: rng.pick(&[16, 64, 256]),
-        pool_slab_extents: Some(rng.pick(&[1, 2, 5])),
-    };
-    let jobs = jobs.clone();
-    Arc::new(Surroundings {
-        started: Instant::now(),
-        samples: Arc::new(SampleQueue::with_capacity(4)),
-        flusher: Arc::new(Flusher::new(method, 0, &[]).expect("no helpers, no error")),
-        make_store: store_maker(options, grain, budgets.clone()),
-        run_apart: Arc::new(move |job| {
-            jobs.lock().unwrap_or_else(PoisonError::into_inner).push(job);
-            Ok(())
-        }),
-        notify: Arc::new(|| {}),
-        warn: Arc::new(|_| {}),
-    })
-}
-
-fn store_maker(options: StoreOptions, grain: Grain, budgets: [Arc<Budget>; 2]) -> Arc<MakeStore> {
-    Arc::new(move |_, table| {
-        let [ram, device_state] = &budgets;
-        let ram = ram.take(table.total_bytes())?;
-        let device_state = device_state.take(0)?;
-        let made = Store::with_grain(table, "sim", &options, grain);
-        let (store, _) = made.map_err(|error| error.to_string())?;
-        Ok(Memory {
-            store: Arc::new(store),
-            _ram: ram,
-            device_state,
-            fallbacks: Vec::new(),
-        })
-    })
 }

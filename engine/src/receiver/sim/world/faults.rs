@@ -1,0 +1,137 @@
+//! What is done to sessions, and what somebody asks of them meanwhile.
+
+use super::World;
+use crate::receiver::end::SessionEnd;
+use crate::ring::sim::StreamEnd;
+use nix::errno::Errno;
+use nix::sys::socket::{Shutdown, shutdown};
+use std::os::fd::AsRawFd;
+
+/// What is done to a session, once.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Fault {
+    /// One connection ends in an orderly way, somewhere in what is under way.
+    Cut,
+    /// One connection is reset, or its host has vanished.
+    Reset,
+    /// The primary dies.
+    Kill,
+    /// One connection brings rubbish.
+    Rubbish,
+    /// A channel brings a page after the last sync of a checkpoint.
+    Intrude,
+    /// The operator stops it.
+    Stop,
+}
+
+pub(super) const FAULTS: [Fault; 7] = [
+    Fault::Cut,
+    Fault::Reset,
+    Fault::Kill,
+    Fault::Rubbish,
+    Fault::Intrude,
+    Fault::Intrude,
+    Fault::Stop,
+];
+
+impl World {
+    /// What happens to a session at this step, if anything.
+    pub(super) fn break_something(&mut self) -> Result<(), String> {
+        let now = self.tally.steps;
+        while let Some(position) = self.faults.iter().position(|(at, ..)| *at <= now) {
+            let (_, session, fault) = self.faults.swap_remove(position);
+            if fault == Fault::Intrude && !self.intrude(session) {
+                self.faults.push((now + 1, session, fault));
+                break;
+            }
+            self.fault(session, fault);
+        }
+        if self.dump_at.is_some_and(|at| at <= now)
+            && let Some(session) = self.sessions.iter().find(|session| session.is_committed())
+        {
+            self.dump_at = None;
+            self.tally.dumps += 1;
+            self.note(|| "a dump".to_owned());
+            let directory = super::super::tests::scratch();
+            let dumped = session.dump(&directory);
+            drop(std::fs::remove_dir_all(&directory));
+            dumped?;
+        }
+        Ok(())
+    }
+
+    fn fault(&mut self, number: usize, fault: Fault) {
+        let session = &mut self.sessions[number];
+        session.is_touched = true;
+        let connection = self.rng.below(session.peers.len());
+        self.tally.digest ^= fault as u64 + 1;
+        if self.trace {
+            println!(
+                "{:>6} session {number}, connection {connection}: {fault:?}",
+                self.tally.steps
+            );
+        }
+        match fault {
+            Fault::Cut => self.cut(number, connection, StreamEnd::Eof),
+            Fault::Reset => {
+                let errno = self
+                    .rng
+                    .pick(&[Errno::ECONNRESET, Errno::ETIMEDOUT, Errno::EHOSTUNREACH]);
+                self.cut(number, connection, StreamEnd::Error(errno));
+            }
+            Fault::Kill => {
+                let count = session.peers.len();
+                // It reads no answer any more; ours may still find the connection open.
+                if self.rng.one_in(2) {
+                    let _ = shutdown(session.peers[0].as_raw_fd(), Shutdown::Read);
+                }
+                for connection in 0..count {
+                    self.cut(number, connection, StreamEnd::Eof);
+                }
+            }
+            Fault::Rubbish => self.spoil(number, connection),
+            // It has done it already.
+            Fault::Intrude => {}
+            Fault::Stop => session.guest.finish(SessionEnd::Stopped),
+        }
+    }
+
+    /// Lets a channel bring a page that it should not; false if now is no time for it.
+    fn intrude(&mut self, number: usize) -> bool {
+        let session = &mut self.sessions[number];
+        let intruder = session.primary.intrude(&mut self.rng);
+        session.send(&mut self.net.borrow_mut());
+        session.intruder = intruder;
+        session.intruder.is_some()
+    }
+
+    /// Ends a connection somewhere in what is under way on it.
+    fn cut(&mut self, number: usize, connection: usize, end: StreamEnd) {
+        let session = &mut self.sessions[number];
+        let wire = &mut self.net.borrow_mut().wires[session.wires.start + connection];
+        let under_way = wire.sent.len() - wire.arrived;
+        wire.cut(wire.arrived + self.rng.below(under_way + 1), end);
+        session.genuine[connection] = session.genuine[connection].min(wire.sent.len());
+    }
+
+    /// Puts rubbish where a packet, a record or a message begins that is under way, and ends the connection behind it.
+    fn spoil(&mut self, number: usize, connection: usize) {
+        let session = &mut self.sessions[number];
+        let wire = &mut self.net.borrow_mut().wires[session.wires.start + connection];
+        let starts = &session.primary.streams[connection].starts;
+        let (arrived, sent) = (wire.arrived, wire.sent.len());
+        let possible: Vec<usize> = starts
+            .iter()
+            .copied()
+            .filter(|at| (arrived..sent).contains(at))
+            .collect();
+        let at = if possible.is_empty() {
+            sent
+        } else {
+            self.rng.pick(&possible)
+        };
+        wire.cut(at, StreamEnd::Eof);
+        wire.sent.resize(at + self.rng.any_size(3000), 0xff);
+        session.genuine[connection] = session.genuine[connection].min(at);
+    }
+}
