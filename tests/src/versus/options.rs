@@ -64,6 +64,11 @@ pub struct Options {
     #[arg(long)]
     unix: bool,
 
+    /// Over TCP, but without the waits for delayed acknowledgements that a QEMU's main channel has: what secondaries do, without
+    /// what their socket options do
+    #[arg(long, conflicts_with_all = ["unix", "live"])]
+    pub(super) no_stalls: bool,
+
     /// Take disturbed checkpoints, too: on a machine that is never quiet, where figures mean little
     #[arg(long)]
     keep_disturbed: bool,

@@ -26,6 +26,8 @@ pub struct Replays<'a> {
     pub out: &'a Path,
     /// What QEMU's own secondary is called.
     pub qemu: &'a str,
+    /// Whether the primary neither holds back what it sends nor delays acknowledgements.
+    pub no_stalls: bool,
 }
 
 impl Play for Replays<'_> {
@@ -58,7 +60,11 @@ impl Play for Replays<'_> {
             .iter()
             .flat_map(|(name, value)| [*name, value].map(OsStr::new));
         let args = ["replay".as_ref(), capture.as_os_str()].into_iter();
-        let args = args.chain(pace.iter().map(OsStr::new)).chain(words);
+        let no_stalls = self.no_stalls.then_some(OsStr::new("--no-stalls"));
+        let args = args
+            .chain(pace.iter().map(OsStr::new))
+            .chain(words)
+            .chain(no_stalls);
         Child::start(args, &with_suffix(&prefix, ".replay.log"))?.wait(SESSION_LIMIT)?;
         let flushed = running.end()?;
         let run = RunFile::read(&with_suffix(&prefix, ".run.json")).map_err(bad_run)?;

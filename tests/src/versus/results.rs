@@ -73,6 +73,8 @@ impl<'a> Results<'a> {
             self.machine,
             self.version,
             match self.options.transport() {
+                Transport::Tcp if self.options.no_stalls =>
+                    "loopback TCP without waits for delayed acknowledgements",
                 Transport::Tcp => "loopback TCP",
                 Transport::Unix => "UNIX sockets",
             },

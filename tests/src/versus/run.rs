@@ -67,6 +67,7 @@ pub fn run(options: &Options, plan: &Plan) -> Result<bool, LabError> {
             captures,
             out: &out,
             qemu,
+            no_stalls: options.no_stalls,
         })
     };
     warm_up(plan, &*play)?;

@@ -155,7 +155,7 @@ ratio: to QEMU's own secondary, with its 95 % interval by resampling of the roun
 CPU: of the secondary's process after precopy, what it does between checkpoints included: for a checkpoint, and for a GiB of guest pages.
 flush: guest pages copied to the RAM image, and that in percent of what one thread and two threads can copy here.
 dropped: checkpoints left out, as other processes had the processor.
-Over TCP QEMU's own secondary waits twice 40 ms for a delayed acknowledgement in each checkpoint; --unix compares without that.
+Over TCP QEMU's own secondary waits twice 40 ms for a delayed acknowledgement in each checkpoint; --no-stalls and --unix compare without that.
 ";
 
 #[cfg(test)]

@@ -82,6 +82,11 @@ pub struct ReplayArgs {
     #[arg(long, value_name = "LIST", value_parser = CoreList::parse)]
     cores: Option<CoreList>,
 
+    /// On TCP, take away what a QEMU's main channel waits for: send at once what Nagle's algorithm would hold back, and
+    /// acknowledge answers at once. So secondaries are compared by what they do, and not by their socket options
+    #[arg(long)]
+    no_stalls: bool,
+
     /// Seconds to wait for an answer, or for room in a socket, before the session counts as failed
     #[arg(long, value_name = "SECONDS", default_value_t = 60, value_parser = clap::value_parser!(u64).range(1..=86400))]
     #[serde(rename = "patience_s")]
@@ -190,6 +195,7 @@ pub fn run(args: &ReplayArgs) -> Result<ExitCode, CommandError> {
             address: address.clone(),
             threads,
             cores,
+            no_stalls: args.no_stalls,
             patience: Duration::from_secs(args.patience),
         },
         pace: args.pace(),

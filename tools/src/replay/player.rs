@@ -32,6 +32,8 @@ pub(super) struct PlayOptions {
     pub threads: usize,
     /// Cores for these threads, in turn, and for the main channel. Empty: as the system likes.
     pub cores: Vec<usize>,
+    /// Whether the main channel neither holds back what it sends nor delays acknowledgements, as a QEMU's does.
+    pub no_stalls: bool,
     /// How long to wait for an answer, or for room in a socket.
     pub patience: Duration,
 }
@@ -91,7 +93,6 @@ impl<'a> Player<'a> {
     ) -> Result<Self, SynthError> {
         let started = Instant::now();
         let patience = options.patience;
-        // Nagle's algorithm stays on here, as with QEMU.
         let main = Socket::connect(&options.address, "main channel", patience)?;
         let mut channels = Vec::new();
         let mut groups: Vec<_> = (0..options.threads.min(streams.channels.len()))
@@ -129,10 +130,16 @@ impl<'a> Player<'a> {
             doing: "starting",
             source,
         })?;
+        // Nagle's algorithm stays on here, as with QEMU, unless that is not what is to be measured.
+        let main = if options.no_stalls {
+            MainLink::without_stalls(main, patience)?
+        } else {
+            MainLink::new(main, patience)
+        };
         Ok(Self {
             streams,
             again,
-            main: MainLink::new(main, patience),
+            main,
             channels,
             threads,
             started,

@@ -8,6 +8,7 @@ use colo_ring::wire::return_path::RpMessage;
 use std::fmt::Debug;
 use std::io::{self, IoSlice, Read, Write};
 use std::net::{Shutdown, TcpStream};
+use std::os::fd::AsRawFd;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
 use std::time::Duration;
@@ -60,6 +61,13 @@ impl Socket {
             address: address.to_string(),
             source,
         })
+    }
+
+    /// Has what comes next acknowledged at once, where anything is acknowledged.
+    fn quick_ack(&self) {
+        if let Self::Tcp(socket) = self {
+            colo_ring::ring::quick_ack(socket.as_raw_fd());
+        }
     }
 
     /// Switches Nagle's algorithm off where there is one.
@@ -182,6 +190,7 @@ pub(crate) struct MainLink {
     answers: Vec<u8>,
     /// Bytes written so far.
     written: u64,
+    acknowledges_at_once: bool,
 }
 
 impl MainLink {
@@ -192,7 +201,19 @@ impl MainLink {
             out: Vec::with_capacity(2 * BUFFER_BYTES),
             answers: Vec::new(),
             written: 0,
+            acknowledges_at_once: false,
         }
+    }
+
+    /// A main channel that holds nothing back and acknowledges at once, as no QEMU's does.
+    pub(crate) fn without_stalls(socket: Socket, patience: Duration) -> Result<Self, SynthError> {
+        socket
+            .set_nodelay()
+            .map_err(|source| io_error("starting", source))?;
+        Ok(Self {
+            acknowledges_at_once: true,
+            ..Self::new(socket, patience)
+        })
     }
 
     pub(crate) fn socket(&self) -> &Socket {
@@ -259,6 +280,9 @@ impl MainLink {
             Ok(0) => Err(SynthError::Closed { expected: expected() }),
             Ok(read) => {
                 self.answers.extend_from_slice(&buffer[..read]);
+                if self.acknowledges_at_once {
+                    self.socket.quick_ack();
+                }
                 Ok(())
             }
             Err(error) => match error.kind() {
