@@ -206,7 +206,8 @@ impl fmt::Display for Placement {
             let of_node = self.cores.iter().filter(|core| core.node == *node);
             let cores: Vec<usize> = of_node.map(|core| core.core).collect();
             let separator = if position == 0 { "" } else { ", " };
-            write!(f, "{separator}cores {}", ranges(&cores))?;
+            let word = if cores.len() == 1 { "core" } else { "cores" };
+            write!(f, "{separator}{word} {}", ranges(&cores))?;
             if let Some(node) = node {
                 write!(f, " of NUMA node {node}")?;
             }
@@ -325,7 +326,7 @@ mod tests {
         );
         let text = both.to_string();
         assert!(
-            text.starts_with("cores 0 of NUMA node 0, cores 3 of NUMA node 1; "),
+            text.starts_with("core 0 of NUMA node 0, core 3 of NUMA node 1; "),
             "{text}"
         );
         assert!(text.ends_with("interleaved over nodes 0-1"), "{text}");

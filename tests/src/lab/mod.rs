@@ -7,6 +7,7 @@
 mod error;
 mod failover;
 mod guest;
+mod host_guest;
 mod image;
 mod network;
 mod protect;
@@ -30,6 +31,7 @@ use nix::fcntl::{Flock, FlockArg};
 pub use error::LabError;
 pub use failover::protect_by_command;
 pub use guest::{Content, Guest, LinuxGuest, Pattern, TestGuest};
+pub use host_guest::{HostGuest, HostKernel, NumaMap};
 pub use image::check_test_guest_image;
 pub use network::{Address, Transport};
 pub use protect::{Protection, ZeroPageDetection};
@@ -114,6 +116,11 @@ impl Lab {
     #[must_use]
     pub fn file(&self, name: &str) -> PathBuf {
         self.scratch.join(name)
+    }
+
+    /// A static busybox, which is there with whichever QEMU.
+    fn busybox(&self) -> PathBuf {
+        self.kernel.with_file_name("busybox")
     }
 
     /// A path as of [`Lab::file`], with a number that no other has.
