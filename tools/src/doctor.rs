@@ -217,7 +217,10 @@ fn memory(host: &HostReport) -> Check {
         gib(host.memory.total_bytes),
         gib(host.memory.available_bytes)
     );
-    Check::ok("memory", seen + "; a guest takes twice its RAM (image and cache)")
+    Check::ok(
+        "memory",
+        seen + "; a guest takes its RAM, and what its checkpoints change",
+    )
 }
 
 fn shareable_memory(host: &HostReport) -> Check {
