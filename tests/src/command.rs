@@ -192,10 +192,48 @@ impl RunningReceiver {
         for _ in 0..5 {
             primary.checkpoint().expect("a checkpoint");
         }
+        let session = self.protected();
+        self.check_dump(&primary, &session, 5);
+        primary.close().expect("its end");
+        until("the session's end", || {
+            let ended = format!("session {} ended", session["session"]);
+            self.log().contains(&ended).then_some(())
+        });
+        session
+    }
+
+    /// The status of the session whose primary is connected.
+    ///
+    /// # Panics
+    /// If there is none.
+    #[must_use]
+    pub fn protected(&self) -> Value {
         let status = self.status();
         let sessions = status["sessions"].as_array().expect("a list");
         let session = sessions.iter().find(|session| session["state"] == "protected");
-        let session = session.expect("the session").clone();
+        session.expect("the session").clone()
+    }
+
+    /// Resident memory of the receiver in bytes.
+    ///
+    /// # Panics
+    /// If it has ended.
+    #[must_use]
+    pub fn resident_bytes(&self) -> u64 {
+        let status = std::fs::read_to_string(format!("/proc/{}/status", self.process.id()));
+        let status = status.expect("it runs");
+        let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"));
+        let kib = line.and_then(|line| line.trim().strip_suffix("kB"));
+        kib.and_then(|kib| kib.trim().parse::<u64>().ok())
+            .expect("a number of kB")
+            << 10
+    }
+
+    /// Dumps the session's checkpoint, which must be this one, and the memory that this primary has sent.
+    ///
+    /// # Panics
+    /// If it is another one, or differs.
+    pub fn check_dump(&self, primary: &SynthPrimary, session: &Value, checkpoint: u64) {
         let out = self.scratch.file("dump");
         let dumped = self.ask(&[
             "dump",
@@ -205,7 +243,7 @@ impl RunningReceiver {
             "--session",
             &session["session"].to_string(),
         ]);
-        assert_eq!(dumped["checkpoint"], 5);
+        assert_eq!(dumped["checkpoint"], checkpoint);
         for block in dumped["blocks"].as_array().expect("a list") {
             let [name, file] = ["name", "file"].map(|key| block[key].as_str().expect("a text"));
             let bytes = std::fs::read(PathBuf::from(&out).join(file)).expect("a dumped file");
@@ -214,12 +252,6 @@ impl RunningReceiver {
                 "block {name} differs"
             );
         }
-        primary.close().expect("its end");
-        until("the session's end", || {
-            let ended = format!("session {} ended", session["session"]);
-            self.log().contains(&ended).then_some(())
-        });
-        session
     }
 
     /// Sends it a signal.

@@ -122,6 +122,10 @@ pub struct SessionStatus {
     pub zero_pages: u64,
     /// Bytes received on all channels.
     pub bytes: u64,
+    /// The pool of cache slots in bytes; none with the placement mirror, and after the session's end.
+    pub pool_bytes: Option<u64>,
+    /// Slabs of the pool that were made while pages waited for them.
+    pub pool_slabs_in_haste: u64,
     /// Steps down from the options asked for: each says what and why.
     pub fallbacks: Vec<String>,
     /// Figures of its checkpoints.
@@ -133,6 +137,7 @@ impl SessionStatus {
         let read = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
         let counters = &guest.counters;
         let checkpoint = guest.store().and_then(|store| store.committed());
+        let pool = guest.store().and_then(|store| store.pool_use());
         let now = u64::try_from(guest.around.started.elapsed().as_nanos()).unwrap_or(u64::MAX);
         let age = checkpoint.map(|_| now.saturating_sub(read(&counters.committed_at_ns)) / 1_000_000);
         let promotion = guest.promotion();
@@ -159,6 +164,8 @@ impl SessionStatus {
             pages: read(&counters.pages),
             zero_pages: read(&counters.zero_pages),
             bytes: read(&counters.bytes),
+            pool_bytes: pool.filter(|_| guest.end().is_none()).map(|pool| pool.bytes),
+            pool_slabs_in_haste: pool.map_or(0, |pool| pool.hasty_slabs),
             fallbacks: guest.fallbacks().to_vec(),
             summary,
         }
