@@ -23,7 +23,8 @@ impl Store {
         self.committed()?;
         let record = self.committed.lock();
         self.settle();
-        let checkpoint = record.checkpoint?;
+        // Not if that has failed.
+        let checkpoint = self.committed()?;
         Some(HeldCheckpoint {
             store: self,
             record,
