@@ -88,6 +88,19 @@ impl CellFigures {
         Ok((figures, html::page(&comparison)))
     }
 
+    /// Guest pages of a checkpoint, MiB, on average over what was measured; none where that is not known.
+    #[must_use]
+    pub fn measured_mib(&self) -> Option<f64> {
+        let known = self
+            .secondaries
+            .iter()
+            .filter(|one| one.pages_per_checkpoint > 0.0);
+        let pages = |one: &SecondaryFigures| one.pages_per_checkpoint * one.checkpoints as f64;
+        let checkpoints: u64 = known.clone().map(|one| one.checkpoints).sum();
+        let mib_per_page = PAGE_BYTES as f64 / f64::from(1 << 20);
+        (checkpoints > 0).then(|| known.map(pages).sum::<f64>() / checkpoints as f64 * mib_per_page)
+    }
+
     /// What is measured, in words.
     #[must_use]
     pub fn title(&self) -> String {

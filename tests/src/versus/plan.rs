@@ -89,7 +89,7 @@ impl Plan {
 
     /// All sessions of one secondary in one cell.
     fn estimate_of(&self, cell: Cell, secondary: &Secondary) -> Duration {
-        /// QEMU's own secondary waits twice for a delayed acknowledgement in each checkpoint.
+        /// A checkpoint with QEMU's own secondary waits once or twice for a delayed acknowledgement.
         const QEMU_OVER_TCP: Duration = Duration::from_millis(86);
         let mib = cell.shape.mib;
         let stalls = if secondary.is_qemu() {

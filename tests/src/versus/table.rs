@@ -10,7 +10,11 @@ const NONE: &str = "–";
 /// The table of a cell.
 #[must_use]
 pub fn cell(cell: &CellFigures, copy: &CopySpeed) -> String {
-    let mut text = format!("{}\n", cell.title());
+    let mut text = cell.title();
+    if let Some(mib) = cell.measured_mib() {
+        text.push_str(&format!("; {} MiB of guest pages a checkpoint", digits(mib)));
+    }
+    text.push('\n');
     let mut rows = vec![head(cell)];
     rows.extend(cell.secondaries.iter().map(|figures| row(figures, copy)));
     text.push_str(&table(&rows));
@@ -155,7 +159,7 @@ ratio: to QEMU's own secondary, with its 95 % interval by resampling of the roun
 CPU: of the secondary's process after precopy, what it does between checkpoints included: for a checkpoint, and for a GiB of guest pages.
 flush: guest pages copied to the RAM image, and that in percent of what one thread and two threads can copy here.
 dropped: checkpoints left out, as other processes had the processor.
-Over TCP QEMU's own secondary waits twice 40 ms for a delayed acknowledgement in each checkpoint; --no-stalls and --unix compare without that.
+Over TCP a checkpoint with QEMU's own secondary waits once or twice 40 ms for a delayed acknowledgement; --no-stalls and --unix compare without that.
 ";
 
 #[cfg(test)]
