@@ -109,7 +109,7 @@ fn too_little_locked_memory_for_the_cache_costs_registered_buffers_only() {
     assert_eq!(receiver.protect()["checkpoint"], 5);
     assert_eq!(receiver.status()["backend"], "uring");
     let log = receiver.log();
-    assert!(log.contains("received without registered buffers"), "{log}");
+    assert!(log.contains("received there without registered buffers"), "{log}");
     assert!(log.contains("raise `ulimit -l`"), "{log}");
 }
 
