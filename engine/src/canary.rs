@@ -24,6 +24,12 @@ pub(crate) enum Canary {
     SkippedPage,
     /// A commit keeps the device state of the checkpoint before.
     StaleDeviceState,
+    /// A record does not say that a flush has ended.
+    EndlessFlush,
+    /// A record says that a flush has ended before it has begun.
+    EarlyFlushed,
+    /// A commit writes the device state over that of the checkpoint before.
+    OneDeviceState,
     /// A channel that has ended is not counted out.
     LostLeave,
 }

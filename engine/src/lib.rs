@@ -7,6 +7,7 @@ pub mod blocks;
 mod canary;
 pub mod failover;
 pub mod host;
+mod killpoint;
 pub mod metrics;
 pub mod net;
 pub mod receiver;

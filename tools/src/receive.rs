@@ -64,7 +64,8 @@ pub struct ReceiveArgs {
     #[arg(long, value_enum, default_value_t = HugePages::TwoMiB)]
     hugepages: HugePages,
 
-    /// Directory for the files of RAM images, on hugetlbfs or tmpfs [default: memfds without a name]
+    /// Directory for guests' memory in files, on hugetlbfs or tmpfs: the last committed checkpoint is there for the next
+    /// receiver with this directory, also when this one is killed [default: memory without a name]
     #[arg(long, value_name = "DIR")]
     ram_dir: Option<PathBuf>,
 
@@ -316,6 +317,7 @@ fn progress(status: &StatusReport) -> String {
 fn describe(event: &Event) -> String {
     match event {
         Event::Warning(text) => format!("warning: {text}"),
+        Event::Note(text) => text.clone(),
         Event::Began { session, peer } => format!("session {session} began: {peer}"),
         Event::Ended(status) => format!("session {} ended: {}", status.session, status::end(status)),
     }

@@ -188,8 +188,13 @@ fn render(status: &StatusReport) -> String {
     rows.extend(status.sessions.iter().map(session_row));
     text.push_str(&table(&rows));
     for session in &status.sessions {
-        if session.state == SessionState::Ended {
-            text.push_str(&format!("session {} ended: {}\n", session.session, end(session)));
+        if matches!(session.state, SessionState::Ended | SessionState::Recovered) {
+            let state = state(session);
+            text.push_str(&format!(
+                "session {} {state}: {}\n",
+                session.session,
+                end(session)
+            ));
         }
         let largest = session.blocks.iter().max_by_key(|block| block.used_length);
         if let Some((block, file)) = largest.and_then(|block| Some((block, block.file.as_ref()?))) {
@@ -209,19 +214,23 @@ fn render(status: &StatusReport) -> String {
     text
 }
 
-fn session_row(session: &SessionStatus) -> Vec<String> {
-    let state = match session.state {
+fn state(session: &SessionStatus) -> &'static str {
+    match session.state {
         SessionState::Precopy => "precopy",
         SessionState::Protected => "protected",
         SessionState::Ended => "ended",
         SessionState::Promoted => "promoted",
-    };
+        SessionState::Recovered => "recovered",
+    }
+}
+
+fn session_row(session: &SessionStatus) -> Vec<String> {
     let or_dash = |value: Option<String>| value.unwrap_or_else(|| "-".to_owned());
     let pause = session.summary.phase(Phase::Pause);
     let measured = |nanoseconds| (pause.count > 0).then(|| display_nanoseconds(nanoseconds));
     vec![
         session.session.to_string(),
-        state.to_owned(),
+        state(session).to_owned(),
         or_dash(session.checkpoint.map(|checkpoint| checkpoint.to_string())),
         or_dash(
             session

@@ -62,6 +62,8 @@ pub(super) struct Director {
     pub(super) budget: Arc<Budget>,
     pub(super) recorder: Recorder,
     pub(super) events: Arc<Events>,
+    /// Sessions of earlier receivers, and the first number that none of them has.
+    pub(super) recovered: (Vec<Arc<Guest>>, u32),
 }
 
 /// The wires to the control thread.
@@ -126,6 +128,7 @@ pub(super) async fn direct(
         next: 1,
         ended_sessions: 0,
     };
+    book.take_recovered();
     let mut tick = tokio::time::interval(TICK);
     let mut interval = tokio::time::interval(LOG_INTERVAL);
     loop {
@@ -153,6 +156,19 @@ pub(super) async fn direct(
 impl Book {
     fn warn(&self, text: String) {
         (self.director.around.warn)(text);
+    }
+
+    fn take_recovered(&mut self) {
+        let (guests, next) = std::mem::take(&mut self.director.recovered);
+        self.next = next;
+        for guest in guests {
+            self.entries.push(Entry {
+                summary: Some(self.director.recorder.session(guest.id)),
+                suppressed: None,
+                began: Instant::now(),
+                guest,
+            });
+        }
     }
 
     fn accept(&mut self, accepted: Result<Accepted, String>) {
@@ -422,11 +438,27 @@ impl Book {
         self.settle();
     }
 
+    /// What is kept in the RAM directory stays there for the next receiver.
+    fn leave(&self, guest: &Guest) {
+        let Some(store) = guest.store().filter(|_| guest.is_over()) else {
+            return;
+        };
+        if store.leave()
+            && let Some(directory) = &self.director.options.store.ram_dir
+        {
+            let (id, directory) = (guest.id, directory.display());
+            (self.director.events)(Event::Note(format!(
+                "session {id}: its last checkpoint stays in {directory}; a receiver with this --ram-dir offers it again"
+            )));
+        }
+    }
+
     fn close(mut self) -> Result<ReceiverOutcome, ReceiverError> {
         let entries = std::mem::take(&mut self.entries);
         let mut sessions = std::mem::take(&mut self.past);
         sessions.extend(entries.iter().map(|entry| self.status_of(entry)));
         sessions.sort_by_key(|session| session.session);
+        entries.iter().for_each(|entry| self.leave(&entry.guest));
         drop(entries);
         self.director.plane.stop();
         let report = self

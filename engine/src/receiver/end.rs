@@ -59,6 +59,9 @@ pub enum SessionEnd {
     /// The receiver was told to end.
     #[error("the receiver was stopped")]
     Stopped,
+    /// It was a session of an earlier receiver.
+    #[error("its receiver ended; this one has found its checkpoint in the RAM directory")]
+    Recovered,
 }
 
 impl SessionEnd {
@@ -66,13 +69,13 @@ impl SessionEnd {
     pub fn is_orderly(&self) -> bool {
         matches!(
             self,
-            Self::PrimaryLost(_) | Self::Broken { .. } | Self::Promoted | Self::Stopped
+            Self::PrimaryLost(_) | Self::Broken { .. } | Self::Promoted | Self::Stopped | Self::Recovered
         )
     }
 
     /// Whether the primary was lost, or had to be given up.
     pub(super) fn is_loss(&self) -> bool {
-        !matches!(self, Self::Promoted | Self::Stopped)
+        !matches!(self, Self::Promoted | Self::Stopped | Self::Recovered)
     }
 
     /// Whether the guest may live nowhere but here (spec §5).

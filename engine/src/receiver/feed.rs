@@ -76,10 +76,14 @@ pub(super) fn feed(guest: &Guest, by: Conversation, feed: &Feed) -> Result<Fed, 
     }
     let keep_ns = nanoseconds(began);
     let began = Instant::now();
+    // Before a guest can run: also for a receiver that finds the checkpoint when this one is gone.
+    store.set_given(true);
     let written = write_to(&feed.to, record, &held, form);
     let complete = written.as_ref().map_or_else(|failed| failed.complete, |_| true);
     if complete {
         guest.promotion().given(by, feed.to.clone());
+    } else {
+        store.set_given(false);
     }
     Ok(Fed {
         fed: guest.id,

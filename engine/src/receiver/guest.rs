@@ -17,7 +17,7 @@ use nix::sys::socket::{Shutdown, shutdown};
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 /// Called when something about a guest has changed that the control thread should look at.
 pub(super) type Notify = Arc<dyn Fn() + Send + Sync>;
@@ -90,9 +90,12 @@ pub(super) struct Guest {
     pub(super) memory_asked: AtomicBool,
     /// Whose its checkpoint is.
     promotion: Mutex<Promotion>,
+    /// How old its checkpoint was when this receiver started, if it is of an earlier one.
+    pub(super) age_at_start: Duration,
     /// Whether a thread is adding memory to its pool.
     pub(super) growing: AtomicBool,
-    main: Connection,
+    /// None for a session that was recovered.
+    main: Option<Connection>,
     channels: Vec<Connection>,
     /// Cores that help, beside that of the main channel.
     helpers: Vec<Waker>,
@@ -126,11 +129,43 @@ impl Guest {
             memory_asked: AtomicBool::new(false),
             promotion: Mutex::default(),
             growing: AtomicBool::new(false),
-            main,
+            age_at_start: Duration::ZERO,
+            main: Some(main),
             channels,
             helpers,
             memory: OnceLock::new(),
             end: OnceLock::new(),
+            channel_lost: AtomicBool::new(false),
+        })
+    }
+
+    /// A session of an earlier receiver, with its checkpoint of that age.
+    pub(super) fn recovered(
+        id: u32,
+        peer: String,
+        around: Arc<Surroundings>,
+        record: SessionRecord,
+        memory: Memory,
+        age: Duration,
+    ) -> Arc<Self> {
+        Arc::new(Self {
+            id,
+            peer,
+            rendezvous: Rendezvous::new(0),
+            counters: Counters::default(),
+            record: OnceLock::from(Arc::new(record)),
+            suppressed_at: AtomicU64::new(0),
+            endpoints: AtomicUsize::new(0),
+            memory_asked: AtomicBool::new(true),
+            promotion: Mutex::default(),
+            growing: AtomicBool::new(false),
+            age_at_start: age.saturating_sub(around.started.elapsed()),
+            around,
+            main: None,
+            channels: Vec::new(),
+            helpers: Vec::new(),
+            memory: OnceLock::from(memory),
+            end: OnceLock::from(SessionEnd::Recovered),
             channel_lost: AtomicBool::new(false),
         })
     }
@@ -141,7 +176,8 @@ impl Guest {
     }
 
     pub(super) fn main_fd(&self) -> RawFd {
-        self.main.socket.as_raw_fd()
+        let main = self.main.as_ref().expect("whoever drives a main channel has one");
+        main.socket.as_raw_fd()
     }
 
     pub(super) fn channel_fd(&self, channel: ChannelId) -> RawFd {
@@ -171,8 +207,10 @@ impl Guest {
             Err(reason) => self.finish(SessionEnd::NoMemory(reason)),
             Ok(memory) => {
                 // The main channel waits for a flush before it answers a request, and a dump may do the last part of it.
-                let main = self.main.waker.clone();
-                memory.store.when_flushed(move || main.wake());
+                if let Some(main) = &self.main {
+                    let main = main.waker.clone();
+                    memory.store.when_flushed(move || main.wake());
+                }
                 // Set once: only the one block list of a session asks for memory.
                 let _ = self.memory.set(memory);
                 self.wake_all();
@@ -182,7 +220,9 @@ impl Guest {
 
     /// Wakes the main channel's driver: all channels have arrived at a sync.
     pub(super) fn wake_main(&self) {
-        self.main.waker.wake();
+        if let Some(main) = &self.main {
+            main.waker.wake();
+        }
     }
 
     /// Wakes everybody who drives a channel: they were released. Every driver once.
@@ -203,7 +243,9 @@ impl Guest {
     }
 
     fn wake_all(&self) {
-        self.main.waker.wake();
+        if let Some(main) = &self.main {
+            main.waker.wake();
+        }
         self.wake_channels();
         self.wake_helpers();
     }
@@ -213,7 +255,7 @@ impl Guest {
         if self.end.set(end).is_err() {
             return;
         }
-        for connection in self.channels.iter().chain([&self.main]) {
+        for connection in self.channels.iter().chain(&self.main) {
             // It fails only where the peer has closed already.
             let _ = shutdown(connection.socket.as_raw_fd(), Shutdown::Both);
         }
@@ -231,7 +273,7 @@ impl Guest {
     pub(super) fn channel_ended(&self) {
         self.channel_lost.store(true, Ordering::Release);
         // On Linux what has arrived can still be read after this; then comes the end of the stream.
-        let _ = shutdown(self.main.socket.as_raw_fd(), Shutdown::Read);
+        let _ = shutdown(self.main_fd(), Shutdown::Read);
         self.wake_main();
     }
 

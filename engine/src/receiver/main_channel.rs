@@ -7,6 +7,7 @@ use super::end::SessionEnd;
 use super::guest::Guest;
 use super::helper::flush_some;
 use super::intake::Intake;
+use super::recovered::encode;
 use super::timeline::Timeline;
 use crate::blocks::BlockTable;
 use crate::canary::{self, Canary};
@@ -179,11 +180,13 @@ impl MainChannel {
 
     fn commit(&mut self, checkpoint: CheckpointId) {
         self.timeline.everything_here();
-        if let Some(record) = self.session.record() {
-            // The first commit sets it; it stays the same.
-            let _ = self.guest.record.set(record.clone());
-        }
         let store = self.guest.store().expect("nothing can be complete without RAM");
+        if let Some(record) = self.session.record()
+            // The first commit sets it; it stays the same.
+            && self.guest.record.set(record.clone()).is_ok()
+        {
+            store.describe(|| encode(&self.guest.peer, record));
+        }
         if checkpoint == CheckpointId(0) {
             let unseen = store.unseen_pages();
             if unseen > 0 {
@@ -248,6 +251,12 @@ impl MainChannel {
         self.deliver_sample();
         if store.flush_needs_help() {
             self.guest.wake_helpers();
+        }
+        if let Some(error) = store.take_failure() {
+            (self.guest.around.warn)(format!(
+                "session {}: from checkpoint {checkpoint} on nothing of it outlives this receiver: {error}",
+                self.guest.id
+            ));
         }
         self.mind_the_pool(&store);
     }

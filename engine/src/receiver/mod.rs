@@ -23,6 +23,7 @@ mod main_channel;
 mod options;
 mod page_channel;
 mod promotion;
+mod recovered;
 #[cfg(all(test, not(loom), not(miri)))]
 mod sim;
 mod status;
@@ -46,6 +47,7 @@ use control::{Asked, Said};
 use director::{Director, Wires, direct};
 use guest::{MakeStore, Surroundings};
 use promotion::Conversation;
+use recovered::{Budgets, label, recover_all};
 use std::path::PathBuf;
 use std::rc::Rc;
 use std::sync::Arc;
@@ -59,6 +61,8 @@ use tokio::sync::{Notify, mpsc, oneshot};
 pub enum Event {
     /// Something is not as it was asked for, or a connection was refused.
     Warning(String),
+    /// Something worth knowing.
+    Note(String),
     /// A session has all of its connections.
     Began {
         /// Its number.
@@ -311,7 +315,10 @@ fn make_director(
             Flusher::new(CopyMethod::NonTemporal, cores.len(), cores)
         }
     }?;
-    let budget = Arc::new(Budget::new(options.ram_limit_bytes, "--ram-limit"));
+    let budgets = Budgets {
+        ram: Arc::new(Budget::new(options.ram_limit_bytes, "--ram-limit")),
+        device_states: Arc::new(Budget::new(DEVICE_STATES_MAX, "device state")),
+    };
     let run = RunDescription {
         started: SystemTime::now(),
         options: options.described.clone(),
@@ -323,7 +330,7 @@ fn make_director(
         started: Instant::now(),
         samples: Arc::new(SampleQueue::new()),
         flusher: Arc::new(flusher),
-        make_store: store_maker(&options, &placement, budget.clone(), events.clone()),
+        make_store: store_maker(&options, &placement, &budgets, events.clone()),
         run_apart: Arc::new(|work| {
             let thread = std::thread::Builder::new().name("colo-memory".into());
             thread.spawn(work).map(drop)
@@ -332,6 +339,10 @@ fn make_director(
         warn: Arc::new(move |text| warn_events(Event::Warning(text))),
     };
     let around = Arc::new(around);
+    let recovered = match &options.store.ram_dir {
+        Some(directory) => recover_all(directory, &around, &budgets, &*events),
+        None => (Vec::new(), 1),
+    };
     // Last: its threads do not end by themselves where something else fails.
     let plane = start_plane(&mut options, &events)?;
     Ok(Director {
@@ -339,9 +350,10 @@ fn make_director(
         placement,
         around,
         plane,
-        budget,
+        budget: budgets.ram,
         recorder,
         events,
+        recovered,
     })
 }
 
@@ -352,7 +364,7 @@ const DEVICE_STATES_MAX: u64 = 4 * crate::wire::limits::VMSTATE_MAX;
 fn store_maker(
     options: &ReceiverOptions,
     placement: &Placement,
-    budget: Arc<Budget>,
+    budgets: &Budgets,
     events: Arc<Events>,
 ) -> Arc<MakeStore> {
     let mut store_options = options.store.clone();
@@ -363,12 +375,12 @@ fn store_maker(
     // Threads of the baseline run on any of the cores: what is left is to spread their memory alike.
     let nodes = placement.memory_nodes();
     store_options.nodes = nodes.iter().copied().cycle().take(store_options.shards).collect();
-    let device_states = Arc::new(Budget::new(DEVICE_STATES_MAX, "device state"));
+    let (budget, device_states) = (budgets.ram.clone(), budgets.device_states.clone());
     Arc::new(move |guest, table| {
         let ram = budget.take(table.total_bytes())?;
         let device_state = device_states.take(0)?;
-        let label = format!("session-{}", guest.id);
-        let (store, notes) = Store::create(table, &label, &store_options).map_err(|e| e.to_string())?;
+        let (store, notes) =
+            Store::create(table, &label(guest.id), &store_options).map_err(|e| e.to_string())?;
         let fallbacks: Vec<String> = notes.iter().map(ToString::to_string).collect();
         for note in &fallbacks {
             events(Event::Warning(format!("session {}: {note}", guest.id)));

@@ -68,6 +68,12 @@ impl Promotion {
         }
     }
 
+    /// It was given away, and who did it is gone.
+    pub(super) fn was_given(&mut self, to: &str) {
+        let to = to.to_owned();
+        *self = Self::Given { by: None, to };
+    }
+
     /// The whole stream was written to `to`.
     pub(super) fn given(&mut self, by: Conversation, to: String) {
         if *self == Self::Claimed(by) {

@@ -56,6 +56,8 @@ pub enum SessionState {
     Ended,
     /// Its guest was resumed elsewhere from its last checkpoint.
     Promoted,
+    /// An earlier receiver's: its committed checkpoint was found in the RAM directory.
+    Recovered,
 }
 
 /// A RAM block of a guest.
@@ -139,10 +141,13 @@ impl SessionStatus {
         let checkpoint = guest.store().and_then(|store| store.committed());
         let pool = guest.store().and_then(|store| store.pool_use());
         let now = u64::try_from(guest.around.started.elapsed().as_nanos()).unwrap_or(u64::MAX);
-        let age = checkpoint.map(|_| now.saturating_sub(read(&counters.committed_at_ns)) / 1_000_000);
+        let before = u64::try_from(guest.age_at_start.as_nanos()).unwrap_or(u64::MAX);
+        let since = now.saturating_sub(read(&counters.committed_at_ns));
+        let age = checkpoint.map(|_| since.saturating_add(before) / 1_000_000);
         let promotion = guest.promotion();
         let state = match (guest.end(), checkpoint) {
             _ if *promotion == Promotion::Promoted => SessionState::Promoted,
+            (Some(SessionEnd::Recovered), _) => SessionState::Recovered,
             (Some(_), _) => SessionState::Ended,
             (None, None) => SessionState::Precopy,
             (None, Some(_)) => SessionState::Protected,

@@ -44,11 +44,12 @@ impl Claims {
         (begin < end).then_some(begin..end)
     }
 
-    /// A claim is done; true if it was the last.
-    pub(super) fn finish(&self, claim: &Range<usize>, entries: usize) -> bool {
+    /// A claim is done; true if it was the last. Then `all_done` is called, before anybody can see that the list is closed.
+    pub(super) fn finish(&self, claim: &Range<usize>, entries: usize, all_done: impl FnOnce()) -> bool {
         // Acquire and release: who closes the list has seen what all others did.
         let done = self.done.fetch_add(claim.len(), Ordering::AcqRel) + claim.len();
         if done == entries {
+            all_done();
             self.open.store(false, Ordering::Release);
         }
         done == entries
@@ -73,7 +74,7 @@ mod loom_tests {
                     let before = done[entry].load(Ordering::Relaxed);
                     done[entry].store(before + 1, Ordering::Relaxed);
                 }
-                last += usize::from(claims.finish(&claim, ENTRIES));
+                last += usize::from(claims.finish(&claim, ENTRIES, || ()));
             }
             last
         }

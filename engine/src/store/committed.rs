@@ -54,6 +54,19 @@ impl CommittedImage {
         }
     }
 
+    /// That of a session which has ended with this checkpoint.
+    pub(super) fn of(image: Arc<RamImage>, checkpoint: CheckpointId, device_state: Vec<u8>) -> Self {
+        let own = Self::new(image);
+        *own.lock() = Record {
+            checkpoint: Some(checkpoint),
+            device_state,
+            tracking: None,
+            ended: true,
+        };
+        own.publish(checkpoint);
+        own
+    }
+
     pub(super) fn lock(&self) -> MutexGuard<'_, Record> {
         self.record
             .lock()
@@ -67,7 +80,7 @@ impl CommittedImage {
 
     /// The checkpoint that `record` has taken is committed.
     pub(super) fn publish(&self, id: CheckpointId) {
-        self.count.store(id.0 + 1, Ordering::Release);
+        self.count.store(id.0.saturating_add(1), Ordering::Release);
     }
 
     /// The last committed checkpoint; `None` in precopy, and after a commit that panicked, which may have torn the

@@ -25,7 +25,8 @@ pub enum StoreError {
     },
     /// No address space for the cache.
     #[error(
-        "no memory for a cache of {bytes} bytes: {source}; free some, or raise the memory limit of this process's cgroup"
+        "no memory for a cache of {bytes} bytes: {source}; free some, raise the memory limit of this process's cgroup, or (for \
+         a --ram-dir on hugetlbfs) give the pool more pages"
     )]
     NoCacheMemory {
         /// What the guest's pages take.
@@ -71,6 +72,14 @@ pub enum StoreError {
          remove it if nothing does", .0.display()
     )]
     RamFileExists(PathBuf),
+    /// A file that an earlier receiver has left, or somebody else.
+    #[error("{}: {what}", path.display())]
+    Damaged {
+        /// Which.
+        path: PathBuf,
+        /// What is wrong with it.
+        what: String,
+    },
     /// A file could not be made or written.
     #[error("{}: {source}", path.display())]
     File {
@@ -96,6 +105,11 @@ impl StoreError {
     pub(super) fn file(path: &Path, source: io::Error) -> Self {
         let path = path.to_owned();
         Self::File { path, source }
+    }
+
+    pub(super) fn damaged(path: &Path, what: impl Into<String>) -> Self {
+        let (path, what) = (path.to_owned(), what.into());
+        Self::Damaged { path, what }
     }
 
     pub(super) fn no_memory(block: &RamBlock, bytes: u64, errno: Errno) -> Self {

@@ -84,6 +84,16 @@ impl Shape {
         }
     }
 
+    /// Of a store that receives nothing.
+    pub(super) fn none() -> Self {
+        Self {
+            slab_extents: 1,
+            first: 0,
+            keep: 0,
+            limit: 0,
+        }
+    }
+
     fn slab_bytes(self) -> u64 {
         u64::from(self.slab_extents) * EXTENT_BYTES
     }
@@ -167,6 +177,11 @@ impl Extents {
     /// Maps the next slab for `home`, and gives its extents out. One that was in use before is mapped, and whose it was.
     fn add_slab(&self, memory: &mut SlabMemory, home: HomeId) -> Result<&Slab, StoreError> {
         let slab = self.next_slab(memory, home)?;
+        // A file that has no memory when it is touched is no error but a signal.
+        if slab.memory().is_shared() {
+            map::populate(&[slab.memory()])
+                .map_err(|errno| Self::no_memory(self.shape.slab_bytes(), errno))?;
+        }
         self.open_slab();
         Ok(slab)
     }
@@ -175,7 +190,7 @@ impl Extents {
         let place = &self.slabs[self.grown.load(Ordering::Relaxed)];
         if place.get().is_none() {
             let bytes = self.shape.slab_bytes();
-            let slab = Slab::of_slots(memory, bytes, home).map_err(|errno| Self::no_memory(bytes, errno))?;
+            let slab = Slab::of_slots(memory, bytes, home)?;
             assert!(place.set(slab).is_ok(), "slabs are added by one thread at a time");
         }
         Ok(place.get().expect("set above"))

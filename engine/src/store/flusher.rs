@@ -8,6 +8,7 @@
 use super::cache::Cache;
 use super::claims::Claims;
 use super::copy::CopyMethod;
+use super::durable::Durable;
 use super::handover::{HandOver, Offer};
 use super::image::RamImage;
 use super::plan::Plan;
@@ -63,6 +64,8 @@ pub(super) struct Flush {
     failed: AtomicBool,
     runs: AtomicU64,
     busy_ns: AtomicU64,
+    /// Where it stands written that a flush has ended.
+    durable: Option<Arc<Durable>>,
 }
 
 /// What one flush is to do: written by the committing thread, then read by all.
@@ -74,7 +77,11 @@ struct Round {
 const NEVER_POISONED: &str = "a thread that panics in a flush ends the commit with a panic";
 
 impl Flush {
-    pub(super) fn new(image: Arc<RamImage>, cache: Arc<dyn Cache>) -> Arc<Self> {
+    pub(super) fn new(
+        image: Arc<RamImage>,
+        cache: Arc<dyn Cache>,
+        durable: Option<Arc<Durable>>,
+    ) -> Arc<Self> {
         let (plan, method) = (Plan::default(), CopyMethod::NonTemporal);
         Arc::new(Self {
             image,
@@ -84,6 +91,7 @@ impl Flush {
             failed: AtomicBool::new(false),
             runs: AtomicU64::new(0),
             busy_ns: AtomicU64::new(0),
+            durable,
         })
     }
 
@@ -96,6 +104,9 @@ impl Flush {
         round.method = method;
         self.runs.store(0, Ordering::Relaxed);
         self.busy_ns.store(0, Ordering::Relaxed);
+        if round.plan.len() == 0 {
+            self.note_the_end();
+        }
         self.claims.open(round.plan.len());
         round.plan.pages()
     }
@@ -181,10 +192,20 @@ impl Flush {
         let busy = u64::try_from(started.elapsed().as_nanos()).unwrap_or(u64::MAX);
         self.runs.fetch_add(runs, Ordering::Relaxed);
         self.busy_ns.fetch_add(busy, Ordering::Relaxed);
-        if self.claims.finish(&claim, entries) {
+        if self.claims.finish(&claim, entries, || self.note_the_end()) {
             FlushStep::Last
         } else {
             FlushStep::Some
+        }
+    }
+
+    fn note_the_end(&self) {
+        if let Some(durable) = self
+            .durable
+            .as_ref()
+            .filter(|_| !canary::is_set(Canary::EndlessFlush))
+        {
+            durable.flushed();
         }
     }
 

@@ -64,6 +64,17 @@ pub enum Fallback {
         /// The command that mends it.
         remedy: String,
     },
+    /// There is a RAM directory, and a checkpoint in it would be lost with the receiver.
+    #[error(
+        "its checkpoints do not outlive this receiver, though {directory} would let them, because {reason}; for that use \
+         --cache pool, and a tmpfs or a hugetlbfs of 2 MiB pages"
+    )]
+    NotLasting {
+        /// The directory.
+        directory: String,
+        /// Why.
+        reason: &'static str,
+    },
     /// Transparent huge pages are switched off.
     #[error(
         "{what} gets ordinary pages because {file} says \"{setting}\"; for transparent huge pages: echo {wanted} > {file}"

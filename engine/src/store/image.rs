@@ -1,23 +1,19 @@
 //! The RAM image: one shared mapping per RAM block, in a file that a QEMU can map.
 //!
 //! Byte `o` of a block is byte `o` of its file. The files are memfds, or named files in a directory of the
-//! operator's choice, on hugetlbfs or tmpfs. Named files are removed when the image is dropped.
+//! operator's choice, on hugetlbfs or tmpfs.
 #![forbid(unsafe_code)]
 
 use super::StoreError;
 use super::huge::{self, Fallback, HUGE_1G, HUGE_2M, HugePages};
-use super::map::{Mapping, Span, can_populate};
+use super::map::{Mapping, Span};
 use super::names::file_names;
 use super::plan::PageRun;
+use super::ram_dir::{MemoryFile, RamFiles};
 use crate::blocks::{BlockTable, RamBlock};
 use crate::units::{BlockId, PAGE_BYTES};
 use nix::errno::Errno;
-use nix::fcntl::{FallocateFlags, fallocate};
 use nix::sys::memfd::{MFdFlags, memfd_create};
-use nix::sys::statfs::{HUGETLBFS_MAGIC, TMPFS_MAGIC, statfs};
-use std::fs::File;
-use std::os::fd::OwnedFd;
-use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -26,27 +22,21 @@ pub(super) struct RamImage {
     table: Arc<BlockTable>,
     /// In the order of the table.
     blocks: Vec<Mapping>,
-    /// The named file of each block that has one, removed at the end.
+    /// The named file of each block that has one.
     files: Vec<Option<PathBuf>>,
 }
 
-/// A block's file, not yet mapped, and how long the mapping is to be.
-struct BlockFile {
-    file: OwnedFd,
-    length: u64,
-    huge: bool,
-}
-
 impl RamImage {
-    /// Maps the blocks of `table`; their memory is not yet populated.
+    /// Maps the blocks of `table`; their memory is not yet populated. With `files` they are named files, but for blocks
+    /// smaller than a huge page of theirs, unless `all_named` says so: only the guest's main memory is ever mapped by a QEMU.
     ///
     /// # Errors
     /// Where a file cannot be made or mapped. Too few huge pages for a memfd are a fallback, noted in `notes`.
     pub(super) fn map(
         table: Arc<BlockTable>,
-        label: &str,
         pages: HugePages,
-        directory: Option<&Path>,
+        files: Option<&RamFiles>,
+        all_named: bool,
         notes: &mut Vec<Fallback>,
     ) -> Result<Self, StoreError> {
         let mut image = Self {
@@ -54,15 +44,14 @@ impl RamImage {
             blocks: Vec::with_capacity(table.iter().len()),
             files: Vec::new(),
         };
-        let directory = directory.map(RamDirectory::open).transpose()?;
         let mut transparent = pages == HugePages::Thp;
         for ((_, block), name) in table.iter().zip(file_names(&table, &[])) {
-            let directory = directory.as_ref().filter(|directory| directory.holds(block));
-            let mapping = match directory {
-                Some(directory) => {
-                    let (path, file) = directory.create(&format!("{label}.{name}"), block)?;
-                    image.files.push(Some(path));
-                    file.map(block)?
+            let files = files.filter(|files| all_named || files.suits(block.used_length));
+            let mapping = match files {
+                Some(files) => {
+                    let file = files.create(&name, block.used_length)?;
+                    image.files.push(Some(file.path.clone()));
+                    map(&file, block)?
                 }
                 None => match memfd_of_huge_pages(block, pages) {
                     Some(Ok(mapping)) => mapping,
@@ -79,6 +68,29 @@ impl RamImage {
         }
         if transparent {
             image.ask_for_transparent_pages(pages, notes);
+        }
+        Ok(image)
+    }
+
+    /// Maps the blocks of `table` that an earlier receiver has left in files.
+    pub(super) fn map_left(table: Arc<BlockTable>, files: &RamFiles) -> Result<Self, StoreError> {
+        let mut image = Self {
+            table: table.clone(),
+            blocks: Vec::with_capacity(table.iter().len()),
+            files: Vec::new(),
+        };
+        for ((_, block), name) in table.iter().zip(file_names(&table, &[])) {
+            let path = files.path(&name);
+            let file = files.open(&name)?;
+            let file = file.ok_or_else(|| StoreError::damaged(&path, "it is not there"))?;
+            if file.length < block.used_length {
+                return Err(StoreError::damaged(&path, "it is shorter than its ram block"));
+            }
+            let mapping = file.map_owned();
+            image
+                .blocks
+                .push(mapping.map_err(|errno| StoreError::file(&path, errno.into()))?);
+            image.files.push(Some(path));
         }
         Ok(image)
     }
@@ -118,42 +130,17 @@ impl RamImage {
     }
 }
 
-impl Drop for RamImage {
-    fn drop(&mut self) {
-        for path in self.files.iter().flatten() {
-            // Gone already, or the directory is: either way there is nobody left to tell.
-            drop(std::fs::remove_file(path));
-        }
-    }
-}
-
-impl BlockFile {
-    fn map(self, block: &RamBlock) -> Result<Mapping, StoreError> {
-        self.try_map()
-            .map_err(|errno| StoreError::no_memory(block, self.length, errno))
-    }
-
-    fn try_map(&self) -> Result<Mapping, Errno> {
-        let signed = i64::try_from(self.length).map_err(|_| Errno::EFBIG)?;
-        nix::unistd::ftruncate(&self.file, signed)?;
-        if !self.huge && !can_populate() {
-            // The file must own its memory before it is touched, or a lack of it is a SIGBUS then.
-            fallocate(&self.file, FallocateFlags::empty(), 0, signed)?;
-        }
-        Mapping::shared(&self.file, self.length, self.huge)
-    }
+/// Maps the file of a block.
+fn map(file: &MemoryFile, block: &RamBlock) -> Result<Mapping, StoreError> {
+    file.map()
+        .map_err(|errno| StoreError::no_memory(block, file.length, errno))
 }
 
 fn memfd(block: &RamBlock) -> Result<Mapping, StoreError> {
     let length = block.used_length;
     let refused = |errno| StoreError::no_memory(block, length, errno);
     let file = memfd_create(memfd_name(), MFdFlags::MFD_CLOEXEC).map_err(refused)?;
-    BlockFile {
-        file,
-        length,
-        huge: false,
-    }
-    .map(block)
+    map(&MemoryFile::unnamed(file, length, false), block)
 }
 
 fn memfd_name() -> &'static std::ffi::CStr {
@@ -194,69 +181,7 @@ fn memfd_of_huge_pages(block: &RamBlock, pages: HugePages) -> Option<Result<Mapp
         .iter()
         .find(|(page, _)| block.used_length.is_multiple_of(*page))?;
     let flags = MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_HUGETLB | flag;
-    let mapped = memfd_create(memfd_name(), flags).and_then(|file| {
-        let length = block.used_length;
-        BlockFile {
-            file,
-            length,
-            huge: true,
-        }
-        .try_map()
-    });
+    let mapped = memfd_create(memfd_name(), flags)
+        .and_then(|file| MemoryFile::unnamed(file, block.used_length, true).map());
     Some(mapped.map_err(|errno| Lack { page, errno }))
-}
-
-/// The operator's directory for RAM images.
-struct RamDirectory {
-    path: PathBuf,
-    /// Page size, if it is a hugetlbfs.
-    huge_page: Option<u64>,
-}
-
-impl RamDirectory {
-    fn open(path: &Path) -> Result<Self, StoreError> {
-        let refused = |errno: Errno| StoreError::file(path, errno.into());
-        let system = statfs(path).map_err(refused)?;
-        let huge_page = match system.filesystem_type() {
-            HUGETLBFS_MAGIC => Some(u64::try_from(system.block_size()).map_err(|_| refused(Errno::EINVAL))?),
-            TMPFS_MAGIC => None,
-            _ => return Err(StoreError::RamDirectory(path.to_owned())),
-        };
-        // A QEMU that is to map a file of it runs elsewhere.
-        let path = path
-            .canonicalize()
-            .map_err(|error| StoreError::file(path, error))?;
-        Ok(Self { path, huge_page })
-    }
-
-    /// Whether the block is put here. One smaller than a huge page would waste most of it, and gets a memfd: only
-    /// the guest's main memory is ever mapped by a QEMU.
-    fn holds(&self, block: &RamBlock) -> bool {
-        self.huge_page.is_none_or(|page| block.used_length >= page)
-    }
-
-    fn create(&self, name: &str, block: &RamBlock) -> Result<(PathBuf, BlockFile), StoreError> {
-        let path = self.path.join(name);
-        let made = File::options()
-            .read(true)
-            .write(true)
-            .create_new(true)
-            // The owner's alone: it holds a guest's secrets.
-            .mode(0o600)
-            .open(&path);
-        let file = made.map_err(|error| match error.kind() {
-            std::io::ErrorKind::AlreadyExists => StoreError::RamFileExists(path.clone()),
-            _ => StoreError::file(&path, error),
-        })?;
-        let granule = self.huge_page.unwrap_or(PAGE_BYTES);
-        // A guest's blocks add up to less than 2^64 bytes, and a mapping of that would fail with an error of its own.
-        let length = block.used_length.checked_next_multiple_of(granule);
-        let length = length.unwrap_or(u64::MAX - (granule - 1));
-        let file = BlockFile {
-            file: file.into(),
-            length,
-            huge: self.huge_page.is_some(),
-        };
-        Ok((path, file))
-    }
 }

@@ -32,7 +32,8 @@ pub(super) fn index(position: u64) -> usize {
 
 /// How a mapping was made, which decides how it ends.
 enum Origin {
-    Mmap,
+    Private,
+    Shared,
     HugepageRs(Layout),
 }
 
@@ -76,7 +77,7 @@ impl Mapping {
         Ok(Self {
             base: base.cast(),
             length: size.get(),
-            origin: Origin::Mmap,
+            origin: Origin::Shared,
             huge,
         })
     }
@@ -89,7 +90,7 @@ impl Mapping {
         Ok(Self {
             base: base.cast(),
             length: size.get(),
-            origin: Origin::Mmap,
+            origin: Origin::Private,
             huge: false,
         })
     }
@@ -229,13 +230,39 @@ impl Mapping {
         unsafe { mman::mlock(self.base.cast(), self.length) }
     }
 
-    /// Gives private memory back to the host; it reads as zeros from then on. Huge pages go back from Linux 5.18 on,
-    /// before that they stay until the mapping ends.
+    /// Gives the memory back to the host, that of a file too; it reads as zeros from then on. Private huge pages go back
+    /// from Linux 5.18 on, before that they stay until the mapping ends.
     pub(super) fn give_back(&self) -> Result<(), Errno> {
+        let advice = match self.origin {
+            Origin::Private | Origin::HugepageRs(_) => MmapAdvise::MADV_DONTNEED,
+            Origin::Shared => MmapAdvise::MADV_REMOVE,
+        };
         // What is locked is not given back.
         // SAFETY: the range is this mapping, whose content unlocking does not change.
         unsafe { mman::munlock(self.base.cast(), self.length)? };
-        self.advise(0, self.length, MmapAdvise::MADV_DONTNEED)
+        self.advise(0, self.length, advice)
+    }
+
+    /// Whether it is a file's.
+    pub(super) fn is_shared(&self) -> bool {
+        matches!(self.origin, Origin::Shared)
+    }
+
+    /// Copies bytes to `offset` that nobody else reads or writes now; they need not be pages.
+    pub(super) fn copy_in(&self, offset: usize, bytes: &[u8]) {
+        let to = self.bytes(offset, bytes.len());
+        // SAFETY: `bytes` has checked that they lie inside the mapping, which is writable; no reference into it exists. Who
+        // asks knows that no other thread uses them.
+        unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), to, bytes.len()) };
+    }
+
+    /// The word at byte `offset`, aligned, for atomic access by everybody who maps it.
+    pub(super) fn word(&self, offset: usize) -> &AtomicU64 {
+        assert!(offset.is_multiple_of(size_of::<u64>()), "words are aligned");
+        let word = self.bytes(offset, size_of::<u64>()).cast::<u64>();
+        // SAFETY: aligned and inside the mapping (`bytes` checked it), valid for as long as the borrow of it, and only
+        // accessed atomically while it lives: memory of words is used for nothing else.
+        unsafe { AtomicU64::from_ptr(word) }
     }
 
     /// Gives `length` bytes at `offset` their memory now.
@@ -273,7 +300,7 @@ impl Drop for Mapping {
         match self.origin {
             // SAFETY: exactly what `mmap` gave; spans borrow the mapping, so none is left. Those who hold bare
             // addresses (operations of a ring) have ended before, which the contract of `Store` demands.
-            Origin::Mmap => unsafe {
+            Origin::Private | Origin::Shared => unsafe {
                 let gone = mman::munmap(self.base.cast(), self.length);
                 debug_assert_eq!(gone, Ok(()));
             },
@@ -413,6 +440,69 @@ pub(super) fn zeroed_words(count: usize) -> Box<[AtomicU64]> {
     // SAFETY: AtomicU64 has the size, the validity (documented by std) and the alignment (asserted above) of u64, and
     // the box is handed over whole.
     unsafe { Box::from_raw(Box::into_raw(words) as *mut [AtomicU64]) }
+}
+
+/// A table of words, in memory of its own or in a mapping. Both are read in the same way.
+pub(super) struct Words {
+    first: NonNull<crate::sync::AtomicU64>,
+    count: usize,
+    /// What the words lie in; without one they are a box.
+    mapping: Option<Mapping>,
+}
+
+// SAFETY: the words are owned, by the box or the mapping, and atomics may be used by any thread.
+unsafe impl Send for Words {}
+// SAFETY: as above.
+unsafe impl Sync for Words {}
+
+impl Words {
+    /// `count` words of zero in memory of their own.
+    pub(super) fn zeroed(count: usize) -> Self {
+        let words = Box::into_raw(zeroed_words(count));
+        Self {
+            first: NonNull::new(words.cast()).expect("a box is somewhere"),
+            count,
+            mapping: None,
+        }
+    }
+}
+
+#[cfg(not(loom))]
+impl Words {
+    /// The first `count` words of a mapping, which is used for nothing else.
+    pub(super) fn mapped(mapping: Mapping, count: usize) -> Self {
+        let first = mapping.bytes(0, count * size_of::<AtomicU64>());
+        Self {
+            // A mapping begins at a page.
+            first: NonNull::new(first.cast()).expect("a mapping is somewhere"),
+            count,
+            mapping: Some(mapping),
+        }
+    }
+}
+
+impl std::ops::Deref for Words {
+    type Target = [crate::sync::AtomicU64];
+
+    fn deref(&self) -> &Self::Target {
+        // SAFETY: `count` atomics from there on, in a box or a mapping (`bytes` checked the length) that this owns and that
+        // goes with it; they are only accessed atomically.
+        unsafe { std::slice::from_raw_parts(self.first.as_ptr(), self.count) }
+    }
+}
+
+impl Drop for Words {
+    fn drop(&mut self) {
+        if self.mapping.is_none() {
+            // SAFETY: made by `Box::into_raw` of a box of that many words, and given back once.
+            drop(unsafe {
+                Box::from_raw(std::ptr::slice_from_raw_parts_mut(
+                    self.first.as_ptr(),
+                    self.count,
+                ))
+            });
+        }
+    }
 }
 
 #[cfg(all(test, not(loom), not(miri)))]

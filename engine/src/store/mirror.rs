@@ -43,11 +43,7 @@ impl Mirror {
         let mut slabs = Vec::with_capacity(index(pages.div_ceil(slab_pages)));
         for first in (0..pages).step_by(index(slab_pages)) {
             let slot_bytes = slab_pages.min(pages - first) * PAGE_BYTES;
-            let slab = Slab::with_headers(&mut memory, slot_bytes);
-            slabs.push(slab.map_err(|errno| StoreError::NoCacheMemory {
-                bytes: pages * PAGE_BYTES,
-                source: errno.into(),
-            })?);
+            slabs.push(Slab::with_headers(&mut memory, slot_bytes)?);
         }
         notes.extend(memory.notes(slabs.len()));
         let slab_shift = slab_pages.trailing_zeros();

@@ -40,6 +40,7 @@ mod claims;
 mod committed;
 mod copy;
 mod dump;
+mod durable;
 mod error;
 mod extents;
 mod flusher;
@@ -49,12 +50,14 @@ mod homes;
 mod huge;
 mod image;
 mod landing;
+mod left;
 mod lives;
 mod map;
 mod mirror;
 mod names;
 mod plan;
 mod pool;
+mod ram_dir;
 mod resident;
 mod slab;
 mod stack;
@@ -72,6 +75,7 @@ pub use flusher::{FlushReport, FlushStep, Flusher, FlusherError};
 pub use held::HeldCheckpoint;
 pub use huge::{Fallback, HugePages};
 pub use landing::Landing;
+pub use left::{Left, LeftCheckpoint, labels_in};
 pub use map::LandingRun;
 pub use plan::{PageRun, Plan};
 pub use slab::{HEADER_BYTES, Slab, SlabId};
@@ -83,13 +87,15 @@ use crate::units::{CheckpointId, PAGE_SIZE, PageIndex};
 use bitmap::PageSet;
 use cache::Cache;
 use committed::CommittedImage;
+use durable::Durable;
 use extents::{Extents, Shape};
 use flusher::Flush;
 use homes::Homes;
 use image::RamImage;
-use map::Mapping;
+use map::{Mapping, Words};
 use mirror::Mirror;
 use pool::Pool;
+use ram_dir::{RamDirectory, RamFiles};
 use slab::SlabMemory;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -174,6 +180,9 @@ pub struct Store {
     flush: Arc<Flush>,
     flushed: OnceLock<Box<dyn Fn() + Send + Sync>>,
     mode: CommitMode,
+    /// Where a checkpoint outlives this process.
+    durable: Option<Arc<Durable>>,
+    files: Option<Arc<RamFiles>>,
 }
 
 /// How finely a cache divides its memory: fixed but for tests.
@@ -181,11 +190,14 @@ pub struct Store {
 pub(crate) struct Grain {
     pub(crate) mirror_slab_pages: u64,
     pub(crate) pool_slab_extents: Option<u32>,
+    /// Bytes that are there for a device state before there is one, in a RAM directory.
+    pub(crate) area_bytes: u64,
 }
 
 const GRAIN: Grain = Grain {
     mirror_slab_pages: mirror::SLAB_PAGES,
     pool_slab_extents: None,
+    area_bytes: 2 << 20,
 };
 
 impl Store {
@@ -222,12 +234,28 @@ impl Store {
         }
         let (pages, bytes) = (table.total_pages(), table.total_bytes());
         let mut notes = Vec::new();
-        let ram_dir = options.ram_dir.as_deref();
+        let files = match options.ram_dir.as_deref() {
+            Some(directory) => Some(Arc::new(RamFiles::new(RamDirectory::open(directory)?, label))),
+            None => None,
+        };
+        let is_pool = matches!(options.cache, CacheKind::Pool { .. });
+        let lasting = files.as_ref().filter(|files| is_pool && files.is_fine_grained());
+        if let (Some(directory), None) = (&options.ram_dir, lasting) {
+            let reason = if is_pool {
+                "its huge pages are larger than 2 MiB"
+            } else {
+                "its cache is a mirror"
+            };
+            notes.push(Fallback::NotLasting {
+                directory: directory.display().to_string(),
+                reason,
+            });
+        }
         let image = Arc::new(RamImage::map(
             table,
-            label,
             options.hugepages,
-            ram_dir,
+            files.as_deref(),
+            lasting.is_some(),
             &mut notes,
         )?);
         let homes = place_image(&image, options, &mut notes);
@@ -241,6 +269,7 @@ impl Store {
             Ok(resident::lock(mappings.into_iter()))
         };
         let memory = SlabMemory::new(options.hugepages, homes.clone());
+        let mut durable = None;
         let cache: Arc<dyn Cache> = match options.cache {
             CacheKind::Mirror => {
                 let mirror = Mirror::map(pages, grain.mirror_slab_pages, memory, &mut notes)?;
@@ -252,13 +281,25 @@ impl Store {
                     None => Shape::of_guest(pages, max),
                     Some(extents) => Shape::with_slabs(pages, max, extents),
                 };
+                let (memory, places) = match lasting {
+                    None => (memory, Words::zeroed(map::index(pages))),
+                    Some(files) => {
+                        let shape = durable::Shape {
+                            pages,
+                            slab_extents: u64::from(shape.slab_extents),
+                        };
+                        let (made, places) = Durable::create(files.clone(), shape, grain.area_bytes)?;
+                        durable = Some(Arc::new(made));
+                        (memory.in_files(files.clone()), places)
+                    }
+                };
                 let extents = Extents::map(shape, memory, &mut notes)?;
                 notes.extend(populate(extents.slabs().map(Slab::memory).collect())?);
-                Arc::new(Pool::new(extents, homes, pages, options.shards))
+                Arc::new(Pool::new(extents, homes, places, options.shards))
             }
         };
         let store = Self {
-            flush: Flush::new(image.clone(), cache.clone()),
+            flush: Flush::new(image.clone(), cache.clone(), durable.clone()),
             committed: CommittedImage::new(image),
             cache,
             colo: AtomicBool::new(false),
@@ -267,6 +308,8 @@ impl Store {
             received: PageSet::new(pages),
             flushed: OnceLock::new(),
             mode: options.commit,
+            durable,
+            files,
         };
         Ok((store, notes))
     }
@@ -464,6 +507,9 @@ impl Store {
             "checkpoint {id} cannot be committed after {:?}",
             record.checkpoint
         );
+        if let Some(durable) = &self.durable {
+            durable.commit(id, device_state);
+        }
         let plan_it = |plan: &mut Plan| {
             if let Some(running_guest) = &self.running_guest {
                 running_guest.take(plan);
@@ -584,6 +630,42 @@ impl Store {
         self.cache.drop_pages(&plan, 0..plan.len());
         self.cache.end();
         self.cache.give_back();
+        if let (Some(files), Some(_)) = (&self.files, &self.durable) {
+            files.remove(slab::SLAB_FILES);
+            files.remove(durable::PLACES_FILE);
+        }
+    }
+
+    /// What stays the same for the session and is needed to make something of its checkpoints, for a later receiver that
+    /// finds them ([`LeftCheckpoint::session`]). To be said before the first commit.
+    pub fn describe(&self, session: impl FnOnce() -> Vec<u8>) {
+        if let Some(durable) = &self.durable {
+            durable.describe(&session());
+        }
+    }
+
+    /// Why, from now on, no checkpoint outlives this process, though one should: said once.
+    pub fn take_failure(&self) -> Option<StoreError> {
+        self.durable.as_ref()?.take_failure()
+    }
+
+    /// Whether a guest may run on the image from now on: a later receiver is told.
+    pub fn set_given(&self, given: bool) {
+        if let Some(durable) = &self.durable {
+            durable.set_given(given);
+        }
+    }
+
+    /// Ends the session as [`Self::drop_uncommitted`] does; the files of its last checkpoint stay in their directory when the
+    /// store goes. False if there is none that a later receiver could find.
+    pub fn leave(&self) -> bool {
+        let lasting = self.durable.as_ref().filter(|durable| durable.has_checkpoint());
+        let Some(durable) = lasting.filter(|_| !self.flush.has_failed()) else {
+            return false;
+        };
+        self.drop_uncommitted();
+        durable.files().leave(true);
+        true
     }
 
     /// Dumps the last committed checkpoint into `directory`, which is made if it does not exist: a file per block and

@@ -17,10 +17,11 @@ use super::homes::{HomeId, Homes};
 use super::image::RamImage;
 use super::landing::Landing;
 use super::lives::ExtentId;
-use super::map::{Span, index, zeroed_words};
+use super::map::{Span, Words, index};
 use super::plan::{PageRun, Plan};
 use super::slab::Slab;
 use super::window::Arrived;
+use crate::killpoint;
 use crate::sync::{AtomicU64, Ordering};
 use crate::units::{PAGE_BYTES, PAGE_SIZE, PageIndex};
 use std::ops::Range;
@@ -32,7 +33,7 @@ const _: () = assert!(EXTENT_BYTES < 1 << OFFSET_BITS);
 
 /// Where a page's newest content is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Place {
+pub(super) enum Place {
     /// Not here: the image has it.
     Image,
     /// It is all zeros.
@@ -51,11 +52,19 @@ impl Place {
     }
 
     fn unpack(word: u64) -> Self {
-        let Some(extent) = (word >> OFFSET_BITS).checked_sub(1) else {
-            return if word == 0 { Self::Image } else { Self::Zero };
-        };
-        let extent = ExtentId(u32::try_from(extent).expect("packed from 32 bits"));
-        Self::Slot(extent, word & ((1 << OFFSET_BITS) - 1))
+        Self::parse(word).expect("it was packed here")
+    }
+
+    /// From a word that may be anything.
+    pub(super) fn parse(word: u64) -> Option<Self> {
+        let offset = word & ((1 << OFFSET_BITS) - 1);
+        match (word >> OFFSET_BITS).checked_sub(1) {
+            None if word == 0 => Some(Self::Image),
+            None => (word == 1).then_some(Self::Zero),
+            Some(extent) => u32::try_from(extent)
+                .ok()
+                .map(|extent| Self::Slot(ExtentId(extent), offset)),
+        }
     }
 }
 
@@ -67,16 +76,17 @@ struct ShardCursor(AtomicU64);
 pub(super) struct Pool {
     extents: Extents,
     homes: Homes,
-    places: Box<[AtomicU64]>,
+    places: Words,
     cursors: Box<[ShardCursor]>,
 }
 
 impl Pool {
-    pub(super) fn new(extents: Extents, homes: Homes, pages: u64, shards: usize) -> Self {
+    /// `places` has a word of zero for each page of the guest.
+    pub(super) fn new(extents: Extents, homes: Homes, places: Words, shards: usize) -> Self {
         Self {
             extents,
             homes,
-            places: zeroed_words(index(pages)),
+            places,
             cursors: (0..shards).map(|_| ShardCursor(AtomicU64::new(0))).collect(),
         }
     }
@@ -200,6 +210,7 @@ impl Cache for Pool {
                 let pages = self.copy_piece(run, image, method);
                 run = run.skip(pages);
                 pieces += 1;
+                killpoint::here();
             }
         }
         // The image is written, for everybody, before a place says so and a slot is used again.
@@ -212,6 +223,7 @@ impl Cache for Pool {
         for run in plan.runs(words) {
             for page in run.first.get()..run.end() {
                 self.supersede(PageIndex::new(page), Place::Image);
+                killpoint::here();
             }
         }
     }

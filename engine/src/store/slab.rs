@@ -1,12 +1,15 @@
 //! The memory that slots lie in: slabs, each of which a ring registers as one buffer.
 #![forbid(unsafe_code)]
 
+use super::StoreError;
 use super::homes::{HomeId, Homes};
 use super::huge::{self, Fallback, HUGE_2M, HugePages};
 use super::map::{Mapping, index};
+use super::ram_dir::RamFiles;
 use crate::sync::{AtomicBool, AtomicU32, Ordering};
 use crate::units::ChannelId;
 use nix::errno::Errno;
+use std::sync::Arc;
 
 /// Position of a slab among the store's slabs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -39,14 +42,18 @@ pub struct Slab {
 
 impl Slab {
     /// Slots alone, for the shards of a home.
-    pub(super) fn of_slots(memory: &mut SlabMemory, slot_bytes: u64, home: HomeId) -> Result<Self, Errno> {
+    pub(super) fn of_slots(
+        memory: &mut SlabMemory,
+        slot_bytes: u64,
+        home: HomeId,
+    ) -> Result<Self, StoreError> {
         let slots = memory.map(slot_bytes)?;
         memory.place(&slots, |homes, slots| homes.settle(slots, home));
         Ok(Self::new(slots, slot_bytes, 0, home))
     }
 
     /// Slots, and a header area, for all shards.
-    pub(super) fn with_headers(memory: &mut SlabMemory, slot_bytes: u64) -> Result<Self, Errno> {
+    pub(super) fn with_headers(memory: &mut SlabMemory, slot_bytes: u64) -> Result<Self, StoreError> {
         let slots = memory.map(slot_bytes + HEADER_AREA)?;
         memory.place(&slots, Homes::spread);
         Ok(Self::new(slots, slot_bytes, HEADER_AREA, HomeId::default()))
@@ -134,6 +141,16 @@ pub(super) struct SlabMemory {
     lack: Option<String>,
     slabs_without: usize,
     bytes_without: u64,
+    files: Option<Arc<RamFiles>>,
+    mapped: usize,
+}
+
+/// What the names of slabs' files begin with.
+pub(super) const SLAB_FILES: &str = "~slab-";
+
+/// The name of a slab's file: its position decides where an extent is.
+pub(super) fn slab_file(position: usize) -> String {
+    format!("{SLAB_FILES}{position}")
 }
 
 impl SlabMemory {
@@ -146,6 +163,8 @@ impl SlabMemory {
             lack: None,
             slabs_without: 0,
             bytes_without: 0,
+            files: None,
+            mapped: 0,
         }
     }
 
@@ -166,22 +185,46 @@ impl SlabMemory {
         }
     }
 
-    fn map(&mut self, length: u64) -> Result<Mapping, Errno> {
-        let mapping = match self.asked {
+    /// From files: a checkpoint's pages outlive this process in them.
+    pub(super) fn in_files(self, files: Arc<RamFiles>) -> Self {
+        Self {
+            asked: HugePages::Off,
+            files: Some(files),
+            ..self
+        }
+    }
+
+    fn map(&mut self, length: u64) -> Result<Mapping, StoreError> {
+        let refused = |errno: Errno| StoreError::NoCacheMemory {
+            bytes: length,
+            source: errno.into(),
+        };
+        let mapping = match &self.files {
+            Some(files) => {
+                let file = files.create(&slab_file(self.mapped), length)?;
+                file.map().map_err(refused)?
+            }
+            None => self.map_private(length).map_err(refused)?,
+        };
+        mapping.keep_from_children().map_err(refused)?;
+        self.mapped += 1;
+        Ok(mapping)
+    }
+
+    fn map_private(&mut self, length: u64) -> Result<Mapping, Errno> {
+        match self.asked {
             HugePages::Huge2M | HugePages::Huge1G => match Self::from_pool(length) {
-                Ok(mapping) => mapping,
+                Ok(mapping) => Ok(mapping),
                 Err(reason) => {
                     self.lack.get_or_insert(reason);
                     self.slabs_without += 1;
                     self.bytes_without += length;
-                    self.map_transparent(length)?
+                    self.map_transparent(length)
                 }
             },
-            HugePages::Thp => self.map_transparent(length)?,
-            HugePages::Off => Mapping::anonymous(length)?,
-        };
-        mapping.keep_from_children()?;
-        Ok(mapping)
+            HugePages::Thp => self.map_transparent(length),
+            HugePages::Off => Mapping::anonymous(length),
+        }
     }
 
     fn map_transparent(&self, length: u64) -> Result<Mapping, Errno> {

@@ -2,6 +2,7 @@
 
 mod dumps;
 mod homes;
+mod left;
 mod memory;
 mod model;
 mod pool;
@@ -35,6 +36,7 @@ const KINDS: [(CacheKind, CommitMode); 4] = [
 const TEST_GRAIN: Grain = Grain {
     mirror_slab_pages: TEST_SLAB_PAGES,
     pool_slab_extents: Some(2),
+    area_bytes: 4096,
 };
 
 fn options() -> StoreOptions {

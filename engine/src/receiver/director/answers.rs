@@ -6,7 +6,7 @@ use crate::receiver::control::{Answer, Asked, Claimed, Request, Said};
 use crate::receiver::dump::dump;
 use crate::receiver::feed::{Feed, feed};
 use crate::receiver::guest::Guest;
-use crate::receiver::promotion::Conversation;
+use crate::receiver::promotion::{Conversation, Promotion};
 use crate::receiver::status::{STATUS_SCHEMA, STATUS_VERSION, SessionState, StatusReport};
 use std::rc::Rc;
 use std::sync::Arc;
@@ -171,6 +171,9 @@ impl Book {
         let guest = self.guest(session)?;
         let mut promotion = guest.promotion();
         promotion.release(by, may_have_run)?;
+        if let Some(store) = guest.store().filter(|_| *promotion == Promotion::Here) {
+            store.set_given(false);
+        }
         Ok(Answer::Released {
             released: session,
             promotion: promotion.words(),

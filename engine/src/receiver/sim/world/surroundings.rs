@@ -47,6 +47,7 @@ pub(super) fn surroundings(
     let grain = Grain {
         mirror_slab_pages: rng.pick(&[16, 64, 256]),
         pool_slab_extents: Some(rng.pick(&[1, 2, 5])),
+        area_bytes: 4096,
     };
     let jobs = jobs.clone();
     Arc::new(Surroundings {

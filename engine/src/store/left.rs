@@ -1,0 +1,223 @@
+//! What receivers have left in a RAM directory when they were killed, or ended: found, and made a store again.
+#![forbid(unsafe_code)]
+
+use super::bitmap::{DirtyBitmap, PageSet};
+use super::committed::CommittedImage;
+use super::durable::{Durable, Found, PLACES_FILE, Recorded, Shape};
+use super::extents::{EXTENT_BYTES, Extents};
+use super::flusher::Flush;
+use super::homes::Homes;
+use super::huge::HugePages;
+use super::image::RamImage;
+use super::lives::ExtentId;
+use super::map::{Mapping, Words, index};
+use super::plan::PageRun;
+use super::pool::{Place, Pool};
+use super::ram_dir::{RamDirectory, RamFiles};
+use super::slab::{SLAB_FILES, SlabMemory, slab_file};
+use super::{CommitMode, Store, StoreError, copy, extents};
+use crate::blocks::BlockTable;
+use crate::killpoint;
+use crate::units::{CheckpointId, PAGE_BYTES, PageIndex};
+use std::path::Path;
+use std::sync::atomic::AtomicBool;
+use std::sync::{Arc, OnceLock};
+use std::time::{Duration, SystemTime};
+
+/// The guests of which there are files in a directory, by the labels that their stores were given.
+///
+/// # Errors
+/// If the directory is of no use as one.
+pub fn labels_in(directory: &Path) -> Result<Vec<String>, StoreError> {
+    Ok(RamDirectory::open(directory)?.labels()?.into_iter().collect())
+}
+
+/// What there is of a guest.
+pub enum Left {
+    /// A checkpoint.
+    Checkpoint(Box<LeftCheckpoint>),
+    /// Nothing was committed, so nothing was lost: its files were removed.
+    Nothing,
+    /// Another process has it.
+    Held,
+    /// Files that nothing is known of.
+    Unknown,
+}
+
+/// A checkpoint that was found. It stays where it is until it is recovered.
+pub struct LeftCheckpoint {
+    durable: Durable,
+    shape: Shape,
+    recorded: Recorded,
+    session: Vec<u8>,
+    device_state: Vec<u8>,
+}
+
+impl LeftCheckpoint {
+    /// Looks for it.
+    ///
+    /// # Errors
+    /// If what is there is damaged; it stays as it is.
+    pub fn find(directory: &Path, label: &str) -> Result<Left, StoreError> {
+        let files = Arc::new(RamFiles::new(RamDirectory::open(directory)?, label));
+        files.leave(true);
+        let (durable, shape, recorded) = match Durable::open(files.clone())? {
+            Found::Checkpoint(durable, shape, recorded) => (durable, shape, recorded),
+            Found::Held => return Ok(Left::Held),
+            Found::NoRecord => return Ok(Left::Unknown),
+            Found::Nothing => {
+                files.adopt_all()?;
+                files.leave(false);
+                return Ok(Left::Nothing);
+            }
+        };
+        Ok(Left::Checkpoint(Box::new(Self {
+            session: durable.session()?,
+            device_state: durable.device_state(&recorded)?,
+            durable,
+            shape,
+            recorded,
+        })))
+    }
+
+    /// Its number.
+    pub fn checkpoint(&self) -> CheckpointId {
+        self.recorded.checkpoint
+    }
+
+    /// How long ago it was committed, by this host's clock.
+    pub fn age(&self) -> Duration {
+        let committed = SystemTime::UNIX_EPOCH + Duration::from_nanos(self.recorded.committed_ns);
+        committed.elapsed().unwrap_or_default()
+    }
+
+    /// Whether it was given away, so that a guest may have changed it.
+    pub fn is_given(&self) -> bool {
+        self.recorded.is_given
+    }
+
+    /// What stays the same for the session, as [`Store::describe`] was told.
+    pub fn session(&self) -> &[u8] {
+        &self.session
+    }
+
+    /// Bytes of its device state.
+    pub fn device_state_bytes(&self) -> usize {
+        self.device_state.len()
+    }
+
+    /// A store that has it and receives nothing; `table` are the guest's blocks. Pages that were not copied to the image yet
+    /// are, now: that can be broken off at any time, and done again.
+    ///
+    /// # Errors
+    /// If image or slots are damaged; they stay as they are.
+    pub fn recover(self, table: Arc<BlockTable>) -> Result<Store, StoreError> {
+        let pages = table.total_pages();
+        let files = self.durable.files().clone();
+        if self.shape.pages != pages {
+            let what = format!(
+                "it is of a guest of {} pages, and its blocks have {pages}",
+                self.shape.pages
+            );
+            return Err(StoreError::damaged(
+                &files.path(super::durable::RECORD_FILE),
+                what,
+            ));
+        }
+        let image = Arc::new(RamImage::map_left(table, &files)?);
+        if self.recorded.is_flushing {
+            self.flush(&image, &files)?;
+            self.durable.flushed();
+        }
+        files.adopt_all()?;
+        files.remove(SLAB_FILES);
+        files.remove(PLACES_FILE);
+        files.leave(false);
+        let homes = Homes::anywhere();
+        let nothing = extents::Shape::none();
+        let extents = Extents::map(
+            nothing,
+            SlabMemory::new(HugePages::Off, homes.clone()),
+            &mut Vec::new(),
+        )?;
+        let cache = Arc::new(Pool::new(extents, homes, Words::zeroed(0), 1));
+        let durable = Arc::new(self.durable);
+        Ok(Store {
+            flush: Flush::new(image.clone(), cache.clone(), Some(durable.clone())),
+            committed: CommittedImage::of(image, self.recorded.checkpoint, self.device_state),
+            cache,
+            colo: AtomicBool::new(true),
+            dirty: DirtyBitmap::new(pages, 1),
+            running_guest: None,
+            received: PageSet::new(pages),
+            flushed: OnceLock::new(),
+            mode: CommitMode::Deferred,
+            durable: Some(durable),
+            files: Some(files),
+        })
+    }
+
+    /// Copies the pages that places name to the image.
+    fn flush(&self, image: &RamImage, files: &RamFiles) -> Result<(), StoreError> {
+        let path = files.path(PLACES_FILE);
+        let damaged = |what: String| StoreError::damaged(&path, what);
+        let places = open(files, PLACES_FILE)?;
+        let count = index(self.shape.pages);
+        if places.len() / 8 < count {
+            return Err(damaged(format!("it is too short for {count} pages")));
+        }
+        let places = Words::mapped(places, count);
+        let mut slabs = Vec::new();
+        for (page, word) in (0..).zip(places.iter()) {
+            let word = word.load(std::sync::atomic::Ordering::Acquire);
+            let target = image.span(PageRun::one(PageIndex::new(page)));
+            let place = Place::parse(word);
+            match place
+                .ok_or_else(|| damaged(format!("the place of page {page} is {word:#x}, which none is")))?
+            {
+                Place::Image => {}
+                Place::Zero => copy::zero(target),
+                Place::Slot(extent, offset) => {
+                    let (slab, begin) = self.locate(extent, files, &mut slabs)?;
+                    let inside = begin
+                        .checked_add(offset)
+                        .filter(|_| offset <= EXTENT_BYTES - PAGE_BYTES);
+                    let at = inside.filter(|at| at + PAGE_BYTES <= u64::try_from(slab.len()).unwrap_or(0));
+                    let at = at.ok_or_else(|| damaged(format!("page {page} lies beyond its slab")))?;
+                    copy::copy(target, slab.loose_span(at, 1), copy::CopyMethod::Memcpy);
+                }
+            }
+            killpoint::here();
+        }
+        copy::fence();
+        Ok(())
+    }
+
+    /// The slab of an extent, mapped when it is first needed, and where the extent begins in it.
+    fn locate<'a>(
+        &self,
+        extent: ExtentId,
+        files: &RamFiles,
+        slabs: &'a mut Vec<(u64, Mapping)>,
+    ) -> Result<(&'a Mapping, u64), StoreError> {
+        let per_slab = self.shape.slab_extents.max(1);
+        let (number, within) = (u64::from(extent.0) / per_slab, u64::from(extent.0) % per_slab);
+        let known = slabs.iter().position(|(known, _)| *known == number);
+        let position = match known {
+            Some(position) => position,
+            None => {
+                slabs.push((number, open(files, &slab_file(index(number)))?));
+                slabs.len() - 1
+            }
+        };
+        Ok((&slabs[position].1, within * EXTENT_BYTES))
+    }
+}
+
+fn open(files: &RamFiles, name: &str) -> Result<Mapping, StoreError> {
+    let path = files.path(name);
+    let file = files.open(name)?;
+    let file = file.ok_or_else(|| StoreError::damaged(&path, "it is not there"))?;
+    file.map_owned()
+        .map_err(|errno| StoreError::file(&path, errno.into()))
+}

@@ -1,0 +1,275 @@
+//! Files in the operator's RAM directory, on hugetlbfs or tmpfs: what they are named, and when they go.
+//!
+//! All files of a guest begin with its **label** and a dot. What follows is the name of a RAM block, or one with a `~` in
+//! front, which no block has (`names.rs`): those in which a checkpoint outlives its receiver (`durable.rs`).
+#![forbid(unsafe_code)]
+
+use super::StoreError;
+use super::huge::HUGE_2M;
+use super::map::{Mapping, can_populate};
+use crate::units::PAGE_BYTES;
+use nix::errno::Errno;
+use nix::fcntl::{FallocateFlags, Flock, FlockArg, OFlag, fallocate};
+use nix::sys::statfs::{HUGETLBFS_MAGIC, TMPFS_MAGIC, statfs};
+use std::collections::BTreeSet;
+use std::fs::File;
+use std::io;
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Mutex, OnceLock, PoisonError};
+
+/// The operator's directory for RAM images.
+pub(super) struct RamDirectory {
+    path: PathBuf,
+    /// Page size, if it is a hugetlbfs.
+    huge_page: Option<u64>,
+}
+
+impl RamDirectory {
+    pub(super) fn open(path: &Path) -> Result<Self, StoreError> {
+        let refused = |errno: Errno| StoreError::file(path, errno.into());
+        let system = statfs(path).map_err(refused)?;
+        let huge_page = match system.filesystem_type() {
+            HUGETLBFS_MAGIC => Some(u64::try_from(system.block_size()).map_err(|_| refused(Errno::EINVAL))?),
+            TMPFS_MAGIC => None,
+            _ => return Err(StoreError::RamDirectory(path.to_owned())),
+        };
+        // A QEMU that is to map a file of it runs elsewhere.
+        let path = path
+            .canonicalize()
+            .map_err(|error| StoreError::file(path, error))?;
+        Ok(Self { path, huge_page })
+    }
+
+    /// Whether checkpoints can outlive their receiver here: not where the smallest file takes a gigabyte.
+    pub(super) fn is_fine_grained(&self) -> bool {
+        self.huge_page.is_none_or(|page| page <= HUGE_2M)
+    }
+
+    /// The labels of the guests of which there are files. Names that are not text are nobody's here.
+    pub(super) fn labels(&self) -> Result<BTreeSet<String>, StoreError> {
+        let failed = |error| StoreError::file(&self.path, error);
+        let mut labels = BTreeSet::new();
+        for entry in std::fs::read_dir(&self.path).map_err(failed)? {
+            let name = entry.map_err(failed)?.file_name();
+            if let Some((label, _)) = name.to_str().and_then(|name| name.split_once('.')) {
+                labels.insert(label.to_owned());
+            }
+        }
+        Ok(labels)
+    }
+}
+
+/// The files of one guest. They are removed with this, unless they are to be [left](Self::leave).
+pub(super) struct RamFiles {
+    directory: RamDirectory,
+    label: String,
+    made: Mutex<Vec<PathBuf>>,
+    left: AtomicBool,
+    /// Tells other receivers that somebody has this guest: until its files are gone, where they go.
+    lock: OnceLock<Flock<OwnedFd>>,
+}
+
+impl RamFiles {
+    pub(super) fn new(directory: RamDirectory, label: &str) -> Self {
+        Self {
+            directory,
+            label: label.to_owned(),
+            made: Mutex::default(),
+            left: AtomicBool::new(false),
+            lock: OnceLock::new(),
+        }
+    }
+
+    pub(super) fn is_fine_grained(&self) -> bool {
+        self.directory.is_fine_grained()
+    }
+
+    /// Whether a block of that length is put here in any case. One smaller than a huge page would waste most of it.
+    pub(super) fn suits(&self, length: u64) -> bool {
+        self.directory.huge_page.is_none_or(|page| length >= page)
+    }
+
+    pub(super) fn path(&self, name: &str) -> PathBuf {
+        self.directory.path.join(format!("{}.{name}", self.label))
+    }
+
+    fn made(&self) -> std::sync::MutexGuard<'_, Vec<PathBuf>> {
+        self.made.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Makes a file for at least `length` bytes.
+    pub(super) fn create(&self, name: &str, length: u64) -> Result<MemoryFile, StoreError> {
+        let path = self.path(name);
+        let made = File::options()
+            .read(true)
+            .write(true)
+            .create_new(true)
+            // The owner's alone: it holds a guest's secrets.
+            .mode(0o600)
+            .open(&path);
+        let file = made.map_err(|error| match error.kind() {
+            io::ErrorKind::AlreadyExists => StoreError::RamFileExists(path.clone()),
+            _ => StoreError::file(&path, error),
+        })?;
+        self.made().push(path.clone());
+        let granule = self.directory.huge_page.unwrap_or(PAGE_BYTES);
+        // A guest's blocks add up to less than 2^64 bytes, and a mapping of that would fail with an error of its own.
+        let length = length.checked_next_multiple_of(granule);
+        Ok(MemoryFile {
+            path,
+            file: file.into(),
+            length: length.unwrap_or(u64::MAX - (granule - 1)),
+            granule,
+            huge: self.directory.huge_page.is_some(),
+        })
+    }
+
+    /// Opens a file that an earlier receiver has left, if it is there, with all of its length.
+    ///
+    /// # Errors
+    /// If it is not a file of this user's.
+    pub(super) fn open(&self, name: &str) -> Result<Option<MemoryFile>, StoreError> {
+        let path = self.path(name);
+        let opened = File::options()
+            .read(true)
+            .write(true)
+            // Never through a link: the directory may be everybody's.
+            .custom_flags(OFlag::O_NOFOLLOW.bits() | OFlag::O_NONBLOCK.bits())
+            .open(&path);
+        let file = match opened {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+            opened => opened.map_err(|error| StoreError::file(&path, error))?,
+        };
+        let about = file.metadata().map_err(|error| StoreError::file(&path, error))?;
+        if !about.is_file() || about.uid() != nix::unistd::geteuid().as_raw() {
+            return Err(StoreError::damaged(&path, "it is not a file of this user's"));
+        }
+        self.made().push(path.clone());
+        let granule = self.directory.huge_page.unwrap_or(PAGE_BYTES);
+        Ok(Some(MemoryFile {
+            path,
+            file: file.into(),
+            length: about.len() / granule * granule,
+            granule,
+            huge: self.directory.huge_page.is_some(),
+        }))
+    }
+
+    /// Locks the guest by one of its files; false if another process has it.
+    pub(super) fn lock(&self, file: &MemoryFile) -> Result<bool, StoreError> {
+        let failed = |error| StoreError::file(&file.path, error);
+        let own = file.file.try_clone().map_err(failed)?;
+        match Flock::lock(own, FlockArg::LockExclusiveNonblock) {
+            Ok(lock) => Ok(self.lock.set(lock).is_ok()),
+            Err((_, Errno::EWOULDBLOCK)) => Ok(false),
+            Err((_, errno)) => Err(failed(errno.into())),
+        }
+    }
+
+    /// Takes every file of this label for its own, to be removed with this.
+    pub(super) fn adopt_all(&self) -> Result<(), StoreError> {
+        let failed = |error| StoreError::file(&self.directory.path, error);
+        let prefix = format!("{}.", self.label);
+        for entry in std::fs::read_dir(&self.directory.path).map_err(failed)? {
+            let entry = entry.map_err(failed)?;
+            if entry
+                .file_name()
+                .to_str()
+                .is_some_and(|name| name.starts_with(&prefix))
+            {
+                self.made().push(entry.path());
+            }
+        }
+        Ok(())
+    }
+
+    /// Removes the files whose names begin so. They stay mapped where they are.
+    pub(super) fn remove(&self, prefix: &str) {
+        let start = self.path(prefix);
+        let start = start.as_os_str().as_encoded_bytes();
+        self.made().retain(|path| {
+            let goes = path.as_os_str().as_encoded_bytes().starts_with(start);
+            if goes {
+                // Gone already, or the directory is: either way there is nobody left to tell.
+                drop(std::fs::remove_file(path));
+            }
+            !goes
+        });
+    }
+
+    /// Whether the files stay when this goes.
+    pub(super) fn leave(&self, left: bool) {
+        self.left.store(left, Ordering::Relaxed);
+    }
+}
+
+impl Drop for RamFiles {
+    fn drop(&mut self) {
+        // A receiver that breaks down must not take a checkpoint with it.
+        if self.left.load(Ordering::Relaxed) || std::thread::panicking() {
+            return;
+        }
+        for path in self.made().drain(..) {
+            // As above.
+            drop(std::fs::remove_file(path));
+        }
+    }
+}
+
+/// A file that is to be mapped, or is.
+pub(super) struct MemoryFile {
+    pub(super) path: PathBuf,
+    file: OwnedFd,
+    /// Bytes to map: whole pages of what it is made of.
+    pub(super) length: u64,
+    granule: u64,
+    huge: bool,
+}
+
+impl MemoryFile {
+    /// Of memory without a name.
+    pub(super) fn unnamed(file: OwnedFd, length: u64, huge: bool) -> Self {
+        Self {
+            path: PathBuf::new(),
+            file,
+            length,
+            granule: PAGE_BYTES,
+            huge,
+        }
+    }
+
+    /// Maps it, whose memory is not yet populated.
+    pub(super) fn map(&self) -> Result<Mapping, Errno> {
+        let signed = self.set_length()?;
+        if !self.huge && !can_populate() {
+            // The file must own its memory before it is touched, or a lack of it is a SIGBUS then.
+            fallocate(&self.file, FallocateFlags::empty(), 0, signed)?;
+        }
+        Mapping::shared(&self.file, self.length, self.huge)
+    }
+
+    /// Maps it once it owns its memory, which then is there whoever touches it when.
+    pub(super) fn map_owned(&self) -> Result<Mapping, Errno> {
+        let signed = self.set_length()?;
+        fallocate(&self.file, FallocateFlags::empty(), 0, signed)?;
+        Mapping::shared(&self.file, self.length, self.huge)
+    }
+
+    /// Makes it long enough for `bytes`, with room for more.
+    pub(super) fn grow_for(&mut self, bytes: u64) -> Result<Mapping, Errno> {
+        let wanted = bytes.checked_next_power_of_two().ok_or(Errno::EFBIG)?;
+        self.length = wanted
+            .checked_next_multiple_of(self.granule)
+            .ok_or(Errno::EFBIG)?;
+        self.map_owned()
+    }
+
+    fn set_length(&self) -> Result<i64, Errno> {
+        let signed = i64::try_from(self.length).map_err(|_| Errno::EFBIG)?;
+        nix::unistd::ftruncate(&self.file, signed)?;
+        Ok(signed)
+    }
+}
