@@ -171,7 +171,24 @@ impl RunningReceiver {
         self.ask(&["status", "--json"])
     }
 
-    fn ask(&self, args: &[&str]) -> Value {
+    /// `colo-ring dump` of a session: its `checkpoint.json`, and the content of a file that it names.
+    ///
+    /// # Panics
+    /// If it fails.
+    #[must_use]
+    pub fn dump(&self, session: u64) -> (Value, impl Fn(&str) -> Vec<u8>) {
+        let out = self.scratch.file("dump");
+        let dumped = self.ask(&["dump", "--json", "--out", &out, "--session", &session.to_string()]);
+        let read = move |file: &str| std::fs::read(PathBuf::from(&out).join(file)).expect("a dumped file");
+        (dumped, read)
+    }
+
+    /// Asks it by one of the commands that take `--control` and `--json`.
+    ///
+    /// # Panics
+    /// If it fails.
+    #[must_use]
+    pub fn ask(&self, args: &[&str]) -> Value {
         let control = format!("unix:{}", self.scratch.file("control"));
         let output = run(&[&args[..1], &["--control", &control], &args[1..]].concat());
         assert!(

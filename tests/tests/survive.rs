@@ -1,0 +1,256 @@
+//! A receiver that is killed, and what the next one with the same RAM directory makes of it.
+
+use colo_ring_tests::command::{RunningReceiver, guest, wrapped};
+use colo_ring_tools::synth::{SynthOptions, SynthPrimary};
+use nix::sys::signal::Signal;
+use std::collections::hash_map::RandomState;
+use std::fs;
+use std::hash::{BuildHasher, Hasher};
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::mpsc;
+use std::time::Duration;
+
+/// Kills that are tried.
+const RUNS: u32 = 60;
+
+/// A directory on a tmpfs, gone with its test.
+struct RamDirectory(PathBuf);
+
+impl RamDirectory {
+    fn new() -> Self {
+        static NEXT: AtomicU32 = AtomicU32::new(0);
+        let number = NEXT.fetch_add(1, Ordering::Relaxed);
+        let path = PathBuf::from(format!(
+            "/dev/shm/colo-ring-survive-{}-{number}",
+            std::process::id()
+        ));
+        fs::create_dir(&path).unwrap();
+        Self(path)
+    }
+
+    fn start(&self, args: &[&str]) -> RunningReceiver {
+        let ram_dir = ["--ram-dir", self.0.to_str().unwrap()];
+        RunningReceiver::start(wrapped(&[]), &[&ram_dir, args].concat())
+    }
+
+    fn files(&self) -> Vec<String> {
+        let names = fs::read_dir(&self.0).unwrap();
+        let mut names: Vec<_> = names
+            .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+            .collect();
+        names.sort();
+        names
+    }
+}
+
+impl Drop for RamDirectory {
+    fn drop(&mut self) {
+        // What is left there harms nobody but the next run's memory.
+        let _ = fs::remove_dir_all(&self.0);
+    }
+}
+
+/// What a guest was at a checkpoint.
+struct Snapshot {
+    blocks: Vec<(String, Vec<u8>)>,
+    device_state: Vec<u8>,
+}
+
+impl Snapshot {
+    fn of(primary: &SynthPrimary) -> Self {
+        let block = |(name, _): (String, u64)| {
+            let bytes = primary.image(&name).unwrap().to_vec();
+            (name, bytes)
+        };
+        Self {
+            blocks: primary.blocks().into_iter().map(block).collect(),
+            device_state: primary.device_state().to_vec(),
+        }
+    }
+}
+
+/// What the primary knew when its receiver was gone.
+struct Known {
+    /// Checkpoints that it saw acknowledged.
+    acknowledged: u64,
+    /// The last of them, and the guest as it was when the next one broke off.
+    last: Snapshot,
+    next: Snapshot,
+}
+
+/// Takes checkpoints as fast as it goes, until the receiver is gone.
+fn until_it_is_gone(mut primary: SynthPrimary, begun: &mpsc::Sender<()>) -> Known {
+    let mut last = Snapshot::of(&primary);
+    begun.send(()).unwrap();
+    for acknowledged in 0.. {
+        if primary.checkpoint().is_err() {
+            let next = Snapshot::of(&primary);
+            return Known {
+                acknowledged,
+                last,
+                next,
+            };
+        }
+        last = Snapshot::of(&primary);
+    }
+    unreachable!("every receiver is killed")
+}
+
+/// Asks the receiver for the checkpoint of session 1, compares it with what the primary knew, and says which it was.
+fn compare(receiver: &RunningReceiver, known: &Known) -> u64 {
+    let (dumped, read) = receiver.dump(1);
+    let checkpoint = dumped["checkpoint"].as_u64().unwrap();
+    let acknowledged = known.acknowledged;
+    assert!(
+        (acknowledged..=acknowledged + 1).contains(&checkpoint),
+        "checkpoint {checkpoint} is there, {acknowledged} was acknowledged"
+    );
+    let is_last = checkpoint == acknowledged;
+    let expected = if is_last { &known.last } else { &known.next };
+    let blocks = dumped["blocks"].as_array().unwrap();
+    assert_eq!(blocks.len(), expected.blocks.len());
+    for (block, (name, bytes)) in blocks.iter().zip(&expected.blocks) {
+        assert_eq!(block["name"], **name);
+        let found = read(block["file"].as_str().unwrap());
+        assert!(found == *bytes, "block {name} of checkpoint {checkpoint} differs");
+    }
+    let device_state = read(dumped["device_state_file"].as_str().unwrap());
+    // Of the one that was not acknowledged the primary keeps none, unless it heard that it was received.
+    match is_last {
+        true => assert!(checkpoint == 0 || device_state == known.last.device_state),
+        false => assert_ne!(device_state, known.last.device_state),
+    }
+    checkpoint
+}
+
+fn small_guest(seed: u64) -> SynthOptions {
+    SynthOptions {
+        ram_bytes: 2 << 20,
+        seed,
+        ..guest()
+    }
+}
+
+/// One kill. Returns whether the checkpoint that was found was not yet acknowledged.
+fn kill_once(run: u32, delay: Duration) -> bool {
+    let directory = RamDirectory::new();
+    let backend = ["uring", "epoll", "threads"][usize::try_from(run % 3).unwrap()];
+    let commit = if run % 4 == 0 { "sync" } else { "deferred" };
+    let receiver = directory.start(&["--backend", backend, "--commit", commit]);
+    let primary = SynthPrimary::connect(receiver.address(), &small_guest(u64::from(run))).unwrap();
+    let (begun, begins) = mpsc::channel();
+    let primary = std::thread::spawn(move || until_it_is_gone(primary, &begun));
+    begins.recv().unwrap();
+    std::thread::sleep(delay);
+    // By SIGKILL, and waits for it.
+    drop(receiver);
+    let known = primary.join().unwrap();
+
+    let receiver = directory.start(&[]);
+    receiver.told("session 1 of");
+    let status = receiver.status();
+    let session = &status["sessions"][0];
+    assert_eq!(
+        (&session["session"], &session["state"]),
+        (&1.into(), &"recovered".into())
+    );
+    assert!(session["checkpoint_age_ms"].as_u64().unwrap() < 60_000);
+    let checkpoint = compare(&receiver, &known);
+    assert_eq!(session["checkpoint"], checkpoint);
+    assert_eq!(
+        receiver.ask(&["discard", "--json", "--session", "1"])["discarded"],
+        1
+    );
+    assert_eq!(directory.files(), Vec::<String>::new());
+    checkpoint > known.acknowledged
+}
+
+#[test]
+fn a_killed_receiver_leaves_the_last_checkpoint_whole() {
+    let random = || RandomState::new().build_hasher().finish();
+    let mut unacknowledged = 0;
+    for run in 0..RUNS {
+        let delay = Duration::from_micros(random() % 60_000);
+        println!("run {run}: killed after {delay:?}");
+        unacknowledged += u32::from(kill_once(run, delay));
+    }
+    println!("{unacknowledged} of {RUNS} were not acknowledged yet");
+}
+
+/// Killed, ended, killed again: always there; new sessions beside it; then an end that leaves nothing.
+#[test]
+fn a_checkpoint_stays_through_any_number_of_receivers() {
+    let directory = RamDirectory::new();
+    let receiver = directory.start(&[]);
+    let mut primary = SynthPrimary::connect(receiver.address(), &small_guest(1)).unwrap();
+    for _ in 0..3 {
+        primary.checkpoint().unwrap();
+    }
+    let known = Known {
+        acknowledged: 3,
+        last: Snapshot::of(&primary),
+        next: Snapshot::of(&primary),
+    };
+    // A receiver beside it leaves it alone.
+    let beside = directory.start(&[]);
+    beside.told("it belongs to another receiver");
+    assert_eq!(beside.status()["sessions"].as_array().unwrap().len(), 0);
+    drop(beside);
+    receiver.signal(Signal::SIGTERM);
+    let ended = receiver.wait();
+    assert!(ended.status.success());
+    assert!(
+        ended.log.contains("its last checkpoint stays in"),
+        "{}",
+        ended.log
+    );
+    for end in [Some(Signal::SIGTERM), None, Some(Signal::SIGINT)] {
+        let receiver = directory.start(&[]);
+        assert_eq!(compare(&receiver, &known), 3);
+        let beside = receiver.protect();
+        assert_eq!(beside["session"], 2, "not the number of one that is kept");
+        assert_eq!(
+            receiver.ask(&["discard", "--json", "--session", "2"])["discarded"],
+            2
+        );
+        if let Some(signal) = end {
+            receiver.signal(signal);
+            assert!(receiver.wait().status.success());
+        }
+    }
+    let receiver = directory.start(&[]);
+    assert_eq!(
+        receiver.ask(&["discard", "--json", "--session", "1"])["discarded"],
+        1
+    );
+    assert_eq!(directory.files(), Vec::<String>::new());
+}
+
+/// What a receiver was killed with in precopy is removed; what is damaged, or not ours, stays, with a warning.
+#[test]
+fn what_cannot_be_used_is_told() {
+    let directory = RamDirectory::new();
+    let write = |name: &str, bytes: &[u8]| fs::write(directory.0.join(name), bytes).unwrap();
+    write("session-4.pc.ram", &[0; 4096]);
+    write("session-5.~record", &[1; 4096]);
+    write("session-6.~record", b"short");
+    write("somebody-else.img", b"");
+    let before = directory.files();
+    let receiver = directory.start(&[]);
+    receiver.told("session-4.* cannot be used and stay as they are: there is no commit record");
+    receiver.told("it is no commit record of a receiver");
+    receiver.told("session-6.* cannot be used");
+    assert_eq!(directory.files(), before);
+    let session = receiver.protect();
+    assert_eq!(session["session"], 7);
+}
+
+/// A mirror's checkpoints go with their receiver: that is said.
+#[test]
+fn a_mirror_says_that_it_does_not_last() {
+    let directory = RamDirectory::new();
+    let receiver = directory.start(&["--cache", "mirror"]);
+    let _ = receiver.protect();
+    receiver.told("its checkpoints do not outlive this receiver");
+}
