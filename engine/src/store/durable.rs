@@ -102,7 +102,7 @@ pub(super) struct Shape {
 /// What was found of a guest.
 pub(super) enum Found {
     /// A checkpoint.
-    Checkpoint(Durable, Shape, Recorded),
+    Checkpoint(Box<Durable>, Shape, Recorded),
     /// A record in which nothing is committed.
     Nothing,
     /// A record that a living receiver has.
@@ -290,7 +290,7 @@ impl Durable {
             failed: None,
         };
         let areas = Mutex::new(areas);
-        let durable = Self { files, record, areas };
+        let durable = Box::new(Self { files, record, areas });
         Ok(match recorded {
             None => Found::Nothing,
             Some(recorded) => Found::Checkpoint(durable, shape, recorded),

@@ -46,7 +46,7 @@ pub enum Left {
 
 /// A checkpoint that was found. It stays where it is until it is recovered.
 pub struct LeftCheckpoint {
-    durable: Durable,
+    durable: Box<Durable>,
     shape: Shape,
     recorded: Recorded,
     session: Vec<u8>,
@@ -141,7 +141,7 @@ impl LeftCheckpoint {
             &mut Vec::new(),
         )?;
         let cache = Arc::new(Pool::new(extents, homes, Words::zeroed(0), 1));
-        let durable = Arc::new(self.durable);
+        let durable: Arc<Durable> = Arc::from(self.durable);
         Ok(Store {
             flush: Flush::new(image.clone(), cache.clone(), Some(durable.clone())),
             committed: CommittedImage::of(image, self.recorded.checkpoint, self.device_state),
