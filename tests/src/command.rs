@@ -175,7 +175,6 @@ impl RunningReceiver {
     ///
     /// # Panics
     /// If it fails.
-    #[must_use]
     pub fn dump(&self, session: u64) -> (Value, impl Fn(&str) -> Vec<u8>) {
         let out = self.scratch.file("dump");
         let dumped = self.ask(&["dump", "--json", "--out", &out, "--session", &session.to_string()]);

@@ -49,7 +49,7 @@ impl Bench {
         std::fs::create_dir_all(&directory).unwrap();
         let receiver = Receiver::start(options, move |event| {
             ears.lock().unwrap().push(match event {
-                Event::Warning(text) => text,
+                Event::Warning(text) | Event::Note(text) => text,
                 Event::Began { session, .. } => format!("session {session} began"),
                 Event::Ended(status) => format!("session {} ended: {}", status.session, status.end.unwrap()),
             });

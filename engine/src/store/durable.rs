@@ -150,6 +150,11 @@ impl Record {
 }
 
 impl Record {
+    /// Whether its maker was killed before it had put the magic there, and so before anything was committed.
+    fn is_unfinished(&self) -> bool {
+        self.get(at::MAGIC) == 0 && self.state() == 0
+    }
+
     /// What a record says that was found, if anything was committed.
     fn read(&self, path: &Path) -> Result<(Shape, Option<Recorded>), StoreError> {
         let damaged = |what: &str| StoreError::damaged(path, what);
@@ -275,12 +280,17 @@ impl Durable {
         if !files.lock(&file)? {
             return Ok(Found::Held);
         }
-        let mapped = file.map_owned();
-        let record = Record(mapped.map_err(|errno| StoreError::file(&path, errno.into()))?);
-        if record.0.len() < index(PAGE_BYTES) {
+        if file.length < PAGE_BYTES {
             return Err(StoreError::damaged(&path, "it is too short"));
         }
-        let (shape, recorded) = record.read(&path)?;
+        let mapped = file.map_owned();
+        let record = Record(mapped.map_err(|errno| StoreError::file(&path, errno.into()))?);
+        if record.is_unfinished() {
+            return Ok(Found::Nothing);
+        }
+        let (shape, Some(recorded)) = record.read(&path)? else {
+            return Ok(Found::Nothing);
+        };
         let areas = Areas {
             session: Area::open(&files, SESSION_FILE)?,
             device: [
@@ -291,10 +301,7 @@ impl Durable {
         };
         let areas = Mutex::new(areas);
         let durable = Box::new(Self { files, record, areas });
-        Ok(match recorded {
-            None => Found::Nothing,
-            Some(recorded) => Found::Checkpoint(durable, shape, recorded),
-        })
+        Ok(Found::Checkpoint(durable, shape, recorded))
     }
 
     /// What [`Self::describe`] was told.
