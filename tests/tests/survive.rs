@@ -136,7 +136,7 @@ fn small_guest(seed: u64) -> SynthOptions {
 fn kill_once(run: u32, delay: Duration) -> bool {
     let directory = RamDirectory::new();
     let backend = ["uring", "epoll", "threads"][usize::try_from(run % 3).unwrap()];
-    let commit = if run % 4 == 0 { "sync" } else { "deferred" };
+    let commit = if run.is_multiple_of(4) { "sync" } else { "deferred" };
     let receiver = directory.start(&["--backend", backend, "--commit", commit]);
     let primary = SynthPrimary::connect(receiver.address(), &small_guest(u64::from(run))).unwrap();
     let (begun, begins) = mpsc::channel();
