@@ -17,6 +17,10 @@
 //! Now and then, most of all while a flush is under way, it asks as a failover does ([`crate::store::HeldCheckpoint`]) or
 //! dumps to files.
 //!
+//! In some runs the receiver is killed, at any step, and between any two stores of a commit or a flush: what is in its RAM
+//! directory then is given to the real recovery, and what that finds must be the last committed checkpoint, or the one being
+//! committed, page by page. (The run itself goes on, so that it may be killed again.)
+//!
 //! At the end: did everything that was not broken come to its end, and is nothing held any more: no endpoint, no posted
 //! receive, no registered buffer, no memory, no budget?
 //!
@@ -25,6 +29,7 @@
 //!
 //! `scripts/simulate` runs it for as long as one likes.
 
+mod death;
 mod memory;
 mod primary;
 mod rng;
@@ -33,6 +38,7 @@ mod tests;
 mod world;
 
 use crate::canary::{self, Canary};
+use crate::killpoint;
 use std::collections::BTreeMap;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use world::World;
@@ -50,6 +56,8 @@ struct Tally {
     commits: u64,
     bytes: u64,
     dumps: u64,
+    /// Times that the receiver was killed.
+    kills: u64,
     /// Sessions by how they ended.
     ends: BTreeMap<&'static str, u64>,
     /// Follows from every step: two runs are equal if theirs are.
@@ -64,6 +72,7 @@ impl Tally {
         self.commits += other.commits;
         self.bytes += other.bytes;
         self.dumps += other.dumps;
+        self.kills += other.kills;
         for (end, count) in &other.ends {
             *self.ends.entry(end).or_default() += count;
         }
@@ -71,18 +80,35 @@ impl Tally {
     }
 }
 
-/// Runs one seed, with one promise broken if a canary is given. `trace` tells every step.
+/// How a seed is run.
+#[derive(Clone, Copy, Default)]
+struct How {
+    /// Tell every step.
+    trace: bool,
+    /// Break a promise.
+    canary: Option<Canary>,
+    /// Kill the receiver a few times, at any instant, and look at what the next one finds.
+    is_mortal: bool,
+}
+
+/// Runs one seed.
 ///
 /// # Errors
 /// What was wrong, and after which step.
-fn run(seed: u64, trace: bool, canary: Option<Canary>) -> Result<Tally, String> {
+fn run(seed: u64, how: How) -> Result<Tally, String> {
+    let How {
+        trace,
+        canary,
+        is_mortal,
+    } = how;
     canary::set(canary);
     let done = catch_unwind(AssertUnwindSafe(|| {
-        let mut world = World::new(seed, trace);
+        let mut world = World::new(seed, trace, is_mortal);
         let done = world.run();
         done.map_err(|error| format!("step {}: {error}", world.steps()))
     }));
     canary::set(None);
+    killpoint::set(None);
     done.unwrap_or_else(|panic| {
         let text = panic.downcast_ref::<String>().map(String::as_str);
         let text = text.or(panic.downcast_ref::<&str>().copied());

@@ -6,7 +6,9 @@ use crate::metrics::CheckpointSample;
 use crate::receiver::dump;
 use crate::receiver::end::{ChannelError, SessionEnd};
 use crate::receiver::guest::Guest;
+use crate::receiver::recovered::{Described, decode, label};
 use crate::ring::sim::{Network, Wire};
+use crate::store::{Left, LeftCheckpoint};
 use crate::units::PageIndex;
 use nix::errno::Errno;
 use nix::sys::socket::{MsgFlags, recv};
@@ -169,6 +171,44 @@ impl SimSession {
         }
     }
 
+    /// What the next receiver finds in a directory, where `before` states were committed before the step in which this one
+    /// was killed.
+    pub(super) fn found(&self, directory: &Path, before: u64) -> Result<(), String> {
+        let left =
+            LeftCheckpoint::find(directory, &label(self.guest.id)).map_err(|error| error.to_string())?;
+        let left = match left {
+            Left::Checkpoint(left) => left,
+            Left::Held => return Err("somebody has it".to_owned()),
+            Left::Nothing | Left::Unknown => {
+                return match before {
+                    0 => Ok(()),
+                    _ => Err(format!("nothing is found where {before} states were committed")),
+                };
+            }
+        };
+        let Described { peer, record } = decode(left.session())?;
+        let store = left
+            .recover(record.blocks.clone())
+            .map_err(|error| error.to_string())?;
+        let held = store.hold_committed().ok_or("nothing was recovered")?;
+        let state = held.checkpoint().0;
+        if state + 1 < before || state >= self.committed as u64 {
+            return Err(format!(
+                "state {state} is found where between {before} and {} were committed",
+                self.committed
+            ));
+        }
+        if peer != self.guest.peer || self.guest.record.get().is_none_or(|known| **known != record) {
+            return Err("what is found is of another session".to_owned());
+        }
+        let state = usize::try_from(state).expect("few");
+        self.compare_with(
+            state,
+            |page, content: &mut _| held.read(page, content),
+            held.device_state(),
+        )
+    }
+
     /// Whether the primary may go on: an intruder that is still on its way could pass for a page of the next checkpoint.
     pub(super) fn may_act(&self, net: &Network) -> bool {
         let Some(intruder) = &self.intruder else {
@@ -186,7 +226,15 @@ impl SimSession {
     }
 
     fn compare(&self, read: impl Fn(PageIndex, &mut [u8; PAGE]), device_state: &[u8]) -> Result<(), String> {
-        let state = self.committed - 1;
+        self.compare_with(self.committed - 1, read, device_state)
+    }
+
+    fn compare_with(
+        &self,
+        state: usize,
+        read: impl Fn(PageIndex, &mut [u8; PAGE]),
+        device_state: &[u8],
+    ) -> Result<(), String> {
         let snapshot = &self.primary.snapshots[state];
         let mut page = [0; PAGE];
         for (at, expected) in snapshot.pages.iter().enumerate() {

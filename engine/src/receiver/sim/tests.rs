@@ -1,6 +1,6 @@
 //! Seeds that always run, the proof that runs find what is broken, and `simulate`, which `scripts/simulate` calls.
 
-use super::{Tally, run};
+use super::{How, Tally, run};
 use crate::canary::Canary;
 use std::collections::hash_map::RandomState;
 use std::hash::{BuildHasher, Hasher};
@@ -22,6 +22,9 @@ pub(super) fn scratch() -> PathBuf {
     below.join(format!("colo-ring-sim-{}-{number}", std::process::id()))
 }
 
+/// Seeds of receivers that are killed.
+const MORTAL_SEEDS: u64 = 1000;
+
 fn again(seed: u64, error: &str) -> String {
     format!("seed {seed}, {error}\n  again, step by step: scripts/simulate --seed {seed} --trace")
 }
@@ -30,7 +33,7 @@ fn again(seed: u64, error: &str) -> String {
 fn what_is_committed_is_always_a_checkpoint_whole() {
     let mut all = Tally::default();
     for seed in 0..100 {
-        let tally = run(seed, false, None).unwrap_or_else(|error| panic!("{}", again(seed, &error)));
+        let tally = run(seed, How::default()).unwrap_or_else(|error| panic!("{}", again(seed, &error)));
         all.add(&tally);
     }
     println!("{all:?}");
@@ -41,10 +44,40 @@ fn what_is_committed_is_always_a_checkpoint_whole() {
     );
 }
 
+/// Wherever the receiver is killed: the next one finds the last checkpoint, whole.
+#[test]
+fn a_killed_receiver_leaves_a_checkpoint_whole() {
+    let how = How {
+        is_mortal: true,
+        ..How::default()
+    };
+    let (all, next) = (Mutex::new(Tally::default()), AtomicU64::new(0));
+    let work = || {
+        loop {
+            let seed = next.fetch_add(1, Ordering::Relaxed);
+            if seed >= MORTAL_SEEDS {
+                return;
+            }
+            let tally = run(seed, how).unwrap_or_else(|error| panic!("{} --kill", again(seed, &error)));
+            all.lock().unwrap().add(&tally);
+        }
+    };
+    std::thread::scope(|scope| {
+        (0..2).for_each(|_| drop(scope.spawn(work)));
+    });
+    let all = all.into_inner().unwrap();
+    println!("{all:?}");
+    assert!(all.kills > MORTAL_SEEDS, "{all:?}");
+}
+
 #[test]
 fn a_seed_is_a_run() {
     for seed in 0..10 {
-        assert_eq!(run(seed, false, None), run(seed, false, None), "seed {seed}");
+        assert_eq!(
+            run(seed, How::default()),
+            run(seed, How::default()),
+            "seed {seed}"
+        );
     }
 }
 
@@ -63,9 +96,30 @@ fn canaries_do_not_survive() {
         (Canary::StaleDeviceState, 10),
         (Canary::LostLeave, 10),
     ];
+    find_all(&canaries, false);
+}
+
+/// The same for those of a receiver that is killed.
+#[test]
+fn canaries_do_not_survive_a_kill() {
+    find_all(
+        &[
+            (Canary::EndlessFlush, 100),
+            (Canary::EarlyFlushed, 100),
+            (Canary::OneDeviceState, 100),
+        ],
+        true,
+    );
+}
+
+fn find_all(canaries: &[(Canary, u64)], is_mortal: bool) {
     for (canary, seeds) in canaries {
-        let found =
-            (0..seeds).find_map(|seed| run(seed, false, Some(canary)).err().map(|error| (seed, error)));
+        let how = How {
+            canary: Some(*canary),
+            is_mortal,
+            trace: false,
+        };
+        let found = (0..*seeds).find_map(|seed| run(seed, how).err().map(|error| (seed, error)));
         let (seed, error) = found.unwrap_or_else(|| panic!("{canary:?} was not found in {seeds} seeds"));
         println!("{canary:?}: seed {seed}, {error}");
     }
@@ -84,6 +138,7 @@ fn setting(name: &str) -> Option<u64> {
 #[ignore = "run by scripts/simulate"]
 fn simulate() {
     let trace = setting("SIM_TRACE").is_some();
+    let is_mortal = setting("SIM_KILL").is_some();
     let first = setting("SIM_SEED").unwrap_or_else(|| RandomState::new().build_hasher().finish() >> 16);
     let end = setting("SIM_MINUTES").map(|minutes| Instant::now() + Duration::from_secs(60 * minutes));
     let most = setting("SIM_SEEDS").unwrap_or(if end.is_some() { u64::MAX } else { 1 });
@@ -99,7 +154,12 @@ fn simulate() {
                 return;
             }
             let seed = first.wrapping_add(number);
-            match run(seed, trace, None) {
+            let how = How {
+                trace,
+                is_mortal,
+                canary: None,
+            };
+            match run(seed, how) {
                 Ok(tally) => {
                     let mut all = all.lock().unwrap();
                     all.0 += 1;

@@ -5,16 +5,18 @@ mod faults;
 mod surroundings;
 
 use super::Tally;
+use super::death::Death;
 use super::primary::{Kind, Stage};
 use super::rng::Rng;
 use super::session::SimSession;
+use crate::killpoint;
 use crate::receiver::budget::Budget;
 use crate::receiver::guest::Surroundings;
 use crate::ring::ReceiveStyle;
 use crate::ring::sim::{Net, Network, Registered, SimCore, StreamEnd};
 use faults::{FAULTS, Fault};
 use std::sync::{Arc, Mutex, PoisonError};
-use surroundings::{Job, STORES, surroundings};
+use surroundings::{Job, LASTING_STORES, STORES, surroundings};
 
 /// Steps after which a run has gone astray: none came near.
 const STEPS_MAX: u64 = 1_000_000;
@@ -54,6 +56,7 @@ pub(super) struct World {
     /// Steps before which something is done to a session.
     faults: Vec<(u64, usize, Fault)>,
     dump_at: Option<u64>,
+    death: Option<Death>,
     wait_all: bool,
     /// In how many tries a core does work that can wait.
     laziness: usize,
@@ -66,7 +69,8 @@ pub(super) struct World {
 }
 
 impl World {
-    pub(super) fn new(seed: u64, trace: bool) -> Self {
+    /// With `is_mortal` the receiver is killed a few times, and what it leaves is looked at.
+    pub(super) fn new(seed: u64, trace: bool, is_mortal: bool) -> Self {
         let rng = &mut Rng::new(seed);
         let threads = rng.one_in(4);
         let kinds: Vec<Kind> = (0..if rng.one_in(4) { 2 } else { 1 })
@@ -91,8 +95,13 @@ impl World {
         let ram = if no_memory { 4095 } else { 1 << 30 };
         let budgets = [("ram", ram), ("device state", 1 << 30)];
         let budgets = budgets.map(|(name, bytes)| Arc::new(Budget::new(bytes, name)));
-        let store = rng.pick(&STORES);
-        let around = surroundings(rng, store, cores, &jobs, &budgets);
+        let death = is_mortal.then(|| Death::new(rng.next()));
+        let store = match death {
+            None => rng.pick(&STORES),
+            Some(_) => rng.pick(&LASTING_STORES),
+        };
+        let ram_dir = death.as_ref().map(|death| death.directory().to_owned());
+        let around = surroundings(rng, store, ram_dir, cores, &jobs, &budgets);
         let mut world = Self {
             cores: SimCore::all(&net, cores, &around.warn).expect("eventfds"),
             stalled: vec![false; connections],
@@ -103,6 +112,7 @@ impl World {
             is_idle: false,
             flush_looks: rng.pick(&[4, 100]),
             piece_bytes,
+            death,
             rng: Rng::new(rng.next()),
             trace,
             tally: Tally::default(),
@@ -205,6 +215,8 @@ impl World {
         if self.tally.steps > STEPS_MAX {
             return Err("this run has no end".to_owned());
         }
+        let before: Vec<u64> = self.sessions.iter().map(SimSession::commits).collect();
+        killpoint::here();
         self.break_something()?;
         let which = self.rng.below(self.sessions.len());
         let flushes = self.sessions[which].is_flushing();
@@ -223,7 +235,22 @@ impl World {
             session.check(&self.net.borrow())?;
             session.settle()?;
         }
+        self.look_at_what_is_left(&before)?;
         Ok(true)
+    }
+
+    /// If the receiver was killed in this step, before which so many states were committed: what does the next one find?
+    fn look_at_what_is_left(&mut self, before: &[u64]) -> Result<(), String> {
+        let Some(left) = self.death.as_mut().and_then(Death::left) else {
+            return Ok(());
+        };
+        self.tally.kills += 1;
+        self.note(|| "the receiver was killed in this step".to_owned());
+        for (session, before) in self.sessions.iter().zip(before) {
+            let found = session.found(left.path(), *before);
+            found.map_err(|error| format!("after a kill: {error}"))?;
+        }
+        Ok(())
     }
 
     /// Does something, anything that can be done; false if there is nothing.

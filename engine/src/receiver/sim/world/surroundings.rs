@@ -4,7 +4,9 @@ use super::super::rng::Rng;
 use crate::metrics::SampleQueue;
 use crate::receiver::budget::Budget;
 use crate::receiver::guest::{MakeStore, Memory, Surroundings};
+use crate::receiver::recovered::label;
 use crate::store::{CacheKind, CommitMode, CopyMethod, Flusher, Grain, HugePages, Store, StoreOptions};
+use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
@@ -19,6 +21,9 @@ pub(super) const STORES: [(CacheKind, CommitMode); 6] = [
     (CacheKind::Pool { max: Some(1) }, CommitMode::Deferred),
 ];
 
+/// Those whose checkpoints outlive the receiver, with a RAM directory.
+pub(super) const LASTING_STORES: [(CacheKind, CommitMode); 2] = [STORES[2], STORES[3]];
+
 /// Something that is to be done apart.
 pub(super) type Job = Box<dyn FnOnce() + Send>;
 
@@ -26,13 +31,14 @@ pub(super) type Job = Box<dyn FnOnce() + Send>;
 pub(super) fn surroundings(
     rng: &mut Rng,
     (cache, commit): (CacheKind, CommitMode),
+    ram_dir: Option<PathBuf>,
     shards: usize,
     jobs: &Arc<Mutex<Vec<Job>>>,
     budgets: &[Arc<Budget>; 2],
 ) -> Arc<Surroundings> {
     let options = StoreOptions {
         hugepages: HugePages::Off,
-        ram_dir: None,
+        ram_dir,
         cache,
         commit,
         shards,
@@ -65,11 +71,11 @@ pub(super) fn surroundings(
 }
 
 fn store_maker(options: StoreOptions, grain: Grain, budgets: [Arc<Budget>; 2]) -> Arc<MakeStore> {
-    Arc::new(move |_, table| {
+    Arc::new(move |guest, table| {
         let [ram, device_state] = &budgets;
         let ram = ram.take(table.total_bytes())?;
         let device_state = device_state.take(0)?;
-        let made = Store::with_grain(table, "sim", &options, grain);
+        let made = Store::with_grain(table, &label(guest.id), &options, grain);
         let (store, _) = made.map_err(|error| error.to_string())?;
         Ok(Memory {
             store: Arc::new(store),

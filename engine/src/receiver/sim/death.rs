@@ -1,0 +1,104 @@
+//! The receiver's death: at an instant of the seed's choice its RAM directory is copied, as a kill would leave it.
+
+use super::memory::PAGE;
+use super::rng::Rng;
+use super::tests::scratch;
+use crate::killpoint;
+use std::cell::RefCell;
+use std::fs::File;
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+use std::rc::Rc;
+
+/// Kills in a run, at most.
+const KILLS: usize = 3;
+
+/// Instants between two kills, at most.
+const INSTANTS: usize = 1200;
+
+/// A directory that goes with this.
+pub(super) struct Directory(PathBuf);
+
+impl Directory {
+    fn new() -> Self {
+        let path = scratch();
+        std::fs::create_dir(&path).expect("a directory");
+        Self(path)
+    }
+
+    /// With the files of another.
+    fn like(other: &Path) -> Self {
+        let copy = Self::new();
+        for entry in std::fs::read_dir(other).expect("a directory") {
+            let entry = entry.expect("a file");
+            copy_file(&entry.path(), &copy.0.join(entry.file_name())).expect("a copy");
+        }
+        copy
+    }
+
+    pub(super) fn path(&self) -> &Path {
+        &self.0
+    }
+}
+
+impl Drop for Directory {
+    fn drop(&mut self) {
+        drop(std::fs::remove_dir_all(&self.0));
+    }
+}
+
+/// Copies a file; pages of zeros, which are most, become holes.
+fn copy_file(from: &Path, to: &Path) -> std::io::Result<()> {
+    let bytes = std::fs::read(from)?;
+    let copy = File::create(to)?;
+    copy.set_len(bytes.len() as u64)?;
+    for (at, page) in (0u64..).zip(bytes.chunks(PAGE)) {
+        if page.iter().any(|byte| *byte != 0) {
+            copy.write_all_at(page, at * PAGE as u64)?;
+        }
+    }
+    Ok(())
+}
+
+/// See the module.
+pub(super) struct Death {
+    directory: Directory,
+    left: Rc<RefCell<Option<Directory>>>,
+}
+
+impl Death {
+    /// Comes to the receiver of this thread.
+    pub(super) fn new(seed: u64) -> Self {
+        let directory = Directory::new();
+        let left = Rc::new(RefCell::new(None));
+        let mut rng = Rng::new(seed);
+        let (mut kills, mut wait) = (0, rng.range(1, INSTANTS));
+        let (living, dead) = (directory.path().to_owned(), left.clone());
+        killpoint::set(Some(Box::new(move || {
+            wait = wait.saturating_sub(1);
+            if wait > 0 || kills == KILLS || dead.borrow().is_some() {
+                return;
+            }
+            kills += 1;
+            wait = rng.range(1, INSTANTS);
+            *dead.borrow_mut() = Some(Directory::like(&living));
+        })));
+        Self { directory, left }
+    }
+
+    /// Where the receiver's files are.
+    pub(super) fn directory(&self) -> &Path {
+        self.directory.path()
+    }
+
+    /// What it has left, if it was killed since this was asked.
+    pub(super) fn left(&mut self) -> Option<Directory> {
+        self.left.take()
+    }
+}
+
+impl Drop for Death {
+    fn drop(&mut self) {
+        killpoint::set(None);
+    }
+}
