@@ -59,7 +59,7 @@ fn it_measures_and_leaves_tables_pages_and_runs() {
     let _turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
     let scratch = Scratch::new();
     let before = settings();
-    let args = "--captures idle-multifd-4 --spacings 0 --n 24 --rounds 2 --keep-disturbed";
+    let args = "--captures idle-multifd-4 --spacings 0 --secondaries qemu,uring,sink --n 24 --rounds 2 --keep-disturbed";
     let args: Vec<_> = args.split(' ').collect();
     let output = bench(&scratch, &args).output().expect("the program");
     assert!(output.status.success(), "{}", said(&output));
