@@ -3,7 +3,7 @@
 //! Two forms. The **complete** stream has everything and suits any QEMU with the same machine. The **shared** one leaves
 //! the main memory out: the fresh QEMU has mapped the image's file already (capability `x-ignore-shared`).
 //!
-//! Nothing is held but a buffer of [`BUFFER_BYTES`], whatever the guest's size.
+//! Nothing is held but a buffer of `BUFFER_BYTES`, whatever the guest's size.
 #![forbid(unsafe_code)]
 
 use crate::blocks::BlockTable;

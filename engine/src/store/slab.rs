@@ -27,7 +27,7 @@ const HEADERS: u64 = 256;
 
 const HEADER_AREA: u64 = HEADERS * HEADER_BYTES;
 
-/// A piece of cache memory that a ring registers as one buffer. In a [`super::mirror::Mirror`] a header area lies
+/// A piece of cache memory that a ring registers as one buffer. In a mirror a header area lies
 /// behind the slots, so that one read may fill the slots of a packet and take the next packet's header.
 pub struct Slab {
     memory: Mapping,
