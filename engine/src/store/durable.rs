@@ -348,6 +348,8 @@ impl Durable {
             failed: None,
         };
         let words = files.create(PLACES_FILE, shape.pages * 8)?.map_owned();
+        // Populated as all memory is: no page fault falls into a pause.
+        let words = words.and_then(|words| super::map::populate(&[&words]).map(|()| words));
         let words = words.map_err(|errno| StoreError::file(&files.path(PLACES_FILE), errno.into()))?;
         let durable = Self {
             files,
