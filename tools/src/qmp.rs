@@ -1,7 +1,7 @@
 //! A client of QEMU's monitor (QMP): commands one at a time, events collected as they come.
 //!
-//! A thread reads; it ends when QEMU closes the connection. A line is at most [`LINE_MAX`] bytes and at most
-//! [`EVENTS_MAX`] events are kept, so that whatever listens at the path cannot fill this process's memory.
+//! A thread reads; it ends when QEMU closes the connection. A line is at most `LINE_MAX` bytes and at most
+//! `EVENTS_MAX` events are kept, so that whatever listens at the path cannot fill this process's memory.
 
 use serde_json::{Value, json};
 use std::fmt;

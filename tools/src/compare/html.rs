@@ -1,6 +1,6 @@
 //! The comparison as one HTML page: nothing is loaded, no script is needed, light and dark are the reader's.
 //!
-//! Whatever comes from a file passes [`escape`].
+//! Whatever comes from a file passes `escape`.
 
 use super::svg::escape;
 use super::table::{display_mean, figures, interval_cell, ratio_cell, way_in_words};

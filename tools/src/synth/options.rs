@@ -75,7 +75,7 @@ pub struct SynthOptions {
     pub interval: Duration,
     /// Whether a checkpoint that takes longer than the interval moves those after it, instead of making them wait.
     pub closed_loop: bool,
-    /// Checkpoints that [`run`] takes.
+    /// Checkpoints that `run` takes.
     pub checkpoints: u64,
     /// Decides everything that is random.
     pub seed: u64,
