@@ -34,6 +34,7 @@
 //!
 //! Where slots are is the matter of `cache::Cache`; when dirty slots are copied is decided in [`Store::commit`] alone.
 
+mod arrivals;
 mod bitmap;
 mod cache;
 mod claims;
@@ -55,6 +56,7 @@ mod lives;
 mod map;
 mod mirror;
 mod names;
+mod options;
 mod plan;
 mod pool;
 mod ram_dir;
@@ -77,13 +79,14 @@ pub use huge::{Fallback, HugePages};
 pub use landing::Landing;
 pub use left::{Left, LeftCheckpoint, labels_in};
 pub use map::LandingRun;
+pub use options::{CacheKind, CommitMode, StoreOptions};
 pub use plan::{PageRun, Plan};
 pub use slab::{HEADER_BYTES, Slab, SlabId};
 pub use window::Window;
 
 use crate::blocks::BlockTable;
 use crate::canary::{self, Canary};
-use crate::units::{CheckpointId, PAGE_SIZE, PageIndex};
+use crate::units::CheckpointId;
 use bitmap::PageSet;
 use cache::Cache;
 use committed::CommittedImage;
@@ -97,68 +100,10 @@ use mirror::Mirror;
 use pool::Pool;
 use ram_dir::{RamDirectory, RamFiles};
 use slab::SlabMemory;
-use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::path::Path;
+use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
-
-/// Which placement of cache slots.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum CacheKind {
-    /// Slots are taken as pages arrive and given back when they are flushed: as much memory as checkpoints need.
-    Pool {
-        /// Bytes up to which it grows as it likes; `None` for as much as the guest's RAM. A checkpoint that needs more gets
-        /// it, slower, and it is counted.
-        max: Option<u64>,
-    },
-    /// A slot for every page of guest RAM: memory doubles.
-    Mirror,
-}
-
-/// When dirty slots are copied to the RAM image.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum CommitMode {
-    /// After the commit, while the primary runs: the checkpoint is committed by its record alone, and is whole in image and
-    /// slots together.
-    Deferred,
-    /// Inside of the commit: the image is complete when it returns.
-    Sync,
-}
-
-/// How a store is made.
-#[derive(Clone, Debug)]
-pub struct StoreOptions {
-    /// Which pages its memory is made of.
-    pub hugepages: HugePages,
-    /// Directory for the RAM image's files, on tmpfs or hugetlbfs; without one they are memfds.
-    pub ram_dir: Option<PathBuf>,
-    /// Placement of cache slots.
-    pub cache: CacheKind,
-    /// When dirty slots are copied.
-    pub commit: CommitMode,
-    /// Threads that receive pages: each marks in its own shard of the dirty bitmap. At least 1.
-    pub shards: usize,
-    /// The NUMA node that each shard's memory should lie on; empty where the kernel decides. The image lies on all of them.
-    pub nodes: Vec<usize>,
-    /// Where somebody runs the guest on the RAM image between checkpoints: marks the pages that it changes, which each
-    /// commit then restores. Only with [`CacheKind::Mirror`] and [`CommitMode::Sync`]. The guest must stand still during a
-    /// commit, and its marks must be made by then.
-    pub running_guest: Option<Arc<DirtyBitmap>>,
-}
-
-impl Default for StoreOptions {
-    fn default() -> Self {
-        Self {
-            hugepages: HugePages::Huge2M,
-            ram_dir: None,
-            cache: CacheKind::Pool { max: None },
-            commit: CommitMode::Deferred,
-            shards: 1,
-            nodes: Vec::new(),
-            running_guest: None,
-        }
-    }
-}
 
 /// Where received pages go.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -329,161 +274,6 @@ impl Store {
         self.cache.slab(position)
     }
 
-    /// Where received pages go now.
-    pub fn phase(&self) -> Phase {
-        match self.colo.load(Ordering::Acquire) {
-            true => Phase::Colo,
-            false => Phase::Precopy,
-        }
-    }
-
-    /// Says where the normal pages of a packet are to land; `landing` holds that until its next use. All its places
-    /// are to be filled before [`Store::landed`]. `shard` is the calling thread's.
-    ///
-    /// # Errors
-    /// If there is no memory for them: see [`StoreError::PoolFull`].
-    ///
-    /// # Panics
-    /// With more than [`crate::units::PACKET_PAGES`] pages.
-    pub fn place(&self, shard: usize, pages: &[PageIndex], landing: &mut Landing) -> Result<(), StoreError> {
-        let phase = self.phase();
-        landing.begin(phase, pages.len());
-        match phase {
-            Phase::Precopy => {
-                for page in pages {
-                    landing.push(*page, None, self.image().span(PageRun::one(*page)));
-                }
-                Ok(())
-            }
-            Phase::Colo => self.cache.place(shard, pages, landing),
-        }
-    }
-
-    /// The places of `landing` have been filled. `shard` is the calling thread's.
-    ///
-    /// # Panics
-    /// If there is no such shard.
-    pub fn landed(&self, shard: usize, landing: &mut Landing) {
-        match landing.phase {
-            Phase::Precopy => {
-                for page in landing.pages() {
-                    self.cache.follow(*page, self.image());
-                }
-                copy::fence();
-            }
-            Phase::Colo => {
-                self.cache.landed(landing);
-                let lost = usize::from(canary::is_set(Canary::LostMark));
-                self.dirty.mark_all(shard, &landing.pages()[lost..]);
-            }
-        }
-        self.received.insert_all(landing.pages());
-    }
-
-    /// Reads out the header that came with the pages of `landing` ([`Landing::header`]).
-    ///
-    /// # Panics
-    /// If it had no place for one, or with more than [`HEADER_BYTES`] bytes.
-    pub fn read_header(&self, landing: &Landing, out: &mut [u8]) {
-        assert!(out.len() <= map::index(HEADER_BYTES), "a header has its own area");
-        let place = landing.header_place().expect("its header has a place");
-        let slab = self.slab(usize::from(place.slab.0)).expect("pages landed there");
-        slab.memory().copy_out(map::index(place.offset), out);
-    }
-
-    /// A channel's landing is used no more: what it holds of the pool is given back.
-    pub fn put_back(&self, landing: &mut Landing) {
-        self.cache.put_back(landing);
-    }
-
-    /// A page of zeros was received. `shard` is the calling thread's.
-    ///
-    /// # Panics
-    /// If there is no such shard.
-    pub fn zero(&self, shard: usize, page: PageIndex) {
-        match self.phase() {
-            Phase::Precopy => {
-                copy::zero(self.image().span(PageRun::one(page)));
-                self.cache.follow(page, self.image());
-                copy::fence();
-            }
-            Phase::Colo => {
-                self.cache.zero(page);
-                self.dirty.mark(shard, page);
-            }
-        }
-        self.received.insert_all(&[page]);
-    }
-
-    /// A page was received whose bytes the caller holds. `shard` is the calling thread's.
-    ///
-    /// # Errors
-    /// If there is no memory for it: see [`StoreError::PoolFull`].
-    ///
-    /// # Panics
-    /// If there is no such shard.
-    pub fn write(&self, shard: usize, page: PageIndex, bytes: &[u8; PAGE_SIZE]) -> Result<(), StoreError> {
-        match self.phase() {
-            Phase::Precopy => {
-                copy::fill(self.image().span(PageRun::one(page)), bytes);
-                self.cache.follow(page, self.image());
-                copy::fence();
-            }
-            Phase::Colo => {
-                if canary::is_set(Canary::EarlyImage) {
-                    copy::fill(self.image().span(PageRun::one(page)), bytes);
-                }
-                self.cache.write(shard, page, bytes)?;
-                self.dirty.mark(shard, page);
-            }
-        }
-        self.received.insert_all(&[page]);
-        Ok(())
-    }
-
-    /// A page has arrived in `window`, and stays there until it is flushed. `shard` is the calling thread's.
-    ///
-    /// # Panics
-    /// If there is no such shard, or the page does not lie there; in precopy.
-    pub fn adopt(&self, shard: usize, page: PageIndex, window: &Window, bytes: &[u8; PAGE_SIZE]) {
-        assert_eq!(
-            self.phase(),
-            Phase::Colo,
-            "in precopy pages belong into the image"
-        );
-        self.cache.adopt(page, window.locate(bytes));
-        self.dirty.mark(shard, page);
-        self.received.insert_all(&[page]);
-    }
-
-    /// Reads the newest received content of a page, committed or not: what a delta is applied to (spec §7.4).
-    pub fn read_newest(&self, page: PageIndex, out: &mut [u8; PAGE_SIZE]) {
-        let in_image = self.phase() == Phase::Precopy || !self.cache.read(page, out);
-        if in_image {
-            copy::read(self.image().span(PageRun::one(page)), out);
-        }
-    }
-
-    /// Whether the page was received at least once.
-    pub fn was_received(&self, page: PageIndex) -> bool {
-        self.received.contains(page)
-    }
-
-    /// Pages that were never received: none after a complete precopy (spec §7.3). Counts the whole bitmap.
-    pub fn unseen_pages(&self) -> u64 {
-        self.table().total_pages() - self.received.count()
-    }
-
-    /// Ends precopy. The caller has seen to it that nobody is receiving: see the module.
-    pub fn begin_colo(&self) {
-        self.colo.store(true, Ordering::Release);
-    }
-
-    /// Pages received since the last commit.
-    pub fn dirty_pages(&self) -> u64 {
-        self.dirty.count()
-    }
-
     /// Commits checkpoint `id`: all pages received since the last commit, and `device_state`, which is exchanged for
     /// an empty buffer (that of the checkpoint before, so that in the long run none is allocated). The caller has seen
     /// to it that nobody is receiving: see the module.
@@ -609,11 +399,6 @@ impl Store {
         }
     }
 
-    /// A channel may not use its landing for some time.
-    pub fn rest(&self, landing: &mut Landing) {
-        self.cache.rest(landing);
-    }
-
     fn extents(&self) -> Option<&Extents> {
         self.cache.pool()
     }
@@ -676,15 +461,6 @@ impl Store {
     /// Before the first commit, or when a file cannot be written. Then nothing of this dump is left behind.
     pub fn dump(&self, directory: &Path) -> Result<DumpReport, StoreError> {
         self.committed.dump(directory, || self.settle())
-    }
-
-    /// Copies a page of the last committed checkpoint out.
-    #[cfg(test)]
-    pub(crate) fn read_committed(&self, page: PageIndex, out: &mut [u8; PAGE_SIZE]) {
-        // While it is flushing, what is newest is committed: see the module.
-        if !self.is_flushing() || !self.cache.read(page, out) {
-            copy::read(self.image().span(PageRun::one(page)), out);
-        }
     }
 
     /// The device state of the last committed checkpoint.

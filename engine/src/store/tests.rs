@@ -9,9 +9,10 @@ mod pool;
 mod running_guest;
 
 use super::*;
-use crate::units::{PACKET_PAGES, PAGE_BYTES};
+use crate::units::{PACKET_PAGES, PAGE_BYTES, PAGE_SIZE, PageIndex};
 use std::fs;
-use std::sync::atomic::AtomicU64;
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread;
 
 /// Pages in a slab of these tests' stores: few, so that packets and runs cross slabs.

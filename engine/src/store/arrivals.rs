@@ -1,0 +1,179 @@
+//! Received pages: where they are to land, and what is said of them when they have. See the module above for who may
+//! do this, and when.
+#![forbid(unsafe_code)]
+
+use super::{HEADER_BYTES, Landing, PageRun, Phase, Store, StoreError, Window, copy, map};
+use crate::canary::{self, Canary};
+use crate::units::{PAGE_SIZE, PageIndex};
+use std::sync::atomic::Ordering;
+
+impl Store {
+    /// Where received pages go now.
+    pub fn phase(&self) -> Phase {
+        match self.colo.load(Ordering::Acquire) {
+            true => Phase::Colo,
+            false => Phase::Precopy,
+        }
+    }
+
+    /// Says where the normal pages of a packet are to land; `landing` holds that until its next use. All its places
+    /// are to be filled before [`Store::landed`]. `shard` is the calling thread's.
+    ///
+    /// # Errors
+    /// If there is no memory for them: see [`StoreError::PoolFull`].
+    ///
+    /// # Panics
+    /// With more than [`crate::units::PACKET_PAGES`] pages.
+    pub fn place(&self, shard: usize, pages: &[PageIndex], landing: &mut Landing) -> Result<(), StoreError> {
+        let phase = self.phase();
+        landing.begin(phase, pages.len());
+        match phase {
+            Phase::Precopy => {
+                for page in pages {
+                    landing.push(*page, None, self.image().span(PageRun::one(*page)));
+                }
+                Ok(())
+            }
+            Phase::Colo => self.cache.place(shard, pages, landing),
+        }
+    }
+
+    /// The places of `landing` have been filled. `shard` is the calling thread's.
+    ///
+    /// # Panics
+    /// If there is no such shard.
+    pub fn landed(&self, shard: usize, landing: &mut Landing) {
+        match landing.phase {
+            Phase::Precopy => {
+                for page in landing.pages() {
+                    self.cache.follow(*page, self.image());
+                }
+                copy::fence();
+            }
+            Phase::Colo => {
+                self.cache.landed(landing);
+                let lost = usize::from(canary::is_set(Canary::LostMark));
+                self.dirty.mark_all(shard, &landing.pages()[lost..]);
+            }
+        }
+        self.received.insert_all(landing.pages());
+    }
+
+    /// Reads out the header that came with the pages of `landing` ([`Landing::header`]).
+    ///
+    /// # Panics
+    /// If it had no place for one, or with more than [`HEADER_BYTES`] bytes.
+    pub fn read_header(&self, landing: &Landing, out: &mut [u8]) {
+        assert!(out.len() <= map::index(HEADER_BYTES), "a header has its own area");
+        let place = landing.header_place().expect("its header has a place");
+        let slab = self.slab(usize::from(place.slab.0)).expect("pages landed there");
+        slab.memory().copy_out(map::index(place.offset), out);
+    }
+
+    /// A channel's landing is used no more: what it holds of the pool is given back.
+    pub fn put_back(&self, landing: &mut Landing) {
+        self.cache.put_back(landing);
+    }
+
+    /// A page of zeros was received. `shard` is the calling thread's.
+    ///
+    /// # Panics
+    /// If there is no such shard.
+    pub fn zero(&self, shard: usize, page: PageIndex) {
+        match self.phase() {
+            Phase::Precopy => {
+                copy::zero(self.image().span(PageRun::one(page)));
+                self.cache.follow(page, self.image());
+                copy::fence();
+            }
+            Phase::Colo => {
+                self.cache.zero(page);
+                self.dirty.mark(shard, page);
+            }
+        }
+        self.received.insert_all(&[page]);
+    }
+
+    /// A page was received whose bytes the caller holds. `shard` is the calling thread's.
+    ///
+    /// # Errors
+    /// If there is no memory for it: see [`StoreError::PoolFull`].
+    ///
+    /// # Panics
+    /// If there is no such shard.
+    pub fn write(&self, shard: usize, page: PageIndex, bytes: &[u8; PAGE_SIZE]) -> Result<(), StoreError> {
+        match self.phase() {
+            Phase::Precopy => {
+                copy::fill(self.image().span(PageRun::one(page)), bytes);
+                self.cache.follow(page, self.image());
+                copy::fence();
+            }
+            Phase::Colo => {
+                if canary::is_set(Canary::EarlyImage) {
+                    copy::fill(self.image().span(PageRun::one(page)), bytes);
+                }
+                self.cache.write(shard, page, bytes)?;
+                self.dirty.mark(shard, page);
+            }
+        }
+        self.received.insert_all(&[page]);
+        Ok(())
+    }
+
+    /// A page has arrived in `window`, and stays there until it is flushed. `shard` is the calling thread's.
+    ///
+    /// # Panics
+    /// If there is no such shard, or the page does not lie there; in precopy.
+    pub fn adopt(&self, shard: usize, page: PageIndex, window: &Window, bytes: &[u8; PAGE_SIZE]) {
+        assert_eq!(
+            self.phase(),
+            Phase::Colo,
+            "in precopy pages belong into the image"
+        );
+        self.cache.adopt(page, window.locate(bytes));
+        self.dirty.mark(shard, page);
+        self.received.insert_all(&[page]);
+    }
+
+    /// Reads the newest received content of a page, committed or not: what a delta is applied to (spec §7.4).
+    pub fn read_newest(&self, page: PageIndex, out: &mut [u8; PAGE_SIZE]) {
+        let in_image = self.phase() == Phase::Precopy || !self.cache.read(page, out);
+        if in_image {
+            copy::read(self.image().span(PageRun::one(page)), out);
+        }
+    }
+
+    /// Whether the page was received at least once.
+    pub fn was_received(&self, page: PageIndex) -> bool {
+        self.received.contains(page)
+    }
+
+    /// Pages that were never received: none after a complete precopy (spec §7.3). Counts the whole bitmap.
+    pub fn unseen_pages(&self) -> u64 {
+        self.table().total_pages() - self.received.count()
+    }
+
+    /// Ends precopy. The caller has seen to it that nobody is receiving: see the module.
+    pub fn begin_colo(&self) {
+        self.colo.store(true, Ordering::Release);
+    }
+
+    /// Pages received since the last commit.
+    pub fn dirty_pages(&self) -> u64 {
+        self.dirty.count()
+    }
+
+    /// A channel may not use its landing for some time.
+    pub fn rest(&self, landing: &mut Landing) {
+        self.cache.rest(landing);
+    }
+
+    /// Copies a page of the last committed checkpoint out.
+    #[cfg(test)]
+    pub(crate) fn read_committed(&self, page: PageIndex, out: &mut [u8; PAGE_SIZE]) {
+        // While it is flushing, what is newest is committed: see the module.
+        if !self.is_flushing() || !self.cache.read(page, out) {
+            copy::read(self.image().span(PageRun::one(page)), out);
+        }
+    }
+}

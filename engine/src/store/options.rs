@@ -1,0 +1,64 @@
+//! How a store is made: the placement of its cache, when it flushes, of what its memory is.
+#![forbid(unsafe_code)]
+
+use super::{DirtyBitmap, HugePages};
+use std::path::PathBuf;
+use std::sync::Arc;
+
+/// Which placement of cache slots.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum CacheKind {
+    /// Slots are taken as pages arrive and given back when they are flushed: as much memory as checkpoints need.
+    Pool {
+        /// Bytes up to which it grows as it likes; `None` for as much as the guest's RAM. A checkpoint that needs more gets
+        /// it, slower, and it is counted.
+        max: Option<u64>,
+    },
+    /// A slot for every page of guest RAM: memory doubles.
+    Mirror,
+}
+
+/// When dirty slots are copied to the RAM image.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum CommitMode {
+    /// After the commit, while the primary runs: the checkpoint is committed by its record alone, and is whole in image and
+    /// slots together.
+    Deferred,
+    /// Inside of the commit: the image is complete when it returns.
+    Sync,
+}
+
+/// How a store is made.
+#[derive(Clone, Debug)]
+pub struct StoreOptions {
+    /// Which pages its memory is made of.
+    pub hugepages: HugePages,
+    /// Directory for the RAM image's files, on tmpfs or hugetlbfs; without one they are memfds.
+    pub ram_dir: Option<PathBuf>,
+    /// Placement of cache slots.
+    pub cache: CacheKind,
+    /// When dirty slots are copied.
+    pub commit: CommitMode,
+    /// Threads that receive pages: each marks in its own shard of the dirty bitmap. At least 1.
+    pub shards: usize,
+    /// The NUMA node that each shard's memory should lie on; empty where the kernel decides. The image lies on all of them.
+    pub nodes: Vec<usize>,
+    /// Where somebody runs the guest on the RAM image between checkpoints: marks the pages that it changes, which each
+    /// commit then restores. Only with [`CacheKind::Mirror`] and [`CommitMode::Sync`]. The guest must stand still during a
+    /// commit, and its marks must be made by then.
+    pub running_guest: Option<Arc<DirtyBitmap>>,
+}
+
+impl Default for StoreOptions {
+    fn default() -> Self {
+        Self {
+            hugepages: HugePages::Huge2M,
+            ram_dir: None,
+            cache: CacheKind::Pool { max: None },
+            commit: CommitMode::Deferred,
+            shards: 1,
+            nodes: Vec::new(),
+            running_guest: None,
+        }
+    }
+}
