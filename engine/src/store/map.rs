@@ -481,6 +481,14 @@ impl Words {
     }
 }
 
+#[cfg(loom)]
+impl Words {
+    /// What loom watches is no memory that could be mapped; its tests map none.
+    pub(super) fn mapped(_: Mapping, _: usize) -> Self {
+        unreachable!("loom tests map nothing")
+    }
+}
+
 impl std::ops::Deref for Words {
     type Target = [crate::sync::AtomicU64];
 
