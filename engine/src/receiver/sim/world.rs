@@ -68,6 +68,14 @@ pub(super) struct World {
     piece_bytes: usize,
 }
 
+impl Drop for World {
+    fn drop(&mut self) {
+        // What a run that failed has left to do holds its guests, and these hold where it is kept.
+        let jobs = std::mem::take(&mut *self.jobs.lock().unwrap_or_else(PoisonError::into_inner));
+        drop(jobs);
+    }
+}
+
 impl World {
     /// With `is_mortal` the receiver is killed a few times, and what it leaves is looked at.
     pub(super) fn new(seed: u64, trace: bool, is_mortal: bool) -> Self {
