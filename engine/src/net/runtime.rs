@@ -8,6 +8,9 @@ use std::io;
 /// is disabled, or its memory does not fit `ulimit -l`.
 pub struct Runtime(Kind);
 
+/// Submission entries, tokio-uring's own default.
+const ENTRIES: u32 = 256;
+
 enum Kind {
     Uring(Box<tokio_uring::Runtime>),
     Readiness(tokio::runtime::Runtime),
@@ -19,7 +22,10 @@ impl Runtime {
     /// # Errors
     /// If neither is.
     pub fn new() -> io::Result<(Self, Option<io::Error>)> {
-        let error = match tokio_uring::Runtime::new(&tokio_uring::builder()) {
+        // Asked first: where there is no io_uring, tokio-uring 0.5 does not free what it has made until it finds out.
+        let uring = io_uring::IoUring::new(ENTRIES)
+            .and_then(|_| tokio_uring::Runtime::new(tokio_uring::builder().entries(ENTRIES)));
+        let error = match uring {
             Ok(runtime) => return Ok((Self(Kind::Uring(Box::new(runtime))), None)),
             Err(error) => error,
         };

@@ -133,10 +133,11 @@ impl Session {
         self.progress
             .checkpoints
             .store(delays.checkpoints(), Ordering::Relaxed);
+        // READY itself is waited for: it belongs to what came before.
+        self.recorder.data(read_at, connection, direction, bytes);
         if delays.is_protected() {
             self.recorder.guest_is_protected();
         }
-        self.recorder.data(read_at, connection, direction, bytes);
     }
 
     /// One direction has ended.
