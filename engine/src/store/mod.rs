@@ -453,6 +453,13 @@ impl Store {
         true
     }
 
+    /// Takes the names of its files in a RAM directory away, so that no later receiver finds them.
+    pub fn remove_files(&self) {
+        if let Some(files) = &self.files {
+            files.remove_all();
+        }
+    }
+
     /// Dumps the last committed checkpoint into `directory`, which is made if it does not exist: a file per block and
     /// [`DEVICE_STATE_FILE`]. Files of an earlier dump there are replaced once the new one is complete. Checkpoints go
     /// on meanwhile; another dump waits.

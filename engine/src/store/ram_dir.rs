@@ -200,6 +200,14 @@ impl RamFiles {
         });
     }
 
+    /// Takes the files' names away; what is mapped of them stays.
+    pub(super) fn remove_all(&self) {
+        for path in self.made().drain(..) {
+            // Gone already, or the directory is: either way there is nobody left to tell.
+            drop(std::fs::remove_file(path));
+        }
+    }
+
     /// Whether the files stay when this goes.
     pub(super) fn leave(&self, left: bool) {
         self.left.store(left, Ordering::Relaxed);
@@ -209,12 +217,8 @@ impl RamFiles {
 impl Drop for RamFiles {
     fn drop(&mut self) {
         // A receiver that breaks down must not take a checkpoint with it.
-        if self.left.load(Ordering::Relaxed) || std::thread::panicking() {
-            return;
-        }
-        for path in self.made().drain(..) {
-            // As above.
-            drop(std::fs::remove_file(path));
+        if !self.left.load(Ordering::Relaxed) && !std::thread::panicking() {
+            self.remove_all();
         }
     }
 }

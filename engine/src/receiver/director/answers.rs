@@ -203,6 +203,11 @@ fn apart(reply: Reply, answer: impl FnOnce() -> Result<Answer, String> + Send + 
 /// Gives a session's memory up, which takes seconds for a large guest; the answer says that it is done.
 fn give_up(entry: Entry, reply: Reply, answer: Answer) {
     apart(reply, move || {
+        // Here, and not when the last one lets go of them: who gives back a cache of it at this moment holds them a little
+        // longer, and a receiver that is killed meanwhile would leave what the answer says is gone.
+        if let Some(store) = entry.guest.store() {
+            store.remove_files();
+        }
         drop(entry);
         Ok(answer)
     });
