@@ -128,8 +128,8 @@ pub(crate) struct ReceiveStyle {
     pub spread_from_pages: u64,
 }
 
-/// Before that, waking another core takes longer than it saves: with four channels that is 8 MiB.
-const SPREAD_FROM_PAGES: u64 = 512;
+/// Before that, waking another core takes longer than it saves: with four channels that is 2 MiB.
+const SPREAD_FROM_PAGES: u64 = 128;
 
 impl ReceiveStyle {
     /// For the rings and epoll: as few operations as possible.
