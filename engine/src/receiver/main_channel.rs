@@ -143,7 +143,6 @@ impl MainChannel {
                 if self.guest.store().is_some_and(|store| store.is_flushing()) {
                     return Ok(false);
                 }
-                self.waiting = Waiting::Bytes;
                 self.deliver_sample();
                 self.write(Answer::Reply)?;
             }
