@@ -7,7 +7,7 @@
 use super::wake::CoreWake;
 use super::{Buffers, Endpoint, Loss, ReceivePlan};
 use crate::store::Slab;
-use crossbeam_queue::SegQueue;
+use crossbeam_queue::ArrayQueue;
 use std::io;
 use std::ops::ControlFlow;
 use std::os::fd::RawFd;
@@ -54,13 +54,26 @@ pub(super) trait Backend {
     fn release_buffers(&mut self, first: u16, count: u16);
 }
 
+/// Endpoints that can wait for their core at the same time: all connections of a large host.
+const INBOX_MAX: usize = 4096;
+
 /// What others hold of a core.
-#[derive(Default)]
 pub(super) struct Inbox {
-    pub endpoints: SegQueue<Box<dyn Endpoint>>,
+    /// Endpoints that it shall drive. With a fixed capacity, so that a hand-over allocates nothing.
+    pub endpoints: ArrayQueue<Box<dyn Endpoint>>,
     pub stop: AtomicBool,
     /// Its core has failed and drives nothing any more.
     failed: AtomicBool,
+}
+
+impl Default for Inbox {
+    fn default() -> Self {
+        Self {
+            endpoints: ArrayQueue::new(INBOX_MAX),
+            stop: AtomicBool::new(false),
+            failed: AtomicBool::new(false),
+        }
+    }
 }
 
 struct Slot {
@@ -240,23 +253,27 @@ impl<B: Backend> Core<B> {
     }
 
     fn attach_new(&mut self) {
-        while let Some(mut endpoint) = self.inbox().endpoints.pop() {
-            let guest = endpoint.guest();
-            let registration = self.registrations.iter().find(|r| r.guest == guest);
-            let buffers = registration.map_or_else(Buffers::default, |r| r.registered);
-            endpoint.attached(self.position, buffers);
-            let free = self.slots.iter().position(Option::is_none);
-            let index = free.unwrap_or_else(|| {
-                self.slots.push(None);
-                self.slots.len() - 1
-            });
-            self.slots[index] = Some(Slot {
-                endpoint,
-                posted: false,
-                closing: false,
-            });
-            self.post(index);
+        while let Some(endpoint) = self.inbox().endpoints.pop() {
+            self.attach(endpoint);
         }
+    }
+
+    fn attach(&mut self, mut endpoint: Box<dyn Endpoint>) {
+        let guest = endpoint.guest();
+        let registration = self.registrations.iter().find(|r| r.guest == guest);
+        let buffers = registration.map_or_else(Buffers::default, |r| r.registered);
+        endpoint.attached(self.position, buffers);
+        let free = self.slots.iter().position(Option::is_none);
+        let index = free.unwrap_or_else(|| {
+            self.slots.push(None);
+            self.slots.len() - 1
+        });
+        self.slots[index] = Some(Slot {
+            endpoint,
+            posted: false,
+            closing: false,
+        });
+        self.post(index);
     }
 
     fn completed(&mut self, completion: Completion) {
@@ -314,12 +331,15 @@ impl<B: Backend> Core<B> {
         }
     }
 
-    /// Another core drives the endpoint from now on.
+    /// Another core drives the endpoint from now on; if that has no room for it, this one goes on.
     fn hand_over(&mut self, index: usize, core: usize) {
-        if let Some(slot) = self.detach(index) {
-            let peer = &self.peers[core];
-            peer.inbox.endpoints.push(slot.endpoint);
-            peer.wake.wake();
+        let Some(slot) = self.detach(index) else {
+            return;
+        };
+        let peer = &self.peers[core];
+        match peer.inbox.endpoints.push(slot.endpoint) {
+            Ok(()) => peer.wake.wake(),
+            Err(endpoint) => self.attach(endpoint),
         }
     }
 
@@ -485,7 +505,8 @@ mod tests {
             let (peer, socket) = UnixStream::pair().unwrap();
             peer.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
             let (plan, byte) = (ReceivePlan::new(), Box::new([0]));
-            inbox.endpoints.push(Box::new(Fragile { socket, plan, byte }));
+            let endpoint: Box<dyn Endpoint> = Box::new(Fragile { socket, plan, byte });
+            assert!(inbox.endpoints.push(endpoint).is_ok());
             peers.push(peer);
         }
         let thread = {

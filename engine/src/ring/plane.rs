@@ -184,7 +184,8 @@ impl Plane {
                 if core.thread.is_finished() {
                     return Err(io::Error::other("its core receives no more"));
                 }
-                core.peer.inbox.endpoints.push(endpoint);
+                let pushed = core.peer.inbox.endpoints.push(endpoint);
+                pushed.map_err(|_| io::Error::other("too many connections wait for its core"))?;
                 wake.wake();
             }
             Waker::Thread(turn) => {

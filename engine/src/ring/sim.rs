@@ -330,7 +330,7 @@ impl SimCore {
 
     /// Hands an endpoint to it.
     pub(crate) fn attach(&self, endpoint: Box<dyn Endpoint>) {
-        self.peer.inbox.endpoints.push(endpoint);
+        assert!(self.peer.inbox.endpoints.push(endpoint).is_ok());
         self.waker().wake();
     }
 
