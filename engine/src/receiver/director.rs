@@ -76,6 +76,8 @@ pub(super) struct Wires {
 /// A session in the director's book.
 struct Entry {
     guest: Arc<Guest>,
+    /// Where its main channel is driven: a position among the plane's cores. None if nobody sends to it.
+    home: Option<usize>,
     /// Its figures, once all endpoints have left.
     summary: Option<Summary>,
     suppressed: Option<(u64, Instant)>,
@@ -167,6 +169,7 @@ impl Book {
                 suppressed: None,
                 began: Instant::now(),
                 guest,
+                home: None,
             });
         }
     }
@@ -241,9 +244,9 @@ impl Book {
         let id = self.next;
         self.next += 1;
         let plane = &self.director.plane;
-        let first = usize::try_from(id).unwrap_or(0);
-        // With several guests each begins at another core. Its channels share that of the main channel, and go to others
-        // while they carry much; a thread of its own for each of them is what the backend `threads` is.
+        let first = self.quietest_core();
+        // The channels share the core of the main channel, and go to others while it falls behind; a thread of its own for
+        // each of them is what the backend `threads` is.
         let main_driver = plane.driver(first);
         let drivers: Vec<Driver> = (0..complete.channels.len())
             .map(|_| plane.driver(first))
@@ -276,10 +279,18 @@ impl Book {
         }
         self.entries.push(Entry {
             guest,
+            home: Some(first),
             summary: None,
             suppressed: None,
             began: Instant::now(),
         });
+    }
+
+    /// The core that is home to the fewest running guests: the first such in the order that was asked for.
+    fn quietest_core(&self) -> usize {
+        let running = self.entries.iter().filter(|entry| entry.summary.is_none());
+        let homes: Vec<_> = running.filter_map(|entry| entry.home).collect();
+        quietest(self.director.options.cores.len(), &homes)
     }
 
     /// What drives the guest's connections, with where: the main channel first.
@@ -466,5 +477,25 @@ impl Book {
             .recorder
             .finish(self.director.around.started.elapsed())?;
         Ok(ReceiverOutcome { sessions, report })
+    }
+}
+
+/// The first of the cores that fewest of these homes are at.
+fn quietest(cores: usize, homes: &[usize]) -> usize {
+    let guests = |core: &usize| homes.iter().filter(|home| *home == core).count();
+    (0..cores).min_by_key(guests).unwrap_or(0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::quietest;
+
+    #[test]
+    fn guests_go_where_fewest_are_and_first_to_the_first() {
+        assert_eq!(quietest(1, &[0, 0]), 0);
+        assert_eq!(quietest(3, &[]), 0);
+        assert_eq!(quietest(3, &[0]), 1);
+        assert_eq!(quietest(3, &[0, 1, 2]), 0);
+        assert_eq!(quietest(3, &[0, 2, 0, 2]), 1);
     }
 }

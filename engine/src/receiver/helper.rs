@@ -1,5 +1,5 @@
 //! A guest's presence on a core that receives for it only now and then: it keeps the guest's slabs registered with that
-//! core's ring, so that a channel may be handed over at any time, and does a part of the flush.
+//! core's ring, so that a channel may be handed over at any time, and does a part of the flush when a primary waits for it.
 
 use super::guest::Guest;
 use crate::ring::{Buffers, Endpoint, Loss, ReceivePlan};
@@ -16,13 +16,6 @@ impl Helper {
     pub(super) fn new(guest: Arc<Guest>) -> Self {
         Self { guest }
     }
-}
-
-/// A small part of the guest's flush, if there is one.
-pub(super) fn flush_some(guest: &Guest) -> bool {
-    guest
-        .store()
-        .is_some_and(|store| store.flush_step() != FlushStep::Nothing)
 }
 
 impl Endpoint for Helper {
@@ -65,7 +58,8 @@ impl Endpoint for Helper {
     fn use_buffers(&mut self, _buffers: Buffers) {}
 
     fn background(&mut self) -> bool {
-        flush_some(&self.guest)
+        let store = self.guest.store();
+        store.is_some_and(|store| store.help_flush() != FlushStep::Nothing)
     }
 }
 

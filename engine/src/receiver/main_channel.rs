@@ -5,7 +5,6 @@
 
 use super::end::SessionEnd;
 use super::guest::Guest;
-use super::helper::flush_some;
 use super::intake::Intake;
 use super::recovered::encode;
 use super::timeline::Timeline;
@@ -14,7 +13,7 @@ use crate::canary::{self, Canary};
 use crate::metrics::CheckpointSample;
 use crate::ring::{Buffers, Endpoint, Loss, ReceivePlan, ReceiveStyle, quick_ack};
 use crate::session::{Action, Answer, Page, PageContent, Session, SessionLimits};
-use crate::store::{Phase, PoolTask, Slab, Store, StoreError};
+use crate::store::{FlushStep, Phase, PoolTask, Slab, Store, StoreError};
 use crate::units::{CheckpointId, PAGE_SIZE};
 use crate::wire::{WireError, xbzrle};
 use nix::sys::socket::{MsgFlags, send};
@@ -209,6 +208,9 @@ impl MainChannel {
             self.timeline.requested();
             if self.guest.store().is_some_and(|store| store.is_flushing()) {
                 self.waiting = Waiting::Flush;
+                if self.guest.store().is_some_and(|store| store.invite_to_flush()) {
+                    self.guest.wake_helpers();
+                }
                 return Ok(());
             }
         }
@@ -248,9 +250,6 @@ impl MainChannel {
         let checkpoint = store.committed().unwrap_or(CheckpointId(0));
         self.sample = Some(self.timeline.loaded_sent(&self.guest, checkpoint));
         self.deliver_sample();
-        if store.flush_needs_help() {
-            self.guest.wake_helpers();
-        }
         if let Some(error) = store.take_failure() {
             (self.guest.around.warn)(format!(
                 "session {}: from checkpoint {checkpoint} on nothing of it outlives this receiver: {error}",
@@ -477,7 +476,8 @@ impl Endpoint for MainChannel {
     }
 
     fn background(&mut self) -> bool {
-        let busy = flush_some(&self.guest);
+        let store = self.guest.store();
+        let busy = store.is_some_and(|store| store.flush_step() != FlushStep::Nothing);
         self.deliver_sample();
         busy
     }

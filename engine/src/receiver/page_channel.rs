@@ -341,10 +341,13 @@ impl Endpoint for PageChannel {
         self.buffers = buffers;
     }
 
-    fn moves_to(&self) -> Option<usize> {
+    fn moves_to(&self, queued: &dyn Fn() -> u64) -> Option<usize> {
+        let spread = self.style.spread;
         match self.state {
             State::AtSync(_) => Some(self.cores.home),
-            _ if self.pages_since_sync >= self.style.spread_from_pages => Some(self.cores.away),
+            _ if self.pages_since_sync >= spread.from_pages && queued() >= spread.from_queued => {
+                Some(self.cores.away)
+            }
             _ => None,
         }
     }

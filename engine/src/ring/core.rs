@@ -38,6 +38,9 @@ pub(super) trait Backend {
     /// Appends completions to `done`. True if the core was woken.
     fn wait(&mut self, wait: Wait, done: &mut Vec<Completion>) -> io::Result<bool>;
 
+    /// Bytes that wait in the socket.
+    fn queued(&self, fd: RawFd) -> u64;
+
     /// A connection will be used no more; nothing is posted on it.
     fn forget(&mut self, slot: usize, fd: RawFd);
 
@@ -322,7 +325,11 @@ impl<B: Backend> Core<B> {
             }
             return;
         }
-        let elsewhere = slot.endpoint.moves_to().filter(|core| *core != self.position);
+        let queued = || self.backend.queued(slot.endpoint.fd());
+        let elsewhere = slot
+            .endpoint
+            .moves_to(&queued)
+            .filter(|core| *core != self.position);
         match elsewhere {
             Some(core) if !slot.posted && !self.peers[core].inbox.failed.load(Ordering::Acquire) => {
                 self.hand_over(index, core);

@@ -4,7 +4,7 @@
 
 use super::ReceivePlan;
 use super::core::{Backend, Completion, Wait};
-use super::receive::receive;
+use super::receive::{self, receive};
 use super::wake::CoreWake;
 use crate::store::Slab;
 use nix::errno::Errno;
@@ -115,6 +115,10 @@ impl Backend for EpollBackend {
         }
         done.append(&mut self.ready);
         Ok(woken)
+    }
+
+    fn queued(&self, fd: RawFd) -> u64 {
+        receive::queued(fd)
     }
 
     fn forget(&mut self, slot: usize, fd: RawFd) {

@@ -36,6 +36,18 @@ pub fn quick_ack(fd: RawFd) {
     };
 }
 
+/// Bytes that a socket holds and that were not read yet: 0 for one that has failed, which the next receive will tell.
+pub(super) fn queued(fd: RawFd) -> u64 {
+    let mut bytes: libc::c_int = 0;
+    // SAFETY: FIONREAD writes one int, and `bytes` is that, alive during the call; an invalid descriptor is an error, not
+    // undefined.
+    let result = unsafe { libc::ioctl(fd, libc::FIONREAD, &raw mut bytes) };
+    match result {
+        0 => u64::try_from(bytes).unwrap_or(0),
+        _ => 0,
+    }
+}
+
 /// A descriptor of our own for what `owner` has open.
 ///
 /// # Errors
@@ -44,4 +56,27 @@ pub fn own_descriptor(owner: &tokio_uring::net::TcpStream) -> io::Result<OwnedFd
     // SAFETY: the stream is borrowed for the whole call and keeps its descriptor open.
     let descriptor = unsafe { BorrowedFd::borrow_raw(owner.as_raw_fd()) };
     descriptor.try_clone_to_owned()
+}
+
+#[cfg(all(test, not(loom), not(miri)))]
+mod tests {
+    use super::*;
+    use std::io::{Read, Write};
+    use std::net::{TcpListener, TcpStream};
+
+    #[test]
+    fn what_waits_in_a_socket_is_counted() {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let mut sender = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        let (mut receiver, _) = listener.accept().unwrap();
+        assert_eq!(queued(receiver.as_raw_fd()), 0);
+        sender.write_all(&[7; 5000]).unwrap();
+        // Loopback delivers it before the write returns, but nobody promises that.
+        while queued(receiver.as_raw_fd()) < 5000 {
+            std::thread::yield_now();
+        }
+        receiver.read_exact(&mut [0; 4000]).unwrap();
+        assert_eq!(queued(receiver.as_raw_fd()), 1000);
+        assert_eq!(queued(-1), 0);
+    }
 }

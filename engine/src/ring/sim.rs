@@ -56,6 +56,8 @@ pub(crate) struct Wire {
     /// Whether the receiver was seen to have shut its side down: what has arrived can be read, then the stream ends.
     shut: bool,
     posted: Option<Posted>,
+    /// The core that received on it last.
+    core: Option<usize>,
 }
 
 /// A receive that the kernel has.
@@ -77,6 +79,7 @@ impl Wire {
             end: StreamEnd::Open,
             shut: false,
             posted: None,
+            core: None,
         }
     }
 
@@ -156,6 +159,8 @@ impl Wire {
 pub(crate) struct Network {
     pub(crate) wires: Vec<Wire>,
     registered: Registered,
+    /// How often a connection was received on by another core than before.
+    pub(crate) moves: u64,
     ready: Vec<Vec<Completion>>,
     /// Per core: address and bytes of each buffer.
     buffers: Vec<Vec<Option<(usize, usize)>>>,
@@ -166,6 +171,7 @@ impl Network {
         Rc::new(RefCell::new(Self {
             wires: Vec::new(),
             registered,
+            moves: 0,
             ready: (0..cores).map(|_| Vec::new()).collect(),
             buffers: vec![Vec::new(); cores],
         }))
@@ -226,6 +232,8 @@ impl Backend for SimBackend {
             wire.posted.is_none(),
             "one receive at a time is posted on a connection"
         );
+        let before = wire.core.replace(self.core);
+        net.moves += u64::from(before.is_some_and(|core| core != self.core));
         wire.posted = Some(Posted {
             core: self.core,
             slot,
@@ -237,6 +245,12 @@ impl Backend for SimBackend {
     fn wait(&mut self, _wait: Wait, done: &mut Vec<Completion>) -> io::Result<bool> {
         done.append(&mut self.net.borrow_mut().ready[self.core]);
         Ok(self.wake.clear())
+    }
+
+    fn queued(&self, fd: RawFd) -> u64 {
+        let net = self.net.borrow();
+        let wire = net.wires.iter().find(|wire| wire.fd == fd);
+        wire.map_or(0, |wire| (wire.arrived - wire.taken) as u64)
     }
 
     fn forget(&mut self, slot: usize, _fd: RawFd) {
@@ -330,7 +344,8 @@ impl SimCore {
 
     /// Hands an endpoint to it.
     pub(crate) fn attach(&self, endpoint: Box<dyn Endpoint>) {
-        assert!(self.peer.inbox.endpoints.push(endpoint).is_ok());
+        let pushed = self.peer.inbox.endpoints.push(endpoint);
+        assert!(pushed.is_ok(), "a simulation has few connections");
         self.waker().wake();
     }
 

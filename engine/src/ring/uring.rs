@@ -13,9 +13,9 @@
 //! | sparse buffer table | 5.19 | no registered buffers |
 //! | READV_FIXED: a scattered packet in one registered read | 6.15 | READ_FIXED for one run, RECVMSG for several |
 
-use super::ReceivePlan;
 use super::core::{Backend, Completion, Wait};
 use super::wake::CoreWake;
+use super::{ReceivePlan, receive};
 use crate::host::SETUP_LEVELS;
 use crate::store::Slab;
 use io_uring::{IoUring, Probe, cqueue, opcode, squeue, types};
@@ -221,6 +221,10 @@ impl Backend for UringBackend {
         }
         done.append(&mut self.refused);
         Ok(self.reap(done))
+    }
+
+    fn queued(&self, fd: RawFd) -> u64 {
+        receive::queued(fd)
     }
 
     fn forget(&mut self, _slot: usize, _fd: RawFd) {}

@@ -44,6 +44,11 @@ impl Claims {
         (begin < end).then_some(begin..end)
     }
 
+    /// How many of them are claimed.
+    pub(super) fn claimed(&self, entries: usize) -> usize {
+        self.next.load(Ordering::Relaxed).min(entries)
+    }
+
     /// A claim is done; true if it was the last. Then `all_done` is called, before anybody can see that the list is closed.
     pub(super) fn finish(&self, claim: &Range<usize>, entries: usize, all_done: impl FnOnce()) -> bool {
         // Acquire and release: who closes the list has seen what all others did.

@@ -20,8 +20,13 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 use thiserror::Error;
 
-/// From how many dirty pages on helpers are woken: below that, waking one takes longer than it saves.
+/// From how many dirty pages on helpers are woken inside of a commit: below that, waking one takes longer than it saves.
 const HELP_FROM_PAGES: u64 = 1000;
+
+/// From how many pages on other cores may help after it, while a primary whose guest runs waits for the end. They take the
+/// slots out of the receiving core's cache, which costs the next checkpoint more than a few milliseconds of that
+/// waiting are worth; of 64 MiB little is in that cache.
+const INVITE_FROM_PAGES: u64 = if cfg!(test) { 4 } else { 16 << 10 };
 
 /// Words of the plan that a thread claims at a time: 16 to 1024 pages, between 5 µs and 0.5 ms of work.
 const CLAIM_WORDS: usize = 16;
@@ -60,6 +65,8 @@ pub(super) struct Flush {
     round: RwLock<Round>,
     /// Which words of the plan are claimed and done.
     claims: Claims,
+    /// Whether cores that do not receive from this primary may take part.
+    invited: AtomicBool,
     /// A thread panicked in its part: the image may be torn.
     failed: AtomicBool,
     runs: AtomicU64,
@@ -88,6 +95,7 @@ impl Flush {
             cache,
             round: RwLock::new(Round { plan, method }),
             claims: Claims::new(),
+            invited: AtomicBool::new(false),
             failed: AtomicBool::new(false),
             runs: AtomicU64::new(0),
             busy_ns: AtomicU64::new(0),
@@ -102,6 +110,7 @@ impl Flush {
         let mut round = self.round.write().expect(NEVER_POISONED);
         plan_it(&mut round.plan);
         round.method = method;
+        self.invited.store(false, Ordering::Relaxed);
         self.runs.store(0, Ordering::Relaxed);
         self.busy_ns.store(0, Ordering::Relaxed);
         if round.plan.len() == 0 {
@@ -116,9 +125,18 @@ impl Flush {
         self.claims.is_open()
     }
 
-    /// Whether it has so many pages that threads should be woken for it.
-    pub(super) fn is_large(&self) -> bool {
-        self.is_open() && self.round.read().expect(NEVER_POISONED).plan.pages() >= HELP_FROM_PAGES
+    /// Somebody waits for its end: lets other cores help if so much is left that they should. Says whether.
+    pub(super) fn invite(&self) -> bool {
+        if !self.is_open() {
+            return false;
+        }
+        let round = self.round.read().expect(NEVER_POISONED);
+        let entries = round.plan.len() as u64;
+        let left = entries - self.claims.claimed(round.plan.len()) as u64;
+        // In proportion, as the plan's words hold different numbers of pages.
+        let invited = (round.plan.pages() * left).div_ceil(entries) >= INVITE_FROM_PAGES;
+        self.invited.store(invited, Ordering::Relaxed);
+        invited
     }
 
     /// Begins a flush and does all of it, with the helpers where they are free.
@@ -171,6 +189,14 @@ impl Flush {
     /// A small part of it, if there is one.
     pub(super) fn small_step(&self) -> FlushStep {
         self.step(STEP_WORDS)
+    }
+
+    /// The same, for who helps: nothing if nobody has asked for it.
+    pub(super) fn helping_step(&self) -> FlushStep {
+        match self.invited.load(Ordering::Relaxed) {
+            true => self.small_step(),
+            false => FlushStep::Nothing,
+        }
     }
 
     fn step(&self, words: usize) -> FlushStep {

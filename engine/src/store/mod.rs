@@ -327,14 +327,23 @@ impl Store {
         self.flush.is_open()
     }
 
-    /// Whether that is so many pages that several threads should do it.
-    pub fn flush_needs_help(&self) -> bool {
-        self.flush.is_large()
+    /// Somebody waits for the end of that. If so much is left that several threads should do it, [`Self::help_flush`] does
+    /// something from now on, and this returns true.
+    pub fn invite_to_flush(&self) -> bool {
+        self.flush.invite()
     }
 
     /// Copies a few of them, which takes at most about 0.1 ms. Any thread may, also several at a time.
     pub fn flush_step(&self) -> FlushStep {
-        let step = self.flush.small_step();
+        self.told(self.flush.small_step())
+    }
+
+    /// The same for threads that do so only where it is needed: see [`Self::invite_to_flush`].
+    pub fn help_flush(&self) -> FlushStep {
+        self.told(self.flush.helping_step())
+    }
+
+    fn told(&self, step: FlushStep) -> FlushStep {
         if step == FlushStep::Last {
             self.tell_flushed();
         }

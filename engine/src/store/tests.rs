@@ -344,6 +344,34 @@ fn whoever_ends_a_flush_tells_the_one_who_waits() {
     assert_eq!((store.is_flushing(), told.load(Ordering::Relaxed)), (false, 2));
 }
 
+/// Other cores take part in a flush only when somebody waits for its end, and only where much is left.
+#[test]
+fn nobody_helps_with_a_flush_uninvited() {
+    let store = store_of((CacheKind::Pool { max: None }, CommitMode::Deferred), &BLOCKS);
+    store.begin_colo();
+    let commit = |checkpoint, pages| {
+        (0..pages).for_each(|at| store.write(0, page(at), &content(checkpoint)).unwrap());
+        store.commit(CheckpointId(checkpoint), &mut Vec::new(), &alone());
+    };
+    assert!(!store.invite_to_flush(), "there is none");
+    commit(0, PAGES);
+    assert_eq!(store.help_flush(), FlushStep::Nothing);
+    assert!(store.invite_to_flush());
+    assert_eq!(store.help_flush(), FlushStep::Some);
+    store.settle();
+    commit(1, PAGES);
+    assert_eq!(
+        store.help_flush(),
+        FlushStep::Nothing,
+        "the invitation was for the last one"
+    );
+    store.settle();
+    commit(2, 1);
+    assert!(!store.invite_to_flush(), "one page is quickly done");
+    assert_eq!(store.help_flush(), FlushStep::Nothing);
+    store.settle();
+}
+
 /// Who asks for the checkpoint's number, as a status does, does not wait for a commit or a dump.
 #[test]
 fn the_committed_number_waits_for_nobody() {

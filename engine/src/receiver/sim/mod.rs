@@ -56,6 +56,8 @@ struct Tally {
     commits: u64,
     bytes: u64,
     dumps: u64,
+    /// Times that a channel went on at another core.
+    moves: u64,
     /// Times that the receiver was killed.
     kills: u64,
     /// Sessions by how they ended.
@@ -72,6 +74,7 @@ impl Tally {
         self.commits += other.commits;
         self.bytes += other.bytes;
         self.dumps += other.dumps;
+        self.moves += other.moves;
         self.kills += other.kills;
         for (end, count) in &other.ends {
             *self.ends.entry(end).or_default() += count;

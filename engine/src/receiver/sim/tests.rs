@@ -39,7 +39,7 @@ fn what_is_committed_is_always_a_checkpoint_whole() {
     println!("{all:?}");
     // A simulation in which little happens proves little.
     assert!(
-        all.untouched > 30 && all.commits > 200 && all.dumps > 0,
+        all.untouched > 30 && all.commits > 200 && all.dumps > 0 && all.moves > 30,
         "{all:?}"
     );
 }

@@ -12,8 +12,8 @@ use super::session::SimSession;
 use crate::killpoint;
 use crate::receiver::budget::Budget;
 use crate::receiver::guest::Surroundings;
-use crate::ring::ReceiveStyle;
 use crate::ring::sim::{Net, Network, Registered, SimCore, StreamEnd};
+use crate::ring::{ReceiveStyle, Spread};
 use faults::{FAULTS, Fault};
 use std::sync::{Arc, Mutex, PoisonError};
 use surroundings::{Job, LASTING_STORES, STORES, surroundings};
@@ -135,7 +135,10 @@ impl World {
             ReceiveStyle::THREADS
         } else {
             ReceiveStyle {
-                spread_from_pages: world.rng.pick(&[1, 3, 10, u64::MAX]),
+                spread: Spread {
+                    from_pages: world.rng.pick(&[1, 3, 10, u64::MAX]),
+                    from_queued: world.rng.pick(&[0, 1, 5000]),
+                },
                 ..ReceiveStyle::RING
             }
         };
@@ -180,6 +183,7 @@ impl World {
         }
         while self.step()? {}
         self.close()?;
+        self.tally.moves = self.net.borrow().moves;
         Ok(self.tally.clone())
     }
 
