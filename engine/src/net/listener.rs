@@ -15,12 +15,16 @@ use std::os::unix::fs::FileTypeExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
 use std::rc::Rc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use thiserror::Error;
 use tokio::sync::mpsc;
 
 /// Seconds between probes of a silent host.
 const PROBE_EVERY_SECONDS: u32 = 1;
+
+/// How long an address is tried that somebody has: that of a killed receiver stays taken for some 40 ms after its end,
+/// until the kernel has taken its rings apart.
+const TAKEN_FOR_A_MOMENT: Duration = Duration::from_secs(1);
 
 /// When a TCP connection whose other host has vanished without a word is given up.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -132,7 +136,7 @@ impl Listener {
         };
         match address {
             ListenAddress::Tcp(wanted) => {
-                let listener = TcpListener::bind(wanted).map_err(failed)?;
+                let listener = once_free(|| TcpListener::bind(wanted)).map_err(failed)?;
                 let address = ListenAddress::Tcp(listener.local_addr().map_err(failed)?);
                 Ok(Self {
                     socket: listener.into(),
@@ -141,7 +145,7 @@ impl Listener {
                 })
             }
             ListenAddress::Unix(path) => {
-                let socket = bind(path).map_err(failed)?.into();
+                let socket = once_free(|| bind(path)).map_err(failed)?.into();
                 Ok(Self {
                     socket,
                     address: address.clone(),
@@ -272,6 +276,21 @@ impl Acceptor {
     }
 }
 
+/// Binds an address that may be taken for another moment.
+fn once_free<T>(bind: impl Fn() -> io::Result<T>) -> io::Result<T> {
+    let begin = Instant::now();
+    loop {
+        match bind() {
+            Err(error)
+                if error.kind() == io::ErrorKind::AddrInUse && begin.elapsed() < TAKEN_FOR_A_MOMENT =>
+            {
+                std::thread::sleep(Duration::from_millis(5));
+            }
+            done => return done,
+        }
+    }
+}
+
 /// Binds a UNIX socket. A socket file that nobody listens on any more is replaced, as after a kill.
 fn bind(path: &Path) -> io::Result<UnixListener> {
     let is_socket = std::fs::symlink_metadata(path).is_ok_and(|meta| meta.file_type().is_socket());
@@ -286,7 +305,7 @@ fn bind(path: &Path) -> io::Result<UnixListener> {
 /// # Errors
 /// If it cannot be bound.
 pub fn bind_unix(path: &Path) -> Result<UnixListener, ListenError> {
-    bind(path).map_err(|source| ListenError {
+    once_free(|| bind(path)).map_err(|source| ListenError {
         address: ListenAddress::Unix(path.to_owned()),
         source,
     })
@@ -296,7 +315,6 @@ pub fn bind_unix(path: &Path) -> Result<UnixListener, ListenError> {
 mod tests {
     use super::*;
     use nix::sys::socket::sockopt::Linger;
-    use std::time::Instant;
 
     fn listener() -> (Listener, std::net::SocketAddr) {
         let address = ListenAddress::Tcp(([127, 0, 0, 1], 0).into());
@@ -317,6 +335,20 @@ mod tests {
         assert_eq!(getsockopt(&accepted.socket, TcpKeepIdle).unwrap(), 3);
         assert_eq!(getsockopt(&accepted.socket, TcpKeepInterval).unwrap(), 1);
         assert_eq!(getsockopt(&accepted.socket, TcpUserTimeout).unwrap(), 8_000);
+    }
+
+    /// An address that is given up a moment later is had then; one that stays taken is not waited for without end.
+    #[test]
+    fn an_address_is_had_once_it_is_free() {
+        let (taken, address) = listener();
+        let wanted = ListenAddress::Tcp(address);
+        assert!(Listener::bind(&wanted).is_err());
+        let end = std::thread::spawn(move || {
+            std::thread::sleep(Duration::from_millis(50));
+            drop(taken);
+        });
+        assert_eq!(Listener::bind(&wanted).unwrap().address(), &wanted);
+        end.join().unwrap();
     }
 
     /// Connections that are reset before they are looked at do not hold up the one behind them.

@@ -8,7 +8,7 @@ use std::process::{Command, Stdio};
 
 use serde_json::Value;
 
-use super::{Address, Dump, Lab, LabError, Receiver, SharedDirectory, command_under_test};
+use super::{Address, Dump, Guest, Lab, LabError, Receiver, SharedDirectory, command_under_test};
 
 impl Lab {
     /// A directory on a tmpfs, for RAM images; removed when dropped.
@@ -19,11 +19,25 @@ impl Lab {
         SharedDirectory::new()
     }
 
-    /// The number of the test guest's last tick, as it stands in a dump of its RAM.
+    /// The number of a guest's last tick, as it counts it itself, in a dump of its RAM.
     ///
     /// # Errors
-    /// When the dump cannot be read, or `nm` does not run (binutils).
-    pub fn tick_in(&self, dump: &Dump) -> Result<u64, LabError> {
+    /// When the dump cannot be read or has no tick, or `nm` does not run (binutils).
+    pub fn tick_in(&self, dump: &Dump, guest: &Guest) -> Result<u64, LabError> {
+        let ram = dump.block("pc.ram")?;
+        match guest {
+            Guest::Test(_) => self.test_guest_tick(&ram),
+            Guest::Linux(_) => {
+                let bytes = fs::read(&ram).map_err(LabError::io(format!("read {}", ram.display())))?;
+                linux_tick(&bytes).ok_or_else(|| LabError::Malformed {
+                    what: "the Linux guest's image".into(),
+                    detail: "its shell has no variable `turn`".into(),
+                })
+            }
+        }
+    }
+
+    fn test_guest_tick(&self, ram: &Path) -> Result<u64, LabError> {
         let output = Command::new("nm").arg(&self.test_guest).output();
         let output = output.map_err(LabError::io("run nm (apt-get install binutils)"))?;
         let symbols = String::from_utf8_lossy(&output.stdout).into_owned();
@@ -33,13 +47,29 @@ impl Lab {
             what: "the test guest".into(),
             detail: "it has no variable `ticks`".into(),
         })?;
-        let ram = dump.block("pc.ram")?;
         let mut ticks = [0; 4];
-        let file = fs::File::open(&ram).map_err(LabError::io(format!("open {}", ram.display())))?;
+        let file = fs::File::open(ram).map_err(LabError::io(format!("open {}", ram.display())))?;
         let read = file.read_exact_at(&mut ticks, address);
         read.map_err(LabError::io(format!("read {}", ram.display())))?;
         Ok(u64::from(u32::from_le_bytes(ticks)))
     }
+}
+
+/// The variable `turn` of the shell that runs `tests/guest/linux-init`: a string of its heap, `turn=NUMBER` and a zero
+/// byte. It only grows, so that the largest one is the variable, and smaller ones are memory that was given back.
+fn linux_tick(ram: &[u8]) -> Option<u64> {
+    const NAME: &[u8] = b"turn=";
+    let value = |at: usize| {
+        let digits = ram[at + NAME.len()..]
+            .split(|byte| !byte.is_ascii_digit())
+            .next()?;
+        let end = ram.get(at + NAME.len() + digits.len());
+        let number = std::str::from_utf8(digits).ok()?.parse().ok()?;
+        (end == Some(&0)).then_some(number)
+    };
+    let starts = ram.windows(NAME.len()).enumerate();
+    let found = starts.filter(|(_, bytes)| *bytes == NAME);
+    found.filter_map(|(at, _)| value(at)).max()
 }
 
 impl Receiver {
@@ -125,4 +155,16 @@ pub fn protect_by_command(monitor: &Path, to: &Address, arguments: &[&str]) -> R
         what: "colo-ring protect --json".into(),
         detail: error.to_string(),
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::linux_tick;
+
+    #[test]
+    fn the_largest_whole_number_is_the_shells_variable() {
+        let ram = b"turn=$((turn + 1))\nturn=77\nxturn=9\0turn=12\0\0turn=\0turn=99";
+        assert_eq!(linux_tick(ram), Some(12));
+        assert_eq!(linux_tick(b"turn=0\n"), None);
+    }
 }

@@ -11,7 +11,7 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use serde_json::{Value, json};
 
-use super::{Guest, Lab, LabError, Qmp, SavedRam, wait_for};
+use super::{Event, Guest, Lab, LabError, Qmp, SavedRam, wait_for};
 
 /// A guest machine. Primary and QEMU's own secondary are started from the same one.
 #[derive(Clone, Debug)]
@@ -289,6 +289,17 @@ impl Qemu {
             _ => None,
         };
         Ok(SavedRam::new(to.to_owned(), block))
+    }
+
+    /// Kills it by SIGKILL. Returns all events that it has sent.
+    #[must_use]
+    pub fn kill(mut self) -> Vec<Event> {
+        // It may have ended by itself; either way it is reaped.
+        let _ = self.process.kill();
+        let _ = self.process.wait();
+        // What is on its way is read until the connection ends: a killed QEMU tells nobody that it shuts down.
+        let _ = self.qmp.wait_event("SHUTDOWN", Duration::from_secs(20));
+        self.qmp.events()
     }
 
     /// Stops the whole process, QEMU's own threads too, wherever they are ([`Qemu::thaw`] lets it go on).

@@ -219,6 +219,13 @@ impl Receiver {
         self.wait_exit()
     }
 
+    /// Kills it by SIGKILL.
+    pub fn kill(&mut self) {
+        // It may have ended by itself; either way it is reaped.
+        let _ = self.process.kill();
+        let _ = self.process.wait();
+    }
+
     /// Waits until it has ended by itself, as it does with `--once` after its session.
     ///
     /// # Errors
@@ -293,9 +300,7 @@ impl Receiver {
 
 impl Drop for Receiver {
     fn drop(&mut self) {
-        // It may have ended by itself; either way it is reaped.
-        let _ = self.process.kill();
-        let _ = self.process.wait();
+        self.kill();
     }
 }
 
