@@ -108,9 +108,13 @@ impl<'a> Kills<'a> {
         let name = self.next_name();
         let standby = secondary.standby(self.lab, &name, self.machine, way, session)?;
         let mark = protected.mark()?;
-        self.wait_moment(&mut protected, moment)?;
+        self.wait_moment(&mut protected, moment);
         let seen = protected.kill(mark);
         let status = secondary.wait_state(session, "ended")?;
+        // A killed primary's last events may be missing.
+        let end = status["end"].as_str().unwrap_or_default();
+        let in_transfer = seen.in_transfer || end.contains("during a checkpoint");
+        let seen = LastSeen { in_transfer, ..seen };
         self.resume(secondary, standby, way, (&status, &seen))
     }
 
@@ -133,7 +137,7 @@ impl<'a> Kills<'a> {
         let name = self.next_name();
         let standby = secondary.standby(self.lab, &name, self.machine, way, session)?;
         let mark = protected.mark()?;
-        self.wait_moment(&mut protected, moment)?;
+        self.wait_moment(&mut protected, moment);
         secondary.kill_and_restart(self.lab)?;
         // It has lost its receiver; whatever it makes of that, it is off before its guest runs elsewhere.
         let seen = protected.kill(mark);
@@ -208,16 +212,15 @@ impl<'a> Kills<'a> {
         Ok((newest_session(secondary)?, protected))
     }
 
-    fn wait_moment(&mut self, protected: &mut Protected, moment: Moment) -> Result<(), LabError> {
+    fn wait_moment(&mut self, protected: &mut Protected, moment: Moment) {
         match moment {
             Moment::Idle => std::thread::sleep(self.below(INTERVAL)),
             Moment::MidTransfer => {
-                let shortest_pause = protected.primary.pauses_us().into_iter().min().unwrap_or(0);
-                protected.wait_paused()?;
-                std::thread::sleep(self.below(Duration::from_micros(shortest_pause)));
+                let (due_us, pause) = next_pause(&protected.primary.qmp().events());
+                let at_us = due_us + u64::try_from(self.below(pause).as_micros()).expect("a short time");
+                std::thread::sleep(Duration::from_micros(at_us.saturating_sub(now_us())));
             }
         }
-        Ok(())
     }
 
     /// Resumes a session's guest and checks it.
@@ -399,6 +402,20 @@ fn resumes(events: &[Event]) -> usize {
 fn acknowledged(events: &[Event], resumes_before: usize) -> u64 {
     let acknowledged = resumes(events).saturating_sub(resumes_before + 1);
     u64::try_from(acknowledged).expect("a count")
+}
+
+/// When the next checkpoint should begin, and how long the guest should stand then, by the last ones. The event of its
+/// beginning itself comes late: QEMU sends it when it has the time to.
+fn next_pause(events: &[Event]) -> (u64, Duration) {
+    let mut back = events.iter().rev().skip_while(|event| event.name != "RESUME");
+    let mut last = |name: &str| {
+        back.find(|event| event.name == name)
+            .map_or(0, |event| event.at_us)
+    };
+    let (resumed, stopped, stopped_before) = (last("RESUME"), last("STOP"), last("STOP"));
+    // QEMU's timer runs from one beginning to the next.
+    let due = stopped + stopped.saturating_sub(stopped_before);
+    (due, Duration::from_micros(resumed.saturating_sub(stopped)))
 }
 
 /// Glances at a primary's events until `found` finds something in them.
