@@ -43,6 +43,8 @@ pub(super) struct MainChannel {
     is_tcp: bool,
     /// Pages come on this channel, and no others are there.
     is_plain: bool,
+    /// Those of a transfer that is not over.
+    pages: u64,
     plan: Box<ReceivePlan>,
     intake: Intake,
     buffers: Buffers,
@@ -74,6 +76,7 @@ impl MainChannel {
             style,
             is_tcp,
             is_plain: limits.channels == 0,
+            pages: 0,
             plan: ReceivePlan::new(),
             intake: Intake::new(first),
             buffers: Buffers::default(),
@@ -99,6 +102,7 @@ impl MainChannel {
                     return self.account();
                 }
                 Action::Page(page) => {
+                    self.pages += 1;
                     let applied = apply(&self.guest, &self.intake, self.shard, page);
                     applied.map_err(|refusal| match refusal {
                         Refusal::Wire(error) => {
@@ -166,6 +170,7 @@ impl MainChannel {
 
     fn ram_complete(&mut self) -> Result<(), SessionEnd> {
         self.timeline.ram_complete();
+        self.pages = 0;
         self.guest
             .rendezvous
             .close_gate()
@@ -213,6 +218,8 @@ impl MainChannel {
                 }
                 return Ok(());
             }
+            // Others may have ended the flush while this core had no time for it.
+            self.deliver_sample();
         }
         self.write(answer)
     }
@@ -347,6 +354,7 @@ impl MainChannel {
         };
         self.plan.clear();
         self.plan.push(space.address, space.bytes);
+        self.plan.bulk = self.pages >= self.style.bulk_from_pages;
         self.plan.registered = space.slab.and_then(|slab| self.buffers.index(slab));
         Ok(true)
     }

@@ -141,7 +141,8 @@ impl PageChannel {
         let store = self.guest.store().expect("checked with the packet's pages");
         store.place(self.shard, self.normal.as_slice(), &mut self.landing)?;
         self.plan.clear();
-        self.plan.wait_all = true;
+        self.plan.bulk = self.pages_since_sync >= self.style.bulk_from_pages;
+        self.plan.wait_all = !self.plan.bulk;
         for run in self.landing.runs() {
             if self.style.coalesce {
                 self.plan.push(run.address, run.length);
@@ -274,6 +275,7 @@ impl Endpoint for PageChannel {
                 };
                 self.plan.clear();
                 self.plan.wait_all = self.style.split_header;
+                self.plan.bulk = false;
                 self.plan.push(space, want);
             }
         }

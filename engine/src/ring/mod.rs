@@ -128,6 +128,8 @@ pub(crate) struct ReceiveStyle {
     pub wake_each: bool,
     /// When a channel goes to a core of its own.
     pub spread: Spread,
+    /// Pages of one round from which on receives are [bulk](ReceivePlan::bulk).
+    pub bulk_from_pages: u64,
 }
 
 /// When one core is too little for a guest's channels: both must hold.
@@ -164,6 +166,7 @@ impl ReceiveStyle {
         read_ahead: true,
         wake_each: false,
         spread: Spread::WHEN_BEHIND,
+        bulk_from_pages: 64,
     };
 
     /// For a thread per channel: what QEMU's receiver does.
@@ -174,5 +177,6 @@ impl ReceiveStyle {
         read_ahead: false,
         wake_each: true,
         spread: Spread::NEVER,
+        bulk_from_pages: u64::MAX,
     };
 }

@@ -17,6 +17,8 @@ pub struct ReceivePlan {
     message: libc::msghdr,
     /// Where set, complete only when every byte is there (the kernel waits); else with what has arrived.
     pub wait_all: bool,
+    /// Much has come this way and more is to be expected: what comes may as well be taken in larger portions.
+    pub bulk: bool,
     /// The registered buffer in which every piece lies, if one does: an index of the ring that drives this plan.
     pub registered: Option<u16>,
 }
@@ -41,6 +43,7 @@ impl ReceivePlan {
             remaining: 0,
             message,
             wait_all: false,
+            bulk: false,
             registered: None,
         })
     }

@@ -17,6 +17,7 @@ use std::os::fd::RawFd;
 use std::ptr::NonNull;
 use std::rc::Rc;
 use std::sync::Arc;
+use std::time::Instant;
 
 /// All connections, shared by the cores and the simulation.
 pub(crate) type Net = Rc<RefCell<Network>>;
@@ -245,6 +246,10 @@ impl Backend for SimBackend {
     fn wait(&mut self, _wait: Wait, done: &mut Vec<Completion>) -> io::Result<bool> {
         done.append(&mut self.net.borrow_mut().ready[self.core]);
         Ok(self.wake.clear())
+    }
+
+    fn has_rested(&self, _since: Instant) -> bool {
+        true
     }
 
     fn queued(&self, fd: RawFd) -> u64 {

@@ -105,7 +105,7 @@ fn canaries_do_not_survive_a_kill() {
     find_all(
         &[
             (Canary::EndlessFlush, 100),
-            (Canary::EarlyFlushed, 100),
+            (Canary::EarlyFlushed, 500),
             (Canary::OneDeviceState, 100),
         ],
         true,

@@ -135,6 +135,7 @@ impl World {
             ReceiveStyle::THREADS
         } else {
             ReceiveStyle {
+                bulk_from_pages: world.rng.pick(&[0, 1, 5, u64::MAX]),
                 spread: Spread {
                     from_pages: world.rng.pick(&[1, 3, 10, u64::MAX]),
                     from_queued: world.rng.pick(&[0, 1, 5000]),

@@ -1,0 +1,186 @@
+//! The loop of a core, with a backend that does what the test says.
+
+use super::*;
+use crate::ring::epoll::EpollBackend;
+use crate::ring::wake::Waker;
+use std::cell::Cell;
+use std::io::{Read, Write};
+use std::os::fd::AsRawFd;
+use std::os::unix::net::UnixStream;
+use std::rc::Rc;
+use std::thread;
+use std::time::Duration;
+
+/// Panics at the first byte it gets; shuts its socket down when it is lost, as a session does.
+struct Fragile {
+    socket: UnixStream,
+    plan: Box<ReceivePlan>,
+    byte: Box<[u8; 1]>,
+}
+
+impl Endpoint for Fragile {
+    fn fd(&self) -> RawFd {
+        self.socket.as_raw_fd()
+    }
+    fn guest(&self) -> u64 {
+        1
+    }
+    fn plan(&mut self) -> Option<&mut ReceivePlan> {
+        self.plan.clear();
+        self.plan.push(self.byte.as_mut_ptr(), 1);
+        Some(&mut self.plan)
+    }
+    fn received(&mut self, _bytes: usize) -> ControlFlow<()> {
+        panic!("meant by the test");
+    }
+    fn lost(&mut self, _loss: Loss) {
+        self.socket.shutdown(std::net::Shutdown::Both).unwrap();
+    }
+    fn resume(&mut self) -> ControlFlow<()> {
+        ControlFlow::Continue(())
+    }
+    fn attached(&mut self, _core: usize, _buffers: Buffers) {}
+    fn slab_limit(&self) -> usize {
+        0
+    }
+    fn slab(&self, _position: usize) -> Option<&Slab> {
+        None
+    }
+    fn use_buffers(&mut self, _buffers: Buffers) {}
+}
+
+#[test]
+fn no_primary_waits_for_a_thread_that_panicked() {
+    let (wake, inbox) = (Arc::new(CoreWake::new().unwrap()), Arc::new(Inbox::default()));
+    let mut peers = Vec::new();
+    for _ in 0..2 {
+        let (peer, socket) = UnixStream::pair().unwrap();
+        peer.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
+        let (plan, byte) = (ReceivePlan::new(), Box::new([0]));
+        let endpoint: Box<dyn Endpoint> = Box::new(Fragile { socket, plan, byte });
+        assert!(inbox.endpoints.push(endpoint).is_ok());
+        peers.push(peer);
+    }
+    let thread = {
+        let (wake, inbox) = (wake.clone(), inbox.clone());
+        thread::spawn(move || {
+            let epoll = EpollBackend::new(wake.clone()).unwrap();
+            let peers = Arc::new([Peer { inbox, wake }]);
+            Core::new(epoll, peers, 0, Arc::new(|_| {})).run()
+        })
+    };
+    Waker::Core(wake.clone()).wake();
+    peers[0].write_all(&[7]).unwrap();
+    for mut peer in peers {
+        assert_eq!(
+            peer.read_to_end(&mut Vec::new()).unwrap(),
+            0,
+            "the end of the connection"
+        );
+    }
+    inbox.stop.store(true, Ordering::Release);
+    Waker::Core(wake).wake();
+    thread.join().unwrap().unwrap();
+}
+
+/// A backend whose kernel is the test.
+#[derive(Clone, Default)]
+struct Scripted {
+    posts: Rc<Cell<usize>>,
+    completes: Rc<Cell<Option<usize>>>,
+    has_rested: Rc<Cell<bool>>,
+}
+
+impl Backend for Scripted {
+    fn post(&mut self, _slot: usize, _fd: RawFd, _plan: &mut ReceivePlan) {
+        self.posts.set(self.posts.get() + 1);
+    }
+    fn wait(&mut self, _wait: Wait, done: &mut Vec<Completion>) -> io::Result<bool> {
+        done.extend(self.completes.take().map(|bytes| Completion {
+            slot: 0,
+            result: Ok(bytes),
+        }));
+        Ok(false)
+    }
+    fn has_rested(&self, _since: Instant) -> bool {
+        self.has_rested.get()
+    }
+    fn queued(&self, _fd: RawFd) -> u64 {
+        0
+    }
+    fn forget(&mut self, _slot: usize, _fd: RawFd) {}
+    fn reserve_buffers(&mut self, _count: u16) -> Option<u16> {
+        None
+    }
+    fn register(&mut self, _index: u16, _slab: &Slab) -> io::Result<()> {
+        Ok(())
+    }
+    fn unregister(&mut self, _index: u16) {}
+    fn release_buffers(&mut self, _first: u16, _count: u16) {}
+}
+
+/// Asks for a hundred bytes at a time.
+struct Greedy {
+    plan: Box<ReceivePlan>,
+    bytes: Box<[u8; 100]>,
+    bulk: bool,
+}
+
+impl Endpoint for Greedy {
+    fn fd(&self) -> RawFd {
+        -1
+    }
+    fn guest(&self) -> u64 {
+        1
+    }
+    fn plan(&mut self) -> Option<&mut ReceivePlan> {
+        self.plan.clear();
+        self.plan.push(self.bytes.as_mut_ptr(), self.bytes.len());
+        self.plan.bulk = self.bulk;
+        Some(&mut self.plan)
+    }
+    fn received(&mut self, _bytes: usize) -> ControlFlow<()> {
+        ControlFlow::Continue(())
+    }
+    fn lost(&mut self, _loss: Loss) {}
+    fn resume(&mut self) -> ControlFlow<()> {
+        ControlFlow::Continue(())
+    }
+    fn attached(&mut self, _core: usize, _buffers: Buffers) {}
+    fn slab_limit(&self) -> usize {
+        0
+    }
+    fn slab(&self, _position: usize) -> Option<&Slab> {
+        None
+    }
+    fn use_buffers(&mut self, _buffers: Buffers) {}
+}
+
+/// Turns after each of these completions, and how many receives were posted by then.
+fn posts_after(bulk: bool, completions: &[usize]) -> (Core<Scripted>, Scripted, Vec<usize>) {
+    let backend = Scripted::default();
+    let peers = Arc::new([Peer::new().unwrap()]);
+    let mut core = Core::new(backend.clone(), peers, 0, Arc::new(|_| {}));
+    let (plan, bytes) = (ReceivePlan::new(), Box::new([0; 100]));
+    core.attach(Box::new(Greedy { plan, bytes, bulk }));
+    let turn = |bytes: &usize| {
+        backend.completes.set(Some(*bytes));
+        core.turn().unwrap();
+        backend.posts.get()
+    };
+    let posts = completions.iter().map(turn).collect();
+    (core, backend, posts)
+}
+
+#[test]
+fn bytes_gather_where_a_bulk_receive_has_emptied_the_socket() {
+    let (_, _, posts) = posts_after(false, &[100, 7]);
+    assert_eq!(posts, [2, 3], "others are received as they come");
+    let (mut core, backend, posts) = posts_after(true, &[100, 7]);
+    assert_eq!(posts, [2, 2]);
+    core.turn().unwrap();
+    assert_eq!((backend.posts.get(), core.is_busy()), (2, true));
+    backend.has_rested.set(true);
+    core.turn().unwrap();
+    assert_eq!((backend.posts.get(), core.is_busy()), (3, false));
+}
