@@ -309,6 +309,7 @@ fn once_ends_with_the_first_session() {
     primary.checkpoint().unwrap();
     primary.close().unwrap();
     let outcome = bench.receiver.wait().unwrap();
+    std::fs::remove_dir_all(&bench.directory).unwrap();
     assert_eq!(outcome.sessions.len(), 1);
     assert_eq!(outcome.sessions[0].checkpoint, Some(1));
 }

@@ -31,7 +31,8 @@ pub struct ReceiveArgs {
     #[arg(long, value_name = "N", default_value_t = 4)]
     channels: u8,
 
-    /// Cores to receive on, like 2-5,8 [default: those this process may use, at most one per channel]
+    /// Cores to receive on, like 2-5,8; the first guest begins at the first one, best not that of the network card's
+    /// interrupt [default: those this process may use, at most one per channel]
     #[arg(long, value_name = "LIST", value_parser = CoreList::parse)]
     cores: Option<CoreList>,
 

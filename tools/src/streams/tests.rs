@@ -95,7 +95,9 @@ pub(crate) fn recorded(options: &SynthOptions) -> Vec<Connection> {
         to_primary: down.into_inner().unwrap(),
         ..Connection::new(ConnectionId(u16::try_from(id).unwrap()), "")
     };
-    let _ = std::fs::remove_file(path("front"));
+    for side in ["front", "back"] {
+        std::fs::remove_file(path(side)).unwrap();
+    }
     flows.into_iter().enumerate().map(connection).collect()
 }
 
