@@ -27,6 +27,8 @@ pub(super) struct Completion {
 pub(super) enum Wait {
     /// Until a completion or a wake-up.
     Block,
+    /// The same, but not much longer than a socket rests.
+    Rest,
     /// Take what is there.
     Poll,
 }
@@ -34,7 +36,7 @@ pub(super) enum Wait {
 /// How long bytes gather in a socket that a bulk receive has emptied. The kernel wakes a waiting core for the first packet,
 /// and a core that is as fast as its sender is then woken for each: that costs more, the sender too, than the bytes'
 /// copying. At 4 GB/s this is 200 KiB; it is also what it can add to a checkpoint of some MiB.
-const REST: Duration = Duration::from_micros(50);
+pub(super) const REST: Duration = Duration::from_micros(50);
 
 /// What a core needs from the kernel.
 pub(super) trait Backend {
@@ -213,7 +215,11 @@ impl<B: Backend> Core<B> {
     /// Takes what has completed since the last turn, or waits for it, and acts on it; or, if nothing has, does a little of
     /// the work that can wait.
     pub(super) fn turn(&mut self) -> io::Result<()> {
-        let wait = if self.is_busy() { Wait::Poll } else { Wait::Block };
+        let wait = match (self.busy, self.rest) {
+            (true, _) => Wait::Poll,
+            (false, Some(_)) => Wait::Rest,
+            (false, None) => Wait::Block,
+        };
         let mut woken = self.backend.wait(wait, &mut self.done)?;
         let idle = !woken && self.done.is_empty();
         while let Some(completion) = self.done.pop() {
@@ -234,7 +240,8 @@ impl<B: Backend> Core<B> {
         Ok(())
     }
 
-    /// Whether it has something to do without waiting for it.
+    /// Whether it has something to do without being woken for it.
+    #[cfg(test)]
     pub(super) fn is_busy(&self) -> bool {
         self.busy || self.rest.is_some()
     }

@@ -93,6 +93,7 @@ impl Backend for EpollBackend {
     }
 
     fn wait(&mut self, wait: Wait, done: &mut Vec<Completion>) -> io::Result<bool> {
+        // It knows no waits shorter than a millisecond: a rest is polled through.
         let block = wait == Wait::Block && self.ready.is_empty();
         let timeout = if block {
             EpollTimeout::NONE

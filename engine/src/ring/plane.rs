@@ -238,6 +238,8 @@ fn start_core(
                     let _ = started.send(Err(PlaneError::Pin { core, source }));
                     return;
                 }
+                // The kernel may add 50 us to a timed wait otherwise, as long as the wait itself.
+                let _ = nix::sys::prctl::set_timerslack(1);
                 let failed = |error: io::Error| PlaneError::Backend {
                     backend,
                     reason: explain(&error),

@@ -10,10 +10,11 @@
 //! | feature | since | else |
 //! |---|---|---|
 //! | SINGLE_ISSUER + DEFER_TASKRUN: completions run when we wait, not at any time | 6.1 | COOP_TASKRUN (5.19), then none |
+//! | EXT_ARG: a wait with a time | 5.11 | where a socket rests, its core polls |
 //! | sparse buffer table | 5.19 | no registered buffers |
 //! | READV_FIXED: a scattered packet in one registered read | 6.15 | READ_FIXED for one run, RECVMSG for several |
 
-use super::core::{Backend, Completion, Wait};
+use super::core::{Backend, Completion, REST, Wait};
 use super::wake::CoreWake;
 use super::{ReceivePlan, receive};
 use crate::host::SETUP_LEVELS;
@@ -43,6 +44,8 @@ pub struct RingFeatures {
     pub registered: bool,
     /// Scattered ones too.
     pub readv_fixed: bool,
+    /// A wait can be given a time.
+    pub timed: bool,
 }
 
 impl std::fmt::Display for RingFeatures {
@@ -93,6 +96,7 @@ impl UringBackend {
             setup,
             registered,
             readv_fixed,
+            timed: ring.params().is_feature_ext_arg(),
         };
         let buffers = vec![false; if registered { usize::from(BUFFERS) } else { 0 }];
         Ok(Self {
@@ -208,9 +212,18 @@ impl Backend for UringBackend {
 
     fn wait(&mut self, wait: Wait, done: &mut Vec<Completion>) -> io::Result<bool> {
         self.arm_wake()?;
-        let want = usize::from(wait == Wait::Block && self.refused.is_empty());
-        match self.ring.submit_and_wait(want) {
+        let submitted = match wait {
+            Wait::Block if self.refused.is_empty() => self.ring.submit_and_wait(1),
+            Wait::Rest if self.features.timed && self.refused.is_empty() => {
+                let timespec = types::Timespec::from(REST);
+                let arguments = types::SubmitArgs::new().timespec(&timespec);
+                self.ring.submitter().submit_with_args(1, &arguments)
+            }
+            _ => self.ring.submit(),
+        };
+        match submitted {
             Ok(_) => {}
+            Err(error) if error.raw_os_error() == Some(libc::ETIME) => {}
             // Interrupted, or completions must be taken first: both are cured by reaping and coming back.
             Err(error)
                 if matches!(
