@@ -321,4 +321,30 @@ mod tests {
             (1, 3, &3)
         );
     }
+
+    /// A rest ends without anybody's doing; a receive that completes meanwhile ends it, too.
+    #[test]
+    fn a_rest_ends_by_itself() {
+        let wake = Arc::new(CoreWake::new().unwrap());
+        let Ok(mut ring) = UringBackend::new(wake, false) else {
+            eprintln!("skipped: io_uring is not to be had here");
+            return;
+        };
+        let (mut peer, socket) = UnixStream::pair().unwrap();
+        let mut memory = [0u8; 8];
+        let mut plan = ReceivePlan::new();
+        plan.push(memory.as_mut_ptr(), memory.len());
+        ring.post(5, socket.as_raw_fd(), &mut plan);
+        let mut done = Vec::new();
+        let begin = std::time::Instant::now();
+        let woken = ring.wait(Wait::Rest, &mut done).unwrap();
+        let rested = begin.elapsed();
+        peer.write_all(b"abc").unwrap();
+        // Nothing is posted any more when the memory goes.
+        while done.is_empty() {
+            ring.wait(Wait::Rest, &mut done).unwrap();
+        }
+        assert!(!woken && (rested >= REST || !ring.features.timed), "{rested:?}");
+        assert_eq!((done[0].slot, done[0].result.as_ref().unwrap()), (5, &3));
+    }
 }
