@@ -4,12 +4,13 @@
 //! `COLO_RING_FAILOVER_RUNS` makes more runs of every kind (1 otherwise), `COLO_RING_FAILOVER_SEED` kills at the
 //! instants of an earlier run.
 
+use std::io::Write;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
 use colo_ring_tests::lab::{
-    Distribution, Guest, Kills, Lab, LabError, Machine, Moment, Qemu, Qmp, Secondary, TestGuest, Way,
-    check_continues, experiment, failover_runs, host,
+    Address, Distribution, Guest, Kills, Lab, LabError, Machine, Moment, Qemu, Qmp, Secondary,
+    SharedDirectory, TestGuest, Transport, Way, check_continues, experiment, failover_runs, host, huge_pages,
 };
 use serde_json::{Value, json};
 
@@ -122,6 +123,40 @@ fn pc_with_multifd_lives_on_from_the_next_receiver() {
 fn q35_plain_lives_on_from_the_next_receiver() {
     let kinds = [(Way::Stream, Moment::Idle), (Way::Shared, Moment::Idle)];
     lives_on_from_the_next_receiver("q35", 0, kinds);
+}
+
+/// Huge pages of 2 MiB for a guest of 96 MiB that runs on an image, the image that protects it, the slabs of the pool, and
+/// the small files beside them, of one page each; with room for a pool that grows.
+const HUGE_PAGES: u64 = 224;
+
+/// Images on a hugetlbfs: the guest runs on one, which is protected by another.
+#[test]
+fn a_guest_in_huge_pages_lives_on() {
+    if !nix::unistd::geteuid().is_root() {
+        // Past the test harness, which shows nothing of a test that passes.
+        let said = "SKIPPED a_guest_in_huge_pages_lives_on: a pool of huge pages and a hugetlbfs take root";
+        writeln!(std::io::stderr(), "{said}").expect("standard error");
+        return;
+    }
+    let before = huge_pages().expect("a pool of huge pages");
+    experiment(|lab| {
+        let machine = test_guest("pc");
+        let ram = SharedDirectory::of_huge_pages(HUGE_PAGES)?;
+        let mut secondary = Secondary::start_in(lab, 4, ram)?;
+        let mut kills = Kills::new(lab, &machine);
+        let first = start_primary(lab, "first", &machine)?;
+        let on_image = kills.kill_primary(&secondary, first, Way::Shared, Moment::MidTransfer)?;
+        let bytes = on_image.huge_bytes()?;
+        println!("{} MiB of the resumed guest's memory are huge pages", bytes >> 20);
+        assert!(bytes >= u64::from(load().region_mib) << 20, "{bytes} bytes");
+        let by_stream = kills.kill_primary(&secondary, on_image, Way::Stream, Moment::Idle)?;
+        assert_eq!(by_stream.huge_bytes()?, 0);
+        let recovered = kills.kill_receiver(&mut secondary, by_stream, Way::Shared, Moment::MidTransfer)?;
+        assert!(recovered.huge_bytes()? >= u64::from(load().region_mib) << 20);
+        assert_eq!(secondary.files(), 0, "images are given up");
+        Ok(())
+    });
+    assert_eq!(huge_pages().expect("a pool of huge pages"), before);
 }
 
 /// The primary lives on: between checkpoints and during one its secondary is killed.
@@ -319,6 +354,48 @@ fn streams_start_the_guest_anywhere() {
         let uri = format!("exec:cat {}", piped.display());
         resumed.qmp().execute("migrate-incoming", &json!({"uri": uri}))?;
         check_continues(&resumed, &machine, tick)
+    });
+}
+
+/// The receiver writes the stream to the address at which a QEMU listens by its own `-incoming`.
+#[test]
+fn a_stream_to_an_address_starts_the_guest_there() {
+    experiment(|lab| {
+        let machine = test_guest("pc");
+        let secondary = Secondary::start(lab, 4)?;
+        let mut primary = start_primary(lab, "primary", &machine)?;
+        secondary.protect(&mut primary, INTERVAL_MS)?;
+        primary.wait_checkpoints(2, LIMIT)?;
+        drop(primary);
+        secondary.wait_state(1, "ended")?;
+        let tick = lab.tick_in(&secondary.receiver().dump(1, &lab.file("dump"))?, &machine.guest)?;
+        let mut again: &[&str] = &[];
+        for transport in [Transport::Tcp, Transport::Unix] {
+            let there = Address::free(lab, transport)?.to_string();
+            let name = format!("{transport:?}").to_lowercase();
+            let resumed = Qemu::start_incoming_at(lab, &name, &machine, &there)?;
+            let arguments = [&["--to", &there], again].concat();
+            let report = secondary.receiver().failover(1, arguments)?;
+            assert_eq!(
+                (&report["way"], &report["to"]),
+                (&json!("written"), &json!(there)),
+                "{report}"
+            );
+            check_continues(&resumed, &machine, tick)?;
+            let kept = secondary.session(1)?;
+            assert!(
+                kept["promotion"]
+                    .as_str()
+                    .is_some_and(|words| words.contains(&there)),
+                "{kept}"
+            );
+            // That guest ends here, and so its checkpoint may be given once more.
+            again = &["--retry"];
+        }
+        secondary.receiver().discard(1)?;
+        assert_eq!(secondary.session(1)?, Value::Null);
+        assert_eq!(secondary.files(), 0, "its image is given up");
+        Ok(())
     });
 }
 

@@ -5,9 +5,13 @@ use std::fs;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::process::{Command, Stdio};
+use std::time::Duration;
 
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 use serde_json::Value;
 
+use super::receiver::{end_of_command, malformed};
 use super::{Address, Dump, Guest, Lab, LabError, Receiver, SharedDirectory, command_under_test};
 
 impl Lab {
@@ -85,10 +89,49 @@ impl Receiver {
         let arguments = arguments.into_iter().map(|argument| argument.as_ref().to_owned());
         let session = ["--json", "--session", &session.to_string()].map(Into::into);
         let text = self.control_command("failover", session.into_iter().chain(arguments))?;
-        serde_json::from_str(&text).map_err(|error| LabError::Malformed {
-            what: "colo-ring failover --json".into(),
-            detail: error.to_string(),
-        })
+        parse_report(&text)
+    }
+
+    /// The same, interrupted (SIGINT) so long after its start. Its temporary files are in that directory. Without a report
+    /// it has not succeeded: its own words.
+    ///
+    /// # Errors
+    /// When it cannot be run or does not end.
+    pub fn failover_interrupted(
+        &self,
+        session: u64,
+        arguments: &[String],
+        after: Duration,
+        temporary: &Path,
+    ) -> Result<Result<Value, String>, LabError> {
+        let child = self
+            .command("failover")
+            .args(["--json", "--session", &session.to_string()])
+            .args(arguments)
+            .env("TMPDIR", temporary)
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .map_err(LabError::io("run colo-ring failover"))?;
+        std::thread::sleep(after);
+        let pid = i32::try_from(child.id()).expect("process ids are below 2^22 on Linux");
+        // It is not reaped yet, whether or not it has ended.
+        kill(Pid::from_raw(pid), Signal::SIGINT)
+            .map_err(|errno| LabError::io("signal colo-ring")(errno.into()))?;
+        match end_of_command(child, "failover") {
+            Ok(text) => parse_report(&text).map(Ok),
+            Err(LabError::Ended { detail, .. }) => Ok(Err(detail)),
+            Err(other) => Err(other),
+        }
+    }
+
+    /// `colo-ring discard` of a session.
+    ///
+    /// # Errors
+    /// [`LabError::Ended`] with the command's own words when it fails.
+    pub fn discard(&self, session: u64) -> Result<(), LabError> {
+        self.control_command("discard", ["--session", &session.to_string()])
+            .map(drop)
     }
 
     /// `colo-ring failover` with its standard output in a file.
@@ -132,6 +175,10 @@ impl Receiver {
             }),
         }
     }
+}
+
+fn parse_report(text: &str) -> Result<Value, LabError> {
+    serde_json::from_str(text).map_err(|error| malformed("colo-ring failover --json", &error))
 }
 
 /// `colo-ring protect --json` of the QEMU with this monitor.

@@ -46,7 +46,7 @@ pub use receiver::{Backend, Dump, Receiver, ReceiverOptions};
 pub use recorder::Recorder;
 pub use secondary::{Secondary, Way};
 pub use settings::HostSetting;
-pub use shared::SharedDirectory;
+pub use shared::{SharedDirectory, huge_pages};
 pub use stats::{Distribution, host};
 
 /// The laboratory, held by one test at a time.

@@ -123,13 +123,37 @@ impl Qemu {
     /// # Errors
     /// As [`Qemu::start`].
     pub fn start_incoming(lab: &Lab, name: &str, machine: &Machine) -> Result<Self, LabError> {
-        Self::launch(
-            lab,
-            name,
-            machine,
-            own_ram(lab, name, machine).as_deref(),
-            &["-incoming", "defer"],
-        )
+        Self::start_incoming_at(lab, name, machine, "defer")
+    }
+
+    /// The same, but it listens there from its start.
+    ///
+    /// # Errors
+    /// As [`Qemu::start`].
+    pub fn start_incoming_at(
+        lab: &Lab,
+        name: &str,
+        machine: &Machine,
+        address: &str,
+    ) -> Result<Self, LabError> {
+        let ram = own_ram(lab, name, machine);
+        Self::launch(lab, name, machine, ram.as_deref(), &["-incoming", address])
+    }
+
+    /// How much of its memory is huge pages of the host's pool, in bytes.
+    ///
+    /// # Errors
+    /// When the kernel does not say.
+    pub fn huge_bytes(&self) -> Result<u64, LabError> {
+        let file = format!("/proc/{}/smaps_rollup", self.pid());
+        let text = fs::read_to_string(&file).map_err(LabError::io(format!("read {file}")))?;
+        let lines = text.lines().filter(|line| line.contains("_Hugetlb:"));
+        let kibibytes = lines.map(|line| line.split_whitespace().nth(1)?.parse::<u64>().ok());
+        let sum: Option<u64> = kibibytes.sum();
+        sum.map(|kibibytes| kibibytes << 10).ok_or(LabError::Malformed {
+            what: file,
+            detail: text,
+        })
     }
 
     /// The same with its RAM in a file that there is: that of a receiver's image.

@@ -266,36 +266,41 @@ impl Receiver {
         I: IntoIterator,
         I::Item: AsRef<OsStr>,
     {
-        let mut child = self
+        let child = self
             .command(name)
             .args(arguments)
             .stdout(Stdio::piped())
             .stderr(Stdio::piped())
             .spawn()
             .map_err(LabError::io(format!("run colo-ring {name}")))?;
-        // Its output is far smaller than a pipe's buffer, so it need not be read before the end.
-        let ended = wait_for(&format!("colo-ring {name} to end"), CONTROL_LIMIT, || {
-            child
-                .try_wait()
-                .map_err(LabError::io(format!("wait for colo-ring {name}")))
-        });
-        if ended.is_err() {
-            // It may have ended in this moment; either way the next call reaps it.
-            let _ = child.kill();
-        }
-        let output = child
-            .wait_with_output()
-            .map_err(LabError::io(format!("read from colo-ring {name}")))?;
-        ended?;
-        if output.status.success() {
-            return Ok(String::from_utf8_lossy(&output.stdout).into_owned());
-        }
-        let said = String::from_utf8_lossy(&output.stderr).into_owned();
-        Err(LabError::Ended {
-            what: format!("colo-ring {name} ({})", output.status),
-            detail: said,
-        })
+        end_of_command(child, name)
     }
+}
+
+/// What a command has said on its standard output, once it has succeeded.
+pub(super) fn end_of_command(mut child: Child, name: &str) -> Result<String, LabError> {
+    // Its output is far smaller than a pipe's buffer, so it need not be read before the end.
+    let ended = wait_for(&format!("colo-ring {name} to end"), CONTROL_LIMIT, || {
+        child
+            .try_wait()
+            .map_err(LabError::io(format!("wait for colo-ring {name}")))
+    });
+    if ended.is_err() {
+        // It may have ended in this moment; either way the next call reaps it.
+        let _ = child.kill();
+    }
+    let output = child
+        .wait_with_output()
+        .map_err(LabError::io(format!("read from colo-ring {name}")))?;
+    ended?;
+    if output.status.success() {
+        return Ok(String::from_utf8_lossy(&output.stdout).into_owned());
+    }
+    let said = String::from_utf8_lossy(&output.stderr).into_owned();
+    Err(LabError::Ended {
+        what: format!("colo-ring {name} ({})", output.status),
+        detail: said,
+    })
 }
 
 impl Drop for Receiver {

@@ -47,7 +47,15 @@ impl Secondary {
     /// # Errors
     /// Those of [`Receiver::start`].
     pub fn start(lab: &Lab, channels: u8) -> Result<Self, LabError> {
-        let (address, ram) = (Address::free(lab, Transport::Tcp)?, lab.ram_directory()?);
+        Self::start_in(lab, channels, lab.ram_directory()?)
+    }
+
+    /// The same with its images in that directory.
+    ///
+    /// # Errors
+    /// Those of [`Receiver::start`].
+    pub fn start_in(lab: &Lab, channels: u8, ram: SharedDirectory) -> Result<Self, LabError> {
+        let address = Address::free(lab, Transport::Tcp)?;
         let receiver = Receiver::start(lab, &address, &Self::options(channels, &ram))?;
         Ok(Self {
             receiver,
