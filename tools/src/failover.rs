@@ -3,6 +3,7 @@
 mod command_line;
 mod relay;
 mod report;
+mod started;
 mod waiting;
 
 use crate::control::Conversation;
@@ -16,11 +17,12 @@ use command_line::{CommandLine, main_block};
 use report::{Outcome, Times};
 use serde::Deserialize;
 use serde_json::Value;
+use started::Started;
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode, Stdio};
 use std::str::FromStr;
 use std::time::{Duration, Instant};
-use waiting::{RunDirectory, Started, Waiting};
+use waiting::{RunDirectory, Waiting};
 
 /// Options of `colo-ring failover`.
 #[derive(Debug, Args)]
@@ -120,9 +122,10 @@ pub fn run(args: &FailoverArgs) -> Result<ExitCode, CommandError> {
     let started = Started::default();
     let to_end = started.clone();
     signals::on_end(move || {
-        to_end.kill();
-        tell("interrupted: `colo-ring status` says how the checkpoint stands");
-        std::process::exit(1);
+        to_end.end_process();
+        tell(
+            "a guest is about to run, which cannot be taken back: this ends when it does; another signal ends it at once",
+        );
     })?;
     let line = args.command_line()?;
     let mut conversation = Conversation::open(&args.control)?;
@@ -141,7 +144,7 @@ pub fn run(args: &FailoverArgs) -> Result<ExitCode, CommandError> {
         ..Times::default()
     };
     let mut outcome = match (&args.to, line) {
-        (Some(target), _) => write_only(args, &mut claim, target, &mut times)?,
+        (Some(target), _) => write_only(args, &mut claim, target, &started, &mut times)?,
         (None, line) => resume(args, &mut claim, line, &started, &mut times)?,
     };
     times.total = began.elapsed() - times.give_up;
@@ -245,6 +248,7 @@ fn resume(
         prepare(args, claim, line, started, times).map_err(|error| claim.untouched(&error))?;
     let began = Instant::now();
     let to = format!("unix:{}", waiting.socket().display());
+    waiting.is_given();
     let fed = match claim.feed(to, shared.clone(), args.keep()?) {
         Ok(fed) => fed,
         Err(error) => {
@@ -255,7 +259,7 @@ fn resume(
     };
     times.feed = began.elapsed();
     let began = Instant::now();
-    let status = match waiting.wait_loaded() {
+    let status = match waiting.wait_loaded().and_then(|status| waiting.run(status)) {
         Ok(status) => status,
         Err(unloaded) => {
             drop(waiting);
@@ -286,6 +290,7 @@ fn prepare(
     times: &mut Times,
 ) -> Result<(Waiting, Option<String>), CommandError> {
     let directory = RunDirectory::new(args.run_dir.as_deref(), args.session)?;
+    started.uses(&directory);
     let began = Instant::now();
     let mut waiting = match (line, &args.qmp) {
         (Some(line), _) => Waiting::start(fit(args, &claim.claimed, line)?, directory, started)?,
@@ -352,8 +357,8 @@ fn fence(args: &FailoverArgs, claim: &Claim, times: &mut Times) -> Result<(), Co
         .env("COLO_RING_CHECKPOINT", claim.claimed.checkpoint.to_string())
         .stdin(Stdio::null())
         .stdout(std::io::stderr());
-    let status = shell
-        .status()
+    let status = signals::reaching_children(|| shell.spawn())
+        .and_then(|mut shell| shell.wait())
         .map_err(|error| CommandError::Failed(format!("--fence: {error}")))?;
     times.fence = began.elapsed();
     if status.success() {
@@ -369,6 +374,7 @@ fn write_only(
     args: &FailoverArgs,
     claim: &mut Claim,
     target: &Target,
+    started: &Started,
     times: &mut Times,
 ) -> Result<Outcome, CommandError> {
     fence(args, claim, times).map_err(|error| claim.untouched(&error))?;
@@ -378,6 +384,7 @@ fn write_only(
         Target::There(to) => (to.clone(), claim.feed(to.clone(), None, keep)),
         Target::Here => {
             let directory = RunDirectory::new(args.run_dir.as_deref(), args.session)?;
+            started.uses(&directory);
             let relayed = relay::to_stdout(&directory.file("stream.sock"), |to| claim.feed(to, None, keep));
             ("standard output".to_owned(), relayed)
         }

@@ -133,6 +133,15 @@ impl CommandLine {
         replaced
     }
 
+    /// Makes it hold the guest once it is loaded. False if the operator wants that anyway.
+    pub(super) fn hold(&mut self) -> bool {
+        let is_held = self.arguments().iter().any(|word| word == "-S" || word == "--S");
+        if !is_held {
+            self.0.push("-S".to_owned());
+        }
+        !is_held
+    }
+
     /// Makes it wait for a migration and listen to a monitor of ours.
     pub(super) fn wait_for_migration(&mut self, monitor: &Path) {
         if self.values(&["incoming"]).next().is_none() {
@@ -289,6 +298,18 @@ mod tests {
                 "x,id=y",
             ];
             assert_eq!(replaced.arguments(), words);
+        }
+    }
+
+    #[test]
+    fn it_is_made_to_hold_the_guest_unless_it_does_already() {
+        let mut added = line("qemu -m 64");
+        assert!(added.hold());
+        assert_eq!(added.arguments(), ["-m", "64", "-S"]);
+        for text in ["qemu -S -m 64", "qemu --S"] {
+            let mut held = line(text);
+            assert!(!held.hold());
+            assert_eq!(held, line(text));
         }
     }
 

@@ -1,19 +1,17 @@
 //! A QEMU that waits for the checkpoint: started here, or by the operator as a warm standby.
 
 use super::command_line::{CommandLine, main_block};
+use super::started::Started;
 use crate::output::CommandError;
 use crate::qmp::{Qmp, QmpError};
 use colo_ring::failover::IGNORE_SHARED;
 use colo_ring::receiver::{Claimed, GuestBlock};
-use nix::sys::signal::{Signal, kill};
-use nix::unistd::Pid;
 use serde_json::{Value, json};
 use std::fs::{self, DirBuilder, File};
 use std::os::unix::fs::{DirBuilderExt, MetadataExt};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
-use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 /// How long a QEMU may take from its start to its monitor's greeting.
@@ -30,6 +28,9 @@ const FAIL_LIMIT: Duration = Duration::from_secs(1);
 
 /// How often QEMU is asked for what no event tells.
 const POLL: Duration = Duration::from_millis(20);
+
+/// The same where no event is to come, because it holds the guest.
+const HELD_POLL: Duration = Duration::from_millis(1);
 
 /// Lines of QEMU's own words in an error.
 const LOG_LINES: usize = 10;
@@ -66,6 +67,11 @@ impl RunDirectory {
     pub(super) fn file(&self, name: &str) -> PathBuf {
         self.path.join(name)
     }
+
+    /// Its path, if it goes with this command.
+    pub(super) fn passing(&self) -> Option<PathBuf> {
+        (!self.keep).then(|| self.path.clone())
+    }
 }
 
 impl Drop for RunDirectory {
@@ -77,33 +83,14 @@ impl Drop for RunDirectory {
     }
 }
 
-/// The process id of the QEMU that was started here, until it is let go: for a signal that ends this command.
-#[derive(Clone, Default)]
-pub(super) struct Started(Arc<Mutex<Option<Pid>>>);
-
-impl Started {
-    fn set(&self, child: Option<&Child>) {
-        let pid = child
-            .and_then(|child| i32::try_from(child.id()).ok())
-            .map(Pid::from_raw);
-        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = pid;
-    }
-
-    /// Ends it. It is not reaped yet, so that its id is its own.
-    pub(super) fn kill(&self) {
-        if let Some(pid) = *self.0.lock().unwrap_or_else(PoisonError::into_inner) {
-            // It may have ended by itself.
-            let _ = kill(pid, Signal::SIGKILL);
-        }
-    }
-}
-
 /// The QEMU. One that was started here is killed when this is dropped, unless it was let go.
 pub(super) struct Waiting {
     qmp: Qmp,
     child: Option<Child>,
     started: Started,
     directory: RunDirectory,
+    /// Whether it holds the guest, once it is loaded, until it is told to let it run.
+    holds: bool,
 }
 
 impl Waiting {
@@ -120,6 +107,7 @@ impl Waiting {
             child: None,
             started: started.clone(),
             directory,
+            holds: false,
         })
     }
 
@@ -131,6 +119,7 @@ impl Waiting {
     ) -> Result<Self, CommandError> {
         let (monitor, log) = (directory.file("qmp.sock"), directory.file("qemu.log"));
         line.wait_for_migration(&monitor);
+        let holds = line.hold();
         let failed =
             |what: &str, error: &dyn std::fmt::Display| CommandError::Failed(format!("{what}: {error}"));
         let out = File::create(&log).map_err(|error| failed(&log.display().to_string(), &error))?;
@@ -145,10 +134,9 @@ impl Waiting {
             .stdout(out)
             .stderr(err)
             .process_group(0);
-        let mut child = command
-            .spawn()
+        let mut child = started
+            .spawn(&mut command)
             .map_err(|error| failed(&format!("cannot start {}", line.program()), &error))?;
-        started.set(Some(&child));
         let began = Instant::now();
         loop {
             match Qmp::connect(&monitor, Duration::ZERO) {
@@ -158,13 +146,14 @@ impl Waiting {
                         child: Some(child),
                         started: started.clone(),
                         directory,
+                        holds,
                     });
                 }
                 Err(QmpError::Connect { .. }) if began.elapsed() < START_LIMIT => {
                     std::thread::sleep(Duration::from_millis(2));
                 }
                 Err(error) => {
-                    started.set(None);
+                    started.forget();
                     end(&mut child);
                     return Err(CommandError::Failed(format!(
                         "QEMU does not start: {error}{}",
@@ -173,7 +162,7 @@ impl Waiting {
                 }
             }
             if let Some(status) = child.try_wait().ok().flatten() {
-                started.set(None);
+                started.forget();
                 return Err(CommandError::Failed(format!(
                     "QEMU does not start ({status}){}",
                     last_lines(&log)
@@ -285,15 +274,41 @@ impl Waiting {
         self.ask("migrate-incoming", &json!({"uri": uri})).map(drop)
     }
 
-    /// Waits until the guest runs, or stands as its command line wants it to. Returns QEMU's word for that.
+    /// It is about to get the checkpoint. One that does not hold the guest runs it then, whatever becomes of this command.
+    pub(super) fn is_given(&self) {
+        if self.child.is_none() {
+            self.started.decide();
+        }
+    }
+
+    /// Lets the guest run that was loaded and is held. Returns QEMU's word for what it does then.
+    pub(super) fn run(&mut self, status: String) -> Result<String, Unloaded> {
+        self.started.decide();
+        if !self.holds || status != "paused" {
+            return Ok(status);
+        }
+        let running = self.qmp.execute("cont", &json!({}));
+        let status = running.and_then(|_| self.qmp.execute("query-status", &json!({})));
+        match status {
+            Ok(status) => Ok(status["status"].as_str().unwrap_or("unknown").to_owned()),
+            Err(error) if error.refusal().is_some() => Err(Unloaded::certain(format!(
+                "QEMU does not run the checkpoint: {error}{}",
+                self.said()
+            ))),
+            Err(error) => Err(self.died(&error)),
+        }
+    }
+
+    /// Waits until the guest is loaded: runs, or is held. Returns QEMU's word for that.
     pub(super) fn wait_loaded(&mut self) -> Result<String, Unloaded> {
         self.wait_loaded_within(LOAD_LIMIT)
     }
 
     fn wait_loaded_within(&mut self, limit: Duration) -> Result<String, Unloaded> {
         let began = Instant::now();
+        let poll = if self.holds { HELD_POLL } else { POLL };
         while began.elapsed() < limit {
-            let resumed = self.qmp.wait_event("RESUME", POLL);
+            let resumed = self.qmp.wait_event("RESUME", poll);
             let ask = |qmp: &mut Qmp, command| qmp.execute(command, &json!({}));
             let state = ask(&mut self.qmp, "query-status")
                 .and_then(|status| Ok((status, ask(&mut self.qmp, "query-migrate")?)));
@@ -316,18 +331,21 @@ impl Waiting {
             }
         }
         Err(Unloaded {
-            text: format!("QEMU did not run the guest within {limit:?}{}", self.said()),
-            may_have_run: true,
+            text: format!("QEMU did not load the guest within {limit:?}{}", self.said()),
+            may_have_run: !self.holds,
         })
     }
 
     /// After a stream that was not written to its end: QEMU's own reason, if it has one, and whether the guest may have
     /// run after all.
     pub(super) fn why_not_taken(&mut self) -> (Option<String>, bool) {
+        let began = Instant::now();
         match self.wait_loaded_within(FAIL_LIMIT) {
             Err(unloaded) if unloaded.may_have_run => (None, true),
+            // It has not failed, but waits for the rest: that is no reason.
+            Err(_) if began.elapsed() >= FAIL_LIMIT => (None, false),
             Err(unloaded) => (Some(unloaded.text), false),
-            Ok(_) => (None, true),
+            Ok(_) => (None, !self.holds),
         }
     }
 
@@ -353,7 +371,6 @@ impl Waiting {
     /// The guest runs: it is no longer ours.
     pub(super) fn let_go(mut self) {
         self.directory.keep |= self.child.is_some();
-        self.started.set(None);
         self.child = None;
     }
 
@@ -371,7 +388,7 @@ impl Waiting {
 impl Drop for Waiting {
     fn drop(&mut self) {
         if let Some(child) = &mut self.child {
-            self.started.set(None);
+            self.started.forget();
             end(child);
         }
     }
