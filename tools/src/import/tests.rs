@@ -239,7 +239,8 @@ fn packets(segments: &[Sent], link: Link, v6: bool) -> Vec<(Duration, Vec<u8>)> 
         .collect()
 }
 
-fn assert_same(out: &Path, connections: &[Connection]) {
+/// `disorder` is by how much a segment's time may not be its own.
+fn assert_same(out: &Path, connections: &[Connection], disorder: Duration) {
     let imported = Streams::load(out).unwrap();
     let direct = Streams::new(connections.to_vec()).unwrap();
     assert_eq!(imported.notes, [] as [&str; 0]);
@@ -256,7 +257,11 @@ fn assert_same(out: &Path, connections: &[Connection]) {
     }
     // The times of the session are the recording's.
     let between = |streams: &Streams| streams.checkpoints[CHECKPOINTS - 1].at - streams.began();
-    assert!(between(&imported).abs_diff(between(&direct)) < Duration::from_millis(5));
+    let difference = between(&imported).abs_diff(between(&direct));
+    assert!(
+        difference < 2 * disorder + Duration::from_millis(5),
+        "{difference:?}"
+    );
 }
 
 #[test]
@@ -288,7 +293,7 @@ fn every_kind_of_recording_gives_the_session() {
                 (totals.connections, count, notes.len()),
                 (3, packets.len() as u64, 0)
             );
-            assert_same(&args.out, &connections);
+            assert_same(&args.out, &connections, Duration::ZERO);
         }
     }
 }
@@ -308,6 +313,12 @@ fn disorder_and_repetition_are_put_right() {
         // No data overtakes its handshake, which takes a round trip.
         let (handshakes, mut data): (Vec<_>, Vec<_>) =
             segments.into_iter().partition(|sent| sent.flags.contains('S'));
+        // Who sends slowly has gaps between the segments that change places.
+        let span = |some: &[Sent]| {
+            let times = some.iter().map(|sent| sent.at);
+            times.clone().max().unwrap() - times.min().unwrap()
+        };
+        let disorder = data.chunks(7).map(span).max().unwrap();
         data.chunks_mut(7).for_each(|some| some.shuffle(&mut rng));
         let mut packets = packets(&[handshakes, data].concat(), Link::Ethernet, false);
         let stranger = [0xff; 80].to_vec();
@@ -316,7 +327,7 @@ fn disorder_and_repetition_are_put_right() {
         let args = scratch.args(&classic(Link::Ethernet, true, &packets));
         let (_, _, _, missing) = import(&args).unwrap();
         assert!(missing.is_none(), "seed {seed}: {missing:?}");
-        assert_same(&args.out, &connections);
+        assert_same(&args.out, &connections, disorder);
     }
 }
 
