@@ -63,7 +63,7 @@ fn store(ram_dir: Option<PathBuf>) -> Store {
     let (store, notes) = Store::create(Arc::new(guest(GUEST_PAGES)), &label, &options).expect("memory");
     notes.iter().for_each(|note| println!("note: {note}"));
     store.begin_colo();
-    store.describe(|| vec![1; 1000]);
+    store.record_session(|| vec![1; 1000]);
     store
 }
 
@@ -82,6 +82,6 @@ fn commit(
     let began = Instant::now();
     store.commit(CheckpointId(checkpoint), &mut device_state, flusher);
     let took = began.elapsed();
-    store.settle();
+    store.finish_flush();
     took
 }

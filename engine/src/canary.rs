@@ -19,7 +19,7 @@ pub(crate) enum Canary {
     /// A checkpoint is acknowledged before its device state is here.
     EarlyAcknowledge,
     /// Who settles a flush does not tell the one who waits for it.
-    SilentSettle,
+    SilentFlushEnd,
     /// A flush leaves out a page.
     SkippedPage,
     /// A commit keeps the device state of the checkpoint before.

@@ -140,7 +140,7 @@ impl Secondary {
         store.commit(id, self.session.device_state(), &self.flusher);
         self.session.committed();
         // As before CHECKPOINT_REPLY: no page may come before the last ones are in the image.
-        store.settle();
+        store.finish_flush();
         self.meeting.open_gate();
         self.committed.push(id);
     }

@@ -454,7 +454,7 @@ impl Book {
         let Some(store) = guest.store().filter(|_| guest.is_over()) else {
             return;
         };
-        if store.leave()
+        if store.keep_files()
             && let Some(directory) = &self.director.options.store.ram_dir
         {
             let (id, directory) = (guest.id, directory.display());

@@ -7,7 +7,7 @@ use super::guest::Guest;
 use super::promotion::Conversation;
 use crate::failover::{Form, StreamError, StreamReport, write_stream};
 use crate::session::SessionRecord;
-use crate::store::HeldCheckpoint;
+use crate::store::CheckpointView;
 use crate::units::BlockId;
 use serde::{Deserialize, Serialize};
 use std::fs::File;
@@ -68,7 +68,7 @@ pub(super) fn feed(guest: &Guest, by: Conversation, feed: &Feed) -> Result<Fed, 
         None => Form::Complete,
         Some(name) => Form::Shared(shared_block(guest, record, name)?),
     };
-    let held = store.hold_committed().ok_or_else(lost)?;
+    let held = store.checkpoint_view().ok_or_else(lost)?;
     let hold_ns = nanoseconds(began);
     let began = Instant::now();
     if let Some(path) = &feed.keep {
@@ -141,7 +141,7 @@ impl Failed {
 fn write_to(
     to: &str,
     record: &SessionRecord,
-    held: &HeldCheckpoint<'_>,
+    held: &CheckpointView<'_>,
     form: Form,
 ) -> Result<StreamReport, Failed> {
     let connected = match to.split_once(':') {
@@ -184,7 +184,7 @@ fn connect_tcp(address: &str) -> io::Result<Box<dyn Write>> {
 
 fn write(
     record: &SessionRecord,
-    held: &HeldCheckpoint<'_>,
+    held: &CheckpointView<'_>,
     form: Form,
     out: impl Write,
 ) -> Result<StreamReport, StreamError> {
@@ -201,7 +201,7 @@ fn write(
 fn write_file(
     path: &Path,
     record: &SessionRecord,
-    held: &HeldCheckpoint<'_>,
+    held: &CheckpointView<'_>,
     form: Form,
 ) -> Result<StreamReport, String> {
     if !path.is_absolute() {

@@ -209,7 +209,7 @@ impl Guest {
                 // The main channel waits for a flush before it answers a request, and a dump may do the last part of it.
                 if let Some(main) = &self.main {
                     let main = main.waker.clone();
-                    memory.store.when_flushed(move || main.wake());
+                    memory.store.on_flushed(move || main.wake());
                 }
                 // Set once: only the one block list of a session asks for memory.
                 let _ = self.memory.set(memory);

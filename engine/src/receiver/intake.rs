@@ -2,7 +2,7 @@
 //! checkpoints, in the guest's pool, where pages then stay.
 
 use crate::ring::Staging;
-use crate::store::{SlabId, Store, StoreError, Window};
+use crate::store::{PoolBuffer, SlabId, Store, StoreError};
 use crate::units::{PAGE_SIZE, PageIndex};
 use std::sync::Arc;
 
@@ -11,7 +11,7 @@ const STAGING_BYTES: usize = 256 << 10;
 
 pub(super) enum Intake {
     Own(Staging),
-    Pool(Window),
+    Pool(PoolBuffer),
 }
 
 /// Where the next bytes go.
@@ -68,7 +68,7 @@ impl Intake {
     pub(super) fn move_to_pool(&mut self, store: &Arc<Store>, shard: usize) -> Result<(), StoreError> {
         if let Self::Own(staging) = self
             && staging.bytes().is_empty()
-            && let Some(window) = Window::open(store, shard)?
+            && let Some(window) = PoolBuffer::open(store, shard)?
         {
             *self = Self::Pool(window);
         }

@@ -53,7 +53,7 @@ pub(super) struct MainChannel {
     /// The last checkpoint's, until its flush is over.
     sample: Option<CheckpointSample>,
     /// Slabs of the pool that were made in haste, as far as the operator was told.
-    hasty_slabs: u64,
+    inline_growth: u64,
     answer: Vec<u8>,
     /// Bytes of device state that the budget knows of.
     device_state_bytes: u64,
@@ -83,7 +83,7 @@ impl MainChannel {
             waiting: Waiting::Bytes,
             timeline: Timeline::new(),
             sample: None,
-            hasty_slabs: 0,
+            inline_growth: 0,
             answer: Vec::with_capacity(Answer::LEN_MAX),
             device_state_bytes: 0,
         }
@@ -188,7 +188,7 @@ impl MainChannel {
             // The first commit sets it; it stays the same.
             && self.guest.record.set(record.clone()).is_ok()
         {
-            store.describe(|| encode(&self.guest.peer, record));
+            store.record_session(|| encode(&self.guest.peer, record));
         }
         if checkpoint == CheckpointId(0) {
             let unseen = store.unseen_pages();
@@ -213,7 +213,7 @@ impl MainChannel {
             self.timeline.requested();
             if self.guest.store().is_some_and(|store| store.is_flushing()) {
                 self.waiting = Waiting::Flush;
-                if self.guest.store().is_some_and(|store| store.invite_to_flush()) {
+                if self.guest.store().is_some_and(|store| store.allow_flush_help()) {
                     self.guest.wake_helpers();
                 }
                 return Ok(());
@@ -283,8 +283,8 @@ impl MainChannel {
     /// Fits the pool to what checkpoints need, and tells if room had to be made in haste.
     fn mind_the_pool(&mut self, store: &Arc<Store>) {
         let task = store.pool_task();
-        let hasty = store.pool_use().map_or(0, |pool| pool.hasty_slabs);
-        if hasty > self.hasty_slabs {
+        let hasty = store.pool_use().map_or(0, |pool| pool.inline_growth);
+        if hasty > self.inline_growth {
             let advice = match task {
                 PoolTask::Grow => "",
                 PoolTask::Nothing | PoolTask::Shrink => ". A larger --pool-max avoids that",
@@ -293,9 +293,9 @@ impl MainChannel {
                 "session {}: a checkpoint needed {} cache slabs more than there were; pages waited for their memory, \
                  which made it slower{advice}",
                 self.guest.id,
-                hasty - self.hasty_slabs,
+                hasty - self.inline_growth,
             ));
-            self.hasty_slabs = hasty;
+            self.inline_growth = hasty;
         }
         if task == PoolTask::Nothing || self.guest.growing.swap(true, Ordering::AcqRel) {
             return;

@@ -219,7 +219,7 @@ impl PageChannel {
             .bytes
             .fetch_add(std::mem::take(&mut self.bytes_since_sync), Ordering::Relaxed);
         if let Some(store) = self.guest.store() {
-            store.rest(&mut self.landing);
+            store.idle_landing(&mut self.landing);
         }
         let (ticket, last) = self.guest.rendezvous.arrive();
         self.state = State::AtSync(ticket);
@@ -358,7 +358,7 @@ impl Endpoint for PageChannel {
 impl Drop for PageChannel {
     fn drop(&mut self) {
         if let Some(store) = self.guest.store() {
-            store.put_back(&mut self.landing);
+            store.release_landing(&mut self.landing);
         }
         if !canary::is_set(Canary::LostLeave) {
             self.guest.leave();

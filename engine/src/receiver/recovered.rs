@@ -9,7 +9,7 @@ use super::guest::{Guest, Memory, Surroundings};
 use super::{Event, Events};
 use crate::blocks::{BLOCKS_MAX, BlockTable};
 use crate::session::SessionRecord;
-use crate::store::{Left, LeftCheckpoint, labels_in};
+use crate::store::{Recoverable, RecoverableCheckpoint, labels_in};
 use std::path::Path;
 use std::sync::Arc;
 
@@ -132,16 +132,16 @@ fn recover(
     budgets: &Budgets,
 ) -> Result<Result<Arc<Guest>, String>, String> {
     let label = label(session);
-    let left = match LeftCheckpoint::find(directory, &label).map_err(|error| error.to_string())? {
-        Left::Checkpoint(left) => left,
-        Left::Held => return Ok(Err("it belongs to another receiver, which is running".to_owned())),
-        Left::Nothing => {
+    let left = match RecoverableCheckpoint::find(directory, &label).map_err(|error| error.to_string())? {
+        Recoverable::Checkpoint(left) => left,
+        Recoverable::InUse => return Ok(Err("it belongs to another receiver, which is running".to_owned())),
+        Recoverable::Nothing => {
             return Ok(Err(
                 "its receiver ended in precopy, so there is nothing to resume; its files were removed"
                     .to_owned(),
             ));
         }
-        Left::Unknown => return Err("there is no commit record".to_owned()),
+        Recoverable::Unknown => return Err("there is no commit record".to_owned()),
     };
     let described = decode(left.session());
     let Described { peer, record } =

@@ -170,7 +170,7 @@ impl SessionStatus {
             zero_pages: read(&counters.zero_pages),
             bytes: read(&counters.bytes),
             pool_bytes: pool.filter(|_| guest.end().is_none()).map(|pool| pool.bytes),
-            pool_slabs_in_haste: pool.map_or(0, |pool| pool.hasty_slabs),
+            pool_slabs_in_haste: pool.map_or(0, |pool| pool.inline_growth),
             fallbacks: guest.fallbacks().to_vec(),
             summary,
         }

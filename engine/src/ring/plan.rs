@@ -3,7 +3,7 @@
 //! Contract: the addresses in a plan stay valid and are touched by nobody but the kernel from the moment the plan is
 //! posted until the backend reports its completion. The endpoint that owns the plan upholds it: it holds the memory
 //! (its own buffers, and the store by an `Arc`) and is not dropped while a receive is posted; pages of guest memory
-//! are excepted from "nobody but" as `store::copy` explains. A plan never moves while it is posted: it is boxed.
+//! are excepted from "nobody but" as `store::memory::copy` explains. A plan never moves while it is posted: it is boxed.
 
 /// Most pieces of a plan: the pages of one packet, and the header of the next.
 pub const PIECES_MAX: usize = crate::units::PACKET_PAGES + 2;

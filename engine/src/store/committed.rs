@@ -2,40 +2,40 @@
 //! under one lock.
 #![forbid(unsafe_code)]
 
-use super::bitmap::DirtyBitmap;
-use super::image::RamImage;
 use crate::blocks::BlockTable;
 use crate::canary::{self, Canary};
+use crate::store::commit::bitmap::DirtyBitmap;
+use crate::store::memory::image::RamImage;
 use crate::units::CheckpointId;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 
-/// What can be asked of a guest's committed state: the part of a [`super::Store`] that outlives the session.
-pub(super) struct CommittedImage {
-    pub(super) image: Arc<RamImage>,
+/// What can be asked of a guest's committed state: the part of a [`crate::store::Store`] that outlives the session.
+pub(crate) struct CommittedImage {
+    pub(crate) image: Arc<RamImage>,
     record: Mutex<Record>,
     /// One more than the number of the last committed checkpoint, 0 before: for those who only ask for it, and must
     /// not wait for a commit or a dump.
     count: AtomicU64,
     /// Held by the one dump there is at a time.
-    pub(super) dumping: Mutex<()>,
+    pub(crate) dumping: Mutex<()>,
 }
 
 /// The commit record. Who holds its lock alone may write the image.
 #[derive(Default)]
-pub(super) struct Record {
-    pub(super) checkpoint: Option<CheckpointId>,
-    pub(super) device_state: Vec<u8>,
+pub(crate) struct Record {
+    pub(crate) checkpoint: Option<CheckpointId>,
+    pub(crate) device_state: Vec<u8>,
     /// The pages that commits have changed, while a dump is under way.
-    pub(super) tracking: Option<DirtyBitmap>,
+    pub(crate) tracking: Option<DirtyBitmap>,
     /// The session is over: nothing is committed any more.
-    pub(super) ended: bool,
+    pub(crate) ended: bool,
 }
 
 impl Record {
     /// Takes the device state of the checkpoint whose pages are in the image now, and gives back the buffer of the
     /// one before, emptied.
-    pub(super) fn adopt(&mut self, id: CheckpointId, device_state: &mut Vec<u8>) {
+    pub(crate) fn adopt(&mut self, id: CheckpointId, device_state: &mut Vec<u8>) {
         if !canary::is_set(Canary::StaleDeviceState) {
             std::mem::swap(&mut self.device_state, device_state);
         }
@@ -45,7 +45,7 @@ impl Record {
 }
 
 impl CommittedImage {
-    pub(super) fn new(image: Arc<RamImage>) -> Self {
+    pub(crate) fn new(image: Arc<RamImage>) -> Self {
         Self {
             image,
             record: Mutex::default(),
@@ -55,7 +55,7 @@ impl CommittedImage {
     }
 
     /// That of a session which has ended with this checkpoint.
-    pub(super) fn of(image: Arc<RamImage>, checkpoint: CheckpointId, device_state: Vec<u8>) -> Self {
+    pub(crate) fn of(image: Arc<RamImage>, checkpoint: CheckpointId, device_state: Vec<u8>) -> Self {
         let own = Self::new(image);
         *own.lock() = Record {
             checkpoint: Some(checkpoint),
@@ -67,7 +67,7 @@ impl CommittedImage {
         own
     }
 
-    pub(super) fn lock(&self) -> MutexGuard<'_, Record> {
+    pub(crate) fn lock(&self) -> MutexGuard<'_, Record> {
         self.record
             .lock()
             .expect("a commit that panicked may have torn the image: nothing may be asked of it")
@@ -79,7 +79,7 @@ impl CommittedImage {
     }
 
     /// The checkpoint that `record` has taken is committed.
-    pub(super) fn publish(&self, id: CheckpointId) {
+    pub(crate) fn publish(&self, id: CheckpointId) {
         self.count.store(id.0.saturating_add(1), Ordering::Release);
     }
 

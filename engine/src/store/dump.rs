@@ -6,14 +6,15 @@
 //! guest's whole RAM, and the dump is of one checkpoint: the one committed at the end.
 #![forbid(unsafe_code)]
 
-use super::bitmap::DirtyBitmap;
-use super::committed::CommittedImage;
-use super::error::StoreError;
-use super::image::RamImage;
-use super::names::file_names;
-use super::plan::{PageRun, Plan};
-use super::{copy, map::Span};
 use crate::blocks::BlockTable;
+use crate::store::commit::bitmap::DirtyBitmap;
+use crate::store::commit::plan::{PageRun, Plan};
+use crate::store::committed::CommittedImage;
+use crate::store::error::StoreError;
+use crate::store::memory::copy;
+use crate::store::memory::file_names::file_names;
+use crate::store::memory::image::RamImage;
+use crate::store::memory::map::Span;
 use crate::units::{CheckpointId, PAGE_BYTES, PAGE_SIZE};
 use std::fs::{self, File};
 use std::io::Write;
@@ -76,13 +77,13 @@ impl CommittedImage {
     /// # Errors
     /// Before the first commit, or when a file cannot be written. Then nothing of this dump is left behind.
     ///
-    /// `settle` brings into the image what was committed, as [`super::Store::settle`] does.
-    pub(super) fn dump(&self, directory: &Path, settle: impl Fn()) -> Result<DumpReport, StoreError> {
+    /// `finish_flush` brings into the image what was committed, as [`crate::store::Store::finish_flush`] does.
+    pub(crate) fn dump(&self, directory: &Path, finish_flush: impl Fn()) -> Result<DumpReport, StoreError> {
         // The lock guards no data: a dump that panicked leaves nothing behind that matters to the next.
         let _only_one = self.dumping.lock().unwrap_or_else(PoisonError::into_inner);
         self.begin_tracking()?;
         let dumped = DumpFiles::create(directory, self.table()).and_then(|files| {
-            self.dump_passes(&files, &settle)
+            self.dump_passes(&files, &finish_flush)
                 .map(|(checkpoint, passes)| (files, checkpoint, passes))
         });
         self.lock().tracking = None;
@@ -99,9 +100,13 @@ impl CommittedImage {
         Ok(())
     }
 
-    fn dump_passes(&self, files: &DumpFiles, settle: &impl Fn()) -> Result<(CheckpointId, u32), StoreError> {
+    fn dump_passes(
+        &self,
+        files: &DumpFiles,
+        finish_flush: &impl Fn(),
+    ) -> Result<(CheckpointId, u32), StoreError> {
         // What is committed from here on is tracked; what was committed before is brought into the image.
-        settle();
+        finish_flush();
         files.write_all(&self.image)?;
         let mut plan = Plan::default();
         let mut passes = 1;
@@ -117,7 +122,7 @@ impl CommittedImage {
                 LOCKED_PAGES_MAX
             };
             if plan.pages() <= limit {
-                settle();
+                finish_flush();
                 // A commit waits for this lock, and a guest for the commit: what is left is taken to memory under it
                 // and written afterwards, however slow the disk is.
                 let pages = read_plan(&self.image, &plan);
@@ -133,7 +138,7 @@ impl CommittedImage {
                 return Err(StoreError::DumpTooSlow { passes });
             }
             // The pages of the plan are committed, so that they are in the image after this.
-            settle();
+            finish_flush();
             files.write_plan(&self.image, &plan)?;
         }
     }
@@ -162,7 +167,7 @@ struct DumpFile {
 impl DumpFile {
     fn create(path: PathBuf, bytes: u64) -> Result<Self, StoreError> {
         let mut part = path.clone().into_os_string();
-        // No block's own file can be named so (`names.rs`).
+        // No block's own file can be named so (`file_names.rs`).
         part.push("~part");
         let part = PathBuf::from(part);
         let made = || {
@@ -352,7 +357,7 @@ mod tests {
         };
         let refused = store
             .committed
-            .dump_passes(&files, &|| store.settle())
+            .dump_passes(&files, &|| store.finish_flush())
             .unwrap_err();
         assert_eq!(
             refused.to_string(),

@@ -102,17 +102,17 @@ pub enum StoreError {
 }
 
 impl StoreError {
-    pub(super) fn file(path: &Path, source: io::Error) -> Self {
+    pub(crate) fn file(path: &Path, source: io::Error) -> Self {
         let path = path.to_owned();
         Self::File { path, source }
     }
 
-    pub(super) fn damaged(path: &Path, what: impl Into<String>) -> Self {
+    pub(crate) fn damaged(path: &Path, what: impl Into<String>) -> Self {
         let (path, what) = (path.to_owned(), what.into());
         Self::Damaged { path, what }
     }
 
-    pub(super) fn no_memory(block: &RamBlock, bytes: u64, errno: Errno) -> Self {
+    pub(crate) fn no_memory(block: &RamBlock, bytes: u64, errno: Errno) -> Self {
         Self::NoImageMemory {
             block: block.display_name().into_owned(),
             mib: bytes.div_ceil(1 << 20),

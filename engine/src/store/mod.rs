@@ -19,7 +19,7 @@
 //!
 //! While it is **flushing**, the last committed checkpoint is in image and slots together, and no page is received: a
 //! correct primary is quiet between a commit and CHECKPOINT_REPLY, which the session holds back until then. So
-//! whoever wants the checkpoint in the image calls [`Store::settle`], at any time.
+//! whoever wants the checkpoint in the image calls [`Store::finish_flush`], at any time.
 //!
 //! # Who may do what, until when
 //! * Receiving threads call [`Store::place`], let the kernel fill the places, then call [`Store::landed`]; or
@@ -34,72 +34,53 @@
 //!
 //! Where slots are is the matter of `cache::Cache`; when dirty slots are copied is decided in [`Store::commit`] alone.
 
-mod arrivals;
-mod bitmap;
 mod cache;
-mod claims;
+mod checkpoint_view;
+mod commit;
 mod committed;
-mod copy;
 mod dump;
 mod durable;
 mod error;
-mod extents;
-mod flusher;
-mod handover;
-mod held;
-mod homes;
-mod huge;
-mod image;
-mod landing;
-mod left;
-mod lives;
-mod map;
-mod mirror;
-mod names;
+mod memory;
 mod options;
-mod plan;
-mod pool;
-mod ram_dir;
-mod resident;
-mod slab;
-mod stack;
-mod window;
+mod receive;
 
 #[cfg(all(test, not(loom), not(miri)))]
 mod tests;
 
-pub use bitmap::DirtyBitmap;
-pub use copy::CopyMethod;
+pub use cache::extents::{PoolTask, PoolUse};
+pub use cache::landing::Landing;
+pub use cache::pool_buffer::PoolBuffer;
+pub use checkpoint_view::CheckpointView;
+pub use commit::bitmap::DirtyBitmap;
+pub use commit::flusher::{FlushReport, FlushStep, Flusher, FlusherError};
+pub use commit::plan::{PageRun, Plan};
 pub use dump::{DEVICE_STATE_FILE, DumpReport, DumpedBlock, RESERVED_FILES};
+pub use durable::recovery::{Recoverable, RecoverableCheckpoint, labels_in};
 pub use error::StoreError;
-pub use extents::{PoolTask, PoolUse};
-pub use flusher::{FlushReport, FlushStep, Flusher, FlusherError};
-pub use held::HeldCheckpoint;
-pub use huge::{Fallback, HugePages};
-pub use landing::Landing;
-pub use left::{Left, LeftCheckpoint, labels_in};
-pub use map::LandingRun;
+pub use memory::copy::CopyMethod;
+pub use memory::huge::{Fallback, HugePages};
+pub use memory::map::LandingRun;
+pub use memory::slab::{HEADER_BYTES, Slab, SlabId};
 pub use options::{CacheKind, CommitMode, StoreOptions};
-pub use plan::{PageRun, Plan};
-pub use slab::{HEADER_BYTES, Slab, SlabId};
-pub use window::Window;
 
 use crate::blocks::BlockTable;
 use crate::canary::{self, Canary};
 use crate::units::CheckpointId;
-use bitmap::PageSet;
 use cache::Cache;
+use cache::extents::{Extents, PoolLayout};
+use cache::mirror::{self, Mirror};
+use cache::pool::Pool;
+use commit::bitmap::PageSet;
+use commit::flusher::Flush;
 use committed::CommittedImage;
-use durable::Durable;
-use extents::{Extents, Shape};
-use flusher::Flush;
-use homes::Homes;
-use image::RamImage;
-use map::{Mapping, Words};
-use mirror::Mirror;
-use pool::Pool;
-use ram_dir::{RamDirectory, RamFiles};
-use slab::SlabMemory;
+use durable::record::{self, DurableRecord};
+use memory::image::RamImage;
+use memory::map::{self, Mapping, Words};
+use memory::numa::NumaNodes;
+use memory::ram_dir::{RamDirectory, RamFiles};
+use memory::slab::{self, SlabMemory};
+use memory::mlock;
 use std::path::Path;
 use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, OnceLock};
@@ -126,20 +107,20 @@ pub struct Store {
     flushed: OnceLock<Box<dyn Fn() + Send + Sync>>,
     mode: CommitMode,
     /// Where a checkpoint outlives this process.
-    durable: Option<Arc<Durable>>,
+    durable: Option<Arc<DurableRecord>>,
     files: Option<Arc<RamFiles>>,
 }
 
 /// How finely a cache divides its memory: fixed but for tests.
 #[derive(Clone, Copy)]
-pub(crate) struct Grain {
+pub(crate) struct Granularity {
     pub(crate) mirror_slab_pages: u64,
     pub(crate) pool_slab_extents: Option<u32>,
     /// Bytes that are there for a device state before there is one, in a RAM directory.
     pub(crate) area_bytes: u64,
 }
 
-const GRAIN: Grain = Grain {
+const GRANULARITY: Granularity = Granularity {
     mirror_slab_pages: mirror::SLAB_PAGES,
     pool_slab_extents: None,
     area_bytes: 2 << 20,
@@ -163,15 +144,15 @@ impl Store {
         label: &str,
         options: &StoreOptions,
     ) -> Result<(Self, Vec<Fallback>), StoreError> {
-        Self::with_grain(table, label, options, GRAIN)
+        Self::with_granularity(table, label, options, GRANULARITY)
     }
 
     /// As [`Store::create`], with memory divided otherwise: for tests, whose guests are small.
-    pub(crate) fn with_grain(
+    pub(crate) fn with_granularity(
         table: Arc<BlockTable>,
         label: &str,
         options: &StoreOptions,
-        grain: Grain,
+        granularity: Granularity,
     ) -> Result<(Self, Vec<Fallback>), StoreError> {
         let restores = (options.cache, options.commit) == (CacheKind::Mirror, CommitMode::Sync);
         if options.running_guest.is_some() && !restores {
@@ -191,7 +172,7 @@ impl Store {
             } else {
                 "its cache is a mirror"
             };
-            notes.push(Fallback::NotLasting {
+            notes.push(Fallback::NotDurable {
                 directory: directory.display().to_string(),
                 reason,
             });
@@ -203,7 +184,7 @@ impl Store {
             lasting.is_some(),
             &mut notes,
         )?);
-        let homes = place_image(&image, options, &mut notes);
+        let nodes = place_image(&image, options, &mut notes);
         let refused = |errno: nix::errno::Errno| StoreError::NoMemory {
             bytes,
             source: errno.into(),
@@ -211,36 +192,37 @@ impl Store {
         let populate = |cache: Vec<&Mapping>| {
             let mappings: Vec<&Mapping> = image.mappings().iter().chain(cache).collect();
             map::populate(&mappings).map_err(refused)?;
-            Ok(resident::lock(mappings.into_iter()))
+            Ok(mlock::lock(mappings.into_iter()))
         };
-        let memory = SlabMemory::new(options.hugepages, homes.clone());
+        let memory = SlabMemory::new(options.hugepages, nodes.clone());
         let mut durable = None;
         let cache: Arc<dyn Cache> = match options.cache {
             CacheKind::Mirror => {
-                let mirror = Mirror::map(pages, grain.mirror_slab_pages, memory, &mut notes)?;
+                let mirror = Mirror::map(pages, granularity.mirror_slab_pages, memory, &mut notes)?;
                 notes.extend(populate(mirror.mappings().collect())?);
                 Arc::new(mirror)
             }
             CacheKind::Pool { max } => {
-                let shape = match grain.pool_slab_extents {
-                    None => Shape::of_guest(pages, max),
-                    Some(extents) => Shape::with_slabs(pages, max, extents),
+                let shape = match granularity.pool_slab_extents {
+                    None => PoolLayout::of_guest(pages, max),
+                    Some(extents) => PoolLayout::with_slabs(pages, max, extents),
                 };
                 let (memory, places) = match lasting {
                     None => (memory, Words::zeroed(map::index(pages))),
                     Some(files) => {
-                        let shape = durable::Shape {
+                        let shape = record::GuestShape {
                             pages,
                             slab_extents: u64::from(shape.slab_extents),
                         };
-                        let (made, places) = Durable::create(files.clone(), shape, grain.area_bytes)?;
+                        let (made, places) =
+                            DurableRecord::create(files.clone(), shape, granularity.area_bytes)?;
                         durable = Some(Arc::new(made));
                         (memory.in_files(files.clone()), places)
                     }
                 };
                 let extents = Extents::map(shape, memory, &mut notes)?;
                 notes.extend(populate(extents.slabs().map(Slab::memory).collect())?);
-                Arc::new(Pool::new(extents, homes, places, options.shards))
+                Arc::new(Pool::new(extents, nodes, places, options.shards))
             }
         };
         let store = Self {
@@ -285,7 +267,7 @@ impl Store {
     /// If `id` does not follow the last one, or after [`Store::drop_uncommitted`].
     pub fn commit(&self, id: CheckpointId, device_state: &mut Vec<u8>, flusher: &Flusher) -> FlushReport {
         // Done long ago where pages were received in between: see the module.
-        self.settle();
+        self.finish_flush();
         let mut record = self.committed.lock();
         assert!(
             !record.ended,
@@ -329,32 +311,32 @@ impl Store {
 
     /// Somebody waits for the end of that. If so much is left that several threads should do it, [`Self::help_flush`] does
     /// something from now on, and this returns true.
-    pub fn invite_to_flush(&self) -> bool {
-        self.flush.invite()
+    pub fn allow_flush_help(&self) -> bool {
+        self.flush.allow_help()
     }
 
     /// Copies a few of them, which takes at most about 0.1 ms. Any thread may, also several at a time.
     pub fn flush_step(&self) -> FlushStep {
-        self.told(self.flush.small_step())
+        self.notify_if_last(self.flush.small_step())
     }
 
-    /// The same for threads that do so only where it is needed: see [`Self::invite_to_flush`].
+    /// The same for threads that do so only where it is needed: see [`Self::allow_flush_help`].
     pub fn help_flush(&self) -> FlushStep {
-        self.told(self.flush.helping_step())
+        self.notify_if_last(self.flush.help_step())
     }
 
-    fn told(&self, step: FlushStep) -> FlushStep {
+    fn notify_if_last(&self, step: FlushStep) -> FlushStep {
         if step == FlushStep::Last {
-            self.tell_flushed();
+            self.notify_flushed();
         }
         step
     }
 
     /// Copies what is left of them and waits for what other threads do of it: the image is the last committed checkpoint
     /// when it returns, until the next commit.
-    pub fn settle(&self) {
-        if self.flush.settle() && !canary::is_set(Canary::SilentSettle) {
-            self.tell_flushed();
+    pub fn finish_flush(&self) {
+        if self.flush.finish() && !canary::is_set(Canary::SilentFlushEnd) {
+            self.notify_flushed();
         }
     }
 
@@ -362,12 +344,12 @@ impl Store {
     ///
     /// # Panics
     /// If it is called twice.
-    pub fn when_flushed(&self, tell: impl Fn() + Send + Sync + 'static) {
+    pub fn on_flushed(&self, tell: impl Fn() + Send + Sync + 'static) {
         let set = self.flushed.set(Box::new(tell));
         assert!(set.is_ok(), "there is one who waits");
     }
 
-    fn tell_flushed(&self) {
+    fn notify_flushed(&self) {
         if let Some(tell) = self.flushed.get() {
             tell();
         }
@@ -416,25 +398,25 @@ impl Store {
     /// the cache's memory goes back to the host, once what was committed is in the image. The caller has seen to it that
     /// nobody is receiving (see the module) and that no ring has a slab registered.
     pub fn drop_uncommitted(&self) {
-        self.settle();
+        self.finish_flush();
         let mut record = self.committed.lock();
         record.ended = true;
         let mut plan = Plan::default();
         self.dirty.take(&mut plan);
         self.cache.drop_pages(&plan, 0..plan.len());
-        self.cache.end();
+        self.cache.release_cursors();
         self.cache.give_back();
         if let (Some(files), Some(_)) = (&self.files, &self.durable) {
             files.remove(slab::SLAB_FILES);
-            files.remove(durable::PLACES_FILE);
+            files.remove(record::PLACES_FILE);
         }
     }
 
     /// What stays the same for the session and is needed to make something of its checkpoints, for a later receiver that
-    /// finds them ([`LeftCheckpoint::session`]). To be said before the first commit.
-    pub fn describe(&self, session: impl FnOnce() -> Vec<u8>) {
+    /// finds them ([`RecoverableCheckpoint::session`]). To be said before the first commit.
+    pub fn record_session(&self, session: impl FnOnce() -> Vec<u8>) {
         if let Some(durable) = &self.durable {
-            durable.describe(&session());
+            durable.record_session(&session());
         }
     }
 
@@ -452,13 +434,13 @@ impl Store {
 
     /// Ends the session as [`Self::drop_uncommitted`] does; the files of its last checkpoint stay in their directory when the
     /// store goes. False if there is none that a later receiver could find.
-    pub fn leave(&self) -> bool {
+    pub fn keep_files(&self) -> bool {
         let lasting = self.durable.as_ref().filter(|durable| durable.has_checkpoint());
         let Some(durable) = lasting.filter(|_| !self.flush.has_failed()) else {
             return false;
         };
         self.drop_uncommitted();
-        durable.files().leave(true);
+        durable.files().keep(true);
         true
     }
 
@@ -476,7 +458,7 @@ impl Store {
     /// # Errors
     /// Before the first commit, or when a file cannot be written. Then nothing of this dump is left behind.
     pub fn dump(&self, directory: &Path) -> Result<DumpReport, StoreError> {
-        self.committed.dump(directory, || self.settle())
+        self.committed.dump(directory, || self.finish_flush())
     }
 
     /// The device state of the last committed checkpoint.
@@ -490,18 +472,18 @@ impl Store {
     }
 }
 
-/// Puts the image on the nodes of all shards, and gives back the homes of these. Where the kernel refuses, everything lies
+/// Puts the image on the nodes of all shards, and gives back the nodes of these. Where the kernel refuses, everything lies
 /// where it likes, and one note says so.
-fn place_image(image: &RamImage, options: &StoreOptions, notes: &mut Vec<Fallback>) -> Homes {
+fn place_image(image: &RamImage, options: &StoreOptions, notes: &mut Vec<Fallback>) -> NumaNodes {
     let all = options.nodes.is_empty() || options.nodes.len() == options.shards;
     assert!(all, "every shard has a node, or none has");
-    let homes = Homes::of(&options.nodes);
-    let placed = image.mappings().iter().try_for_each(|block| homes.spread(block));
+    let nodes = NumaNodes::of(&options.nodes);
+    let placed = image.mappings().iter().try_for_each(|block| nodes.spread(block));
     match placed {
-        Ok(()) => homes,
+        Ok(()) => nodes,
         Err(errno) => {
-            notes.push(homes.refused("guest memory", errno));
-            Homes::anywhere()
+            notes.push(nodes.refused("guest memory", errno));
+            NumaNodes::anywhere()
         }
     }
 }

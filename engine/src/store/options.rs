@@ -1,7 +1,7 @@
 //! How a store is made: the placement of its cache, when it flushes, of what its memory is.
 #![forbid(unsafe_code)]
 
-use super::{DirtyBitmap, HugePages};
+use crate::store::{DirtyBitmap, HugePages};
 use std::path::PathBuf;
 use std::sync::Arc;
 

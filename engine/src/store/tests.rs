@@ -1,13 +1,14 @@
 //! The store as a whole: what its tests share, and those of receiving and committing.
 
 mod dumps;
-mod homes;
-mod left;
 mod memory;
 mod model;
+mod numa;
 mod pool;
+mod recovery;
 mod running_guest;
 
+use super::memory::copy;
 use super::*;
 use crate::units::{PACKET_PAGES, PAGE_BYTES, PAGE_SIZE, PageIndex};
 use std::fs;
@@ -34,7 +35,7 @@ const KINDS: [(CacheKind, CommitMode); 4] = [
     (CacheKind::Pool { max: None }, CommitMode::Deferred),
 ];
 
-const TEST_GRAIN: Grain = Grain {
+const TEST_GRANULARITY: Granularity = Granularity {
     mirror_slab_pages: TEST_SLAB_PAGES,
     pool_slab_extents: Some(2),
     area_bytes: 4096,
@@ -56,7 +57,7 @@ fn store_of((cache, commit): (CacheKind, CommitMode), blocks: &[(&str, u64)]) ->
         commit,
         ..options()
     };
-    let (store, notes) = Store::with_grain(table(blocks), "test", &options, TEST_GRAIN).unwrap();
+    let (store, notes) = Store::with_granularity(table(blocks), "test", &options, TEST_GRANULARITY).unwrap();
     assert_eq!(notes, []);
     store
 }
@@ -251,7 +252,7 @@ fn helpers_flush(store: &Store, many: u64) {
             land(store, 1, packet, &mut landing);
         }
         let report = store.commit(CheckpointId(checkpoint), &mut Vec::new(), &flusher);
-        store.settle();
+        store.finish_flush();
         assert_eq!(report.pages, u64::try_from(pages.len()).unwrap());
         assert!(report.helpers <= 2);
         for (at, stamp) in pages {
@@ -311,7 +312,7 @@ fn two_threads_write_one_page(kind: (CacheKind, CommitMode)) {
     let writers = [writer(0, 0x11), writer(1, 0x22)];
     writers.into_iter().for_each(|writer| writer.join().unwrap());
     store.commit(CheckpointId(0), &mut Vec::new(), &alone());
-    store.settle();
+    store.finish_flush();
     let mut bytes = [0; PAGE_SIZE];
     copy::read(store.image().span(PageRun::one(page(7))), &mut bytes);
     assert!(bytes.iter().all(|byte| [0x11, 0x22].contains(byte)));
@@ -325,7 +326,7 @@ fn whoever_ends_a_flush_tells_the_one_who_waits() {
     let store = store_of((CacheKind::Mirror, CommitMode::Deferred), &BLOCKS);
     let told = Arc::new(AtomicU64::new(0));
     let tell = told.clone();
-    store.when_flushed(move || {
+    store.on_flushed(move || {
         tell.fetch_add(1, Ordering::Relaxed);
     });
     store.begin_colo();
@@ -335,9 +336,9 @@ fn whoever_ends_a_flush_tells_the_one_who_waits() {
         assert!(store.is_flushing());
     };
     commit(0);
-    store.settle();
+    store.finish_flush();
     assert_eq!(told.load(Ordering::Relaxed), 1);
-    store.settle();
+    store.finish_flush();
     commit(1);
     assert_eq!(told.load(Ordering::Relaxed), 1);
     while store.flush_step() == FlushStep::Some {}
@@ -353,23 +354,23 @@ fn nobody_helps_with_a_flush_uninvited() {
         (0..pages).for_each(|at| store.write(0, page(at), &content(checkpoint)).unwrap());
         store.commit(CheckpointId(checkpoint), &mut Vec::new(), &alone());
     };
-    assert!(!store.invite_to_flush(), "there is none");
+    assert!(!store.allow_flush_help(), "there is none");
     commit(0, PAGES);
     assert_eq!(store.help_flush(), FlushStep::Nothing);
-    assert!(store.invite_to_flush());
+    assert!(store.allow_flush_help());
     assert_eq!(store.help_flush(), FlushStep::Some);
-    store.settle();
+    store.finish_flush();
     commit(1, PAGES);
     assert_eq!(
         store.help_flush(),
         FlushStep::Nothing,
         "the invitation was for the last one"
     );
-    store.settle();
+    store.finish_flush();
     commit(2, 1);
-    assert!(!store.invite_to_flush(), "one page is quickly done");
+    assert!(!store.allow_flush_help(), "one page is quickly done");
     assert_eq!(store.help_flush(), FlushStep::Nothing);
-    store.settle();
+    store.finish_flush();
 }
 
 /// Who asks for the checkpoint's number, as a status does, does not wait for a commit or a dump.

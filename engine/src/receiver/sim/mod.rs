@@ -14,7 +14,7 @@
 //! * Is it the last one acknowledged, or one behind it whose acknowledgement is on its way?
 //! * Is the image, page by page, that checkpoint's memory, and the device state its device state?
 //!
-//! Now and then, most of all while a flush is under way, it asks as a failover does ([`crate::store::HeldCheckpoint`]) or
+//! Now and then, most of all while a flush is under way, it asks as a failover does ([`crate::store::CheckpointView`]) or
 //! dumps to files.
 //!
 //! In some runs the receiver is killed, at any step, and between any two stores of a commit or a flush: what is in its RAM

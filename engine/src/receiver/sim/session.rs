@@ -8,7 +8,7 @@ use crate::receiver::end::{ChannelError, SessionEnd};
 use crate::receiver::guest::Guest;
 use crate::receiver::recovered::{Described, decode, label};
 use crate::ring::sim::{Network, Wire};
-use crate::store::{Left, LeftCheckpoint};
+use crate::store::{Recoverable, RecoverableCheckpoint};
 use crate::units::PageIndex;
 use nix::errno::Errno;
 use nix::sys::socket::{MsgFlags, recv};
@@ -154,7 +154,7 @@ impl SimSession {
 
     /// What a failover would find now: the checkpoint that is committed.
     pub(super) fn recover(&self) -> Result<(), String> {
-        let held = self.guest.store().and_then(|store| store.hold_committed());
+        let held = self.guest.store().and_then(|store| store.checkpoint_view());
         match (self.committed.checked_sub(1), held) {
             (None, None) => Ok(()),
             (Some(state), Some(held)) if held.checkpoint().0 == state as u64 => {
@@ -174,12 +174,12 @@ impl SimSession {
     /// What the next receiver finds in a directory, where `before` states were committed before the step in which this one
     /// was killed.
     pub(super) fn found(&self, directory: &Path, before: u64) -> Result<(), String> {
-        let left =
-            LeftCheckpoint::find(directory, &label(self.guest.id)).map_err(|error| error.to_string())?;
+        let left = RecoverableCheckpoint::find(directory, &label(self.guest.id))
+            .map_err(|error| error.to_string())?;
         let left = match left {
-            Left::Checkpoint(left) => left,
-            Left::Held => return Err("somebody has it".to_owned()),
-            Left::Nothing | Left::Unknown => {
+            Recoverable::Checkpoint(left) => left,
+            Recoverable::InUse => return Err("somebody has it".to_owned()),
+            Recoverable::Nothing | Recoverable::Unknown => {
                 return match before {
                     0 => Ok(()),
                     _ => Err(format!("nothing is found where {before} states were committed")),
@@ -190,7 +190,7 @@ impl SimSession {
         let store = left
             .recover(record.blocks.clone())
             .map_err(|error| error.to_string())?;
-        let held = store.hold_committed().ok_or("nothing was recovered")?;
+        let held = store.checkpoint_view().ok_or("nothing was recovered")?;
         let state = held.checkpoint().0;
         if state + 1 < before || state >= self.committed as u64 {
             return Err(format!(

@@ -91,7 +91,7 @@ fn canaries_do_not_survive() {
         (Canary::LostMark, 10),
         (Canary::EarlyImage, 100),
         (Canary::EarlyAcknowledge, 10),
-        (Canary::SilentSettle, 500),
+        (Canary::SilentFlushEnd, 500),
         (Canary::SkippedPage, 10),
         (Canary::StaleDeviceState, 10),
         (Canary::LostLeave, 10),

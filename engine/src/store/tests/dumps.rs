@@ -26,7 +26,7 @@ fn dumps_beside_commits(kind: (CacheKind, CommitMode)) {
             let flusher = Flusher::new(CopyMethod::NonTemporal, 1, &[]).unwrap();
             let mut device_state = Vec::new();
             for checkpoint in 0.. {
-                store.settle();
+                store.finish_flush();
                 for at in (0..MANY).filter(|at| (at + checkpoint) % 3 != 0) {
                     store.write(0, page(at), &content(checkpoint + 1)).unwrap();
                 }

@@ -11,7 +11,7 @@ fn named_files_hold_the_image_and_go_with_it() {
     };
     let (store, notes) = Store::create(table(&BLOCKS), "guest", &options).unwrap();
     assert!(
-        matches!(notes[..], [Fallback::NotLasting { .. }]),
+        matches!(notes[..], [Fallback::NotDurable { .. }]),
         "a mirror: {notes:?}"
     );
     store.write(0, page(3), &content(33)).unwrap();

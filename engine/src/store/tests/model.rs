@@ -83,7 +83,7 @@ impl Model {
 fn apply(step: Step, store: &Store, model: &mut Model, landing: &mut Landing, flusher: &Flusher) {
     if matches!(step, Step::Land(..) | Step::Write(..) | Step::Zero(..)) {
         // What the session sees to: no page arrives before the last checkpoint's are in the image.
-        store.settle();
+        store.finish_flush();
     }
     match step {
         Step::Flush(steps) => (0..steps).for_each(|_| {
@@ -165,7 +165,7 @@ proptest! {
         }
         model.check(&store);
         // The primary is lost: what was not committed never happened, and what was committed is whole.
-        store.put_back(&mut landing);
+        store.release_landing(&mut landing);
         store.drop_uncommitted();
         if let Some(pool) = store.pool_use() {
             assert_eq!(pool.free_extents, pool.extents, "slots were leaked");

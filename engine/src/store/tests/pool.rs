@@ -1,6 +1,6 @@
 //! The pool: where pages land, and what becomes of the memory.
 
-use super::extents::{EXTENT_BYTES, EXTENT_SLOTS};
+use super::cache::extents::{EXTENT_BYTES, EXTENT_SLOTS};
 use super::*;
 
 const POOL: (CacheKind, CommitMode) = KINDS[3];
@@ -43,7 +43,7 @@ fn a_packet_lands_in_one_piece_with_the_next_header_behind_it() {
     landing.fill_by_kernel(&vec![2; PACKET_PAGES * PAGE_SIZE]);
     store.landed(0, &mut landing);
     store.commit(CheckpointId(0), &mut Vec::new(), &alone());
-    store.settle();
+    store.finish_flush();
     store.place(0, &scattered, &mut landing).unwrap();
     assert_eq!(landing.runs()[0].address, first, "the hottest memory first");
 }
@@ -63,12 +63,12 @@ fn it_grows_in_haste_and_ahead_and_loses_nothing() {
         while store.pool_task() == PoolTask::Grow {
             store.grow().unwrap();
         }
-        store.settle();
+        store.finish_flush();
         assert!(pages.iter().all(|(at, stamp)| image_stamp(&store, *at) == *stamp));
     }
     let pool = store.pool_use().unwrap();
     assert!(pool.extents > before.1, "{pool:?}");
-    store.put_back(&mut landing);
+    store.release_landing(&mut landing);
     let (free, all) = free_of(&store);
     assert_eq!(free, all);
 }
@@ -109,11 +109,11 @@ fn what_is_held_is_given_back_at_the_end() {
     let mut landing = Landing::default();
     land(&store, 0, &[(1, 11), (2, 12)], &mut landing);
     store.write(1, page(3), &content(13)).unwrap();
-    let window = Window::open(&store, 0).unwrap().unwrap();
+    let window = PoolBuffer::open(&store, 0).unwrap().unwrap();
     store.commit(CheckpointId(0), &mut Vec::new(), &alone());
     land_more(&store, &mut landing);
     drop(window);
-    store.put_back(&mut landing);
+    store.release_landing(&mut landing);
     store.drop_uncommitted();
     let (free, all) = free_of(&store);
     assert_eq!(free, all);
@@ -121,7 +121,7 @@ fn what_is_held_is_given_back_at_the_end() {
 }
 
 fn land_more(store: &Store, landing: &mut Landing) {
-    store.settle();
+    store.finish_flush();
     land(store, 0, &[(1, 21), (900, 22)], landing);
 }
 
@@ -129,7 +129,7 @@ fn land_more(store: &Store, landing: &mut Landing) {
 #[test]
 fn pages_stay_where_a_window_received_them() {
     let store = Arc::new(pool());
-    let mut window = Window::open(&store, 0).unwrap().unwrap();
+    let mut window = PoolBuffer::open(&store, 0).unwrap().unwrap();
     let mut sent = 0;
     for at in 0..600 {
         // A record: five bytes, and the page.
@@ -152,7 +152,7 @@ fn pages_stay_where_a_window_received_them() {
     assert_eq!(newest_stamp(&store, 77), 78);
     let report = store.commit(CheckpointId(0), &mut Vec::new(), &alone());
     assert_eq!(report.pages, sent);
-    store.settle();
+    store.finish_flush();
     assert!((0..600).all(|at| image_stamp(&store, at) == at + 1));
     drop(window);
     let (free, all) = free_of(&store);
@@ -173,14 +173,14 @@ fn superseded_slots_are_given_back_by_whoever_supersedes_them() {
                 land(&store, shard, &pages, &mut landing);
                 store.zero(shard, page(3));
             }
-            store.put_back(&mut landing);
+            store.release_landing(&mut landing);
         }
     };
     thread::scope(|scope| {
         (0..SHARDS).for_each(|shard| drop(scope.spawn(channel(shard))));
     });
     store.commit(CheckpointId(0), &mut Vec::new(), &alone());
-    store.settle();
+    store.finish_flush();
     assert_eq!(image_stamp(&store, 3), 0);
     assert!((0..40).all(|at| image_stamp(&store, at * 3) <= 400));
     let (free, all) = free_of(&store);
@@ -198,14 +198,14 @@ fn it_shrinks_when_checkpoints_are_small_again() {
         for packet in pages.chunks(PACKET_PAGES) {
             land(&store, 0, packet, &mut landing);
         }
-        store.rest(&mut landing);
+        store.idle_landing(&mut landing);
         store.commit(CheckpointId(checkpoint), &mut Vec::new(), &alone());
         match store.pool_task() {
             PoolTask::Grow => store.grow().unwrap(),
             PoolTask::Shrink => store.shrink(),
             PoolTask::Nothing => {}
         }
-        store.settle();
+        store.finish_flush();
         assert!(pages.iter().all(|(at, stamp)| image_stamp(&store, *at) == *stamp));
         checkpoint += 1;
         store.pool_use().unwrap()

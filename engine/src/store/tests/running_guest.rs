@@ -11,7 +11,8 @@ fn the_pages_that_the_guest_dirtied_are_restored() {
         running_guest: Some(bitmap.clone()),
         ..options()
     };
-    let (store, _) = Store::with_grain(table(&[("pc.ram", PAGES)]), "test", &options, TEST_GRAIN).unwrap();
+    let (store, _) =
+        Store::with_granularity(table(&[("pc.ram", PAGES)]), "test", &options, TEST_GRANULARITY).unwrap();
     let mut primary: Vec<u64> = (0..PAGES).map(|at| at + 1).collect();
     for at in 0..PAGES {
         store.write(0, page(at), &content(at + 1)).unwrap();

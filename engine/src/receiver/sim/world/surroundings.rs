@@ -5,7 +5,7 @@ use crate::metrics::SampleQueue;
 use crate::receiver::budget::Budget;
 use crate::receiver::guest::{MakeStore, Memory, Surroundings};
 use crate::receiver::recovered::label;
-use crate::store::{CacheKind, CommitMode, CopyMethod, Flusher, Grain, HugePages, Store, StoreOptions};
+use crate::store::{CacheKind, CommitMode, CopyMethod, Flusher, Granularity, HugePages, Store, StoreOptions};
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
@@ -50,7 +50,7 @@ pub(super) fn surroundings(
         running_guest: None,
     };
     let method = rng.pick(&[CopyMethod::NonTemporal, CopyMethod::Memcpy]);
-    let grain = Grain {
+    let grain = Granularity {
         mirror_slab_pages: rng.pick(&[16, 64, 256]),
         pool_slab_extents: Some(rng.pick(&[1, 2, 5])),
         area_bytes: 4096,
@@ -70,12 +70,12 @@ pub(super) fn surroundings(
     })
 }
 
-fn store_maker(options: StoreOptions, grain: Grain, budgets: [Arc<Budget>; 2]) -> Arc<MakeStore> {
+fn store_maker(options: StoreOptions, grain: Granularity, budgets: [Arc<Budget>; 2]) -> Arc<MakeStore> {
     Arc::new(move |guest, table| {
         let [ram, device_state] = &budgets;
         let ram = ram.take(table.total_bytes())?;
         let device_state = device_state.take(0)?;
-        let made = Store::with_grain(table, &label(guest.id), &options, grain);
+        let made = Store::with_granularity(table, &label(guest.id), &options, grain);
         let (store, _) = made.map_err(|error| error.to_string())?;
         Ok(Memory {
             store: Arc::new(store),

@@ -2,8 +2,10 @@
 //! do this, and when.
 #![forbid(unsafe_code)]
 
-use super::{HEADER_BYTES, Landing, PageRun, Phase, Store, StoreError, Window, copy, map};
 use crate::canary::{self, Canary};
+use crate::store::memory::copy;
+use crate::store::memory::map;
+use crate::store::{HEADER_BYTES, Landing, PageRun, Phase, PoolBuffer, Store, StoreError};
 use crate::units::{PAGE_SIZE, PageIndex};
 use std::sync::atomic::Ordering;
 
@@ -46,7 +48,7 @@ impl Store {
         match landing.phase {
             Phase::Precopy => {
                 for page in landing.pages() {
-                    self.cache.follow(*page, self.image());
+                    self.cache.copy_from_image(*page, self.image());
                 }
                 copy::fence();
             }
@@ -71,8 +73,8 @@ impl Store {
     }
 
     /// A channel's landing is used no more: what it holds of the pool is given back.
-    pub fn put_back(&self, landing: &mut Landing) {
-        self.cache.put_back(landing);
+    pub fn release_landing(&self, landing: &mut Landing) {
+        self.cache.release_landing(landing);
     }
 
     /// A page of zeros was received. `shard` is the calling thread's.
@@ -83,7 +85,7 @@ impl Store {
         match self.phase() {
             Phase::Precopy => {
                 copy::zero(self.image().span(PageRun::one(page)));
-                self.cache.follow(page, self.image());
+                self.cache.copy_from_image(page, self.image());
                 copy::fence();
             }
             Phase::Colo => {
@@ -105,7 +107,7 @@ impl Store {
         match self.phase() {
             Phase::Precopy => {
                 copy::fill(self.image().span(PageRun::one(page)), bytes);
-                self.cache.follow(page, self.image());
+                self.cache.copy_from_image(page, self.image());
                 copy::fence();
             }
             Phase::Colo => {
@@ -120,17 +122,17 @@ impl Store {
         Ok(())
     }
 
-    /// A page has arrived in `window`, and stays there until it is flushed. `shard` is the calling thread's.
+    /// A page has arrived in `buffer`, and stays there until it is flushed. `shard` is the calling thread's.
     ///
     /// # Panics
     /// If there is no such shard, or the page does not lie there; in precopy.
-    pub fn adopt(&self, shard: usize, page: PageIndex, window: &Window, bytes: &[u8; PAGE_SIZE]) {
+    pub fn adopt(&self, shard: usize, page: PageIndex, buffer: &PoolBuffer, bytes: &[u8; PAGE_SIZE]) {
         assert_eq!(
             self.phase(),
             Phase::Colo,
             "in precopy pages belong into the image"
         );
-        self.cache.adopt(page, window.locate(bytes));
+        self.cache.adopt(page, buffer.locate(bytes));
         self.dirty.mark(shard, page);
         self.received.insert_all(&[page]);
     }
@@ -164,8 +166,8 @@ impl Store {
     }
 
     /// A channel may not use its landing for some time.
-    pub fn rest(&self, landing: &mut Landing) {
-        self.cache.rest(landing);
+    pub fn idle_landing(&self, landing: &mut Landing) {
+        self.cache.idle_landing(landing);
     }
 
     /// Copies a page of the last committed checkpoint out.

@@ -1,65 +1,65 @@
-//! Extents of several homes. Whether the kernel puts their slabs on other nodes is for the laboratory to show.
+//! Extents of several nodes. Whether the kernel puts their slabs on other nodes is for the laboratory to show.
 
-use crate::store::extents::{Cursor, EXTENT_SLOTS, Extents, PoolTask, Shape};
-use crate::store::homes::{HomeId, Homes};
-use crate::store::huge::HugePages;
-use crate::store::lives::ExtentId;
+use crate::store::cache::extent_refs::ExtentId;
+use crate::store::cache::extents::{Cursor, EXTENT_SLOTS, Extents, PoolLayout, PoolTask};
+use crate::store::memory::huge::HugePages;
+use crate::store::memory::numa::{NodeIndex, NumaNodes};
 use crate::store::slab::SlabMemory;
 
 const SLAB_EXTENTS: u32 = 4;
 
-/// A slab of four extents for each of two homes, and room for more.
+/// A slab of four extents for each of two nodes, and room for more.
 fn two_homes() -> Extents {
-    let shape = Shape {
+    let shape = PoolLayout {
         slab_extents: SLAB_EXTENTS,
         first: 2,
         keep: 8,
         limit: 8,
     };
-    let memory = SlabMemory::new(HugePages::Off, Homes::of(&[0, 1]));
-    // On a host with one node the second home's wish is refused, with a note; its extents are its own nevertheless.
+    let memory = SlabMemory::new(HugePages::Off, NumaNodes::of(&[0, 1]));
+    // On a host with one node the second node's wish is refused, with a note; its extents are its own nevertheless.
     Extents::map(shape, memory, &mut Vec::new()).unwrap()
 }
 
 fn home_of(extents: &Extents, extent: ExtentId) -> usize {
-    extents.locate(extent).1.home().0
+    extents.locate(extent).1.node().0
 }
 
 #[test]
 fn extents_are_taken_near_first_and_return_home() {
     let extents = two_homes();
-    for home in [0, 1, 1, 0] {
+    for node in [0, 1, 1, 0] {
         let taken: Vec<_> = (0..SLAB_EXTENTS)
-            .map(|_| extents.take(HomeId(home)).unwrap())
+            .map(|_| extents.take(NodeIndex(node)).unwrap())
             .collect();
-        assert!(taken.iter().all(|extent| home_of(&extents, *extent) == home));
+        assert!(taken.iter().all(|extent| home_of(&extents, *extent) == node));
         // Whoever gives them back.
         taken.into_iter().for_each(|extent| extents.release(extent, 1));
     }
     assert_eq!(extents.used().free_extents, 2 * u64::from(SLAB_EXTENTS));
-    assert_eq!(extents.used().hasty_slabs, 0);
+    assert_eq!(extents.used().inline_growth, 0);
 }
 
 #[test]
 fn who_borrows_grows_next() {
     let extents = two_homes();
     let taken: Vec<_> = (0..2 * SLAB_EXTENTS)
-        .map(|_| extents.take(HomeId(1)).unwrap())
+        .map(|_| extents.take(NodeIndex(1)).unwrap())
         .collect();
     let borrowed = taken.iter().filter(|extent| home_of(&extents, **extent) == 0);
     assert_eq!(borrowed.count(), 4);
     assert_eq!(
-        extents.used().hasty_slabs,
+        extents.used().inline_growth,
         0,
         "what is free elsewhere is taken first"
     );
     taken.into_iter().for_each(|extent| extents.release(extent, 1));
     assert_eq!(extents.task(), PoolTask::Grow);
     extents.grow().unwrap();
-    assert_eq!(extents.slab(2).unwrap().home(), HomeId(1));
+    assert_eq!(extents.slab(2).unwrap().node(), NodeIndex(1));
     // Now it has what it needs without borrowing.
     let taken: Vec<_> = (0..2 * SLAB_EXTENTS)
-        .map(|_| extents.take(HomeId(1)).unwrap())
+        .map(|_| extents.take(NodeIndex(1)).unwrap())
         .collect();
     assert!(taken.iter().all(|extent| home_of(&extents, *extent) == 1));
 }
@@ -68,38 +68,41 @@ fn who_borrows_grows_next() {
 fn growth_in_haste_is_near() {
     let extents = two_homes();
     for _ in 0..2 * SLAB_EXTENTS {
-        extents.take(HomeId(0)).unwrap();
+        extents.take(NodeIndex(0)).unwrap();
     }
-    let hasty = extents.take(HomeId(1)).unwrap();
-    assert_eq!((home_of(&extents, hasty), extents.used().hasty_slabs), (1, 1));
+    let inline_growth = extents.take(NodeIndex(1)).unwrap();
+    assert_eq!(
+        (home_of(&extents, inline_growth), extents.used().inline_growth),
+        (1, 1)
+    );
 }
 
 #[test]
 fn a_cursor_that_moved_begins_again_near() {
     let extents = two_homes();
     let mut cursor = Cursor::default();
-    let (first, _) = cursor.claim(&extents, HomeId(0), 4).unwrap();
+    let (first, _) = cursor.reserve(&extents, NodeIndex(0), 4).unwrap();
     cursor.advance(&extents, 4);
     // Pages live in it: it goes on where it is.
-    let (same, slot) = cursor.claim(&extents, HomeId(1), 4).unwrap();
+    let (same, slot) = cursor.reserve(&extents, NodeIndex(1), 4).unwrap();
     assert_eq!((same, slot), (first, 4));
     extents.release(first, 4);
-    let (moved, slot) = cursor.claim(&extents, HomeId(1), EXTENT_SLOTS).unwrap();
+    let (moved, slot) = cursor.reserve(&extents, NodeIndex(1), EXTENT_SLOTS).unwrap();
     assert_eq!((home_of(&extents, moved), slot), (1, 0));
     assert_eq!(extents.used().free_extents, 2 * u64::from(SLAB_EXTENTS) - 1);
 }
 
 #[test]
 fn a_small_limit_is_shared() {
-    let shape = Shape {
+    let shape = PoolLayout {
         slab_extents: SLAB_EXTENTS,
         first: 1,
         keep: 1,
         limit: 2,
     };
-    let memory = SlabMemory::new(HugePages::Off, Homes::of(&[0, 1]));
+    let memory = SlabMemory::new(HugePages::Off, NumaNodes::of(&[0, 1]));
     let extents = Extents::map(shape, memory, &mut Vec::new()).unwrap();
-    let borrowed = extents.take(HomeId(1)).unwrap();
+    let borrowed = extents.take(NodeIndex(1)).unwrap();
     assert_eq!(home_of(&extents, borrowed), 0);
     assert_eq!(extents.task(), PoolTask::Nothing, "the limit is the operator's");
 }

@@ -1,11 +1,11 @@
-//! How the threads of a flush share a list of work: each claims the next few entries, and the last one to finish knows.
+//! How the threads of a flush share a list of work: each queue the next few entries, and the last one to finish knows.
 #![forbid(unsafe_code)]
 
 use crate::sync::{AtomicBool, AtomicUsize, Ordering};
 use std::ops::Range;
 
 /// See the module. The number of entries is the list's own, given with every call.
-pub(super) struct Claims {
+pub(crate) struct WorkQueue {
     /// First entry that is not claimed.
     next: AtomicUsize,
     /// Entries that are done.
@@ -14,9 +14,9 @@ pub(super) struct Claims {
     open: AtomicBool,
 }
 
-impl Claims {
+impl WorkQueue {
     /// Of an empty list.
-    pub(super) fn new() -> Self {
+    pub(crate) fn new() -> Self {
         Self {
             next: AtomicUsize::new(0),
             done: AtomicUsize::new(0),
@@ -24,8 +24,8 @@ impl Claims {
         }
     }
 
-    /// A new list of `entries` entries may be worked on. The one before is done, and nobody claims from this one yet.
-    pub(super) fn open(&self, entries: usize) {
+    /// A new list of `entries` entries may be worked on. The one before is done, and nobody queue from this one yet.
+    pub(crate) fn open(&self, entries: usize) {
         self.next.store(0, Ordering::Relaxed);
         self.done.store(0, Ordering::Relaxed);
         // Release: who finds it open finds the list, too.
@@ -33,24 +33,24 @@ impl Claims {
     }
 
     /// Whether something is left to do, or being done. If not, whoever asks sees all that was done.
-    pub(super) fn is_open(&self) -> bool {
+    pub(crate) fn is_open(&self) -> bool {
         self.open.load(Ordering::Acquire)
     }
 
     /// The next entries of the list, at most `count`; nobody else gets them.
-    pub(super) fn claim(&self, count: usize, entries: usize) -> Option<Range<usize>> {
+    pub(crate) fn take(&self, count: usize, entries: usize) -> Option<Range<usize>> {
         let begin = self.next.fetch_add(count, Ordering::Relaxed);
         let end = entries.min(begin.saturating_add(count));
         (begin < end).then_some(begin..end)
     }
 
     /// How many of them are claimed.
-    pub(super) fn claimed(&self, entries: usize) -> usize {
+    pub(crate) fn taken(&self, entries: usize) -> usize {
         self.next.load(Ordering::Relaxed).min(entries)
     }
 
     /// A claim is done; true if it was the last. Then `all_done` is called, before anybody can see that the list is closed.
-    pub(super) fn finish(&self, claim: &Range<usize>, entries: usize, all_done: impl FnOnce()) -> bool {
+    pub(crate) fn finish(&self, claim: &Range<usize>, entries: usize, all_done: impl FnOnce()) -> bool {
         // Acquire and release: who closes the list has seen what all others did.
         let done = self.done.fetch_add(claim.len(), Ordering::AcqRel) + claim.len();
         if done == entries {
@@ -72,31 +72,31 @@ mod loom_tests {
     #[test]
     fn loom_every_entry_is_done_once_and_seen() {
         const ENTRIES: usize = 3;
-        fn work(claims: &Claims, done: &[AtomicUsize]) -> usize {
+        fn work(queue: &WorkQueue, done: &[AtomicUsize]) -> usize {
             let mut last = 0;
-            while let Some(claim) = claims.claim(2, ENTRIES) {
+            while let Some(claim) = queue.take(2, ENTRIES) {
                 for entry in claim.clone() {
                     let before = done[entry].load(Ordering::Relaxed);
                     done[entry].store(before + 1, Ordering::Relaxed);
                 }
-                last += usize::from(claims.finish(&claim, ENTRIES, || ()));
+                last += usize::from(queue.finish(&claim, ENTRIES, || ()));
             }
             last
         }
         loom::model(|| {
-            let claims = Arc::new(Claims::new());
+            let queue = Arc::new(WorkQueue::new());
             let done: Arc<Vec<AtomicUsize>> = Arc::new((0..ENTRIES).map(|_| AtomicUsize::new(0)).collect());
-            claims.open(ENTRIES);
+            queue.open(ENTRIES);
             let other = {
-                let (claims, done) = (claims.clone(), done.clone());
-                thread::spawn(move || work(&claims, &done))
+                let (queue, done) = (queue.clone(), done.clone());
+                thread::spawn(move || work(&queue, &done))
             };
-            let mine = work(&claims, &done);
-            if !claims.is_open() {
+            let mine = work(&queue, &done);
+            if !queue.is_open() {
                 assert!(done.iter().all(|entry| entry.load(Ordering::Relaxed) == 1));
             }
             assert_eq!(mine + other.join().unwrap(), 1, "one of them was the last");
-            assert!(!claims.is_open());
+            assert!(!queue.is_open());
         });
     }
 }

@@ -1,27 +1,27 @@
 //! The placement `mirror`: a slot for every page of the guest.
 #![forbid(unsafe_code)]
 
-use super::StoreError;
-use super::cache::Cache;
-use super::copy::{self, CopyMethod};
-use super::extents::Extents;
-use super::homes::HomeId;
-use super::huge::Fallback;
-use super::image::RamImage;
-use super::landing::Landing;
-use super::map::{Mapping, Span, index};
-use super::plan::{PageRun, Plan};
-use super::slab::{Slab, SlabMemory, slab_id};
-use super::window::Arrived;
+use crate::store::StoreError;
+use crate::store::cache::Cache;
+use crate::store::cache::extents::Extents;
+use crate::store::cache::landing::Landing;
+use crate::store::cache::pool_buffer::BufferedPage;
+use crate::store::commit::plan::{PageRun, Plan};
+use crate::store::memory::copy::{self, CopyMethod};
+use crate::store::memory::huge::Fallback;
+use crate::store::memory::image::RamImage;
+use crate::store::memory::map::{Mapping, Span, index};
+use crate::store::memory::numa::NodeIndex;
+use crate::store::memory::slab::{Slab, SlabMemory, slab_id};
 use crate::units::{PAGE_BYTES, PAGE_SIZE, PageIndex};
 use std::ops::Range;
 
 /// Pages in a slab: 512 MiB, so that with the header area it stays below 1 GiB, the most that an io_uring takes as
 /// one registered buffer. 64 Ki slabs are then 32 TiB.
-pub(super) const SLAB_PAGES: u64 = 1 << 17;
+pub(crate) const SLAB_PAGES: u64 = 1 << 17;
 
 /// A slot for every page of the guest: page and slot have the same number.
-pub(super) struct Mirror {
+pub(crate) struct Mirror {
     slabs: Vec<Slab>,
     /// Pages in each slab but the last: a power of two, so that a page is found by shift and mask.
     slab_shift: u32,
@@ -33,7 +33,7 @@ impl Mirror {
     ///
     /// # Errors
     /// If there is not even address space. Too few huge pages are a fallback, noted in `notes`.
-    pub(super) fn map(
+    pub(crate) fn map(
         pages: u64,
         slab_pages: u64,
         mut memory: SlabMemory,
@@ -50,7 +50,7 @@ impl Mirror {
         Ok(Self { slabs, slab_shift })
     }
 
-    pub(super) fn mappings(&self) -> impl Iterator<Item = &Mapping> {
+    pub(crate) fn mappings(&self) -> impl Iterator<Item = &Mapping> {
         self.slabs.iter().map(Slab::memory)
     }
 
@@ -105,7 +105,7 @@ impl Cache for Mirror {
         Ok(())
     }
 
-    fn adopt(&self, _page: PageIndex, _arrived: Arrived) {
+    fn adopt(&self, _page: PageIndex, _arrived: BufferedPage) {
         unreachable!("a mirror gives out no window that a page could lie in");
     }
 
@@ -114,7 +114,7 @@ impl Cache for Mirror {
         true
     }
 
-    fn follow(&self, page: PageIndex, image: &RamImage) {
+    fn copy_from_image(&self, page: PageIndex, image: &RamImage) {
         let run = PageRun::one(page);
         copy::copy(self.slots(run), image.span(run), CopyMethod::NonTemporal);
     }
@@ -137,18 +137,18 @@ impl Cache for Mirror {
 
     fn drop_pages(&self, _plan: &Plan, _words: Range<usize>) {}
 
-    fn rest(&self, _landing: &mut Landing) {}
+    fn idle_landing(&self, _landing: &mut Landing) {}
 
-    fn put_back(&self, _landing: &mut Landing) {}
+    fn release_landing(&self, _landing: &mut Landing) {}
 
-    fn end(&self) {}
+    fn release_cursors(&self) {}
 
     fn pool(&self) -> Option<&Extents> {
         None
     }
 
-    fn home(&self, _shard: usize) -> HomeId {
-        HomeId::default()
+    fn node(&self, _shard: usize) -> NodeIndex {
+        NodeIndex::default()
     }
 
     fn give_back(&self) {

@@ -1,12 +1,12 @@
 //! Files in the operator's RAM directory, on hugetlbfs or tmpfs: what they are named, and when they go.
 //!
 //! All files of a guest begin with its **label** and a dot. What follows is the name of a RAM block, or one with a `~` in
-//! front, which no block has (`names.rs`): those in which a checkpoint outlives its receiver (`durable.rs`).
+//! front, which no block has (`file_names.rs`): those in which a checkpoint outlives its receiver (`record.rs`).
 #![forbid(unsafe_code)]
 
-use super::StoreError;
-use super::huge::HUGE_2M;
-use super::map::{Mapping, can_populate};
+use crate::store::StoreError;
+use crate::store::memory::huge::HUGE_2M;
+use crate::store::memory::map::{Mapping, can_populate};
 use crate::units::PAGE_BYTES;
 use nix::errno::Errno;
 use nix::fcntl::{FallocateFlags, Flock, FlockArg, OFlag, fallocate};
@@ -21,14 +21,14 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, OnceLock, PoisonError};
 
 /// The operator's directory for RAM images.
-pub(super) struct RamDirectory {
+pub(crate) struct RamDirectory {
     path: PathBuf,
     /// Page size, if it is a hugetlbfs.
     huge_page: Option<u64>,
 }
 
 impl RamDirectory {
-    pub(super) fn open(path: &Path) -> Result<Self, StoreError> {
+    pub(crate) fn open(path: &Path) -> Result<Self, StoreError> {
         let refused = |errno: Errno| StoreError::file(path, errno.into());
         let system = statfs(path).map_err(refused)?;
         let huge_page = match system.filesystem_type() {
@@ -44,12 +44,12 @@ impl RamDirectory {
     }
 
     /// Whether checkpoints can outlive their receiver here: not where the smallest file takes a gigabyte.
-    pub(super) fn is_fine_grained(&self) -> bool {
+    pub(crate) fn is_fine_grained(&self) -> bool {
         self.huge_page.is_none_or(|page| page <= HUGE_2M)
     }
 
     /// The labels of the guests of which there are files. Names that are not text are nobody's here.
-    pub(super) fn labels(&self) -> Result<BTreeSet<String>, StoreError> {
+    pub(crate) fn labels(&self) -> Result<BTreeSet<String>, StoreError> {
         let failed = |error| StoreError::file(&self.path, error);
         let mut labels = BTreeSet::new();
         for entry in std::fs::read_dir(&self.path).map_err(failed)? {
@@ -62,37 +62,37 @@ impl RamDirectory {
     }
 }
 
-/// The files of one guest. They are removed with this, unless they are to be [left](Self::leave).
-pub(super) struct RamFiles {
+/// The files of one guest. They are removed with this, unless they are to be [kept](Self::keep).
+pub(crate) struct RamFiles {
     directory: RamDirectory,
     label: String,
     made: Mutex<Vec<PathBuf>>,
-    left: AtomicBool,
+    kept: AtomicBool,
     /// Tells other receivers that somebody has this guest: until its files are gone, where they go.
     lock: OnceLock<Flock<OwnedFd>>,
 }
 
 impl RamFiles {
-    pub(super) fn new(directory: RamDirectory, label: &str) -> Self {
+    pub(crate) fn new(directory: RamDirectory, label: &str) -> Self {
         Self {
             directory,
             label: label.to_owned(),
             made: Mutex::default(),
-            left: AtomicBool::new(false),
+            kept: AtomicBool::new(false),
             lock: OnceLock::new(),
         }
     }
 
-    pub(super) fn is_fine_grained(&self) -> bool {
+    pub(crate) fn is_fine_grained(&self) -> bool {
         self.directory.is_fine_grained()
     }
 
     /// Whether a block of that length is put here in any case. One smaller than a huge page would waste most of it.
-    pub(super) fn suits(&self, length: u64) -> bool {
+    pub(crate) fn suits(&self, length: u64) -> bool {
         self.directory.huge_page.is_none_or(|page| length >= page)
     }
 
-    pub(super) fn path(&self, name: &str) -> PathBuf {
+    pub(crate) fn path(&self, name: &str) -> PathBuf {
         self.directory.path.join(format!("{}.{name}", self.label))
     }
 
@@ -101,7 +101,7 @@ impl RamFiles {
     }
 
     /// Makes a file for at least `length` bytes.
-    pub(super) fn create(&self, name: &str, length: u64) -> Result<MemoryFile, StoreError> {
+    pub(crate) fn create(&self, name: &str, length: u64) -> Result<MemoryFile, StoreError> {
         let path = self.path(name);
         let made = File::options()
             .read(true)
@@ -131,7 +131,7 @@ impl RamFiles {
     ///
     /// # Errors
     /// If it is not a file of this user's.
-    pub(super) fn open(&self, name: &str) -> Result<Option<MemoryFile>, StoreError> {
+    pub(crate) fn open(&self, name: &str) -> Result<Option<MemoryFile>, StoreError> {
         let path = self.path(name);
         let opened = File::options()
             .read(true)
@@ -159,7 +159,7 @@ impl RamFiles {
     }
 
     /// Locks the guest by one of its files; false if another process has it.
-    pub(super) fn lock(&self, file: &MemoryFile) -> Result<bool, StoreError> {
+    pub(crate) fn lock(&self, file: &MemoryFile) -> Result<bool, StoreError> {
         let failed = |error| StoreError::file(&file.path, error);
         let own = file.file.try_clone().map_err(failed)?;
         match Flock::lock(own, FlockArg::LockExclusiveNonblock) {
@@ -170,7 +170,7 @@ impl RamFiles {
     }
 
     /// Takes every file of this label for its own, to be removed with this.
-    pub(super) fn adopt_all(&self) -> Result<(), StoreError> {
+    pub(crate) fn own_all(&self) -> Result<(), StoreError> {
         let failed = |error| StoreError::file(&self.directory.path, error);
         let prefix = format!("{}.", self.label);
         for entry in std::fs::read_dir(&self.directory.path).map_err(failed)? {
@@ -187,7 +187,7 @@ impl RamFiles {
     }
 
     /// Removes the files whose names begin so. They stay mapped where they are.
-    pub(super) fn remove(&self, prefix: &str) {
+    pub(crate) fn remove(&self, prefix: &str) {
         let start = self.path(prefix);
         let start = start.as_os_str().as_encoded_bytes();
         self.made().retain(|path| {
@@ -201,7 +201,7 @@ impl RamFiles {
     }
 
     /// Takes the files' names away; what is mapped of them stays.
-    pub(super) fn remove_all(&self) {
+    pub(crate) fn remove_all(&self) {
         for path in self.made().drain(..) {
             // Gone already, or the directory is: either way there is nobody left to tell.
             drop(std::fs::remove_file(path));
@@ -209,33 +209,33 @@ impl RamFiles {
     }
 
     /// Whether the files stay when this goes.
-    pub(super) fn leave(&self, left: bool) {
-        self.left.store(left, Ordering::Relaxed);
+    pub(crate) fn keep(&self, kept: bool) {
+        self.kept.store(kept, Ordering::Relaxed);
     }
 }
 
 impl Drop for RamFiles {
     fn drop(&mut self) {
         // A receiver that breaks down must not take a checkpoint with it.
-        if !self.left.load(Ordering::Relaxed) && !std::thread::panicking() {
+        if !self.kept.load(Ordering::Relaxed) && !std::thread::panicking() {
             self.remove_all();
         }
     }
 }
 
 /// A file that is to be mapped, or is.
-pub(super) struct MemoryFile {
-    pub(super) path: PathBuf,
+pub(crate) struct MemoryFile {
+    pub(crate) path: PathBuf,
     file: OwnedFd,
     /// Bytes to map: whole pages of what it is made of.
-    pub(super) length: u64,
+    pub(crate) length: u64,
     granule: u64,
     huge: bool,
 }
 
 impl MemoryFile {
     /// Of memory without a name.
-    pub(super) fn unnamed(file: OwnedFd, length: u64, huge: bool) -> Self {
+    pub(crate) fn unnamed(file: OwnedFd, length: u64, huge: bool) -> Self {
         Self {
             path: PathBuf::new(),
             file,
@@ -246,7 +246,7 @@ impl MemoryFile {
     }
 
     /// Maps it, whose memory is not yet populated.
-    pub(super) fn map(&self) -> Result<Mapping, Errno> {
+    pub(crate) fn map(&self) -> Result<Mapping, Errno> {
         let signed = self.set_length()?;
         if !self.huge && !can_populate() {
             // The file must own its memory before it is touched, or a lack of it is a SIGBUS then.
@@ -256,14 +256,14 @@ impl MemoryFile {
     }
 
     /// Maps it once it owns its memory, which then is there whoever touches it when.
-    pub(super) fn map_owned(&self) -> Result<Mapping, Errno> {
+    pub(crate) fn map_owned(&self) -> Result<Mapping, Errno> {
         let signed = self.set_length()?;
         fallocate(&self.file, FallocateFlags::empty(), 0, signed)?;
         Mapping::shared(&self.file, self.length, self.huge)
     }
 
     /// Makes it long enough for `bytes`, with room for more.
-    pub(super) fn grow_for(&mut self, bytes: u64) -> Result<Mapping, Errno> {
+    pub(crate) fn grow_for(&mut self, bytes: u64) -> Result<Mapping, Errno> {
         let wanted = bytes.checked_next_power_of_two().ok_or(Errno::EFBIG)?;
         self.length = wanted
             .checked_next_multiple_of(self.granule)

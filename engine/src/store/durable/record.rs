@@ -15,7 +15,7 @@
 //!
 //! Only then is the primary told that it may send pages (CHECKPOINT_REPLY), so what stands in the table after 4 is of a
 //! checkpoint that is not complete, and is ignored. A kill anywhere leaves the checkpoint before 3, or the one behind it,
-//! whole. `left.rs` reads it.
+//! whole. `recovery.rs` reads it.
 //!
 //! Reads that a kernel still has in hand when the process dies go to slots that no place names.
 //!
@@ -32,46 +32,46 @@
 //! All numbers are words of 64 bits in this host's order: the files never leave it, nor its uptime.
 #![forbid(unsafe_code)]
 
-use super::StoreError;
-use super::copy;
-use super::map::{Mapping, Words, index};
-use super::ram_dir::{MemoryFile, RamFiles};
 use crate::canary::{self, Canary};
 use crate::killpoint;
+use crate::store::StoreError;
+use crate::store::memory::copy;
+use crate::store::memory::map::{Mapping, Words, index};
+use crate::store::memory::ram_dir::{MemoryFile, RamFiles};
 use crate::units::{CheckpointId, PAGE_BYTES};
 use std::path::Path;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::SystemTime;
 
-pub(super) const RECORD_FILE: &str = "~record";
+pub(crate) const RECORD_FILE: &str = "~record";
 const SESSION_FILE: &str = "~session";
 const DEVICE_FILES: [&str; 2] = ["~device-0", "~device-1"];
-pub(super) const PLACES_FILE: &str = "~places";
+pub(crate) const PLACES_FILE: &str = "~places";
 
 /// First word of a record, `\x89CLREC\r\n`, and the second, its version.
 const MAGIC: u64 = u64::from_be_bytes(*b"\x89CLREC\r\n");
 const VERSION: u64 = 1;
 
 /// Where the words of a record are, in bytes.
-pub(super) mod at {
-    pub(in super::super) const MAGIC: usize = 0;
-    pub(in super::super) const VERSION: usize = 8;
-    pub(in super::super) const PAGES: usize = 16;
-    pub(in super::super) const SLAB_EXTENTS: usize = 24;
+pub(crate) mod at {
+    pub(crate) const MAGIC: usize = 0;
+    pub(crate) const VERSION: usize = 8;
+    pub(crate) const PAGES: usize = 16;
+    pub(crate) const SLAB_EXTENTS: usize = 24;
     /// Checksum of the four words before it.
-    pub(in super::super) const CHECK: usize = 32;
-    pub(in super::super) const SESSION_LENGTH: usize = 40;
-    pub(in super::super) const SESSION_CHECK: usize = 48;
+    pub(crate) const CHECK: usize = 32;
+    pub(crate) const SESSION_LENGTH: usize = 40;
+    pub(crate) const SESSION_CHECK: usize = 48;
     /// On a cache line of its own.
-    pub(in super::super) const STATE: usize = 64;
-    pub(in super::super) const SLOTS: [usize; 2] = [128, 192];
+    pub(crate) const STATE: usize = 64;
+    pub(crate) const SLOTS: [usize; 2] = [128, 192];
     /// In a slot.
-    pub(in super::super) const CHECKPOINT: usize = 0;
-    pub(in super::super) const DEVICE_LENGTH: usize = 8;
-    pub(in super::super) const COMMITTED_NS: usize = 16;
+    pub(crate) const CHECKPOINT: usize = 0;
+    pub(crate) const DEVICE_LENGTH: usize = 8;
+    pub(crate) const COMMITTED_NS: usize = 16;
     /// Checksum of the three words before it.
-    pub(in super::super) const SLOT_CHECK: usize = 24;
+    pub(crate) const SLOT_CHECK: usize = 24;
 }
 
 /// Bits of the state word; 0 as a whole: nothing is committed.
@@ -82,31 +82,31 @@ const COMMITTED: u64 = 8;
 
 /// The checkpoint that a record names.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Recorded {
-    pub(super) checkpoint: CheckpointId,
-    pub(super) device_state: usize,
-    pub(super) device_bytes: u64,
+pub(crate) struct RecordedCheckpoint {
+    pub(crate) checkpoint: CheckpointId,
+    pub(crate) device_state: usize,
+    pub(crate) device_bytes: u64,
     /// Nanoseconds since 1970.
-    pub(super) committed_ns: u64,
-    pub(super) is_flushing: bool,
-    pub(super) is_given: bool,
+    pub(crate) committed_ns: u64,
+    pub(crate) is_flushing: bool,
+    pub(crate) is_given: bool,
 }
 
 /// What follows from the guest, for the one who finds a record.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Shape {
-    pub(super) pages: u64,
-    pub(super) slab_extents: u64,
+pub(crate) struct GuestShape {
+    pub(crate) pages: u64,
+    pub(crate) slab_extents: u64,
 }
 
 /// What was found of a guest.
-pub(super) enum Found {
+pub(crate) enum Found {
     /// A checkpoint.
-    Checkpoint(Box<Durable>, Shape, Recorded),
+    Checkpoint(Box<DurableRecord>, GuestShape, RecordedCheckpoint),
     /// A record in which nothing is committed.
     Nothing,
     /// A record that a living receiver has.
-    Held,
+    InUse,
     /// Files without a record.
     NoRecord,
 }
@@ -156,7 +156,7 @@ impl Record {
     }
 
     /// What a record says that was found, if anything was committed.
-    fn read(&self, path: &Path) -> Result<(Shape, Option<Recorded>), StoreError> {
+    fn read(&self, path: &Path) -> Result<(GuestShape, Option<RecordedCheckpoint>), StoreError> {
         let damaged = |what: &str| StoreError::damaged(path, what);
         if self.get(at::MAGIC) != MAGIC {
             return Err(damaged("it is no commit record of a receiver"));
@@ -172,7 +172,7 @@ impl Record {
                 "its beginning is damaged: the checksum at byte 32 differs",
             ));
         }
-        let shape = Shape {
+        let shape = GuestShape {
             pages: self.get(at::PAGES),
             slab_extents: self.get(at::SLAB_EXTENTS),
         };
@@ -192,7 +192,7 @@ impl Record {
                 "its slot at byte {slot} is damaged: the checksum differs"
             )));
         }
-        let recorded = Recorded {
+        let recorded = RecordedCheckpoint {
             checkpoint: CheckpointId(self.get(slot + at::CHECKPOINT)),
             device_state: which,
             device_bytes: self.get(slot + at::DEVICE_LENGTH),
@@ -215,7 +215,8 @@ impl Area {
         let file = files.create(name, bytes)?;
         let memory = file.map_owned();
         let memory = memory.map_err(|errno| StoreError::file(&file.path, errno.into()))?;
-        super::map::populate(&[&memory]).map_err(|errno| StoreError::file(&file.path, errno.into()))?;
+        crate::store::memory::map::populate(&[&memory])
+            .map_err(|errno| StoreError::file(&file.path, errno.into()))?;
         Ok(Self { file, memory })
     }
 
@@ -264,21 +265,21 @@ struct Areas {
 }
 
 /// The record of a guest that is received. See the module.
-pub(super) struct Durable {
+pub(crate) struct DurableRecord {
     files: Arc<RamFiles>,
     record: Record,
     areas: Mutex<Areas>,
 }
 
-impl Durable {
+impl DurableRecord {
     /// Opens what an earlier receiver has left, once its record is locked.
-    pub(super) fn open(files: Arc<RamFiles>) -> Result<Found, StoreError> {
+    pub(crate) fn open(files: Arc<RamFiles>) -> Result<Found, StoreError> {
         let path = files.path(RECORD_FILE);
         let Some(file) = files.open(RECORD_FILE)? else {
             return Ok(Found::NoRecord);
         };
         if !files.lock(&file)? {
-            return Ok(Found::Held);
+            return Ok(Found::InUse);
         }
         if file.length < PAGE_BYTES {
             return Err(StoreError::damaged(&path, "it is too short"));
@@ -304,8 +305,8 @@ impl Durable {
         Ok(Found::Checkpoint(durable, shape, recorded))
     }
 
-    /// What [`Self::describe`] was told.
-    pub(super) fn session(&self) -> Result<Vec<u8>, StoreError> {
+    /// What [`Self::record_session`] was told.
+    pub(crate) fn session(&self) -> Result<Vec<u8>, StoreError> {
         let session = self.areas().session.read(self.record.get(at::SESSION_LENGTH))?;
         match u64::from(crc32c::crc32c(&session)) == self.record.get(at::SESSION_CHECK) {
             true => Ok(session),
@@ -316,15 +317,15 @@ impl Durable {
         }
     }
 
-    pub(super) fn device_state(&self, recorded: &Recorded) -> Result<Vec<u8>, StoreError> {
+    pub(crate) fn device_state(&self, recorded: &RecordedCheckpoint) -> Result<Vec<u8>, StoreError> {
         self.areas().device[recorded.device_state].read(recorded.device_bytes)
     }
 
     /// Makes the files, and the table of places in one of them. `area_bytes` is what is there for a device state before
     /// more is taken.
-    pub(super) fn create(
+    pub(crate) fn create(
         files: Arc<RamFiles>,
-        shape: Shape,
+        shape: GuestShape,
         area_bytes: u64,
     ) -> Result<(Self, Words), StoreError> {
         let file = files.create(RECORD_FILE, PAGE_BYTES)?;
@@ -349,7 +350,7 @@ impl Durable {
         };
         let words = files.create(PLACES_FILE, shape.pages * 8)?.map_owned();
         // Populated as all memory is: no page fault falls into a pause.
-        let words = words.and_then(|words| super::map::populate(&[&words]).map(|()| words));
+        let words = words.and_then(|words| crate::store::memory::map::populate(&[&words]).map(|()| words));
         let words = words.map_err(|errno| StoreError::file(&files.path(PLACES_FILE), errno.into()))?;
         let durable = Self {
             files,
@@ -364,7 +365,7 @@ impl Durable {
     }
 
     /// What stays the same for the session. To be said before the first commit.
-    pub(super) fn describe(&self, session: &[u8]) {
+    pub(crate) fn record_session(&self, session: &[u8]) {
         let mut areas = self.areas();
         if let Err(error) = areas.session.write(session) {
             areas.failed = Some(error);
@@ -379,7 +380,7 @@ impl Durable {
     }
 
     /// The checkpoint is committed, in image and slots together. From a failure on nothing is kept for a later receiver.
-    pub(super) fn commit(&self, checkpoint: CheckpointId, device_state: &[u8]) {
+    pub(crate) fn commit(&self, checkpoint: CheckpointId, device_state: &[u8]) {
         let mut areas = self.areas();
         let before = self.record.state();
         if areas.failed.is_some() || (before == 0 && checkpoint.0 > 0) {
@@ -417,13 +418,13 @@ impl Durable {
     }
 
     /// All pages of the last checkpoint are in the image.
-    pub(super) fn flushed(&self) {
+    pub(crate) fn flushed(&self) {
         let state = self.record.state();
         self.record.set_state(state & !FLUSHING);
     }
 
     /// Whether a guest may run on the image from now on, so that nobody may take it for a checkpoint.
-    pub(super) fn set_given(&self, given: bool) {
+    pub(crate) fn set_given(&self, given: bool) {
         let state = self.record.state();
         if state != 0 {
             self.record
@@ -432,16 +433,16 @@ impl Durable {
     }
 
     /// Why nothing is kept for a later receiver any more: once.
-    pub(super) fn take_failure(&self) -> Option<StoreError> {
+    pub(crate) fn take_failure(&self) -> Option<StoreError> {
         self.areas().failed.take()
     }
 
-    pub(super) fn files(&self) -> &Arc<RamFiles> {
+    pub(crate) fn files(&self) -> &Arc<RamFiles> {
         &self.files
     }
 
     /// Whether there is something for a later receiver.
-    pub(super) fn has_checkpoint(&self) -> bool {
+    pub(crate) fn has_checkpoint(&self) -> bool {
         self.record.state() != 0
     }
 }

@@ -5,10 +5,10 @@
 use thiserror::Error;
 
 /// Bytes of a 2 MiB page.
-pub(super) const HUGE_2M: u64 = 2 << 20;
+pub(crate) const HUGE_2M: u64 = 2 << 20;
 
 /// Bytes of a 1 GiB page.
-pub(super) const HUGE_1G: u64 = 1 << 30;
+pub(crate) const HUGE_1G: u64 = 1 << 30;
 
 /// Which pages guest memory is to be made of.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -69,7 +69,7 @@ pub enum Fallback {
         "its checkpoints do not outlive this receiver, though {directory} would let them, because {reason}; for that use \
          --cache pool, and a tmpfs or a hugetlbfs of 2 MiB pages"
     )]
-    NotLasting {
+    NotDurable {
         /// The directory.
         directory: String,
         /// Why.
@@ -146,17 +146,17 @@ fn transparent(file: &'static str, what: &'static str, wanted: &'static str) -> 
 }
 
 /// The note on transparent huge pages for the cache, where they are switched off.
-pub(super) fn transparent_private() -> Option<Fallback> {
+pub(crate) fn transparent_private() -> Option<Fallback> {
     transparent(THP_PRIVATE, "the cache", "madvise")
 }
 
 /// The note on transparent huge pages for the RAM image, where they are switched off.
-pub(super) fn transparent_shared() -> Option<Fallback> {
+pub(crate) fn transparent_shared() -> Option<Fallback> {
     transparent(THP_SHARED, "the ram image", "advise")
 }
 
 /// What memory gets in place of huge pages of the pool.
-pub(super) fn instead(transparent: &Option<Fallback>) -> &'static str {
+pub(crate) fn instead(transparent: &Option<Fallback>) -> &'static str {
     match transparent {
         None => "transparent huge pages",
         Some(_) => "ordinary pages",
@@ -164,7 +164,7 @@ pub(super) fn instead(transparent: &Option<Fallback>) -> &'static str {
 }
 
 /// The command that gives the pool `needed` more pages of `page_kib` KiB than are free now.
-pub(super) fn pool_remedy(page_kib: u64, needed: u64) -> String {
+pub(crate) fn pool_remedy(page_kib: u64, needed: u64) -> String {
     let directory = format!("/sys/kernel/mm/hugepages/hugepages-{page_kib}kB");
     let read = |file: &str| -> u64 {
         let text = std::fs::read_to_string(format!("{directory}/{file}")).unwrap_or_default();
@@ -195,7 +195,7 @@ fn default_size(meminfo: &str) -> Option<u64> {
 /// # Errors
 /// The reason why not: no huge pages at all (where that package would panic), or other ones (each slab's end
 /// would be rounded up to 1 GiB).
-pub(super) fn default_is_2m() -> Result<(), String> {
+pub(crate) fn default_is_2m() -> Result<(), String> {
     let meminfo = std::fs::read_to_string("/proc/meminfo").unwrap_or_default();
     match default_size(&meminfo) {
         Some(HUGE_2M) => Ok(()),

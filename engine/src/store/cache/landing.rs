@@ -1,32 +1,32 @@
 //! Where the pages of one packet are to land.
 #![forbid(unsafe_code)]
 
-use super::Phase;
-use super::extents::Cursor;
-use super::map::{LandingRun, Span, index};
-use super::slab::{HEADER_BYTES, Slab, SlabId};
+use crate::store::Phase;
+use crate::store::cache::extents::Cursor;
+use crate::store::memory::map::{LandingRun, Span, index};
+use crate::store::memory::slab::{HEADER_BYTES, Slab, SlabId};
 use crate::units::{ChannelId, PACKET_PAGES, PageIndex};
 
-/// The landing places of a packet's normal pages, in the packet's order: filled by [`super::Store::place`], handed to
-/// the kernel, then given back to [`super::Store::landed`]. A channel owns one and uses it for all its packets:
+/// The landing places of a packet's normal pages, in the packet's order: filled by [`crate::store::Store::place`], handed to
+/// the kernel, then given back to [`crate::store::Store::landed`]. A channel owns one and uses it for all its packets:
 /// nothing is allocated after it was made.
 pub struct Landing {
     pages: Vec<PageIndex>,
     runs: Vec<LandingRun>,
     slab: SlabChoice,
-    header: Option<HeaderPlace>,
+    header: Option<HeaderSlot>,
     channel: ChannelId,
-    pub(super) phase: Phase,
+    pub(crate) phase: Phase,
     /// Where its channel goes on in the pool, and the slot of the first page.
-    pub(super) cursor: Cursor,
-    pub(super) slot: u32,
+    pub(crate) cursor: Cursor,
+    pub(crate) slot: u32,
 }
 
 /// Where the header of the packet that follows may be read to, with the pages.
 #[derive(Clone, Copy)]
-pub(super) struct HeaderPlace {
-    pub(super) slab: SlabId,
-    pub(super) offset: u64,
+pub(crate) struct HeaderSlot {
+    pub(crate) slab: SlabId,
+    pub(crate) offset: u64,
     /// The address, in the type that carries addresses.
     run: LandingRun,
 }
@@ -63,12 +63,12 @@ impl Landing {
         }
     }
 
-    pub(super) fn channel(&self) -> ChannelId {
+    pub(crate) fn channel(&self) -> ChannelId {
         self.channel
     }
 
     /// [`HEADER_BYTES`] bytes in the slab of all pages ([`Self::slab`]), for the header of the packet that follows: so one
-    /// read may fill both. To be read out by [`super::Store::read_header`] before the landing is used again.
+    /// read may fill both. To be read out by [`crate::store::Store::read_header`] before the landing is used again.
     pub fn header(&self) -> Option<*mut u8> {
         self.header.map(|place| place.run.address)
     }
@@ -91,7 +91,7 @@ impl Landing {
         }
     }
 
-    pub(super) fn begin(&mut self, phase: Phase, pages: usize) {
+    pub(crate) fn begin(&mut self, phase: Phase, pages: usize) {
         assert!(
             pages <= PACKET_PAGES,
             "a packet carries at most {PACKET_PAGES} pages, not {pages}"
@@ -104,7 +104,7 @@ impl Landing {
     }
 
     /// All pages lie in one piece of one slab.
-    pub(super) fn push_all(&mut self, pages: &[PageIndex], slab: SlabId, place: Span<'_>) {
+    pub(crate) fn push_all(&mut self, pages: &[PageIndex], slab: SlabId, place: Span<'_>) {
         self.pages.extend_from_slice(pages);
         self.slab = SlabChoice::All(slab);
         let (address, length) = (place.start(), place.bytes());
@@ -113,25 +113,25 @@ impl Landing {
         }
     }
 
-    pub(super) fn set_header(&mut self, id: SlabId, offset: u64, slab: &Slab) {
+    pub(crate) fn set_header(&mut self, id: SlabId, offset: u64, slab: &Slab) {
         let address = slab.memory().bytes(index(offset), index(HEADER_BYTES));
         let run = LandingRun {
             address,
             length: index(HEADER_BYTES),
         };
-        self.header = Some(HeaderPlace {
+        self.header = Some(HeaderSlot {
             slab: id,
             offset,
             run,
         });
     }
 
-    pub(super) fn header_place(&self) -> Option<HeaderPlace> {
+    pub(crate) fn header_place(&self) -> Option<HeaderSlot> {
         self.header
     }
 
     /// Adds the place of the next page: `slab` is the registered buffer it lies in, if any.
-    pub(super) fn push(&mut self, page: PageIndex, slab: Option<SlabId>, place: Span<'_>) {
+    pub(crate) fn push(&mut self, page: PageIndex, slab: Option<SlabId>, place: Span<'_>) {
         self.slab = match (self.slab, slab) {
             (SlabChoice::NoPageYet, Some(slab)) => SlabChoice::All(slab),
             (SlabChoice::All(all), Some(slab)) if all == slab => SlabChoice::All(slab),

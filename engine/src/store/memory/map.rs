@@ -26,7 +26,7 @@ const POPULATE_CHUNK: usize = 64 << 20;
 const POPULATE_THREADS_MAX: usize = 8;
 
 /// A position in memory as `usize`. The store addresses guest memory, which only a 64-bit host can hold.
-pub(super) fn index(position: u64) -> usize {
+pub(crate) fn index(position: u64) -> usize {
     usize::try_from(position).expect("positions in mapped memory fit the address space")
 }
 
@@ -38,7 +38,7 @@ enum Origin {
 }
 
 /// A piece of memory mapped for reading and writing, unmapped when dropped.
-pub(super) struct Mapping {
+pub(crate) struct Mapping {
     base: NonNull<u8>,
     length: usize,
     origin: Origin,
@@ -47,7 +47,7 @@ pub(super) struct Mapping {
 }
 
 /// Which NUMA nodes memory comes from. What a node has not left comes from the others: less near is better than none.
-pub(super) enum Policy<'a> {
+pub(crate) enum Policy<'a> {
     /// This one.
     Prefer(usize),
     /// These in turn, page by page.
@@ -70,7 +70,7 @@ const READ_WRITE: ProtFlags = ProtFlags::PROT_READ.union(ProtFlags::PROT_WRITE);
 impl Mapping {
     /// The first `length` bytes of `file`, shared with whoever maps it too. Reserves what a hugetlb file needs.
     /// `huge` says whether it is one.
-    pub(super) fn shared(file: impl AsFd, length: u64, huge: bool) -> Result<Self, Errno> {
+    pub(crate) fn shared(file: impl AsFd, length: u64, huge: bool) -> Result<Self, Errno> {
         let size = pages_only(length);
         // SAFETY: the kernel chooses the place, so that no memory in use is mapped over.
         let base = unsafe { mman::mmap(None, size, READ_WRITE, MapFlags::MAP_SHARED, file, 0)? };
@@ -83,7 +83,7 @@ impl Mapping {
     }
 
     /// Private memory of ordinary pages.
-    pub(super) fn anonymous(length: u64) -> Result<Self, Errno> {
+    pub(crate) fn anonymous(length: u64) -> Result<Self, Errno> {
         let size = pages_only(length);
         // SAFETY: the kernel chooses the place, so that no memory in use is mapped over.
         let base = unsafe { mman::mmap_anonymous(None, size, READ_WRITE, MapFlags::MAP_PRIVATE)? };
@@ -99,7 +99,7 @@ impl Mapping {
     ///
     /// The caller has made sure that the kernel has huge pages at all: `hugepage-rs` panics where
     /// `/proc/meminfo` does not say their size.
-    pub(super) fn huge(length: u64) -> Result<Self, Errno> {
+    pub(crate) fn huge(length: u64) -> Result<Self, Errno> {
         let size = pages_only(length);
         let layout = Layout::from_size_align(size.get(), PAGE_SIZE).map_err(|_| Errno::ENOMEM)?;
         // SAFETY: the layout's size is not zero (`pages_only`).
@@ -114,11 +114,11 @@ impl Mapping {
         })
     }
 
-    pub(super) fn len(&self) -> usize {
+    pub(crate) fn len(&self) -> usize {
         self.length
     }
 
-    pub(super) fn base(&self) -> *mut u8 {
+    pub(crate) fn base(&self) -> *mut u8 {
         self.base.as_ptr()
     }
 
@@ -126,7 +126,7 @@ impl Mapping {
     ///
     /// # Panics
     /// Unless they are whole pages inside the mapping.
-    pub(super) fn span(&self, offset: u64, pages: u64) -> Span<'_> {
+    pub(crate) fn span(&self, offset: u64, pages: u64) -> Span<'_> {
         let length = pages.checked_mul(PAGE_BYTES);
         let end = length.and_then(|length| offset.checked_add(length));
         let inside = end.is_some_and(|end| end <= self.length_u64()) && offset.is_multiple_of(PAGE_BYTES);
@@ -146,7 +146,7 @@ impl Mapping {
     ///
     /// # Panics
     /// Unless they lie inside the mapping.
-    pub(super) fn loose_span(&self, offset: u64, pages: u64) -> Span<'_> {
+    pub(crate) fn loose_span(&self, offset: u64, pages: u64) -> Span<'_> {
         Span {
             start: self.bytes(index(offset), index(pages * PAGE_BYTES)),
             pages,
@@ -162,7 +162,7 @@ impl Mapping {
     ///
     /// # Panics
     /// Unless they lie inside the mapping.
-    pub(super) fn copy_out(&self, offset: usize, out: &mut [u8]) {
+    pub(crate) fn copy_out(&self, offset: usize, out: &mut [u8]) {
         let from = self.bytes(offset, out.len());
         // SAFETY: `bytes` has checked that they lie inside the mapping, which is readable; `out` is the caller's own. Who
         // asks knows that the kernel's read to there has completed and that no other is posted.
@@ -173,7 +173,7 @@ impl Mapping {
     ///
     /// # Panics
     /// Unless they lie inside the mapping.
-    pub(super) fn bytes(&self, offset: usize, length: usize) -> *mut u8 {
+    pub(crate) fn bytes(&self, offset: usize, length: usize) -> *mut u8 {
         let end = offset.checked_add(length);
         assert!(
             end.is_some_and(|end| end <= self.length),
@@ -183,18 +183,18 @@ impl Mapping {
     }
 
     /// Asks for transparent huge pages, where the kernel has them.
-    pub(super) fn advise_huge(&self) -> Result<(), Errno> {
+    pub(crate) fn advise_huge(&self) -> Result<(), Errno> {
         self.advise(0, self.length, MmapAdvise::MADV_HUGEPAGE)
     }
 
     /// Keeps the memory out of forked children: it is pinned by the ring, and a copy of it would be costly.
-    pub(super) fn keep_from_children(&self) -> Result<(), Errno> {
+    pub(crate) fn keep_from_children(&self) -> Result<(), Errno> {
         self.advise(0, self.length, MmapAdvise::MADV_DONTFORK)
     }
 
     /// Has the memory come from NUMA nodes of the caller's choice. To be called before it is populated; in a shared mapping
     /// the choice stays with the file.
-    pub(super) fn place_on(&self, policy: Policy<'_>) -> Result<(), Errno> {
+    pub(crate) fn place_on(&self, policy: Policy<'_>) -> Result<(), Errno> {
         const WORD_BITS: usize = u64::BITS as usize;
         let (mode, nodes) = match &policy {
             Policy::Prefer(node) => (libc::MPOL_PREFERRED, std::slice::from_ref(node)),
@@ -222,7 +222,7 @@ impl Mapping {
     }
 
     /// Keeps the memory, which is populated, from being swapped out. Pages of the pool never are.
-    pub(super) fn lock(&self) -> Result<(), Errno> {
+    pub(crate) fn lock(&self) -> Result<(), Errno> {
         if self.huge {
             return Ok(());
         }
@@ -232,7 +232,7 @@ impl Mapping {
 
     /// Gives the memory back to the host, that of a file too; it reads as zeros from then on. Private huge pages go back
     /// from Linux 5.18 on, before that they stay until the mapping ends.
-    pub(super) fn give_back(&self) -> Result<(), Errno> {
+    pub(crate) fn give_back(&self) -> Result<(), Errno> {
         let advice = match self.origin {
             Origin::Private | Origin::HugepageRs(_) => MmapAdvise::MADV_DONTNEED,
             Origin::Shared => MmapAdvise::MADV_REMOVE,
@@ -244,12 +244,12 @@ impl Mapping {
     }
 
     /// Whether it is a file's.
-    pub(super) fn is_shared(&self) -> bool {
+    pub(crate) fn is_shared(&self) -> bool {
         matches!(self.origin, Origin::Shared)
     }
 
     /// Copies bytes to `offset` that nobody else reads or writes now; they need not be pages.
-    pub(super) fn copy_in(&self, offset: usize, bytes: &[u8]) {
+    pub(crate) fn copy_in(&self, offset: usize, bytes: &[u8]) {
         let to = self.bytes(offset, bytes.len());
         // SAFETY: `bytes` has checked that they lie inside the mapping, which is writable; no reference into it exists. Who
         // asks knows that no other thread uses them.
@@ -257,7 +257,7 @@ impl Mapping {
     }
 
     /// The word at byte `offset`, aligned, for atomic access by everybody who maps it.
-    pub(super) fn word(&self, offset: usize) -> &AtomicU64 {
+    pub(crate) fn word(&self, offset: usize) -> &AtomicU64 {
         assert!(offset.is_multiple_of(size_of::<u64>()), "words are aligned");
         let word = self.bytes(offset, size_of::<u64>()).cast::<u64>();
         // SAFETY: aligned and inside the mapping (`bytes` checked it), valid for as long as the borrow of it, and only
@@ -315,7 +315,7 @@ impl Drop for Mapping {
 struct PageAligned;
 
 /// Whether this kernel has `MADV_POPULATE_WRITE` (Linux 5.14), which reports a lack of memory.
-pub(super) fn can_populate() -> bool {
+pub(crate) fn can_populate() -> bool {
     // Of zero bytes: the kernel looks at the advice and does nothing.
     // SAFETY: as no byte is meant, there is none that could be harmed.
     unsafe {
@@ -331,7 +331,7 @@ pub(super) fn can_populate() -> bool {
 ///
 /// # Errors
 /// `ENOMEM` or `EFAULT` where there is not enough of it.
-pub(super) fn populate(mappings: &[&Mapping]) -> Result<(), Errno> {
+pub(crate) fn populate(mappings: &[&Mapping]) -> Result<(), Errno> {
     let chunks_of = |mapping: &Mapping| mapping.len().div_ceil(POPULATE_CHUNK);
     let chunks: Vec<(&Mapping, usize)> = mappings
         .iter()
@@ -362,34 +362,34 @@ pub(super) fn populate(mappings: &[&Mapping]) -> Result<(), Errno> {
 /// Whole pages inside a [`Mapping`]: readable, writable, valid for `'a`, and aligned to the page size unless they are
 /// from [`Mapping::loose_span`].
 #[derive(Clone, Copy)]
-pub(super) struct Span<'a> {
+pub(crate) struct Span<'a> {
     start: *mut u8,
     pages: u64,
     life: PhantomData<&'a Mapping>,
 }
 
 impl Span<'_> {
-    pub(super) fn start(self) -> *mut u8 {
+    pub(crate) fn start(self) -> *mut u8 {
         self.start
     }
 
-    pub(super) fn pages(self) -> u64 {
+    pub(crate) fn pages(self) -> u64 {
         self.pages
     }
 
-    pub(super) fn bytes(self) -> usize {
+    pub(crate) fn bytes(self) -> usize {
         index(self.pages * PAGE_BYTES)
     }
 
     /// The first `pages` of it.
-    pub(super) fn first(self, pages: u64) -> Self {
+    pub(crate) fn first(self, pages: u64) -> Self {
         assert!(pages <= self.pages, "a part is not longer than the whole");
         Self { pages, ..self }
     }
 
     /// Writes it to `file` at `offset`. The kernel alone reads the pages, so others may write them meanwhile;
     /// what then reaches the file is a mix.
-    pub(super) fn write_to(self, file: &File, offset: u64) -> std::io::Result<()> {
+    pub(crate) fn write_to(self, file: &File, offset: u64) -> std::io::Result<()> {
         let mut done = 0;
         while done < self.bytes() {
             let at = i64::try_from(offset + u64::try_from(done).unwrap_or(u64::MAX));
@@ -413,7 +413,7 @@ impl Span<'_> {
 /// Where a kernel is to put bytes of a packet: the address and length of an I/O vector.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct LandingRun {
-    /// First byte. It lies in memory of the [`super::Store`] that filled the [`super::Landing`], and is valid
+    /// First byte. It lies in memory of the [`crate::store::Store`] that filled the [`crate::store::Landing`], and is valid
     /// for as long as that store lives.
     pub address: *mut u8,
     /// Bytes from there on: whole pages.
@@ -427,14 +427,14 @@ unsafe impl Sync for LandingRun {}
 
 /// Words of zero that loom watches.
 #[cfg(loom)]
-pub(super) fn zeroed_words(count: usize) -> Box<[crate::sync::AtomicU64]> {
+pub(crate) fn zeroed_words(count: usize) -> Box<[crate::sync::AtomicU64]> {
     (0..count).map(|_| crate::sync::AtomicU64::new(0)).collect()
 }
 
 /// `count` words of zero. The operating system gives the memory on first touch, so words that are never written
 /// cost address space only.
 #[cfg(not(loom))]
-pub(super) fn zeroed_words(count: usize) -> Box<[AtomicU64]> {
+pub(crate) fn zeroed_words(count: usize) -> Box<[AtomicU64]> {
     const { assert!(align_of::<AtomicU64>() == align_of::<u64>()) }
     let words = vec![0u64; count].into_boxed_slice();
     // SAFETY: AtomicU64 has the size, the validity (documented by std) and the alignment (asserted above) of u64, and
@@ -443,7 +443,7 @@ pub(super) fn zeroed_words(count: usize) -> Box<[AtomicU64]> {
 }
 
 /// A table of words, in memory of its own or in a mapping. Both are read in the same way.
-pub(super) struct Words {
+pub(crate) struct Words {
     first: NonNull<crate::sync::AtomicU64>,
     count: usize,
     /// What the words lie in; without one they are a box.
@@ -457,7 +457,7 @@ unsafe impl Sync for Words {}
 
 impl Words {
     /// `count` words of zero in memory of their own.
-    pub(super) fn zeroed(count: usize) -> Self {
+    pub(crate) fn zeroed(count: usize) -> Self {
         let words = Box::into_raw(zeroed_words(count));
         Self {
             first: NonNull::new(words.cast()).expect("a box is somewhere"),
@@ -470,7 +470,7 @@ impl Words {
 #[cfg(not(loom))]
 impl Words {
     /// The first `count` words of a mapping, which is used for nothing else.
-    pub(super) fn mapped(mapping: Mapping, count: usize) -> Self {
+    pub(crate) fn mapped(mapping: Mapping, count: usize) -> Self {
         let first = mapping.bytes(0, count * size_of::<AtomicU64>());
         Self {
             // A mapping begins at a page.
@@ -484,7 +484,7 @@ impl Words {
 #[cfg(loom)]
 impl Words {
     /// What loom watches is no memory that could be mapped; its tests map none.
-    pub(super) fn mapped(_: Mapping, _: usize) -> Self {
+    pub(crate) fn mapped(_: Mapping, _: usize) -> Self {
         unreachable!("loom tests map nothing")
     }
 }
@@ -514,9 +514,9 @@ impl Drop for Words {
 }
 
 #[cfg(all(test, not(loom), not(miri)))]
-impl super::Landing {
+impl crate::store::Landing {
     /// Lets the kernel fill the runs with `bytes`, as a ring does, but from a file.
-    pub(super) fn fill_by_kernel(&self, bytes: &[u8]) {
+    pub(crate) fn fill_by_kernel(&self, bytes: &[u8]) {
         use std::io::Write;
         let name = c"colo-ring-test";
         let mut file =

@@ -4,13 +4,13 @@
 //! operator's choice, on hugetlbfs or tmpfs.
 #![forbid(unsafe_code)]
 
-use super::StoreError;
-use super::huge::{self, Fallback, HUGE_1G, HUGE_2M, HugePages};
-use super::map::{Mapping, Span};
-use super::names::file_names;
-use super::plan::PageRun;
-use super::ram_dir::{MemoryFile, RamFiles};
 use crate::blocks::{BlockTable, RamBlock};
+use crate::store::StoreError;
+use crate::store::commit::plan::PageRun;
+use crate::store::memory::file_names::file_names;
+use crate::store::memory::huge::{self, Fallback, HUGE_1G, HUGE_2M, HugePages};
+use crate::store::memory::map::{Mapping, Span};
+use crate::store::memory::ram_dir::{MemoryFile, RamFiles};
 use crate::units::{BlockId, PAGE_BYTES};
 use nix::errno::Errno;
 use nix::sys::memfd::{MFdFlags, memfd_create};
@@ -18,7 +18,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 /// The RAM of a guest. See the module.
-pub(super) struct RamImage {
+pub(crate) struct RamImage {
     table: Arc<BlockTable>,
     /// In the order of the table.
     blocks: Vec<Mapping>,
@@ -32,7 +32,7 @@ impl RamImage {
     ///
     /// # Errors
     /// Where a file cannot be made or mapped. Too few huge pages for a memfd are a fallback, noted in `notes`.
-    pub(super) fn map(
+    pub(crate) fn map(
         table: Arc<BlockTable>,
         pages: HugePages,
         files: Option<&RamFiles>,
@@ -73,7 +73,7 @@ impl RamImage {
     }
 
     /// Maps the blocks of `table` that an earlier receiver has left in files.
-    pub(super) fn map_left(table: Arc<BlockTable>, files: &RamFiles) -> Result<Self, StoreError> {
+    pub(crate) fn map_existing(table: Arc<BlockTable>, files: &RamFiles) -> Result<Self, StoreError> {
         let mut image = Self {
             table: table.clone(),
             blocks: Vec::with_capacity(table.iter().len()),
@@ -109,21 +109,21 @@ impl RamImage {
         }
     }
 
-    pub(super) fn table(&self) -> &Arc<BlockTable> {
+    pub(crate) fn table(&self) -> &Arc<BlockTable> {
         &self.table
     }
 
-    pub(super) fn mappings(&self) -> &[Mapping] {
+    pub(crate) fn mappings(&self) -> &[Mapping] {
         &self.blocks
     }
 
     /// The named file of a block, for a QEMU to map: absolute.
-    pub(super) fn file(&self, id: BlockId) -> Option<&Path> {
+    pub(crate) fn file(&self, id: BlockId) -> Option<&Path> {
         self.files[usize::from(id.0)].as_deref()
     }
 
     /// The pages of `run`, or the first of them where its block ends before it does.
-    pub(super) fn span(&self, run: PageRun) -> Span<'_> {
+    pub(crate) fn span(&self, run: PageRun) -> Span<'_> {
         let (id, offset) = self.table.locate(run.first);
         let left = (self.table.block(id).used_length - offset) / PAGE_BYTES;
         self.blocks[usize::from(id.0)].span(offset, run.pages.min(left))

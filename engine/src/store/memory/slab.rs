@@ -1,11 +1,11 @@
 //! The memory that slots lie in: slabs, each of which a ring registers as one buffer.
 #![forbid(unsafe_code)]
 
-use super::StoreError;
-use super::homes::{HomeId, Homes};
-use super::huge::{self, Fallback, HUGE_2M, HugePages};
-use super::map::{Mapping, index};
-use super::ram_dir::RamFiles;
+use crate::store::StoreError;
+use crate::store::memory::huge::{self, Fallback, HUGE_2M, HugePages};
+use crate::store::memory::map::{Mapping, index};
+use crate::store::memory::numa::{NodeIndex, NumaNodes};
+use crate::store::memory::ram_dir::RamFiles;
 use crate::sync::{AtomicBool, AtomicU32, Ordering};
 use crate::units::ChannelId;
 use nix::errno::Errno;
@@ -15,7 +15,7 @@ use std::sync::Arc;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct SlabId(pub u16);
 
-pub(super) fn slab_id(position: usize) -> SlabId {
+pub(crate) fn slab_id(position: usize) -> SlabId {
     SlabId(u16::try_from(position).expect("64 Ki slabs are 32 TiB"))
 }
 
@@ -33,7 +33,7 @@ pub struct Slab {
     memory: Mapping,
     slot_bytes: u64,
     header_bytes: u64,
-    home: HomeId,
+    node: NodeIndex,
     /// Whether rings shall have it registered.
     wanted: AtomicBool,
     /// Rings that have.
@@ -41,36 +41,36 @@ pub struct Slab {
 }
 
 impl Slab {
-    /// Slots alone, for the shards of a home.
-    pub(super) fn of_slots(
+    /// Slots alone, for the shards of a node.
+    pub(crate) fn of_slots(
         memory: &mut SlabMemory,
         slot_bytes: u64,
-        home: HomeId,
+        node: NodeIndex,
     ) -> Result<Self, StoreError> {
         let slots = memory.map(slot_bytes)?;
-        memory.place(&slots, |homes, slots| homes.settle(slots, home));
-        Ok(Self::new(slots, slot_bytes, 0, home))
+        memory.place(&slots, |nodes, slots| nodes.place(slots, node));
+        Ok(Self::new(slots, slot_bytes, 0, node))
     }
 
     /// Slots, and a header area, for all shards.
-    pub(super) fn with_headers(memory: &mut SlabMemory, slot_bytes: u64) -> Result<Self, StoreError> {
+    pub(crate) fn with_headers(memory: &mut SlabMemory, slot_bytes: u64) -> Result<Self, StoreError> {
         let slots = memory.map(slot_bytes + HEADER_AREA)?;
-        memory.place(&slots, Homes::spread);
-        Ok(Self::new(slots, slot_bytes, HEADER_AREA, HomeId::default()))
+        memory.place(&slots, NumaNodes::spread);
+        Ok(Self::new(slots, slot_bytes, HEADER_AREA, NodeIndex::default()))
     }
 
-    fn new(memory: Mapping, slot_bytes: u64, header_bytes: u64, home: HomeId) -> Self {
+    fn new(memory: Mapping, slot_bytes: u64, header_bytes: u64, node: NodeIndex) -> Self {
         Self {
             memory,
             slot_bytes,
             header_bytes,
-            home,
+            node,
             wanted: AtomicBool::new(true),
             registrations: AtomicU32::new(0),
         }
     }
 
-    pub(super) fn want(&self, wanted: bool) {
+    pub(crate) fn want(&self, wanted: bool) {
         self.wanted.store(wanted, Ordering::Release);
     }
 
@@ -79,7 +79,7 @@ impl Slab {
         self.wanted.load(Ordering::Acquire)
     }
 
-    pub(super) fn is_registered(&self) -> bool {
+    pub(crate) fn is_registered(&self) -> bool {
         self.registrations.load(Ordering::Acquire) > 0
     }
 
@@ -103,37 +103,37 @@ impl Slab {
         index(self.slot_bytes + self.header_bytes)
     }
 
-    pub(super) fn memory(&self) -> &Mapping {
+    pub(crate) fn memory(&self) -> &Mapping {
         &self.memory
     }
 
     /// Whose it is.
-    pub(super) fn home(&self) -> HomeId {
-        self.home
+    pub(crate) fn node(&self) -> NodeIndex {
+        self.node
     }
 
     /// Bytes of slots.
-    pub(super) fn slot_bytes(&self) -> u64 {
+    pub(crate) fn slot_bytes(&self) -> u64 {
         self.slot_bytes
     }
 
     /// Gives the memory back to the host, as far as it takes it; else it goes with the slab.
-    pub(super) fn give_back(&self) {
+    pub(crate) fn give_back(&self) {
         let _ = self.memory.give_back();
     }
 
     /// Where the headers of that channel go, aligned to [`HEADER_BYTES`] and that long: byte offset in the slab. The store
     /// never touches them; by convention the channel's own receiver alone does.
-    pub(super) fn header(&self, channel: ChannelId) -> u64 {
+    pub(crate) fn header(&self, channel: ChannelId) -> u64 {
         debug_assert!(self.header_bytes > 0, "this slab has a header area");
         self.slot_bytes + u64::from(channel.0) * HEADER_BYTES
     }
 }
 
 /// Where slabs get their memory: from the huge page pool until it is empty, and what comes after that.
-pub(super) struct SlabMemory {
+pub(crate) struct SlabMemory {
     asked: HugePages,
-    homes: Homes,
+    nodes: NumaNodes,
     /// Why the kernel would not put memory on its node.
     misplaced: Option<Errno>,
     transparent: Option<Fallback>,
@@ -146,18 +146,18 @@ pub(super) struct SlabMemory {
 }
 
 /// What the names of slabs' files begin with.
-pub(super) const SLAB_FILES: &str = "~slab-";
+pub(crate) const SLAB_FILES: &str = "~slab-";
 
 /// The name of a slab's file: its position decides where an extent is.
-pub(super) fn slab_file(position: usize) -> String {
+pub(crate) fn slab_file(position: usize) -> String {
     format!("{SLAB_FILES}{position}")
 }
 
 impl SlabMemory {
-    pub(super) fn new(asked: HugePages, homes: Homes) -> Self {
+    pub(crate) fn new(asked: HugePages, nodes: NumaNodes) -> Self {
         Self {
             asked,
-            homes,
+            nodes,
             misplaced: None,
             transparent: huge::transparent_private(),
             lack: None,
@@ -175,18 +175,18 @@ impl SlabMemory {
         Mapping::huge(length).map_err(|errno| errno.desc().to_owned())
     }
 
-    pub(super) fn homes(&self) -> &Homes {
-        &self.homes
+    pub(crate) fn nodes(&self) -> &NumaNodes {
+        &self.nodes
     }
 
-    fn place(&mut self, memory: &Mapping, place: impl FnOnce(&Homes, &Mapping) -> Result<(), Errno>) {
-        if let Err(errno) = place(&self.homes, memory) {
+    fn place(&mut self, memory: &Mapping, place: impl FnOnce(&NumaNodes, &Mapping) -> Result<(), Errno>) {
+        if let Err(errno) = place(&self.nodes, memory) {
             self.misplaced.get_or_insert(errno);
         }
     }
 
     /// From files: a checkpoint's pages outlive this process in them.
-    pub(super) fn in_files(self, files: Arc<RamFiles>) -> Self {
+    pub(crate) fn in_files(self, files: Arc<RamFiles>) -> Self {
         Self {
             asked: HugePages::Off,
             files: Some(files),
@@ -237,8 +237,8 @@ impl SlabMemory {
     }
 
     /// What `slabs_all` slabs had to do without.
-    pub(super) fn notes(&self, slabs_all: usize) -> impl Iterator<Item = Fallback> {
-        let misplaced = self.misplaced.map(|errno| self.homes.refused("the cache", errno));
+    pub(crate) fn notes(&self, slabs_all: usize) -> impl Iterator<Item = Fallback> {
+        let misplaced = self.misplaced.map(|errno| self.nodes.refused("the cache", errno));
         self.huge_note(slabs_all).into_iter().chain(misplaced)
     }
 

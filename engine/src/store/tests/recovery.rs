@@ -1,6 +1,6 @@
 //! What is left in a RAM directory, as a later receiver finds it.
 
-use super::durable::at;
+use super::durable::record::at;
 use super::*;
 use crate::killpoint;
 use std::cell::RefCell;
@@ -18,7 +18,7 @@ fn in_directory(directory: &Path, commit: CommitMode) -> Store {
         ram_dir: Some(directory.to_owned()),
         ..options()
     };
-    let (store, notes) = Store::with_grain(table(&BLOCKS), LABEL, &options, TEST_GRAIN).unwrap();
+    let (store, notes) = Store::with_granularity(table(&BLOCKS), LABEL, &options, TEST_GRANULARITY).unwrap();
     assert_eq!(notes, []);
     store
 }
@@ -33,12 +33,12 @@ fn copy_of(directory: &Path) -> Scratch {
     copy
 }
 
-fn find(directory: &Path) -> Result<LeftCheckpoint, String> {
-    match LeftCheckpoint::find(directory, LABEL) {
-        Ok(Left::Checkpoint(left)) => Ok(*left),
-        Ok(Left::Nothing) => Err("nothing".into()),
-        Ok(Left::Held) => Err("held".into()),
-        Ok(Left::Unknown) => Err("unknown".into()),
+fn find(directory: &Path) -> Result<RecoverableCheckpoint, String> {
+    match RecoverableCheckpoint::find(directory, LABEL) {
+        Ok(Recoverable::Checkpoint(left)) => Ok(*left),
+        Ok(Recoverable::Nothing) => Err("nothing".into()),
+        Ok(Recoverable::InUse) => Err("held".into()),
+        Ok(Recoverable::Unknown) => Err("unknown".into()),
         Err(error) => Err(error.to_string()),
     }
 }
@@ -83,7 +83,7 @@ fn recovered(directory: &Path) -> Result<u64, String> {
             "page {at} of checkpoint {checkpoint}"
         );
     }
-    assert_eq!(store.hold_committed().unwrap().device_state(), device_state);
+    assert_eq!(store.checkpoint_view().unwrap().device_state(), device_state);
     Ok(checkpoint)
 }
 
@@ -134,7 +134,7 @@ fn a_kill_at_any_instant_leaves_a_checkpoint_whole() {
                 .unwrap()
         });
         store.begin_colo();
-        store.describe(|| SESSION.to_vec());
+        store.record_session(|| SESSION.to_vec());
         for checkpoint in 0..3 {
             if checkpoint > 0 {
                 receive(&store, checkpoint);
@@ -143,7 +143,7 @@ fn a_kill_at_any_instant_leaves_a_checkpoint_whole() {
             *instants.borrow_mut() = 0;
             killpoint::set(Some(Box::new(kill.clone())));
             commit(&store, checkpoint);
-            store.settle();
+            store.finish_flush();
             killpoint::set(None);
         }
         receive(&store, 3);
@@ -171,7 +171,7 @@ fn while_flushing() -> (Scratch, Store) {
             .unwrap()
     });
     store.begin_colo();
-    store.describe(|| SESSION.to_vec());
+    store.record_session(|| SESSION.to_vec());
     commit(&store, 0);
     receive(&store, 1);
     commit(&store, 1);
@@ -183,7 +183,7 @@ fn while_flushing() -> (Scratch, Store) {
 fn who_has_a_guest_keeps_it() {
     let (scratch, store) = while_flushing();
     assert_eq!(find(&scratch.0).err().unwrap(), "held");
-    assert!(store.leave());
+    assert!(store.keep_files());
     let names = |directory: &Path| {
         let names = fs::read_dir(directory).unwrap();
         let mut names: Vec<_> = names
@@ -200,7 +200,7 @@ fn who_has_a_guest_keeps_it() {
     assert_eq!(names(&scratch.0), kept);
     let store = find(&scratch.0).unwrap().recover(table(&BLOCKS)).unwrap();
     assert_eq!(find(&scratch.0).err().unwrap(), "held");
-    assert!(store.leave(), "once more");
+    assert!(store.keep_files(), "once more");
     drop(store);
     assert_eq!(recovered(&scratch.0), Ok(1));
     assert_eq!(names(&scratch.0), Vec::<String>::new(), "discarded");
@@ -221,7 +221,7 @@ fn precopy_leaves_nothing() {
     let scratch = Scratch::new("/dev/shm");
     let store = in_directory(&scratch.0, CommitMode::Deferred);
     let copy = copy_of(&scratch.0);
-    assert!(!store.leave());
+    assert!(!store.keep_files());
     drop(store);
     assert_eq!(fs::read_dir(&scratch.0).unwrap().count(), 0);
     assert_eq!(find(&copy.0).err().unwrap(), "nothing");
@@ -251,7 +251,7 @@ fn damage_is_told_and_nothing_is_lost_by_it() {
                 let files = fs::read_dir(&copy.0).unwrap().count();
                 let outcome = find(&copy.0).and_then(|left| {
                     let store = left.recover(table(&BLOCKS)).map_err(|error| error.to_string())?;
-                    store.leave();
+                    store.keep_files();
                     Ok(())
                 });
                 match outcome {
@@ -321,7 +321,7 @@ fn a_device_state_grows_and_shrinks() {
     let scratch = Scratch::new("/dev/shm");
     let store = in_directory(&scratch.0, CommitMode::Deferred);
     store.begin_colo();
-    store.describe(|| vec![7; 100_000]);
+    store.record_session(|| vec![7; 100_000]);
     for (checkpoint, bytes) in (0..).zip([2, 5000, 100_000, 0, 70_000, 3]) {
         let mut device_state = vec![u8::try_from(checkpoint).unwrap(); bytes];
         let expected = device_state.clone();

@@ -1,22 +1,22 @@
 //! How one thread shares work with parked helpers and gets all of it back.
 //!
-//! The owner **offers** a piece of work, does its own part, and **collects**: from then on nobody joins, and it waits
-//! until everyone who joined has left. So once [`Offer::collect`] returns, no helper works and none holds a
+//! The owner **forks** a piece of work, does its own part, and **joins**: from then on no helper takes part, and it waits
+//! until everyone who joined has left. So once [`Fork::join`] returns, no helper works and none holds a
 //! clone of the work; what helpers wrote is visible to the owner. How the parts are claimed is the work's own matter.
 //!
-//! One offer stands at a time. An owner that finds another's gets `None` and does its work alone, which it could
+//! One fork stands at a time. An owner that finds another's gets `None` and does its work alone, which it could
 //! do anyhow: nobody ever waits for helpers.
 #![forbid(unsafe_code)]
 
 use crate::sync::{Condvar, Mutex};
 
 /// What the lock guards.
-struct Desk<W> {
-    /// The work on offer: taken away by the owner when it collects.
+struct Shared<W> {
+    /// The work on fork: taken away by the owner when it joins.
     work: Option<W>,
-    /// Number of the offer, so that a helper joins each one once.
+    /// Number of the fork, so that a helper joins each one once.
     round: u64,
-    /// From offer to the end of collect.
+    /// From fork to the end of the join.
     taken: bool,
     /// Helpers that have joined and not left.
     working: usize,
@@ -29,18 +29,18 @@ struct Desk<W> {
 }
 
 /// See the module.
-pub(super) struct HandOver<W> {
-    desk: Mutex<Desk<W>>,
-    offered: Condvar,
-    left: Condvar,
+pub(crate) struct ForkJoin<W> {
+    shared: Mutex<Shared<W>>,
+    forked: Condvar,
+    all_left: Condvar,
 }
 
-const NEVER_POISONED: &str = "nothing panics while it holds the desk's lock";
+const NEVER_POISONED: &str = "nothing panics while it holds the shared's lock";
 
-impl<W: Clone> HandOver<W> {
-    pub(super) fn new() -> Self {
+impl<W: Clone> ForkJoin<W> {
+    pub(crate) fn new() -> Self {
         Self {
-            desk: Mutex::new(Desk {
+            shared: Mutex::new(Shared {
                 work: None,
                 round: 0,
                 taken: false,
@@ -49,104 +49,104 @@ impl<W: Clone> HandOver<W> {
                 failed: false,
                 closed: false,
             }),
-            offered: Condvar::new(),
-            left: Condvar::new(),
+            forked: Condvar::new(),
+            all_left: Condvar::new(),
         }
     }
 
     /// Offers `work` to the helpers, unless they are with another owner.
-    pub(super) fn offer(&self, work: &W) -> Option<Offer<'_, W>> {
-        let mut desk = self.desk.lock().expect(NEVER_POISONED);
-        if desk.taken {
+    pub(crate) fn fork(&self, work: &W) -> Option<Fork<'_, W>> {
+        let mut shared = self.shared.lock().expect(NEVER_POISONED);
+        if shared.taken {
             return None;
         }
-        desk.taken = true;
-        desk.round += 1;
-        desk.joined = 0;
-        desk.work = Some(work.clone());
-        drop(desk);
-        self.offered.notify_all();
-        Some(Offer { hand_over: self })
+        shared.taken = true;
+        shared.round += 1;
+        shared.joined = 0;
+        shared.work = Some(work.clone());
+        drop(shared);
+        self.forked.notify_all();
+        Some(Fork { fork_join: self })
     }
 
-    /// The life of a helper: joins every offer it gets to see and does `part` of it, until [`HandOver::close`].
-    pub(super) fn help(&self, part: impl Fn(&W)) {
+    /// The life of a helper: joins every fork it gets to see and does `part` of it, until [`ForkJoin::close`].
+    pub(crate) fn help(&self, part: impl Fn(&W)) {
         let mut round = 0;
-        while let Some(seat) = self.join(&mut round) {
-            if let Some(work) = &seat.work {
+        while let Some(joined_fork) = self.wait_for_fork(&mut round) {
+            if let Some(work) = &joined_fork.work {
                 part(work);
             }
         }
     }
 
-    /// Waits for an offer other than `round`; `None` when closed.
-    fn join(&self, round: &mut u64) -> Option<Seat<'_, W>> {
-        let mut desk = self.desk.lock().expect(NEVER_POISONED);
+    /// Waits for an fork other than `round`; `None` when closed.
+    fn wait_for_fork(&self, round: &mut u64) -> Option<Joined<'_, W>> {
+        let mut shared = self.shared.lock().expect(NEVER_POISONED);
         loop {
-            if desk.closed {
+            if shared.closed {
                 return None;
             }
-            if desk.round != *round
-                && let Some(work) = desk.work.clone()
+            if shared.round != *round
+                && let Some(work) = shared.work.clone()
             {
-                *round = desk.round;
-                desk.working += 1;
-                desk.joined += 1;
-                let hand_over = self;
+                *round = shared.round;
+                shared.working += 1;
+                shared.joined += 1;
+                let fork_join = self;
                 let work = Some(work);
-                return Some(Seat { hand_over, work });
+                return Some(Joined { fork_join, work });
             }
-            desk = self.offered.wait(desk).expect(NEVER_POISONED);
+            shared = self.forked.wait(shared).expect(NEVER_POISONED);
         }
     }
 
     /// Sends the helpers home. They finish what they have joined.
-    pub(super) fn close(&self) {
-        self.desk.lock().expect(NEVER_POISONED).closed = true;
-        self.offered.notify_all();
+    pub(crate) fn close(&self) {
+        self.shared.lock().expect(NEVER_POISONED).closed = true;
+        self.forked.notify_all();
     }
 }
 
-/// A helper's place at the desk: given up however its part ends.
-struct Seat<'a, W: Clone> {
-    hand_over: &'a HandOver<W>,
+/// A helper's place at the shared: given up however its part ends.
+struct Joined<'a, W: Clone> {
+    fork_join: &'a ForkJoin<W>,
     work: Option<W>,
 }
 
-impl<W: Clone> Drop for Seat<'_, W> {
+impl<W: Clone> Drop for Joined<'_, W> {
     fn drop(&mut self) {
         // First the clone, then the word that it is gone.
         self.work = None;
-        let mut desk = self.hand_over.desk.lock().expect(NEVER_POISONED);
-        desk.working -= 1;
-        desk.failed |= std::thread::panicking();
-        if desk.working == 0 {
-            drop(desk);
-            self.hand_over.left.notify_all();
+        let mut shared = self.fork_join.shared.lock().expect(NEVER_POISONED);
+        shared.working -= 1;
+        shared.failed |= std::thread::panicking();
+        if shared.working == 0 {
+            drop(shared);
+            self.fork_join.all_left.notify_all();
         }
     }
 }
 
-/// An offer that stands until it is collected.
-#[must_use = "an offer that is not collected leaves helpers at work"]
-pub(super) struct Offer<'a, W> {
-    hand_over: &'a HandOver<W>,
+/// An fork that stands until it is joined.
+#[must_use = "an fork that is not joined leaves helpers at work"]
+pub(crate) struct Fork<'a, W> {
+    fork_join: &'a ForkJoin<W>,
 }
 
-impl<W> Offer<'_, W> {
-    /// Ends the offer and waits for those who joined; says how many did.
+impl<W> Fork<'_, W> {
+    /// Ends the fork and waits for those who joined; says how many did.
     ///
     /// # Panics
     /// If one of them panicked, since its part is then not done.
-    pub(super) fn collect(self) -> usize {
-        let mut desk = self.hand_over.desk.lock().expect(NEVER_POISONED);
-        let work = desk.work.take();
-        while desk.working > 0 {
-            desk = self.hand_over.left.wait(desk).expect(NEVER_POISONED);
+    pub(crate) fn join(self) -> usize {
+        let mut shared = self.fork_join.shared.lock().expect(NEVER_POISONED);
+        let work = shared.work.take();
+        while shared.working > 0 {
+            shared = self.fork_join.all_left.wait(shared).expect(NEVER_POISONED);
         }
-        desk.taken = false;
-        let (joined, failed) = (desk.joined, std::mem::take(&mut desk.failed));
-        drop(desk);
+        shared.taken = false;
+        let (joined, failed) = (shared.joined, std::mem::take(&mut shared.failed));
+        drop(shared);
         drop(work);
         assert!(!failed, "a helper panicked in its part of the work");
         joined
@@ -162,38 +162,38 @@ mod tests {
 
     #[test]
     fn a_second_owner_works_alone() {
-        let hand_over = HandOver::new();
-        let first = hand_over.offer(&1);
-        assert!(hand_over.offer(&2).is_none());
-        assert_eq!(first.unwrap().collect(), 0);
-        assert_eq!(hand_over.offer(&3).unwrap().collect(), 0);
+        let fork_join = ForkJoin::new();
+        let first = fork_join.fork(&1);
+        assert!(fork_join.fork(&2).is_none());
+        assert_eq!(first.unwrap().join(), 0);
+        assert_eq!(fork_join.fork(&3).unwrap().join(), 0);
     }
 
     #[test]
     fn a_helper_that_panics_is_the_owners_panic() {
-        let hand_over = Arc::new(HandOver::new());
+        let fork_join = Arc::new(ForkJoin::new());
         let begun = Arc::new(AtomicBool::new(false));
         let helper = {
-            let (hand_over, begun) = (hand_over.clone(), begun.clone());
+            let (fork_join, begun) = (fork_join.clone(), begun.clone());
             thread::spawn(move || {
-                hand_over.help(|_: &()| {
+                fork_join.help(|_: &()| {
                     begun.store(true, Ordering::Release);
                     panic!("meant by the test");
                 });
             })
         };
-        let offer = hand_over.offer(&()).unwrap();
+        let fork = fork_join.fork(&()).unwrap();
         while !begun.load(Ordering::Acquire) {
             thread::yield_now();
         }
-        let collected = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| offer.collect()));
+        let collected = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| fork.join()));
         assert!(collected.is_err());
         assert!(helper.join().is_err());
     }
 
     #[test]
     fn every_part_is_done_once_over_many_rounds() {
-        let hand_over = Arc::new(HandOver::<Arc<(AtomicUsize, AtomicUsize)>>::new());
+        let fork_join = Arc::new(ForkJoin::<Arc<(AtomicUsize, AtomicUsize)>>::new());
         let part = |work: &Arc<(AtomicUsize, AtomicUsize)>| {
             while work.0.fetch_add(1, Ordering::Relaxed) < 100 {
                 work.1.fetch_add(1, Ordering::Relaxed);
@@ -201,20 +201,20 @@ mod tests {
         };
         let helpers: Vec<_> = (0..3)
             .map(|_| {
-                let hand_over = hand_over.clone();
-                thread::spawn(move || hand_over.help(part))
+                let fork_join = fork_join.clone();
+                thread::spawn(move || fork_join.help(part))
             })
             .collect();
         let rounds = if cfg!(miri) { 5 } else { 500 };
         for _ in 0..rounds {
             let work = Arc::new((AtomicUsize::new(0), AtomicUsize::new(0)));
-            let offer = hand_over.offer(&work).unwrap();
+            let fork = fork_join.fork(&work).unwrap();
             part(&work);
-            assert!(offer.collect() <= 3);
+            assert!(fork.join() <= 3);
             assert_eq!(work.1.load(Ordering::Relaxed), 100);
             assert_eq!(Arc::strong_count(&work), 1, "a helper kept its clone");
         }
-        hand_over.close();
+        fork_join.close();
         for helper in helpers {
             helper.join().unwrap();
         }
@@ -267,21 +267,21 @@ mod loom_tests {
     }
 
     #[test]
-    fn loom_collect_returns_when_all_parts_are_done() {
+    fn loom_join_returns_when_all_parts_are_done() {
         explore(|| {
-            let hand_over = Arc::new(HandOver::<Arc<Work>>::new());
+            let fork_join = Arc::new(ForkJoin::<Arc<Work>>::new());
             let helper = {
-                let hand_over = hand_over.clone();
-                thread::spawn(move || hand_over.help(|work| work.part()))
+                let fork_join = fork_join.clone();
+                thread::spawn(move || fork_join.help(|work| work.part()))
             };
             for _ in 0..2 {
                 let work = Arc::new(Work::new());
-                let offer = hand_over.offer(&work).unwrap();
+                let fork = fork_join.fork(&work).unwrap();
                 work.part();
-                assert!(offer.collect() <= 1);
+                assert!(fork.join() <= 1);
                 assert_eq!(work.done(), [1, 1]);
             }
-            hand_over.close();
+            fork_join.close();
             helper.join().unwrap();
         });
     }
@@ -289,25 +289,25 @@ mod loom_tests {
     #[test]
     fn loom_two_owners_share_one_helper() {
         explore(|| {
-            let hand_over = Arc::new(HandOver::<Arc<Work>>::new());
-            let owner = |hand_over: &HandOver<Arc<Work>>| {
+            let fork_join = Arc::new(ForkJoin::<Arc<Work>>::new());
+            let owner = |fork_join: &ForkJoin<Arc<Work>>| {
                 let work = Arc::new(Work::new());
-                let offer = hand_over.offer(&work);
+                let fork = fork_join.fork(&work);
                 work.part();
-                offer.map(Offer::collect);
+                fork.map(Fork::join);
                 assert_eq!(work.done(), [1, 1]);
             };
             let helper = {
-                let hand_over = hand_over.clone();
-                thread::spawn(move || hand_over.help(|work| work.part()))
+                let fork_join = fork_join.clone();
+                thread::spawn(move || fork_join.help(|work| work.part()))
             };
             let second = {
-                let hand_over = hand_over.clone();
-                thread::spawn(move || owner(&hand_over))
+                let fork_join = fork_join.clone();
+                thread::spawn(move || owner(&fork_join))
             };
-            owner(&hand_over);
+            owner(&fork_join);
             second.join().unwrap();
-            hand_over.close();
+            fork_join.close();
             helper.join().unwrap();
         });
     }

@@ -9,19 +9,19 @@
 //! the committed checkpoint, which the flush takes one by one; no page may arrive then (`session::Rendezvous`, the gate).
 #![forbid(unsafe_code)]
 
-use super::StoreError;
-use super::cache::Cache;
-use super::copy::{self, CopyMethod};
-use super::extents::{Cursor, EXTENT_BYTES, Extents};
-use super::homes::{HomeId, Homes};
-use super::image::RamImage;
-use super::landing::Landing;
-use super::lives::ExtentId;
-use super::map::{Span, Words, index};
-use super::plan::{PageRun, Plan};
-use super::slab::Slab;
-use super::window::Arrived;
 use crate::killpoint;
+use crate::store::StoreError;
+use crate::store::cache::Cache;
+use crate::store::cache::extent_refs::ExtentId;
+use crate::store::cache::extents::{Cursor, EXTENT_BYTES, Extents};
+use crate::store::cache::landing::Landing;
+use crate::store::cache::pool_buffer::BufferedPage;
+use crate::store::commit::plan::{PageRun, Plan};
+use crate::store::memory::copy::{self, CopyMethod};
+use crate::store::memory::image::RamImage;
+use crate::store::memory::map::{Span, Words, index};
+use crate::store::memory::numa::{NodeIndex, NumaNodes};
+use crate::store::memory::slab::Slab;
 use crate::sync::{AtomicU64, Ordering};
 use crate::units::{PAGE_BYTES, PAGE_SIZE, PageIndex};
 use std::ops::Range;
@@ -33,7 +33,7 @@ const _: () = assert!(EXTENT_BYTES < 1 << OFFSET_BITS);
 
 /// Where a page's newest content is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Place {
+pub(crate) enum Place {
     /// Not here: the image has it.
     Image,
     /// It is all zeros.
@@ -56,7 +56,7 @@ impl Place {
     }
 
     /// From a word that may be anything.
-    pub(super) fn parse(word: u64) -> Option<Self> {
+    pub(crate) fn parse(word: u64) -> Option<Self> {
         let offset = word & ((1 << OFFSET_BITS) - 1);
         match (word >> OFFSET_BITS).checked_sub(1) {
             None if word == 0 => Some(Self::Image),
@@ -73,19 +73,19 @@ impl Place {
 struct ShardCursor(AtomicU64);
 
 /// See the module.
-pub(super) struct Pool {
+pub(crate) struct Pool {
     extents: Extents,
-    homes: Homes,
+    nodes: NumaNodes,
     places: Words,
     cursors: Box<[ShardCursor]>,
 }
 
 impl Pool {
     /// `places` has a word of zero for each page of the guest.
-    pub(super) fn new(extents: Extents, homes: Homes, places: Words, shards: usize) -> Self {
+    pub(crate) fn new(extents: Extents, nodes: NumaNodes, places: Words, shards: usize) -> Self {
         Self {
             extents,
-            homes,
+            nodes,
             places,
             cursors: (0..shards).map(|_| ShardCursor(AtomicU64::new(0))).collect(),
         }
@@ -150,7 +150,7 @@ impl Cache for Pool {
         let count = u32::try_from(pages.len()).expect("a packet's pages");
         let (extent, slot) = landing
             .cursor
-            .claim(&self.extents, self.homes.of_shard(shard), count + 1)?;
+            .reserve(&self.extents, self.nodes.of_shard(shard), count + 1)?;
         let (id, slab, begin) = self.extents.locate(extent);
         let first = begin + u64::from(slot) * PAGE_BYTES;
         landing.slot = slot;
@@ -176,18 +176,18 @@ impl Cache for Pool {
         // The shard is one thread's, and so is its cursor.
         let word = &self.cursors[shard].0;
         let mut cursor = Cursor::unpack(word.load(Ordering::Relaxed));
-        let claimed = cursor.claim(&self.extents, self.homes.of_shard(shard), 1);
-        if let Ok((extent, slot)) = &claimed {
+        let reserved = cursor.reserve(&self.extents, self.nodes.of_shard(shard), 1);
+        if let Ok((extent, slot)) = &reserved {
             let offset = u64::from(*slot) * PAGE_BYTES;
             copy::fill(self.extents.page(*extent, offset), bytes);
             cursor.advance(&self.extents, 1);
             self.supersede(page, Place::Slot(*extent, offset));
         }
         word.store(cursor.pack(), Ordering::Relaxed);
-        claimed.map(drop)
+        reserved.map(drop)
     }
 
-    fn adopt(&self, page: PageIndex, arrived: Arrived) {
+    fn adopt(&self, page: PageIndex, arrived: BufferedPage) {
         self.extents.add_living(arrived.extent, 1);
         self.supersede(page, Place::Slot(arrived.extent, arrived.offset));
     }
@@ -201,7 +201,7 @@ impl Cache for Pool {
         true
     }
 
-    fn follow(&self, _page: PageIndex, _image: &RamImage) {}
+    fn copy_from_image(&self, _page: PageIndex, _image: &RamImage) {}
 
     fn flush(&self, plan: &Plan, words: Range<usize>, image: &RamImage, method: CopyMethod) -> u64 {
         let mut pieces = 0;
@@ -228,26 +228,26 @@ impl Cache for Pool {
         }
     }
 
-    fn end(&self) {
+    fn release_cursors(&self) {
         for cursor in &self.cursors {
-            Cursor::unpack(cursor.0.swap(0, Ordering::Relaxed)).put_back(&self.extents);
+            Cursor::unpack(cursor.0.swap(0, Ordering::Relaxed)).release(&self.extents);
         }
     }
 
-    fn rest(&self, landing: &mut Landing) {
-        landing.cursor.rest(&self.extents);
+    fn idle_landing(&self, landing: &mut Landing) {
+        landing.cursor.idle(&self.extents);
     }
 
-    fn put_back(&self, landing: &mut Landing) {
-        landing.cursor.put_back(&self.extents);
+    fn release_landing(&self, landing: &mut Landing) {
+        landing.cursor.release(&self.extents);
     }
 
     fn pool(&self) -> Option<&Extents> {
         Some(&self.extents)
     }
 
-    fn home(&self, shard: usize) -> HomeId {
-        self.homes.of_shard(shard)
+    fn node(&self, shard: usize) -> NodeIndex {
+        self.nodes.of_shard(shard)
     }
 
     fn give_back(&self) {

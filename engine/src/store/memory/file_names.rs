@@ -10,7 +10,7 @@ const NAME_MAX: usize = 160;
 /// One file name per block, in the table's order: the block's name with everything but letters, digits, `-`, `_`
 /// and `.` replaced by `_`. A name that would then be long, hidden, double or in `reserved` gets `~` and the block's
 /// position appended, which no other name can have.
-pub(super) fn file_names(table: &BlockTable, reserved: &[&str]) -> Vec<String> {
+pub(crate) fn file_names(table: &BlockTable, reserved: &[&str]) -> Vec<String> {
     let mut seen: HashSet<String> = reserved.iter().map(|name| (*name).to_owned()).collect();
     let plain = |byte: &u8| match byte {
         b'-' | b'_' | b'.' => char::from(*byte),

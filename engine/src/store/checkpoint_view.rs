@@ -1,16 +1,17 @@
 //! The last committed checkpoint, held still: what a failover reads and gives away.
 #![forbid(unsafe_code)]
 
-use super::committed::Record;
-use super::plan::PageRun;
-use super::{Store, copy};
+use crate::store::Store;
+use crate::store::commit::plan::PageRun;
+use crate::store::committed::Record;
+use crate::store::memory::copy;
 use crate::units::{BlockId, CheckpointId, PAGE_SIZE, PageIndex};
 use std::path::Path;
 use std::sync::MutexGuard;
 
 /// The last committed checkpoint, whole. As long as this lives nothing can be committed, so it belongs to sessions
 /// that have ended.
-pub struct HeldCheckpoint<'a> {
+pub struct CheckpointView<'a> {
     store: &'a Store,
     record: MutexGuard<'a, Record>,
     checkpoint: CheckpointId,
@@ -19,13 +20,13 @@ pub struct HeldCheckpoint<'a> {
 impl Store {
     /// Holds the last committed checkpoint, once the image's files are complete; `None` before the first, and after a commit
     /// that panicked.
-    pub fn hold_committed(&self) -> Option<HeldCheckpoint<'_>> {
+    pub fn checkpoint_view(&self) -> Option<CheckpointView<'_>> {
         self.committed()?;
         let record = self.committed.lock();
-        self.settle();
+        self.finish_flush();
         // Not if that has failed.
         let checkpoint = self.committed()?;
-        Some(HeldCheckpoint {
+        Some(CheckpointView {
             store: self,
             record,
             checkpoint,
@@ -39,7 +40,7 @@ impl Store {
     }
 }
 
-impl HeldCheckpoint<'_> {
+impl CheckpointView<'_> {
     /// Its number.
     pub fn checkpoint(&self) -> CheckpointId {
         self.checkpoint

@@ -1,23 +1,25 @@
 //! What receivers have left in a RAM directory when they were killed, or ended: found, and made a store again.
 #![forbid(unsafe_code)]
 
-use super::bitmap::{DirtyBitmap, PageSet};
-use super::committed::CommittedImage;
-use super::durable::{Durable, Found, PLACES_FILE, Recorded, Shape};
-use super::extents::{EXTENT_BYTES, Extents};
-use super::flusher::Flush;
-use super::homes::Homes;
-use super::huge::HugePages;
-use super::image::RamImage;
-use super::lives::ExtentId;
-use super::map::{Mapping, Words, index};
-use super::plan::PageRun;
-use super::pool::{Place, Pool};
-use super::ram_dir::{RamDirectory, RamFiles};
-use super::slab::{SLAB_FILES, SlabMemory, slab_file};
-use super::{CommitMode, Store, StoreError, copy, extents};
 use crate::blocks::BlockTable;
 use crate::killpoint;
+use crate::store::cache::extent_refs::ExtentId;
+use crate::store::cache::extents;
+use crate::store::cache::extents::{EXTENT_BYTES, Extents};
+use crate::store::cache::pool::{Place, Pool};
+use crate::store::commit::bitmap::{DirtyBitmap, PageSet};
+use crate::store::commit::flusher::Flush;
+use crate::store::commit::plan::PageRun;
+use crate::store::committed::CommittedImage;
+use crate::store::durable::record::{DurableRecord, Found, GuestShape, PLACES_FILE, RecordedCheckpoint};
+use crate::store::memory::copy;
+use crate::store::memory::huge::HugePages;
+use crate::store::memory::image::RamImage;
+use crate::store::memory::map::{Mapping, Words, index};
+use crate::store::memory::numa::NumaNodes;
+use crate::store::memory::ram_dir::{RamDirectory, RamFiles};
+use crate::store::memory::slab::{SLAB_FILES, SlabMemory, slab_file};
+use crate::store::{CommitMode, Store, StoreError};
 use crate::units::{CheckpointId, PAGE_BYTES, PageIndex};
 use std::path::Path;
 use std::sync::atomic::AtomicBool;
@@ -33,45 +35,45 @@ pub fn labels_in(directory: &Path) -> Result<Vec<String>, StoreError> {
 }
 
 /// What there is of a guest.
-pub enum Left {
+pub enum Recoverable {
     /// A checkpoint.
-    Checkpoint(Box<LeftCheckpoint>),
+    Checkpoint(Box<RecoverableCheckpoint>),
     /// Nothing was committed, so nothing was lost: its files were removed.
     Nothing,
     /// Another process has it.
-    Held,
+    InUse,
     /// Files that nothing is known of.
     Unknown,
 }
 
 /// A checkpoint that was found. It stays where it is until it is recovered.
-pub struct LeftCheckpoint {
-    durable: Box<Durable>,
-    shape: Shape,
-    recorded: Recorded,
+pub struct RecoverableCheckpoint {
+    durable: Box<DurableRecord>,
+    shape: GuestShape,
+    recorded: RecordedCheckpoint,
     session: Vec<u8>,
     device_state: Vec<u8>,
 }
 
-impl LeftCheckpoint {
+impl RecoverableCheckpoint {
     /// Looks for it.
     ///
     /// # Errors
     /// If what is there is damaged; it stays as it is.
-    pub fn find(directory: &Path, label: &str) -> Result<Left, StoreError> {
+    pub fn find(directory: &Path, label: &str) -> Result<Recoverable, StoreError> {
         let files = Arc::new(RamFiles::new(RamDirectory::open(directory)?, label));
-        files.leave(true);
-        let (durable, shape, recorded) = match Durable::open(files.clone())? {
+        files.keep(true);
+        let (durable, shape, recorded) = match DurableRecord::open(files.clone())? {
             Found::Checkpoint(durable, shape, recorded) => (durable, shape, recorded),
-            Found::Held => return Ok(Left::Held),
-            Found::NoRecord => return Ok(Left::Unknown),
+            Found::InUse => return Ok(Recoverable::InUse),
+            Found::NoRecord => return Ok(Recoverable::Unknown),
             Found::Nothing => {
-                files.adopt_all()?;
-                files.leave(false);
-                return Ok(Left::Nothing);
+                files.own_all()?;
+                files.keep(false);
+                return Ok(Recoverable::Nothing);
             }
         };
-        Ok(Left::Checkpoint(Box::new(Self {
+        Ok(Recoverable::Checkpoint(Box::new(Self {
             session: durable.session()?,
             device_state: durable.device_state(&recorded)?,
             durable,
@@ -96,7 +98,7 @@ impl LeftCheckpoint {
         self.recorded.is_given
     }
 
-    /// What stays the same for the session, as [`Store::describe`] was told.
+    /// What stays the same for the session, as [`Store::record_session`] was told.
     pub fn session(&self) -> &[u8] {
         &self.session
     }
@@ -120,28 +122,28 @@ impl LeftCheckpoint {
                 self.shape.pages
             );
             return Err(StoreError::damaged(
-                &files.path(super::durable::RECORD_FILE),
+                &files.path(crate::store::durable::record::RECORD_FILE),
                 what,
             ));
         }
-        let image = Arc::new(RamImage::map_left(table, &files)?);
+        let image = Arc::new(RamImage::map_existing(table, &files)?);
         if self.recorded.is_flushing {
             self.flush(&image, &files)?;
             self.durable.flushed();
         }
-        files.adopt_all()?;
+        files.own_all()?;
         files.remove(SLAB_FILES);
         files.remove(PLACES_FILE);
-        files.leave(false);
-        let homes = Homes::anywhere();
-        let nothing = extents::Shape::none();
+        files.keep(false);
+        let nodes = NumaNodes::anywhere();
+        let nothing = extents::PoolLayout::none();
         let extents = Extents::map(
             nothing,
-            SlabMemory::new(HugePages::Off, homes.clone()),
+            SlabMemory::new(HugePages::Off, nodes.clone()),
             &mut Vec::new(),
         )?;
-        let cache = Arc::new(Pool::new(extents, homes, Words::zeroed(0), 1));
-        let durable: Arc<Durable> = Arc::from(self.durable);
+        let cache = Arc::new(Pool::new(extents, nodes, Words::zeroed(0), 1));
+        let durable: Arc<DurableRecord> = Arc::from(self.durable);
         Ok(Store {
             flush: Flush::new(image.clone(), cache.clone(), Some(durable.clone())),
             committed: CommittedImage::of(image, self.recorded.checkpoint, self.device_state),

@@ -13,13 +13,13 @@
 //! next, never lost. That last sentence is what the loom tests below check.
 #![forbid(unsafe_code)]
 
-use super::map::{index, zeroed_words};
-use super::plan::Plan;
+use crate::store::commit::plan::Plan;
+use crate::store::memory::map::{index, zeroed_words};
 use crate::sync::{AtomicU64, Ordering};
 use crate::units::PageIndex;
 
 /// Pages that one word of a bitmap stands for.
-pub(super) const WORD_PAGES: u64 = 64;
+pub(crate) const WORD_PAGES: u64 = 64;
 
 /// Words that one word of the summary stands for.
 const SUMMARY_WORDS: usize = 64;
@@ -149,7 +149,7 @@ impl DirtyBitmap {
     }
 
     /// Marks every page of `plan` in `shard`.
-    pub(super) fn mark_plan(&self, shard: usize, plan: &Plan) {
+    pub(crate) fn mark_plan(&self, shard: usize, plan: &Plan) {
         let shard = &self.shards[shard];
         for word in plan.words() {
             shard.mark(word.index, word.bits);
@@ -217,19 +217,19 @@ impl DirtyBitmap {
 ///
 /// All threads insert into the one set. After the first round of precopy every insert finds its bit set and
 /// writes nothing, so that the cores then share its lines for reading.
-pub(super) struct PageSet {
+pub(crate) struct PageSet {
     words: Box<[AtomicU64]>,
 }
 
 impl PageSet {
-    pub(super) fn new(pages: u64) -> Self {
+    pub(crate) fn new(pages: u64) -> Self {
         let words = index(pages.div_ceil(WORD_PAGES));
         Self {
             words: zeroed_words(words),
         }
     }
 
-    pub(super) fn insert_all(&self, pages: &[PageIndex]) {
+    pub(crate) fn insert_all(&self, pages: &[PageIndex]) {
         for_each_word(pages, |word, bits| {
             let word = &self.words[index(word)];
             if word.load(Ordering::Relaxed) & bits != bits {
@@ -238,12 +238,12 @@ impl PageSet {
         });
     }
 
-    pub(super) fn contains(&self, page: PageIndex) -> bool {
+    pub(crate) fn contains(&self, page: PageIndex) -> bool {
         let (word, mask) = bit(page);
         self.words[index(word)].load(Ordering::Relaxed) & mask != 0
     }
 
-    pub(super) fn count(&self) -> u64 {
+    pub(crate) fn count(&self) -> u64 {
         let ones = |word: &AtomicU64| u64::from(word.load(Ordering::Relaxed).count_ones());
         self.words.iter().map(ones).sum()
     }
@@ -252,7 +252,7 @@ impl PageSet {
 #[cfg(all(test, not(loom)))]
 mod tests {
     use super::*;
-    use crate::store::plan::PageRun;
+    use crate::store::commit::plan::PageRun;
     use proptest::prelude::*;
     use std::collections::BTreeSet;
 

@@ -1,12 +1,12 @@
 //! Keeping guest memory in RAM: a page that was swapped out would be read back within a pause.
 #![forbid(unsafe_code)]
 
-use super::huge::Fallback;
-use super::map::Mapping;
 use crate::host::has_swap;
+use crate::store::memory::huge::Fallback;
+use crate::store::memory::map::Mapping;
 
 /// Locks memory that is populated. Where the limit forbids it, and there is swap so that it matters, a note says so.
-pub(super) fn lock<'a>(mappings: impl Iterator<Item = &'a Mapping>) -> Option<Fallback> {
+pub(crate) fn lock<'a>(mappings: impl Iterator<Item = &'a Mapping>) -> Option<Fallback> {
     let mut unlocked_bytes = 0;
     let mut reason = None;
     for mapping in mappings {

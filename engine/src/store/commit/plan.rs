@@ -1,16 +1,16 @@
 //! What is to be flushed: a list of bitmap words in address order, read as runs of consecutive pages.
 #![forbid(unsafe_code)]
 
-use super::bitmap::WORD_PAGES;
+use crate::store::commit::bitmap::WORD_PAGES;
 use crate::units::PageIndex;
 use std::ops::Range;
 
 /// The dirty pages of one word of the bitmap.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct DirtyWord {
+pub(crate) struct DirtyWord {
     /// Which word: its first page is 64 times this.
-    pub(super) index: u64,
-    pub(super) bits: u64,
+    pub(crate) index: u64,
+    pub(crate) bits: u64,
 }
 
 /// Consecutive pages.
@@ -28,7 +28,7 @@ impl PageRun {
         self.first.get() + self.pages
     }
 
-    pub(super) fn one(page: PageIndex) -> Self {
+    pub(crate) fn one(page: PageIndex) -> Self {
         Self {
             first: page,
             pages: 1,
@@ -36,7 +36,7 @@ impl PageRun {
     }
 
     /// What is left behind the first `pages` of it.
-    pub(super) fn skip(self, pages: u64) -> Self {
+    pub(crate) fn skip(self, pages: u64) -> Self {
         Self {
             first: PageIndex::new(self.first.get() + pages),
             pages: self.pages - pages,
@@ -44,7 +44,7 @@ impl PageRun {
     }
 }
 
-/// A set of pages taken from a [`super::DirtyBitmap`], in address order. It is made once and filled again for each
+/// A set of pages taken from a [`crate::store::DirtyBitmap`], in address order. It is made once and filled again for each
 /// checkpoint; its memory grows to the largest checkpoint seen (16 bytes a word, so at most 16 a page).
 #[derive(Default)]
 pub struct Plan {
@@ -53,13 +53,13 @@ pub struct Plan {
 }
 
 impl Plan {
-    pub(super) fn clear(&mut self) {
+    pub(crate) fn clear(&mut self) {
         self.words.clear();
         self.pages = 0;
     }
 
     /// Appends a word that lies behind all words so far.
-    pub(super) fn push(&mut self, index: u64, bits: u64) {
+    pub(crate) fn push(&mut self, index: u64, bits: u64) {
         debug_assert!(self.words.last().is_none_or(|last| last.index < index));
         if bits != 0 {
             self.words.push(DirtyWord { index, bits });
@@ -73,16 +73,16 @@ impl Plan {
     }
 
     /// Its length in words: the unit in which threads share a plan out.
-    pub(super) fn len(&self) -> usize {
+    pub(crate) fn len(&self) -> usize {
         self.words.len()
     }
 
-    pub(super) fn words(&self) -> &[DirtyWord] {
+    pub(crate) fn words(&self) -> &[DirtyWord] {
         &self.words
     }
 
     /// The pages of some of its words as runs, each as long as these words allow.
-    pub(super) fn runs(&self, words: Range<usize>) -> Runs<'_> {
+    pub(crate) fn runs(&self, words: Range<usize>) -> Runs<'_> {
         Runs {
             words: &self.words[words],
             first_page: 0,
@@ -92,7 +92,7 @@ impl Plan {
 }
 
 /// See [`Plan::runs`].
-pub(super) struct Runs<'a> {
+pub(crate) struct Runs<'a> {
     words: &'a [DirtyWord],
     /// First page of the word in hand, and what is left of its bits.
     first_page: u64,

@@ -1,33 +1,33 @@
-//! Extents: contiguous runs of slots in the slabs of a [`super::pool::Pool`], taken whole and given back whole.
+//! Extents: contiguous runs of slots in the slabs of a [`crate::store::cache::pool::Pool`], taken whole and given back whole.
 //!
 //! Who takes an extent **holds** it and fills it from its beginning: a channel for its packets, the main channel for
 //! its stream. Pages that have arrived in it **live** there until they are flushed, superseded or dropped. An extent
 //! with neither holder nor living page is free, and the one freed last is taken first, because its memory is still
 //! in a processor's cache. When everything in a held extent is gone, its holder starts again at its beginning.
 //!
-//! Every home (the NUMA node of some receiving threads, see `homes.rs`) has slabs and a free list of its own. An extent
-//! stays its home's; who finds the own list empty borrows from another's, and the home is then the next to grow.
+//! Every node (the NUMA node of some receiving threads, see `numa.rs`) has slabs and a free list of its own. An extent
+//! stays its node's; who finds the own list empty borrows from another's, and the node is then the next to grow.
 #![forbid(unsafe_code)]
 
-use super::StoreError;
-use super::homes::HomeId;
-use super::huge::Fallback;
-use super::lives::{ExtentId, Lives};
-use super::map::{self, Span, index};
-use super::resident;
-use super::slab::{Slab, SlabId, SlabMemory, slab_id};
+use crate::store::StoreError;
+use crate::store::cache::extent_refs::{ExtentId, ExtentRefs};
+use crate::store::memory::huge::Fallback;
+use crate::store::memory::map::{self, Span, index};
+use crate::store::memory::mlock;
+use crate::store::memory::numa::NodeIndex;
+use crate::store::memory::slab::{Slab, SlabId, SlabMemory, slab_id};
 use crate::sync::{AtomicU32, AtomicUsize, Ordering};
 use crate::units::{PACKET_PAGES, PAGE_BYTES};
 use nix::errno::Errno;
 use std::sync::{Mutex, OnceLock, PoisonError};
 
 /// Slots of an extent: two whole packets, and one slot into which the header of the packet that follows may be read.
-pub(super) const EXTENT_SLOTS: u32 = 2 * 128 + 1;
+pub(crate) const EXTENT_SLOTS: u32 = 2 * 128 + 1;
 
 const _: () = assert!(PACKET_PAGES == 128, "an extent is made for two whole packets");
 
 /// Bytes of an extent.
-pub(super) const EXTENT_BYTES: u64 = EXTENT_SLOTS as u64 * PAGE_BYTES;
+pub(crate) const EXTENT_BYTES: u64 = EXTENT_SLOTS as u64 * PAGE_BYTES;
 
 /// Extents of a slab of a small and of a large guest: 34 MiB in 2 MiB pages, and just below 512 MiB.
 const SLAB_EXTENTS: (u32, u32) = (33, 508);
@@ -40,23 +40,23 @@ const FIRST_BYTES: u64 = 64 << 20;
 
 /// How many slabs of which size.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Shape {
+pub(crate) struct PoolLayout {
     /// Extents of a slab.
-    pub(super) slab_extents: u32,
+    pub(crate) slab_extents: u32,
     /// Slabs that are there from the beginning.
-    pub(super) first: usize,
+    pub(crate) first: usize,
     /// Slabs up to which the pool grows as it likes.
-    pub(super) keep: usize,
+    pub(crate) keep: usize,
     /// Slabs that there can be at all.
-    pub(super) limit: usize,
+    pub(crate) limit: usize,
 }
 
-impl Shape {
+impl PoolLayout {
     /// For a guest of `pages` pages. `keep_bytes` is the operator's limit, if there is one.
     ///
     /// A checkpoint needs a slot for each page that it changes, so at most one for each page of the guest; pages that a
     /// primary sends again and again, and extents that are not filled to their end, take more: twice as much is the limit.
-    pub(super) fn of_guest(pages: u64, keep_bytes: Option<u64>) -> Self {
+    pub(crate) fn of_guest(pages: u64, keep_bytes: Option<u64>) -> Self {
         let extents = pages.div_ceil(u64::from(EXTENT_SLOTS - 1));
         let (small, large) = SLAB_EXTENTS;
         let grown = u32::try_from(extents / 32).unwrap_or(large);
@@ -64,7 +64,7 @@ impl Shape {
         Self::with_slabs(pages, keep_bytes, grown.clamp(small, large))
     }
 
-    pub(super) fn with_slabs(pages: u64, keep_bytes: Option<u64>, slab_extents: u32) -> Self {
+    pub(crate) fn with_slabs(pages: u64, keep_bytes: Option<u64>, slab_extents: u32) -> Self {
         let extents = pages.div_ceil(u64::from(EXTENT_SLOTS - 1));
         let slabs = |extents: u64| index(extents.div_ceil(u64::from(slab_extents)));
         let limit = slabs(2 * extents + HELD_MAX);
@@ -85,7 +85,7 @@ impl Shape {
     }
 
     /// Of a store that receives nothing.
-    pub(super) fn none() -> Self {
+    pub(crate) fn none() -> Self {
         Self {
             slab_extents: 1,
             first: 0,
@@ -109,7 +109,7 @@ pub struct PoolUse {
     /// Extents that there are.
     pub extents: u64,
     /// Slabs that were taken beyond the limit, or while pages waited for them.
-    pub hasty_slabs: u64,
+    pub inline_growth: u64,
 }
 
 /// What a pool needs done for the checkpoints to come.
@@ -117,9 +117,9 @@ pub struct PoolUse {
 pub enum PoolTask {
     /// Nothing.
     Nothing,
-    /// A slab more: [`super::Store::grow`].
+    /// A slab more: [`crate::store::Store::grow`].
     Grow,
-    /// A slab less, which nobody uses any more: [`super::Store::shrink`].
+    /// A slab less, which nobody uses any more: [`crate::store::Store::shrink`].
     Shrink,
 }
 
@@ -132,13 +132,13 @@ const SHRINK_AFTER: u32 = 64;
 /// The last slab **retires** when checkpoints have become smaller: its extents are kept back as they become free. When it
 /// has all of them, rings are told to forget it; when they have, its memory goes back to the host. If slots run short
 /// meanwhile, it is taken back into use.
-pub(super) struct Extents {
-    shape: Shape,
+pub(crate) struct Extents {
+    layout: PoolLayout,
     slabs: Box<[OnceLock<Slab>]>,
     /// Slabs in use: the first so many.
     grown: AtomicUsize,
-    lives: Lives,
-    hasty: AtomicU32,
+    refs: ExtentRefs,
+    inline_growth: AtomicU32,
     /// Checkpoints in a row for which a slab less would have done.
     spare: AtomicU32,
     growing: Mutex<Option<SlabMemory>>,
@@ -149,48 +149,48 @@ impl Extents {
     ///
     /// # Errors
     /// If there is not even address space. Too few huge pages are a fallback, noted in `notes`.
-    pub(super) fn map(
-        mut shape: Shape,
+    pub(crate) fn map(
+        mut layout: PoolLayout,
         mut memory: SlabMemory,
         notes: &mut Vec<Fallback>,
     ) -> Result<Self, StoreError> {
-        let homes = memory.homes().count();
-        shape.first = shape.first.max(homes.min(shape.keep));
-        let extents = shape.limit * index(u64::from(shape.slab_extents));
+        let nodes = memory.nodes().count();
+        layout.first = layout.first.max(nodes.min(layout.keep));
+        let extents = layout.limit * index(u64::from(layout.slab_extents));
         let pool = Self {
-            shape,
-            slabs: (0..shape.limit).map(|_| OnceLock::new()).collect(),
+            layout,
+            slabs: (0..layout.limit).map(|_| OnceLock::new()).collect(),
             grown: AtomicUsize::new(0),
-            lives: Lives::new(extents, shape.slab_extents, homes),
-            hasty: AtomicU32::new(0),
+            refs: ExtentRefs::new(extents, layout.slab_extents, nodes),
+            inline_growth: AtomicU32::new(0),
             spare: AtomicU32::new(0),
             growing: Mutex::new(None),
         };
-        for position in 0..shape.first {
-            pool.add_slab(&mut memory, HomeId(position % homes))?;
+        for position in 0..layout.first {
+            pool.add_slab(&mut memory, NodeIndex(position % nodes))?;
         }
-        notes.extend(memory.notes(shape.first));
+        notes.extend(memory.notes(layout.first));
         *pool.growing.lock().unwrap_or_else(PoisonError::into_inner) = Some(memory);
         Ok(pool)
     }
 
-    /// Maps the next slab for `home`, and gives its extents out. One that was in use before is mapped, and whose it was.
-    fn add_slab(&self, memory: &mut SlabMemory, home: HomeId) -> Result<&Slab, StoreError> {
-        let slab = self.next_slab(memory, home)?;
+    /// Maps the next slab for `node`, and gives its extents out. One that was in use before is mapped, and whose it was.
+    fn add_slab(&self, memory: &mut SlabMemory, node: NodeIndex) -> Result<&Slab, StoreError> {
+        let slab = self.next_slab(memory, node)?;
         // A file that has no memory when it is touched is no error but a signal.
         if slab.memory().is_shared() {
             map::populate(&[slab.memory()])
-                .map_err(|errno| Self::no_memory(self.shape.slab_bytes(), errno))?;
+                .map_err(|errno| Self::no_memory(self.layout.slab_bytes(), errno))?;
         }
         self.open_slab();
         Ok(slab)
     }
 
-    fn next_slab(&self, memory: &mut SlabMemory, home: HomeId) -> Result<&Slab, StoreError> {
+    fn next_slab(&self, memory: &mut SlabMemory, node: NodeIndex) -> Result<&Slab, StoreError> {
         let place = &self.slabs[self.grown.load(Ordering::Relaxed)];
         if place.get().is_none() {
-            let bytes = self.shape.slab_bytes();
-            let slab = Slab::of_slots(memory, bytes, home)?;
+            let bytes = self.layout.slab_bytes();
+            let slab = Slab::of_slots(memory, bytes, node)?;
             assert!(place.set(slab).is_ok(), "slabs are added by one thread at a time");
         }
         Ok(place.get().expect("set above"))
@@ -208,112 +208,112 @@ impl Extents {
         let slab = self.slabs[position].get().expect("mapped before");
         slab.want(true);
         self.grown.store(position + 1, Ordering::Release);
-        self.lives.open_slab(position, slab.home());
+        self.refs.open_slab(position, slab.node());
     }
 
-    pub(super) fn slab_limit(&self) -> usize {
-        self.shape.limit
+    pub(crate) fn slab_limit(&self) -> usize {
+        self.layout.limit
     }
 
-    pub(super) fn slab(&self, position: usize) -> Option<&Slab> {
+    pub(crate) fn slab(&self, position: usize) -> Option<&Slab> {
         self.slabs.get(position)?.get()
     }
 
     /// The slabs in use.
-    pub(super) fn slabs(&self) -> impl Iterator<Item = &Slab> {
+    pub(crate) fn slabs(&self) -> impl Iterator<Item = &Slab> {
         let grown = self.grown.load(Ordering::Acquire);
         self.slabs[..grown].iter().filter_map(OnceLock::get)
     }
 
     /// The slab of an extent, and where the extent begins in it.
-    pub(super) fn locate(&self, extent: ExtentId) -> (SlabId, &Slab, u64) {
-        let position = index(u64::from(extent.0 / self.shape.slab_extents));
+    pub(crate) fn locate(&self, extent: ExtentId) -> (SlabId, &Slab, u64) {
+        let position = index(u64::from(extent.0 / self.layout.slab_extents));
         let slab = self.slab(position).expect("an extent's slab is there");
-        let begin = u64::from(extent.0 % self.shape.slab_extents) * EXTENT_BYTES;
+        let begin = u64::from(extent.0 % self.layout.slab_extents) * EXTENT_BYTES;
         (slab_id(position), slab, begin)
     }
 
     /// One page's bytes at byte `offset` of an extent.
-    pub(super) fn page(&self, extent: ExtentId, offset: u64) -> Span<'_> {
+    pub(crate) fn page(&self, extent: ExtentId, offset: u64) -> Span<'_> {
         let (_, slab, begin) = self.locate(extent);
         slab.memory().loose_span(begin + offset, 1)
     }
 
-    /// Takes a free extent, one of `home` where there is one, and holds it. Where there is none at all, makes some: slow, and
+    /// Takes a free extent, one of `node` where there is one, and holds it. Where there is none at all, makes some: slow, and
     /// counted.
     ///
     /// # Errors
     /// If there is no memory for more, or pages take twice what the guest has.
-    pub(super) fn take(&self, home: HomeId) -> Result<ExtentId, StoreError> {
+    pub(crate) fn take(&self, node: NodeIndex) -> Result<ExtentId, StoreError> {
         loop {
-            if let Some(extent) = self.lives.take(home) {
+            if let Some(extent) = self.refs.take(node) {
                 return Ok(extent);
             }
-            self.grow_in_haste(home)?;
+            self.grow_inline(node)?;
         }
     }
 
     /// `pages` pages live in a held extent from now on.
-    pub(super) fn add_living(&self, extent: ExtentId, pages: u32) {
-        self.lives.add(extent, pages);
+    pub(crate) fn add_living(&self, extent: ExtentId, pages: u32) {
+        self.refs.add(extent, pages);
     }
 
     /// As many pages as `count` are gone, or the holder.
-    pub(super) fn release(&self, extent: ExtentId, count: u32) {
-        self.lives.release(extent, count);
+    pub(crate) fn release(&self, extent: ExtentId, count: u32) {
+        self.refs.release(extent, count);
     }
 
-    /// Whether nothing lives in a held extent, so that its holder may begin again.
-    pub(super) fn is_empty(&self, extent: ExtentId) -> bool {
-        self.lives.is_empty(extent)
+    /// Whether nothing refs in a held extent, so that its holder may begin again.
+    pub(crate) fn is_empty(&self, extent: ExtentId) -> bool {
+        self.refs.is_empty(extent)
     }
 
     /// Whether the extent's slab retires, so that its holder should go on in another one.
-    pub(super) fn is_retiring(&self, extent: ExtentId) -> bool {
-        self.lives.is_retiring(extent)
+    pub(crate) fn is_retiring(&self, extent: ExtentId) -> bool {
+        self.refs.is_retiring(extent)
     }
 
     /// How many extents are in use.
     fn in_use(&self) -> u64 {
-        let idle = self.lives.free() + self.lives.parked();
+        let idle = self.refs.free() + self.refs.parked();
         self.total().saturating_sub(idle)
     }
 
     fn total(&self) -> u64 {
         u64::try_from(self.grown.load(Ordering::Relaxed)).unwrap_or(u64::MAX)
-            * u64::from(self.shape.slab_extents)
+            * u64::from(self.layout.slab_extents)
     }
 
     /// What is to be done for the checkpoints to come, asked when one is here whole: they shall find room for as many pages as
     /// this one has, and a quarter more.
-    pub(super) fn task(&self) -> PoolTask {
+    pub(crate) fn task(&self) -> PoolTask {
         let grown = self.grown.load(Ordering::Relaxed);
-        if self.lives.is_short() {
-            if grown < self.shape.keep {
+        if self.refs.is_short() {
+            if grown < self.layout.keep {
                 return PoolTask::Grow;
             }
-            self.lives.forget_borrowed();
+            self.refs.reset_borrowed();
         }
-        if self.lives.retiring_slab().is_some() {
+        if self.refs.retiring_slab().is_some() {
             return if self.has_retired() {
                 PoolTask::Shrink
             } else {
                 PoolTask::Nothing
             };
         }
-        let slab = self.shape.slab_extents;
-        if grown <= self.shape.first || self.lives.spare(grown - 1) < slab + slab / 2 {
+        let slab = self.layout.slab_extents;
+        if grown <= self.layout.first || self.refs.spare(grown - 1) < slab + slab / 2 {
             self.spare.store(0, Ordering::Relaxed);
         } else if self.spare.fetch_add(1, Ordering::Relaxed) >= SHRINK_AFTER {
             self.spare.store(0, Ordering::Relaxed);
-            self.lives.retire(grown - 1);
+            self.refs.retire(grown - 1);
         }
         PoolTask::Nothing
     }
 
     /// Whether nobody uses the slab that retires, not even a ring.
     fn has_retired(&self) -> bool {
-        let slab = self.lives.retiring_slab().filter(|_| self.lives.are_all_parked());
+        let slab = self.refs.retiring_slab().filter(|_| self.refs.are_all_parked());
         slab.and_then(|slab| self.slab(slab)).is_some_and(|slab| {
             slab.want(false);
             !slab.is_registered()
@@ -321,14 +321,14 @@ impl Extents {
     }
 
     /// Gives the memory of the slab that has retired back to the host.
-    pub(super) fn shrink(&self) {
+    pub(crate) fn shrink(&self) {
         let growing = self.growing.lock().unwrap_or_else(PoisonError::into_inner);
         if !self.has_retired() {
             return;
         }
         let last = self.grown.load(Ordering::Relaxed) - 1;
         self.grown.store(last, Ordering::Release);
-        self.lives.close_slab();
+        self.refs.close_slab();
         if let Some(slab) = self.slab(last) {
             slab.give_back();
         }
@@ -337,80 +337,80 @@ impl Extents {
 
     /// Takes the slab that retires back into use. True if there was one.
     fn revive(&self) -> bool {
-        let Some(slab) = self.lives.retiring_slab() else {
+        let Some(slab) = self.refs.retiring_slab() else {
             return false;
         };
         if let Some(slab) = self.slab(slab) {
             slab.want(true);
         }
-        self.lives.revive();
+        self.refs.revive();
         true
     }
 
-    /// Adds a slab whose memory is there, for the home that is shortest of extents.
+    /// Adds a slab whose memory is there, for the node that is shortest of extents.
     ///
     /// # Errors
     /// If there is no memory for it.
-    pub(super) fn grow(&self) -> Result<(), StoreError> {
+    pub(crate) fn grow(&self) -> Result<(), StoreError> {
         let mut growing = self.growing.lock().unwrap_or_else(PoisonError::into_inner);
-        if self.revive() || self.grown.load(Ordering::Relaxed) >= self.shape.keep {
+        if self.revive() || self.grown.load(Ordering::Relaxed) >= self.layout.keep {
             return Ok(());
         }
         let memory = growing.as_mut().expect("set when the extents were mapped");
-        let slab = self.next_slab(memory, self.lives.shortest_home())?;
-        map::populate(&[slab.memory()]).map_err(|errno| Self::no_memory(self.shape.slab_bytes(), errno))?;
+        let slab = self.next_slab(memory, self.refs.shortest_node())?;
+        map::populate(&[slab.memory()]).map_err(|errno| Self::no_memory(self.layout.slab_bytes(), errno))?;
         // Whether memory can be locked was told of the first slabs.
-        drop(resident::lock(std::iter::once(slab.memory())));
+        drop(mlock::lock(std::iter::once(slab.memory())));
         self.open_slab();
         Ok(())
     }
 
     /// A slab for pages that are waiting in a socket: the kernel finds its memory while it receives.
-    fn grow_in_haste(&self, home: HomeId) -> Result<(), StoreError> {
+    fn grow_inline(&self, node: NodeIndex) -> Result<(), StoreError> {
         let mut growing = self.growing.lock().unwrap_or_else(PoisonError::into_inner);
         // Somebody else was faster, or there is one that was to go.
-        if self.lives.free() > 0 || self.revive() {
+        if self.refs.free() > 0 || self.revive() {
             return Ok(());
         }
-        if self.grown.load(Ordering::Relaxed) == self.shape.limit {
+        if self.grown.load(Ordering::Relaxed) == self.layout.limit {
             return Err(StoreError::PoolFull {
                 mib: self.used().bytes >> 20,
             });
         }
         let memory = growing.as_mut().expect("set when the extents were mapped");
-        self.add_slab(memory, home)?;
-        self.hasty.fetch_add(1, Ordering::Relaxed);
+        self.add_slab(memory, node)?;
+        self.inline_growth.fetch_add(1, Ordering::Relaxed);
         Ok(())
     }
 
-    pub(super) fn used(&self) -> PoolUse {
+    pub(crate) fn used(&self) -> PoolUse {
         let extents = self.total();
         PoolUse {
             bytes: u64::try_from(self.grown.load(Ordering::Relaxed)).unwrap_or(u64::MAX)
-                * self.shape.slab_bytes(),
+                * self.layout.slab_bytes(),
             free_extents: extents - self.in_use(),
             extents,
-            hasty_slabs: u64::from(self.hasty.load(Ordering::Relaxed)),
+            inline_growth: u64::from(self.inline_growth.load(Ordering::Relaxed)),
         }
     }
 }
 
 /// Where its holder goes on in an extent.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub(super) struct Cursor {
+pub(crate) struct Cursor {
     held: Option<(u32, u32)>,
 }
 
 impl Cursor {
     /// An extent and the first of `slots` slots in it, which nobody else has. They stay the holder's to fill until
-    /// [`Self::advance`] says that pages have arrived in them, or the next claim. `home` is where the holder is now.
+    /// [`Self::advance`] says that pages have arrived in them, or the next claim. `node` is where the holder is now.
     ///
     /// # Errors
     /// See [`Extents::take`].
-    pub(super) fn claim(
+    pub(crate) fn reserve(
         &mut self,
         extents: &Extents,
-        home: HomeId,
+        node: NodeIndex,
         slots: u32,
     ) -> Result<(ExtentId, u32), StoreError> {
         debug_assert!(slots <= EXTENT_SLOTS, "a packet and a header");
@@ -419,8 +419,7 @@ impl Cursor {
             let is_empty = extents.is_empty(extent);
             let used = if is_empty { 0 } else { used };
             // Where it begins again, it may as well go elsewhere.
-            let should_leave =
-                is_empty && (extents.is_retiring(extent) || !extents.lives.is_of(extent, home));
+            let should_leave = is_empty && (extents.is_retiring(extent) || !extents.refs.is_of(extent, node));
             if used + slots <= EXTENT_SLOTS && !should_leave {
                 self.held = Some((extent.0, used));
                 return Ok((extent, used));
@@ -428,13 +427,13 @@ impl Cursor {
             self.held = None;
             extents.release(extent, 1);
         }
-        let extent = extents.take(home)?;
+        let extent = extents.take(node)?;
         self.held = Some((extent.0, 0));
         Ok((extent, 0))
     }
 
     /// Pages have arrived in the first `pages` slots that were claimed last.
-    pub(super) fn advance(&mut self, extents: &Extents, pages: u32) -> ExtentId {
+    pub(crate) fn advance(&mut self, extents: &Extents, pages: u32) -> ExtentId {
         let (extent, used) = self.held.as_mut().expect("claimed before");
         let extent = ExtentId(*extent);
         extents.add_living(extent, pages);
@@ -443,29 +442,29 @@ impl Cursor {
     }
 
     /// Gives the extent up if nothing is in it and its slab retires: its holder may have nothing to fill for a long time.
-    pub(super) fn rest(&mut self, extents: &Extents) {
+    pub(crate) fn idle(&mut self, extents: &Extents) {
         let held = self.held.map(|(extent, _)| ExtentId(extent));
         if held.is_some_and(|extent| extents.is_retiring(extent) && extents.is_empty(extent)) {
-            self.put_back(extents);
+            self.release(extents);
         }
     }
 
     /// Gives the extent up.
-    pub(super) fn put_back(&mut self, extents: &Extents) {
+    pub(crate) fn release(&mut self, extents: &Extents) {
         if let Some((extent, _)) = self.held.take() {
             extents.release(ExtentId(extent), 1);
         }
     }
 
     /// As one word, for a cursor that is found through a shared reference but has one user.
-    pub(super) fn pack(self) -> u64 {
+    pub(crate) fn pack(self) -> u64 {
         self.held.map_or(0, |(extent, used)| {
             (u64::from(extent) + 1) << 16 | u64::from(used)
         })
     }
 
     /// The opposite of [`Self::pack`].
-    pub(super) fn unpack(word: u64) -> Self {
+    pub(crate) fn unpack(word: u64) -> Self {
         let part = |value: u64| u32::try_from(value).expect("packed from 32 bits");
         let held = (word >> 16)
             .checked_sub(1)

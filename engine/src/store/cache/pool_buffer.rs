@@ -6,15 +6,17 @@
 //! extent like one of a packet.
 //!
 //! Contract: as that of `ring::Staging`. `space` is asked for only while no receive into it is posted, and bytes behind
-//! `filled` are never read. Bytes before `filled` are written by nobody as long as the extent is held, which the window
+//! `filled` are never read. Bytes before `filled` are written by nobody as long as the extent is held, which the buffer
 //! does; so what Rust sees as a slice and what the kernel writes never overlap, and the flush beside it only reads.
 
-use super::extents::{EXTENT_BYTES, Extents};
-use super::homes::HomeId;
-use super::lives::ExtentId;
-use super::map::index;
-use super::slab::SlabId;
-use super::{Store, StoreError};
+#![expect(unsafe_code, reason = "a buffer that the kernel fills is lent as a slice")]
+
+use crate::store::cache::extent_refs::ExtentId;
+use crate::store::cache::extents::{EXTENT_BYTES, Extents};
+use crate::store::memory::map::index;
+use crate::store::memory::numa::NodeIndex;
+use crate::store::memory::slab::SlabId;
+use crate::store::{Store, StoreError};
 use crate::units::{PAGE_BYTES, PAGE_SIZE};
 use std::cell::Cell;
 use std::sync::Arc;
@@ -23,25 +25,25 @@ use std::sync::Arc;
 /// receives are not of single records.
 const SPACE_MIN: usize = 4 * PAGE_SIZE;
 
-/// Where a page lies that a window received.
+/// Where a page lies that a buffer received.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Arrived {
-    pub(super) extent: ExtentId,
+pub(crate) struct BufferedPage {
+    pub(crate) extent: ExtentId,
     /// Byte offset in the extent, of any alignment.
-    pub(super) offset: u64,
+    pub(crate) offset: u64,
 }
 
 /// See the module.
-pub struct Window {
+pub struct PoolBuffer {
     store: Arc<Store>,
     extent: ExtentId,
-    home: HomeId,
+    node: NodeIndex,
     pos: Cell<usize>,
     filled: usize,
 }
 
-impl Window {
-    /// An empty window, if the store's pages can stay where they arrive. `shard` is that of the thread that will fill it.
+impl PoolBuffer {
+    /// An empty buffer, if the store's pages can stay where they arrive. `shard` is that of the thread that will fill it.
     ///
     /// # Errors
     /// If there is no memory for it.
@@ -49,10 +51,10 @@ impl Window {
         let Some(extents) = store.extents() else {
             return Ok(None);
         };
-        let home = store.cache.home(shard);
+        let node = store.cache.node(shard);
         Ok(Some(Self {
-            extent: extents.take(home)?,
-            home,
+            extent: extents.take(node)?,
+            node,
             store: store.clone(),
             pos: Cell::new(0),
             filled: 0,
@@ -81,7 +83,7 @@ impl Window {
     pub fn bytes(&self) -> &[u8] {
         let pos = self.pos.get();
         // SAFETY: pos <= filled <= EXTENT_BYTES always, and the extent lies in a slab of the store that this holds. Bytes
-        // below `filled` are written by nobody while this borrow lives: the window holds the extent, `space`, which moves
+        // below `filled` are written by nobody while this borrow lives: the buffer holds the extent, `space`, which moves
         // on, needs `&mut self`, and the kernel was given memory behind `filled` only.
         unsafe { std::slice::from_raw_parts(self.base().add(pos), self.filled - pos) }
     }
@@ -98,12 +100,12 @@ impl Window {
     /// Where a page lies that is part of what has arrived.
     ///
     /// # Panics
-    /// If it does not lie in this window.
-    pub(super) fn locate(&self, page: &[u8; PAGE_SIZE]) -> Arrived {
+    /// If it does not lie in this buffer.
+    pub(crate) fn locate(&self, page: &[u8; PAGE_SIZE]) -> BufferedPage {
         let offset = page.as_ptr().addr().checked_sub(self.base().addr());
         let offset = offset.filter(|offset| offset + PAGE_SIZE <= self.filled);
-        let offset = offset.expect("the page is a part of this window's bytes");
-        Arrived {
+        let offset = offset.expect("the page is a part of this buffer's bytes");
+        BufferedPage {
             extent: self.extent,
             offset: u64::try_from(offset).expect("an offset in an extent"),
         }
@@ -140,7 +142,7 @@ impl Window {
 
     /// Goes on in another extent, with what was not consumed.
     fn move_on(&mut self) -> Result<(), StoreError> {
-        let next = self.extents().take(self.home)?;
+        let next = self.extents().take(self.node)?;
         let (pos, rest) = (self.pos.get(), self.filled - self.pos.get());
         // SAFETY: `rest` bytes of this extent that nobody writes, to the beginning of one that was taken just now, so that
         // nobody else uses it; both are EXTENT_BYTES long, and they are different.
@@ -153,7 +155,7 @@ impl Window {
     }
 }
 
-impl Drop for Window {
+impl Drop for PoolBuffer {
     fn drop(&mut self) {
         self.extents().release(self.extent, 1);
     }

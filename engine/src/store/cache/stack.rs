@@ -5,14 +5,14 @@
 //! that was popped and pushed again between a thread's look and its exchange is noticed.
 #![forbid(unsafe_code)]
 
-use super::map::index;
+use crate::store::memory::map::index;
 use crate::sync::{AtomicU32, AtomicU64, Ordering};
 
 /// The number above it on the stack, plus one: 0 is the end.
-pub(super) type Link = AtomicU32;
+pub(crate) type Link = AtomicU32;
 
 /// See the module.
-pub(super) struct FreeStack {
+pub(crate) struct FreeStack {
     /// Changes so far in the upper half, the top number plus one in the lower.
     head: AtomicU64,
 }
@@ -31,14 +31,14 @@ fn link(links: &[Link], number: u32) -> &Link {
 }
 
 impl FreeStack {
-    pub(super) fn new() -> Self {
+    pub(crate) fn new() -> Self {
         Self {
             head: AtomicU64::new(0),
         }
     }
 
     /// Whoever pops the number sees what this thread did before.
-    pub(super) fn push(&self, number: u32, links: &[Link]) {
+    pub(crate) fn push(&self, number: u32, links: &[Link]) {
         let mut head = self.head.load(Ordering::Relaxed);
         loop {
             let below = top(head).map_or(0, |top| top + 1);
@@ -54,7 +54,7 @@ impl FreeStack {
         }
     }
 
-    pub(super) fn pop(&self, links: &[Link]) -> Option<u32> {
+    pub(crate) fn pop(&self, links: &[Link]) -> Option<u32> {
         let mut head = self.head.load(Ordering::Acquire);
         loop {
             let number = top(head)?;

@@ -20,7 +20,7 @@
 //! Non-temporal stores are not ordered by a release: whoever used [`CopyMethod::NonTemporal`] calls [`fence`]
 //! before it tells another thread.
 
-use super::map::Span;
+use crate::store::memory::map::Span;
 use crate::units::PAGE_SIZE;
 
 /// How pages are copied to the RAM image.
@@ -34,7 +34,7 @@ pub enum CopyMethod {
 }
 
 /// Copies `source` to `target`, which are equally long.
-pub(super) fn copy(target: Span<'_>, source: Span<'_>, method: CopyMethod) {
+pub(crate) fn copy(target: Span<'_>, source: Span<'_>, method: CopyMethod) {
     assert_eq!(
         target.pages(),
         source.pages(),
@@ -51,12 +51,12 @@ pub(super) fn copy(target: Span<'_>, source: Span<'_>, method: CopyMethod) {
 }
 
 /// Orders the non-temporal stores of this thread before everything it stores afterwards.
-pub(super) fn fence() {
+pub(crate) fn fence() {
     arch::fence();
 }
 
 /// Fills one page from ordinary memory.
-pub(super) fn fill(target: Span<'_>, bytes: &[u8; PAGE_SIZE]) {
+pub(crate) fn fill(target: Span<'_>, bytes: &[u8; PAGE_SIZE]) {
     let target = target.first(1);
     // SAFETY: the span is a mapped page.
     unsafe { arch::fill(target.start(), bytes) }
@@ -64,20 +64,20 @@ pub(super) fn fill(target: Span<'_>, bytes: &[u8; PAGE_SIZE]) {
 
 /// What a kernel does for a receive.
 #[cfg(test)]
-pub(super) fn fill_bytes(to: *mut u8, bytes: &[u8]) {
+pub(crate) fn fill_bytes(to: *mut u8, bytes: &[u8]) {
     // SAFETY: the tests give memory of a window's space, at least as long, which nobody else uses.
     unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), to, bytes.len()) }
 }
 
 /// Reads one page to ordinary memory.
-pub(super) fn read(source: Span<'_>, bytes: &mut [u8; PAGE_SIZE]) {
+pub(crate) fn read(source: Span<'_>, bytes: &mut [u8; PAGE_SIZE]) {
     let source = source.first(1);
     // SAFETY: the span is a mapped page.
     unsafe { arch::read(source.start(), bytes) }
 }
 
 /// Makes a span all zeros, writing only if it is not yet.
-pub(super) fn zero(target: Span<'_>) {
+pub(crate) fn zero(target: Span<'_>) {
     if !is_zero(target) {
         // SAFETY: mapped pages of that length, as `Span` promises.
         unsafe { arch::zero(target.start(), target.bytes()) }
@@ -85,7 +85,7 @@ pub(super) fn zero(target: Span<'_>) {
 }
 
 /// Whether a span was all zeros when it was looked at.
-pub(super) fn is_zero(span: Span<'_>) -> bool {
+pub(crate) fn is_zero(span: Span<'_>) -> bool {
     // SAFETY: mapped pages of that length, as `Span` promises.
     unsafe { arch::is_zero(span.start(), span.bytes()) }
 }
@@ -102,21 +102,21 @@ mod x86_64 {
 
     /// # Safety
     /// A page at `to` can be written.
-    pub(super) unsafe fn fill(to: *mut u8, bytes: &[u8; PAGE_SIZE]) {
+    pub(crate) unsafe fn fill(to: *mut u8, bytes: &[u8; PAGE_SIZE]) {
         // SAFETY: the caller vouches for `to`; `bytes` is as long and ordinary memory.
         unsafe { copy(to, bytes.as_ptr(), PAGE_SIZE) }
     }
 
     /// # Safety
     /// A page at `from` can be read.
-    pub(super) unsafe fn read(from: *const u8, bytes: &mut [u8; PAGE_SIZE]) {
+    pub(crate) unsafe fn read(from: *const u8, bytes: &mut [u8; PAGE_SIZE]) {
         // SAFETY: the caller vouches for `from`; `bytes` is as long and the caller's alone.
         unsafe { copy(bytes.as_mut_ptr(), from, PAGE_SIZE) }
     }
 
     /// # Safety
     /// `length` bytes at `from` can be read and at `to` be written; they do not overlap.
-    pub(super) unsafe fn copy(to: *mut u8, from: *const u8, length: usize) {
+    pub(crate) unsafe fn copy(to: *mut u8, from: *const u8, length: usize) {
         // SAFETY: memcpy by the C calling convention, all of whose scratch registers are given as clobbered; the
         // caller upholds memcpy's own rules.
         unsafe {
@@ -133,7 +133,7 @@ mod x86_64 {
 
     /// # Safety
     /// As [`copy`]; `length` is a positive multiple of 256, and `to` is aligned to 64.
-    pub(super) unsafe fn copy_non_temporal(to: *mut u8, from: *const u8, length: usize) {
+    pub(crate) unsafe fn copy_non_temporal(to: *mut u8, from: *const u8, length: usize) {
         // SAFETY: handed on; the instruction set asked for was found.
         unsafe {
             if is_x86_feature_detected!("avx512f") {
@@ -189,14 +189,14 @@ mod x86_64 {
     streaming_copy!(copy_avx2, "32", "vmovdqu", "vmovntdq", "ymm", "vzeroupper");
     streaming_copy!(copy_sse2, "16", "movdqu", "movntdq", "xmm", "");
 
-    pub(super) fn fence() {
+    pub(crate) fn fence() {
         // SAFETY: orders stores, nothing else.
         unsafe { asm!("sfence", options(nostack, preserves_flags)) }
     }
 
     /// # Safety
     /// `length` bytes at `to` can be written.
-    pub(super) unsafe fn zero(to: *mut u8, length: usize) {
+    pub(crate) unsafe fn zero(to: *mut u8, length: usize) {
         // SAFETY: the direction flag is clear on entry to an asm block; the caller vouches for the memory.
         unsafe {
             asm!(
@@ -211,7 +211,7 @@ mod x86_64 {
 
     /// # Safety
     /// `length` bytes at `from` can be read; `length` is a positive multiple of 64, `from` is aligned to 16.
-    pub(super) unsafe fn is_zero(from: *const u8, length: usize) -> bool {
+    pub(crate) unsafe fn is_zero(from: *const u8, length: usize) -> bool {
         let equal_bytes: u32;
         // SAFETY: the loop reads at most `length` bytes, which the caller vouches for; SSE2 is part of x86-64.
         unsafe {
@@ -242,7 +242,7 @@ mod x86_64 {
 
     #[cfg(test)]
     mod tests {
-        use crate::store::map::Mapping;
+        use crate::store::memory::map::Mapping;
         use crate::units::{PAGE_BYTES, PAGE_SIZE};
 
         #[test]
@@ -298,7 +298,7 @@ mod portable {
 
     /// # Safety
     /// A page at `to` can be written.
-    pub(super) unsafe fn fill(to: *mut u8, bytes: &[u8; PAGE_SIZE]) {
+    pub(crate) unsafe fn fill(to: *mut u8, bytes: &[u8; PAGE_SIZE]) {
         for (at, chunk) in bytes.as_chunks::<WORD>().0.iter().enumerate() {
             // SAFETY: a word of that page.
             unsafe { word(to.add(at * WORD)) }.store(u64::from_ne_bytes(*chunk), Ordering::Relaxed);
@@ -323,7 +323,7 @@ mod portable {
 
     /// # Safety
     /// A page at `from` can be read.
-    pub(super) unsafe fn read(from: *const u8, bytes: &mut [u8; PAGE_SIZE]) {
+    pub(crate) unsafe fn read(from: *const u8, bytes: &mut [u8; PAGE_SIZE]) {
         for (at, chunk) in bytes.as_chunks_mut::<WORD>().0.iter_mut().enumerate() {
             // SAFETY: a word of that page.
             *chunk = unsafe { load(from.add(at * WORD)) }.to_ne_bytes();
@@ -333,7 +333,7 @@ mod portable {
     /// # Safety
     /// `length` bytes at `from` can be read and at `to` be written; both are guest memory of whole words, and `to` is
     /// aligned to them.
-    pub(super) unsafe fn copy(to: *mut u8, from: *const u8, length: usize) {
+    pub(crate) unsafe fn copy(to: *mut u8, from: *const u8, length: usize) {
         for at in (0..length).step_by(WORD) {
             // SAFETY: inside of what the caller vouches for.
             let (to, value) = unsafe { (word(to.add(at)), load(from.add(at))) };
@@ -341,15 +341,15 @@ mod portable {
         }
     }
 
-    pub(super) use copy as copy_non_temporal;
+    pub(crate) use copy as copy_non_temporal;
 
-    pub(super) fn fence() {
+    pub(crate) fn fence() {
         memory_fence(Ordering::Release);
     }
 
     /// # Safety
     /// `length` bytes at `to` can be written; `length` is a multiple of 8.
-    pub(super) unsafe fn zero(to: *mut u8, length: usize) {
+    pub(crate) unsafe fn zero(to: *mut u8, length: usize) {
         for at in (0..length).step_by(WORD) {
             // SAFETY: inside of what the caller vouches for.
             unsafe { word(to.add(at)) }.store(0, Ordering::Relaxed);
@@ -358,7 +358,7 @@ mod portable {
 
     /// # Safety
     /// `length` bytes at `from` can be read; `length` is a multiple of 8.
-    pub(super) unsafe fn is_zero(from: *const u8, length: usize) -> bool {
+    pub(crate) unsafe fn is_zero(from: *const u8, length: usize) -> bool {
         // SAFETY: inside of what the caller vouches for.
         let read = |at| unsafe { word(from.add(at)) }.load(Ordering::Relaxed);
         (0..length).step_by(WORD).all(|at| read(at) == 0)
@@ -368,7 +368,7 @@ mod portable {
     #[cfg(test)]
     #[test]
     fn they_do_what_their_names_say() {
-        use crate::store::map::Mapping;
+        use crate::store::memory::map::Mapping;
         use crate::units::PAGE_BYTES;
 
         let memory = Mapping::anonymous(3 * PAGE_BYTES).unwrap();
@@ -392,7 +392,7 @@ mod portable {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::store::map::Mapping;
+    use crate::store::memory::map::Mapping;
     use crate::units::PAGE_BYTES;
 
     #[test]

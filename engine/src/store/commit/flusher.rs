@@ -2,18 +2,18 @@
 //! small steps by whoever has nothing else to do.
 //!
 //! A [`Flush`] belongs to a store and is what its threads share; a [`Flusher`] is the helpers, which several stores
-//! share. Claims go through the plan in address order, so that the threads stay near each other and each writes runs.
+//! share. WorkQueue go through the plan in address order, so that the threads stay near each other and each writes runs.
 #![forbid(unsafe_code)]
 
-use super::cache::Cache;
-use super::claims::Claims;
-use super::copy::CopyMethod;
-use super::durable::Durable;
-use super::handover::{HandOver, Offer};
-use super::image::RamImage;
-use super::plan::Plan;
 use crate::canary::{self, Canary};
 use crate::host::pin;
+use crate::store::cache::Cache;
+use crate::store::commit::fork_join::{Fork, ForkJoin};
+use crate::store::commit::plan::Plan;
+use crate::store::commit::work_queue::WorkQueue;
+use crate::store::durable::record::DurableRecord;
+use crate::store::memory::copy::CopyMethod;
+use crate::store::memory::image::RamImage;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, RwLock, mpsc};
 use std::thread::JoinHandle;
@@ -21,12 +21,12 @@ use std::time::{Duration, Instant};
 use thiserror::Error;
 
 /// From how many dirty pages on helpers are woken inside of a commit: below that, waking one takes longer than it saves.
-const HELP_FROM_PAGES: u64 = 1000;
+const HELP_IN_COMMIT_FROM_PAGES: u64 = 1000;
 
 /// From how many pages on other cores may help after it, while a primary whose guest runs waits for the end. They take the
 /// slots out of the receiving core's cache, which costs the next checkpoint more than a few milliseconds of that
 /// waiting are worth; of 64 MiB little is in that cache.
-const INVITE_FROM_PAGES: u64 = if cfg!(test) { 4 } else { 16 << 10 };
+const HELP_AFTER_COMMIT_FROM_PAGES: u64 = if cfg!(test) { 4 } else { 16 << 10 };
 
 /// Words of the plan that a thread claims at a time: 16 to 1024 pages, between 5 µs and 0.5 ms of work.
 const CLAIM_WORDS: usize = 16;
@@ -59,20 +59,20 @@ pub enum FlushStep {
 }
 
 /// A store's flush in progress, or at rest.
-pub(super) struct Flush {
+pub(crate) struct Flush {
     image: Arc<RamImage>,
     cache: Arc<dyn Cache>,
     round: RwLock<Round>,
     /// Which words of the plan are claimed and done.
-    claims: Claims,
+    queue: WorkQueue,
     /// Whether cores that do not receive from this primary may take part.
-    invited: AtomicBool,
+    help_allowed: AtomicBool,
     /// A thread panicked in its part: the image may be torn.
     failed: AtomicBool,
     runs: AtomicU64,
     busy_ns: AtomicU64,
     /// Where it stands written that a flush has ended.
-    durable: Option<Arc<Durable>>,
+    durable: Option<Arc<DurableRecord>>,
 }
 
 /// What one flush is to do: written by the committing thread, then read by all.
@@ -84,18 +84,18 @@ struct Round {
 const NEVER_POISONED: &str = "a thread that panics in a flush ends the commit with a panic";
 
 impl Flush {
-    pub(super) fn new(
+    pub(crate) fn new(
         image: Arc<RamImage>,
         cache: Arc<dyn Cache>,
-        durable: Option<Arc<Durable>>,
+        durable: Option<Arc<DurableRecord>>,
     ) -> Arc<Self> {
         let (plan, method) = (Plan::default(), CopyMethod::NonTemporal);
         Arc::new(Self {
             image,
             cache,
             round: RwLock::new(Round { plan, method }),
-            claims: Claims::new(),
-            invited: AtomicBool::new(false),
+            queue: WorkQueue::new(),
+            help_allowed: AtomicBool::new(false),
             failed: AtomicBool::new(false),
             runs: AtomicU64::new(0),
             busy_ns: AtomicU64::new(0),
@@ -105,48 +105,48 @@ impl Flush {
 
     /// Begins a flush of what `plan_it` puts into the plan, and says how many pages that is. The caller holds the store's
     /// commit lock, and has settled the flush before, so there is one at a time.
-    pub(super) fn begin(&self, method: CopyMethod, plan_it: impl FnOnce(&mut Plan)) -> u64 {
+    pub(crate) fn begin(&self, method: CopyMethod, plan_it: impl FnOnce(&mut Plan)) -> u64 {
         debug_assert!(!self.is_open(), "one flush after the other");
         let mut round = self.round.write().expect(NEVER_POISONED);
         plan_it(&mut round.plan);
         round.method = method;
-        self.invited.store(false, Ordering::Relaxed);
+        self.help_allowed.store(false, Ordering::Relaxed);
         self.runs.store(0, Ordering::Relaxed);
         self.busy_ns.store(0, Ordering::Relaxed);
         if round.plan.len() == 0 {
             self.note_the_end();
         }
-        self.claims.open(round.plan.len());
+        self.queue.open(round.plan.len());
         round.plan.pages()
     }
 
     /// Whether there is something to copy, or being copied.
-    pub(super) fn is_open(&self) -> bool {
-        self.claims.is_open()
+    pub(crate) fn is_open(&self) -> bool {
+        self.queue.is_open()
     }
 
     /// Somebody waits for its end: lets other cores help if so much is left that they should. Says whether.
-    pub(super) fn invite(&self) -> bool {
+    pub(crate) fn allow_help(&self) -> bool {
         if !self.is_open() {
             return false;
         }
         let round = self.round.read().expect(NEVER_POISONED);
         let entries = round.plan.len() as u64;
-        let left = entries - self.claims.claimed(round.plan.len()) as u64;
+        let left = entries - self.queue.taken(round.plan.len()) as u64;
         // In proportion, as the plan's words hold different numbers of pages.
-        let invited = (round.plan.pages() * left).div_ceil(entries) >= INVITE_FROM_PAGES;
-        self.invited.store(invited, Ordering::Relaxed);
-        invited
+        let help_allowed = (round.plan.pages() * left).div_ceil(entries) >= HELP_AFTER_COMMIT_FROM_PAGES;
+        self.help_allowed.store(help_allowed, Ordering::Relaxed);
+        help_allowed
     }
 
     /// Begins a flush and does all of it, with the helpers where they are free.
-    pub(super) fn run(self: &Arc<Self>, flusher: &Flusher, plan_it: impl FnOnce(&mut Plan)) -> FlushReport {
+    pub(crate) fn run(self: &Arc<Self>, flusher: &Flusher, plan_it: impl FnOnce(&mut Plan)) -> FlushReport {
         let pages = self.begin(flusher.method, plan_it);
         let helpers = match pages {
-            ..HELP_FROM_PAGES => 0,
-            HELP_FROM_PAGES.. => flusher.share(self),
+            ..HELP_IN_COMMIT_FROM_PAGES => 0,
+            HELP_IN_COMMIT_FROM_PAGES.. => flusher.share(self),
         };
-        self.settle();
+        self.finish();
         FlushReport {
             pages,
             helpers,
@@ -155,7 +155,7 @@ impl Flush {
     }
 
     /// What was done since the last beginning.
-    pub(super) fn report(&self) -> FlushReport {
+    pub(crate) fn report(&self) -> FlushReport {
         FlushReport {
             pages: 0,
             runs: self.runs.load(Ordering::Relaxed),
@@ -165,7 +165,7 @@ impl Flush {
     }
 
     /// Whether a part of it panicked.
-    pub(super) fn has_failed(&self) -> bool {
+    pub(crate) fn has_failed(&self) -> bool {
         self.failed.load(Ordering::Acquire)
     }
 
@@ -173,7 +173,7 @@ impl Flush {
     ///
     /// # Panics
     /// If a part of it panicked, here or elsewhere: it will never be done.
-    pub(super) fn settle(&self) -> bool {
+    pub(crate) fn finish(&self) -> bool {
         while self.is_open() {
             assert!(!self.has_failed(), "a part of the flush panicked");
             match self.step(CLAIM_WORDS) {
@@ -187,13 +187,13 @@ impl Flush {
     }
 
     /// A small part of it, if there is one.
-    pub(super) fn small_step(&self) -> FlushStep {
+    pub(crate) fn small_step(&self) -> FlushStep {
         self.step(STEP_WORDS)
     }
 
     /// The same, for who helps: nothing if nobody has asked for it.
-    pub(super) fn helping_step(&self) -> FlushStep {
-        match self.invited.load(Ordering::Relaxed) {
+    pub(crate) fn help_step(&self) -> FlushStep {
+        match self.help_allowed.load(Ordering::Relaxed) {
             true => self.small_step(),
             false => FlushStep::Nothing,
         }
@@ -205,7 +205,7 @@ impl Flush {
         }
         let round = self.round.read().expect(NEVER_POISONED);
         let entries = round.plan.len();
-        let Some(claim) = self.claims.claim(words, entries) else {
+        let Some(claim) = self.queue.take(words, entries) else {
             return FlushStep::Nothing;
         };
         let started = Instant::now();
@@ -218,7 +218,7 @@ impl Flush {
         let busy = u64::try_from(started.elapsed().as_nanos()).unwrap_or(u64::MAX);
         self.runs.fetch_add(runs, Ordering::Relaxed);
         self.busy_ns.fetch_add(busy, Ordering::Relaxed);
-        if self.claims.finish(&claim, entries, || self.note_the_end()) {
+        if self.queue.finish(&claim, entries, || self.note_the_end()) {
             FlushStep::Last
         } else {
             FlushStep::Some
@@ -280,7 +280,7 @@ pub enum FlusherError {
 /// Parked threads that help commits of many pages, and how these copy. Shared by the stores of a receiver; a
 /// commit that finds the helpers busy with another's does its work alone.
 pub struct Flusher {
-    hand_over: Arc<HandOver<Arc<Flush>>>,
+    fork_join: Arc<ForkJoin<Arc<Flush>>>,
     helpers: Vec<JoinHandle<()>>,
     method: CopyMethod,
 }
@@ -291,9 +291,9 @@ impl Flusher {
     /// # Errors
     /// If a thread cannot be had, or not be pinned. Those started before then end.
     pub fn new(method: CopyMethod, helpers: usize, cores: &[usize]) -> Result<Self, FlusherError> {
-        let hand_over = Arc::new(HandOver::new());
+        let fork_join = Arc::new(ForkJoin::new());
         let mut flusher = Self {
-            hand_over,
+            fork_join,
             helpers: Vec::with_capacity(helpers),
             method,
         };
@@ -305,7 +305,7 @@ impl Flusher {
     }
 
     fn start(&mut self, helper: usize, core: Option<usize>) -> Result<(), FlusherError> {
-        let hand_over = self.hand_over.clone();
+        let fork_join = self.fork_join.clone();
         let (started, pinned) = mpsc::sync_channel(1);
         let life = move || {
             let ready = core.map_or(Ok(()), |core| pin(&[core]));
@@ -313,7 +313,7 @@ impl Flusher {
             // Nobody listens only if the thread that waits below is gone, and the process with it.
             let _ = started.send(ready);
             if on {
-                hand_over.help(|flush| flush.work());
+                fork_join.help(|flush| flush.work());
             }
         };
         let thread = std::thread::Builder::new().name(format!("flush-{helper}"));
@@ -328,24 +328,24 @@ impl Flusher {
     }
 
     /// How pages are copied.
-    pub(super) fn method(&self) -> CopyMethod {
+    pub(crate) fn method(&self) -> CopyMethod {
         self.method
     }
 
     /// Does all of `flush`, with the helpers where they are free; says how many came.
     fn share(&self, flush: &Arc<Flush>) -> usize {
-        let offer = match self.helpers.is_empty() {
+        let fork = match self.helpers.is_empty() {
             true => None,
-            false => self.hand_over.offer(flush),
+            false => self.fork_join.fork(flush),
         };
         flush.work();
-        offer.map_or(0, Offer::collect)
+        fork.map_or(0, Fork::join)
     }
 }
 
 impl Drop for Flusher {
     fn drop(&mut self) {
-        self.hand_over.close();
+        self.fork_join.close();
         for helper in self.helpers.drain(..) {
             // One that panicked has made its flush's owner panic already.
             drop(helper.join());
