@@ -5,4 +5,5 @@ pub mod command;
 pub mod hostile;
 pub mod lab;
 pub mod model;
+pub mod shrink;
 pub mod versus;

@@ -4,7 +4,7 @@
 use colo_ring::receiver::{Answer, ListenAddress, Receiver, ReceiverOptions, Request};
 use colo_ring::ring::BackendKind;
 use colo_ring::store::{HugePages, StoreOptions};
-use colo_ring_tests::capture::{Capture, write_capture_file};
+use colo_ring_tests::capture::{Capture, capture_file};
 use colo_ring_tests::command::{Scratch, run};
 use colo_ring_tests::model::Model;
 use serde_json::Value;
@@ -38,8 +38,8 @@ fn receiver() -> Receiver {
 /// Plays a capture and compares what the receiver has committed with the model.
 fn play(name: &str, pace: &[&str]) {
     let scratch = Scratch::new();
-    let file = scratch.file("session.cap");
-    write_capture_file(name, file.as_ref());
+    let file = capture_file(name);
+    let file = file.to_str().unwrap();
     let model = Model::of(&Capture::read(name));
     let receiver = receiver();
     let address = receiver.addresses()[0].to_string();
@@ -47,7 +47,7 @@ fn play(name: &str, pace: &[&str]) {
     let passes = PASSES.to_string();
     let played = run(&[
         &[
-            "replay", &file, "--to", &address, "--loop", &passes, "--json", "--out", &out,
+            "replay", file, "--to", &address, "--loop", &passes, "--json", "--out", &out,
         ],
         pace,
     ]
