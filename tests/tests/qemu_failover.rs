@@ -4,7 +4,6 @@
 //! `COLO_RING_FAILOVER_RUNS` makes more runs of every kind (1 otherwise), `COLO_RING_FAILOVER_SEED` kills at the
 //! instants of an earlier run.
 
-use std::io::Write;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
@@ -133,9 +132,10 @@ const HUGE_PAGES: u64 = 224;
 #[test]
 fn a_guest_in_huge_pages_lives_on() {
     if !nix::unistd::geteuid().is_root() {
-        // Past the test harness, which shows nothing of a test that passes.
-        let said = "SKIPPED a_guest_in_huge_pages_lives_on: a pool of huge pages and a hugetlbfs take root";
-        writeln!(std::io::stderr(), "{said}").expect("standard error");
+        colo_ring_skip::skip(
+            "a_guest_in_huge_pages_lives_on",
+            "a pool of huge pages and a hugetlbfs need root",
+        );
         return;
     }
     let before = huge_pages().expect("a pool of huge pages");

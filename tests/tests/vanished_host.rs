@@ -1,5 +1,5 @@
 //! A primary's host that vanishes without a word: no FIN, no reset, nothing answers any more. In a network namespace,
-//! which takes root and `ip` (iproute2); without root it says that it was skipped.
+//! which needs root and `ip` (iproute2).
 
 use colo_ring_tests::command::{RunningReceiver, Scratch, wrapped};
 use std::process::{Child, Command, Stdio};
@@ -68,7 +68,10 @@ impl Drop for OtherHost {
 #[test]
 fn a_vanished_host_is_noticed_and_told() {
     if !nix::unistd::geteuid().is_root() {
-        println!("SKIPPED: a network namespace takes root");
+        colo_ring_skip::skip(
+            "a_vanished_host_is_noticed_and_told",
+            "a network namespace needs root",
+        );
         return;
     }
     let (host, scratch) = (OtherHost::new(), Scratch::new());
