@@ -1,9 +1,11 @@
 //! The event loop of one core: drives its endpoints over a backend that posts receives and reports completions.
 //!
 //! Contract with the backend: each slot has at most one receive posted; its endpoint, and with it the plan, lives
-//! until that receive has completed, whatever happens to the session meanwhile. Nothing is allocated here once all
-//! endpoints are attached.
+//! until that receive has completed, whatever happens to the session meanwhile. If a core ends before that, because its
+//! backend has failed or a panic unwinds, the endpoint is leaked ([`Slots`]). Nothing is allocated here once all endpoints
+//! are attached.
 
+use super::slots::{Slot, Slots};
 use super::wake::CoreWake;
 use super::{Buffers, Endpoint, Loss, ReceivePlan};
 use crate::store::Slab;
@@ -92,31 +94,6 @@ impl Default for Inbox {
     }
 }
 
-struct Slot {
-    endpoint: Box<dyn Endpoint>,
-    posted: bool,
-    closing: bool,
-    /// What the last receive asked for.
-    asked: usize,
-    /// Whether that got less, and nothing was asked for since.
-    is_drained: bool,
-    /// Whether bytes gather before the next one.
-    is_resting: bool,
-}
-
-impl Slot {
-    fn new(endpoint: Box<dyn Endpoint>) -> Self {
-        Self {
-            endpoint,
-            posted: false,
-            closing: false,
-            asked: 0,
-            is_drained: false,
-            is_resting: false,
-        }
-    }
-}
-
 /// What of one guest's slabs is known to the ring.
 struct Registration {
     guest: u64,
@@ -150,7 +127,7 @@ pub(super) struct Core<B> {
     /// All cores of the plane, and which of them this is.
     peers: Arc<[Peer]>,
     position: usize,
-    slots: Vec<Option<Slot>>,
+    slots: Slots,
     registrations: Vec<Registration>,
     /// Completions that are to be handed on: here, so that none is lost in a panic.
     done: Vec<Completion>,
@@ -169,7 +146,7 @@ impl<B: Backend> Core<B> {
             backend,
             peers,
             position,
-            slots: Vec::new(),
+            slots: Slots::default(),
             registrations: Vec::new(),
             done: Vec::with_capacity(256),
             idle_turn: 0,
@@ -189,7 +166,12 @@ impl<B: Backend> Core<B> {
                     self.abandon(&error);
                     return Err(error);
                 }
-                Err(_) => self.close_all(),
+                Err(_) => {
+                    if let Err(error) = self.close_all() {
+                        self.abandon(&error);
+                        return Err(error);
+                    }
+                }
             }
         }
     }
@@ -248,14 +230,14 @@ impl<B: Backend> Core<B> {
 
     /// Whether it drives no endpoint.
     pub(super) fn is_empty(&self) -> bool {
-        self.slots.iter().all(Option::is_none)
+        self.slots.is_empty()
     }
 
     /// Lets the next endpoint that has some do a little of the work that can wait. False if none has.
     fn background_some(&mut self) -> bool {
         let count = self.slots.len();
         for turn in self.idle_turn..self.idle_turn + count {
-            let Some(slot) = self.slots[turn % count].as_mut() else {
+            let Some(slot) = self.slots.get_mut(turn % count) else {
                 continue;
             };
             if !slot.closing && slot.endpoint.background() {
@@ -266,33 +248,45 @@ impl<B: Backend> Core<B> {
         false
     }
 
-    /// The backend has failed: every session of this core ends. What is posted may still be written to, so those
-    /// endpoints and their memory are never freed.
+    /// The core ends: every session on it ends. What is posted may still be written to, so [`Slots`] leaks those endpoints
+    /// and their memory. A panic of one endpoint does not keep the others from their end.
     fn abandon(&mut self, error: &io::Error) {
         let failure = || Loss::Error(io::Error::new(error.kind(), error.to_string()));
         self.inbox().failed.store(true, Ordering::Release);
         while let Some(mut endpoint) = self.inbox().endpoints.pop() {
-            endpoint.lost(failure());
+            let _ = guarded(|| endpoint.lost(failure()));
+            let _ = guarded(|| drop(endpoint));
         }
-        for mut slot in self.slots.drain(..).flatten() {
-            slot.endpoint.lost(failure());
-            if slot.posted {
-                std::mem::forget(slot);
+        for index in 0..self.slots.len() {
+            if let Some(slot) = self.slots.get_mut(index)
+                && !slot.closing
+            {
+                let _ = guarded(|| slot.endpoint.lost(failure()));
             }
+            let _ = guarded(|| drop(self.slots.take(index)));
         }
     }
 
     /// An endpoint has panicked. Nobody knows in which state the guests of this core are, and no primary may be left
     /// waiting: their sessions end. What is posted completes, since its socket is shut down, and is dropped then.
-    fn close_all(&mut self) {
-        (self.warn)("a receiving thread panicked: the sessions on its core are ended".into());
+    ///
+    /// # Errors
+    /// If there is another panic meanwhile: some session may not have ended.
+    fn close_all(&mut self) -> io::Result<()> {
+        let warned =
+            guarded(|| (self.warn)("a receiving thread panicked: the sessions on its core are ended".into()));
+        let mut result = warned;
         for index in 0..self.slots.len() {
-            if let Some(slot) = self.slots[index].as_mut() {
-                let error = io::Error::other("its receiving thread panicked");
-                slot.endpoint.lost(Loss::Error(error));
-                self.go_on(index, ControlFlow::Break(()));
-            }
+            let closed = guarded(|| {
+                if let Some(slot) = self.slots.get_mut(index) {
+                    let error = io::Error::other("its receiving thread panicked");
+                    slot.endpoint.lost(Loss::Error(error));
+                    self.go_on(index, ControlFlow::Break(()));
+                }
+            });
+            result = result.and(closed);
         }
+        result
     }
 
     fn attach_new(&mut self) {
@@ -306,18 +300,13 @@ impl<B: Backend> Core<B> {
         let registration = self.registrations.iter().find(|r| r.guest == guest);
         let buffers = registration.map_or_else(Buffers::default, |r| r.registered);
         endpoint.attached(self.position, buffers);
-        let free = self.slots.iter().position(Option::is_none);
-        let index = free.unwrap_or_else(|| {
-            self.slots.push(None);
-            self.slots.len() - 1
-        });
-        self.slots[index] = Some(Slot::new(endpoint));
+        let index = self.slots.insert(endpoint);
         self.post(index);
     }
 
     fn completed(&mut self, completion: Completion) {
         let index = completion.slot;
-        let Some(slot) = self.slots[index].as_mut() else {
+        let Some(slot) = self.slots.get_mut(index) else {
             return;
         };
         slot.posted = false;
@@ -343,7 +332,7 @@ impl<B: Backend> Core<B> {
 
     fn resume_all(&mut self) {
         for index in 0..self.slots.len() {
-            let Some(slot) = self.slots[index].as_mut() else {
+            let Some(slot) = self.slots.get_mut(index) else {
                 continue;
             };
             if !slot.closing {
@@ -354,7 +343,7 @@ impl<B: Backend> Core<B> {
     }
 
     fn go_on(&mut self, index: usize, flow: ControlFlow<()>) {
-        let Some(slot) = self.slots[index].as_mut() else {
+        let Some(slot) = self.slots.get_mut(index) else {
             return;
         };
         if flow.is_break() {
@@ -390,7 +379,7 @@ impl<B: Backend> Core<B> {
     }
 
     fn post(&mut self, index: usize) {
-        let Some(slot) = self.slots[index].as_mut() else {
+        let Some(slot) = self.slots.get_mut(index) else {
             return;
         };
         if slot.posted || slot.is_resting {
@@ -417,7 +406,7 @@ impl<B: Backend> Core<B> {
         }
         self.rest = None;
         for index in 0..self.slots.len() {
-            if let Some(slot) = self.slots[index].as_mut()
+            if let Some(slot) = self.slots.get_mut(index)
                 && std::mem::take(&mut slot.is_resting)
             {
                 slot.is_drained = false;
@@ -433,11 +422,11 @@ impl<B: Backend> Core<B> {
 
     /// Takes an endpoint off this core; the last one of a guest takes the guest's buffers with it.
     fn detach(&mut self, index: usize) -> Option<Slot> {
-        let slot = self.slots[index].take()?;
+        let slot = self.slots.take(index)?;
         self.backend.forget(index, slot.endpoint.fd());
         let guest = slot.endpoint.guest();
         let others = |other: &Slot| other.endpoint.guest() == guest;
-        if !self.slots.iter().flatten().any(others)
+        if !self.slots.iter().any(others)
             && let Some(position) = self.registrations.iter().position(|r| r.guest == guest)
         {
             let registration = self.registrations.swap_remove(position);
@@ -461,7 +450,7 @@ impl<B: Backend> Core<B> {
             let registration = &mut self.registrations[position];
             let guest = registration.guest;
             let of_guest = |slot: &&mut Slot| slot.endpoint.guest() == guest;
-            let Some(slot) = self.slots.iter_mut().flatten().find(of_guest) else {
+            let Some(slot) = self.slots.iter_mut().find(of_guest) else {
                 continue;
             };
             let Buffers { first, count } = registration.registered;
@@ -490,7 +479,7 @@ impl<B: Backend> Core<B> {
                 continue;
             }
             let buffers = registration.registered;
-            let members = self.slots.iter_mut().flatten().filter(of_guest);
+            let members = self.slots.iter_mut().filter(of_guest);
             members.for_each(|slot| slot.endpoint.use_buffers(buffers));
             return true;
         }
@@ -498,7 +487,7 @@ impl<B: Backend> Core<B> {
     }
 
     fn find_new_guests(&mut self) {
-        for slot in self.slots.iter().flatten() {
+        for slot in self.slots.iter() {
             let (guest, limit) = (slot.endpoint.guest(), slot.endpoint.slab_limit());
             if limit == 0 || self.registrations.iter().any(|r| r.guest == guest) {
                 continue;
@@ -515,6 +504,12 @@ impl<B: Backend> Core<B> {
             });
         }
     }
+}
+
+/// Calls something that may panic, where more must be done after it.
+fn guarded(call: impl FnOnce()) -> io::Result<()> {
+    catch_unwind(AssertUnwindSafe(call))
+        .map_err(|_| io::Error::other("a receiving thread panicked repeatedly"))
 }
 
 #[cfg(all(test, not(loom), not(miri)))]

@@ -20,6 +20,7 @@ mod plane;
 mod receive;
 #[cfg(all(test, not(loom), not(miri)))]
 pub(crate) mod sim;
+mod slots;
 mod staging;
 mod threads;
 mod uring;

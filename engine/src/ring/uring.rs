@@ -2,8 +2,8 @@
 //!
 //! Contract: a posted receive belongs to the kernel until its completion is reaped; `user_data` is the slot's
 //! number, and a slot has one receive at a time, so no completion can be taken for another's. Every submission has
-//! exactly one completion: no multishot, no link, no skipped success. The ring is dropped only when nothing is
-//! posted (the core's loop ends when its last slot is empty).
+//! exactly one completion: no multishot, no link, no skipped success. When the ring is dropped, receives may still be
+//! posted (the core has failed): the kernel cancels them at a time of its own, so `core` leaks the memory they write to.
 //!
 //! What the kernel offers is tried, never guessed from its version:
 //!

@@ -8,6 +8,7 @@ use std::io::{Read, Write};
 use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
 use std::rc::Rc;
+use std::sync::atomic::AtomicUsize;
 use std::thread;
 use std::time::Duration;
 
@@ -183,4 +184,134 @@ fn bytes_gather_where_a_bulk_receive_has_emptied_the_socket() {
     backend.has_rested.set(true);
     core.turn().unwrap();
     assert_eq!((backend.posts.get(), core.is_busy()), (3, false));
+}
+
+/// What happens to an endpoint.
+#[derive(Clone, Default)]
+struct Fate {
+    losses: Arc<AtomicUsize>,
+    drops: Arc<AtomicUsize>,
+}
+
+/// Panics where the test says so. Its receives go to memory of its own.
+struct Doomed {
+    plan: Box<ReceivePlan>,
+    bytes: Box<[u8; 100]>,
+    fate: Fate,
+    panics_when_received: bool,
+    panics_when_lost: bool,
+    panics_when_dropped: bool,
+}
+
+impl Doomed {
+    fn new(fate: &Fate) -> Self {
+        Self {
+            plan: ReceivePlan::new(),
+            bytes: Box::new([0; 100]),
+            fate: fate.clone(),
+            panics_when_received: false,
+            panics_when_lost: false,
+            panics_when_dropped: false,
+        }
+    }
+}
+
+impl Drop for Doomed {
+    fn drop(&mut self) {
+        self.fate.drops.fetch_add(1, Ordering::Relaxed);
+        assert!(!self.panics_when_dropped, "meant by the test");
+    }
+}
+
+impl Endpoint for Doomed {
+    fn fd(&self) -> RawFd {
+        -1
+    }
+    fn guest(&self) -> u64 {
+        1
+    }
+    fn plan(&mut self) -> Option<&mut ReceivePlan> {
+        self.plan.clear();
+        self.plan.push(self.bytes.as_mut_ptr(), self.bytes.len());
+        Some(&mut self.plan)
+    }
+    fn received(&mut self, _bytes: usize) -> ControlFlow<()> {
+        assert!(!self.panics_when_received, "meant by the test");
+        ControlFlow::Continue(())
+    }
+    fn lost(&mut self, _loss: Loss) {
+        self.fate.losses.fetch_add(1, Ordering::Relaxed);
+        assert!(!self.panics_when_lost, "meant by the test");
+    }
+    fn resume(&mut self) -> ControlFlow<()> {
+        ControlFlow::Continue(())
+    }
+    fn attached(&mut self, _core: usize, _buffers: Buffers) {}
+    fn slab_limit(&self) -> usize {
+        0
+    }
+    fn slab(&self, _position: usize) -> Option<&Slab> {
+        None
+    }
+    fn use_buffers(&mut self, _buffers: Buffers) {}
+}
+
+/// The first endpoint panics when its receive has completed, and something of the clean-up behind it panics again. The
+/// second endpoint's receive is posted all the time.
+fn memory_survives(spoil: impl FnOnce(&mut Doomed), warn: Warn) {
+    let (first, second) = (Fate::default(), Fate::default());
+    let backend = Scripted::default();
+    let peers = Arc::new([Peer::new().unwrap()]);
+    let mut core = Core::new(backend.clone(), peers, 0, warn);
+    let mut doomed = Doomed::new(&first);
+    doomed.panics_when_received = true;
+    spoil(&mut doomed);
+    core.attach(Box::new(doomed));
+    core.attach(Box::new(Doomed::new(&second)));
+    backend.completes.set(Some(100));
+    let end = catch_unwind(AssertUnwindSafe(|| core.run()));
+    assert_eq!(
+        second.drops.load(Ordering::Relaxed),
+        0,
+        "the kernel still has the receive into its memory"
+    );
+    assert!(end.expect("a core ends without unwinding").is_err());
+    assert_eq!(second.losses.load(Ordering::Relaxed), 1);
+    assert_eq!(first.drops.load(Ordering::Relaxed), 1);
+}
+
+#[test]
+fn posted_memory_survives_a_panic_in_a_destructor() {
+    memory_survives(|doomed| doomed.panics_when_dropped = true, Arc::new(|_| {}));
+}
+
+#[test]
+fn posted_memory_survives_a_panic_in_lost_and_in_a_destructor() {
+    let spoil = |doomed: &mut Doomed| {
+        doomed.panics_when_lost = true;
+        doomed.panics_when_dropped = true;
+    };
+    memory_survives(spoil, Arc::new(|_| {}));
+}
+
+#[test]
+fn posted_memory_survives_a_panic_in_the_warning() {
+    memory_survives(|_| {}, Arc::new(|_| panic!("meant by the test")));
+}
+
+/// Whatever unwinds through a core, and whatever its endpoints' destructors do meanwhile.
+#[test]
+fn posted_memory_survives_the_drop_of_a_core() {
+    let (first, second) = (Fate::default(), Fate::default());
+    let peers = Arc::new([Peer::new().unwrap()]);
+    let mut core = Core::new(Scripted::default(), peers, 0, Arc::new(|_| {}));
+    let mut doomed = Doomed::new(&first);
+    doomed.panics_when_dropped = true;
+    core.attach(Box::new(doomed));
+    core.attach(Box::new(Doomed::new(&second)));
+    // Not posted any more, so it is dropped with the core.
+    core.slots.get_mut(0).unwrap().posted = false;
+    assert!(catch_unwind(AssertUnwindSafe(|| drop(core))).is_err());
+    let drops = |fate: &Fate| fate.drops.load(Ordering::Relaxed);
+    assert_eq!((drops(&first), drops(&second)), (1, 0));
 }

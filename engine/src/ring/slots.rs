@@ -1,0 +1,90 @@
+//! The connections of one core, by slot number.
+//!
+//! Contract: from the moment a receive is posted until its completion is taken, the kernel may write to the memory that
+//! the endpoint holds. So a slot with a posted receive never gives its endpoint away, and the table, when it is dropped,
+//! leaks such endpoints instead of dropping them: on every path on which a core ends, also while a panic unwinds.
+#![forbid(unsafe_code)]
+
+use super::Endpoint;
+
+/// One connection, and the state of its receive.
+pub(super) struct Slot {
+    pub(super) endpoint: Box<dyn Endpoint>,
+    /// Whether the kernel has a receive of it.
+    pub(super) posted: bool,
+    /// Whether it has ended, and is dropped when its receive has completed.
+    pub(super) closing: bool,
+    /// Bytes that the last receive asked for.
+    pub(super) asked: usize,
+    /// Whether that receive got less, and none was posted since.
+    pub(super) is_drained: bool,
+    /// Whether bytes gather before the next one.
+    pub(super) is_resting: bool,
+}
+
+impl Slot {
+    fn new(endpoint: Box<dyn Endpoint>) -> Self {
+        Self {
+            endpoint,
+            posted: false,
+            closing: false,
+            asked: 0,
+            is_drained: false,
+            is_resting: false,
+        }
+    }
+}
+
+/// All slots of a core. A number is used again when its slot has become free.
+#[derive(Default)]
+pub(super) struct Slots(Vec<Option<Slot>>);
+
+impl Slots {
+    /// One more than the highest number in use.
+    pub(super) fn len(&self) -> usize {
+        self.0.len()
+    }
+
+    pub(super) fn is_empty(&self) -> bool {
+        self.0.iter().all(Option::is_none)
+    }
+
+    pub(super) fn get_mut(&mut self, index: usize) -> Option<&mut Slot> {
+        self.0.get_mut(index)?.as_mut()
+    }
+
+    pub(super) fn iter(&self) -> impl Iterator<Item = &Slot> {
+        self.0.iter().flatten()
+    }
+
+    pub(super) fn iter_mut(&mut self) -> impl Iterator<Item = &mut Slot> {
+        self.0.iter_mut().flatten()
+    }
+
+    /// Takes a free slot for an endpoint. Returns its number.
+    pub(super) fn insert(&mut self, endpoint: Box<dyn Endpoint>) -> usize {
+        let free = self.0.iter().position(Option::is_none);
+        let index = free.unwrap_or_else(|| {
+            self.0.push(None);
+            self.0.len() - 1
+        });
+        self.0[index] = Some(Slot::new(endpoint));
+        index
+    }
+
+    /// Frees a slot. None if it is free already, or has a receive posted.
+    pub(super) fn take(&mut self, index: usize) -> Option<Slot> {
+        self.0.get_mut(index)?.take_if(|slot| !slot.posted)
+    }
+}
+
+impl Drop for Slots {
+    fn drop(&mut self) {
+        // Before any destructor runs: one that panics must not drop a slot that has a receive posted.
+        for slot in &mut self.0 {
+            if let Some(posted) = slot.take_if(|slot| slot.posted) {
+                std::mem::forget(posted);
+            }
+        }
+    }
+}
