@@ -68,7 +68,7 @@ impl Intake {
     pub(super) fn move_to_pool(&mut self, store: &Arc<Store>, shard: usize) -> Result<(), StoreError> {
         if let Self::Own(staging) = self
             && staging.bytes().is_empty()
-            && let Some(window) = PoolBuffer::open(store, shard)?
+            && let Some(window) = store.pool_buffer(shard)?
         {
             *self = Self::Pool(window);
         }

@@ -98,7 +98,7 @@ pub enum Phase {
 /// The memory of one guest. See the module.
 pub struct Store {
     committed: CommittedImage,
-    cache: Arc<dyn Cache>,
+    cache: Cache,
     colo: AtomicBool,
     dirty: DirtyBitmap,
     running_guest: Option<Arc<DirtyBitmap>>,
@@ -196,11 +196,11 @@ impl Store {
         };
         let memory = SlabMemory::new(options.hugepages, nodes.clone());
         let mut durable = None;
-        let cache: Arc<dyn Cache> = match options.cache {
+        let cache = match options.cache {
             CacheKind::Mirror => {
                 let mirror = Mirror::map(pages, granularity.mirror_slab_pages, memory, &mut notes)?;
                 notes.extend(populate(mirror.mappings().collect())?);
-                Arc::new(mirror)
+                Cache::Mirror(Arc::new(mirror))
             }
             CacheKind::Pool { max } => {
                 let shape = match granularity.pool_slab_extents {
@@ -222,7 +222,7 @@ impl Store {
                 };
                 let extents = Extents::map(shape, memory, &mut notes)?;
                 notes.extend(populate(extents.slabs().map(Slab::memory).collect())?);
-                Arc::new(Pool::new(extents, nodes, places, options.shards))
+                Cache::Pool(Arc::new(Pool::new(extents, nodes, places, options.shards)))
             }
         };
         let store = Self {
@@ -391,7 +391,7 @@ impl Store {
     }
 
     fn extents(&self) -> Option<&Extents> {
-        self.cache.pool()
+        self.cache.pool().map(|pool| pool.extents())
     }
 
     /// Ends the session: what was received since the last commit is dropped, nothing can be committed any more, and
@@ -403,8 +403,10 @@ impl Store {
         record.ended = true;
         let mut plan = Plan::default();
         self.dirty.take(&mut plan);
-        self.cache.drop_pages(&plan, 0..plan.len());
-        self.cache.release_cursors();
+        if let Some(pool) = self.cache.pool() {
+            pool.drop_pages(&plan, 0..plan.len());
+            pool.release_cursors();
+        }
         self.cache.give_back();
         if let (Some(files), Some(_)) = (&self.files, &self.durable) {
             files.remove(slab::SLAB_FILES);

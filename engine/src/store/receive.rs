@@ -47,13 +47,16 @@ impl Store {
     pub fn landed(&self, shard: usize, landing: &mut Landing) {
         match landing.phase {
             Phase::Precopy => {
-                for page in landing.pages() {
-                    self.cache.copy_from_image(*page, self.image());
+                if let Some(mirror) = self.cache.mirror() {
+                    let pages = landing.pages().iter();
+                    pages.for_each(|page| mirror.copy_from_image(*page, self.image()));
                 }
                 copy::fence();
             }
             Phase::Colo => {
-                self.cache.landed(landing);
+                if let Some(pool) = self.cache.pool() {
+                    pool.landed(landing);
+                }
                 let lost = usize::from(canary::is_set(Canary::LostMark));
                 self.dirty.mark_all(shard, &landing.pages()[lost..]);
             }
@@ -72,9 +75,18 @@ impl Store {
         slab.memory().copy_out(map::index(place.offset), out);
     }
 
+    /// Brings a page that precopy has put into the image to a mirror's slot.
+    fn mirror_from_image(&self, page: PageIndex) {
+        if let Some(mirror) = self.cache.mirror() {
+            mirror.copy_from_image(page, self.image());
+        }
+    }
+
     /// A channel's landing is used no more: what it holds of the pool is given back.
     pub fn release_landing(&self, landing: &mut Landing) {
-        self.cache.release_landing(landing);
+        if let Some(pool) = self.cache.pool() {
+            pool.release_landing(landing);
+        }
     }
 
     /// A page of zeros was received. `shard` is the calling thread's.
@@ -85,7 +97,7 @@ impl Store {
         match self.phase() {
             Phase::Precopy => {
                 copy::zero(self.image().span(PageRun::one(page)));
-                self.cache.copy_from_image(page, self.image());
+                self.mirror_from_image(page);
                 copy::fence();
             }
             Phase::Colo => {
@@ -107,7 +119,7 @@ impl Store {
         match self.phase() {
             Phase::Precopy => {
                 copy::fill(self.image().span(PageRun::one(page)), bytes);
-                self.cache.copy_from_image(page, self.image());
+                self.mirror_from_image(page);
                 copy::fence();
             }
             Phase::Colo => {
@@ -122,6 +134,16 @@ impl Store {
         Ok(())
     }
 
+    /// A receive buffer whose pages can stay where they arrive; none where the cache is a mirror. `shard` is that of the thread
+    /// that will fill it.
+    ///
+    /// # Errors
+    /// If there is no memory for it.
+    pub fn pool_buffer(&self, shard: usize) -> Result<Option<PoolBuffer>, StoreError> {
+        let pool = self.cache.pool();
+        pool.map(|pool| PoolBuffer::open(pool, shard)).transpose()
+    }
+
     /// A page has arrived in `buffer`, and stays there until it is flushed. `shard` is the calling thread's.
     ///
     /// # Panics
@@ -132,7 +154,7 @@ impl Store {
             Phase::Colo,
             "in precopy pages belong into the image"
         );
-        self.cache.adopt(page, buffer.locate(bytes));
+        buffer.adopt(page, bytes);
         self.dirty.mark(shard, page);
         self.received.insert_all(&[page]);
     }
@@ -167,7 +189,9 @@ impl Store {
 
     /// A channel may not use its landing for some time.
     pub fn idle_landing(&self, landing: &mut Landing) {
-        self.cache.idle_landing(landing);
+        if let Some(pool) = self.cache.pool() {
+            pool.idle_landing(landing);
+        }
     }
 
     /// Copies a page of the last committed checkpoint out.

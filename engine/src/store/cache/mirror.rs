@@ -2,16 +2,12 @@
 #![forbid(unsafe_code)]
 
 use crate::store::StoreError;
-use crate::store::cache::Cache;
-use crate::store::cache::extents::Extents;
 use crate::store::cache::landing::Landing;
-use crate::store::cache::pool_buffer::BufferedPage;
 use crate::store::commit::plan::{PageRun, Plan};
 use crate::store::memory::copy::{self, CopyMethod};
 use crate::store::memory::huge::Fallback;
 use crate::store::memory::image::RamImage;
 use crate::store::memory::map::{Mapping, Span, index};
-use crate::store::memory::numa::NodeIndex;
 use crate::store::memory::slab::{Slab, SlabMemory, slab_id};
 use crate::units::{PAGE_BYTES, PAGE_SIZE, PageIndex};
 use std::ops::Range;
@@ -60,9 +56,7 @@ impl Mirror {
         let slot = page.get() & ((1 << self.slab_shift) - 1);
         (index(slab), slot * PAGE_BYTES)
     }
-}
 
-impl Mirror {
     /// The slots of the pages of `run`, or of the first of them where they do not lie in one slab.
     fn slots(&self, run: PageRun) -> Span<'_> {
         let (slab, offset) = self.locate(run.first);
@@ -70,18 +64,20 @@ impl Mirror {
         let left = (slab.slot_bytes() - offset) / PAGE_BYTES;
         slab.memory().span(offset, run.pages.min(left))
     }
-}
 
-impl Cache for Mirror {
-    fn slab_limit(&self) -> usize {
+    pub(crate) fn slab_limit(&self) -> usize {
         self.slabs.len()
     }
 
-    fn slab(&self, position: usize) -> Option<&Slab> {
+    pub(crate) fn slab(&self, position: usize) -> Option<&Slab> {
         self.slabs.get(position)
     }
 
-    fn place(&self, _shard: usize, pages: &[PageIndex], landing: &mut Landing) -> Result<(), StoreError> {
+    pub(crate) fn slabs(&self) -> &[Slab] {
+        &self.slabs
+    }
+
+    pub(crate) fn place(&self, pages: &[PageIndex], landing: &mut Landing) {
         for page in pages {
             let (slab, offset) = self.locate(*page);
             let place = self.slabs[slab].memory().span(offset, 1);
@@ -91,35 +87,34 @@ impl Cache for Mirror {
             let memory = &self.slabs[usize::from(slab.0)];
             landing.set_header(slab, memory.header(landing.channel()), memory);
         }
-        Ok(())
     }
 
-    fn landed(&self, _landing: &mut Landing) {}
-
-    fn zero(&self, page: PageIndex) {
+    pub(crate) fn zero(&self, page: PageIndex) {
         copy::zero(self.slots(PageRun::one(page)));
     }
 
-    fn write(&self, _shard: usize, page: PageIndex, bytes: &[u8; PAGE_SIZE]) -> Result<(), StoreError> {
+    pub(crate) fn write(&self, page: PageIndex, bytes: &[u8; PAGE_SIZE]) {
         copy::fill(self.slots(PageRun::one(page)), bytes);
-        Ok(())
     }
 
-    fn adopt(&self, _page: PageIndex, _arrived: BufferedPage) {
-        unreachable!("a mirror gives out no window that a page could lie in");
-    }
-
-    fn read(&self, page: PageIndex, out: &mut [u8; PAGE_SIZE]) -> bool {
+    pub(crate) fn read(&self, page: PageIndex, out: &mut [u8; PAGE_SIZE]) {
         copy::read(self.slots(PageRun::one(page)), out);
-        true
     }
 
-    fn copy_from_image(&self, page: PageIndex, image: &RamImage) {
+    /// Copies a page that precopy has put into the image.
+    pub(crate) fn copy_from_image(&self, page: PageIndex, image: &RamImage) {
         let run = PageRun::one(page);
         copy::copy(self.slots(run), image.span(run), CopyMethod::NonTemporal);
     }
 
-    fn flush(&self, plan: &Plan, words: Range<usize>, image: &RamImage, method: CopyMethod) -> u64 {
+    /// See [`Cache::flush`](super::Cache::flush).
+    pub(crate) fn flush(
+        &self,
+        plan: &Plan,
+        words: Range<usize>,
+        image: &RamImage,
+        method: CopyMethod,
+    ) -> u64 {
         let mut pieces = 0;
         for mut run in plan.runs(words) {
             // It may cross blocks of the image and slabs of the cache.
@@ -133,25 +128,5 @@ impl Cache for Mirror {
         }
         copy::fence();
         pieces
-    }
-
-    fn drop_pages(&self, _plan: &Plan, _words: Range<usize>) {}
-
-    fn idle_landing(&self, _landing: &mut Landing) {}
-
-    fn release_landing(&self, _landing: &mut Landing) {}
-
-    fn release_cursors(&self) {}
-
-    fn pool(&self) -> Option<&Extents> {
-        None
-    }
-
-    fn node(&self, _shard: usize) -> NodeIndex {
-        NodeIndex::default()
-    }
-
-    fn give_back(&self) {
-        self.slabs.iter().for_each(Slab::give_back);
     }
 }

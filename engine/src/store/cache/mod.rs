@@ -1,7 +1,10 @@
-//! Where received pages wait for their commit: the placement of cache slots.
+//! Where received pages wait for their commit: the cache slots, in one of two placements.
 //!
-//! The store asks a [`Cache`] and nothing else, so that a placement is one file: [`crate::store::cache::mirror`], a slot for every
-//! page of the guest, and [`crate::store::cache::pool`], slots that are taken as pages arrive.
+//! [`mirror`] has a slot for every page of the guest; [`pool`] takes slots as pages arrive. On the path of a packet neither
+//! takes a lock or allocates.
+//!
+//! A page has **newest content** in the cache from its arrival until it is flushed, or dropped because it was not committed;
+//! a mirror has the newest content of every page at all times.
 #![deny(unsafe_code)]
 
 pub(crate) mod extent_refs;
@@ -13,77 +16,134 @@ pub(crate) mod pool_buffer;
 pub(crate) mod stack;
 
 use crate::store::StoreError;
-use crate::store::cache::extents::Extents;
 use crate::store::cache::landing::Landing;
-use crate::store::cache::pool_buffer::BufferedPage;
+use crate::store::cache::mirror::Mirror;
+use crate::store::cache::pool::Pool;
 use crate::store::commit::plan::Plan;
 use crate::store::memory::copy::CopyMethod;
 use crate::store::memory::image::RamImage;
-use crate::store::memory::numa::NodeIndex;
 use crate::store::memory::slab::Slab;
 use crate::units::{PAGE_SIZE, PageIndex};
 use std::ops::Range;
+use std::sync::Arc;
 
-/// A placement. On the way of a packet it takes no lock and allocates nothing.
-///
-/// A page has **newest content** here from the moment it was received until it is flushed, or dropped because it was
-/// not committed; a mirror has the newest content of every page at all times.
-pub(crate) trait Cache: Send + Sync {
-    /// Most slabs there can ever be.
-    fn slab_limit(&self) -> usize;
+/// The cache of a store, shared with its flush. What only one placement does is asked of that one.
+#[derive(Clone)]
+pub(crate) enum Cache {
+    Pool(Arc<Pool>),
+    Mirror(Arc<Mirror>),
+}
 
-    /// One slab, if it is there (yet). Once there, it stays for the cache's life.
-    fn slab(&self, position: usize) -> Option<&Slab>;
+impl Cache {
+    /// The pool, if the cache is one.
+    pub(crate) fn pool(&self) -> Option<&Arc<Pool>> {
+        match self {
+            Self::Pool(pool) => Some(pool),
+            Self::Mirror(_) => None,
+        }
+    }
 
-    /// Says where the pages of a packet are to land, and the header of the packet behind it. `shard` is the calling thread's.
+    /// The mirror, if the cache is one.
+    pub(crate) fn mirror(&self) -> Option<&Mirror> {
+        match self {
+            Self::Pool(_) => None,
+            Self::Mirror(mirror) => Some(mirror),
+        }
+    }
+
+    /// The most slabs that there can ever be.
+    pub(crate) fn slab_limit(&self) -> usize {
+        match self {
+            Self::Pool(pool) => pool.extents().slab_limit(),
+            Self::Mirror(mirror) => mirror.slab_limit(),
+        }
+    }
+
+    /// One slab, if it exists yet. It then stays for the life of the cache.
+    pub(crate) fn slab(&self, position: usize) -> Option<&Slab> {
+        match self {
+            Self::Pool(pool) => pool.extents().slab(position),
+            Self::Mirror(mirror) => mirror.slab(position),
+        }
+    }
+
+    /// Chooses where the pages of a packet land, and the header of the packet after it. `shard` is that of the calling thread.
     ///
     /// # Errors
     /// If there is no memory for them.
-    fn place(&self, shard: usize, pages: &[PageIndex], landing: &mut Landing) -> Result<(), StoreError>;
-
-    /// The places of `landing` are filled: they hold their pages' newest content now.
-    fn landed(&self, landing: &mut Landing);
+    pub(crate) fn place(
+        &self,
+        shard: usize,
+        pages: &[PageIndex],
+        landing: &mut Landing,
+    ) -> Result<(), StoreError> {
+        match self {
+            Self::Pool(pool) => pool.place(shard, pages, landing),
+            Self::Mirror(mirror) => {
+                mirror.place(pages, landing);
+                Ok(())
+            }
+        }
+    }
 
     /// A page of zeros is the newest content.
-    fn zero(&self, page: PageIndex);
+    pub(crate) fn zero(&self, page: PageIndex) {
+        match self {
+            Self::Pool(pool) => pool.zero(page),
+            Self::Mirror(mirror) => mirror.zero(page),
+        }
+    }
 
-    /// These bytes are the newest content. `shard` is the calling thread's.
+    /// `bytes` are the newest content. `shard` is that of the calling thread.
     ///
     /// # Errors
     /// If there is no memory for them.
-    fn write(&self, shard: usize, page: PageIndex, bytes: &[u8; PAGE_SIZE]) -> Result<(), StoreError>;
+    pub(crate) fn write(
+        &self,
+        shard: usize,
+        page: PageIndex,
+        bytes: &[u8; PAGE_SIZE],
+    ) -> Result<(), StoreError> {
+        match self {
+            Self::Pool(pool) => pool.write(shard, page, bytes),
+            Self::Mirror(mirror) => {
+                mirror.write(page, bytes);
+                Ok(())
+            }
+        }
+    }
 
-    /// A page that lies in one of this cache's windows is the newest content.
-    fn adopt(&self, page: PageIndex, arrived: BufferedPage);
+    /// Reads the newest content of a page and returns true, if the cache has it; otherwise the image has it.
+    pub(crate) fn read(&self, page: PageIndex, out: &mut [u8; PAGE_SIZE]) -> bool {
+        match self {
+            Self::Pool(pool) => pool.read(page, out),
+            Self::Mirror(mirror) => {
+                mirror.read(page, out);
+                true
+            }
+        }
+    }
 
-    /// Reads a page's newest content, if it is here; else the image has it.
-    fn read(&self, page: PageIndex, out: &mut [u8; PAGE_SIZE]) -> bool;
+    /// Copies the newest content of the pages of some words of a plan to the image, returns the number of copies made, and
+    /// frees the slots that are no longer needed. When it returns, every thread sees the copies.
+    pub(crate) fn flush(
+        &self,
+        plan: &Plan,
+        words: Range<usize>,
+        image: &RamImage,
+        method: CopyMethod,
+    ) -> u64 {
+        match self {
+            Self::Pool(pool) => pool.flush(plan, words, image, method),
+            Self::Mirror(mirror) => mirror.flush(plan, words, image, method),
+        }
+    }
 
-    /// A page of precopy has come to the image: a cache that mirrors it follows.
-    fn copy_from_image(&self, page: PageIndex, image: &RamImage);
-
-    /// Copies the newest content of the pages of some words of a plan to the image, in as many pieces as it says, and gives
-    /// back the slots that are no longer needed. When it returns, the copies are there for everybody to see.
-    fn flush(&self, plan: &Plan, words: Range<usize>, image: &RamImage, method: CopyMethod) -> u64;
-
-    /// Drops the newest content of pages: they were not committed.
-    fn drop_pages(&self, plan: &Plan, words: Range<usize>);
-
-    /// A channel may not use its landing for some time.
-    fn idle_landing(&self, landing: &mut Landing);
-
-    /// A channel's landing is used no more.
-    fn release_landing(&self, landing: &mut Landing);
-
-    /// Nothing is received any more.
-    fn release_cursors(&self);
-
-    /// Its extents, if it has any.
-    fn pool(&self) -> Option<&Extents>;
-
-    /// The node of a shard, whose extents are near to it.
-    fn node(&self, shard: usize) -> NodeIndex;
-
-    /// Gives the memory back to the host. Nothing may be asked of the cache afterwards.
-    fn give_back(&self);
+    /// Returns the memory to the host. The cache must not be used afterwards.
+    pub(crate) fn give_back(&self) {
+        match self {
+            Self::Pool(pool) => pool.extents().slabs().for_each(Slab::give_back),
+            Self::Mirror(mirror) => mirror.slabs().iter().for_each(Slab::give_back),
+        }
+    }
 }

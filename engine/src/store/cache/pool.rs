@@ -11,17 +11,14 @@
 
 use crate::killpoint;
 use crate::store::StoreError;
-use crate::store::cache::Cache;
 use crate::store::cache::extent_refs::ExtentId;
 use crate::store::cache::extents::{Cursor, EXTENT_BYTES, Extents};
 use crate::store::cache::landing::Landing;
-use crate::store::cache::pool_buffer::BufferedPage;
 use crate::store::commit::plan::{PageRun, Plan};
 use crate::store::memory::copy::{self, CopyMethod};
 use crate::store::memory::image::RamImage;
 use crate::store::memory::map::{Span, Words, index};
 use crate::store::memory::numa::{NodeIndex, NumaNodes};
-use crate::store::memory::slab::Slab;
 use crate::sync::{AtomicU64, Ordering};
 use crate::units::{PAGE_BYTES, PAGE_SIZE, PageIndex};
 use std::ops::Range;
@@ -135,18 +132,13 @@ impl Pool {
         let (_, slab, begin) = self.extents.locate(extent);
         slab.memory().loose_span(begin + offset, pages)
     }
-}
 
-impl Cache for Pool {
-    fn slab_limit(&self) -> usize {
-        self.extents.slab_limit()
-    }
-
-    fn slab(&self, position: usize) -> Option<&Slab> {
-        self.extents.slab(position)
-    }
-
-    fn place(&self, shard: usize, pages: &[PageIndex], landing: &mut Landing) -> Result<(), StoreError> {
+    pub(crate) fn place(
+        &self,
+        shard: usize,
+        pages: &[PageIndex],
+        landing: &mut Landing,
+    ) -> Result<(), StoreError> {
         let count = u32::try_from(pages.len()).expect("a packet's pages");
         let (extent, slot) = landing
             .cursor
@@ -160,7 +152,7 @@ impl Cache for Pool {
         Ok(())
     }
 
-    fn landed(&self, landing: &mut Landing) {
+    pub(crate) fn landed(&self, landing: &mut Landing) {
         let count = u32::try_from(landing.pages().len()).expect("a packet's pages");
         let extent = landing.cursor.advance(&self.extents, count);
         for (at, page) in (u64::from(landing.slot)..).zip(landing.pages()) {
@@ -168,11 +160,16 @@ impl Cache for Pool {
         }
     }
 
-    fn zero(&self, page: PageIndex) {
+    pub(crate) fn zero(&self, page: PageIndex) {
         self.supersede(page, Place::Zero);
     }
 
-    fn write(&self, shard: usize, page: PageIndex, bytes: &[u8; PAGE_SIZE]) -> Result<(), StoreError> {
+    pub(crate) fn write(
+        &self,
+        shard: usize,
+        page: PageIndex,
+        bytes: &[u8; PAGE_SIZE],
+    ) -> Result<(), StoreError> {
         // The shard is one thread's, and so is its cursor.
         let word = &self.cursors[shard].0;
         let mut cursor = Cursor::unpack(word.load(Ordering::Relaxed));
@@ -187,12 +184,13 @@ impl Cache for Pool {
         reserved.map(drop)
     }
 
-    fn adopt(&self, page: PageIndex, arrived: BufferedPage) {
-        self.extents.add_living(arrived.extent, 1);
-        self.supersede(page, Place::Slot(arrived.extent, arrived.offset));
+    /// The page at this byte of a held extent is the newest content.
+    pub(crate) fn adopt(&self, page: PageIndex, extent: ExtentId, offset: u64) {
+        self.extents.add_living(extent, 1);
+        self.supersede(page, Place::Slot(extent, offset));
     }
 
-    fn read(&self, page: PageIndex, out: &mut [u8; PAGE_SIZE]) -> bool {
+    pub(crate) fn read(&self, page: PageIndex, out: &mut [u8; PAGE_SIZE]) -> bool {
         match self.place_of(page) {
             Place::Image => return false,
             Place::Zero => out.fill(0),
@@ -201,9 +199,13 @@ impl Cache for Pool {
         true
     }
 
-    fn copy_from_image(&self, _page: PageIndex, _image: &RamImage) {}
-
-    fn flush(&self, plan: &Plan, words: Range<usize>, image: &RamImage, method: CopyMethod) -> u64 {
+    pub(crate) fn flush(
+        &self,
+        plan: &Plan,
+        words: Range<usize>,
+        image: &RamImage,
+        method: CopyMethod,
+    ) -> u64 {
         let mut pieces = 0;
         for mut run in plan.runs(words.clone()) {
             while run.pages > 0 {
@@ -219,7 +221,7 @@ impl Cache for Pool {
         pieces
     }
 
-    fn drop_pages(&self, plan: &Plan, words: Range<usize>) {
+    pub(crate) fn drop_pages(&self, plan: &Plan, words: Range<usize>) {
         for run in plan.runs(words) {
             for page in run.first.get()..run.end() {
                 self.supersede(PageIndex::new(page), Place::Image);
@@ -228,29 +230,28 @@ impl Cache for Pool {
         }
     }
 
-    fn release_cursors(&self) {
+    pub(crate) fn release_cursors(&self) {
         for cursor in &self.cursors {
             Cursor::unpack(cursor.0.swap(0, Ordering::Relaxed)).release(&self.extents);
         }
     }
 
-    fn idle_landing(&self, landing: &mut Landing) {
+    /// A channel will not use its landing for some time.
+    pub(crate) fn idle_landing(&self, landing: &mut Landing) {
         landing.cursor.idle(&self.extents);
     }
 
-    fn release_landing(&self, landing: &mut Landing) {
+    /// A channel will not use its landing any more.
+    pub(crate) fn release_landing(&self, landing: &mut Landing) {
         landing.cursor.release(&self.extents);
     }
 
-    fn pool(&self) -> Option<&Extents> {
-        Some(&self.extents)
+    pub(crate) fn extents(&self) -> &Extents {
+        &self.extents
     }
 
-    fn node(&self, shard: usize) -> NodeIndex {
+    /// The node of a shard, whose extents are near to it.
+    pub(crate) fn node_of_shard(&self, shard: usize) -> NodeIndex {
         self.nodes.of_shard(shard)
-    }
-
-    fn give_back(&self) {
-        self.extents.slabs().for_each(Slab::give_back);
     }
 }

@@ -11,13 +11,14 @@
 
 #![expect(unsafe_code, reason = "a buffer that the kernel fills is lent as a slice")]
 
+use crate::store::StoreError;
 use crate::store::cache::extent_refs::ExtentId;
 use crate::store::cache::extents::{EXTENT_BYTES, Extents};
+use crate::store::cache::pool::Pool;
 use crate::store::memory::map::index;
 use crate::store::memory::numa::NodeIndex;
 use crate::store::memory::slab::SlabId;
-use crate::store::{Store, StoreError};
-use crate::units::{PAGE_BYTES, PAGE_SIZE};
+use crate::units::{PAGE_BYTES, PAGE_SIZE, PageIndex};
 use std::cell::Cell;
 use std::sync::Arc;
 
@@ -25,17 +26,9 @@ use std::sync::Arc;
 /// receives are not of single records.
 const SPACE_MIN: usize = 4 * PAGE_SIZE;
 
-/// Where a page lies that a buffer received.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct BufferedPage {
-    pub(crate) extent: ExtentId,
-    /// Byte offset in the extent, of any alignment.
-    pub(crate) offset: u64,
-}
-
 /// See the module.
 pub struct PoolBuffer {
-    store: Arc<Store>,
+    pool: Arc<Pool>,
     extent: ExtentId,
     node: NodeIndex,
     pos: Cell<usize>,
@@ -43,26 +36,23 @@ pub struct PoolBuffer {
 }
 
 impl PoolBuffer {
-    /// An empty buffer, if the store's pages can stay where they arrive. `shard` is that of the thread that will fill it.
+    /// An empty buffer. `shard` is that of the thread that will fill it.
     ///
     /// # Errors
     /// If there is no memory for it.
-    pub fn open(store: &Arc<Store>, shard: usize) -> Result<Option<Self>, StoreError> {
-        let Some(extents) = store.extents() else {
-            return Ok(None);
-        };
-        let node = store.cache.node(shard);
-        Ok(Some(Self {
-            extent: extents.take(node)?,
+    pub(crate) fn open(pool: &Arc<Pool>, shard: usize) -> Result<Self, StoreError> {
+        let node = pool.node_of_shard(shard);
+        Ok(Self {
+            extent: pool.extents().take(node)?,
             node,
-            store: store.clone(),
+            pool: pool.clone(),
             pos: Cell::new(0),
             filled: 0,
-        }))
+        })
     }
 
     fn extents(&self) -> &Extents {
-        self.store.extents().expect("it had them when this was opened")
+        self.pool.extents()
     }
 
     fn base(&self) -> *mut u8 {
@@ -82,7 +72,7 @@ impl PoolBuffer {
     /// What has arrived and was not consumed.
     pub fn bytes(&self) -> &[u8] {
         let pos = self.pos.get();
-        // SAFETY: pos <= filled <= EXTENT_BYTES always, and the extent lies in a slab of the store that this holds. Bytes
+        // SAFETY: pos <= filled <= EXTENT_BYTES always, and the extent lies in a slab of the pool that this holds. Bytes
         // below `filled` are written by nobody while this borrow lives: the buffer holds the extent, `space`, which moves
         // on, needs `&mut self`, and the kernel was given memory behind `filled` only.
         unsafe { std::slice::from_raw_parts(self.base().add(pos), self.filled - pos) }
@@ -97,18 +87,16 @@ impl PoolBuffer {
         self.pos.set(self.pos.get() + count);
     }
 
-    /// Where a page lies that is part of what has arrived.
+    /// A page that is a part of [`Self::bytes`] is the newest content, where it lies.
     ///
     /// # Panics
     /// If it does not lie in this buffer.
-    pub(crate) fn locate(&self, page: &[u8; PAGE_SIZE]) -> BufferedPage {
-        let offset = page.as_ptr().addr().checked_sub(self.base().addr());
+    pub(crate) fn adopt(&self, page: PageIndex, bytes: &[u8; PAGE_SIZE]) {
+        let offset = bytes.as_ptr().addr().checked_sub(self.base().addr());
         let offset = offset.filter(|offset| offset + PAGE_SIZE <= self.filled);
         let offset = offset.expect("the page is a part of this buffer's bytes");
-        BufferedPage {
-            extent: self.extent,
-            offset: u64::try_from(offset).expect("an offset in an extent"),
-        }
+        let offset = u64::try_from(offset).expect("an offset in an extent");
+        self.pool.adopt(page, self.extent, offset);
     }
 
     /// The kernel has put `count` bytes into the space it was given.

@@ -61,7 +61,7 @@ pub enum FlushStep {
 /// A store's flush in progress, or at rest.
 pub(crate) struct Flush {
     image: Arc<RamImage>,
-    cache: Arc<dyn Cache>,
+    cache: Cache,
     round: RwLock<Round>,
     /// Which words of the plan are claimed and done.
     queue: WorkQueue,
@@ -84,11 +84,7 @@ struct Round {
 const NEVER_POISONED: &str = "a thread that panics in a flush ends the commit with a panic";
 
 impl Flush {
-    pub(crate) fn new(
-        image: Arc<RamImage>,
-        cache: Arc<dyn Cache>,
-        durable: Option<Arc<DurableRecord>>,
-    ) -> Arc<Self> {
+    pub(crate) fn new(image: Arc<RamImage>, cache: Cache, durable: Option<Arc<DurableRecord>>) -> Arc<Self> {
         let (plan, method) = (Plan::default(), CopyMethod::NonTemporal);
         Arc::new(Self {
             image,

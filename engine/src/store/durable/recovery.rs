@@ -142,7 +142,8 @@ impl RecoverableCheckpoint {
             SlabMemory::new(HugePages::Off, nodes.clone()),
             &mut Vec::new(),
         )?;
-        let cache = Arc::new(Pool::new(extents, nodes, Words::zeroed(0), 1));
+        let cache =
+            crate::store::cache::Cache::Pool(Arc::new(Pool::new(extents, nodes, Words::zeroed(0), 1)));
         let durable: Arc<DurableRecord> = Arc::from(self.durable);
         Ok(Store {
             flush: Flush::new(image.clone(), cache.clone(), Some(durable.clone())),

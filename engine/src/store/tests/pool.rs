@@ -109,7 +109,7 @@ fn what_is_held_is_given_back_at_the_end() {
     let mut landing = Landing::default();
     land(&store, 0, &[(1, 11), (2, 12)], &mut landing);
     store.write(1, page(3), &content(13)).unwrap();
-    let window = PoolBuffer::open(&store, 0).unwrap().unwrap();
+    let window = store.pool_buffer(0).unwrap().unwrap();
     store.commit(CheckpointId(0), &mut Vec::new(), &alone());
     land_more(&store, &mut landing);
     drop(window);
@@ -129,7 +129,7 @@ fn land_more(store: &Store, landing: &mut Landing) {
 #[test]
 fn pages_stay_where_a_window_received_them() {
     let store = Arc::new(pool());
-    let mut window = PoolBuffer::open(&store, 0).unwrap().unwrap();
+    let mut window = store.pool_buffer(0).unwrap().unwrap();
     let mut sent = 0;
     for at in 0..600 {
         // A record: five bytes, and the page.
