@@ -1,7 +1,8 @@
 //! The real command in surroundings of a test's choice: limits, filters, missing privileges.
 
 use crate::lab::command_under_test;
-use colo_ring_tools::synth::{Address, Distribution, SynthOptions, SynthPrimary, Version};
+use colo_ring_tools::net::Address;
+use colo_ring_tools::primary::{Distribution, SynthOptions, SynthPrimary, Version};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use serde_json::Value;

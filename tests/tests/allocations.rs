@@ -6,7 +6,7 @@
 use colo_ring::receiver::{Event, Receiver, ReceiverOptions};
 use colo_ring::ring::BackendKind;
 use colo_ring::store::{HugePages, StoreOptions};
-use colo_ring_tools::synth::{Distribution, SynthOptions, SynthPrimary, Version};
+use colo_ring_tools::primary::{Distribution, SynthOptions, SynthPrimary, Version};
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::cell::Cell;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};

@@ -12,7 +12,7 @@ use colo_ring::units::{BlockId, PAGE_SIZE};
 use colo_ring_tests::command::{RunningReceiver, Scratch, guest, wrapped};
 use colo_ring_tests::hostile::{BLOCKS, Cut, HostilePrimary, RAM, header};
 use colo_ring_tests::lab::SharedDirectory;
-use colo_ring_tools::synth::SynthPrimary;
+use colo_ring_tools::primary::SynthPrimary;
 use serde_json::{Value, json};
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::SocketAddr;

@@ -3,7 +3,8 @@
 
 use colo_ring_tests::command::{RunningReceiver, Scratch, guest, run, wrapped};
 use colo_ring_tests::hostile::{HostilePrimary, Link};
-use colo_ring_tools::synth::{Address, SynthOptions, SynthPrimary};
+use colo_ring_tools::net::Address;
+use colo_ring_tools::primary::{SynthOptions, SynthPrimary};
 use nix::libc;
 use nix::sys::signal::Signal;
 use seccompiler::{BpfProgram, SeccompAction, SeccompFilter, TargetArch};

@@ -5,7 +5,8 @@ use colo_ring::receiver::{
 };
 use colo_ring::ring::BackendKind;
 use colo_ring::store::{HugePages, StoreOptions};
-use colo_ring_tools::synth::{Address, Distribution, SynthOptions, SynthPrimary, Version};
+use colo_ring_tools::net::Address;
+use colo_ring_tools::primary::{Distribution, SynthOptions, SynthPrimary, Version};
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;

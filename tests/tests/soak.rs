@@ -2,7 +2,7 @@
 //! end is the primary's memory.
 
 use colo_ring_tests::command::{RunningReceiver, guest, wrapped};
-use colo_ring_tools::synth::{Distribution, Pattern, SynthOptions, SynthPrimary};
+use colo_ring_tools::primary::{Distribution, Pattern, SynthOptions, SynthPrimary};
 
 /// Checkpoints of the soak; `COLO_RING_SOAK` asks for more.
 const CHECKPOINTS: u64 = 10_000;

@@ -1,7 +1,7 @@
 //! A receiver that is killed, and what the next one with the same RAM directory makes of it.
 
 use colo_ring_tests::command::{RunningReceiver, guest, wrapped};
-use colo_ring_tools::synth::{SynthOptions, SynthPrimary};
+use colo_ring_tools::primary::{SynthOptions, SynthPrimary};
 use nix::sys::signal::Signal;
 use std::collections::hash_map::RandomState;
 use std::fs;

@@ -1,18 +1,9 @@
 //! The command line: which subcommands there are.
 
-use crate::capture::{self, CaptureArgs};
-use crate::compare::{self, CompareArgs};
-use crate::demo::{self, DemoArgs};
-use crate::doctor::{self, DoctorArgs};
-use crate::failover::{self, FailoverArgs};
-use crate::import::{self, ImportArgs};
-use crate::inspect::{self, InspectArgs};
-use crate::protect::{self, ProtectArgs};
-use crate::receive::{self, ReceiveArgs};
-use crate::replay::{self, ReplayArgs};
-use crate::sink::{self, SinkArgs};
-use crate::status::{self, DiscardArgs, DumpArgs, StatusArgs};
-use crate::synth::command::{self as synth, SynthArgs};
+use crate::commands::{
+    capture, compare, demo, discard, doctor, dump, failover, import, inspect, protect, receive, replay, sink,
+    status, synth,
+};
 use clap::{Parser, Subcommand};
 use std::process::ExitCode;
 
@@ -39,7 +30,7 @@ enum Command {
     #[command(
         after_help = "Example:\n  colo-ring receive --listen tcp:0.0.0.0:4444 --channels 4 \\\n      --control unix:/run/colo-ring.sock --hist /var/log/colo/guest1\n\nThe primary then needs, over QMP: x-colo, return-path and multifd on, multifd-channels 4,\nx-checkpoint-delay as wanted, and migrate to this address: see docs/primary.md."
     )]
-    Receive(Box<ReceiveArgs>),
+    Receive(Box<receive::ReceiveArgs>),
 
     /// Put a running QEMU under the protection of a receiver, over QMP
     ///
@@ -48,7 +39,7 @@ enum Command {
     #[command(
         after_help = "Example:\n  colo-ring protect --qmp /run/guest1.qmp --to tcp:192.0.2.2:4444 --channels 4 --interval 300"
     )]
-    Protect(ProtectArgs),
+    Protect(protect::ProtectArgs),
 
     /// Resume a lost primary's guest from its last committed checkpoint, in a fresh QEMU
     ///
@@ -59,11 +50,11 @@ enum Command {
     #[command(
         after_help = "Example:\n  colo-ring failover --control unix:/run/colo-ring.sock --session 1 \\\n      --fence 'ipmitool -H bmc-a chassis power off' -- qemu-system-x86_64 -machine pc -m 4G …\n  colo-ring failover --control unix:/run/colo-ring.sock --session 1 --qmp /run/standby.qmp\n  colo-ring failover --control unix:/run/colo-ring.sock --session 1 --to - | ssh host-c …"
     )]
-    Failover(Box<FailoverArgs>),
+    Failover(Box<failover::FailoverArgs>),
 
     /// Print how a running receiver and its sessions stand
     #[command(after_help = "Example:\n  colo-ring status --control unix:/run/colo-ring.sock")]
-    Status(StatusArgs),
+    Status(status::StatusArgs),
 
     /// Write the last committed checkpoint of a session to files: RAM blocks and device state
     ///
@@ -73,11 +64,11 @@ enum Command {
     #[command(
         after_help = "Example:\n  colo-ring dump --control unix:/run/colo-ring.sock --session 1 --out /tmp/checkpoint"
     )]
-    Dump(DumpArgs),
+    Dump(dump::DumpArgs),
 
     /// Give up the checkpoint and the memory of a session that has ended
     #[command(after_help = "Example:\n  colo-ring discard --control unix:/run/colo-ring.sock --session 1")]
-    Discard(DiscardArgs),
+    Discard(discard::DiscardArgs),
 
     /// Record a session: a transparent recorder between a primary and any secondary
     ///
@@ -95,7 +86,7 @@ enum Command {
     #[command(
         after_help = "Example:\n  colo-ring capture --listen tcp:0.0.0.0:4445 --to tcp:192.0.2.7:4444 --out guest1.cap\n\nThen migrate the primary to port 4445 of this host instead of to the secondary."
     )]
-    Capture(CaptureArgs),
+    Capture(capture::CaptureArgs),
 
     /// Be a primary without a guest: make a session of a chosen shape, live or into a capture
     ///
@@ -106,7 +97,7 @@ enum Command {
     #[command(
         after_help = "Example:\n  colo-ring synth --to tcp:127.0.0.1:4444 --ram 1G --pages lognormal:3000,0.5 --interval 600\n  colo-ring synth --to unix:/run/colo.sock --preset file-upload --run /tmp/upload --name colo-ring\n  colo-ring synth --out /tmp/idle.cap --preset idle --checkpoints 20"
     )]
-    Synth(Box<SynthArgs>),
+    Synth(Box<synth::SynthArgs>),
 
     /// Make a capture file of a session that was recorded with tcpdump
     ///
@@ -115,7 +106,7 @@ enum Command {
     #[command(
         after_help = "Example:\n  tcpdump -i any -s 0 -B 65536 -w session.pcap tcp port 4444\n  colo-ring import session.pcap --port 4444 --out session.cap\n  colo-ring replay session.cap --sink"
     )]
-    Import(ImportArgs),
+    Import(import::ImportArgs),
 
     /// Play a capture as its primary would, against any secondary, and measure from the primary's side
     ///
@@ -125,7 +116,7 @@ enum Command {
     #[command(
         after_help = "Example:\n  colo-ring replay guest.cap --to tcp:127.0.0.1:4444 --interval 100 --checkpoints 300 \\\n      --pid $(pidof colo-ring) --out /tmp/mine --name colo-ring\n  colo-ring replay guest.cap --sink --pace max"
     )]
-    Replay(Box<ReplayArgs>),
+    Replay(Box<replay::ReplayArgs>),
 
     /// Be a secondary that keeps nothing: the floor of the transport, for comparison
     ///
@@ -133,7 +124,7 @@ enum Command {
     #[command(
         after_help = "Example:\n  colo-ring sink --listen tcp:127.0.0.1:4444 --channels 4\n  colo-ring replay guest.cap --to tcp:127.0.0.1:4444"
     )]
-    Sink(SinkArgs),
+    Sink(sink::SinkArgs),
 
     /// Measure every backend, cache placement and commit mode with a synthetic primary on this machine alone
     ///
@@ -143,7 +134,7 @@ enum Command {
     #[command(
         after_help = "Example:\n  colo-ring demo\n  colo-ring demo --ram 256M --pages 10000 --interval 100"
     )]
-    Demo(DemoArgs),
+    Demo(demo::DemoArgs),
 
     /// Print what is in a capture, an interval log, a measured run or a receiver's report
     ///
@@ -152,7 +143,7 @@ enum Command {
     #[command(
         after_help = "Example:\n  colo-ring inspect session.cap --kind packets --channel 0 --checkpoint 1..3\n  colo-ring inspect /var/log/colo/guest1.pause.hlog"
     )]
-    Inspect(InspectArgs),
+    Inspect(inspect::InspectArgs),
 
     /// Compare measured runs: a table, JSON, or one HTML page with plots
     ///
@@ -161,7 +152,7 @@ enum Command {
     #[command(
         after_help = "Example:\n  colo-ring compare QEMU=qemu.run.json ring.run.json --phase loaded --html report.html\n  colo-ring compare /var/log/colo/guest1.json /var/log/colo/guest2.json"
     )]
-    Compare(CompareArgs),
+    Compare(compare::CompareArgs),
 
     /// Say what this machine lacks, what that means, and the command that mends it
     ///
@@ -170,7 +161,7 @@ enum Command {
     #[command(
         after_help = "Example:\n  colo-ring doctor\n  colo-ring doctor --json | jq '.checks[] | select(.state != \"ok\")'"
     )]
-    Doctor(DoctorArgs),
+    Doctor(doctor::DoctorArgs),
 }
 
 /// Runs the command that the process was started with.
@@ -180,9 +171,9 @@ pub fn main() -> ExitCode {
         Command::Receive(args) => receive::run(*args),
         Command::Protect(args) => protect::run(&args),
         Command::Failover(args) => failover::run(&args),
-        Command::Status(args) => status::run_status(&args),
-        Command::Dump(args) => status::run_dump(&args),
-        Command::Discard(args) => status::run_discard(&args),
+        Command::Status(args) => status::run(&args),
+        Command::Dump(args) => dump::run(&args),
+        Command::Discard(args) => discard::run(&args),
         Command::Capture(args) => capture::run(&args),
         Command::Synth(args) => synth::run(&args),
         Command::Import(args) => import::run(&args),

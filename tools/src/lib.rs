@@ -1,29 +1,22 @@
-//! The parts of the command `colo-ring`, as a library for its tests: one file a subcommand.
+//! The command `colo-ring` as a library: `commands` has one file or folder a subcommand, everything beside it is what they
+//! share, and what tests and benches use.
 #![forbid(unsafe_code)]
 
-pub mod capture;
 pub mod capture_file;
 mod cli;
-pub mod compare;
+pub mod commands;
+pub mod comparison;
 mod control;
-pub mod demo;
-pub mod doctor;
-pub mod failover;
+mod cores;
 pub mod hlog;
-pub mod import;
-pub mod inspect;
-mod on_loss;
+pub mod net;
 pub mod options;
 pub mod output;
-pub mod protect;
+pub mod primary;
 pub mod qmp;
-pub mod receive;
-pub mod replay;
 pub mod run_file;
+mod session_text;
 mod signals;
-pub mod sink;
-pub mod status;
 pub mod streams;
-pub mod synth;
 
 pub use cli::main;

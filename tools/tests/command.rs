@@ -1,7 +1,8 @@
 //! The command as its users run it: processes, exit codes, files and sockets.
 
 use colo_ring::metrics::Phase;
-use colo_ring_tools::synth::{self, Distribution, SynthOptions, SynthPrimary, Version};
+use colo_ring_tools::net::Address;
+use colo_ring_tools::primary::{Distribution, SynthOptions, SynthPrimary, Version};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use serde_json::Value;
@@ -50,7 +51,7 @@ impl Drop for Scratch {
 struct Receiver {
     process: Child,
     stderr: BufReader<ChildStderr>,
-    address: synth::Address,
+    address: Address,
     control: String,
     scratch: Scratch,
 }
@@ -231,7 +232,7 @@ fn once_fails_if_nothing_was_protected() {
 #[test]
 fn strangers_cost_nothing() {
     let mut receiver = Receiver::start("strangers", &["--once", "--accept-timeout", "1"]);
-    let synth::Address::Tcp(address) = receiver.address.clone() else {
+    let Address::Tcp(address) = receiver.address.clone() else {
         panic!("it listens on TCP")
     };
     let mut browser = TcpStream::connect(&address).unwrap();

@@ -4,8 +4,9 @@
 use colo_ring_tools::capture_file::{
     CaptureInfo, CaptureWriter, Compression, ConnectionId, Direction, Event,
 };
+use colo_ring_tools::net::Address;
+use colo_ring_tools::primary::{Distribution, SynthOptions, SynthPrimary, Version};
 use colo_ring_tools::run_file::RunFile;
-use colo_ring_tools::synth::{Address, Distribution, SynthOptions, SynthPrimary, Version};
 use serde_json::Value;
 use std::collections::BTreeMap;
 use std::fs::File;

@@ -6,11 +6,11 @@ use colo_ring::store::{HugePages, StoreOptions};
 use colo_ring_tools::capture_file::{
     CaptureInfo, CaptureReader, CaptureWriter, Compression, Direction, Event, Record,
 };
-use colo_ring_tools::run_file::RunFile;
-use colo_ring_tools::streams::Streams;
-use colo_ring_tools::synth::{
+use colo_ring_tools::primary::{
     CheckpointReport, Content, Distribution, Pattern, SynthOptions, SynthPrimary, Version,
 };
+use colo_ring_tools::run_file::RunFile;
+use colo_ring_tools::streams::Streams;
 use serde_json::Value;
 use std::io::{Read, Write};
 use std::net::TcpStream;

@@ -6,7 +6,7 @@ use colo_ring::receiver::{
 };
 use colo_ring::ring::BackendKind;
 use colo_ring::store::{HugePages, StoreOptions};
-use colo_ring_tools::synth::{Distribution, SynthOptions, SynthPrimary, Version};
+use colo_ring_tools::primary::{Distribution, SynthOptions, SynthPrimary, Version};
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::sync::mpsc;

@@ -2,7 +2,7 @@
 
 use super::contest::{CellResult, Turns};
 use colo_ring::units::PAGE_BYTES;
-use colo_ring_tools::compare::{CompareError, Options, Row, Run, html, report};
+use colo_ring_tools::comparison::{CompareError, Options, Row, Run, html, report};
 use serde::Serialize;
 
 /// The figures of a cell.

@@ -3,7 +3,7 @@
 use super::figures::{CellFigures, SecondaryFigures};
 use super::shape::Shape;
 use super::table;
-use colo_ring_tools::compare::Row;
+use colo_ring_tools::comparison::Row;
 use std::fs;
 use std::io;
 use std::path::Path;

@@ -5,7 +5,7 @@ use super::shape::Shape;
 use crate::lab::{Address, Lab, LabError, Qemu, Receiver, ReceiverOptions, Transport};
 use clap::{Arg, Args};
 use colo_ring::metrics::{Phase, Report, with_suffix};
-use colo_ring_tools::receive::ReceiveArgs;
+use colo_ring_tools::commands::receive::ReceiveArgs;
 use std::fs;
 
 /// How secondaries are started.

@@ -2,7 +2,7 @@
 
 use super::figures::{CellFigures, SecondaryFigures};
 use super::memory::CopySpeed;
-use colo_ring_tools::compare::{Ratio, Row};
+use colo_ring_tools::comparison::{Ratio, Row};
 use colo_ring_tools::output::table;
 
 const NONE: &str = "–";

@@ -2,7 +2,8 @@
 
 use super::*;
 use crate::capture_file::{CaptureWriter, Compression};
-use crate::synth::{Address, Distribution, SynthOptions, SynthPrimary, Version};
+use crate::net::Address;
+use crate::primary::{Distribution, SynthOptions, SynthPrimary, Version};
 use colo_ring::receiver::{ListenAddress, Receiver, ReceiverOptions};
 use colo_ring::store::{HugePages, StoreOptions};
 use std::io::{Read, Write};

@@ -2,7 +2,7 @@
 
 use crate::harness::{By, Running, Scratch, capture, capture_on, read};
 use colo_ring_tools::capture_file::EndKind;
-use colo_ring_tools::synth::Address;
+use colo_ring_tools::net::Address;
 use nix::libc;
 use nix::sys::socket::{setsockopt, sockopt::Linger};
 use std::io::{ErrorKind, Read, Write};

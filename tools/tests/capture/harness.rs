@@ -1,7 +1,8 @@
 //! The command under test, and what is around it.
 
 use colo_ring_tools::capture_file::{CaptureReader, ConnectionId, Direction, EndKind, Event, Tear};
-use colo_ring_tools::synth::{Address, Distribution, SynthOptions, Version};
+use colo_ring_tools::net::Address;
+use colo_ring_tools::primary::{Distribution, SynthOptions, Version};
 use nix::libc;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;

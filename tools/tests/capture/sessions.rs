@@ -2,8 +2,8 @@
 
 use crate::harness::{By, Running, Scratch, capture, guest, read, receiver, run};
 use colo_ring_tools::capture_file::EndKind;
+use colo_ring_tools::primary::SynthPrimary;
 use colo_ring_tools::streams::Streams;
-use colo_ring_tools::synth::SynthPrimary;
 use nix::sys::signal::Signal;
 use std::path::Path;
 use std::time::Duration;

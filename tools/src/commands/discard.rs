@@ -1,0 +1,51 @@
+//! `colo-ring discard`: giving up what an ended session left.
+
+use crate::control::ask;
+use crate::options::ControlAddress;
+use crate::output::{CommandError, print, print_json};
+use clap::Args;
+use colo_ring::receiver::Request;
+use serde::{Deserialize, Serialize};
+use std::process::ExitCode;
+
+/// Options of `colo-ring discard`.
+#[derive(Debug, Args)]
+pub struct DiscardArgs {
+    /// The receiver's control socket
+    #[arg(long, value_name = "unix:PATH")]
+    control: ControlAddress,
+
+    /// Number of the session, which must have ended
+    #[arg(long, value_name = "N")]
+    session: u32,
+
+    /// Print the number as JSON
+    #[arg(long)]
+    json: bool,
+}
+
+/// Has the receiver give up what an ended session left.
+///
+/// # Errors
+/// If the receiver does not answer or refuses.
+pub fn run(args: &DiscardArgs) -> Result<ExitCode, CommandError> {
+    #[derive(Deserialize, Serialize)]
+    struct Discarded {
+        discarded: u32,
+    }
+    let done: Discarded = ask(
+        &args.control,
+        &Request::Discard {
+            session: args.session,
+        },
+    )?;
+    if args.json {
+        print_json(&done)?;
+    } else {
+        print(&format!(
+            "session {}: its checkpoint and memory are given up\n",
+            done.discarded
+        ))?;
+    }
+    Ok(ExitCode::SUCCESS)
+}

@@ -1,0 +1,407 @@
+//! `colo-ring failover`: the guest lives on from the last committed checkpoint.
+
+mod command_line;
+mod relay;
+mod report;
+mod started;
+mod waiting;
+
+use crate::control::Conversation;
+use crate::options::ControlAddress;
+use crate::output::{CommandError, tell};
+use crate::qmp::socket_path;
+use crate::signals;
+use clap::Args;
+use colo_ring::receiver::{Claimed, Fed, Feed, Request};
+use command_line::{CommandLine, main_block};
+use report::{Outcome, Times};
+use serde::Deserialize;
+use serde_json::Value;
+use started::Started;
+use std::path::{Path, PathBuf};
+use std::process::{Command, ExitCode, Stdio};
+use std::str::FromStr;
+use std::time::{Duration, Instant};
+use waiting::{RunDirectory, Waiting};
+
+/// Options of `colo-ring failover`.
+#[derive(Debug, Args)]
+#[command(group(clap::ArgGroup::new("target").required(true).args(["qmp", "qemu_args", "to", "qemu"])))]
+pub struct FailoverArgs {
+    /// The receiver's control socket
+    #[arg(long, value_name = "unix:PATH")]
+    control: ControlAddress,
+
+    /// Number of the session, as `colo-ring status` lists it
+    #[arg(long, value_name = "N")]
+    session: u32,
+
+    /// QMP socket of a QEMU that waits already (-incoming defer): the fast way
+    #[arg(long, value_name = "PATH", value_parser = socket_path)]
+    qmp: Option<PathBuf>,
+
+    /// File with the command line of the QEMU to start; read as a shell reads it
+    #[arg(long, value_name = "FILE")]
+    qemu_args: Option<PathBuf>,
+
+    /// Only write the migration stream: to file:PATH, unix:PATH, tcp:HOST:PORT (of a QEMU started with -incoming), or -
+    /// for standard output
+    #[arg(long, value_name = "TARGET")]
+    to: Option<Target>,
+
+    /// Command line of the QEMU to start
+    #[arg(last = true, value_name = "QEMU")]
+    qemu: Vec<String>,
+
+    /// Send all memory in the stream, also where the fresh QEMU could use the receiver's file
+    #[arg(long)]
+    stream: bool,
+
+    /// Keep a copy of the checkpoint, written first, as a stream that -incoming file:PATH takes
+    #[arg(long, value_name = "FILE")]
+    keep: Option<PathBuf>,
+
+    /// Make sure that the primary is off: run by sh before anything is given; it must succeed
+    #[arg(long, value_name = "CMD")]
+    fence: Option<String>,
+
+    /// Also if the primary is still connected: the session is closed first
+    #[arg(long)]
+    force: bool,
+
+    /// Also if the checkpoint was given away before and it is unknown what became of it
+    #[arg(long)]
+    retry: bool,
+
+    /// Directory for sockets and the log of the QEMU that is started [default: a new one in the temporary directory]
+    #[arg(long, value_name = "DIR")]
+    run_dir: Option<PathBuf>,
+
+    /// Print the result as JSON (schema colo-ring.failover, version 1)
+    #[arg(long)]
+    json: bool,
+}
+
+/// Where a stream goes that no QEMU of ours takes.
+#[derive(Clone, Debug, PartialEq, Eq)]
+enum Target {
+    /// As the receiver takes it.
+    There(String),
+    /// Standard output.
+    Here,
+}
+
+impl FromStr for Target {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text.split_once(':') {
+            None if text == "-" => Ok(Self::Here),
+            Some(("file", path)) if !path.is_empty() => {
+                let path = std::path::absolute(path).map_err(|error| error.to_string())?;
+                Ok(Self::There(format!("file:{}", path.display())))
+            }
+            Some(("unix" | "tcp", rest)) if !rest.is_empty() => Ok(Self::There(text.to_owned())),
+            _ => Err("write file:PATH, unix:PATH, tcp:HOST:PORT or -".to_owned()),
+        }
+    }
+}
+
+/// A claimed checkpoint, and the conversation that has claimed it.
+struct Claim {
+    conversation: Conversation,
+    claimed: Claimed,
+}
+
+/// Gives a session's last committed checkpoint to a QEMU, and returns once the guest runs there.
+///
+/// # Errors
+/// If it is not to be had, does not fit, or does not start: what the checkpoint's state is then, is told.
+pub fn run(args: &FailoverArgs) -> Result<ExitCode, CommandError> {
+    let began = Instant::now();
+    let started = Started::default();
+    let to_end = started.clone();
+    signals::on_end(move || {
+        to_end.end_process();
+        tell(
+            "a guest is about to run, which cannot be taken back: this ends when it does; another signal ends it at once",
+        );
+    })?;
+    let line = args.command_line()?;
+    let mut conversation = Conversation::open(&args.control)?;
+    let claim = Request::Claim {
+        session: args.session,
+        force: args.force,
+        retry: args.retry,
+    };
+    let claimed: Claimed = conversation.ask(&claim)?;
+    let mut claim = Claim {
+        conversation,
+        claimed,
+    };
+    let mut times = Times {
+        claim: began.elapsed(),
+        ..Times::default()
+    };
+    let mut outcome = match (&args.to, line) {
+        (Some(target), _) => write_only(args, &mut claim, target, &started, &mut times)?,
+        (None, line) => resume(args, &mut claim, line, &started, &mut times)?,
+    };
+    times.total = began.elapsed() - times.give_up;
+    outcome.times = times;
+    report::print_outcome(args, &claim.claimed, &outcome)?;
+    Ok(ExitCode::SUCCESS)
+}
+
+impl FailoverArgs {
+    /// The QEMU to start, if one is.
+    fn command_line(&self) -> Result<Option<CommandLine>, CommandError> {
+        if let Some(path) = &self.qemu_args {
+            let failed =
+                |error: &dyn std::fmt::Display| CommandError::Failed(format!("{}: {error}", path.display()));
+            let text = std::fs::read_to_string(path).map_err(|error| failed(&error))?;
+            return CommandLine::parse(&text)
+                .map(Some)
+                .map_err(|error| failed(&error));
+        }
+        match self.qemu.is_empty() {
+            true => Ok(None),
+            false => CommandLine::new(self.qemu.clone())
+                .map(Some)
+                .map_err(CommandError::Usage),
+        }
+    }
+
+    fn keep(&self) -> Result<Option<PathBuf>, CommandError> {
+        // The receiver runs elsewhere: a relative path means nothing to it.
+        let absolute = |path: &PathBuf| std::path::absolute(path);
+        let path = self.keep.as_ref().map(absolute).transpose();
+        path.map_err(|error| CommandError::Failed(format!("--keep: {error}")))
+    }
+}
+
+impl Claim {
+    /// Has the receiver write the stream. It may end the session for it.
+    fn feed(
+        &mut self,
+        to: String,
+        shared: Option<String>,
+        keep: Option<PathBuf>,
+    ) -> Result<Fed, CommandError> {
+        let session = self.claimed.claimed;
+        self.conversation.ask(&Request::Feed(Feed {
+            session,
+            to,
+            shared,
+            keep,
+        }))
+    }
+
+    /// It failed before anything was given; the claim ends with the conversation.
+    fn untouched(&self, error: &CommandError) -> CommandError {
+        let Claimed {
+            claimed, checkpoint, ..
+        } = &self.claimed;
+        CommandError::Failed(format!(
+            "{error}\nnothing was given away: checkpoint {checkpoint} of session {claimed} is still there"
+        ))
+    }
+
+    /// Gives the claim up, and says what is left. `may_have_run`: whether a guest may have, if the stream was written.
+    fn release(&mut self, may_have_run: bool, why: &str) -> CommandError {
+        let session = self.claimed.claimed;
+        let released = self.conversation.ask::<Released>(&Request::Release {
+            session,
+            may_have_run,
+        });
+        let left = match released {
+            Ok(Released { promotion: None }) => {
+                "it is still there, and another attempt can be made".to_owned()
+            }
+            Ok(Released {
+                promotion: Some(words),
+            }) => words,
+            Err(error) => format!("what became of it is unknown: {error}"),
+        };
+        let checkpoint = self.claimed.checkpoint;
+        CommandError::Failed(format!(
+            "{why}\ncheckpoint {checkpoint} of session {session}: {left}"
+        ))
+    }
+}
+
+/// How a checkpoint stands after its claim was given up.
+#[derive(Deserialize)]
+struct Released {
+    promotion: Option<String>,
+}
+
+/// Gives the checkpoint to a QEMU and waits until its guest runs.
+fn resume(
+    args: &FailoverArgs,
+    claim: &mut Claim,
+    line: Option<CommandLine>,
+    started: &Started,
+    times: &mut Times,
+) -> Result<Outcome, CommandError> {
+    let (mut waiting, shared) =
+        prepare(args, claim, line, started, times).map_err(|error| claim.untouched(&error))?;
+    let began = Instant::now();
+    let to = format!("unix:{}", waiting.socket().display());
+    waiting.is_given();
+    let fed = match claim.feed(to, shared.clone(), args.keep()?) {
+        Ok(fed) => fed,
+        Err(error) => {
+            let (why, may_have_run) = waiting.why_not_taken();
+            drop(waiting);
+            return Err(claim.release(may_have_run, &why.unwrap_or_else(|| error.to_string())));
+        }
+    };
+    times.feed = began.elapsed();
+    let began = Instant::now();
+    let status = match waiting.wait_loaded().and_then(|status| waiting.run(status)) {
+        Ok(status) => status,
+        Err(unloaded) => {
+            drop(waiting);
+            return Err(claim.release(unloaded.may_have_run, &unloaded.text));
+        }
+    };
+    times.load = began.elapsed();
+    let outcome = Outcome::resumed(&waiting, status, shared, fed);
+    waiting.let_go();
+    let began = Instant::now();
+    let session = args.session;
+    if let Err(error) = claim.conversation.ask::<Value>(&Request::Promoted { session }) {
+        tell(&format!(
+            "warning: the guest runs, but the receiver was not told: {error}"
+        ));
+    }
+    times.give_up = began.elapsed();
+    Ok(outcome)
+}
+
+/// Starts or finds the QEMU, checks it, makes sure that the primary is off, and has it wait for the stream. Returns the
+/// name of the block that it has mapped, if it has.
+fn prepare(
+    args: &FailoverArgs,
+    claim: &Claim,
+    line: Option<CommandLine>,
+    started: &Started,
+    times: &mut Times,
+) -> Result<(Waiting, Option<String>), CommandError> {
+    let directory = RunDirectory::new(args.run_dir.as_deref(), args.session)?;
+    started.uses(&directory);
+    let began = Instant::now();
+    let mut waiting = match (line, &args.qmp) {
+        (Some(line), _) => Waiting::start(fit(args, &claim.claimed, line)?, directory, started)?,
+        (None, Some(monitor)) => Waiting::attach(monitor, directory, started)?,
+        (None, None) => {
+            return Err(CommandError::Usage(
+                "say where to: --qmp, --qemu-args, --to or -- QEMU".to_owned(),
+            ));
+        }
+    };
+    times.start = began.elapsed();
+    let began = Instant::now();
+    let mapped = waiting.check(&claim.claimed)?.filter(|_| !args.stream);
+    let shared = mapped.map(|block| block.name.clone());
+    if shared.is_none() && !args.stream {
+        tell(
+            "the receiver's memory has no file that this QEMU has mapped: all of it goes through the stream",
+        );
+    }
+    times.check = began.elapsed();
+    fence(args, claim, times)?;
+    let began = Instant::now();
+    waiting.listen(shared.is_some())?;
+    times.check += began.elapsed();
+    Ok((waiting, shared))
+}
+
+/// The command line with what must be added, checked against the checkpoint as far as it says something.
+fn fit(args: &FailoverArgs, claimed: &Claimed, mut line: CommandLine) -> Result<CommandLine, CommandError> {
+    if args.stream {
+        return Ok(line);
+    }
+    if line.has_memory_by_node() {
+        return Err(CommandError::Failed(
+            "with -numa memdev the guest's memory is not one file: use --stream".to_owned(),
+        ));
+    }
+    let bytes = line.memory_bytes().map_err(CommandError::Failed)?;
+    let backend = line.machine_property("memory-backend").map(str::to_owned);
+    let block = main_block(&claimed.blocks, backend.as_deref(), bytes).map_err(CommandError::Failed)?;
+    if let Some(file) = &block.file
+        && let Some(replaced) = line.share(block, file)
+    {
+        tell(&format!(
+            "-object {replaced} is replaced by the receiver's file {}",
+            file.display()
+        ));
+    }
+    Ok(line)
+}
+
+/// Makes sure that the primary is off, in the operator's way.
+fn fence(args: &FailoverArgs, claim: &Claim, times: &mut Times) -> Result<(), CommandError> {
+    let Some(command) = &args.fence else {
+        return Ok(());
+    };
+    let began = Instant::now();
+    let mut shell = Command::new("sh");
+    shell
+        .args(["-c", command])
+        .env("COLO_RING_SESSION", claim.claimed.claimed.to_string())
+        .env("COLO_RING_PEER", &claim.claimed.peer)
+        .env("COLO_RING_MACHINE", &claim.claimed.machine)
+        .env("COLO_RING_CHECKPOINT", claim.claimed.checkpoint.to_string())
+        .stdin(Stdio::null())
+        .stdout(std::io::stderr());
+    let status = signals::reaching_children(|| shell.spawn())
+        .and_then(|mut shell| shell.wait())
+        .map_err(|error| CommandError::Failed(format!("--fence: {error}")))?;
+    times.fence = began.elapsed();
+    if status.success() {
+        return Ok(());
+    }
+    Err(CommandError::Failed(format!(
+        "--fence '{command}' failed ({status}): the primary may still run"
+    )))
+}
+
+/// Writes the stream for somebody else to start the guest from.
+fn write_only(
+    args: &FailoverArgs,
+    claim: &mut Claim,
+    target: &Target,
+    started: &Started,
+    times: &mut Times,
+) -> Result<Outcome, CommandError> {
+    fence(args, claim, times).map_err(|error| claim.untouched(&error))?;
+    let keep = args.keep()?;
+    let began = Instant::now();
+    let (name, fed) = match target {
+        Target::There(to) => (to.clone(), claim.feed(to.clone(), None, keep)),
+        Target::Here => {
+            let directory = RunDirectory::new(args.run_dir.as_deref(), args.session)?;
+            started.uses(&directory);
+            let relayed = relay::to_stdout(&directory.file("stream.sock"), |to| claim.feed(to, None, keep));
+            ("standard output".to_owned(), relayed)
+        }
+    };
+    times.feed = began.elapsed();
+    match fed {
+        Ok(fed) => Ok(Outcome::written(name, fed)),
+        Err(error) => Err(claim.release(false, &error.to_string())),
+    }
+}
+
+/// Nanoseconds, for reports.
+fn nanoseconds(duration: Duration) -> u64 {
+    u64::try_from(duration.as_nanos()).unwrap_or(u64::MAX)
+}
+
+/// A path for people.
+fn shown(path: &Path) -> String {
+    path.display().to_string()
+}

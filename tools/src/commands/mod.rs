@@ -1,0 +1,17 @@
+//! The subcommands: one file or folder each, with its options and what it does.
+
+pub mod capture;
+pub mod compare;
+pub mod demo;
+pub mod discard;
+pub mod doctor;
+pub mod dump;
+pub mod failover;
+pub mod import;
+pub mod inspect;
+pub mod protect;
+pub mod receive;
+pub mod replay;
+pub mod sink;
+pub mod status;
+pub mod synth;

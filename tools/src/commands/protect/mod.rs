@@ -1,0 +1,302 @@
+//! `colo-ring protect`: puts a running QEMU under the protection of a receiver, over QMP.
+
+mod settings;
+
+use crate::net::Address;
+use crate::options::Size;
+use crate::output::{CommandError, ProgressLine, print, print_json, tell};
+use crate::qmp::{Qmp, QmpError, socket_path};
+use crate::signals;
+use clap::Args;
+use colo_ring::host::Machine;
+use serde::Serialize;
+use serde_json::{Value, json};
+use settings::{set_capabilities, stops_under_tcg};
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::sync::mpsc::{self, RecvTimeoutError};
+use std::time::{Duration, Instant};
+
+/// How often the primary is asked how far it is.
+const POLL: Duration = Duration::from_millis(100);
+
+/// How long the monitor's socket may take to be there.
+const CONNECT_LIMIT: Duration = Duration::from_secs(2);
+
+/// Options of `colo-ring protect`.
+#[derive(Debug, Args)]
+pub struct ProtectArgs {
+    /// QMP socket of the primary, a QEMU whose guest runs (its -qmp unix:PATH,server=on,wait=off)
+    #[arg(long, value_name = "PATH", value_parser = socket_path)]
+    qmp: PathBuf,
+
+    /// The receiver, as the primary reaches it: tcp:HOST:PORT or unix:PATH
+    #[arg(long, value_name = "ADDRESS")]
+    to: Address,
+
+    /// multifd connections, as many as the receiver's --channels; 0 = without multifd
+    #[arg(long, value_name = "N", default_value_t = 4)]
+    channels: u8,
+
+    /// Milliseconds between checkpoints: how much of the guest's time a failover costs at most
+    #[arg(long, value_name = "MS", default_value_t = 300, value_parser = clap::value_parser!(u32).range(1..))]
+    interval: u32,
+
+    /// Most bytes per second for the first copy
+    #[arg(long, value_name = "SIZE", default_value = "10G")]
+    bandwidth: Size,
+
+    /// Give up watching after so many seconds; the migration goes on. 0 starts it only [default: no limit]
+    #[arg(long, value_name = "SECONDS")]
+    wait: Option<u64>,
+
+    /// Print the result as JSON (schema colo-ring.protect, version 1)
+    #[arg(long)]
+    json: bool,
+}
+
+/// What came of it.
+#[derive(Serialize)]
+struct ProtectReport<'a> {
+    schema: &'static str,
+    schema_version: u32,
+    qemu: String,
+    qmp: &'a Path,
+    to: String,
+    channels: u8,
+    interval_ms: u32,
+    bandwidth_bytes_per_s: u64,
+    /// Capabilities that were changed.
+    changed: &'a [String],
+    /// QEMU's own word: `colo` once it is protected.
+    status: String,
+    ram_bytes: Option<u64>,
+    transferred_bytes: Option<u64>,
+    elapsed_ms: u64,
+    machine: Machine,
+}
+
+/// Protects the guest, and returns once it is.
+///
+/// # Errors
+/// If the primary cannot be protected: with QEMU's reason, and in what state it is left.
+pub fn run(args: &ProtectArgs) -> Result<ExitCode, CommandError> {
+    let (wish, wished) = mpsc::channel();
+    signals::on_end(move || {
+        // Without a receiver the watching is over.
+        let _ = wish.send(());
+    })?;
+    let mut qmp = Qmp::connect(&args.qmp, CONNECT_LIMIT).map_err(failed)?;
+    check_can_begin(&mut qmp)?;
+    let changed = set_capabilities(&mut qmp, args.channels)?;
+    // Those that COLO needs are no news.
+    let news = changed.iter().filter(|change| change.ends_with(" off"));
+    news.for_each(|change| tell(&format!("switched on the primary: {change}")));
+    set_parameters(&mut qmp, args).map_err(failed)?;
+    let began = Instant::now();
+    let migrate = qmp.execute("migrate", &json!({"uri": args.to.to_string()}));
+    migrate.map_err(|error| not_started(&error))?;
+    let state = watch(&mut qmp, args, &wished)?;
+    let report = ProtectReport {
+        schema: "colo-ring.protect",
+        schema_version: 1,
+        qemu: qmp.version().to_string(),
+        qmp: &args.qmp,
+        to: args.to.to_string(),
+        channels: args.channels,
+        interval_ms: args.interval,
+        bandwidth_bytes_per_s: args.bandwidth.0,
+        changed: &changed,
+        status: status_of(&state).to_owned(),
+        ram_bytes: state["ram"]["total"].as_u64(),
+        transferred_bytes: state["ram"]["transferred"].as_u64(),
+        elapsed_ms: u64::try_from(began.elapsed().as_millis()).unwrap_or(u64::MAX),
+        machine: Machine::read(),
+    };
+    if args.json {
+        print_json(&report)?;
+    } else if report.status == "colo" {
+        print(&format!(
+            "protected: QEMU {} makes a checkpoint to {} every {} ms; the first copy took {:.1} s\n",
+            report.qemu,
+            report.to,
+            report.interval_ms,
+            began.elapsed().as_secs_f64()
+        ))?;
+    } else {
+        print(&format!("started: the migration is in state {}\n", report.status))?;
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Refuses a primary that cannot be protected, before anything is changed on it.
+fn check_can_begin(qmp: &mut Qmp) -> Result<(), CommandError> {
+    let version = qmp.version();
+    let mut ask = |command: &str| qmp.execute(command, &json!({})).map_err(failed);
+    let runs = ask("query-status")?;
+    match runs["status"].as_str().unwrap_or("unknown") {
+        "inmigrate" => return refuse("this QEMU waits for a guest itself (-incoming)"),
+        "postmigrate" => {
+            return refuse(
+                "its guest was handed over by a completed migration; if that was a mistake, `cont` lets it go on here",
+            );
+        }
+        _ => {}
+    }
+    let migration = ask("query-migrate")?;
+    match status_of(&migration) {
+        "none" | "completed" | "failed" | "cancelled" => {}
+        "colo" => {
+            return refuse(
+                "it is under COLO already; if its secondary is lost, `x-colo-lost-heartbeat` ends that and the guest \
+                 runs on",
+            );
+        }
+        other => {
+            return Err(CommandError::Failed(format!(
+                "a migration is under way already, in state {other}"
+            )));
+        }
+    }
+    check_blockers(&migration)?;
+    let kvm = ask("query-kvm")?;
+    if stops_under_tcg(version) && kvm["enabled"] == Value::Bool(false) {
+        return Err(CommandError::Failed(format!(
+            "QEMU {version} without KVM (TCG) stops for ever after its first checkpoint, with every secondary: use KVM \
+             or QEMU 11"
+        )));
+    }
+    Ok(())
+}
+
+/// What QEMU itself says cannot be migrated.
+fn check_blockers(migration: &Value) -> Result<(), CommandError> {
+    let reasons = migration["blocked-reasons"].as_array();
+    let reasons: Vec<_> = reasons.into_iter().flatten().filter_map(Value::as_str).collect();
+    if reasons.is_empty() {
+        return Ok(());
+    }
+    Err(CommandError::Failed(format!(
+        "this guest cannot be migrated, so it cannot be protected: {}; remove what is named and try again",
+        reasons.join("; ")
+    )))
+}
+
+fn not_started(error: &QmpError) -> CommandError {
+    let hint = match error.refusal() {
+        Some(said) if said.contains("non-migratable") || said.contains("does not support live migration") => {
+            "; remove what is named and try again"
+        }
+        _ => "",
+    };
+    CommandError::Failed(format!("{error}{hint}; the guest runs on, unprotected"))
+}
+
+fn set_parameters(qmp: &mut Qmp, args: &ProtectArgs) -> Result<(), QmpError> {
+    let mut parameters = json!({
+        "x-checkpoint-delay": args.interval,
+        "max-bandwidth": args.bandwidth.0,
+    });
+    if args.channels > 0 {
+        parameters["multifd-channels"] = args.channels.into();
+        // Nothing else can be received.
+        parameters["multifd-compression"] = "none".into();
+    }
+    qmp.execute("migrate-set-parameters", &parameters).map(drop)
+}
+
+/// Watches the migration until the guest is protected. Returns QEMU's last word on it.
+fn watch(qmp: &mut Qmp, args: &ProtectArgs, wished: &mpsc::Receiver<()>) -> Result<Value, CommandError> {
+    let began = Instant::now();
+    let limit = args.wait.map(Duration::from_secs);
+    let mut line = ProgressLine::new(!args.json);
+    loop {
+        let state = qmp.execute("query-migrate", &json!({})).map_err(failed)?;
+        if let Some(exit) = qmp.events().iter().find(|event| event.name == "COLO_EXIT") {
+            let reason = exit.data["reason"].as_str().unwrap_or("unknown").to_owned();
+            return Err(left(qmp, &format!("it left COLO again ({reason})"), &args.to));
+        }
+        match status_of(&state) {
+            "colo" if runs(qmp)? => return Ok(state),
+            "failed" | "cancelled" | "completed" => {
+                let reason = state["error-desc"].as_str().unwrap_or("QEMU does not say why");
+                let what = format!("the migration {}: {reason}", status_of(&state));
+                return Err(left(qmp, &what, &args.to));
+            }
+            _ if limit == Some(Duration::ZERO) => return Ok(state),
+            _ => line.show(&progress(&state)),
+        }
+        let stopped = match wished.recv_timeout(POLL) {
+            Ok(()) => "interrupted",
+            Err(RecvTimeoutError::Timeout | RecvTimeoutError::Disconnected)
+                if limit.is_some_and(|limit| began.elapsed() > limit) =>
+            {
+                "not protected within --wait"
+            }
+            Err(_) => continue,
+        };
+        line.clear();
+        return Err(CommandError::Failed(format!(
+            "{stopped}: the migration goes on, in state {}; the guest {}. QMP `query-migrate` shows how far it is, \
+             `migrate_cancel` ends it and lets the guest run on",
+            progress(&state),
+            guest_state(qmp)
+        )));
+    }
+}
+
+fn runs(qmp: &mut Qmp) -> Result<bool, CommandError> {
+    let status = qmp.execute("query-status", &json!({})).map_err(failed)?;
+    Ok(status["status"] == "running")
+}
+
+/// What the guest does, in words that follow "the guest".
+fn guest_state(qmp: &mut Qmp) -> String {
+    match qmp.execute("query-status", &json!({})) {
+        Ok(status) if status["status"] == "running" => "runs".to_owned(),
+        Ok(status) => format!("stands ({})", status["status"].as_str().unwrap_or("unknown")),
+        Err(error) => format!("is in an unknown state ({error})"),
+    }
+}
+
+/// The migration is over without protection: why, and how the primary is left.
+fn left(qmp: &mut Qmp, what: &str, to: &Address) -> CommandError {
+    let hint = if what.contains("Connection refused") || what.contains("No such file") {
+        format!("is a receiver listening on {to}?")
+    } else {
+        format!("the receiver at {to} has told the reason where it runs.")
+    };
+    let then = match guest_state(qmp).as_str() {
+        "runs" => "the guest runs on, unprotected".to_owned(),
+        "stands (colo)" => "the guest stands: `x-colo-lost-heartbeat` lets it run on".to_owned(),
+        "stands (postmigrate)" => "the guest stands, handed over: `cont` lets it go on here".to_owned(),
+        other => format!("the guest {other}"),
+    };
+    CommandError::Failed(format!("{what}; {hint} On the primary {then}"))
+}
+
+fn status_of(migration: &Value) -> &str {
+    migration["status"].as_str().unwrap_or("none")
+}
+
+fn progress(state: &Value) -> String {
+    let mebibytes = |key: &str| state["ram"][key].as_u64().map_or(0, |bytes| bytes >> 20);
+    format!(
+        "{}: {} MiB sent, {} of {} MiB left",
+        status_of(state),
+        mebibytes("transferred"),
+        mebibytes("remaining"),
+        mebibytes("total")
+    )
+}
+
+fn refuse(why: &str) -> Result<(), CommandError> {
+    Err(CommandError::Failed(why.to_owned()))
+}
+
+fn failed(error: QmpError) -> CommandError {
+    CommandError::Failed(error.to_string())
+}
+
+#[cfg(test)]
+mod tests;

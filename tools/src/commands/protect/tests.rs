@@ -1,0 +1,163 @@
+//! A primary that answers as it is told to: what is set on it, and what is said when it cannot be protected.
+
+use super::*;
+use crate::qmp::tests::{Answers, SocketPath, monitor};
+use std::sync::{Arc, Mutex};
+
+fn args(path: &SocketPath) -> ProtectArgs {
+    ProtectArgs {
+        qmp: path.0.clone(),
+        to: "tcp:192.0.2.2:4444".parse().unwrap(),
+        channels: 4,
+        interval: 300,
+        bandwidth: Size(10 << 30),
+        wait: None,
+        json: true,
+    }
+}
+
+/// A QEMU in this state; `kvm` says whether it uses it.
+fn primary(version: (u64, u64, u64), status: &'static str, migration: Value, kvm: bool) -> SocketPath {
+    let answers: Answers = Box::new(move |command, _| match command {
+        "query-status" => Ok(json!({"status": status})),
+        "query-migrate" => Ok(migration.clone()),
+        "query-kvm" => Ok(json!({"enabled": kvm, "present": kvm})),
+        other => Err(format!("{other}: not now")),
+    });
+    monitor(version, answers)
+}
+
+fn connect(path: &SocketPath) -> Qmp {
+    Qmp::connect(&path.0, Duration::from_secs(5)).unwrap()
+}
+
+#[test]
+fn a_primary_that_cannot_be_protected_is_told_why() {
+    let blocked = json!({"blocked-reasons": ["non-migratable device: amd-iommu"]});
+    for (version, status, migration, kvm, says) in [
+        ((11, 1, 3), "inmigrate", json!({}), true, "-incoming"),
+        ((11, 1, 3), "postmigrate", json!({}), true, "`cont`"),
+        (
+            (11, 1, 3),
+            "running",
+            json!({"status": "colo"}),
+            true,
+            "x-colo-lost-heartbeat",
+        ),
+        (
+            (11, 1, 3),
+            "running",
+            json!({"status": "active"}),
+            true,
+            "in state active",
+        ),
+        ((11, 1, 3), "running", blocked, true, "amd-iommu"),
+        ((10, 0, 7), "running", json!({}), false, "TCG"),
+        ((7, 2, 22), "running", json!({}), false, "QEMU 7.2.22"),
+    ] {
+        let path = primary(version, status, migration, kvm);
+        let refused = check_can_begin(&mut connect(&path)).unwrap_err().to_string();
+        assert!(refused.contains(says), "{refused}");
+    }
+    for (version, kvm) in [((11, 1, 3), false), ((10, 0, 7), true)] {
+        let path = primary(version, "running", json!({"status": "failed"}), kvm);
+        check_can_begin(&mut connect(&path)).unwrap();
+    }
+}
+
+#[test]
+fn the_way_it_fails_and_what_the_guest_does_are_told() {
+    let refused = json!({"status": "failed", "error-desc": "Failed to connect: Connection refused"});
+    let closed = json!({"status": "failed", "error-desc": "Unable to write to socket: Broken pipe"});
+    for (migration, status, says) in [
+        (
+            refused,
+            "running",
+            [
+                "is a receiver listening on tcp:192.0.2.2:4444?",
+                "runs on, unprotected",
+            ],
+        ),
+        (
+            closed,
+            "running",
+            ["Broken pipe", "told the reason where it runs"],
+        ),
+        (
+            json!({"status": "completed"}),
+            "postmigrate",
+            ["migration completed", "`cont`"],
+        ),
+    ] {
+        let path = primary((11, 1, 3), status, migration, true);
+        let (_wish, wished) = mpsc::channel();
+        let error = watch(&mut connect(&path), &args(&path), &wished)
+            .unwrap_err()
+            .to_string();
+        for part in says {
+            assert!(error.contains(part), "{error}");
+        }
+    }
+}
+
+#[test]
+fn an_interrupted_watch_says_how_the_primary_is_left() {
+    let migration =
+        json!({"status": "active", "ram": {"transferred": 5 << 20, "remaining": 1 << 20, "total": 9 << 20}});
+    let path = primary((11, 1, 3), "running", migration.clone(), true);
+    let (wish, wished) = mpsc::channel();
+    wish.send(()).unwrap();
+    let error = watch(&mut connect(&path), &args(&path), &wished)
+        .unwrap_err()
+        .to_string();
+    assert!(
+        error.starts_with("interrupted: the migration goes on, in state active: 5 MiB sent, 1 of 9 MiB left"),
+        "{error}"
+    );
+    assert!(
+        error.contains("the guest runs") && error.contains("migrate_cancel"),
+        "{error}"
+    );
+    let path = primary((11, 1, 3), "running", migration, true);
+    let limited = ProtectArgs {
+        wait: Some(0),
+        ..args(&path)
+    };
+    let state = watch(&mut connect(&path), &limited, &wished).unwrap();
+    assert_eq!(status_of(&state), "active");
+}
+
+/// A version that does not say whether it demands return-path is asked.
+#[test]
+fn return_path_is_switched_on_where_it_is_demanded() {
+    let set = Arc::new(Mutex::new(Vec::new()));
+    let seen = set.clone();
+    let answers: Answers = Box::new(move |command, arguments| match command {
+        "query-migrate-capabilities" => Ok(json!([
+            {"capability": "x-colo", "state": false}, {"capability": "return-path", "state": false},
+            {"capability": "multifd", "state": false}, {"capability": "x-ignore-shared", "state": true}])),
+        "migrate-set-capabilities" => {
+            let list = arguments["capabilities"].to_string();
+            seen.lock().unwrap().push(list.clone());
+            match list.contains(r#"{"capability":"return-path","state":true}"#) {
+                true => Ok(json!({})),
+                false => Err("Capability 'x-colo' requires capability 'return-path'".to_owned()),
+            }
+        }
+        other => Err(format!("{other}: not now")),
+    });
+    let path = monitor((10, 2, 0), answers);
+    let changed = set_capabilities(&mut connect(&path), 2).unwrap();
+    assert_eq!(
+        changed,
+        ["x-colo on", "return-path on", "multifd on", "x-ignore-shared off"]
+    );
+    assert_eq!(set.lock().unwrap().len(), 2);
+}
+
+#[test]
+fn a_monitor_is_a_path() {
+    assert_eq!(socket_path("unix:/run/q"), Ok(PathBuf::from("/run/q")));
+    assert_eq!(socket_path("/run/q"), Ok(PathBuf::from("/run/q")));
+    assert!(socket_path("unix:").is_err() && socket_path("tcp:h:1").is_err());
+}

@@ -1,0 +1,422 @@
+//! `colo-ring receive`: the secondary.
+
+mod on_loss;
+
+use crate::cores::{cores_of_node, default_cores};
+use crate::options::{Backend, Cache, Commit, ControlAddress, CoreList, HugePages, Size, Switch};
+use crate::output::{CommandError, ProgressLine, print, print_json, tell};
+use crate::{session_text, signals};
+use clap::Args;
+use colo_ring::host::{Machine, Placement, Topology};
+use colo_ring::metrics::Report;
+use colo_ring::net::HostWatch;
+use colo_ring::receiver::{
+    Answer, Event, ListenAddress, Outcome, Receiver, ReceiverOptions, Request, SessionStatus, StatusReport,
+};
+use colo_ring::store::StoreOptions;
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
+use on_loss::OnLoss;
+use serde::Serialize;
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::sync::mpsc::{self, RecvTimeoutError};
+use std::time::Duration;
+
+/// Options of `colo-ring receive`.
+#[derive(Debug, Args)]
+pub struct ReceiveArgs {
+    /// Where primaries connect to: tcp:ADDRESS:PORT (IPv6 in brackets, port 0 takes a free one) or unix:PATH;
+    /// may be given several times
+    #[arg(long, value_name = "ADDRESS", required = true)]
+    listen: Vec<ListenAddress>,
+
+    /// The primaries' multifd-channels; 0 = capability multifd off
+    #[arg(long, value_name = "N", default_value_t = 4)]
+    channels: u8,
+
+    /// Cores to receive on, like 2-5,8; the first guest begins at the first one, best not that of the network card's
+    /// interrupt [default: those this process may use, at most one per channel]
+    #[arg(long, value_name = "LIST", value_parser = CoreList::parse)]
+    cores: Option<CoreList>,
+
+    /// Receive on the cores of this NUMA node, at most one per channel, into its memory: that of the network card, best
+    #[arg(long, value_name = "N", conflicts_with = "cores")]
+    numa_node: Option<usize>,
+
+    /// How to receive; without io_uring on this host, epoll takes its place with a warning
+    #[arg(long, value_enum, default_value_t = Backend::Uring)]
+    backend: Backend,
+
+    /// Receive into registered buffers (uring only)
+    #[arg(long, value_enum, default_value_t = Switch::On)]
+    registered: Switch,
+
+    /// Where received pages wait for their commit
+    #[arg(long, value_enum, default_value_t = Cache::Pool)]
+    cache: Cache,
+
+    /// Most memory that the cache placement pool grows to by itself, like 512M; a checkpoint that needs more gets it, slower,
+    /// with a warning [default: as much as the guest's RAM]
+    #[arg(long, value_name = "SIZE")]
+    pool_max: Option<Size>,
+
+    /// When pages are copied to the RAM image
+    #[arg(long, value_enum, default_value_t = Commit::Deferred)]
+    commit: Commit,
+
+    /// What guest memory is made of; what this host lacks is replaced, with a warning
+    #[arg(long, value_enum, default_value_t = HugePages::TwoMiB)]
+    hugepages: HugePages,
+
+    /// Directory for guests' memory in files, on hugetlbfs or tmpfs: the last committed checkpoint is there for the next
+    /// receiver with this directory, also when this one is killed [default: memory without a name]
+    #[arg(long, value_name = "DIR")]
+    ram_dir: Option<PathBuf>,
+
+    /// Most guest RAM to hold, over all guests, like 6G [default: half of this host's memory]
+    #[arg(long, value_name = "SIZE")]
+    ram_limit: Option<Size>,
+
+    /// Write latency histograms to PREFIX.PHASE.hlog while it runs and PREFIX.json at the end; files of an earlier
+    /// run are replaced
+    #[arg(long, value_name = "PREFIX")]
+    hist: Option<PathBuf>,
+
+    /// Answer `colo-ring status`, `dump` and `discard` there; only this user may connect
+    #[arg(long, value_name = "unix:PATH")]
+    control: Option<ControlAddress>,
+
+    /// End after one session; exit code 0 if it was protected and ended by the primary's going away
+    #[arg(long)]
+    once: bool,
+
+    /// Seconds from a session's first connection until all of its channels must be there
+    #[arg(long, value_name = "SECONDS", default_value_t = 10, value_parser = clap::value_parser!(u64).range(1..=3600))]
+    accept_timeout: u64,
+
+    /// Run CMD by sh when a primary is lost: with COLO_RING_SESSION, COLO_RING_CHECKPOINT (empty: nothing to resume),
+    /// COLO_RING_CHECKPOINT_AGE_MS, COLO_RING_REASON, COLO_RING_PEER, COLO_RING_MACHINE and COLO_RING_CONTROL
+    #[arg(long, value_name = "CMD")]
+    on_loss: Option<String>,
+
+    /// Seconds of silence after which a primary's host is probed (TCP keep-alive)
+    #[arg(long, value_name = "SECONDS", default_value_t = HostWatch::default().probe_after_s, value_parser = clap::value_parser!(u32).range(1..=32767))]
+    keepalive: u32,
+
+    /// Seconds without a sign of life after which a primary is lost (TCP_USER_TIMEOUT)
+    #[arg(long, value_name = "SECONDS", default_value_t = HostWatch::default().give_up_after_s, value_parser = clap::value_parser!(u32).range(1..=86400))]
+    user_timeout: u32,
+
+    /// Print the report at the end as JSON (schema colo-ring.receive, version 1)
+    #[arg(long)]
+    json: bool,
+}
+
+/// The options in force, as reports echo them.
+#[derive(Serialize)]
+struct Described {
+    listen: Vec<String>,
+    channels: u8,
+    cores: Vec<usize>,
+    placement: Placement,
+    backend: Backend,
+    registered: bool,
+    cache: Cache,
+    pool_max_bytes: Option<u64>,
+    commit: Commit,
+    hugepages: HugePages,
+    ram_dir: Option<PathBuf>,
+    ram_limit_bytes: u64,
+    once: bool,
+    accept_timeout_s: u64,
+    keepalive_s: u32,
+    user_timeout_s: u32,
+    on_loss: Option<String>,
+}
+
+#[derive(Serialize)]
+struct ReceiveReport<'a> {
+    schema: &'static str,
+    schema_version: u32,
+    sessions: &'a [SessionStatus],
+    report: &'a Report,
+}
+
+/// A guest takes a descriptor for each of its channels and RAM blocks: what the hard limit allows is used. Where even
+/// that is refused, the limit is as it was, and connections over it are refused with a message.
+fn raise_open_files() {
+    if let Ok((soft, hard)) = getrlimit(Resource::RLIMIT_NOFILE)
+        && soft < hard
+    {
+        let _ = setrlimit(Resource::RLIMIT_NOFILE, hard, hard);
+    }
+}
+
+/// Receives until it is told to end.
+///
+/// # Errors
+/// If it cannot start or go on.
+pub fn run(args: ReceiveArgs) -> Result<ExitCode, CommandError> {
+    let (once, json, hist) = (args.once, args.json, args.hist.clone());
+    let on_loss = (args.on_loss.clone()).map(|command| OnLoss::new(command, args.control.as_ref()));
+    let options = args.into_options()?;
+    let (wish, wished) = mpsc::channel();
+    signals::on_end(move || {
+        // Without a receiver it is ending already.
+        let _ = wish.send(());
+    })?;
+    raise_open_files();
+    let told = move |event: Event| {
+        tell(&describe(&event));
+        if let (Some(on_loss), Event::Ended(status)) = (&on_loss, &event) {
+            on_loss.session_ended(status);
+        }
+    };
+    let receiver = Receiver::start(options, told).map_err(failed)?;
+    for address in receiver.addresses() {
+        tell(&format!("listening on {address}"));
+    }
+    tell(&format!("receiving on {}", receiver.placement()));
+    watch(&receiver, &wished);
+    let outcome = receiver.wait().map_err(failed)?;
+    if json {
+        print_json(&ReceiveReport {
+            schema: "colo-ring.receive",
+            schema_version: 1,
+            sessions: &outcome.sessions,
+            report: &outcome.report,
+        })?;
+    } else {
+        print(&render(&outcome, hist.as_ref()))?;
+    }
+    let failed = once && !outcome.sessions.iter().any(was_protected);
+    Ok(if failed {
+        ExitCode::FAILURE
+    } else {
+        ExitCode::SUCCESS
+    })
+}
+
+impl ReceiveArgs {
+    fn into_options(self) -> Result<ReceiverOptions, CommandError> {
+        if self.user_timeout < self.keepalive {
+            return Err(CommandError::Usage(
+                "--user-timeout must not be shorter than --keepalive: a silent host is not given up before it was probed"
+                    .to_owned(),
+            ));
+        }
+        let ram_limit_bytes = self
+            .ram_limit
+            .map_or_else(|| Machine::read().memory_bytes / 2, |size| size.0);
+        if ram_limit_bytes == 0 {
+            return Err(CommandError::Usage(
+                "no guest fits: give --ram-limit, like 6G".to_owned(),
+            ));
+        }
+        if self.pool_max.is_some() && self.cache != Cache::Pool {
+            let text = "--pool-max is a limit of --cache pool";
+            return Err(CommandError::Usage(text.to_owned()));
+        }
+        let cores = match (self.cores, self.numa_node) {
+            (Some(list), _) => list.0,
+            (None, Some(node)) => cores_of_node(node, self.channels)?,
+            (None, None) => default_cores(self.channels)?,
+        };
+        let described = Described {
+            listen: self.listen.iter().map(ToString::to_string).collect(),
+            channels: self.channels,
+            placement: Topology::read().place(&cores),
+            cores: cores.clone(),
+            backend: self.backend,
+            registered: self.registered == Switch::On,
+            cache: self.cache,
+            pool_max_bytes: self.pool_max.map(|size| size.0),
+            commit: self.commit,
+            hugepages: self.hugepages,
+            ram_dir: self.ram_dir.clone(),
+            ram_limit_bytes,
+            once: self.once,
+            accept_timeout_s: self.accept_timeout,
+            keepalive_s: self.keepalive,
+            user_timeout_s: self.user_timeout,
+            on_loss: self.on_loss,
+        };
+        Ok(ReceiverOptions {
+            described: serde_json::to_value(&described).map_err(std::io::Error::from)?,
+            listen: self.listen,
+            channels: self.channels,
+            cores,
+            backend: self.backend.into(),
+            registered: self.registered == Switch::On,
+            store: StoreOptions {
+                hugepages: self.hugepages.into(),
+                ram_dir: self.ram_dir,
+                cache: self.cache.kind(self.pool_max),
+                commit: self.commit.into(),
+                ..StoreOptions::default()
+            },
+            ram_limit_bytes,
+            hist: self.hist,
+            control: self.control.map(|address| address.0),
+            once: self.once,
+            identify_deadline: Duration::from_secs(self.accept_timeout),
+            host_watch: HostWatch {
+                probe_after_s: self.keepalive,
+                give_up_after_s: self.user_timeout,
+            },
+        })
+    }
+}
+
+/// Shows how things stand until the receiver has ended; tells it to end when that is wished.
+fn watch(receiver: &Receiver, wished: &mpsc::Receiver<()>) {
+    const REFRESH: Duration = Duration::from_millis(250);
+    let mut line = ProgressLine::new(true);
+    while !receiver.is_finished() {
+        match wished.recv_timeout(REFRESH) {
+            Ok(()) => {
+                line.clear();
+                tell("ending: sockets are closed, histograms written");
+                receiver.stop_handle().stop();
+            }
+            // The signals' thread never ends, so the other end is always there.
+            Err(RecvTimeoutError::Timeout | RecvTimeoutError::Disconnected) => {}
+        }
+        // Without an answer it is about to end.
+        if let (true, Ok(Answer::Status(status))) = (line.is_shown(), receiver.ask(Request::Status)) {
+            line.show(&progress(&status));
+        }
+    }
+}
+
+fn progress(status: &StatusReport) -> String {
+    let sessions = status.sessions.iter().filter(|session| session.end.is_none());
+    let sessions: Vec<_> = sessions.map(session_text::brief).collect();
+    match sessions.len() {
+        0 => "waiting for a primary".to_owned(),
+        1..=3 => sessions.join(" | "),
+        many => format!("{many} sessions; colo-ring status lists them"),
+    }
+}
+
+fn describe(event: &Event) -> String {
+    match event {
+        Event::Warning(text) => format!("warning: {text}"),
+        Event::Note(text) => text.clone(),
+        Event::Began { session, peer } => format!("session {session} began: {peer}"),
+        Event::Ended(status) => format!("session {} ended: {}", status.session, session_text::end(status)),
+    }
+}
+
+fn render(outcome: &Outcome, hist: Option<&PathBuf>) -> String {
+    let mut text: String = outcome
+        .sessions
+        .iter()
+        .map(|session| {
+            format!(
+                "session {} of {}: {}\n",
+                session.session,
+                session.peer,
+                session_text::end(session)
+            )
+        })
+        .collect();
+    if outcome.report.total.checkpoints > 0 {
+        text.push_str(&format!("\n{}", outcome.report.total));
+    }
+    if outcome.report.samples_dropped > 0 {
+        text.push_str(&format!(
+            "{} checkpoints are missing above: the queue of samples was full\n",
+            outcome.report.samples_dropped
+        ));
+    }
+    if let Some(prefix) = hist {
+        text.push_str(&format!(
+            "histograms: {0}.<phase>.hlog and {0}.json\n",
+            prefix.display()
+        ));
+    }
+    text
+}
+
+fn was_protected(session: &SessionStatus) -> bool {
+    session.checkpoint.is_some() && session.orderly == Some(true)
+}
+
+fn failed(error: impl std::fmt::Display) -> CommandError {
+    CommandError::Failed(error.to_string())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::Parser;
+
+    #[derive(Parser)]
+    struct Line {
+        #[command(flatten)]
+        args: ReceiveArgs,
+    }
+
+    fn parse(line: &[&str]) -> Result<ReceiverOptions, String> {
+        let words = ["receive"].iter().chain(line);
+        let parsed = Line::try_parse_from(words).map_err(|error| error.to_string())?;
+        parsed.args.into_options().map_err(|error| error.to_string())
+    }
+
+    #[test]
+    fn the_least_that_must_be_said_is_where_to_listen() {
+        let options = parse(&["--listen", "tcp:[::1]:4444"]).unwrap();
+        assert_eq!(options.channels, 4);
+        assert_eq!(options.identify_deadline, Duration::from_secs(10));
+        assert_eq!(options.ram_limit_bytes, Machine::read().memory_bytes / 2);
+        assert!(!options.cores.is_empty() && options.cores.len() <= 4);
+        assert!(parse(&[]).unwrap_err().contains("--listen"));
+    }
+
+    #[test]
+    fn what_is_asked_for_is_what_is_used_and_reported() {
+        let line = "--listen tcp:127.0.0.1:0 --listen unix:/tmp/x --channels 0 --cores 1,0 --backend threads \
+                    --registered off --hugepages thp --ram-limit 6G --accept-timeout 3 --once --ram-dir /dev/shm";
+        let options = parse(&line.split_whitespace().collect::<Vec<_>>()).unwrap();
+        assert_eq!(options.listen.len(), 2);
+        assert_eq!(options.cores, [1, 0]);
+        assert_eq!(options.ram_limit_bytes, 6 << 30);
+        assert_eq!(options.store.ram_dir, Some(PathBuf::from("/dev/shm")));
+        assert!(options.once && !options.registered);
+        for (key, value) in [
+            ("backend", serde_json::json!("threads")),
+            ("hugepages", serde_json::json!("thp")),
+            ("ram_limit_bytes", serde_json::json!(6u64 << 30)),
+            ("accept_timeout_s", serde_json::json!(3)),
+            ("registered", serde_json::json!(false)),
+        ] {
+            assert_eq!(options.described[key], value, "{key}");
+        }
+    }
+
+    #[test]
+    fn nonsense_is_refused() {
+        for (words, hint) in [
+            ("--listen 4444", "tcp:"),
+            ("--listen unix:/tmp/x --cores 5-2", "2-5,8"),
+            ("--listen unix:/tmp/x --channels 256", "256"),
+            ("--listen unix:/tmp/x --numa-node 0 --cores 0", "--cores"),
+            ("--listen unix:/tmp/x --numa-node 1023", "NUMA node"),
+            ("--listen unix:/tmp/x --ram-limit 0", "--ram-limit"),
+            ("--listen unix:/tmp/x --ram-limit 1.5G", "512M"),
+            ("--listen unix:/tmp/x --accept-timeout 0", "0"),
+            ("--listen unix:/tmp/x --user-timeout 2", "--keepalive"),
+            ("--listen unix:/tmp/x --control /tmp/c", "unix:PATH"),
+            ("--listen unix:/tmp/x --backend rdma", "uring"),
+        ] {
+            let refused = parse(&words.split_whitespace().collect::<Vec<_>>()).unwrap_err();
+            assert!(refused.contains(hint), "{words}: {refused}");
+        }
+        assert!(
+            parse(&["--listen", "unix:/tmp/x", "--cores", ""])
+                .unwrap_err()
+                .contains("2-5,8")
+        );
+    }
+}

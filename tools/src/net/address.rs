@@ -1,0 +1,57 @@
+//! Where a secondary listens.
+
+use std::fmt;
+use std::path::PathBuf;
+use std::str::FromStr;
+use thiserror::Error;
+
+/// The address is neither `tcp:HOST:PORT` nor `unix:PATH`.
+#[derive(Clone, Debug, PartialEq, Eq, Error)]
+#[error("invalid address \"{0}\": use tcp:HOST:PORT or unix:PATH")]
+pub struct AddressError(String);
+
+/// A secondary's address, written as QEMU's `migrate` command writes it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Address {
+    /// `tcp:HOST:PORT`; an IPv6 host stands in brackets.
+    Tcp(String),
+    /// `unix:PATH`.
+    Unix(PathBuf),
+}
+
+impl FromStr for Address {
+    type Err = AddressError;
+
+    fn from_str(text: &str) -> Result<Self, AddressError> {
+        match text.split_once(':') {
+            Some(("tcp", host_port)) if host_port.contains(':') => Ok(Self::Tcp(host_port.to_owned())),
+            Some(("unix", path)) if !path.is_empty() => Ok(Self::Unix(path.into())),
+            _ => Err(AddressError(text.to_owned())),
+        }
+    }
+}
+
+impl fmt::Display for Address {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Tcp(host_port) => write!(f, "tcp:{host_port}"),
+            Self::Unix(path) => write!(f, "unix:{}", path.display()),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_address_is_written_as_qemu_writes_it() {
+        for text in ["", "tcp:", "tcp:host", "unix:", "udp:1:2", "host:1"] {
+            assert_eq!(text.parse::<Address>(), Err(AddressError(text.to_owned())));
+        }
+        assert_eq!(
+            "tcp:[::1]:4444".parse::<Address>().unwrap().to_string(),
+            "tcp:[::1]:4444"
+        );
+    }
+}

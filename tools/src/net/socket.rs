@@ -1,0 +1,135 @@
+//! A stream socket to a secondary or from a primary, over TCP or in this host.
+
+use super::Address;
+use std::io::{self, IoSlice, Read, Write};
+use std::net::{Shutdown, TcpStream};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::os::unix::net::UnixStream;
+use std::time::Duration;
+use thiserror::Error;
+
+/// A channel cannot be connected.
+#[derive(Debug, Error)]
+#[error("cannot connect {what} to {address}: {source}; is the secondary listening there?")]
+pub struct ConnectError {
+    /// Which channel.
+    pub what: String,
+    /// The secondary's address.
+    pub address: String,
+    /// What the system said.
+    pub source: io::Error,
+}
+
+/// A connected stream.
+#[derive(Debug)]
+pub(crate) enum Socket {
+    Tcp(TcpStream),
+    Unix(UnixStream),
+}
+
+impl Socket {
+    /// Connects one channel, called `what`. Reads and writes give up after `patience`.
+    pub(crate) fn connect(address: &Address, what: &str, patience: Duration) -> Result<Self, ConnectError> {
+        let connect = || -> io::Result<Self> {
+            Ok(match address {
+                Address::Tcp(host_port) => {
+                    let socket = TcpStream::connect(host_port)?;
+                    socket.set_read_timeout(Some(patience))?;
+                    socket.set_write_timeout(Some(patience))?;
+                    Self::Tcp(socket)
+                }
+                Address::Unix(path) => {
+                    let socket = UnixStream::connect(path)?;
+                    socket.set_read_timeout(Some(patience))?;
+                    socket.set_write_timeout(Some(patience))?;
+                    Self::Unix(socket)
+                }
+            })
+        };
+        connect().map_err(|source| ConnectError {
+            what: what.to_owned(),
+            address: address.to_string(),
+            source,
+        })
+    }
+
+    /// Has what comes next acknowledged at once, where anything is acknowledged.
+    pub(crate) fn quick_ack(&self) {
+        if let Self::Tcp(socket) = self {
+            colo_ring::ring::quick_ack(socket.as_raw_fd());
+        }
+    }
+
+    /// Switches Nagle's algorithm off where there is one.
+    pub(crate) fn set_nodelay(&self) -> io::Result<()> {
+        match self {
+            Self::Tcp(socket) => socket.set_nodelay(true),
+            Self::Unix(_) => Ok(()),
+        }
+    }
+
+    pub(crate) fn shutdown(&self) {
+        // A peer that has closed already makes this fail, which is the same in the end.
+        let _ = match self {
+            Self::Tcp(socket) => socket.shutdown(Shutdown::Both),
+            Self::Unix(socket) => socket.shutdown(Shutdown::Both),
+        };
+    }
+
+    pub(crate) fn try_clone(&self) -> io::Result<Self> {
+        Ok(match self {
+            Self::Tcp(socket) => Self::Tcp(socket.try_clone()?),
+            Self::Unix(socket) => Self::Unix(socket.try_clone()?),
+        })
+    }
+
+    /// Makes reads and writes return where they would wait.
+    pub(crate) fn set_nonblocking(&self) -> io::Result<()> {
+        match self {
+            Self::Tcp(socket) => socket.set_nonblocking(true),
+            Self::Unix(socket) => socket.set_nonblocking(true),
+        }
+    }
+
+    pub(crate) fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        match self {
+            Self::Tcp(socket) => socket.read(buffer),
+            Self::Unix(socket) => socket.read(buffer),
+        }
+    }
+
+    /// Writes what there is room for.
+    pub(crate) fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        match self {
+            Self::Tcp(socket) => socket.write(bytes),
+            Self::Unix(socket) => socket.write(bytes),
+        }
+    }
+
+    /// Writes all of `parts`, in as few calls as the system allows.
+    pub(crate) fn write_parts(&mut self, mut parts: &mut [IoSlice<'_>]) -> io::Result<()> {
+        IoSlice::advance_slices(&mut parts, 0);
+        while !parts.is_empty() {
+            let written = match self {
+                Self::Tcp(socket) => socket.write_vectored(parts),
+                Self::Unix(socket) => socket.write_vectored(parts),
+            };
+            match written {
+                Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
+                Ok(written) => IoSlice::advance_slices(&mut parts, written),
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(())
+    }
+}
+
+impl AsFd for Socket {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        match self {
+            Self::Tcp(socket) => socket.as_fd(),
+            Self::Unix(socket) => socket.as_fd(),
+        }
+    }
+}

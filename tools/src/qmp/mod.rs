@@ -1,0 +1,333 @@
+//! A client of QEMU's monitor (QMP): commands one at a time, events collected as they come.
+//!
+//! A thread reads; it ends when QEMU closes the connection. A line is at most `LINE_MAX` bytes and at most
+//! `EVENTS_MAX` events are kept, so that whatever listens at the path cannot fill this process's memory.
+
+use serde_json::{Value, json};
+use std::fmt;
+use std::io::{self, BufRead, BufReader, Read, Write};
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::sync::mpsc::{self, Receiver, RecvTimeoutError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+use thiserror::Error;
+
+/// `PATH` or `unix:PATH`.
+pub(crate) fn socket_path(text: &str) -> Result<PathBuf, String> {
+    match text.strip_prefix("unix:").unwrap_or(text) {
+        "" => Err("write the path of a UNIX socket".to_owned()),
+        tcp if tcp.starts_with("tcp:") => Err("only UNIX sockets are supported".to_owned()),
+        path => Ok(PathBuf::from(path)),
+    }
+}
+
+/// How long QEMU may take to answer a command.
+const REPLY_LIMIT: Duration = Duration::from_secs(60);
+
+/// How long the greeting may take: QEMU sends it at once, unless somebody else is connected.
+const GREETING_LIMIT: Duration = Duration::from_secs(10);
+
+/// How long to wait between attempts to connect.
+const RETRY: Duration = Duration::from_millis(5);
+
+/// Longest message, in bytes. The longest known (`query-qmp-schema`) has some 200 KB.
+const LINE_MAX: u64 = 16 << 20;
+
+/// Most events that are kept: a protected guest makes two a checkpoint.
+const EVENTS_MAX: usize = 1 << 20;
+
+/// An asynchronous message of QEMU.
+#[derive(Clone, Debug)]
+pub struct Event {
+    /// Its name, such as `STOP`.
+    pub name: String,
+    /// QEMU's own time stamp, microseconds since the epoch.
+    pub at_us: u64,
+    /// Its data; null where it has none.
+    pub data: Value,
+}
+
+/// QEMU's version, from its greeting.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Version {
+    /// As in 11.1.3: 11.
+    pub major: u64,
+    /// As in 11.1.3: 1.
+    pub minor: u64,
+    /// As in 11.1.3: 3.
+    pub micro: u64,
+}
+
+impl fmt::Display for Version {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}.{}.{}", self.major, self.minor, self.micro)
+    }
+}
+
+/// Why QEMU's monitor could not be used.
+#[derive(Debug, Error)]
+pub enum QmpError {
+    /// Nobody listens there.
+    #[error(
+        "cannot connect to QEMU's monitor {}: {source}; QEMU needs -qmp unix:{},server=on,wait=off",
+        .path.display(), .path.display()
+    )]
+    Connect {
+        /// The socket.
+        path: PathBuf,
+        /// What the system said.
+        source: io::Error,
+    },
+    /// Connected, but no greeting came.
+    #[error(
+        "QEMU's monitor {} does not greet; it serves one client at a time: is another one connected?", .0.display()
+    )]
+    Busy(PathBuf),
+    /// Something else listens there.
+    #[error("{} is not QEMU's QMP monitor: it said {said:?} (a monitor for people has mode=readline)", .path.display())]
+    NotQmp {
+        /// The socket.
+        path: PathBuf,
+        /// The beginning of what it said.
+        said: String,
+    },
+    /// QEMU refused a command.
+    #[error("QEMU refused {command}: {description}")]
+    Refused {
+        /// The command.
+        command: String,
+        /// QEMU's own words.
+        description: String,
+    },
+    /// The connection ended.
+    #[error("QEMU closed its monitor at {command}: it has ended, or was told to")]
+    Closed {
+        /// The command that was not answered.
+        command: String,
+    },
+    /// QEMU does not answer.
+    #[error("QEMU did not answer {command} within {REPLY_LIMIT:?}")]
+    Timeout {
+        /// The command.
+        command: String,
+    },
+}
+
+impl QmpError {
+    /// What QEMU said, if it refused a command.
+    pub fn refusal(&self) -> Option<&str> {
+        match self {
+            Self::Refused { description, .. } => Some(description),
+            _ => None,
+        }
+    }
+}
+
+/// Events that have come, and whether more can.
+#[derive(Debug, Default)]
+struct Collected {
+    state: Mutex<Events>,
+    changed: Condvar,
+}
+
+#[derive(Debug, Default)]
+struct Events {
+    list: Vec<Event>,
+    closed: bool,
+}
+
+impl Collected {
+    fn lock(&self) -> MutexGuard<'_, Events> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// A connection to QEMU's monitor.
+#[derive(Debug)]
+pub struct Qmp {
+    path: PathBuf,
+    writer: UnixStream,
+    replies: Receiver<Value>,
+    collected: Arc<Collected>,
+    version: Version,
+}
+
+impl Qmp {
+    /// Connects, as soon as somebody listens, reads the greeting and leaves the negotiation mode.
+    ///
+    /// # Errors
+    /// When nobody listens at `path` within `limit`, or no QEMU greets there.
+    pub fn connect(path: &Path, limit: Duration) -> Result<Self, QmpError> {
+        let began = Instant::now();
+        let writer = loop {
+            match UnixStream::connect(path) {
+                Ok(stream) => break stream,
+                Err(_) if began.elapsed() < limit => std::thread::sleep(RETRY),
+                Err(source) => {
+                    let path = path.to_owned();
+                    return Err(QmpError::Connect { path, source });
+                }
+            }
+        };
+        Self::greet(path, writer)
+    }
+
+    fn greet(path: &Path, writer: UnixStream) -> Result<Self, QmpError> {
+        let owned = path.to_owned();
+        let reader = writer.try_clone().map_err(|source| QmpError::Connect {
+            path: owned.clone(),
+            source,
+        })?;
+        let (sender, replies) = mpsc::channel();
+        let collected = Arc::new(Collected::default());
+        let (there, said_to) = (Arc::clone(&collected), sender.clone());
+        std::thread::spawn(move || {
+            if let Some(said) = read_all(reader, &there, &sender) {
+                // Only the greeting is looked at for it.
+                let _ = said_to.send(Value::String(said));
+            }
+            there.lock().closed = true;
+            there.changed.notify_all();
+        });
+        let greeting = match replies.recv_timeout(GREETING_LIMIT) {
+            Ok(greeting) => greeting,
+            Err(RecvTimeoutError::Timeout) => return Err(QmpError::Busy(owned)),
+            Err(RecvTimeoutError::Disconnected) => {
+                return Err(QmpError::Closed {
+                    command: "the greeting".into(),
+                });
+            }
+        };
+        let Some(version) = parse_version(&greeting) else {
+            let said = greeting
+                .as_str()
+                .map_or_else(|| greeting.to_string(), str::to_owned);
+            return Err(QmpError::NotQmp { path: owned, said });
+        };
+        let mut qmp = Self {
+            path: owned,
+            writer,
+            replies,
+            collected,
+            version,
+        };
+        qmp.execute("qmp_capabilities", &json!({}))?;
+        Ok(qmp)
+    }
+
+    /// QEMU's version.
+    #[must_use]
+    pub fn version(&self) -> Version {
+        self.version
+    }
+
+    /// The socket.
+    #[must_use]
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Runs a command and returns what it returned.
+    ///
+    /// # Errors
+    /// [`QmpError::Refused`] with QEMU's own words; [`QmpError::Closed`] when QEMU is gone.
+    pub fn execute(&mut self, command: &str, arguments: &Value) -> Result<Value, QmpError> {
+        let closed = || QmpError::Closed {
+            command: command.to_owned(),
+        };
+        let line = json!({"execute": command, "arguments": arguments}).to_string();
+        self.writer.write_all(line.as_bytes()).map_err(|_| closed())?;
+        let mut reply = match self.replies.recv_timeout(REPLY_LIMIT) {
+            Ok(reply) => reply,
+            Err(RecvTimeoutError::Timeout) => {
+                return Err(QmpError::Timeout {
+                    command: command.to_owned(),
+                });
+            }
+            Err(RecvTimeoutError::Disconnected) => return Err(closed()),
+        };
+        if let Some(error) = reply.get("error") {
+            let description = error["desc"].as_str().unwrap_or("it did not say why");
+            return Err(QmpError::Refused {
+                command: command.to_owned(),
+                description: description.to_owned(),
+            });
+        }
+        match reply.get_mut("return") {
+            Some(returned) => Ok(returned.take()),
+            None => Err(closed()),
+        }
+    }
+
+    /// All events so far, in order. An event that QEMU sent before a reply is in the list when the reply is.
+    #[must_use]
+    pub fn events(&self) -> Vec<Event> {
+        self.collected.lock().list.clone()
+    }
+
+    /// Waits until an event of that name has come, at most for `limit`. Returns whether it has.
+    #[must_use]
+    pub fn wait_event(&self, name: &str, limit: Duration) -> bool {
+        let missing =
+            |events: &mut Events| !events.closed && events.list.iter().all(|event| event.name != name);
+        let waited = self
+            .collected
+            .changed
+            .wait_timeout_while(self.collected.lock(), limit, missing);
+        let (events, _) = waited.unwrap_or_else(PoisonError::into_inner);
+        events.list.iter().any(|event| event.name == name)
+    }
+}
+
+/// Reads messages until the connection ends, or something comes that is no message: its beginning is returned.
+fn read_all(reader: UnixStream, collected: &Collected, replies: &mpsc::Sender<Value>) -> Option<String> {
+    let mut reader = BufReader::new(reader);
+    let mut line = Vec::new();
+    loop {
+        line.clear();
+        let read = reader.by_ref().take(LINE_MAX).read_until(b'\n', &mut line);
+        if read.map_or(true, |bytes| bytes == 0) {
+            return None;
+        }
+        let Ok(message) = serde_json::from_slice::<Value>(&line) else {
+            return Some(String::from_utf8_lossy(&line).chars().take(60).collect());
+        };
+        let Some(event) = parse_event(&message) else {
+            // Whoever asked may be gone.
+            if replies.send(message).is_err() {
+                return None;
+            }
+            continue;
+        };
+        let mut events = collected.lock();
+        if events.list.len() == EVENTS_MAX {
+            return None;
+        }
+        events.list.push(event);
+        collected.changed.notify_all();
+    }
+}
+
+fn parse_version(greeting: &Value) -> Option<Version> {
+    let version = &greeting.get("QMP")?["version"]["qemu"];
+    Some(Version {
+        major: version["major"].as_u64()?,
+        minor: version["minor"].as_u64()?,
+        micro: version["micro"].as_u64()?,
+    })
+}
+
+fn parse_event(message: &Value) -> Option<Event> {
+    let name = message.get("event")?.as_str()?.to_owned();
+    let stamp = |part: &str| message["timestamp"][part].as_u64();
+    let (seconds, microseconds) = (stamp("seconds")?, stamp("microseconds")?);
+    Some(Event {
+        name,
+        at_us: seconds.saturating_mul(1_000_000).saturating_add(microseconds),
+        data: message["data"].clone(),
+    })
+}
+
+#[cfg(test)]
+pub(crate) mod tests;
