@@ -1,7 +1,7 @@
 //! The whole receiver, in process, against the synthetic primary: every backend, sync mode and shape of primary.
 
 use colo_ring::receiver::{
-    Answer, Dumped, Event, ListenAddress, Outcome, Receiver, ReceiverOptions, Request, SessionState,
+    Dumped, Event, ListenAddress, Outcome, Receiver, ReceiverOptions, Request, Response, SessionState,
 };
 use colo_ring::ring::BackendKind;
 use colo_ring::store::{HugePages, StoreOptions};
@@ -69,7 +69,7 @@ impl Bench {
     fn dump(&self, session: u32) -> Dumped {
         let directory = self.directory.clone();
         match self.receiver.ask(Request::Dump { session, directory }) {
-            Ok(Answer::Dumped(dumped)) => dumped,
+            Ok(Response::Dumped(dumped)) => dumped,
             other => panic!("{other:?}"),
         }
     }

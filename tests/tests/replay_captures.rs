@@ -1,7 +1,7 @@
 //! Captured sessions of QEMU 7.2 and 10.0, played by `colo-ring replay` to a receiver: what it holds then must equal a
 //! naive reading of the same bytes, also after the checkpoints were played more than once.
 
-use colo_ring::receiver::{Answer, ListenAddress, Receiver, ReceiverOptions, Request};
+use colo_ring::receiver::{ListenAddress, Receiver, ReceiverOptions, Request, Response};
 use colo_ring::ring::BackendKind;
 use colo_ring::store::{HugePages, StoreOptions};
 use colo_ring_tests::capture::{Capture, capture_file};
@@ -58,7 +58,7 @@ fn play(name: &str, pace: &[&str]) {
     assert_eq!(report["capture"]["checkpoints"], model.checkpoints);
     assert_eq!(report["phases"]["loaded"]["count"], PASSES * model.checkpoints);
 
-    let Ok(Answer::Status(status)) = receiver.ask(Request::Status) else {
+    let Ok(Response::Status(status)) = receiver.ask(Request::Status) else {
         panic!("no status")
     };
     let directory = PathBuf::from(scratch.file("dump"));
@@ -67,7 +67,7 @@ fn play(name: &str, pace: &[&str]) {
         session: status.sessions[0].session,
         directory: directory.clone(),
     };
-    let Ok(Answer::Dumped(dumped)) = receiver.ask(dump) else {
+    let Ok(Response::Dumped(dumped)) = receiver.ask(dump) else {
         panic!("no dump")
     };
     let dumped = serde_json::to_value(dumped).unwrap();

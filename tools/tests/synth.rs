@@ -1,6 +1,6 @@
 //! The synthetic primary against a real receiver, live and by way of a capture, and as a command.
 
-use colo_ring::receiver::{Answer, Receiver, ReceiverOptions, Request};
+use colo_ring::receiver::{Receiver, ReceiverOptions, Request, Response};
 use colo_ring::ring::BackendKind;
 use colo_ring::store::{HugePages, StoreOptions};
 use colo_ring_tools::capture_file::{
@@ -86,7 +86,7 @@ impl Secondary {
     fn committed(&self) -> Committed {
         let directory = self.scratch.0.clone();
         let session = 1;
-        let Ok(Answer::Dumped(dumped)) = self.receiver.ask(Request::Dump { session, directory }) else {
+        let Ok(Response::Dumped(dumped)) = self.receiver.ask(Request::Dump { session, directory }) else {
             panic!("no dump")
         };
         let read = |file: &str| std::fs::read(self.scratch.file(file)).unwrap();

@@ -26,7 +26,7 @@ pub(super) type Notify = Arc<dyn Fn() + Send + Sync>;
 pub(super) type Warn = Arc<dyn Fn(String) + Send + Sync>;
 
 /// Does something that takes seconds where nobody waits for it: on a thread of its own.
-pub(super) type RunApart = dyn Fn(Box<dyn FnOnce() + Send>) -> std::io::Result<()> + Send + Sync;
+pub(super) type RunInBackground = dyn Fn(Box<dyn FnOnce() + Send>) -> std::io::Result<()> + Send + Sync;
 
 /// Makes a guest's memory; may take seconds. Called once, apart.
 pub(super) type MakeStore = dyn Fn(&Guest, Arc<BlockTable>) -> Made + Send + Sync;
@@ -41,12 +41,12 @@ pub(super) struct Connection {
 }
 
 /// What the receiver's parts are given to work with.
-pub(super) struct Surroundings {
+pub(super) struct Services {
     pub(super) started: Instant,
     pub(super) samples: Arc<SampleQueue>,
     pub(super) flusher: Arc<Flusher>,
     pub(super) make_store: Arc<MakeStore>,
-    pub(super) run_apart: Arc<RunApart>,
+    pub(super) run_in_background: Arc<RunInBackground>,
     pub(super) notify: Notify,
     pub(super) warn: Warn,
 }
@@ -80,7 +80,7 @@ pub(super) struct Memory {
 pub(super) struct Guest {
     pub(super) id: u32,
     pub(super) peer: String,
-    pub(super) around: Arc<Surroundings>,
+    pub(super) services: Arc<Services>,
     pub(super) rendezvous: Rendezvous,
     pub(super) counters: Counters,
     pub(super) record: OnceLock<Arc<SessionRecord>>,
@@ -111,7 +111,7 @@ impl Guest {
     pub(super) fn new(
         id: u32,
         peer: String,
-        around: Arc<Surroundings>,
+        services: Arc<Services>,
         main: Connection,
         channels: Vec<Connection>,
         helpers: Vec<Waker>,
@@ -120,7 +120,7 @@ impl Guest {
         Arc::new(Self {
             id,
             peer,
-            around,
+            services,
             rendezvous: Rendezvous::new(count),
             counters: Counters::default(),
             record: OnceLock::new(),
@@ -143,7 +143,7 @@ impl Guest {
     pub(super) fn recovered(
         id: u32,
         peer: String,
-        around: Arc<Surroundings>,
+        services: Arc<Services>,
         record: SessionRecord,
         memory: Memory,
         age: Duration,
@@ -159,8 +159,8 @@ impl Guest {
             memory_asked: AtomicBool::new(true),
             promotion: Mutex::default(),
             growing: AtomicBool::new(false),
-            age_at_start: age.saturating_sub(around.started.elapsed()),
-            around,
+            age_at_start: age.saturating_sub(services.started.elapsed()),
+            services,
             main: None,
             channels: Vec::new(),
             helpers: Vec::new(),
@@ -260,7 +260,7 @@ impl Guest {
             let _ = shutdown(connection.socket.as_raw_fd(), Shutdown::Both);
         }
         self.wake_all();
-        (self.around.notify)();
+        (self.services.notify)();
     }
 
     /// Why the session has ended.
@@ -285,7 +285,7 @@ impl Guest {
     /// An endpoint is gone.
     pub(super) fn leave(&self) {
         if self.endpoints.fetch_sub(1, Ordering::AcqRel) == 1 {
-            (self.around.notify)();
+            (self.services.notify)();
         }
     }
 

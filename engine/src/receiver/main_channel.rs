@@ -6,7 +6,7 @@
 use super::end::SessionEnd;
 use super::guest::Guest;
 use super::intake::Intake;
-use super::recovered::encode;
+use super::recovery::encode;
 use super::timeline::Timeline;
 use crate::blocks::BlockTable;
 use crate::canary::{self, Canary};
@@ -160,12 +160,13 @@ impl MainChannel {
         let guest = self.guest.clone();
         // Not here: touching a large guest's memory takes seconds, and this thread drives other guests too.
         let make = move || {
-            let make = || (guest.around.make_store)(&guest, table);
+            let make = || (guest.services.make_store)(&guest, table);
             // The main channel waits for an answer, whatever happens here.
             let made = catch_unwind(AssertUnwindSafe(make));
             guest.memory_made(made.unwrap_or_else(|_| Err("the thread that made it panicked".into())));
         };
-        (self.guest.around.run_apart)(Box::new(make)).map_err(|error| SessionEnd::NoMemory(error.to_string()))
+        (self.guest.services.run_in_background)(Box::new(make))
+            .map_err(|error| SessionEnd::NoMemory(error.to_string()))
     }
 
     fn ram_complete(&mut self) -> Result<(), SessionEnd> {
@@ -193,7 +194,7 @@ impl MainChannel {
         if checkpoint == CheckpointId(0) {
             let unseen = store.unseen_pages();
             if unseen > 0 {
-                (self.guest.around.warn)(format!(
+                (self.guest.services.warn)(format!(
                     "session {}: {unseen} pages were never sent in precopy; they are taken as zero",
                     self.guest.id
                 ));
@@ -203,7 +204,7 @@ impl MainChannel {
         store.commit(
             checkpoint,
             self.session.device_state(),
-            &self.guest.around.flusher,
+            &self.guest.services.flusher,
         );
         self.session.committed();
     }
@@ -258,7 +259,7 @@ impl MainChannel {
         self.sample = Some(self.timeline.loaded_sent(&self.guest, checkpoint));
         self.deliver_sample();
         if let Some(error) = store.take_failure() {
-            (self.guest.around.warn)(format!(
+            (self.guest.services.warn)(format!(
                 "session {}: from checkpoint {checkpoint} on nothing of it outlives this receiver: {error}",
                 self.guest.id
             ));
@@ -274,7 +275,7 @@ impl MainChannel {
         if let Some(sample) = self.sample.take() {
             let flush = store.flush_time();
             self.guest
-                .around
+                .services
                 .samples
                 .push(CheckpointSample { flush, ..sample });
         }
@@ -289,7 +290,7 @@ impl MainChannel {
                 PoolTask::Grow => "",
                 PoolTask::Nothing | PoolTask::Shrink => ". A larger --pool-max avoids that",
             };
-            (self.guest.around.warn)(format!(
+            (self.guest.services.warn)(format!(
                 "session {}: a checkpoint needed {} cache slabs more than there were; pages waited for their memory, \
                  which made it slower{advice}",
                 self.guest.id,
@@ -310,12 +311,12 @@ impl MainChannel {
                 }
             };
             if let Err(error) = done {
-                (guest.around.warn)(format!("session {}: {error}", guest.id));
+                (guest.services.warn)(format!("session {}: {error}", guest.id));
             }
             guest.growing.store(false, Ordering::Release);
         };
         // Not here: it takes milliseconds. Where that cannot be had the pool stays as it is.
-        let _ = (self.guest.around.run_apart)(Box::new(tend));
+        let _ = (self.guest.services.run_in_background)(Box::new(tend));
     }
 
     /// Device state grows by what arrives. It has a budget like RAM: once for this buffer, and once for the committed one
@@ -497,7 +498,7 @@ impl Drop for MainChannel {
         if let (Some(store), Some(sample)) = (self.guest.store(), self.sample.take()) {
             let flush = store.flush_time();
             self.guest
-                .around
+                .services
                 .samples
                 .push(CheckpointSample { flush, ..sample });
         }

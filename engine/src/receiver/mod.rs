@@ -11,10 +11,8 @@
 mod assemble;
 mod budget;
 mod control;
-mod director;
 mod dump;
 mod end;
-mod feed;
 mod guest;
 mod helper;
 mod identify;
@@ -23,17 +21,18 @@ mod main_channel;
 mod options;
 mod page_channel;
 mod promotion;
-mod recovered;
+mod recovery;
+mod restore;
 #[cfg(all(test, not(loom), not(miri)))]
 mod sim;
 mod status;
 mod timeline;
 
-pub use control::{Answer, Claimed, Request};
+pub use control::{ClaimedCheckpoint, Request, Response};
 pub use dump::{DUMP_SCHEMA, DUMP_VERSION, Dumped, DumpedBlock};
 pub use end::{ChannelError, SessionEnd};
-pub use feed::{Fed, Feed};
 pub use options::ReceiverOptions;
+pub use restore::{RestoreReport, RestoreRequest};
 pub use status::{GuestBlock, STATUS_SCHEMA, STATUS_VERSION, SessionState, SessionStatus, StatusReport};
 
 use crate::host::{Machine, Placement, Topology};
@@ -43,11 +42,10 @@ use crate::net::{Listener, Runtime, bind_unix};
 use crate::ring::{BackendKind, Plane, PlaneError, PlaneOptions};
 use crate::store::{CopyMethod, Flusher, FlusherError, Store};
 use budget::Budget;
-use control::{Asked, Said};
-use director::{Director, Wires, direct};
-use guest::{MakeStore, Surroundings};
-use promotion::Conversation;
-use recovered::{Budgets, label, recover_all};
+use control::{ClientEvent, ControlContext, ControlInputs, PendingRequest};
+use guest::{MakeStore, Services};
+use promotion::ClientId;
+use recovery::{Budgets, label, recover_all};
 use std::path::PathBuf;
 use std::rc::Rc;
 use std::sync::Arc;
@@ -125,7 +123,7 @@ pub struct Receiver {
     addresses: Vec<ListenAddress>,
     placement: Placement,
     stop: Arc<Notify>,
-    ask: mpsc::Sender<Said>,
+    ask: mpsc::Sender<ClientEvent>,
     thread: JoinHandle<Result<Outcome, ReceiverError>>,
 }
 
@@ -168,11 +166,11 @@ impl Receiver {
         let control = options.control.as_deref().map(bind_control).transpose()?;
         let changed = Arc::new(Notify::new());
         let placement = Topology::read().place(&options.cores);
-        let director = make_director(options, placement.clone(), events, &changed)?;
+        let context = make_context(options, placement.clone(), events, &changed)?;
         let stop = Arc::new(Notify::new());
         let (ask, asked) = mpsc::channel(64);
-        let wires = Wires {
-            said: asked,
+        let wires = ControlInputs {
+            client_events: asked,
             changed,
             stop: stop.clone(),
         };
@@ -181,7 +179,7 @@ impl Receiver {
         let thread = thread.spawn(move || {
             let (runtime, fallback) = Runtime::new().map_err(ReceiverError::Thread)?;
             if let Some(error) = fallback {
-                (director.events)(Event::Warning(format!(
+                (context.events)(Event::Warning(format!(
                     "connections are accepted without io_uring ({error}), which makes no difference to their pages"
                 )));
             }
@@ -193,7 +191,7 @@ impl Receiver {
                     tokio::task::spawn_local(control::serve(listener, control_ask));
                 }
                 let listeners = listeners.into_iter().map(Rc::new).collect();
-                direct(director, uring, listeners, wires).await
+                control::run(context, uring, listeners, wires).await
             };
             runtime.block_on(main)
         });
@@ -225,12 +223,12 @@ impl Receiver {
     ///
     /// # Errors
     /// In words, or that the receiver has ended.
-    pub fn ask(&self, request: Request) -> Result<Answer, String> {
+    pub fn ask(&self, request: Request) -> Result<Response, String> {
         let (reply, answer) = oneshot::channel();
-        let by = Conversation::OWN;
+        let by = ClientId::OWN;
         let gone = || "the receiver has ended".to_owned();
         self.ask
-            .blocking_send(Said::Asked(Asked { by, request, reply }))
+            .blocking_send(ClientEvent::Request(PendingRequest { by, request, reply }))
             .map_err(|_| gone())?;
         answer.blocking_recv().map_err(|_| gone())?
     }
@@ -301,12 +299,12 @@ fn start_plane(options: &mut ReceiverOptions, events: &Arc<Events>) -> Result<Pl
     Ok(plane)
 }
 
-fn make_director(
+fn make_context(
     mut options: ReceiverOptions,
     placement: Placement,
     events: Arc<Events>,
     changed: &Arc<Notify>,
-) -> Result<Director, ReceiverError> {
+) -> Result<ControlContext, ReceiverError> {
     let flusher = match options.backend {
         // The baseline flushes as QEMU does: one thread, memcpy.
         BackendKind::Threads => Flusher::new(CopyMethod::Memcpy, 0, &[]),
@@ -326,29 +324,29 @@ fn make_director(
     };
     let recorder = Recorder::start(options.hist.as_deref(), run)?;
     let (changed, warn_events) = (changed.clone(), events.clone());
-    let around = Surroundings {
+    let services = Services {
         started: Instant::now(),
         samples: Arc::new(SampleQueue::new()),
         flusher: Arc::new(flusher),
         make_store: store_maker(&options, &placement, &budgets, events.clone()),
-        run_apart: Arc::new(|work| {
+        run_in_background: Arc::new(|work| {
             let thread = std::thread::Builder::new().name("colo-memory".into());
             thread.spawn(work).map(drop)
         }),
         notify: Arc::new(move || changed.notify_one()),
         warn: Arc::new(move |text| warn_events(Event::Warning(text))),
     };
-    let around = Arc::new(around);
+    let services = Arc::new(services);
     let recovered = match &options.store.ram_dir {
-        Some(directory) => recover_all(directory, &around, &budgets, &*events),
+        Some(directory) => recover_all(directory, &services, &budgets, &*events),
         None => (Vec::new(), 1),
     };
     // Last: its threads do not end by themselves where something else fails.
     let plane = start_plane(&mut options, &events)?;
-    Ok(Director {
+    Ok(ControlContext {
         options,
         placement,
-        around,
+        services,
         plane,
         budget: budgets.ram,
         recorder,

@@ -305,7 +305,7 @@ impl Endpoint for PageChannel {
             && self.guest.end().is_none()
         {
             // How the session ends says the main channel; this is why.
-            (self.guest.around.warn)(format!("session {}: {}: {error}", self.guest.id, self.id));
+            (self.guest.services.warn)(format!("session {}: {}: {error}", self.guest.id, self.id));
         }
         self.guest.channel_ended();
     }

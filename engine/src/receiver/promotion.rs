@@ -17,9 +17,9 @@
 
 /// A conversation on the control socket.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Conversation(pub(super) u64);
+pub(super) struct ClientId(pub(super) u64);
 
-impl Conversation {
+impl ClientId {
     /// That of the process itself, which never ends.
     pub(super) const OWN: Self = Self(0);
 }
@@ -31,16 +31,16 @@ pub(super) enum Promotion {
     #[default]
     Here,
     /// A failover is under way; nothing was given yet.
-    Claimed(Conversation),
+    Claimed(ClientId),
     /// The whole stream was written. Who wrote it is to say what became of it; `None` if it cannot any more.
-    Given { by: Option<Conversation>, to: String },
+    Given { by: Option<ClientId>, to: String },
     /// A guest runs from it: nothing may ever be done with it again.
     Promoted,
 }
 
 impl Promotion {
     /// Claims the checkpoint. With `retry` also one that was given away and of which nobody has said what became.
-    pub(super) fn claim(&mut self, by: Conversation, retry: bool) -> Result<(), String> {
+    pub(super) fn claim(&mut self, by: ClientId, retry: bool) -> Result<(), String> {
         match self {
             Self::Here => {}
             Self::Given { by: None, .. } if retry => {}
@@ -61,7 +61,7 @@ impl Promotion {
     }
 
     /// Whether this conversation has claimed the checkpoint and not yet given it away.
-    pub(super) fn check_claimed(&self, by: Conversation) -> Result<(), String> {
+    pub(super) fn check_claimed(&self, by: ClientId) -> Result<(), String> {
         match self {
             Self::Claimed(claimed) if *claimed == by => Ok(()),
             _ => Err("it was not claimed by this conversation".to_owned()),
@@ -75,14 +75,14 @@ impl Promotion {
     }
 
     /// The whole stream was written to `to`.
-    pub(super) fn given(&mut self, by: Conversation, to: String) {
+    pub(super) fn given(&mut self, by: ClientId, to: String) {
         if *self == Self::Claimed(by) {
             *self = Self::Given { by: Some(by), to };
         }
     }
 
     /// The failover is over without success. `may_have_run`: whether a guest may have run from what was given.
-    pub(super) fn release(&mut self, by: Conversation, may_have_run: bool) -> Result<(), String> {
+    pub(super) fn release(&mut self, by: ClientId, may_have_run: bool) -> Result<(), String> {
         match self {
             Self::Claimed(claimed) if *claimed == by => *self = Self::Here,
             Self::Given { by: giver, .. } if *giver == Some(by) => match may_have_run {
@@ -95,7 +95,7 @@ impl Promotion {
     }
 
     /// A guest runs from what this conversation has given.
-    pub(super) fn promoted(&mut self, by: Conversation) -> Result<(), String> {
+    pub(super) fn promoted(&mut self, by: ClientId) -> Result<(), String> {
         match self {
             Self::Given { by: giver, .. } if *giver == Some(by) => {
                 *self = Self::Promoted;
@@ -106,7 +106,7 @@ impl Promotion {
     }
 
     /// A conversation is over.
-    pub(super) fn left(&mut self, by: Conversation) {
+    pub(super) fn left(&mut self, by: ClientId) {
         match self {
             Self::Claimed(claimed) if *claimed == by => *self = Self::Here,
             Self::Given { by: giver, .. } if *giver == Some(by) => *giver = None,
@@ -141,8 +141,8 @@ impl Promotion {
 mod tests {
     use super::*;
 
-    const ONE: Conversation = Conversation(1);
-    const TWO: Conversation = Conversation(2);
+    const ONE: ClientId = ClientId(1);
+    const TWO: ClientId = ClientId(2);
 
     fn given() -> Promotion {
         let mut promotion = Promotion::Here;

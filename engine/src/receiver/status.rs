@@ -140,7 +140,7 @@ impl SessionStatus {
         let counters = &guest.counters;
         let checkpoint = guest.store().and_then(|store| store.committed());
         let pool = guest.store().and_then(|store| store.pool_use());
-        let now = u64::try_from(guest.around.started.elapsed().as_nanos()).unwrap_or(u64::MAX);
+        let now = u64::try_from(guest.services.started.elapsed().as_nanos()).unwrap_or(u64::MAX);
         let before = u64::try_from(guest.age_at_start.as_nanos()).unwrap_or(u64::MAX);
         let since = now.saturating_sub(read(&counters.committed_at_ns));
         let age = checkpoint.map(|_| since.saturating_add(before) / 1_000_000);

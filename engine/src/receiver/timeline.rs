@@ -93,7 +93,7 @@ impl Timeline {
         CheckpointSample {
             session: guest.id,
             checkpoint: checkpoint.0,
-            end: now - guest.around.started,
+            end: now - guest.services.started,
             reply: self.reply_sent - self.requested,
             transfer: self.ram_complete - self.transfer_begins,
             vmstate: self.everything_here - self.ram_complete,
@@ -111,7 +111,7 @@ impl Timeline {
         let counters = &guest.counters;
         counters
             .committed_at_ns
-            .store(nanoseconds(guest.around.started.elapsed()), Ordering::Relaxed);
+            .store(nanoseconds(guest.services.started.elapsed()), Ordering::Relaxed);
         counters.pause_ns.store(nanoseconds(pause), Ordering::Relaxed);
     }
 }

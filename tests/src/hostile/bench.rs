@@ -2,7 +2,7 @@
 
 use super::{HostilePrimary, PATIENCE};
 use colo_ring::receiver::{
-    Answer, Dumped, Event, ListenAddress, Receiver, ReceiverOptions, Request, SessionStatus,
+    Dumped, Event, ListenAddress, Receiver, ReceiverOptions, Request, Response, SessionStatus,
 };
 use colo_ring::ring::BackendKind;
 use colo_ring::store::{HugePages, StoreOptions};
@@ -232,7 +232,7 @@ impl Bench {
     pub fn dump(&self, session: u32) -> Result<Dumped, String> {
         let directory = self.directory.clone();
         match self.receiver.ask(Request::Dump { session, directory })? {
-            Answer::Dumped(dumped) => Ok(dumped),
+            Response::Dumped(dumped) => Ok(dumped),
             other => panic!("{other:?}"),
         }
     }
@@ -240,7 +240,7 @@ impl Bench {
     fn discard(&self, session: u32) {
         let answer = self.receiver.ask(Request::Discard { session });
         assert!(
-            matches!(answer, Ok(Answer::Discarded { discarded }) if discarded == session),
+            matches!(answer, Ok(Response::Discarded { discarded }) if discarded == session),
             "{answer:?}"
         );
     }
@@ -258,7 +258,7 @@ impl Bench {
             assert!(*image == *file, "the neighbour's block {} is damaged", block.name);
         }
         match self.receiver.ask(Request::Status) {
-            Ok(Answer::Status(status)) => assert_eq!(status.sessions.len(), 1, "{:?}", status.sessions),
+            Ok(Response::Status(status)) => assert_eq!(status.sessions.len(), 1, "{:?}", status.sessions),
             other => panic!("{other:?}"),
         }
         self.receiver.stop_handle().stop();

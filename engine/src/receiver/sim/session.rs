@@ -6,7 +6,7 @@ use crate::metrics::CheckpointSample;
 use crate::receiver::dump;
 use crate::receiver::end::{ChannelError, SessionEnd};
 use crate::receiver::guest::Guest;
-use crate::receiver::recovered::{Described, decode, label};
+use crate::receiver::recovery::{Described, decode, label};
 use crate::ring::sim::{Network, Wire};
 use crate::store::{Recoverable, RecoverableCheckpoint};
 use crate::units::PageIndex;

@@ -2,7 +2,7 @@
 
 mod connect;
 mod faults;
-mod surroundings;
+mod services;
 
 use super::Tally;
 use super::death::Death;
@@ -11,12 +11,12 @@ use super::rng::Rng;
 use super::session::SimSession;
 use crate::killpoint;
 use crate::receiver::budget::Budget;
-use crate::receiver::guest::Surroundings;
+use crate::receiver::guest::Services;
 use crate::ring::sim::{Net, Network, Registered, SimCore, StreamEnd};
 use crate::ring::{ReceiveStyle, Spread};
 use faults::{FAULTS, Fault};
+use services::{Job, LASTING_STORES, STORES, services};
 use std::sync::{Arc, Mutex, PoisonError};
-use surroundings::{Job, LASTING_STORES, STORES, surroundings};
 
 /// Steps after which a run has gone astray: none came near.
 const STEPS_MAX: u64 = 1_000_000;
@@ -47,11 +47,11 @@ pub(super) struct World {
     /// Each core stands for a thread that drives one connection.
     is_threads: bool,
     sessions: Vec<SimSession>,
-    around: Arc<Surroundings>,
+    services: Arc<Services>,
     /// What is to be done apart: guests' memory to be made.
     jobs: Arc<Mutex<Vec<Job>>>,
     budgets: [Arc<Budget>; 2],
-    /// Wires whose bytes wait for now.
+    /// ControlInputs whose bytes wait for now.
     stalled: Vec<bool>,
     /// Steps before which something is done to a session.
     faults: Vec<(u64, usize, Fault)>,
@@ -109,9 +109,9 @@ impl World {
             Some(_) => rng.pick(&LASTING_STORES),
         };
         let ram_dir = death.as_ref().map(|death| death.directory().to_owned());
-        let around = surroundings(rng, store, ram_dir, cores, &jobs, &budgets);
+        let services = services(rng, store, ram_dir, cores, &jobs, &budgets);
         let mut world = Self {
-            cores: SimCore::all(&net, cores, &around.warn).expect("eventfds"),
+            cores: SimCore::all(&net, cores, &services.warn).expect("eventfds"),
             stalled: vec![false; connections],
             faults: Vec::new(),
             dump_at: rng.one_in(16).then(|| rng.any_size(STEPS_USUAL) as u64),
@@ -127,7 +127,7 @@ impl World {
             net,
             is_threads: threads,
             sessions: Vec::new(),
-            around,
+            services,
             jobs,
             budgets,
         };
@@ -241,7 +241,7 @@ impl World {
             return Ok(false);
         }
         self.tally.steps += 1;
-        while let Some(sample) = self.around.samples.pop() {
+        while let Some(sample) = self.services.samples.pop() {
             self.sessions[usize::try_from(sample.session).expect("few")].measured(&sample)?;
         }
         for session in &mut self.sessions {

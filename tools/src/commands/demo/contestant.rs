@@ -8,7 +8,7 @@ use crate::primary::{Distribution, Figures, PhaseFigures, SynthOptions, SynthPri
 use crate::run_file::{Checkpoint, Clock, RunFile};
 use clap::ValueEnum;
 use colo_ring::metrics::Summary;
-use colo_ring::receiver::{Answer, Event, ListenAddress, Receiver, ReceiverOptions, Request, StatusReport};
+use colo_ring::receiver::{Event, ListenAddress, Receiver, ReceiverOptions, Request, Response, StatusReport};
 use colo_ring::store::StoreOptions;
 use serde::Serialize;
 use std::collections::BTreeSet;
@@ -232,7 +232,7 @@ impl Contestant {
 
 fn status(receiver: &Receiver) -> Result<StatusReport, CommandError> {
     match receiver.ask(Request::Status).map_err(CommandError::Failed)? {
-        Answer::Status(status) => Ok(*status),
+        Response::Status(status) => Ok(*status),
         other => Err(CommandError::Failed(format!(
             "the receiver answered {other:?} to a question for its status"
         ))),

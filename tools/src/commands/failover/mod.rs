@@ -12,7 +12,7 @@ use crate::output::{CommandError, tell};
 use crate::qmp::socket_path;
 use crate::signals;
 use clap::Args;
-use colo_ring::receiver::{Claimed, Fed, Feed, Request};
+use colo_ring::receiver::{ClaimedCheckpoint, Request, RestoreReport, RestoreRequest};
 use command_line::{CommandLine, main_block};
 use report::{Outcome, Times};
 use serde::Deserialize;
@@ -110,7 +110,7 @@ impl FromStr for Target {
 /// A claimed checkpoint, and the conversation that has claimed it.
 struct Claim {
     conversation: Conversation,
-    claimed: Claimed,
+    claimed: ClaimedCheckpoint,
 }
 
 /// Gives a session's last committed checkpoint to a QEMU, and returns once the guest runs there.
@@ -134,7 +134,7 @@ pub fn run(args: &FailoverArgs) -> Result<ExitCode, CommandError> {
         force: args.force,
         retry: args.retry,
     };
-    let claimed: Claimed = conversation.ask(&claim)?;
+    let claimed: ClaimedCheckpoint = conversation.ask(&claim)?;
     let mut claim = Claim {
         conversation,
         claimed,
@@ -182,14 +182,14 @@ impl FailoverArgs {
 
 impl Claim {
     /// Has the receiver write the stream. It may end the session for it.
-    fn feed(
+    fn restore(
         &mut self,
         to: String,
         shared: Option<String>,
         keep: Option<PathBuf>,
-    ) -> Result<Fed, CommandError> {
-        let session = self.claimed.claimed;
-        self.conversation.ask(&Request::Feed(Feed {
+    ) -> Result<RestoreReport, CommandError> {
+        let session = self.claimed.session;
+        self.conversation.ask(&Request::Restore(RestoreRequest {
             session,
             to,
             shared,
@@ -199,17 +199,17 @@ impl Claim {
 
     /// It failed before anything was given; the claim ends with the conversation.
     fn untouched(&self, error: &CommandError) -> CommandError {
-        let Claimed {
-            claimed, checkpoint, ..
+        let ClaimedCheckpoint {
+            session, checkpoint, ..
         } = &self.claimed;
         CommandError::Failed(format!(
-            "{error}\nnothing was given away: checkpoint {checkpoint} of session {claimed} is still there"
+            "{error}\nnothing was given away: checkpoint {checkpoint} of session {session} is still there"
         ))
     }
 
     /// Gives the claim up, and says what is left. `may_have_run`: whether a guest may have, if the stream was written.
     fn release(&mut self, may_have_run: bool, why: &str) -> CommandError {
-        let session = self.claimed.claimed;
+        let session = self.claimed.session;
         let released = self.conversation.ask::<Released>(&Request::Release {
             session,
             may_have_run,
@@ -249,8 +249,8 @@ fn resume(
     let began = Instant::now();
     let to = format!("unix:{}", waiting.socket().display());
     waiting.is_given();
-    let fed = match claim.feed(to, shared.clone(), args.keep()?) {
-        Ok(fed) => fed,
+    let restored = match claim.restore(to, shared.clone(), args.keep()?) {
+        Ok(restored) => restored,
         Err(error) => {
             let (why, may_have_run) = waiting.why_not_taken();
             drop(waiting);
@@ -267,7 +267,7 @@ fn resume(
         }
     };
     times.load = began.elapsed();
-    let outcome = Outcome::resumed(&waiting, status, shared, fed);
+    let outcome = Outcome::resumed(&waiting, status, shared, restored);
     waiting.let_go();
     let began = Instant::now();
     let session = args.session;
@@ -319,7 +319,11 @@ fn prepare(
 }
 
 /// The command line with what must be added, checked against the checkpoint as far as it says something.
-fn fit(args: &FailoverArgs, claimed: &Claimed, mut line: CommandLine) -> Result<CommandLine, CommandError> {
+fn fit(
+    args: &FailoverArgs,
+    claimed: &ClaimedCheckpoint,
+    mut line: CommandLine,
+) -> Result<CommandLine, CommandError> {
     if args.stream {
         return Ok(line);
     }
@@ -351,7 +355,7 @@ fn fence(args: &FailoverArgs, claim: &Claim, times: &mut Times) -> Result<(), Co
     let mut shell = Command::new("sh");
     shell
         .args(["-c", command])
-        .env("COLO_RING_SESSION", claim.claimed.claimed.to_string())
+        .env("COLO_RING_SESSION", claim.claimed.session.to_string())
         .env("COLO_RING_PEER", &claim.claimed.peer)
         .env("COLO_RING_MACHINE", &claim.claimed.machine)
         .env("COLO_RING_CHECKPOINT", claim.claimed.checkpoint.to_string())
@@ -380,18 +384,19 @@ fn write_only(
     fence(args, claim, times).map_err(|error| claim.untouched(&error))?;
     let keep = args.keep()?;
     let began = Instant::now();
-    let (name, fed) = match target {
-        Target::There(to) => (to.clone(), claim.feed(to.clone(), None, keep)),
+    let (name, restored) = match target {
+        Target::There(to) => (to.clone(), claim.restore(to.clone(), None, keep)),
         Target::Here => {
             let directory = RunDirectory::new(args.run_dir.as_deref(), args.session)?;
             started.uses(&directory);
-            let relayed = relay::to_stdout(&directory.file("stream.sock"), |to| claim.feed(to, None, keep));
+            let relayed =
+                relay::to_stdout(&directory.file("stream.sock"), |to| claim.restore(to, None, keep));
             ("standard output".to_owned(), relayed)
         }
     };
     times.feed = began.elapsed();
-    match fed {
-        Ok(fed) => Ok(Outcome::written(name, fed)),
+    match restored {
+        Ok(restored) => Ok(Outcome::written(name, restored)),
         Err(error) => Err(claim.release(false, &error.to_string())),
     }
 }

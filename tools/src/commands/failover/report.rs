@@ -5,7 +5,7 @@ use super::{FailoverArgs, nanoseconds, shown};
 use crate::output::{CommandError, print, print_json, tell};
 use colo_ring::host::Machine;
 use colo_ring::metrics::display_nanoseconds;
-use colo_ring::receiver::{Claimed, Fed};
+use colo_ring::receiver::{ClaimedCheckpoint, RestoreReport};
 use serde::Serialize;
 use serde_json::json;
 use std::path::PathBuf;
@@ -42,7 +42,7 @@ pub(super) struct Outcome {
     qmp: Option<PathBuf>,
     pid: Option<u32>,
     to: Option<String>,
-    fed: Fed,
+    restored: RestoreReport,
     pub(super) times: Times,
 }
 
@@ -86,7 +86,12 @@ struct FailoverReport<'a> {
 
 impl Outcome {
     /// A guest runs in a QEMU.
-    pub(super) fn resumed(waiting: &Waiting, status: String, shared: Option<String>, fed: Fed) -> Self {
+    pub(super) fn resumed(
+        waiting: &Waiting,
+        status: String,
+        shared: Option<String>,
+        restored: RestoreReport,
+    ) -> Self {
         Self {
             way: if shared.is_some() { "shared" } else { "stream" },
             status: Some(status),
@@ -94,13 +99,13 @@ impl Outcome {
             qmp: Some(waiting.monitor().to_owned()),
             pid: waiting.pid(),
             to: None,
-            fed,
+            restored,
             times: Times::default(),
         }
     }
 
     /// A stream was written.
-    pub(super) fn written(to: String, fed: Fed) -> Self {
+    pub(super) fn written(to: String, restored: RestoreReport) -> Self {
         Self {
             way: "written",
             status: None,
@@ -108,7 +113,7 @@ impl Outcome {
             qmp: None,
             pid: None,
             to: Some(to),
-            fed,
+            restored,
             times: Times::default(),
         }
     }
@@ -121,9 +126,9 @@ impl Outcome {
             check_ns: nanoseconds(times.check),
             fence_ns: nanoseconds(times.fence),
             feed_ns: nanoseconds(times.feed),
-            hold_ns: self.fed.hold_ns,
-            keep_ns: self.fed.keep_ns,
-            write_ns: self.fed.write_ns,
+            hold_ns: self.restored.hold_ns,
+            keep_ns: self.restored.keep_ns,
+            write_ns: self.restored.write_ns,
             load_ns: nanoseconds(times.load),
             total_ns: nanoseconds(times.total),
             give_up_ns: nanoseconds(times.give_up),
@@ -134,7 +139,7 @@ impl Outcome {
 /// Tells it to people or machines. With the stream on standard output only standard error is left.
 pub(super) fn print_outcome(
     args: &FailoverArgs,
-    claimed: &Claimed,
+    claimed: &ClaimedCheckpoint,
     outcome: &Outcome,
 ) -> Result<(), CommandError> {
     let is_stdout_taken = args.to == Some(super::Target::Here);
@@ -160,7 +165,7 @@ pub(super) fn print_outcome(
 
 fn report<'a>(
     args: &FailoverArgs,
-    claimed: &'a Claimed,
+    claimed: &'a ClaimedCheckpoint,
     outcome: &'a Outcome,
 ) -> Result<FailoverReport<'a>, CommandError> {
     Ok(FailoverReport {
@@ -176,7 +181,7 @@ fn report<'a>(
             "qemu_args": args.qemu_args,
         }),
         session: args.session,
-        checkpoint: outcome.fed.checkpoint,
+        checkpoint: outcome.restored.checkpoint,
         checkpoint_age_ms: claimed.checkpoint_age_ms,
         machine_type: &claimed.machine,
         way: outcome.way,
@@ -186,18 +191,22 @@ fn report<'a>(
         pid: outcome.pid,
         to: outcome.to.as_deref(),
         kept: args.keep()?.as_deref().map(shown),
-        stream_bytes: outcome.fed.stream.bytes,
-        pages: outcome.fed.stream.pages,
-        zero_pages: outcome.fed.stream.zero_pages,
+        stream_bytes: outcome.restored.stream.bytes,
+        pages: outcome.restored.stream.pages,
+        zero_pages: outcome.restored.stream.zero_pages,
         steps: outcome.steps(),
         machine: Machine::read(),
     })
 }
 
-fn words(args: &FailoverArgs, claimed: &Claimed, outcome: &Outcome) -> Result<String, CommandError> {
-    let (session, checkpoint) = (args.session, outcome.fed.checkpoint);
+fn words(
+    args: &FailoverArgs,
+    claimed: &ClaimedCheckpoint,
+    outcome: &Outcome,
+) -> Result<String, CommandError> {
+    let (session, checkpoint) = (args.session, outcome.restored.checkpoint);
     let age = claimed.checkpoint_age_ms;
-    let kibibytes = outcome.fed.stream.bytes / 1024;
+    let kibibytes = outcome.restored.stream.bytes / 1024;
     let mut text = match (&outcome.status, &outcome.to) {
         (Some(status), _) => {
             let does = if status == "running" {

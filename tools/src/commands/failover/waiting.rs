@@ -5,7 +5,7 @@ use super::started::Started;
 use crate::output::CommandError;
 use crate::qmp::{Qmp, QmpError};
 use colo_ring::failover::IGNORE_SHARED;
-use colo_ring::receiver::{Claimed, GuestBlock};
+use colo_ring::receiver::{ClaimedCheckpoint, GuestBlock};
 use serde_json::{Value, json};
 use std::fs::{self, DirBuilder, File};
 use std::os::unix::fs::{DirBuilderExt, MetadataExt};
@@ -190,7 +190,10 @@ impl Waiting {
 
     /// Checks that it waits and is the machine of the checkpoint. Returns the checkpoint's block that it has mapped,
     /// if it has.
-    pub(super) fn check<'a>(&mut self, claimed: &'a Claimed) -> Result<Option<&'a GuestBlock>, CommandError> {
+    pub(super) fn check<'a>(
+        &mut self,
+        claimed: &'a ClaimedCheckpoint,
+    ) -> Result<Option<&'a GuestBlock>, CommandError> {
         let status = self.ask("query-status", &json!({}))?;
         if status["status"] != "inmigrate" {
             return refuse(&format!(
@@ -241,7 +244,7 @@ impl Waiting {
     /// With shared memory QEMU takes no pages for any shared file, so there may be none that is not the image's.
     fn check_other_memory(
         &mut self,
-        claimed: &Claimed,
+        claimed: &ClaimedCheckpoint,
         main: &GuestBlock,
         is_shared: bool,
     ) -> Result<(), CommandError> {

@@ -11,7 +11,7 @@ use colo_ring::host::{Machine, Placement, Topology};
 use colo_ring::metrics::Report;
 use colo_ring::net::HostWatch;
 use colo_ring::receiver::{
-    Answer, Event, ListenAddress, Outcome, Receiver, ReceiverOptions, Request, SessionStatus, StatusReport,
+    Event, ListenAddress, Outcome, Receiver, ReceiverOptions, Request, Response, SessionStatus, StatusReport,
 };
 use colo_ring::store::StoreOptions;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
@@ -283,7 +283,7 @@ fn watch(receiver: &Receiver, wished: &mpsc::Receiver<()>) {
             Err(RecvTimeoutError::Timeout | RecvTimeoutError::Disconnected) => {}
         }
         // Without an answer it is about to end.
-        if let (true, Ok(Answer::Status(status))) = (line.is_shown(), receiver.ask(Request::Status)) {
+        if let (true, Ok(Response::Status(status))) = (line.is_shown(), receiver.ask(Request::Status)) {
             line.show(&progress(&status));
         }
     }

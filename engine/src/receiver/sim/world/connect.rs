@@ -56,8 +56,8 @@ impl World {
         let id = u32::try_from(self.sessions.len()).expect("few");
         let helpers = drivers.helpers.iter();
         let wakers = helpers.map(|core| self.cores[*core].waker()).collect();
-        let around = self.around.clone();
-        let guest = Guest::new(id, "model".into(), around, main, connections, wakers);
+        let services = self.services.clone();
+        let guest = Guest::new(id, "model".into(), services, main, connections, wakers);
         self.attach(&guest, kind, style, &drivers);
         let session = SimSession::new(guest, primary, peers, wires, no_memory);
         self.sessions.push(session);

@@ -1,23 +1,18 @@
-//! The control thread: puts connections together to sessions, starts them, watches their ends, answers questions and
-//! writes the measurements down. It is never on a page's way.
+//! The state of the control thread and what changes it, but for requests (`requests.rs`).
 
-mod answers;
-
-use super::assemble::{Arrival, Assembler, Complete, Identity, Outcome};
-use super::budget::Budget;
-use super::control::Said;
-use super::end::SessionEnd;
-use super::guest::{Connection, Guest, Surroundings};
-use super::helper::Helper;
-use super::identify::{FIRST_LEN, PENDING_MAX, identify};
-use super::main_channel::MainChannel;
-use super::page_channel::{Cores, PageChannel};
-use super::status::SessionStatus;
-use super::{Event, Events, Outcome as ReceiverOutcome, ReceiverError, ReceiverOptions};
-use crate::host::Placement;
-use crate::metrics::{Recorder, Summary};
-use crate::net::{Accepted, Listener};
-use crate::ring::{BackendKind, Driver, Endpoint, Plane};
+use super::ControlContext;
+use crate::metrics::Summary;
+use crate::net::Accepted;
+use crate::receiver::assemble::{Arrival, Assembler, Complete, Identity, Outcome};
+use crate::receiver::end::SessionEnd;
+use crate::receiver::guest::{Connection, Guest};
+use crate::receiver::helper::Helper;
+use crate::receiver::identify::{FIRST_LEN, PENDING_MAX, identify};
+use crate::receiver::main_channel::MainChannel;
+use crate::receiver::page_channel::{Cores, PageChannel};
+use crate::receiver::status::SessionStatus;
+use crate::receiver::{Event, Outcome as ReceiverOutcome, ReceiverError};
+use crate::ring::{BackendKind, Driver, Endpoint};
 use crate::session::SessionLimits;
 use crate::units::ChannelId;
 use crate::wire::stream::MAIN_MAGIC;
@@ -30,14 +25,8 @@ use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 use tokio::sync::{Notify, mpsc};
 
-/// How often deadlines are looked at and samples taken.
-const TICK: Duration = Duration::from_millis(200);
-
 /// How long sessions may take to end when the receiver does.
 const END_PATIENCE: Duration = Duration::from_secs(10);
-
-/// Length of an interval in the interval logs.
-const LOG_INTERVAL: Duration = Duration::from_secs(1);
 
 /// How long a primary may be silent after what looks like device state without vmdesc.
 const SUPPRESSED_AFTER: Duration = Duration::from_secs(5);
@@ -53,128 +42,54 @@ const SESSIONS_MAX: usize = 256;
 /// Ended sessions without a checkpoint that stay in reports.
 const ENDED_KEPT: usize = 1024;
 
-/// What the receiver was started with and what it has made of it.
-pub(super) struct Director {
-    pub(super) options: ReceiverOptions,
-    pub(super) placement: Placement,
-    pub(super) around: Arc<Surroundings>,
-    pub(super) plane: Plane,
-    pub(super) budget: Arc<Budget>,
-    pub(super) recorder: Recorder,
-    pub(super) events: Arc<Events>,
-    /// Sessions of earlier receivers, and the first number that none of them has.
-    pub(super) recovered: (Vec<Arc<Guest>>, u32),
-}
-
-/// The wires to the control thread.
-pub(super) struct Wires {
-    pub(super) said: mpsc::Receiver<Said>,
-    pub(super) changed: Arc<Notify>,
-    pub(super) stop: Arc<Notify>,
-}
-
-/// A session in the director's book.
-struct Entry {
-    guest: Arc<Guest>,
+/// A session that is running, or whose checkpoint is kept.
+pub(super) struct SessionEntry {
+    pub(super) guest: Arc<Guest>,
     /// Where its main channel is driven: a position among the plane's cores. None if nobody sends to it.
-    home: Option<usize>,
+    pub(super) home_core: Option<usize>,
     /// Its figures, once all endpoints have left.
-    summary: Option<Summary>,
-    suppressed: Option<(u64, Instant)>,
-    began: Instant,
+    pub(super) summary: Option<Summary>,
+    pub(super) suppressed: Option<(u64, Instant)>,
+    pub(super) began: Instant,
 }
 
-type Identified = (Arrival, Rc<Accepted>, Result<Identity, String>);
+pub(super) type Identified = (Arrival, Rc<Accepted>, Result<Identity, String>);
 
-/// The book of a running receiver.
-struct Book {
-    director: Director,
+/// What the control thread knows: connections that are not complete, sessions, and what is reported of past ones.
+pub(super) struct ControlState {
+    pub(super) context: ControlContext,
     /// Whether the control thread waits with io_uring.
-    uring: bool,
-    assembler: Assembler<Accepted>,
-    entries: Vec<Entry>,
+    pub(super) uring: bool,
+    pub(super) assembler: Assembler<Accepted>,
+    pub(super) entries: Vec<SessionEntry>,
     /// Sessions that left no checkpoint, and discarded ones.
-    past: Vec<SessionStatus>,
-    unidentified: Vec<std::rc::Weak<Accepted>>,
-    tell_identified: mpsc::Sender<Identified>,
-    next: u32,
-    ended_sessions: u64,
+    pub(super) past: Vec<SessionStatus>,
+    pub(super) unidentified: Vec<std::rc::Weak<Accepted>>,
+    pub(super) tell_identified: mpsc::Sender<Identified>,
+    pub(super) next: u32,
+    pub(super) ended_sessions: u64,
 }
 
-/// Runs until it is told to stop, or, with `once`, until the first session has ended.
-pub(super) async fn direct(
-    director: Director,
-    uring: bool,
-    listeners: Vec<Rc<Listener>>,
-    mut wires: Wires,
-) -> Result<ReceiverOutcome, ReceiverError> {
-    let (tell_accepted, mut accepted) = mpsc::channel(64);
-    let (tell_identified, mut identified) = mpsc::channel(64);
-    let accepting: Vec<_> = (listeners.iter().enumerate())
-        .map(|(position, listener)| {
-            let listener = listener
-                .clone()
-                .accept_all(position, uring, tell_accepted.clone());
-            tokio::task::spawn_local(listener)
-        })
-        .collect();
-    let assembler = Assembler::new(director.options.channels, director.options.identify_deadline);
-    let mut book = Book {
-        director,
-        uring,
-        assembler,
-        entries: Vec::new(),
-        past: Vec::new(),
-        unidentified: Vec::new(),
-        tell_identified,
-        next: 1,
-        ended_sessions: 0,
-    };
-    book.take_recovered();
-    let mut tick = tokio::time::interval(TICK);
-    let mut interval = tokio::time::interval(LOG_INTERVAL);
-    loop {
-        tokio::select! {
-            Some(connection) = accepted.recv() => book.accept(connection),
-            Some(result) = identified.recv() => book.identify(result),
-            Some(said) = wires.said.recv() => book.hear(said, &listeners),
-            () = wires.changed.notified() => book.settle(),
-            _ = tick.tick() => book.tick(),
-            _ = interval.tick() => book.log_interval(),
-            () = wires.stop.notified() => break,
-        }
-        if book.director.options.once && book.ended_sessions > 0 {
-            break;
-        }
-    }
-    // Tasks first: a socket that is shut down may stay readable without ever giving a connection.
-    accepting.iter().for_each(tokio::task::JoinHandle::abort);
-    tokio::task::yield_now().await;
-    listeners.iter().for_each(|listener| listener.close());
-    book.end_all(&wires.changed).await;
-    book.close()
-}
-
-impl Book {
-    fn warn(&self, text: String) {
-        (self.director.around.warn)(text);
+impl ControlState {
+    pub(super) fn warn(&self, text: String) {
+        (self.context.services.warn)(text);
     }
 
-    fn take_recovered(&mut self) {
-        let (guests, next) = std::mem::take(&mut self.director.recovered);
+    pub(super) fn take_recovered(&mut self) {
+        let (guests, next) = std::mem::take(&mut self.context.recovered);
         self.next = next;
         for guest in guests {
-            self.entries.push(Entry {
-                summary: Some(self.director.recorder.session(guest.id)),
+            self.entries.push(SessionEntry {
+                summary: Some(self.context.recorder.session(guest.id)),
                 suppressed: None,
                 began: Instant::now(),
                 guest,
-                home: None,
+                home_core: None,
             });
         }
     }
 
-    fn accept(&mut self, accepted: Result<Accepted, String>) {
+    pub(super) fn accept(&mut self, accepted: Result<Accepted, String>) {
         let accepted = match accepted {
             Ok(accepted) => accepted,
             Err(text) => return self.warn(text),
@@ -190,7 +105,7 @@ impl Book {
         self.unidentified.retain(|weak| weak.strong_count() > 0);
         self.unidentified.push(Rc::downgrade(&accepted));
         let (tell, uring) = (self.tell_identified.clone(), self.uring);
-        let deadline = self.director.options.identify_deadline;
+        let deadline = self.context.options.identify_deadline;
         tokio::task::spawn_local(async move {
             let result = identify(&accepted, uring, deadline).await;
             // Only at the receiver's end nobody listens.
@@ -198,7 +113,7 @@ impl Book {
         });
     }
 
-    fn identify(&mut self, (arrival, accepted, result): Identified) {
+    pub(super) fn identify(&mut self, (arrival, accepted, result): Identified) {
         let gone = self.assembler.expel(Accepted::is_gone);
         self.carry_out(gone);
         let outcomes = match (result, Rc::try_unwrap(accepted)) {
@@ -243,7 +158,7 @@ impl Book {
         }
         let id = self.next;
         self.next += 1;
-        let plane = &self.director.plane;
+        let plane = &self.context.plane;
         let first = self.quietest_core();
         // The channels share the core of the main channel, and go to others while it falls behind; a thread of its own for
         // each of them is what the backend `threads` is.
@@ -265,9 +180,9 @@ impl Book {
             .map(|(channel, driver)| connect(channel, driver))
             .collect();
         let wakers = helpers.iter().map(|helper| helper.waker.clone()).collect();
-        let around = self.director.around.clone();
-        let guest = Guest::new(id, peer.clone(), around, main, channels, wakers);
-        (self.director.events)(Event::Began { session: id, peer });
+        let services = self.context.services.clone();
+        let guest = Guest::new(id, peer.clone(), services, main, channels, wakers);
+        (self.context.events)(Event::Began { session: id, peer });
         let mut endpoints = self.endpoints(&guest, is_tcp, &main_driver, &drivers);
         for driver in &helpers {
             endpoints.push((driver, Box::new(Helper::new(guest.clone()))));
@@ -277,9 +192,9 @@ impl Book {
                 guest.finish(SessionEnd::NoMemory(format!("no thread for a channel: {error}")));
             }
         }
-        self.entries.push(Entry {
+        self.entries.push(SessionEntry {
             guest,
-            home: Some(first),
+            home_core: Some(first),
             summary: None,
             suppressed: None,
             began: Instant::now(),
@@ -289,8 +204,8 @@ impl Book {
     /// The core that is home to the fewest running guests: the first such in the order that was asked for.
     fn quietest_core(&self) -> usize {
         let running = self.entries.iter().filter(|entry| entry.summary.is_none());
-        let homes: Vec<_> = running.filter_map(|entry| entry.home).collect();
-        quietest(self.director.options.cores.len(), &homes)
+        let homes: Vec<_> = running.filter_map(|entry| entry.home_core).collect();
+        quietest(self.context.options.cores.len(), &homes)
     }
 
     /// What drives the guest's connections, with where: the main channel first.
@@ -301,7 +216,7 @@ impl Book {
         main_driver: &'a Driver,
         drivers: &'a [Driver],
     ) -> Vec<(&'a Driver, Box<dyn Endpoint>)> {
-        let options = &self.director.options;
+        let options = &self.context.options;
         let style = options.backend.style();
         let limits = SessionLimits {
             channels: options.channels,
@@ -332,18 +247,18 @@ impl Book {
     }
 
     /// Looks for sessions whose endpoints have all left: nothing writes to their memory any more.
-    fn settle(&mut self) {
+    pub(super) fn reap_ended_sessions(&mut self) {
         while let Some(position) = self
             .entries
             .iter()
             .position(|e| e.summary.is_none() && e.guest.is_over())
         {
-            self.director.recorder.drain(&self.director.around.samples);
+            self.context.recorder.drain(&self.context.services.samples);
             let entry = &mut self.entries[position];
             let guest = entry.guest.clone();
-            entry.summary = Some(self.director.recorder.end_session(guest.id));
+            entry.summary = Some(self.context.recorder.end_session(guest.id));
             let status = self.status_of(&self.entries[position]);
-            (self.director.events)(Event::Ended(Box::new(status.clone())));
+            (self.context.events)(Event::Ended(Box::new(status.clone())));
             if guest.end().is_some_and(SessionEnd::may_hold_the_only_copy) {
                 self.keep_the_only_copy(guest.id);
             } else {
@@ -365,7 +280,7 @@ impl Book {
 
     /// A guest that may live nowhere else is never given up without a word, not even by `once`.
     fn keep_the_only_copy(&self, id: u32) {
-        let goes_on = match self.director.options.once {
+        let goes_on = match self.context.options.once {
             true => ". This receiver goes on in spite of --once",
             false => "",
         };
@@ -376,7 +291,7 @@ impl Book {
     }
 
     /// Takes a session off the book; its figures stay for the report. Its memory goes with the entry.
-    fn forget(&mut self, position: usize, status: SessionStatus) -> Entry {
+    pub(super) fn forget(&mut self, position: usize, status: SessionStatus) -> SessionEntry {
         if self.past.len() == ENDED_KEPT {
             self.past.remove(0);
         }
@@ -384,20 +299,20 @@ impl Book {
         self.entries.remove(position)
     }
 
-    fn status_of(&self, entry: &Entry) -> SessionStatus {
+    pub(super) fn status_of(&self, entry: &SessionEntry) -> SessionStatus {
         let id = entry.guest.id;
         let summary = entry
             .summary
             .clone()
-            .unwrap_or_else(|| self.director.recorder.session(id));
+            .unwrap_or_else(|| self.context.recorder.session(id));
         SessionStatus::of(&entry.guest, summary)
     }
 
-    fn tick(&mut self) {
+    pub(super) fn tick(&mut self) {
         let now = Instant::now();
         let outcomes = self.assembler.expire(now);
         self.carry_out(outcomes);
-        self.director.recorder.drain(&self.director.around.samples);
+        self.context.recorder.drain(&self.context.services.samples);
         for entry in &mut self.entries {
             if !entry.guest.memory_asked.load(Ordering::Relaxed) && now - entry.began > BLOCK_LIST_WITHIN {
                 entry.guest.finish(SessionEnd::Silent(BLOCK_LIST_WITHIN));
@@ -418,19 +333,19 @@ impl Book {
     }
 
     /// Appends to the interval logs. A full disk costs measurements, never a session.
-    fn log_interval(&mut self) {
-        self.director.recorder.drain(&self.director.around.samples);
+    pub(super) fn log_interval(&mut self) {
+        self.context.recorder.drain(&self.context.services.samples);
         if let Err(error) = self
-            .director
+            .context
             .recorder
-            .write_interval(self.director.around.started.elapsed())
+            .write_interval(self.context.services.started.elapsed())
         {
             self.warn(error.to_string());
         }
     }
 
     /// Ends all sessions and waits until they are over.
-    async fn end_all(&mut self, changed: &Notify) {
+    pub(super) async fn end_all(&mut self, changed: &Notify) {
         for accepted in self.unidentified.iter().filter_map(std::rc::Weak::upgrade) {
             let _ = shutdown(accepted.socket.as_raw_fd(), Shutdown::Both);
         }
@@ -446,7 +361,7 @@ impl Book {
         if tokio::time::timeout(END_PATIENCE, all_over).await.is_err() {
             self.warn(format!("some connections did not end within {END_PATIENCE:?}"));
         }
-        self.settle();
+        self.reap_ended_sessions();
     }
 
     /// What is kept in the RAM directory stays there for the next receiver.
@@ -455,27 +370,27 @@ impl Book {
             return;
         };
         if store.keep_files()
-            && let Some(directory) = &self.director.options.store.ram_dir
+            && let Some(directory) = &self.context.options.store.ram_dir
         {
             let (id, directory) = (guest.id, directory.display());
-            (self.director.events)(Event::Note(format!(
+            (self.context.events)(Event::Note(format!(
                 "session {id}: its last checkpoint stays in {directory}; a receiver with this --ram-dir offers it again"
             )));
         }
     }
 
-    fn close(mut self) -> Result<ReceiverOutcome, ReceiverError> {
+    pub(super) fn close(mut self) -> Result<ReceiverOutcome, ReceiverError> {
         let entries = std::mem::take(&mut self.entries);
         let mut sessions = std::mem::take(&mut self.past);
         sessions.extend(entries.iter().map(|entry| self.status_of(entry)));
         sessions.sort_by_key(|session| session.session);
         entries.iter().for_each(|entry| self.leave(&entry.guest));
         drop(entries);
-        self.director.plane.stop();
+        self.context.plane.stop();
         let report = self
-            .director
+            .context
             .recorder
-            .finish(self.director.around.started.elapsed())?;
+            .finish(self.context.services.started.elapsed())?;
         Ok(ReceiverOutcome { sessions, report })
     }
 }

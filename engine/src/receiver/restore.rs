@@ -4,7 +4,7 @@
 
 use super::end::SessionEnd;
 use super::guest::Guest;
-use super::promotion::Conversation;
+use super::promotion::ClientId;
 use crate::failover::{Form, StreamError, StreamReport, write_stream};
 use crate::session::SessionRecord;
 use crate::store::CheckpointView;
@@ -26,7 +26,7 @@ const END_PATIENCE: Duration = Duration::from_secs(10);
 
 /// What is to be given, and where to.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Feed {
+pub struct RestoreRequest {
     /// The session's number.
     pub session: u32,
     /// Where it goes: `unix:PATH` or `tcp:HOST:PORT` of a QEMU that waits for a migration, or `file:PATH`, absolute.
@@ -39,9 +39,10 @@ pub struct Feed {
 
 /// What was given.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Fed {
+pub struct RestoreReport {
     /// The session.
-    pub fed: u32,
+    #[serde(rename = "fed")]
+    pub session: u32,
     /// The checkpoint's number; 0 is the state at the end of precopy.
     pub checkpoint: u64,
     /// The stream.
@@ -54,39 +55,43 @@ pub struct Fed {
     pub write_ns: u64,
 }
 
-/// Writes what `feed` says, for the conversation that has claimed it. Ends the session if it is still running. Blocks.
+/// Writes what `request` says, for the conversation that has claimed it. Ends the session if it is still running. Blocks.
 ///
 /// # Errors
 /// In words for an operator. The guest does not run from a stream that was not written whole.
-pub(super) fn feed(guest: &Guest, by: Conversation, feed: &Feed) -> Result<Fed, String> {
+pub(super) fn restore(
+    guest: &Guest,
+    by: ClientId,
+    request: &RestoreRequest,
+) -> Result<RestoreReport, String> {
     let began = Instant::now();
     end_session(guest)?;
     let lost = || format!("session {} has no committed checkpoint", guest.id);
     let store = guest.store().ok_or_else(lost)?;
     let record = guest.record.get().ok_or_else(lost)?;
-    let form = match &feed.shared {
+    let form = match &request.shared {
         None => Form::Complete,
         Some(name) => Form::Shared(shared_block(guest, record, name)?),
     };
     let held = store.checkpoint_view().ok_or_else(lost)?;
     let hold_ns = nanoseconds(began);
     let began = Instant::now();
-    if let Some(path) = &feed.keep {
+    if let Some(path) = &request.keep {
         write_file(path, record, &held, Form::Complete)?;
     }
     let keep_ns = nanoseconds(began);
     let began = Instant::now();
     // Before a guest can run: also for a receiver that finds the checkpoint when this one is gone.
     store.set_given(true);
-    let written = write_to(&feed.to, record, &held, form);
+    let written = write_to(&request.to, record, &held, form);
     let complete = written.as_ref().map_or_else(|failed| failed.complete, |_| true);
     if complete {
-        guest.promotion().given(by, feed.to.clone());
+        guest.promotion().given(by, request.to.clone());
     } else {
         store.set_given(false);
     }
-    Ok(Fed {
-        fed: guest.id,
+    Ok(RestoreReport {
+        session: guest.id,
         checkpoint: held.checkpoint().0,
         stream: written.map_err(|failed| failed.text)?,
         hold_ns,

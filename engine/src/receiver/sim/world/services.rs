@@ -3,8 +3,8 @@
 use super::super::rng::Rng;
 use crate::metrics::SampleQueue;
 use crate::receiver::budget::Budget;
-use crate::receiver::guest::{MakeStore, Memory, Surroundings};
-use crate::receiver::recovered::label;
+use crate::receiver::guest::{MakeStore, Memory, Services};
+use crate::receiver::recovery::label;
 use crate::store::{CacheKind, CommitMode, CopyMethod, Flusher, Granularity, HugePages, Store, StoreOptions};
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -28,14 +28,14 @@ pub(super) const LASTING_STORES: [(CacheKind, CommitMode); 2] = [STORES[2], STOR
 pub(super) type Job = Box<dyn FnOnce() + Send>;
 
 /// Makes them, for guests with memory of that kind.
-pub(super) fn surroundings(
+pub(super) fn services(
     rng: &mut Rng,
     (cache, commit): (CacheKind, CommitMode),
     ram_dir: Option<PathBuf>,
     shards: usize,
     jobs: &Arc<Mutex<Vec<Job>>>,
     budgets: &[Arc<Budget>; 2],
-) -> Arc<Surroundings> {
+) -> Arc<Services> {
     let options = StoreOptions {
         hugepages: HugePages::Off,
         ram_dir,
@@ -56,12 +56,12 @@ pub(super) fn surroundings(
         area_bytes: 4096,
     };
     let jobs = jobs.clone();
-    Arc::new(Surroundings {
+    Arc::new(Services {
         started: Instant::now(),
         samples: Arc::new(SampleQueue::with_capacity(4)),
         flusher: Arc::new(Flusher::new(method, 0, &[]).expect("no helpers, no error")),
         make_store: store_maker(options, grain, budgets.clone()),
-        run_apart: Arc::new(move |job| {
+        run_in_background: Arc::new(move |job| {
             jobs.lock().unwrap_or_else(PoisonError::into_inner).push(job);
             Ok(())
         }),

@@ -1,41 +1,46 @@
 //! What the control socket is answered: the status, dumps, and the steps of a failover.
 
-use super::{Book, Entry};
+use super::protocol::{ClaimedCheckpoint, Request, Response};
+use super::socket::{ClientEvent, PendingRequest};
+use super::state::{ControlState, SessionEntry};
 use crate::net::Listener;
-use crate::receiver::control::{Answer, Asked, Claimed, Request, Said};
 use crate::receiver::dump::dump;
-use crate::receiver::feed::{Feed, feed};
 use crate::receiver::guest::Guest;
-use crate::receiver::promotion::{Conversation, Promotion};
+use crate::receiver::promotion::{ClientId, Promotion};
+use crate::receiver::restore::{RestoreRequest, restore};
 use crate::receiver::status::{STATUS_SCHEMA, STATUS_VERSION, SessionState, StatusReport};
 use std::rc::Rc;
 use std::sync::Arc;
 use tokio::sync::oneshot;
 
-type Reply = oneshot::Sender<Result<Answer, String>>;
+type Reply = oneshot::Sender<Result<Response, String>>;
 
-impl Book {
-    pub(super) fn hear(&mut self, said: Said, listeners: &[Rc<Listener>]) {
-        match said {
-            Said::Asked(asked) => self.answer(asked, listeners),
-            Said::Left(by) => self
+impl ControlState {
+    pub(super) fn handle_client_event(&mut self, client_event: ClientEvent, listeners: &[Rc<Listener>]) {
+        match client_event {
+            ClientEvent::Request(asked) => self.answer(asked, listeners),
+            ClientEvent::Disconnected(by) => self
                 .entries
                 .iter()
                 .for_each(|entry| entry.guest.promotion().left(by)),
         }
     }
 
-    fn answer(&mut self, asked: Asked, listeners: &[Rc<Listener>]) {
-        let Asked { by, request, reply } = asked;
+    fn answer(&mut self, asked: PendingRequest, listeners: &[Rc<Listener>]) {
+        let PendingRequest { by, request, reply } = asked;
         let answer = match request {
-            Request::Status => Ok(Answer::Status(Box::new(self.status(listeners)))),
+            Request::Status => Ok(Response::Status(Box::new(self.status(listeners)))),
             Request::Discard { session } => match self.discard(session) {
-                Ok(entry) => return give_up(entry, reply, Answer::Discarded { discarded: session }),
+                Ok(entry) => return give_up(entry, reply, Response::Discarded { discarded: session }),
                 Err(error) => Err(error),
             },
             Request::Dump { session, directory } => match self.idle(session) {
                 // It takes as long as the disk; the answer goes out from there.
-                Ok(guest) => return apart(reply, move || dump(&guest, &directory).map(Answer::Dumped)),
+                Ok(guest) => {
+                    return respond_in_background(reply, move || {
+                        dump(&guest, &directory).map(Response::Dumped)
+                    });
+                }
                 Err(error) => Err(error),
             },
             Request::Claim {
@@ -43,8 +48,12 @@ impl Book {
                 force,
                 retry,
             } => self.claim(session, by, force, retry),
-            Request::Feed(what) => match self.claimed(&what, by) {
-                Ok(guest) => return apart(reply, move || feed(&guest, by, &what).map(Answer::Fed)),
+            Request::Restore(what) => match self.claimed(&what, by) {
+                Ok(guest) => {
+                    return respond_in_background(reply, move || {
+                        restore(&guest, by, &what).map(Response::Restored)
+                    });
+                }
                 Err(error) => Err(error),
             },
             Request::Release {
@@ -52,7 +61,7 @@ impl Book {
                 may_have_run,
             } => self.release(session, by, may_have_run),
             Request::Promoted { session } => match self.promoted(session, by) {
-                Ok(entry) => return give_up(entry, reply, Answer::Promoted { promoted: session }),
+                Ok(entry) => return give_up(entry, reply, Response::Promoted { promoted: session }),
                 Err(error) => Err(error),
             },
         };
@@ -61,7 +70,7 @@ impl Book {
     }
 
     fn status(&self, listeners: &[Rc<Listener>]) -> StatusReport {
-        let options = &self.director.options;
+        let options = &self.context.options;
         StatusReport {
             schema: STATUS_SCHEMA.into(),
             schema_version: STATUS_VERSION,
@@ -70,16 +79,12 @@ impl Book {
                 .map(|listener| listener.address().to_string())
                 .collect(),
             backend: options.backend.name().into(),
-            ring: self
-                .director
-                .plane
-                .features()
-                .map(|features| features.to_string()),
+            ring: self.context.plane.features().map(|features| features.to_string()),
             cores: options.cores.clone(),
-            placement: self.director.placement.clone(),
-            uptime_ms: u64::try_from(self.director.around.started.elapsed().as_millis()).unwrap_or(u64::MAX),
-            ram_held_bytes: self.director.budget.held(),
-            ram_limit_bytes: self.director.budget.limit(),
+            placement: self.context.placement.clone(),
+            uptime_ms: u64::try_from(self.context.services.started.elapsed().as_millis()).unwrap_or(u64::MAX),
+            ram_held_bytes: self.context.budget.held(),
+            ram_limit_bytes: self.context.budget.limit(),
             sessions: self.entries.iter().map(|entry| self.status_of(entry)).collect(),
         }
     }
@@ -120,7 +125,7 @@ impl Book {
         Ok(guest)
     }
 
-    fn discard(&mut self, session: u32) -> Result<Entry, String> {
+    fn discard(&mut self, session: u32) -> Result<SessionEntry, String> {
         self.idle(session)?;
         let position = self.position(session)?;
         if self.entries[position].summary.is_none() {
@@ -130,7 +135,7 @@ impl Book {
         Ok(self.forget(position, status))
     }
 
-    fn claim(&mut self, session: u32, by: Conversation, force: bool, retry: bool) -> Result<Answer, String> {
+    fn claim(&mut self, session: u32, by: ClientId, force: bool, retry: bool) -> Result<Response, String> {
         let entry = &self.entries[self.position(session)?];
         let guest = &entry.guest;
         let status = self.status_of(entry);
@@ -150,8 +155,8 @@ impl Book {
         }
         let claimed = guest.promotion().claim(by, retry);
         claimed.map_err(|why| format!("session {session}: {why}"))?;
-        Ok(Answer::Claimed(Claimed {
-            claimed: session,
+        Ok(Response::Claimed(ClaimedCheckpoint {
+            session,
             checkpoint,
             checkpoint_age_ms: age_ms,
             peer: guest.peer.clone(),
@@ -161,31 +166,31 @@ impl Book {
         }))
     }
 
-    fn claimed(&self, feed: &Feed, by: Conversation) -> Result<Arc<Guest>, String> {
-        let guest = self.guest(feed.session)?;
+    fn claimed(&self, request: &RestoreRequest, by: ClientId) -> Result<Arc<Guest>, String> {
+        let guest = self.guest(request.session)?;
         guest.promotion().check_claimed(by)?;
         Ok(guest)
     }
 
-    fn release(&self, session: u32, by: Conversation, may_have_run: bool) -> Result<Answer, String> {
+    fn release(&self, session: u32, by: ClientId, may_have_run: bool) -> Result<Response, String> {
         let guest = self.guest(session)?;
         let mut promotion = guest.promotion();
         promotion.release(by, may_have_run)?;
         if let Some(store) = guest.store().filter(|_| *promotion == Promotion::Here) {
             store.set_given(false);
         }
-        Ok(Answer::Released {
+        Ok(Response::Released {
             released: session,
             promotion: promotion.words(),
         })
     }
 
     /// A guest runs from what was given: nothing of it may stay here.
-    fn promoted(&mut self, session: u32, by: Conversation) -> Result<Entry, String> {
+    fn promoted(&mut self, session: u32, by: ClientId) -> Result<SessionEntry, String> {
         let position = self.position(session)?;
         self.entries[position].guest.promotion().promoted(by)?;
         // It was over before the stream was written.
-        self.settle();
+        self.reap_ended_sessions();
         let position = self.position(session)?;
         let status = self.status_of(&self.entries[position]);
         Ok(self.forget(position, status))
@@ -193,7 +198,7 @@ impl Book {
 }
 
 /// Answers from a thread that may wait for disks and sockets.
-fn apart(reply: Reply, answer: impl FnOnce() -> Result<Answer, String> + Send + 'static) {
+fn respond_in_background(reply: Reply, answer: impl FnOnce() -> Result<Response, String> + Send + 'static) {
     tokio::task::spawn_blocking(move || {
         // Whoever asked may be gone.
         let _ = reply.send(answer());
@@ -201,8 +206,8 @@ fn apart(reply: Reply, answer: impl FnOnce() -> Result<Answer, String> + Send + 
 }
 
 /// Gives a session's memory up, which takes seconds for a large guest; the answer says that it is done.
-fn give_up(entry: Entry, reply: Reply, answer: Answer) {
-    apart(reply, move || {
+fn give_up(entry: SessionEntry, reply: Reply, answer: Response) {
+    respond_in_background(reply, move || {
         // Here, and not when the last one lets go of them: who gives back a cache of it at this moment holds them a little
         // longer, and a receiver that is killed meanwhile would leave what the answer says is gone.
         if let Some(store) = entry.guest.store() {

@@ -5,7 +5,7 @@
 #![forbid(unsafe_code)]
 
 use super::budget::Budget;
-use super::guest::{Guest, Memory, Surroundings};
+use super::guest::{Guest, Memory, Services};
 use super::{Event, Events};
 use crate::blocks::{BLOCKS_MAX, BlockTable};
 use crate::session::SessionRecord;
@@ -128,7 +128,7 @@ pub(super) struct Budgets {
 fn recover(
     directory: &Path,
     session: u32,
-    around: &Arc<Surroundings>,
+    services: &Arc<Services>,
     budgets: &Budgets,
 ) -> Result<Result<Arc<Guest>, String>, String> {
     let label = label(session);
@@ -158,7 +158,7 @@ fn recover(
         device_state,
         fallbacks: Vec::new(),
     };
-    let guest = Guest::recovered(session, peer, around.clone(), record, memory, age);
+    let guest = Guest::recovered(session, peer, services.clone(), record, memory, age);
     if is_given {
         guest
             .promotion()
@@ -171,7 +171,7 @@ fn recover(
 /// first that no session's files have.
 pub(super) fn recover_all(
     directory: &Path,
-    around: &Arc<Surroundings>,
+    services: &Arc<Services>,
     budgets: &Budgets,
     events: &Events,
 ) -> (Vec<Arc<Guest>>, u32) {
@@ -188,7 +188,7 @@ pub(super) fn recover_all(
     for session in &sessions {
         let files = directory.join(format!("{}.*", label(*session)));
         let files = files.display();
-        match recover(directory, *session, around, budgets) {
+        match recover(directory, *session, services, budgets) {
             Ok(Ok(guest)) => {
                 let checkpoint = guest.store().and_then(|store| store.committed());
                 events(Event::Note(format!(

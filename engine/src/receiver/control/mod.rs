@@ -1,0 +1,104 @@
+//! The control thread: assembles connections to sessions, starts them, reaps them when they have ended, serves the control
+//! socket's requests and writes the measurements. No page passes through it.
+
+mod protocol;
+mod requests;
+mod socket;
+mod state;
+
+pub use protocol::{ClaimedCheckpoint, Request, Response};
+pub(super) use socket::{ClientEvent, PendingRequest, serve};
+
+use super::assemble::Assembler;
+use super::budget::Budget;
+use super::guest::{Guest, Services};
+use super::{Events, Outcome, ReceiverError, ReceiverOptions};
+use crate::host::Placement;
+use crate::metrics::Recorder;
+use crate::net::Listener;
+use crate::ring::Plane;
+use state::ControlState;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::time::Duration;
+use tokio::sync::{Notify, mpsc};
+
+/// How often deadlines are looked at and samples taken.
+const TICK: Duration = Duration::from_millis(200);
+
+/// Length of an interval in the interval logs.
+const LOG_INTERVAL: Duration = Duration::from_secs(1);
+
+/// What the receiver was started with and what it has made of it.
+pub(super) struct ControlContext {
+    pub(super) options: ReceiverOptions,
+    pub(super) placement: Placement,
+    pub(super) services: Arc<Services>,
+    pub(super) plane: Plane,
+    pub(super) budget: Arc<Budget>,
+    pub(super) recorder: Recorder,
+    pub(super) events: Arc<Events>,
+    /// Sessions of earlier receivers, and the first number that none of them has.
+    pub(super) recovered: (Vec<Arc<Guest>>, u32),
+}
+
+/// What the control thread waits for, beside connections.
+pub(super) struct ControlInputs {
+    pub(super) client_events: mpsc::Receiver<ClientEvent>,
+    pub(super) changed: Arc<Notify>,
+    pub(super) stop: Arc<Notify>,
+}
+
+/// Runs until it is told to stop, or, with `once`, until the first session has ended.
+pub(super) async fn run(
+    context: ControlContext,
+    uring: bool,
+    listeners: Vec<Rc<Listener>>,
+    mut inputs: ControlInputs,
+) -> Result<Outcome, ReceiverError> {
+    let (tell_accepted, mut accepted) = mpsc::channel(64);
+    let (tell_identified, mut identified) = mpsc::channel(64);
+    let accepting: Vec<_> = (listeners.iter().enumerate())
+        .map(|(position, listener)| {
+            let listener = listener
+                .clone()
+                .accept_all(position, uring, tell_accepted.clone());
+            tokio::task::spawn_local(listener)
+        })
+        .collect();
+    let assembler = Assembler::new(context.options.channels, context.options.identify_deadline);
+    let mut state = ControlState {
+        context,
+        uring,
+        assembler,
+        entries: Vec::new(),
+        past: Vec::new(),
+        unidentified: Vec::new(),
+        tell_identified,
+        next: 1,
+        ended_sessions: 0,
+    };
+    state.take_recovered();
+    let mut tick = tokio::time::interval(TICK);
+    let mut interval = tokio::time::interval(LOG_INTERVAL);
+    loop {
+        tokio::select! {
+            Some(connection) = accepted.recv() => state.accept(connection),
+            Some(result) = identified.recv() => state.identify(result),
+            Some(client_event) = inputs.client_events.recv() => state.handle_client_event(client_event, &listeners),
+            () = inputs.changed.notified() => state.reap_ended_sessions(),
+            _ = tick.tick() => state.tick(),
+            _ = interval.tick() => state.log_interval(),
+            () = inputs.stop.notified() => break,
+        }
+        if state.context.options.once && state.ended_sessions > 0 {
+            break;
+        }
+    }
+    // Tasks first: a socket that is shut down may stay readable without ever giving a connection.
+    accepting.iter().for_each(tokio::task::JoinHandle::abort);
+    tokio::task::yield_now().await;
+    listeners.iter().for_each(|listener| listener.close());
+    state.end_all(&inputs.changed).await;
+    state.close()
+}
