@@ -1,5 +1,6 @@
 //! The real command in surroundings of a test's choice: limits, filters, missing privileges.
 
+use crate::HANG_LIMIT;
 use crate::lab::command_under_test;
 use colo_ring_tools::net::Address;
 use colo_ring_tools::primary::{Distribution, SynthOptions, SynthPrimary, Version};
@@ -11,9 +12,6 @@ use std::path::PathBuf;
 use std::process::{Child, Command, ExitStatus, Output, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
-
-/// Longest wait for anything that the command does.
-const PATIENCE: Duration = Duration::from_secs(20);
 
 /// A directory of its own, removed when dropped.
 #[derive(Debug)]
@@ -323,7 +321,7 @@ fn until<T>(what: &str, mut found: impl FnMut() -> Option<T>) -> T {
         if let Some(found) = found() {
             return found;
         }
-        assert!(since.elapsed() < PATIENCE, "waited {PATIENCE:?} for: {what}");
+        assert!(since.elapsed() < HANG_LIMIT, "waited {HANG_LIMIT:?} for: {what}");
         std::thread::sleep(Duration::from_millis(5));
     }
 }

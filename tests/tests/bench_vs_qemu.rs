@@ -1,5 +1,6 @@
 //! `scripts/bench-vs-qemu` on its smallest scale: that it measures, what it leaves, and that nothing stays behind.
 
+use colo_ring_tests::HANG_LIMIT;
 use colo_ring_tests::command::Scratch;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
@@ -192,10 +193,7 @@ fn a_signal_ends_it_and_everything_that_it_started() {
 fn wait_until(what: &str, mut is_so: impl FnMut() -> bool) {
     let since = Instant::now();
     while !is_so() {
-        assert!(
-            since.elapsed() < Duration::from_secs(60),
-            "waited in vain for {what}"
-        );
+        assert!(since.elapsed() < HANG_LIMIT, "waited in vain for {what}");
         std::thread::sleep(Duration::from_millis(20));
     }
 }

@@ -10,7 +10,6 @@ use nix::sys::signal::Signal;
 use seccompiler::{BpfProgram, SeccompAction, SeccompFilter, TargetArch};
 use std::net::{SocketAddr, TcpListener};
 use std::process::Command;
-use std::time::{Duration, Instant};
 
 const BACKENDS: [&str; 3] = ["uring", "epoll", "threads"];
 
@@ -243,19 +242,27 @@ fn refused_guests_and_strangers_cost_nothing() {
 fn signals_end_it_in_the_middle_of_everything() {
     for backend in BACKENDS {
         for signal in [Signal::SIGINT, Signal::SIGTERM] {
-            let receiver =
-                RunningReceiver::start(wrapped(&[]), &["--backend", backend, "--hugepages", "off"]);
+            let receiver = RunningReceiver::start(
+                wrapped(&[]),
+                &[
+                    "--backend",
+                    backend,
+                    "--hugepages",
+                    "off",
+                    "--accept-timeout",
+                    "3600",
+                ],
+            );
             let address = socket_address(&receiver);
             let mut primary = HostilePrimary::protected(address, 2);
             primary.request();
             let bytes = primary.checkpoint_bytes(2, &[]);
             primary.main.send(&bytes[..bytes.len() / 2]);
             let (mut silent, mut half) = (Link::connect(address), Link::multifd(address, [3; 16], 0));
-            let since = Instant::now();
             receiver.signal(signal);
             assert!(primary.is_closed() && silent.is_closed() && half.is_closed());
             let ended = receiver.wait();
-            assert!(since.elapsed() < Duration::from_secs(3), "{:?}", since.elapsed());
+            assert!(!ended.log.contains("did not end within"), "{}", ended.log);
             assert_eq!(ended.status.code(), Some(0), "{}", ended.log);
             let session = &ended.report["sessions"][0];
             assert_eq!(

@@ -1,7 +1,6 @@
 //! A real QEMU 11.1 primary, recorded on its way to a secondary: neither side notices, and the file holds the session.
 
-use std::time::Duration;
-
+use colo_ring_tests::HANG_LIMIT;
 use colo_ring_tests::lab::{
     Address, Backend, Guest, Lab, LabError, Machine, Protection, Qemu, Receiver, ReceiverOptions, Recorder,
     TestGuest, Transport, experiment,
@@ -9,7 +8,6 @@ use colo_ring_tests::lab::{
 use colo_ring_tools::streams::Streams;
 
 const CHECKPOINTS_MIN: usize = 15;
-const LIMIT: Duration = Duration::from_secs(60);
 
 /// Without quick acknowledgements and without Nagle's algorithm off, on both sides, it is 40 ms or more.
 const PAUSE_P50_MAX_US: u64 = 35_000;
@@ -20,7 +18,7 @@ fn load() -> TestGuest {
 
 fn primary(lab: &Lab) -> Result<Qemu, LabError> {
     let qemu = Qemu::start(lab, "primary", &Machine::bare("pc", 64, Guest::Test(load())))?;
-    qemu.wait_serial("tick 2 ", LIMIT)?;
+    qemu.wait_serial("tick 2 ", HANG_LIMIT)?;
     Ok(qemu)
 }
 
@@ -57,7 +55,7 @@ fn through_to_the_receiver(channels: u8, transport: Transport) {
         let mut recorder = Recorder::start(lab, &front, &back)?;
         let mut primary = primary(lab)?;
         primary.protect(&front, &protection(channels))?;
-        primary.wait_checkpoints(CHECKPOINTS_MIN, LIMIT)?;
+        primary.wait_checkpoints(CHECKPOINTS_MIN, HANG_LIMIT)?;
         let saved = primary.commit_stopped(&lab.file("saved.ram"))?;
         let dump = receiver.dump_only(&lab.file("dump"))?;
         saved.assert_equal(&dump.block("pc.ram")?)?;
@@ -101,7 +99,7 @@ fn to_qemus_own_secondary() {
         let mut recorder = Recorder::start(lab, &front, &back)?;
         let mut primary = primary(lab)?;
         primary.protect(&front, &protection(CHANNELS))?;
-        primary.wait_checkpoints(CHECKPOINTS_MIN, LIMIT)?;
+        primary.wait_checkpoints(CHECKPOINTS_MIN, HANG_LIMIT)?;
         primary.check_guest()?;
         drop(primary);
         drop(secondary);

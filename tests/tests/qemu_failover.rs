@@ -4,6 +4,7 @@
 //! `COLO_RING_FAILOVER_RUNS` makes more runs of every kind (1 otherwise), `COLO_RING_FAILOVER_SEED` kills at the
 //! instants of an earlier run.
 
+use colo_ring_tests::HANG_LIMIT;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
@@ -13,7 +14,6 @@ use colo_ring_tests::lab::{
 };
 use serde_json::{Value, json};
 
-const LIMIT: Duration = Duration::from_secs(60);
 const INTERVAL_MS: u32 = 300;
 
 fn load() -> TestGuest {
@@ -26,7 +26,7 @@ fn test_guest(machine: &str) -> Machine {
 
 fn start_primary(lab: &Lab, name: &str, machine: &Machine) -> Result<Qemu, LabError> {
     let primary = Qemu::start(lab, name, machine)?;
-    primary.wait_serial("tick 2 ", LIMIT)?;
+    primary.wait_serial("tick 2 ", HANG_LIMIT)?;
     Ok(primary)
 }
 
@@ -172,11 +172,11 @@ fn the_primary_lives_on_without_its_secondary() {
             let machine = Machine::bare("pc", 96, Guest::Test(load()));
             let secondary = Secondary::start(lab, channels)?;
             let mut primary = Qemu::start(lab, "primary", &machine)?;
-            primary.wait_serial("tick 2 ", LIMIT)?;
+            primary.wait_serial("tick 2 ", HANG_LIMIT)?;
             secondary.protect(&mut primary, INTERVAL_MS)?;
-            primary.wait_checkpoints(2, LIMIT)?;
+            primary.wait_checkpoints(2, HANG_LIMIT)?;
             if let Moment::MidTransfer = moment {
-                primary.wait_paused(LIMIT)?;
+                primary.wait_paused(HANG_LIMIT)?;
             }
             drop(secondary);
             let since = Instant::now();
@@ -186,12 +186,12 @@ fn the_primary_lives_on_without_its_secondary() {
                 .iter()
                 .any(|event| event.name == "COLO_EXIT")
             {
-                assert!(since.elapsed() < LIMIT, "the primary does not notice");
+                assert!(since.elapsed() < HANG_LIMIT, "the primary does not notice");
                 std::thread::sleep(Duration::from_millis(5));
             }
             primary.qmp().execute("x-colo-lost-heartbeat", &json!({}))?;
             let tick = primary.ticks();
-            primary.wait_serial(&format!("tick {} ", tick + 3), LIMIT)?;
+            primary.wait_serial(&format!("tick {} ", tick + 3), HANG_LIMIT)?;
             primary.check_guest()?;
         }
         Ok(())
@@ -205,9 +205,9 @@ fn what_fails_leaves_the_checkpoint_for_another_attempt() {
         let machine = Machine::with_devices(96, Guest::Test(load()));
         let secondary = Secondary::start(lab, 4)?;
         let mut primary = Qemu::start(lab, "primary", &machine)?;
-        primary.wait_serial("tick 2 ", LIMIT)?;
+        primary.wait_serial("tick 2 ", HANG_LIMIT)?;
         secondary.protect(&mut primary, INTERVAL_MS)?;
-        primary.wait_checkpoints(2, LIMIT)?;
+        primary.wait_checkpoints(2, HANG_LIMIT)?;
         let words = Qemu::command_line(lab, "fresh", &machine, None);
         let with = |change: &dyn Fn(&str) -> Option<String>| {
             let changed = words.iter().filter_map(|word| change(word));
@@ -318,9 +318,9 @@ fn streams_start_the_guest_anywhere() {
         let machine = Machine::bare("pc", 96, Guest::Test(load()));
         let secondary = Secondary::start(lab, 4)?;
         let mut primary = Qemu::start(lab, "primary", &machine)?;
-        primary.wait_serial("tick 2 ", LIMIT)?;
+        primary.wait_serial("tick 2 ", HANG_LIMIT)?;
         secondary.protect(&mut primary, INTERVAL_MS)?;
-        primary.wait_checkpoints(2, LIMIT)?;
+        primary.wait_checkpoints(2, HANG_LIMIT)?;
         drop(primary);
         secondary.wait_state(1, "ended")?;
         let tick = lab.tick_in(&secondary.receiver().dump(1, &lab.file("dump"))?, &machine.guest)?;
@@ -365,7 +365,7 @@ fn a_stream_to_an_address_starts_the_guest_there() {
         let secondary = Secondary::start(lab, 4)?;
         let mut primary = start_primary(lab, "primary", &machine)?;
         secondary.protect(&mut primary, INTERVAL_MS)?;
-        primary.wait_checkpoints(2, LIMIT)?;
+        primary.wait_checkpoints(2, HANG_LIMIT)?;
         drop(primary);
         secondary.wait_state(1, "ended")?;
         let tick = lab.tick_in(&secondary.receiver().dump(1, &lab.file("dump"))?, &machine.guest)?;
@@ -414,9 +414,9 @@ fn a_warm_standby_goes_on_at_once() {
         let (mut until_tick, mut own, mut loading) = (Vec::new(), Vec::new(), Vec::new());
         for session in 1..=u64::from(failover_runs().max(3)) {
             let mut primary = Qemu::start(lab, &format!("primary{session}"), &machine)?;
-            primary.wait_serial("tick 10 ", LIMIT)?;
+            primary.wait_serial("tick 10 ", HANG_LIMIT)?;
             secondary.protect(&mut primary, INTERVAL_MS)?;
-            primary.wait_checkpoints(3, LIMIT)?;
+            primary.wait_checkpoints(3, HANG_LIMIT)?;
             let standby =
                 secondary.standby(lab, &format!("standby{session}"), &machine, Way::Shared, session)?;
             drop(primary);
@@ -452,7 +452,7 @@ fn a_warm_standby_goes_on_at_once() {
 fn wait_until(what: &str, mut is_so: impl FnMut() -> bool) {
     let since = Instant::now();
     while !is_so() {
-        assert!(since.elapsed() < LIMIT, "waited {LIMIT:?} for {what}");
+        assert!(since.elapsed() < HANG_LIMIT, "waited {HANG_LIMIT:?} for {what}");
         std::thread::sleep(Duration::from_millis(1));
     }
 }
@@ -460,7 +460,7 @@ fn wait_until(what: &str, mut is_so: impl FnMut() -> bool) {
 /// Ends a QEMU that the command has started, and with it its directory.
 fn quit(monitor: &str) -> Result<(), LabError> {
     let path = Path::new(monitor);
-    Qmp::connect(path, LIMIT)?.execute("quit", &json!({}))?;
+    Qmp::connect(path, HANG_LIMIT)?.execute("quit", &json!({}))?;
     let directory = path.parent().expect("a directory");
     std::fs::remove_dir_all(directory).map_err(|source| LabError::Io {
         what: format!("remove {}", directory.display()),

@@ -3,6 +3,7 @@
 //!
 //! `COLO_RING_FAILOVER_RUNS` makes the sweep over the command's duration so many times as fine.
 
+use colo_ring_tests::HANG_LIMIT;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -15,7 +16,6 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use serde_json::{Value, json};
 
-const LIMIT: Duration = Duration::from_secs(30);
 const INTERVAL_MS: u32 = 100;
 
 /// Into which QEMU.
@@ -85,9 +85,9 @@ impl<'a> Sweep<'a> {
         self.primaries += 1;
         let session = u64::from(self.primaries);
         let mut primary = Qemu::start(self.lab, &format!("primary{session}"), &self.machine)?;
-        primary.wait_serial("tick 2 ", LIMIT)?;
+        primary.wait_serial("tick 2 ", HANG_LIMIT)?;
         self.secondary.protect(&mut primary, INTERVAL_MS)?;
-        primary.wait_checkpoints(2, LIMIT)?;
+        primary.wait_checkpoints(2, HANG_LIMIT)?;
         drop(primary);
         self.secondary.wait_state(session, "ended")?;
         let dump = self
@@ -183,7 +183,7 @@ impl<'a> Sweep<'a> {
         }
         let serial = self.lab.file(&format!("{name}-serial.log"));
         let (first, later) = (offer.tick, offer.tick + 5);
-        wait_for("the guest's ticks", LIMIT, || {
+        wait_for("the guest's ticks", HANG_LIMIT, || {
             let text = std::fs::read_to_string(&serial).unwrap_or_default();
             assert!(!text.lines().any(|line| line.starts_with("error")), "{text}");
             Ok(text.contains(&format!("tick {later} ")).then(|| {
@@ -207,7 +207,7 @@ impl<'a> Sweep<'a> {
         let left = std::fs::read_dir(&self.temporary).expect("its directory").count();
         assert_eq!(left, 0, "temporary files are left");
         // The receiver may still be at what nobody waits for any more.
-        let status = wait_for("the failover to be over", LIMIT, || {
+        let status = wait_for("the failover to be over", HANG_LIMIT, || {
             let status = self.secondary.session(offer.session)?;
             let words = status["promotion"].as_str().unwrap_or_default();
             let is_over = !words.contains("under way") && !words.contains("is loading it");
@@ -226,7 +226,7 @@ impl<'a> Sweep<'a> {
     /// Waits until nobody has that QEMU's serial port.
     fn wait_gone(&self, name: &str) -> Result<(), LabError> {
         let socket = self.lab.file(&format!("{name}.serial"));
-        wait_for(&format!("the QEMU {name} to end"), LIMIT, || {
+        wait_for(&format!("the QEMU {name} to end"), HANG_LIMIT, || {
             Ok(UnixStream::connect(&socket).is_err().then_some(()))
         })
     }

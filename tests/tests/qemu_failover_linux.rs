@@ -4,13 +4,10 @@
 //! `COLO_RING_FAILOVER_RUNS` makes more runs of every kind (1 otherwise), `COLO_RING_FAILOVER_SEED` kills at the
 //! instants of an earlier run.
 
-use std::time::Duration;
-
+use colo_ring_tests::HANG_LIMIT;
 use colo_ring_tests::lab::{
     Guest, Kills, LinuxGuest, Machine, Moment, Qemu, Secondary, Way, experiment, failover_runs,
 };
-
-const BOOT_LIMIT: Duration = Duration::from_secs(120);
 
 /// One guest, through every kind of failover, to its end in precopy.
 fn lives_on(machine: &str, ends_with_multifd: bool) {
@@ -24,7 +21,7 @@ fn lives_on(machine: &str, ends_with_multifd: bool) {
         let (multifd, plain) = (Secondary::start(lab, 4)?, Secondary::start(lab, 0)?);
         let mut kills = Kills::new(lab, &machine);
         let mut running = Qemu::start(lab, "linux", &machine)?;
-        running.wait_serial("tick 9", BOOT_LIMIT)?;
+        running.wait_serial("tick 9", HANG_LIMIT)?;
         let kinds = [
             (&multifd, Way::Shared, Moment::Idle),
             (&plain, Way::Stream, Moment::Idle),

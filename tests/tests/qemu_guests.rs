@@ -1,9 +1,9 @@
 //! Two guests in one receiver: the death of one, and a stranger at the port, do not touch the other; and the dead one's
 //! last checkpoint stays.
 
+use colo_ring_tests::HANG_LIMIT;
 use std::io::Write;
 use std::net::TcpStream;
-use std::time::Duration;
 
 use colo_ring_tests::lab::{
     Address, Backend, Dump, Guest, Lab, LabError, Machine, Protection, Qemu, Receiver, ReceiverOptions,
@@ -11,7 +11,6 @@ use colo_ring_tests::lab::{
 };
 
 const CHANNELS: u8 = 2;
-const LIMIT: Duration = Duration::from_secs(30);
 
 #[test]
 fn a_guest_that_dies_leaves_the_other_and_its_own_checkpoint() {
@@ -35,14 +34,14 @@ fn a_guest_that_dies_leaves_the_other_and_its_own_checkpoint() {
             };
             primary.protect(&address, &protection)?;
         }
-        pc.wait_checkpoints(5, LIMIT)?;
-        q35.wait_checkpoints(5, LIMIT)?;
+        pc.wait_checkpoints(5, HANG_LIMIT)?;
+        q35.wait_checkpoints(5, HANG_LIMIT)?;
         visit_with_a_browser(&address);
 
         let pc_checkpoints = u64::try_from(pc.checkpoints()?).expect("a count");
         drop(pc);
         let q35_checkpoints = q35.checkpoints()?;
-        q35.wait_checkpoints(q35_checkpoints + 10, LIMIT)?;
+        q35.wait_checkpoints(q35_checkpoints + 10, HANG_LIMIT)?;
 
         let saved = q35.commit_stopped(&lab.file("saved.ram"))?;
         saved.assert_equal(&dump_of(lab, &receiver, "pc-q35-")?.block("pc.ram")?)?;
@@ -68,7 +67,7 @@ fn start(lab: &Lab, machine: &str, uuid: &str, load: &TestGuest) -> Result<Qemu,
         ..Machine::bare(machine, 64, Guest::Test(load.clone()))
     };
     let qemu = Qemu::start(lab, &machine.machine, &machine)?;
-    qemu.wait_serial("tick 2 ", LIMIT)?;
+    qemu.wait_serial("tick 2 ", HANG_LIMIT)?;
     Ok(qemu)
 }
 

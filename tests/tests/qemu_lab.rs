@@ -1,16 +1,14 @@
 //! The laboratory itself: its guests do what they are asked, and QEMU's own secondary can be put under COLO.
 
+use colo_ring_tests::HANG_LIMIT;
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
-use std::time::Duration;
 
 use colo_ring_tests::lab::{
     Address, Content, Guest, LabError, LinuxGuest, Machine, Pattern, Protection, Qemu, TestGuest, Transport,
     check_test_guest_image, experiment,
 };
-
-const LIMIT: Duration = Duration::from_secs(30);
 
 /// "tick N pages W checked C" → (W, C)
 fn last_counters(qemu: &Qemu) -> Option<(u64, u64)> {
@@ -47,11 +45,11 @@ fn test_guest_writes_at_the_rate_asked_for_and_finds_its_pages_right() {
                 &Machine::bare(machine, 64, Guest::Test(guest)),
             )?;
             assert_eq!(
-                qemu.wait_serial("ready", LIMIT)?.trim(),
+                qemu.wait_serial("ready", HANG_LIMIT)?.trim(),
                 "ready 8192",
                 "pages of 32 MiB"
             );
-            qemu.wait_serial("tick 20 ", LIMIT)?;
+            qemu.wait_serial("tick 20 ", HANG_LIMIT)?;
             qemu.check_guest()?;
             let (written, checked) = last_counters(&qemu).expect("a tick line has both counters");
             // A tick is 100 ms of guest time, so 200 pages; interrupts may be lost on a busy host, never invented.
@@ -74,14 +72,14 @@ fn test_guest_notices_spoiled_pages() {
             ..TestGuest::idle()
         };
         let qemu = Qemu::start(lab, "spoiled", &Machine::bare("pc", 128, Guest::Test(guest)))?;
-        qemu.wait_serial("tick 2 ", LIMIT)?;
+        qemu.wait_serial("tick 2 ", HANG_LIMIT)?;
         qemu.check_guest()?;
         qemu.send_serial(b"x")?;
-        qemu.wait_serial("error page ", LIMIT)?;
+        qemu.wait_serial("error page ", HANG_LIMIT)?;
         qemu.check_guest()
             .expect_err("an inconsistent guest must be reported");
         qemu.send_serial(b"q")?;
-        qemu.wait_serial("quiet", LIMIT).map(|_| ())
+        qemu.wait_serial("quiet", HANG_LIMIT).map(|_| ())
     })
 }
 
@@ -90,7 +88,7 @@ fn test_guest_refuses_a_region_that_it_does_not_have() {
     experiment(|lab| {
         let machine = Machine::bare("pc", 64, Guest::Test(TestGuest::random(1000, 64)));
         let qemu = Qemu::start(lab, "small", &machine)?;
-        qemu.wait_serial("error: mib", LIMIT).map(|_| ())
+        qemu.wait_serial("error: mib", HANG_LIMIT).map(|_| ())
     })
 }
 
@@ -103,7 +101,7 @@ fn linux_guest_boots_and_ticks() {
             pause_ms: 50,
         };
         let qemu = Qemu::start(lab, "linux", &Machine::bare("pc", 256, Guest::Linux(guest)))?;
-        qemu.wait_serial("tick 10", Duration::from_secs(120))?;
+        qemu.wait_serial("tick 10", HANG_LIMIT)?;
         qemu.check_guest()
     })
 }
@@ -120,7 +118,7 @@ fn qemu_protects_itself_with_its_own_secondary() {
         let mut secondary = Qemu::start_incoming(lab, "secondary", &machine)?;
         secondary.be_secondary(&address, 4)?;
         let mut primary = Qemu::start(lab, "primary", &machine)?;
-        primary.wait_serial("tick 2 ", LIMIT)?;
+        primary.wait_serial("tick 2 ", HANG_LIMIT)?;
         primary.protect(
             &address,
             &Protection {
@@ -129,7 +127,7 @@ fn qemu_protects_itself_with_its_own_secondary() {
                 zero_page_detection: None,
             },
         )?;
-        primary.wait_checkpoints(5, LIMIT)?;
+        primary.wait_checkpoints(5, HANG_LIMIT)?;
         assert!(primary.pauses_us().len() >= 5);
 
         // What `commit_stopped` promises: one more checkpoint took the RAM that was saved, and the guest runs again.
@@ -138,7 +136,7 @@ fn qemu_protects_itself_with_its_own_secondary() {
         let saved = primary.commit_stopped(&file)?;
         assert!(primary.checkpoints()? > checkpoints);
         let ticks = primary.ticks();
-        primary.wait_serial(&format!("tick {} ", ticks + 5), LIMIT)?;
+        primary.wait_serial(&format!("tick {} ", ticks + 5), HANG_LIMIT)?;
         primary.check_guest()?;
         secondary.check_guest()?;
 

@@ -1,6 +1,7 @@
 //! A Linux guest on two CPUs with many devices, protected for longer: it writes and checks files in memory all the
 //! while. `COLO_RING_LINUX_SECONDS` makes it as long as one likes; 30 s otherwise.
 
+use colo_ring_tests::HANG_LIMIT;
 use std::time::{Duration, Instant};
 
 use colo_ring_tests::lab::{
@@ -34,7 +35,7 @@ fn linux_guest_is_protected_while_it_writes() {
         };
         let mut receiver = Receiver::start(lab, &address, &options)?;
         let mut primary = Qemu::start(lab, "primary", &machine)?;
-        primary.wait_serial("tick 1", Duration::from_secs(120))?;
+        primary.wait_serial("tick 1", HANG_LIMIT)?;
         let protection = Protection {
             channels: CHANNELS,
             checkpoint_delay_ms: 300,
@@ -45,7 +46,7 @@ fn linux_guest_is_protected_while_it_writes() {
         let (began, ticks_before) = (Instant::now(), primary.ticks());
         while began.elapsed() < Duration::from_secs(seconds) {
             let next = primary.checkpoints()? + 1;
-            primary.wait_checkpoints(next, Duration::from_secs(30))?;
+            primary.wait_checkpoints(next, HANG_LIMIT)?;
             primary.check_guest()?;
         }
         let (checkpoints, ticks) = (primary.checkpoints()?, primary.ticks() - ticks_before);
@@ -65,7 +66,7 @@ fn linux_guest_is_protected_while_it_writes() {
         saved.assert_equal(&receiver.dump_only(&lab.file("stopped"))?.block("pc.ram")?)?;
         primary.check_guest()?;
         let ticks = primary.ticks();
-        primary.wait_serial(&format!("tick {}", ticks + 3), Duration::from_secs(30))?;
+        primary.wait_serial(&format!("tick {}", ticks + 3), HANG_LIMIT)?;
         drop(primary);
         receiver.wait_exit().map(|_| ())
     });

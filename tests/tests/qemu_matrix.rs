@@ -4,8 +4,7 @@
 //! Every value of every dimension (multifd 1, 2, 4, 16, plain; pc, q35, pc-i440fx-8.0, two CPUs with many devices;
 //! zero-page detection; TCP, UNIX) meets every backend at least once.
 
-use std::time::Duration;
-
+use colo_ring_tests::HANG_LIMIT;
 use colo_ring_tests::lab::{
     Address, Backend, Content, Dump, Guest, Lab, LabError, Machine, Pattern, Protection, Qemu, Receiver,
     ReceiverOptions, TestGuest, Transport, ZeroPageDetection, check_test_guest_image, experiment,
@@ -13,7 +12,6 @@ use colo_ring_tests::lab::{
 
 const CHECKPOINTS_MIN: usize = 20;
 const MEMORY_MIB: u32 = 128;
-const LIMIT: Duration = Duration::from_secs(60);
 
 struct Case {
     backend: Backend,
@@ -69,7 +67,7 @@ impl Case {
         };
         let mut receiver = Receiver::start(lab, &address, &options)?;
         let mut primary = Qemu::start(lab, "primary", &self.machine())?;
-        primary.wait_serial("tick 2 ", LIMIT)?;
+        primary.wait_serial("tick 2 ", HANG_LIMIT)?;
         primary.protect(
             &address,
             &Protection {
@@ -80,10 +78,10 @@ impl Case {
         )?;
 
         // While checkpoints go on, any dump is the guest's memory of one instant.
-        primary.wait_checkpoints(CHECKPOINTS_MIN / 2, LIMIT)?;
+        primary.wait_checkpoints(CHECKPOINTS_MIN / 2, HANG_LIMIT)?;
         let running = receiver.dump_only(&lab.file("running"))?;
         check_test_guest_image(&running.block("pc.ram")?, &self.load())?;
-        primary.wait_checkpoints(CHECKPOINTS_MIN, LIMIT)?;
+        primary.wait_checkpoints(CHECKPOINTS_MIN, HANG_LIMIT)?;
 
         let saved = primary.commit_stopped(&lab.file("saved.ram"))?;
         let stopped = receiver.dump_only(&lab.file("stopped"))?;

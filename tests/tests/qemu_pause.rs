@@ -9,27 +9,32 @@ use colo_ring_tests::versus::{Cell, Secondary, Shape, StartOptions, pauses_us};
 const BLOCKS: usize = 3;
 const CHECKPOINTS_PER_BLOCK: usize = 40;
 const CHANNELS: u8 = 4;
-const P50_MAX_MS: f64 = 5.0;
-const P99_MAX_MS: f64 = 12.0;
 const INTERVAL: Duration = Duration::from_millis(300);
 
+/// The most that the median of the pauses may be of QEMU's own: its two delayed acknowledgements make 80 ms of 88, and
+/// one of them would be a half.
+const P50_SHARE_MAX: f64 = 0.2;
+
+/// The same for the 99th percentile.
+const P99_SHARE_MAX: f64 = 0.4;
+
 /// The p99 of 120 values is the second worst of them: two disturbances of a shared host make it. So the whole is measured
-/// once more where it does not hold; a receiver that is too slow fails twice.
-const ATTEMPTS: usize = 2;
+/// again where it does not hold; a receiver that is too slow fails every time.
+const ATTEMPTS: usize = 3;
 
 #[test]
-fn idle_primary_pauses_for_5_ms_at_the_median_and_12_ms_at_p99() {
+fn an_idle_primary_pauses_for_a_fifth_of_what_qemus_own_secondary_takes() {
     experiment(|lab| {
         let congestion_control = HostSetting::cubic();
         for attempt in 1..=ATTEMPTS {
-            let ring = measure(lab, &congestion_control)?;
-            let holds = ring.percentile_ms(50) <= P50_MAX_MS && ring.percentile_ms(99) <= P99_MAX_MS;
-            if holds {
+            let (ring, qemu) = measure(lab, &congestion_control)?;
+            let share = |percentile| ring.percentile_ms(percentile) / qemu.percentile_ms(percentile);
+            if share(50) <= P50_SHARE_MAX && share(99) <= P99_SHARE_MAX {
                 break;
             }
             assert!(
                 attempt < ATTEMPTS,
-                "colo-ring, limits {P50_MAX_MS} and {P99_MAX_MS} ms: {ring}"
+                "over {P50_SHARE_MAX} of QEMU's own at p50, or {P99_SHARE_MAX} at p99: {ring}; QEMU's own: {qemu}"
             );
             println!("over the limits; once more");
         }
@@ -37,8 +42,8 @@ fn idle_primary_pauses_for_5_ms_at_the_median_and_12_ms_at_p99() {
     });
 }
 
-/// Both secondaries in turn; prints both distributions and returns colo-ring's.
-fn measure(lab: &Lab, congestion_control: &HostSetting) -> Result<Distribution, LabError> {
+/// Both secondaries in turn; prints both distributions and returns them, colo-ring's first.
+fn measure(lab: &Lab, congestion_control: &HostSetting) -> Result<(Distribution, Distribution), LabError> {
     let (mut ring_us, mut qemu_us) = (Vec::new(), Vec::new());
     let (ring, qemu) = (Secondary::default_ring(), Secondary::own());
     let cell = Cell {
@@ -64,5 +69,5 @@ fn measure(lab: &Lab, congestion_control: &HostSetting) -> Result<Distribution, 
     );
     println!("on {}; congestion control {congestion_control}", host());
     assert!(ring.n() >= 100 && qemu.n() >= 100);
-    Ok(ring)
+    Ok((ring, qemu))
 }

@@ -1,9 +1,9 @@
 //! A real QEMU 11.1 primary's session, recorded, then played without it: a fresh receiver comes to hold the same, bit
 //! for bit, and a fresh QEMU takes it for its primary.
 
+use colo_ring_tests::HANG_LIMIT;
 use std::fs;
 use std::path::PathBuf;
-use std::time::Duration;
 
 use colo_ring_tests::command::run;
 use colo_ring_tests::lab::{
@@ -13,7 +13,6 @@ use colo_ring_tests::lab::{
 use serde_json::Value;
 
 const CHECKPOINTS_MIN: usize = 10;
-const LIMIT: Duration = Duration::from_secs(60);
 
 fn machine() -> Machine {
     Machine::bare("pc", 64, Guest::Test(TestGuest::random(4000, 48)))
@@ -44,14 +43,14 @@ fn recorded(lab: &Lab, channels: u8) -> Result<Recorded, LabError> {
     let front = Address::free(lab, Transport::Tcp)?;
     let mut recorder = Recorder::start(lab, &front, &back)?;
     let mut primary = Qemu::start(lab, "primary", &machine())?;
-    primary.wait_serial("tick 2 ", LIMIT)?;
+    primary.wait_serial("tick 2 ", HANG_LIMIT)?;
     let protection = Protection {
         channels,
         checkpoint_delay_ms: 150,
         zero_page_detection: None,
     };
     primary.protect(&front, &protection)?;
-    primary.wait_checkpoints(CHECKPOINTS_MIN, LIMIT)?;
+    primary.wait_checkpoints(CHECKPOINTS_MIN, HANG_LIMIT)?;
     let saved = primary.commit_stopped(&lab.file("saved.ram"))?;
     let held = live.dump_only(&lab.file("live"))?;
     saved.assert_equal(&held.block("pc.ram")?)?;

@@ -1,6 +1,7 @@
 //! A checkpoint that is still on its way cannot be seen: whatever moment the primary is frozen at, a dump is the memory
 //! of the last complete checkpoint.
 
+use colo_ring_tests::HANG_LIMIT;
 use std::time::Duration;
 
 use colo_ring_tests::lab::{
@@ -12,7 +13,6 @@ const CHANNELS: u8 = 4;
 const FREEZES: u32 = 8;
 /// So many of the freezes must have hit a checkpoint before its commit, or the test has shown nothing.
 const UNCOMMITTED_MIN: u32 = 3;
-const LIMIT: Duration = Duration::from_secs(30);
 
 #[test]
 fn uring_never_shows_a_torn_checkpoint() {
@@ -45,20 +45,20 @@ fn body(lab: &Lab, backend: Backend) -> Result<(), LabError> {
         "primary",
         &Machine::bare("pc", 128, Guest::Test(load.clone())),
     )?;
-    primary.wait_serial("tick 2 ", LIMIT)?;
+    primary.wait_serial("tick 2 ", HANG_LIMIT)?;
     let protection = Protection {
         channels: CHANNELS,
         checkpoint_delay_ms: 400,
         zero_page_detection: None,
     };
     primary.protect(&address, &protection)?;
-    primary.wait_checkpoints(2, LIMIT)?;
+    primary.wait_checkpoints(2, HANG_LIMIT)?;
 
     let mut uncommitted = 0;
     for freeze in 0..FREEZES {
         let before = primary.checkpoints()?;
-        primary.wait_checkpoints(before + 1, LIMIT)?;
-        primary.wait_paused(LIMIT)?;
+        primary.wait_checkpoints(before + 1, HANG_LIMIT)?;
+        primary.wait_paused(HANG_LIMIT)?;
         std::thread::sleep(Duration::from_millis(4) * freeze);
         primary.freeze()?;
         let complete = u64::try_from(primary.checkpoints()?).expect("a count");

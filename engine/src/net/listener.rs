@@ -355,7 +355,8 @@ mod tests {
     #[test]
     fn reset_connections_hold_up_nobody() {
         let (listener, address) = listener();
-        for _ in 0..20 {
+        // The pause after an error of the listener, after each of these, would be 20 s.
+        for _ in 0..200 {
             let gone = TcpStream::connect(address).unwrap();
             let reset = libc::linger {
                 l_onoff: 1,
@@ -378,6 +379,6 @@ mod tests {
             {}
             accepting.abort();
         });
-        assert!(begin.elapsed() < Duration::from_secs(1), "{:?}", begin.elapsed());
+        assert!(begin.elapsed() < Duration::from_secs(10), "{:?}", begin.elapsed());
     }
 }

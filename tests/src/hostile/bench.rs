@@ -1,6 +1,7 @@
 //! A receiver in this process with a guest that behaves, while others beside it do not.
 
-use super::{HostilePrimary, PATIENCE};
+use super::HostilePrimary;
+use crate::HANG_LIMIT;
 use colo_ring::receiver::{
     Dumped, Event, ListenAddress, Receiver, ReceiverOptions, Request, Response, SessionStatus,
 };
@@ -12,11 +13,9 @@ use std::path::PathBuf;
 use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
-/// From a fault to the end of its session: it ends at once, on a machine that others use too.
-const AT_ONCE: Duration = Duration::from_secs(3);
-
-/// How long connections may take to become a session here.
-pub const DEADLINE: Duration = Duration::from_secs(1);
+/// How long connections may take to become a session here: longer than a busy machine needs, and short, because some
+/// tests wait for its end.
+pub const DEADLINE: Duration = Duration::from_secs(3);
 
 /// Where the wrong bytes began, and so how the message has to begin.
 #[derive(Clone, Copy, Debug)]
@@ -137,7 +136,7 @@ impl Bench {
 
     /// Waits until a session has begun.
     pub fn began(&mut self) -> u32 {
-        self.wait_for("a session that begins", PATIENCE, |event| match event {
+        self.wait_for("a session that begins", |event| match event {
             Event::Began { session, .. } => Some(*session),
             _ => None,
         })
@@ -145,12 +144,7 @@ impl Bench {
 
     /// Waits until this session has ended.
     pub fn ended(&mut self, session: u32) -> SessionStatus {
-        self.ended_within(session, AT_ONCE)
-    }
-
-    /// Waits for this long until this session has ended.
-    pub fn ended_within(&mut self, session: u32, limit: Duration) -> SessionStatus {
-        self.wait_for("the session's end", limit, |event| match event {
+        self.wait_for("the session's end", |event| match event {
             Event::Ended(status) if status.session == session => Some(SessionStatus::clone(status)),
             _ => None,
         })
@@ -158,23 +152,26 @@ impl Bench {
 
     /// Waits for a warning with this in it.
     pub fn warned(&mut self, part: &str) {
-        self.wait_for(part, PATIENCE, |event| match event {
+        self.wait_for(part, |event| match event {
             Event::Warning(text) => text.contains(part).then_some(()),
             _ => None,
         });
     }
 
-    fn wait_for<T>(&mut self, what: &str, limit: Duration, find: impl Fn(&Event) -> Option<T>) -> T {
+    fn wait_for<T>(&mut self, what: &str, find: impl Fn(&Event) -> Option<T>) -> T {
         let since = Instant::now();
         loop {
             let found = self.told.iter().position(|event| find(event).is_some());
             if let Some(position) = found {
                 return find(&self.told.remove(position)).expect("found just now");
             }
-            let left = limit.saturating_sub(since.elapsed());
+            let left = HANG_LIMIT.saturating_sub(since.elapsed());
             match self.events.recv_timeout(left) {
                 Ok(event) => self.told.push(event),
-                Err(_) => panic!("waited {limit:?} for {what}; told meanwhile: {:?}", self.told),
+                Err(_) => panic!(
+                    "waited {HANG_LIMIT:?} for {what}; told meanwhile: {:?}",
+                    self.told
+                ),
             }
         }
     }

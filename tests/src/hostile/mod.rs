@@ -6,6 +6,7 @@
 
 pub mod bench;
 
+use crate::HANG_LIMIT;
 use colo_ring::blocks::BlockTable;
 use colo_ring::units::{ChannelId, PAGE_SIZE};
 use colo_ring::wire::codec::Method;
@@ -28,9 +29,6 @@ pub const PAGE: u64 = PAGE_SIZE as u64;
 
 /// Id of the RAM section.
 pub const RAM: u32 = 1;
-
-/// How long it waits for an answer or for the end of a connection.
-pub const PATIENCE: Duration = Duration::from_secs(10);
 
 const STATE_BYTES: usize = 24;
 
@@ -88,7 +86,7 @@ impl Link {
     pub fn connect(address: SocketAddr) -> Self {
         let socket = TcpStream::connect(address).expect("the receiver listens");
         socket.set_nodelay(true).expect("a TCP socket");
-        socket.set_read_timeout(Some(PATIENCE)).expect("a timeout");
+        socket.set_read_timeout(Some(HANG_LIMIT)).expect("a timeout");
         Self {
             socket: Some(socket),
             bytes: 0,
@@ -161,7 +159,7 @@ impl Link {
                 other => break other.err(),
             }
         };
-        socket.set_read_timeout(Some(PATIENCE)).expect("a timeout");
+        socket.set_read_timeout(Some(HANG_LIMIT)).expect("a timeout");
         error.is_some_and(|error| matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut))
     }
 

@@ -1,18 +1,15 @@
 //! A guest that is a host: `colo-ring` itself runs in it, on a kernel and a machine of the test's choice, and its init
 //! (`tests/guest/host-init`) tells on the serial port what came of it.
 
+use crate::HANG_LIMIT;
 use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
-use std::time::Duration;
 
 use serde_json::Value;
 
 use super::{Lab, LabError, command_under_test, repository, wait_for};
-
-/// Longest time from the start of such a guest to its end: emulated, on a busy machine.
-const LIMIT: Duration = Duration::from_secs(150);
 
 /// Two NUMA nodes of two cores and 384 MiB each.
 const MACHINE: &str = "-machine pc -smp 4 -m 768M \
@@ -82,7 +79,7 @@ impl HostGuest {
             .map_err(LabError::io(format!("start {}", lab.qemu.display())))?;
         let mut process = Running(process);
         // It switches itself off.
-        let ended = wait_for("the guest to come to its end", LIMIT, || {
+        let ended = wait_for("the guest to come to its end", HANG_LIMIT, || {
             process.0.try_wait().map_err(LabError::io("wait for QEMU"))
         });
         let serial = String::from_utf8_lossy(&fs::read(&serial_log).unwrap_or_default()).into_owned();

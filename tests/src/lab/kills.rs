@@ -1,5 +1,6 @@
 //! Kills at random instants, of primaries and of receivers, and what must be true of the guests that are resumed then.
 
+use crate::HANG_LIMIT;
 use std::collections::hash_map::RandomState;
 use std::fs;
 use std::hash::{BuildHasher, Hasher};
@@ -10,7 +11,6 @@ use serde_json::{Value, json};
 use super::qmp::Event;
 use super::{Guest, Lab, LabError, Machine, Qemu, Secondary, Way, check_test_guest_image};
 
-const LIMIT: Duration = Duration::from_secs(60);
 const INTERVAL: Duration = Duration::from_millis(300);
 /// Over how long the kills in precopy are spread. It lasts longer.
 const PRECOPY_SPREAD: Duration = Duration::from_millis(500);
@@ -170,14 +170,14 @@ impl<'a> Kills<'a> {
         let status = secondary.session(session)?;
         assert_eq!(status["state"], "precopy", "{status}");
         let _ = primary.kill();
-        let left = super::wait_for("the receiver to notice", LIMIT, || {
+        let left = super::wait_for("the receiver to notice", HANG_LIMIT, || {
             let refused = secondary.receiver().failover_refused(session, nowhere)?;
             Ok(Some(refused).filter(|said| !said.contains("is in precopy")))
         })?;
         println!("killed in precopy after {delay:?}: {}", left.trim());
         assert!(left.contains("left no checkpoint"), "{left}");
         assert_eq!(secondary.session(session)?, Value::Null);
-        super::wait_for("its files to be removed", LIMIT, || {
+        super::wait_for("its files to be removed", HANG_LIMIT, || {
             Ok((secondary.files() == files_before).then_some(()))
         })
     }
@@ -365,7 +365,7 @@ pub fn check_continues(resumed: &Qemu, machine: &Machine, tick: u64) -> Result<(
         Guest::Test(_) => 5,
         Guest::Linux(load) => u64::from(load.files) + 1,
     };
-    super::wait_for("the resumed guest's ticks", LIMIT, || {
+    super::wait_for("the resumed guest's ticks", HANG_LIMIT, || {
         Ok((resumed.ticks() >= tick + more).then_some(()))
     })?;
     resumed.check_guest()?;
@@ -385,7 +385,7 @@ pub fn check_continues(resumed: &Qemu, machine: &Machine, tick: u64) -> Result<(
 
 /// The session that came last.
 fn newest_session(secondary: &Secondary) -> Result<u64, LabError> {
-    super::wait_for("the primary's session", LIMIT, || {
+    super::wait_for("the primary's session", HANG_LIMIT, || {
         Ok(secondary.receiver().sessions()?.into_iter().max())
     })
 }
@@ -429,10 +429,10 @@ fn wait_events<T>(
         if let Some(found) = found(&primary.qmp().events()) {
             return Ok(found);
         }
-        if since.elapsed() > LIMIT {
+        if since.elapsed() > HANG_LIMIT {
             return Err(LabError::Timeout {
                 what: what.to_owned(),
-                limit: LIMIT,
+                limit: HANG_LIMIT,
             });
         }
         std::thread::sleep(GLANCE);

@@ -2,6 +2,7 @@
 //!
 //! A checkpoint is one `STOP` → `RESUME` of the primary after the first such pair, which is the switch-over.
 
+use crate::HANG_LIMIT;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
@@ -12,8 +13,6 @@ use super::{Address, LabError, Qemu, SavedRam, wait_for};
 
 /// Longer than any test: no checkpoint comes by itself.
 const NEVER_MS: u32 = 3_600_000;
-const COLO_LIMIT: Duration = Duration::from_secs(60);
-const CHECKPOINT_LIMIT: Duration = Duration::from_secs(30);
 
 /// How a primary is protected.
 #[derive(Clone, Debug)]
@@ -64,7 +63,7 @@ impl Qemu {
         self.qmp().execute("migrate-set-parameters", &parameters)?;
         self.qmp()
             .execute("migrate", &json!({"uri": address.to_string()}))?;
-        wait_for("the primary to be in COLO", COLO_LIMIT, || {
+        wait_for("the primary to be in COLO", HANG_LIMIT, || {
             let state = self.qmp().execute("query-migrate", &json!({}))?;
             match state["status"].as_str() {
                 Some("colo") => Ok(Some(())),
@@ -75,7 +74,7 @@ impl Qemu {
                 _ => Ok(None),
             }
         })?;
-        wait_for("the guest to run in COLO", COLO_LIMIT, || {
+        wait_for("the guest to run in COLO", HANG_LIMIT, || {
             Ok(self.resumes()?.first().map(|_| ()))
         })
     }
@@ -159,7 +158,7 @@ impl Qemu {
         // Changing the delay starts a checkpoint at once; the timer then waits for the new delay.
         let before = self.checkpoints()?;
         self.set_checkpoint_delay_ms(NEVER_MS)?;
-        self.wait_checkpoints(before + 1, CHECKPOINT_LIMIT)?;
+        self.wait_checkpoints(before + 1, HANG_LIMIT)?;
         self.wait_until_quiet()?;
         // The guest has dirtied memory since: what is committed now is not what the last checkpoint had.
         std::thread::sleep(Duration::from_millis(100));
@@ -173,7 +172,7 @@ impl Qemu {
             });
         }
         self.set_checkpoint_delay_ms(NEVER_MS)?;
-        wait_for("the checkpoint of the stopped guest", CHECKPOINT_LIMIT, || {
+        wait_for("the checkpoint of the stopped guest", HANG_LIMIT, || {
             Ok((self.resumes()?.len() > resumes_before).then_some(()))
         })?;
         self.wait_until_quiet()?;
@@ -208,7 +207,7 @@ impl Qemu {
         const QUIET: Duration = Duration::from_millis(200);
         let mut seen = 0;
         let mut since = Instant::now();
-        wait_for("the last checkpoint", CHECKPOINT_LIMIT, || {
+        wait_for("the last checkpoint", HANG_LIMIT, || {
             let count = self.qmp().events().len();
             if count != seen {
                 seen = count;

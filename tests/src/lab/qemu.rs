@@ -1,5 +1,6 @@
 //! A QEMU process: its command line, its monitor, its serial port, its end.
 
+use crate::HANG_LIMIT;
 use std::fs::{self, File};
 use std::io::Write;
 use std::os::unix::net::UnixStream;
@@ -206,7 +207,7 @@ impl Qemu {
         let mut process = command
             .spawn()
             .map_err(LabError::io(format!("start {}", lab.qemu.display())))?;
-        match Qmp::connect(&qmp_socket, Duration::from_secs(20)) {
+        match Qmp::connect(&qmp_socket, HANG_LIMIT) {
             Ok(qmp) => Ok(Self {
                 process,
                 qmp,
@@ -322,7 +323,7 @@ impl Qemu {
         let _ = self.process.kill();
         let _ = self.process.wait();
         // What is on its way is read until the connection ends: a killed QEMU tells nobody that it shuts down.
-        let _ = self.qmp.wait_event("SHUTDOWN", Duration::from_secs(20));
+        let _ = self.qmp.wait_event("SHUTDOWN", HANG_LIMIT);
         self.qmp.events()
     }
 

@@ -1,10 +1,10 @@
 //! The command under test: `colo-ring receive` as a process, and its control commands.
 
+use crate::HANG_LIMIT;
 use std::ffi::OsStr;
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
-use std::time::Duration;
 
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
@@ -12,8 +12,6 @@ use serde::Deserialize;
 use serde_json::Value;
 
 use super::{Address, Lab, LabError, wait_for};
-
-const CONTROL_LIMIT: Duration = Duration::from_secs(30);
 
 /// The receive backends.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -119,7 +117,7 @@ impl Receiver {
         };
         wait_for(
             "colo-ring receive to answer on its control socket",
-            Duration::from_secs(20),
+            HANG_LIMIT,
             || {
                 receiver.check_alive()?;
                 Ok(receiver.status().ok().map(|_| ()))
@@ -231,7 +229,7 @@ impl Receiver {
     /// # Errors
     /// [`LabError::Timeout`] if it does not end.
     pub fn wait_exit(&mut self) -> Result<ExitStatus, LabError> {
-        wait_for("colo-ring receive to end", Duration::from_secs(20), || {
+        wait_for("colo-ring receive to end", HANG_LIMIT, || {
             self.process
                 .try_wait()
                 .map_err(LabError::io("wait for colo-ring"))
@@ -280,7 +278,7 @@ impl Receiver {
 /// What a command has said on its standard output, once it has succeeded.
 pub(super) fn end_of_command(mut child: Child, name: &str) -> Result<String, LabError> {
     // Its output is far smaller than a pipe's buffer, so it need not be read before the end.
-    let ended = wait_for(&format!("colo-ring {name} to end"), CONTROL_LIMIT, || {
+    let ended = wait_for(&format!("colo-ring {name} to end"), HANG_LIMIT, || {
         child
             .try_wait()
             .map_err(LabError::io(format!("wait for colo-ring {name}")))

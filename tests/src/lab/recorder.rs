@@ -1,9 +1,9 @@
 //! The recorder between primary and secondary: `colo-ring capture` as a process.
 
+use crate::HANG_LIMIT;
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
-use std::time::Duration;
 
 use serde_json::Value;
 
@@ -55,7 +55,7 @@ impl Recorder {
             report,
             capture,
         };
-        wait_for("colo-ring capture to listen", Duration::from_secs(20), || {
+        wait_for("colo-ring capture to listen", HANG_LIMIT, || {
             Ok(recorder.log().contains("listening on ").then_some(()))
         })?;
         Ok(recorder)
@@ -72,7 +72,7 @@ impl Recorder {
     /// # Errors
     /// If it does not end, or not well.
     pub fn wait_report(&mut self) -> Result<Value, LabError> {
-        let status = wait_for("colo-ring capture to end", Duration::from_secs(60), || {
+        let status = wait_for("colo-ring capture to end", HANG_LIMIT, || {
             self.process
                 .try_wait()
                 .map_err(LabError::io("wait for colo-ring capture"))

@@ -1,7 +1,7 @@
 //! A receiver from which guests are resumed: its images are files, its sessions end in fresh QEMUs.
 
+use crate::HANG_LIMIT;
 use std::path::PathBuf;
-use std::time::Duration;
 
 use serde_json::Value;
 
@@ -9,8 +9,6 @@ use super::{
     Address, Backend, Lab, LabError, Machine, Protection, Qemu, Receiver, ReceiverOptions, SharedDirectory,
     Transport, protect_by_command, wait_for,
 };
-
-const LIMIT: Duration = Duration::from_secs(60);
 
 /// How the guest's memory gets to the fresh QEMU.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -147,7 +145,7 @@ impl Secondary {
     /// # Errors
     /// [`LabError::Timeout`], and those of [`Receiver::status`].
     pub fn wait_state(&self, session: u64, state: &str) -> Result<Value, LabError> {
-        wait_for(&format!("session {session} to be {state}"), LIMIT, || {
+        wait_for(&format!("session {session} to be {state}"), HANG_LIMIT, || {
             let status = self.session(session)?;
             Ok((status["state"] == state).then_some(status))
         })

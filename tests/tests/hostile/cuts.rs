@@ -306,17 +306,18 @@ fn while_it_connects() {
     }
 }
 
-/// Connections that are reset before they are accepted hold up nobody.
+/// Connections that are reset before they are accepted delay no other: a pause of 100 ms after each, as after an error
+/// of the listener, would be 100 s.
 #[test]
 fn resets_in_great_number() {
     for backend in BACKENDS {
         let mut bench = Bench::start("resets", backend, 2);
-        for _ in 0..200 {
+        for _ in 0..1000 {
             Link::connect(bench.address).cut(Cut::Rst);
         }
         let since = Instant::now();
         let (session, mut primary) = bench.protected();
-        assert!(since.elapsed() < Duration::from_secs(2), "{:?}", since.elapsed());
+        assert!(since.elapsed() < Duration::from_secs(30), "{:?}", since.elapsed());
         primary.cut(Cut::Rst);
         bench.survives("after resets", session, &mut primary, At::Nowhere, &[IDLE]);
         bench.end();

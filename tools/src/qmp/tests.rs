@@ -113,12 +113,12 @@ fn events_are_waited_for() {
     );
     let path = says(SAID);
     let qmp = connect(&path).unwrap();
-    assert!(qmp.wait_event("RESUME", Duration::from_secs(5)));
+    assert!(qmp.wait_event("RESUME", Duration::from_secs(300)));
     assert_eq!(qmp.events()[0].at_us, 2_000_005);
     // It has closed: nothing is waited for in vain.
     let began = Instant::now();
-    assert!(!qmp.wait_event("STOP", Duration::from_secs(30)));
-    assert!(began.elapsed() < Duration::from_secs(20));
+    assert!(!qmp.wait_event("STOP", Duration::from_secs(600)));
+    assert!(began.elapsed() < Duration::from_secs(300));
 }
 
 #[test]

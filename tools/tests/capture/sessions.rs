@@ -44,9 +44,10 @@ fn protect(proxy: &Running, checkpoints: u64) -> SynthPrimary {
         .map(|_| primary.checkpoint().unwrap().service())
         .collect();
     pauses.sort_unstable();
-    // The primary leaves Nagle's algorithm on: where one acknowledgement is delayed, it takes 40 ms.
-    let median = pauses[pauses.len() / 2];
-    assert!(median < Duration::from_millis(35), "{pauses:?}");
+    // The primary leaves Nagle's algorithm on: where acknowledgements are delayed, every checkpoint takes 40 ms. The
+    // lower quartile, because a busy machine makes some of them longer too.
+    let quartile = pauses[pauses.len() / 4];
+    assert!(quartile < Duration::from_millis(35), "{pauses:?}");
     primary
 }
 
