@@ -1,5 +1,5 @@
 //! Giving a checkpoint away, as the control socket does it: one conversation wins, what is given is the committed
-//! checkpoint, and what fails leaves it there. What a QEMU makes of it is tested in `qemu_failover.rs`.
+//! checkpoint, and what fails leaves it there. What a QEMU makes of it is tested in `qemu/failover.rs`.
 
 use colo_ring::blocks::BlockTable;
 use colo_ring::failover::{Form, write_stream};

@@ -1,0 +1,15 @@
+//! The command with real QEMU, in the laboratory that `scripts/qemu-lab` makes. One program, because each links the
+//! whole engine. Run it with `--test-threads=1`: guests and latencies disturb each other.
+
+mod capture;
+mod failover;
+mod failover_interrupted;
+mod failover_linux;
+mod guests;
+mod lab;
+mod linux;
+mod matrix;
+mod numa;
+mod pause;
+mod replay;
+mod torn;
