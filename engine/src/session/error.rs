@@ -1,5 +1,6 @@
 //! How a session can end, for an operator.
 
+use super::rendezvous::GateClosed;
 use crate::units::CheckpointId;
 use crate::wire::WireError;
 use thiserror::Error;
@@ -17,6 +18,26 @@ pub struct SessionError {
 impl SessionError {
     pub(super) fn at(position: u64, error: WireError) -> Self {
         Self { position, error }
+    }
+}
+
+/// What is wrong with a packet on a multifd channel.
+#[derive(Clone, Debug, PartialEq, Eq, Error)]
+pub enum ChannelError {
+    /// The packet itself.
+    #[error(transparent)]
+    Wire(#[from] WireError),
+    /// Every channel begins with a SYNC without pages (spec §8.2).
+    #[error("the channel's first packet is not a SYNC without pages")]
+    NoFirstSync,
+    /// Pages after the last sync of a round (spec §10, quiet channels).
+    #[error("pages after the last sync of a checkpoint, before the next one was answered")]
+    GateClosed,
+}
+
+impl From<GateClosed> for ChannelError {
+    fn from(_: GateClosed) -> Self {
+        Self::GateClosed
     }
 }
 

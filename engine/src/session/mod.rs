@@ -1,5 +1,7 @@
-//! The protocol of the main channel as a state machine: bytes in, actions out (spec §3 to §7, §10 to §12). It does
-//! no I/O and reads no clock.
+//! The protocol as state machines that do no I/O and read no clock: the main channel's, [`Session`], and one for each
+//! multifd channel, [`MultifdChannel`]. [`Rendezvous`] is where they meet.
+//!
+//! The main channel takes bytes and returns actions (spec §3 to §7, §10 to §12):
 //!
 //! ```text
 //! Header ─► Setup ─► BlockList ─► Records ◄─► Footer ─► Precopy ─► Devices ─► Committing
@@ -19,11 +21,13 @@
 //! [`Session::committed`].
 #![forbid(unsafe_code)]
 
+mod channel;
 mod error;
 mod records;
 mod rendezvous;
 
-pub use error::{Ending, SessionError};
+pub use channel::{ChannelTraffic, MultifdChannel, PacketAction};
+pub use error::{ChannelError, Ending, SessionError};
 pub use records::{Page, PageContent};
 pub use rendezvous::{GateClosed, Rendezvous, Ticket};
 
