@@ -1,6 +1,6 @@
 //! How a session ended.
 
-use crate::session::{Ending, SessionError};
+use crate::session::{self, Ending, GateClosed, SessionError};
 use crate::store::StoreError;
 use crate::units::ChannelId;
 use crate::wire::WireError;
@@ -87,21 +87,27 @@ impl SessionEnd {
     }
 }
 
-/// What is wrong with a packet.
+/// Why a packet ended the session.
 #[derive(Clone, Debug, PartialEq, Eq, Error)]
 pub enum ChannelError {
-    /// The packet itself.
+    /// The packet breaks the protocol.
     #[error(transparent)]
-    Wire(#[from] WireError),
-    /// Every channel begins with a SYNC without pages (spec §8.2).
-    #[error("the channel's first packet is not a SYNC without pages")]
-    NoFirstSync,
-    /// Pages after the last sync of a round (spec §10, quiet channels).
-    #[error("pages after the last sync of a checkpoint, before the next one was answered")]
-    NotQuiet,
+    Protocol(#[from] session::ChannelError),
     /// There is no memory for its pages.
     #[error("{0}")]
     NoMemory(String),
+}
+
+impl From<WireError> for ChannelError {
+    fn from(error: WireError) -> Self {
+        session::ChannelError::from(error).into()
+    }
+}
+
+impl From<GateClosed> for ChannelError {
+    fn from(error: GateClosed) -> Self {
+        session::ChannelError::from(error).into()
+    }
 }
 
 impl From<StoreError> for ChannelError {

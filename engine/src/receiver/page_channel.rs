@@ -1,40 +1,40 @@
 //! A multifd channel: packets in, pages into the guest's memory, a stop at every SYNC (spec §8, §10).
 //!
-//! One receive takes a packet's payload, each page to its place, and the next packet's header behind it; the page is
-//! marked when the receive has completed. After a packet with SYNC nothing follows before the release, so there the
-//! header is not asked for.
+//! The protocol is [`MultifdChannel`]'s. Here its actions become receives: one receive takes a packet's payload, each
+//! page to its place, and the next packet's header behind it; the pages are marked when the receive has completed.
 
 use super::end::{ChannelError, SessionEnd};
 use super::guest::Guest;
 use crate::canary::{self, Canary};
 use crate::ring::{Buffers, Endpoint, Loss, ReceivePlan, ReceiveStyle, Staging};
-use crate::session::Ticket;
-use crate::store::{Landing, Slab};
+use crate::session::{MultifdChannel, PacketAction, Ticket};
+use crate::store::{Landing, Slab, Store};
 use crate::units::{ChannelId, PAGE_SIZE};
-use crate::wire::multifd::{self, HEADER_LEN, INIT_LEN, PacketHeader, PageList, START_LEN};
+use crate::wire::multifd::{self, HEADER_LEN, PacketHeader, PageList, START_LEN};
 use std::io::ErrorKind;
 use std::ops::ControlFlow;
 use std::os::fd::RawFd;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-/// What the channel is in the middle of.
+/// What is being received.
 #[derive(Clone, Copy, Debug)]
 enum State {
     Header,
-    Payload { sync: bool, header_follows: HeaderPlace },
+    Payload(NextHeader),
+    /// Nothing, until the channel is released.
     AtSync(Ticket),
 }
 
-/// Where the next packet's header is received to, with the payload.
+/// Where the next packet's header is received to, together with a payload.
 #[derive(Clone, Copy, Debug)]
-enum HeaderPlace {
-    /// Not with it.
-    None,
+enum NextHeader {
+    /// It is received on its own.
+    Apart,
     /// The channel's own buffer.
-    Own,
+    InBuffer,
     /// Behind the pages, in their slab: one read cannot leave its registered buffer.
-    Landing,
+    InSlab,
 }
 
 /// The cores that drive a channel: positions among the plane's.
@@ -47,25 +47,31 @@ pub(super) struct Cores {
 }
 
 pub(super) struct PageChannel {
+    link: Link,
+    cores: Cores,
+    /// None up to the release from the first sync point: before it the guest may have no memory.
+    pages: Option<Pages>,
+}
+
+/// The channel's connection and its place in the protocol.
+struct Link {
     guest: Arc<Guest>,
     id: ChannelId,
     shard: usize,
     style: ReceiveStyle,
+    protocol: MultifdChannel,
     plan: Box<ReceivePlan>,
     header: Staging,
+    state: State,
+    buffers: Buffers,
+}
+
+/// The way of a packet's pages into the guest's memory.
+struct Pages {
+    store: Arc<Store>,
     landing: Box<Landing>,
     normal: Box<PageList>,
     zero: Box<PageList>,
-    state: State,
-    buffers: Buffers,
-    cores: Cores,
-    synced_once: bool,
-    packets: u64,
-    /// Where the current packet began on the channel.
-    position: u64,
-    pages_since_sync: u64,
-    zero_pages_since_sync: u64,
-    bytes_since_sync: u64,
 }
 
 impl PageChannel {
@@ -77,277 +83,300 @@ impl PageChannel {
         style: ReceiveStyle,
         cores: Cores,
     ) -> Self {
-        Self {
+        let link = Link {
             guest,
             id,
             shard,
             style,
+            protocol: MultifdChannel::default(),
             plan: ReceivePlan::new(),
             header: Staging::new(HEADER_LEN),
-            landing: Box::new(Landing::of(id)),
-            normal: Box::default(),
-            zero: Box::default(),
             state: State::Header,
             buffers: Buffers::default(),
-            cores,
-            synced_once: false,
-            packets: 0,
-            position: INIT_LEN as u64,
-            pages_since_sync: 0,
-            zero_pages_since_sync: 0,
-            bytes_since_sync: 0,
-        }
-    }
-
-    /// The header is complete: check it, apply its zero pages, and see what follows.
-    fn packet(&mut self) -> Result<(), ChannelError> {
-        let bytes = self.header.bytes().first_chunk::<HEADER_LEN>();
-        let header = PacketHeader::decode(bytes.expect("called with a whole header"))?;
-        let (sync, pages) = (header.is_sync(), header.has_pages());
-        if !self.synced_once && (pages || !sync) {
-            return Err(ChannelError::NoFirstSync);
-        }
-        self.synced_once = true;
-        let payload = header.payload_len();
-        if pages {
-            let store = self.guest.store().ok_or(ChannelError::NoFirstSync)?;
-            header.resolve(store.table(), &mut self.normal, &mut self.zero)?;
-            self.guest
-                .rendezvous
-                .begin_packet(self.id)
-                .map_err(|_| ChannelError::NotQuiet)?;
-            for &page in self.zero.as_slice() {
-                store.zero(self.shard, page);
-            }
-            self.zero_pages_since_sync += self.zero.as_slice().len() as u64;
-            if payload == 0 {
-                self.guest.rendezvous.end_packet(self.id);
-            }
-        }
-        self.header.consume(HEADER_LEN);
-        if payload > 0 {
-            return self.plan_payload(sync);
-        }
-        self.end_of_packet(0);
-        if sync {
-            self.arrive();
-        } else {
-            self.state = State::Header;
-        }
-        Ok(())
-    }
-
-    fn plan_payload(&mut self, sync: bool) -> Result<(), ChannelError> {
-        let store = self.guest.store().expect("checked with the packet's pages");
-        store.place(self.shard, self.normal.as_slice(), &mut self.landing)?;
-        self.plan.clear();
-        self.plan.bulk = self.pages_since_sync >= self.style.bulk_from_pages;
-        self.plan.wait_all = !self.plan.bulk;
-        for run in self.landing.runs() {
-            if self.style.coalesce {
-                self.plan.push(run.address, run.length);
-                continue;
-            }
-            for page in 0..run.length / PAGE_SIZE {
-                self.plan
-                    .push(run.address.wrapping_add(page * PAGE_SIZE), PAGE_SIZE);
-            }
-        }
-        self.plan.registered = self.buffer();
-        let header_follows = match self.landing.header() {
-            _ if sync || !self.style.chain_header => HeaderPlace::None,
-            Some(place) => {
-                self.plan.push(place, HEADER_LEN);
-                HeaderPlace::Landing
-            }
-            None => {
-                let (space, bytes) = self.header.space().expect("the header was consumed");
-                self.plan.push(space, bytes);
-                HeaderPlace::Own
-            }
         };
-        self.state = State::Payload { sync, header_follows };
+        Self {
+            link,
+            cores,
+            pages: None,
+        }
+    }
+
+    fn step(&mut self, bytes: usize) -> Result<(), ChannelError> {
+        let link = &mut self.link;
+        link.plan.advance(bytes);
+        match (link.state, &mut self.pages) {
+            (State::Header, pages) => match (link.fill_header(bytes)?, pages) {
+                (false, _) => Ok(()),
+                (true, None) => link.first_packet(),
+                (true, Some(pages)) => pages.packet(link),
+            },
+            (State::Payload(next), Some(pages)) if link.plan.remaining() == 0 => pages.landed(link, next),
+            _ => Ok(()),
+        }
+    }
+}
+
+impl Link {
+    /// Header bytes have arrived. Returns whether the header is complete.
+    fn fill_header(&mut self, bytes: usize) -> Result<bool, ChannelError> {
+        self.header.fill(bytes);
+        if let Some(start) = self.header.bytes().first_chunk::<START_LEN>() {
+            multifd::check_start(start)?;
+        }
+        Ok(self.header.bytes().len() == HEADER_LEN)
+    }
+
+    /// The channel's first header is complete: a SYNC without pages.
+    fn first_packet(&mut self) -> Result<(), ChannelError> {
+        let header = decode(&self.header)?;
+        let action = self.protocol.on_header(&header)?;
+        self.header.consume(HEADER_LEN);
+        match action {
+            PacketAction::Arrive => self.arrive(),
+            _ => return Err(crate::session::ChannelError::NoFirstSync.into()),
+        }
         Ok(())
     }
 
-    /// The registered buffer that the payload's places lie in.
-    fn buffer(&self) -> Option<u16> {
-        self.landing.slab().and_then(|slab| self.buffers.index(slab))
-    }
-
-    /// The payload, and the header behind it if it was asked for, are where they belong.
-    fn payload_landed(&mut self, sync: bool, header_follows: HeaderPlace) -> Result<(), ChannelError> {
-        let store = self.guest.store().expect("the payload went there");
-        store.landed(self.shard, &mut self.landing);
-        self.guest.rendezvous.end_packet(self.id);
-        let pages = self.normal.as_slice().len();
-        self.pages_since_sync += pages as u64;
-        match header_follows {
-            HeaderPlace::None => {}
-            HeaderPlace::Own => self.header.fill(HEADER_LEN),
-            HeaderPlace::Landing => {
-                let mut header = [0; HEADER_LEN];
-                store.read_header(&self.landing, &mut header);
-                self.header.put(&header);
-            }
-        }
-        self.end_of_packet(pages);
-        match (sync, header_follows) {
-            (true, _) => self.arrive(),
-            (false, HeaderPlace::None) => self.state = State::Header,
-            (false, _) => return self.packet(),
-        }
-        Ok(())
-    }
-
-    fn end_of_packet(&mut self, pages: usize) {
-        let bytes = (HEADER_LEN + pages * PAGE_SIZE) as u64;
-        self.packets += 1;
-        self.position += bytes;
-        self.bytes_since_sync += bytes;
+    fn plan_header(&mut self) {
+        let (space, free) = self.header.space().expect("an incomplete header has room");
+        let have = HEADER_LEN - free;
+        let want = if self.style.split_header && have < START_LEN {
+            START_LEN - have
+        } else {
+            free
+        };
+        self.plan.clear();
+        self.plan.wait_all = self.style.split_header;
+        self.plan.bulk = false;
+        self.plan.push(space, want);
     }
 
     fn arrive(&mut self) {
+        let traffic = self.protocol.take_traffic();
         let counters = &self.guest.counters;
-        counters
-            .pages
-            .fetch_add(std::mem::take(&mut self.pages_since_sync), Ordering::Relaxed);
+        counters.pages.fetch_add(traffic.pages, Ordering::Relaxed);
         counters
             .zero_pages
-            .fetch_add(std::mem::take(&mut self.zero_pages_since_sync), Ordering::Relaxed);
-        counters
-            .bytes
-            .fetch_add(std::mem::take(&mut self.bytes_since_sync), Ordering::Relaxed);
-        if let Some(store) = self.guest.store() {
-            store.idle_landing(&mut self.landing);
-        }
+            .fetch_add(traffic.zero_pages, Ordering::Relaxed);
+        counters.bytes.fetch_add(traffic.bytes, Ordering::Relaxed);
         let (ticket, last) = self.guest.rendezvous.arrive();
         self.state = State::AtSync(ticket);
         if (last || self.style.wake_each) && !canary::is_set(Canary::LostWake) {
             self.guest.wake_main();
         }
     }
+}
 
-    fn header_bytes_came(&mut self, bytes: usize) -> Result<(), ChannelError> {
-        self.header.fill(bytes);
-        if let Some(start) = self.header.bytes().first_chunk::<START_LEN>() {
-            multifd::check_start(start)?;
-        }
-        if self.header.bytes().len() == HEADER_LEN {
-            self.packet()
-        } else {
-            Ok(())
+fn decode(header: &Staging) -> Result<PacketHeader<'_>, ChannelError> {
+    let bytes = header.bytes().first_chunk::<HEADER_LEN>();
+    Ok(PacketHeader::decode(bytes.expect("called with a whole header"))?)
+}
+
+impl Pages {
+    fn new(store: Arc<Store>, channel: ChannelId) -> Self {
+        Self {
+            store,
+            landing: Box::new(Landing::of(channel)),
+            normal: Box::default(),
+            zero: Box::default(),
         }
     }
 
-    fn step(&mut self, bytes: usize) -> Result<(), ChannelError> {
-        self.plan.advance(bytes);
-        match self.state {
-            State::Header => self.header_bytes_came(bytes),
-            State::Payload { sync, header_follows } if self.plan.remaining() == 0 => {
-                self.payload_landed(sync, header_follows)
+    /// The next header is complete: applies the packet's zero pages, and receives or does what follows.
+    fn packet(&mut self, link: &mut Link) -> Result<(), ChannelError> {
+        let header = decode(&link.header)?;
+        let action = link.protocol.on_header(&header)?;
+        if header.has_pages() {
+            header.resolve(self.store.table(), &mut self.normal, &mut self.zero)?;
+            link.guest.rendezvous.begin_packet(link.id)?;
+            for &page in self.zero.as_slice() {
+                self.store.zero(link.shard, page);
             }
-            State::Payload { .. } | State::AtSync(_) => Ok(()),
         }
+        link.header.consume(HEADER_LEN);
+        match action {
+            PacketAction::Place { then_header, .. } => return self.plan_payload(link, then_header),
+            PacketAction::Zero => {
+                let next = self.end_packet(link);
+                self.go_on(link, next);
+            }
+            PacketAction::ReadHeader | PacketAction::Arrive => self.go_on(link, action),
+        }
+        Ok(())
+    }
+
+    fn plan_payload(&mut self, link: &mut Link, then_header: bool) -> Result<(), ChannelError> {
+        self.store
+            .place(link.shard, self.normal.as_slice(), &mut self.landing)?;
+        let plan = &mut link.plan;
+        plan.clear();
+        plan.bulk = link.protocol.pages_since_sync() >= link.style.bulk_from_pages;
+        plan.wait_all = !plan.bulk;
+        for run in self.landing.runs() {
+            if link.style.coalesce {
+                plan.push(run.address, run.length);
+                continue;
+            }
+            for page in 0..run.length / PAGE_SIZE {
+                plan.push(run.address.wrapping_add(page * PAGE_SIZE), PAGE_SIZE);
+            }
+        }
+        let next_header = match self.landing.header() {
+            _ if !then_header || !link.style.chain_header => NextHeader::Apart,
+            Some(place) => {
+                plan.push(place, HEADER_LEN);
+                NextHeader::InSlab
+            }
+            None => {
+                let (space, bytes) = link.header.space().expect("the header was consumed");
+                plan.push(space, bytes);
+                NextHeader::InBuffer
+            }
+        };
+        plan.registered = self.buffer(link.buffers);
+        link.state = State::Payload(next_header);
+        Ok(())
+    }
+
+    /// The registered buffer that the payload's places lie in.
+    fn buffer(&self, buffers: Buffers) -> Option<u16> {
+        self.landing.slab().and_then(|slab| buffers.index(slab))
+    }
+
+    /// The payload has arrived, and the next header if it was received with it.
+    fn landed(&mut self, link: &mut Link, next_header: NextHeader) -> Result<(), ChannelError> {
+        self.store.landed(link.shard, &mut self.landing);
+        let action = self.end_packet(link);
+        match next_header {
+            NextHeader::Apart => {
+                self.go_on(link, action);
+                return Ok(());
+            }
+            NextHeader::InBuffer => link.header.fill(HEADER_LEN),
+            NextHeader::InSlab => {
+                let mut header = [0; HEADER_LEN];
+                self.store.read_header(&self.landing, &mut header);
+                link.header.put(&header);
+            }
+        }
+        self.packet(link)
+    }
+
+    fn end_packet(&self, link: &mut Link) -> PacketAction {
+        link.guest.rendezvous.end_packet(link.id);
+        link.protocol.on_pages()
+    }
+
+    /// After a packet.
+    fn go_on(&mut self, link: &mut Link, action: PacketAction) {
+        if action == PacketAction::Arrive {
+            self.store.idle_landing(&mut self.landing);
+            link.arrive();
+        } else {
+            link.state = State::Header;
+        }
+    }
+}
+
+impl Drop for Pages {
+    fn drop(&mut self) {
+        self.store.release_landing(&mut self.landing);
     }
 }
 
 impl Endpoint for PageChannel {
     fn fd(&self) -> RawFd {
-        self.guest.channel_fd(self.id)
+        self.link.guest.channel_fd(self.link.id)
     }
 
     fn guest(&self) -> u64 {
-        u64::from(self.guest.id)
+        u64::from(self.link.guest.id)
     }
 
     fn plan(&mut self) -> Option<&mut ReceivePlan> {
-        match self.state {
+        match self.link.state {
             State::AtSync(_) => return None,
-            State::Payload { .. } => {}
-            State::Header => {
-                let (space, free) = self.header.space().expect("an incomplete header has room");
-                let have = HEADER_LEN - free;
-                let want = if self.style.split_header && have < START_LEN {
-                    START_LEN - have
-                } else {
-                    free
-                };
-                self.plan.clear();
-                self.plan.wait_all = self.style.split_header;
-                self.plan.bulk = false;
-                self.plan.push(space, want);
-            }
+            State::Payload(_) => {}
+            State::Header => self.link.plan_header(),
         }
-        Some(&mut self.plan)
+        Some(&mut self.link.plan)
     }
 
     fn received(&mut self, bytes: usize) -> ControlFlow<()> {
-        if self.guest.end().is_some() {
+        if self.link.guest.end().is_some() {
             return ControlFlow::Break(());
         }
         let Err(error) = self.step(bytes) else {
             return ControlFlow::Continue(());
         };
-        let (channel, packet, position) = (self.id, self.packets, self.position);
-        self.guest.finish(SessionEnd::Channel {
-            channel,
-            packet,
-            position,
+        let link = &self.link;
+        link.guest.finish(SessionEnd::Channel {
+            channel: link.id,
+            packet: link.protocol.packets(),
+            position: link.protocol.position(),
             error,
         });
         ControlFlow::Break(())
     }
 
     fn lost(&mut self, loss: Loss) {
+        let (guest, id) = (&self.link.guest, self.link.id);
         if let Loss::Error(error) = loss
             && error.kind() != ErrorKind::ConnectionReset
-            && self.guest.end().is_none()
+            && guest.end().is_none()
         {
-            // How the session ends says the main channel; this is why.
-            (self.guest.services.warn)(format!("session {}: {}: {error}", self.guest.id, self.id));
+            // The main channel's end decides how the session ends; this is the cause.
+            (guest.services.warn)(format!("session {}: {id}: {error}", guest.id));
         }
-        self.guest.channel_ended();
+        guest.channel_ended();
     }
 
     fn resume(&mut self) -> ControlFlow<()> {
-        if self.guest.end().is_some() {
+        let link = &mut self.link;
+        if link.guest.end().is_some() {
             return ControlFlow::Break(());
         }
-        if let State::AtSync(ticket) = self.state
-            && self.guest.rendezvous.is_released(ticket)
+        if let State::AtSync(ticket) = link.state
+            && link.guest.rendezvous.is_released(ticket)
         {
-            self.state = State::Header;
+            link.protocol.on_release();
+            link.state = State::Header;
+            if self.pages.is_none() {
+                self.pages = link.guest.store().map(|store| Pages::new(store.clone(), link.id));
+            }
         }
         ControlFlow::Continue(())
     }
 
     fn attached(&mut self, core: usize, buffers: Buffers) {
-        self.shard = core;
-        self.buffers = buffers;
-        // A payload that was planned on another core has that one's index.
-        if matches!(self.state, State::Payload { .. }) {
-            self.plan.registered = self.buffer();
+        self.link.shard = core;
+        self.link.buffers = buffers;
+        // A payload that was planned on another core has the buffer index of that core.
+        if let (State::Payload(_), Some(pages)) = (self.link.state, &self.pages) {
+            self.link.plan.registered = pages.buffer(buffers);
         }
     }
 
     fn slab_limit(&self) -> usize {
-        self.guest.store().map_or(0, |store| store.slab_limit())
+        self.link.guest.store().map_or(0, |store| store.slab_limit())
     }
 
     fn slab(&self, position: usize) -> Option<&Slab> {
-        self.guest.store()?.slab(position)
+        self.link.guest.store()?.slab(position)
     }
 
     fn use_buffers(&mut self, buffers: Buffers) {
-        self.buffers = buffers;
+        self.link.buffers = buffers;
     }
 
     fn moves_to(&self, queued: &dyn Fn() -> u64) -> Option<usize> {
-        let spread = self.style.spread;
-        match self.state {
+        let spread = self.link.style.spread;
+        match self.link.state {
             State::AtSync(_) => Some(self.cores.home),
-            _ if self.pages_since_sync >= spread.from_pages && queued() >= spread.from_queued => {
+            _ if self.link.protocol.pages_since_sync() >= spread.from_pages
+                && queued() >= spread.from_queued =>
+            {
                 Some(self.cores.away)
             }
             _ => None,
@@ -357,11 +386,10 @@ impl Endpoint for PageChannel {
 
 impl Drop for PageChannel {
     fn drop(&mut self) {
-        if let Some(store) = self.guest.store() {
-            store.release_landing(&mut self.landing);
-        }
+        // The guest's memory is in use no more once the last endpoint has left.
+        self.pages = None;
         if !canary::is_set(Canary::LostLeave) {
-            self.guest.leave();
+            self.link.guest.leave();
         }
     }
 }

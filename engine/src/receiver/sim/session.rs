@@ -8,6 +8,7 @@ use crate::receiver::end::{ChannelError, SessionEnd};
 use crate::receiver::guest::Guest;
 use crate::receiver::recovery::{Described, decode, label};
 use crate::ring::sim::{Network, Wire};
+use crate::session;
 use crate::store::{Recoverable, RecoverableCheckpoint};
 use crate::units::PageIndex;
 use nix::errno::Errno;
@@ -329,7 +330,7 @@ impl SimSession {
             Some(SessionEnd::Broken { .. }) => "broken",
             Some(SessionEnd::MainChannel(_)) => "main channel",
             Some(SessionEnd::Channel {
-                error: ChannelError::NotQuiet,
+                error: ChannelError::Protocol(session::ChannelError::GateClosed),
                 ..
             }) => "gate closed",
             Some(SessionEnd::Channel { .. }) => "channel",
