@@ -1,6 +1,7 @@
 //! A captured multifd channel, packet by packet.
 
 use super::Connection;
+use colo_ring::session::{ChannelError, MultifdChannel, PacketAction};
 use colo_ring::units::ChannelId;
 use colo_ring::wire::codec::Method;
 use colo_ring::wire::multifd::{HEADER_LEN, INIT_LEN, Init, PacketHeader};
@@ -60,10 +61,13 @@ impl Channel {
 
     fn walk(&mut self) {
         let bytes = self.connection.to_secondary.bytes();
+        let mut protocol = MultifdChannel::default();
         let mut position = INIT_LEN;
         while let Some(header) = bytes[position..].first_chunk::<HEADER_LEN>() {
-            let header = match PacketHeader::decode(header) {
-                Ok(header) => header,
+            let decoded = PacketHeader::decode(header).map_err(ChannelError::from);
+            let (header, action) = match decoded.and_then(|header| Ok((header, protocol.on_header(&header)?)))
+            {
+                Ok(packet) => packet,
                 Err(error) => {
                     let name = self.init.channel;
                     self.stopped = Some(format!("{name}, byte {position}: {error}"));
@@ -78,24 +82,33 @@ impl Channel {
                 break;
             };
             position = end;
-            let packet = Packet {
+            self.packets.push(Packet {
                 end,
                 normal: header.normal_pages(),
                 zero: header.zero_pages(),
                 sync: header.is_sync(),
-            };
-            self.packets.push(packet);
+            });
             if header.normal_pages() > 0 {
                 self.method.get_or_insert(header.method());
             }
-            if packet.sync {
-                self.syncs.push(self.packets.len());
-            } else if let Some(last) = self.syncs.last_mut()
-                && *last == self.packets.len() - 1
-                && !header.has_pages()
-            {
+            let number = self.packets.len();
+            match action {
                 // QEMU 7.2 sends an empty packet behind a SYNC with pages, at once.
-                *last = self.packets.len();
+                PacketAction::ReadHeader => {
+                    if let Some(last) = self.syncs.last_mut().filter(|last| **last + 1 == number) {
+                        *last = number;
+                    }
+                }
+                PacketAction::Zero | PacketAction::Place { .. } => {
+                    if protocol.on_pages() == PacketAction::Arrive {
+                        self.syncs.push(number);
+                        protocol.on_release();
+                    }
+                }
+                PacketAction::Arrive => {
+                    self.syncs.push(number);
+                    protocol.on_release();
+                }
             }
         }
         if position < bytes.len() {

@@ -3,7 +3,7 @@
 use super::connections::Connections;
 use crate::net::Socket;
 use colo_ring::host::pin;
-use colo_ring::session::{Action, Answer, Session, SessionLimits};
+use colo_ring::session::{Action, Answer, MultifdChannel, PacketAction, Session, SessionLimits};
 use colo_ring::wire::multifd::{HEADER_LEN, INIT_LEN, PacketHeader};
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
@@ -145,9 +145,10 @@ struct Channel {
     buffer: Box<[u8]>,
     /// Bytes of an incomplete header at the buffer's begin.
     filled: usize,
-    /// Bytes to come that are not looked at, and whether a sync point is reached behind them.
+    protocol: MultifdChannel,
+    /// Bytes to come that are not looked at, and whether they are a packet's payload.
     skip: u64,
-    sync: bool,
+    is_in_packet: bool,
     ended: bool,
 }
 
@@ -158,8 +159,9 @@ impl Channel {
             socket,
             buffer: vec![0; BUFFER_BYTES].into(),
             filled: 0,
+            protocol: MultifdChannel::default(),
             skip: INIT_LEN as u64,
-            sync: false,
+            is_in_packet: false,
             ended: false,
         }
     }
@@ -186,19 +188,36 @@ impl Channel {
             let skipped = usize::try_from(self.skip).unwrap_or(usize::MAX).min(end - begin);
             begin += skipped;
             self.skip -= skipped as u64;
-            if self.skip == 0 {
-                syncs += u64::from(std::mem::take(&mut self.sync));
+            if self.skip == 0 && std::mem::take(&mut self.is_in_packet) {
+                let action = self.protocol.on_pages();
+                syncs += self.end_packet(action);
             }
             let Some(header) = self.buffer[begin..end].first_chunk::<HEADER_LEN>() else {
                 break;
             };
             let packet = PacketHeader::decode(header).map_err(io::Error::other)?;
+            let action = self.protocol.on_header(&packet).map_err(io::Error::other)?;
             begin += HEADER_LEN;
-            (self.skip, self.sync) = (packet.payload_len().into(), packet.is_sync());
+            match action {
+                PacketAction::Zero | PacketAction::Place { .. } => {
+                    (self.skip, self.is_in_packet) = (packet.payload_len().into(), true);
+                }
+                PacketAction::ReadHeader | PacketAction::Arrive => syncs += self.end_packet(action),
+            }
         }
         self.buffer.copy_within(begin..end, 0);
         self.filled = end - begin;
         Ok(syncs)
+    }
+
+    /// Returns how many SYNCs were reached. A channel is read on behind one: its pages go nowhere, so their order
+    /// does not matter.
+    fn end_packet(&mut self, action: PacketAction) -> u64 {
+        if action != PacketAction::Arrive {
+            return 0;
+        }
+        self.protocol.on_release();
+        1
     }
 }
 
