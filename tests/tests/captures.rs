@@ -1,7 +1,9 @@
 //! Captured sessions of QEMU 7.2 and 10.0, fed to the real session, wire and store without a socket, in the order
 //! and pieces in which they were recorded. What is committed must equal a naive reading of the same bytes.
 
-use colo_ring::session::{Action, PageContent, Rendezvous, Session, SessionLimits, Ticket};
+use colo_ring::session::{
+    Action, MultifdChannel, PacketAction, PageContent, Rendezvous, Session, SessionLimits, Ticket,
+};
 use colo_ring::store::{CacheKind, CommitMode, CopyMethod, Flusher, HugePages, Store, StoreOptions};
 use colo_ring::units::{ChannelId, CheckpointId, PAGE_SIZE};
 use colo_ring::wire::multifd::{HEADER_LEN, INIT_LEN, Init, PacketHeader, PageList};
@@ -14,6 +16,7 @@ const CHANNELS: u8 = 4;
 struct Channel {
     id: Option<ChannelId>,
     arrived: Vec<u8>,
+    protocol: MultifdChannel,
     parked: Option<Ticket>,
 }
 
@@ -40,6 +43,7 @@ impl Secondary {
         let channel = |_| Channel {
             id: None,
             arrived: Vec::new(),
+            protocol: MultifdChannel::default(),
             parked: None,
         };
         Self {
@@ -148,13 +152,13 @@ impl Secondary {
     /// Takes a packet off a channel, if there is a whole one and the channel may be read.
     fn packet(&mut self, position: usize) -> bool {
         let channel = &mut self.channels[position];
-        if channel
-            .parked
-            .is_some_and(|ticket| !self.meeting.is_released(ticket))
-        {
-            return false;
+        if let Some(ticket) = channel.parked {
+            if !self.meeting.is_released(ticket) {
+                return false;
+            }
+            channel.protocol.on_release();
+            channel.parked = None;
         }
-        channel.parked = None;
         let Some(id) = channel.id else {
             let Some(init) = channel.arrived.first_chunk::<INIT_LEN>() else {
                 return false;
@@ -171,6 +175,7 @@ impl Secondary {
         if channel.arrived.len() < HEADER_LEN + payload {
             return false;
         }
+        let mut action = channel.protocol.on_header(&header).unwrap();
         if header.has_pages() {
             let store = self.store.as_ref().unwrap();
             let (mut normal, mut zero) = (PageList::default(), PageList::default());
@@ -186,10 +191,10 @@ impl Secondary {
                 store.zero(0, *page);
             }
             self.meeting.end_packet(id);
+            action = channel.protocol.on_pages();
         }
-        let sync = header.is_sync();
         channel.arrived.drain(..HEADER_LEN + payload);
-        if sync {
+        if action == PacketAction::Arrive {
             channel.parked = Some(self.meeting.arrive().0);
         }
         true
