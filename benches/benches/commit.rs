@@ -4,9 +4,10 @@
 //! `cargo bench -p colo-ring-benches --bench commit [-- DIR]` (a directory on tmpfs or hugetlbfs; default /dev/shm). Both ways
 //! take turns, with 100 dirty pages and device states as small and as large as were seen.
 
+use colo_ring::host::Machine;
 use colo_ring::store::{CopyMethod, Flusher, HugePages, Store, StoreOptions};
 use colo_ring::units::{CheckpointId, PAGE_SIZE};
-use colo_ring_benches::{Numbers, guest, machine, random_pages};
+use colo_ring_benches::{Numbers, guest, random_pages};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -18,7 +19,7 @@ const ROUNDS: u64 = 5000;
 const DEVICE_STATES: [usize; 2] = [13_000, 400_000];
 
 fn main() {
-    println!("{}", machine());
+    println!("{}", Machine::read());
     let directory = std::env::args().skip(1).find(|word| word.starts_with('/'));
     let directory = PathBuf::from(directory.unwrap_or_else(|| "/dev/shm".to_owned()));
     println!(

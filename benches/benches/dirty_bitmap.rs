@@ -4,9 +4,10 @@
 //! `cargo bench -p colo-ring-benches --bench dirty_bitmap`. Two-level is `store::DirtyBitmap`, with one shard and with
 //! four; pages are random, and marked by packets of 128 where it says so.
 
+use colo_ring::host::Machine;
 use colo_ring::store::{DirtyBitmap, Plan};
 use colo_ring::units::{PACKET_PAGES, PageIndex};
-use colo_ring_benches::{Numbers, guest, machine, median, random_pages};
+use colo_ring_benches::{Numbers, guest, median, random_pages};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Instant;
 
@@ -14,7 +15,7 @@ const ROUNDS: usize = 51;
 const PAGES_PER_GIB: u64 = 1 << 18;
 
 fn main() {
-    println!("{}", machine());
+    println!("{}", Machine::read());
     println!("medians of {ROUNDS} checkpoints");
     println!(
         "{:>9} {:>7}  {:<20} {:>13} {:>10}",

@@ -6,9 +6,10 @@
 //! reads 128 MiB of other memory before each commit, so that slots and image are in no cache; "fresh" commits right
 //! after the pages were received.
 
+use colo_ring::host::Machine;
 use colo_ring::store::{CacheKind, CommitMode, CopyMethod, Flusher, HugePages, Store, StoreOptions};
 use colo_ring::units::{CheckpointId, PAGE_SIZE};
-use colo_ring_benches::{Numbers, guest, machine, median, random_pages};
+use colo_ring_benches::{Numbers, guest, median, random_pages};
 use std::hint::black_box;
 use std::sync::Arc;
 use std::time::Instant;
@@ -19,7 +20,7 @@ const ROUNDS: usize = 25;
 const EVICT_BYTES: usize = 128 << 20;
 
 fn main() {
-    println!("{}", machine());
+    println!("{}", Machine::read());
     let hugepages = match std::env::args().find(|word| ["2M", "1G", "thp", "off"].contains(&&word[..])) {
         Some(word) if word == "2M" => HugePages::Huge2M,
         Some(word) if word == "1G" => HugePages::Huge1G,

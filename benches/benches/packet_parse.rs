@@ -4,10 +4,11 @@
 //! of random pages; the median and the fastest batch are printed.
 
 use colo_ring::blocks::BlockTable;
+use colo_ring::host::Machine;
 use colo_ring::units::{PACKET_PAGES, PAGE_BYTES};
 use colo_ring::wire::codec::Method;
 use colo_ring::wire::multifd::{HEADER_LEN, PacketFields, PacketHeader, PageList, raw_payload_len};
-use colo_ring_benches::{Numbers, machine};
+use colo_ring_benches::Numbers;
 use std::hint::black_box;
 use std::time::Instant;
 
@@ -18,7 +19,7 @@ const BATCHES: usize = 41;
 const RAM_PAGES: u64 = 1 << 20;
 
 fn main() {
-    println!("{}", machine());
+    println!("{}", Machine::read());
     println!("shape            ns/packet median   fastest");
     let table = table();
     for (name, normal, zero) in [

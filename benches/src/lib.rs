@@ -1,21 +1,10 @@
-//! What the micro-benchmarks beside `src/` share.
+//! What the micro-benchmarks beside `src/` share, and the comparison with QEMU's own secondary.
 #![forbid(unsafe_code)]
+
+pub mod versus;
 
 use colo_ring::blocks::BlockTable;
 use colo_ring::units::{BlockId, PAGE_BYTES, PageIndex};
-
-/// The machine and its kernel, for whoever compares figures.
-pub fn machine() -> String {
-    let read = |path: &str| std::fs::read_to_string(path).unwrap_or_default();
-    let cpuinfo = read("/proc/cpuinfo");
-    let model = cpuinfo.lines().find(|line| line.starts_with("model name"));
-    let model = model
-        .and_then(|line| line.split_once(": "))
-        .map_or("an unknown processor", |(_, name)| name);
-    let cores = std::thread::available_parallelism().map_or(0, usize::from);
-    let kernel = read("/proc/sys/kernel/osrelease");
-    format!("{model}, {cores} cores, Linux {}", kernel.trim())
-}
 
 /// The same random numbers each time: a linear congruential generator, of which the high bits are used.
 pub struct Numbers(u64);

@@ -11,4 +11,3 @@ pub mod hostile;
 pub mod lab;
 pub mod model;
 pub mod shrink;
-pub mod versus;

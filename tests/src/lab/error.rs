@@ -78,7 +78,7 @@ pub enum LabError {
 
 impl LabError {
     /// Wraps an [`io::Error`] with the operation that failed, for `map_err`.
-    pub(crate) fn io(what: impl Into<String>) -> impl FnOnce(io::Error) -> Self {
+    pub fn io(what: impl Into<String>) -> impl FnOnce(io::Error) -> Self {
         let what = what.into();
         move |source| Self::Io { what, source }
     }

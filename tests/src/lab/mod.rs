@@ -41,13 +41,12 @@ pub use protect::{Protection, ZeroPageDetection};
 pub use qemu::{Devices, Machine, Qemu};
 pub use qmp::{Event, Qmp};
 pub use ram::SavedRam;
-pub(crate) use receiver::command_under_test;
-pub use receiver::{Backend, Dump, Receiver, ReceiverOptions};
+pub use receiver::{Backend, Dump, Receiver, ReceiverOptions, command_under_test};
 pub use recorder::Recorder;
 pub use secondary::{Secondary, Way};
 pub use settings::HostSetting;
 pub use shared::{SharedDirectory, huge_pages};
-pub use stats::{Distribution, host};
+pub use stats::Distribution;
 
 /// The laboratory, held by one test at a time.
 #[derive(Debug)]

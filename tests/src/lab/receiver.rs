@@ -369,9 +369,12 @@ pub(super) fn malformed(what: &str, error: &serde_json::Error) -> LabError {
     }
 }
 
-// `COLO_RING_BIN`, or the command that cargo built beside this program (target/PROFILE), or above it where this program
-// is a test (target/PROFILE/deps).
-pub(crate) fn command_under_test() -> Result<PathBuf, LabError> {
+/// The `colo-ring` that tests and measurements run: `COLO_RING_BIN`, or the command that cargo built beside this program
+/// (target/PROFILE), or above it where this program is a test (target/PROFILE/deps).
+///
+/// # Errors
+/// If there is none.
+pub fn command_under_test() -> Result<PathBuf, LabError> {
     if let Some(path) = std::env::var_os("COLO_RING_BIN") {
         return Ok(path.into());
     }

@@ -1,7 +1,6 @@
 //! Distributions of measured times, and the host that they were measured on.
 
 use std::fmt;
-use std::fs;
 
 /// Times in milliseconds, sorted.
 #[derive(Clone, Debug)]
@@ -53,20 +52,4 @@ impl fmt::Display for Distribution {
             self.sorted_ms[self.n() - 1]
         )
     }
-}
-
-/// One line on this machine: processor, number of cores, kernel.
-#[must_use]
-pub fn host() -> String {
-    let cpuinfo = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
-    let model = cpuinfo
-        .lines()
-        .find_map(|line| {
-            line.strip_prefix("model name")
-                .and_then(|rest| rest.split_once(':'))
-        })
-        .map_or("unknown processor", |(_, model)| model.trim());
-    let kernel = fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
-    let cores = std::thread::available_parallelism().map_or(0, usize::from);
-    format!("{model}, {cores} cores, Linux {}", kernel.trim())
 }

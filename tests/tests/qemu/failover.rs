@@ -4,13 +4,14 @@
 //! `COLO_RING_FAILOVER_RUNS` makes more runs of every kind (1 otherwise), `COLO_RING_FAILOVER_SEED` kills at the
 //! instants of an earlier run.
 
+use colo_ring::host;
 use colo_ring_tests::HANG_LIMIT;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
 use colo_ring_tests::lab::{
     Address, Distribution, Guest, Kills, Lab, LabError, Machine, Moment, Qemu, Qmp, Secondary,
-    SharedDirectory, TestGuest, Transport, Way, check_continues, experiment, failover_runs, host, huge_pages,
+    SharedDirectory, TestGuest, Transport, Way, check_continues, experiment, failover_runs, huge_pages,
 };
 use serde_json::{Value, json};
 
@@ -435,7 +436,7 @@ fn a_warm_standby_goes_on_at_once() {
             loading.push(step("load_ns"));
             standby.check_guest()?;
         }
-        println!("{MEMORY_MIB} MiB on {}", host());
+        println!("{MEMORY_MIB} MiB on {}", host::Machine::read());
         println!(
             "from the command to the first new tick: {}",
             Distribution::of_us(&until_tick)

@@ -1,12 +1,13 @@
 //! A Linux guest on two CPUs with many devices, protected for longer: it writes and checks files in memory all the
 //! while. `COLO_RING_LINUX_SECONDS` makes it as long as one likes; 30 s otherwise.
 
+use colo_ring::host;
 use colo_ring_tests::HANG_LIMIT;
 use std::time::{Duration, Instant};
 
 use colo_ring_tests::lab::{
     Address, Backend, Distribution, Guest, LinuxGuest, Machine, Protection, Qemu, Receiver, ReceiverOptions,
-    Transport, experiment, host,
+    Transport, experiment,
 };
 
 const CHANNELS: u8 = 4;
@@ -52,7 +53,7 @@ fn linux_guest_is_protected_while_it_writes() {
         let (checkpoints, ticks) = (primary.checkpoints()?, primary.ticks() - ticks_before);
         println!(
             "{checkpoints} checkpoints and {ticks} ticks of the guest in {seconds} s on {}",
-            host()
+            host::Machine::read()
         );
         println!("pause: {}", Distribution::of_us(&primary.pauses_us()));
         // Every second had a checkpoint and a tick, at the least: neither hung.

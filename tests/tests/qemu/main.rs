@@ -10,6 +10,5 @@ mod lab;
 mod linux;
 mod matrix;
 mod numa;
-mod pause;
 mod replay;
 mod torn;

@@ -1,10 +1,11 @@
 //! How long an idle primary's guest stands still at a checkpoint: multifd-4 over TCP, 300 ms interval, `colo-ring`
 //! and QEMU's own secondary alternately.
 
+use colo_ring::host;
 use std::time::Duration;
 
-use colo_ring_tests::lab::{Distribution, HostSetting, Lab, LabError, Transport, experiment, host};
-use colo_ring_tests::versus::{Cell, Secondary, Shape, StartOptions, pauses_us};
+use colo_ring_tests::lab::{Distribution, HostSetting, Lab, LabError, Transport, experiment};
+use colo_ring_benches::versus::{Cell, Secondary, Shape, StartOptions, pauses_us};
 
 const BLOCKS: usize = 3;
 const CHECKPOINTS_PER_BLOCK: usize = 40;
@@ -67,7 +68,7 @@ fn measure(lab: &Lab, congestion_control: &HostSetting) -> Result<(Distribution,
         "ratio of the medians: {:.1}",
         qemu.percentile_ms(50) / ring.percentile_ms(50)
     );
-    println!("on {}; congestion control {congestion_control}", host());
+    println!("on {}; congestion control {congestion_control}", host::Machine::read());
     assert!(ring.n() >= 100 && qemu.n() >= 100);
     Ok((ring, qemu))
 }

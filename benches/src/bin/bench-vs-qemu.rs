@@ -1,8 +1,8 @@
-//! `scripts/bench-vs-qemu`: see [`colo_ring_tests::versus`].
+//! `scripts/bench-vs-qemu`: see [`colo_ring_benches::versus`].
 
 use clap::Parser;
+use colo_ring_benches::versus::{Options, run};
 use colo_ring_tests::lab::{LabError, interrupt};
-use colo_ring_tests::versus::{Options, run};
 use colo_ring_tools::output::tell;
 use nix::sys::signal::{SigSet, Signal};
 use std::process::ExitCode;

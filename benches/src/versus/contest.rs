@@ -2,7 +2,7 @@
 
 use super::plan::{Cell, Plan, WARM_UP_CHECKPOINTS};
 use super::secondary::{Flushed, Secondary};
-use crate::lab::LabError;
+use colo_ring_tests::lab::LabError;
 use colo_ring_tools::run_file::{Checkpoint, RunFile};
 
 /// Beyond the planned rounds, half of them again at most, to make up for disturbed checkpoints.

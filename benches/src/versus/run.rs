@@ -9,7 +9,7 @@ use super::published;
 use super::replays::Replays;
 use super::results::Results;
 use super::secondary::StartOptions;
-use crate::lab::{HostSetting, Lab, LabError};
+use colo_ring_tests::lab::{HostSetting, Lab, LabError};
 use colo_ring_tools::output::{CommandError, ProgressLine, print, tell};
 use std::time::{Duration, Instant};
 

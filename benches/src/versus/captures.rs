@@ -3,7 +3,9 @@
 use super::process::Child;
 use super::secondary::report;
 use super::shape::Shape;
-use crate::lab::{Address, Backend, Lab, LabError, Protection, Qemu, Receiver, ReceiverOptions, Transport};
+use colo_ring_tests::lab::{
+    Address, Backend, Lab, LabError, Protection, Qemu, Receiver, ReceiverOptions, Transport,
+};
 use std::ffi::OsStr;
 use std::fs;
 use std::path::{Path, PathBuf};

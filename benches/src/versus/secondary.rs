@@ -2,9 +2,9 @@
 
 use super::process::Child;
 use super::shape::Shape;
-use crate::lab::{Address, Lab, LabError, Qemu, Receiver, ReceiverOptions, Transport};
 use clap::{Arg, Args};
 use colo_ring::metrics::{Phase, Report, with_suffix};
+use colo_ring_tests::lab::{Address, Lab, LabError, Qemu, Receiver, ReceiverOptions, Transport};
 use colo_ring_tools::commands::receive::ReceiveArgs;
 use std::fs;
 
@@ -195,7 +195,7 @@ impl RingOptions {
                     .flatten(),
             );
         }
-        let backend = crate::lab::Backend::ALL
+        let backend = colo_ring_tests::lab::Backend::ALL
             .into_iter()
             .find(|backend| backend.name() == self.backend)
             .expect("the laboratory knows every backend");

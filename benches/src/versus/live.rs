@@ -5,7 +5,7 @@ use super::plan::Cell;
 use super::replays::{bad_run, session_prefix};
 use super::secondary::{Flushed, Secondary, StartOptions};
 use super::shape::Shape;
-use crate::lab::{LabError, Protection, Qemu};
+use colo_ring_tests::lab::{LabError, Protection, Qemu};
 use colo_ring_tools::run_file::{Checkpoint, Clock, RunFile};
 use std::collections::BTreeMap;
 use std::path::Path;

@@ -1,6 +1,6 @@
 //! What the captured sessions are like: how much a checkpoint carries, and how.
 
-use crate::lab::{Guest, Machine, TestGuest};
+use colo_ring_tests::lab::{Guest, Machine, TestGuest};
 use std::fmt;
 use std::time::Duration;
 

@@ -1,6 +1,6 @@
 //! A child process that is ended by its owner.
 
-use crate::lab::{LabError, command_under_test, wait_for};
+use colo_ring_tests::lab::{LabError, command_under_test, wait_for};
 use std::ffi::OsStr;
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
