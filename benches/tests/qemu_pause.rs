@@ -4,8 +4,8 @@
 use colo_ring::host;
 use std::time::Duration;
 
-use colo_ring_tests::lab::{Distribution, HostSetting, Lab, LabError, Transport, experiment};
 use colo_ring_benches::versus::{Cell, Secondary, Shape, StartOptions, pauses_us};
+use colo_ring_tests::lab::{Distribution, HostSetting, Lab, LabError, Transport, experiment};
 
 const BLOCKS: usize = 3;
 const CHECKPOINTS_PER_BLOCK: usize = 40;
@@ -68,7 +68,10 @@ fn measure(lab: &Lab, congestion_control: &HostSetting) -> Result<(Distribution,
         "ratio of the medians: {:.1}",
         qemu.percentile_ms(50) / ring.percentile_ms(50)
     );
-    println!("on {}; congestion control {congestion_control}", host::Machine::read());
+    println!(
+        "on {}; congestion control {congestion_control}",
+        host::Machine::read()
+    );
     assert!(ring.n() >= 100 && qemu.n() >= 100);
     Ok((ring, qemu))
 }
