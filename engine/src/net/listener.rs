@@ -2,7 +2,6 @@
 #![forbid(unsafe_code)]
 
 use super::ListenAddress;
-use crate::ring::own_descriptor;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::sockopt::{
     KeepAlive, PeerCredentials, TcpKeepIdle, TcpKeepInterval, TcpNoDelay, TcpUserTimeout,
@@ -22,16 +21,16 @@ use tokio::sync::mpsc;
 /// Seconds between probes of a silent host.
 const PROBE_EVERY_SECONDS: u32 = 1;
 
-/// How long an address is tried that somebody has: that of a killed receiver stays taken for some 40 ms after its end,
-/// until the kernel has taken its rings apart.
-const TAKEN_FOR_A_MOMENT: Duration = Duration::from_secs(1);
+/// How long to retry an address that is in use: that of a killed receiver stays in use for some 40 ms after its end, until
+/// the kernel has released its rings.
+const IN_USE_RETRY: Duration = Duration::from_secs(1);
 
-/// When a TCP connection whose other host has vanished without a word is given up.
+/// When a TCP connection to a host that has vanished is closed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct HostWatch {
     /// Seconds of silence after which the other host is probed, once a second.
     pub probe_after_s: u32,
-    /// Seconds without any sign of life after which the connection is given up.
+    /// Seconds without a response after which the connection is closed.
     pub give_up_after_s: u32,
 }
 
@@ -54,7 +53,7 @@ impl HostWatch {
         setsockopt(socket, KeepAlive, &true)?;
         setsockopt(socket, TcpKeepIdle, &self.probe_after_s.max(1))?;
         setsockopt(socket, TcpKeepInterval, &PROBE_EVERY_SECONDS)?;
-        // What decides, for probes and for answers of ours that nobody acknowledges: Linux does not count probes then.
+        // This decides, for probes and for unacknowledged data: with it, Linux does not count probes.
         setsockopt(socket, TcpUserTimeout, &self.give_up_after_s.saturating_mul(1000))
     }
 }
@@ -86,7 +85,7 @@ pub struct Accepted {
     pub is_tcp: bool,
     /// What connections of one session have in common.
     pub peer: Peer,
-    /// The other end, for people.
+    /// The other end, for messages.
     pub from: String,
 }
 
@@ -107,6 +106,14 @@ pub struct Listener {
     watch: HostWatch,
 }
 
+/// Why a connection was not accepted.
+#[derive(Debug, Error)]
+#[error("{address}: a connection could not be accepted: {source}")]
+pub struct AcceptError {
+    address: ListenAddress,
+    source: io::Error,
+}
+
 /// Why an address cannot be listened on.
 #[derive(Debug, Error)]
 #[error("cannot listen on {address}: {source}{}", hint(.source))]
@@ -117,7 +124,7 @@ pub struct ListenError {
 
 fn hint(error: &io::Error) -> &'static str {
     match error.kind() {
-        io::ErrorKind::AddrInUse => "; another program has it: `ss -lntpx` shows which",
+        io::ErrorKind::AddrInUse => "; another program uses it: `ss -lntpx` shows which",
         io::ErrorKind::AddrNotAvailable => "; no interface of this host has that address: `ip address`",
         io::ErrorKind::PermissionDenied => "; ports below 1024 and foreign directories need privileges",
         _ => "",
@@ -128,7 +135,7 @@ impl Listener {
     /// Listens on an address.
     ///
     /// # Errors
-    /// If it is not to be had; the message says what may help.
+    /// If it is unavailable; the message names a remedy where there is one.
     pub fn bind(address: &ListenAddress) -> Result<Self, ListenError> {
         let failed = |source| ListenError {
             address: address.clone(),
@@ -136,7 +143,7 @@ impl Listener {
         };
         match address {
             ListenAddress::Tcp(wanted) => {
-                let listener = once_free(|| TcpListener::bind(wanted)).map_err(failed)?;
+                let listener = retry_while_in_use(|| TcpListener::bind(wanted)).map_err(failed)?;
                 let address = ListenAddress::Tcp(listener.local_addr().map_err(failed)?);
                 Ok(Self {
                     socket: listener.into(),
@@ -145,7 +152,7 @@ impl Listener {
                 })
             }
             ListenAddress::Unix(path) => {
-                let socket = once_free(|| bind(path)).map_err(failed)?.into();
+                let socket = retry_while_in_use(|| bind(path)).map_err(failed)?.into();
                 Ok(Self {
                     socket,
                     address: address.clone(),
@@ -155,7 +162,7 @@ impl Listener {
         }
     }
 
-    /// Watches the hosts of accepted connections like this.
+    /// Sets how the hosts of accepted connections are watched.
     #[must_use]
     pub fn watching(mut self, watch: HostWatch) -> Self {
         self.watch = watch;
@@ -167,7 +174,7 @@ impl Listener {
         &self.address
     }
 
-    /// Makes a pending accept return: tokio-uring ends only when nothing is in flight.
+    /// Refuses further connections.
     pub fn close(&self) {
         let _ = shutdown(self.socket.as_raw_fd(), Shutdown::Both);
     }
@@ -176,36 +183,36 @@ impl Listener {
         matches!(self.address, ListenAddress::Tcp(_))
     }
 
-    /// Accepts for ever; ends when the socket is shut down or nobody takes what is told. `position` is this listener's
-    /// among all. With `uring` it must run on tokio-uring's runtime.
+    /// Accepts until the socket is shut down or the receiver of `accepted` is gone. `position` is this listener's among
+    /// all.
     ///
     /// # Errors
-    /// If the socket cannot be waited on at all.
+    /// If the runtime cannot wait for the socket.
     pub async fn accept_all(
         self: Rc<Self>,
         position: usize,
-        uring: bool,
-        tell: mpsc::Sender<Result<Accepted, String>>,
+        accepted: mpsc::Sender<Result<Accepted, AcceptError>>,
     ) -> io::Result<()> {
-        let socket = self.socket.try_clone()?;
-        let acceptor = Acceptor::new(socket, self.is_tcp(), uring)?;
+        let acceptor = Acceptor::new(self.socket.try_clone()?, self.is_tcp())?;
+        let failed = |source| AcceptError {
+            address: self.address.clone(),
+            source,
+        };
         loop {
-            let text =
-                |error: io::Error| format!("{}: a connection could not be accepted: {error}", self.address);
-            let accepted = acceptor.accept().await;
-            let shortage = accepted.is_err();
-            let accepted = match accepted {
-                // An error here is of this one connection: its peer has gone already. The next must not wait for it.
-                Ok(socket) => self.describe(socket, position).map_err(text),
-                // The listening socket was shut down: the end.
+            let socket = acceptor.accept().await;
+            let shortage = socket.is_err();
+            let result = match socket {
+                // An error here concerns this connection only: its peer has closed it already. The next need not wait.
+                Ok(socket) => self.describe(socket, position).map_err(failed),
+                // The listening socket was shut down.
                 Err(error) if error.raw_os_error() == Some(libc::EINVAL) => return Ok(()),
-                Err(error) => Err(text(error)),
+                Err(error) => Err(failed(error)),
             };
-            if tell.send(accepted).await.is_err() {
+            if accepted.send(result).await.is_err() {
                 return Ok(());
             }
             if shortage {
-                // Of descriptors or memory: it passes.
+                // Of descriptors or memory: temporary.
                 tokio::time::sleep(Duration::from_millis(100)).await;
             }
         }
@@ -238,36 +245,31 @@ impl Listener {
 }
 
 enum Acceptor {
-    Uring(tokio_uring::net::TcpListener),
     Tcp(tokio::net::TcpListener),
     Unix(tokio::net::UnixListener),
 }
 
 impl Acceptor {
-    fn new(socket: OwnedFd, is_tcp: bool, uring: bool) -> io::Result<Self> {
-        if !is_tcp {
-            let listener = UnixListener::from(socket);
+    fn new(socket: OwnedFd, is_tcp: bool) -> io::Result<Self> {
+        if is_tcp {
+            let listener = TcpListener::from(socket);
             listener.set_nonblocking(true)?;
-            return Ok(Self::Unix(tokio::net::UnixListener::from_std(listener)?));
+            return Ok(Self::Tcp(tokio::net::TcpListener::from_std(listener)?));
         }
-        let listener = TcpListener::from(socket);
-        if uring {
-            return Ok(Self::Uring(tokio_uring::net::TcpListener::from_std(listener)));
-        }
+        let listener = UnixListener::from(socket);
         listener.set_nonblocking(true)?;
-        Ok(Self::Tcp(tokio::net::TcpListener::from_std(listener)?))
+        Ok(Self::Unix(tokio::net::UnixListener::from_std(listener)?))
     }
 
-    /// The accepted socket; it blocks, as the data plane wants it.
+    /// The accepted socket; it blocks, as the data plane expects.
     async fn accept(&self) -> io::Result<OwnedFd> {
         match self {
-            Acceptor::Uring(listener) => own_descriptor(&listener.accept().await?.0),
-            Acceptor::Tcp(listener) => {
+            Self::Tcp(listener) => {
                 let stream = listener.accept().await?.0.into_std()?;
                 stream.set_nonblocking(false)?;
                 Ok(stream.into())
             }
-            Acceptor::Unix(listener) => {
+            Self::Unix(listener) => {
                 let stream = listener.accept().await?.0.into_std()?;
                 stream.set_nonblocking(false)?;
                 Ok(stream.into())
@@ -276,14 +278,12 @@ impl Acceptor {
     }
 }
 
-/// Binds an address that may be taken for another moment.
-fn once_free<T>(bind: impl Fn() -> io::Result<T>) -> io::Result<T> {
+/// Binds an address that may be in use for another moment.
+fn retry_while_in_use<T>(bind: impl Fn() -> io::Result<T>) -> io::Result<T> {
     let begin = Instant::now();
     loop {
         match bind() {
-            Err(error)
-                if error.kind() == io::ErrorKind::AddrInUse && begin.elapsed() < TAKEN_FOR_A_MOMENT =>
-            {
+            Err(error) if error.kind() == io::ErrorKind::AddrInUse && begin.elapsed() < IN_USE_RETRY => {
                 std::thread::sleep(Duration::from_millis(5));
             }
             done => return done,
@@ -291,7 +291,7 @@ fn once_free<T>(bind: impl Fn() -> io::Result<T>) -> io::Result<T> {
     }
 }
 
-/// Binds a UNIX socket. A socket file that nobody listens on any more is replaced, as after a kill.
+/// Binds a UNIX socket. A stale socket file, as a killed process leaves it, is replaced.
 fn bind(path: &Path) -> io::Result<UnixListener> {
     let is_socket = std::fs::symlink_metadata(path).is_ok_and(|meta| meta.file_type().is_socket());
     if is_socket && UnixStream::connect(path).is_err_and(|e| e.kind() == io::ErrorKind::ConnectionRefused) {
@@ -305,7 +305,7 @@ fn bind(path: &Path) -> io::Result<UnixListener> {
 /// # Errors
 /// If it cannot be bound.
 pub fn bind_unix(path: &Path) -> Result<UnixListener, ListenError> {
-    once_free(|| bind(path)).map_err(|source| ListenError {
+    retry_while_in_use(|| bind(path)).map_err(|source| ListenError {
         address: ListenAddress::Unix(path.to_owned()),
         source,
     })
@@ -369,7 +369,7 @@ mod tests {
         let begin = Instant::now();
         tokio::task::LocalSet::new().block_on(&runtime.unwrap(), async {
             let (tell, mut told) = mpsc::channel(64);
-            let accepting = tokio::task::spawn_local(Rc::new(listener).accept_all(0, false, tell));
+            let accepting = tokio::task::spawn_local(Rc::new(listener).accept_all(0, tell));
             let from = primary.local_addr().unwrap().to_string();
             while told
                 .recv()

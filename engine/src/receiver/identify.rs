@@ -1,77 +1,84 @@
-//! Reading what accepted connections are: one task a connection, so that a silent one holds up nobody.
+//! Identifies accepted connections: one task a connection, so that a silent one does not delay the others.
 //!
-//! Exactly the bytes that tell the kind of a channel are taken off the socket, and for a multifd channel its init packet.
+//! Exactly the bytes that identify a channel are taken off the socket: its magic, and for a multifd channel its init packet.
 
 use super::assemble::Identity;
-use crate::net::{Accepted, Stream};
+use crate::net::Accepted;
+use crate::wire::WireError;
 use crate::wire::multifd::{INIT_LEN, Init};
 use crate::wire::stream::{ChannelKind, classify};
 use nix::sys::socket::{Shutdown, shutdown};
 use std::io;
 use std::os::fd::AsRawFd;
 use std::time::Duration;
+use thiserror::Error;
+use tokio::io::AsyncReadExt;
+use tokio::net::TcpStream;
 
-/// Bytes that tell the kind of a connection.
-pub const FIRST_LEN: usize = 4;
+/// Bytes that identify the kind of a connection.
+pub(super) const FIRST_LEN: usize = 4;
 
 /// Most connections that are accepted and not identified, or wait for the rest of their session. More are closed.
-pub const PENDING_MAX: usize = 1024;
+pub(super) const PENDING_MAX: usize = 1024;
+
+/// Why a connection was not identified.
+#[derive(Debug, Error)]
+pub(super) enum IdentifyError {
+    /// Reading from it failed.
+    #[error(transparent)]
+    Read(#[from] io::Error),
+    /// It is no migration channel.
+    #[error(transparent)]
+    Wire(#[from] WireError),
+    /// It was closed too early.
+    #[error("it was closed before it said what it is")]
+    Closed,
+    /// It stayed silent.
+    #[error("it did not say what it is within {0:?}")]
+    Deadline(Duration),
+}
 
 /// Reads what kind of connection this is.
 ///
 /// # Errors
-/// What an operator should know: it is no migration channel, or ended or stayed silent.
-pub(super) async fn identify(
-    accepted: &Accepted,
-    uring: bool,
-    deadline: Duration,
-) -> Result<Identity, String> {
+/// If it is no migration channel, ends early or stays silent; it is shut down then.
+pub(super) async fn identify(accepted: &Accepted, deadline: Duration) -> Result<Identity, IdentifyError> {
     let reading = async {
-        let text = |error: io::Error| error.to_string();
-        let stream =
-            Stream::new(accepted.socket.try_clone().map_err(text)?, accepted.is_tcp, uring).map_err(text)?;
-        let first: [u8; FIRST_LEN] = read(&stream).await?;
-        let identity = match classify(first).map_err(|error| error.to_string())? {
+        // A UNIX socket as well: reading is the same for every family.
+        let stream = std::net::TcpStream::from(accepted.socket.try_clone()?);
+        stream.set_nonblocking(true)?;
+        let mut stream = TcpStream::from_std(stream)?;
+        let mut first = [0; FIRST_LEN];
+        read(&mut stream, &mut first).await?;
+        let identity = match classify(first)? {
             ChannelKind::Main => Identity::Main,
             ChannelKind::Multifd => {
                 let mut init = [0; INIT_LEN];
-                let rest: [u8; INIT_LEN - FIRST_LEN] = read(&stream).await?;
-                init[..FIRST_LEN].copy_from_slice(&first);
-                init[FIRST_LEN..].copy_from_slice(&rest);
-                Init::decode(&init)
-                    .map(Identity::Multifd)
-                    .map_err(|error| error.to_string())?
+                let (start, rest) = init.split_at_mut(FIRST_LEN);
+                start.copy_from_slice(&first);
+                read(&mut stream, rest).await?;
+                Identity::Multifd(Init::decode(&init)?)
             }
         };
-        stream.leave().map_err(text)?;
+        // The mode belongs to the connection, not to the descriptor, and the data plane expects a blocking socket.
+        stream.into_std()?.set_nonblocking(false)?;
         Ok(identity)
     };
     let result = match tokio::time::timeout(deadline, reading).await {
         Ok(result) => result,
-        Err(_) => Err(format!("it did not say what it is within {deadline:?}")),
+        Err(_) => Err(IdentifyError::Deadline(deadline)),
     };
     if result.is_err() {
-        // It also ends a read that is still in flight.
         let _ = shutdown(accepted.socket.as_raw_fd(), Shutdown::Both);
     }
     result
 }
 
-/// Exactly N bytes, and not one more: what follows belongs to the data plane.
-async fn read<const N: usize>(stream: &Stream) -> Result<[u8; N], String> {
-    let mut bytes = [0; N];
-    let mut have = 0;
-    while have < N {
-        let rest = &mut bytes[have..];
-        let (count, part) = stream.read(Vec::new(), rest.len()).await;
-        match count {
-            Ok(0) => return Err("it was closed before it said what it is".into()),
-            Ok(count) => {
-                rest[..count].copy_from_slice(&part[..count]);
-                have += count;
-            }
-            Err(error) => return Err(error.to_string()),
-        }
+/// Fills `bytes` and reads nothing beyond: what follows belongs to the data plane.
+async fn read(stream: &mut TcpStream, bytes: &mut [u8]) -> Result<(), IdentifyError> {
+    match stream.read_exact(bytes).await {
+        Ok(_) => Ok(()),
+        Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => Err(IdentifyError::Closed),
+        Err(error) => Err(error.into()),
     }
-    Ok(bytes)
 }

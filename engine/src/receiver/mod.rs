@@ -1,7 +1,7 @@
 //! The receiver: listeners, sessions, their cores and their memory, put together.
 //!
 //! ```text
-//!  control thread (tokio-uring, or readiness without it)          data plane (a thread per core, or per connection)
+//!  control thread (tokio)                                         data plane (a thread per core, or per connection)
 //!  ┌────────────────────────────────────────────────┐             ┌──────────────────────────────────────────┐
 //!  │ accept ─► identify ─► assemble ─► begin session ├─ endpoints ─►  MainChannel: session ─► store.commit     │
 //!  │ status, dump, histograms, deadlines             ◄─ samples ────┤  PageChannel: packet ─► slots ─► dirty   │
@@ -38,7 +38,7 @@ pub use status::{GuestBlock, STATUS_SCHEMA, STATUS_VERSION, SessionState, Sessio
 use crate::host::{Machine, Placement, Topology};
 use crate::metrics::{MetricsError, Recorder, Report, RunDescription, SampleQueue};
 pub use crate::net::{AddressError, ListenAddress, ListenError};
-use crate::net::{Listener, Runtime, bind_unix};
+use crate::net::{Listener, bind_unix};
 use crate::ring::{BackendKind, Plane, PlaneError, PlaneOptions};
 use crate::store::{CopyMethod, Flusher, FlusherError, Store};
 use budget::Budget;
@@ -169,7 +169,7 @@ impl Receiver {
         let context = make_context(options, placement.clone(), events, &changed)?;
         let stop = Arc::new(Notify::new());
         let (ask, asked) = mpsc::channel(64);
-        let wires = ControlInputs {
+        let inputs = ControlInputs {
             client_events: asked,
             changed,
             stop: stop.clone(),
@@ -177,13 +177,10 @@ impl Receiver {
         let control_ask = ask.clone();
         let thread = std::thread::Builder::new().name("colo-control".into());
         let thread = thread.spawn(move || {
-            let (runtime, fallback) = Runtime::new().map_err(ReceiverError::Thread)?;
-            if let Some(error) = fallback {
-                (context.events)(Event::Warning(format!(
-                    "connections are accepted without io_uring ({error}), which makes no difference to their pages"
-                )));
-            }
-            let uring = runtime.is_uring();
+            let runtime = tokio::runtime::Builder::new_current_thread()
+                .enable_all()
+                .build()
+                .map_err(ReceiverError::Thread)?;
             let main = async move {
                 if let Some((listener, path)) = control {
                     let failed = |source| ReceiverError::Control { path, source };
@@ -191,9 +188,9 @@ impl Receiver {
                     tokio::task::spawn_local(control::serve(listener, control_ask));
                 }
                 let listeners = listeners.into_iter().map(Rc::new).collect();
-                control::run(context, uring, listeners, wires).await
+                control::run(context, listeners, inputs).await
             };
-            runtime.block_on(main)
+            tokio::task::LocalSet::new().block_on(&runtime, main)
         });
         Ok(Self {
             addresses,

@@ -31,7 +31,6 @@ mod wake;
 pub(crate) use plan::ReceivePlan;
 pub use plane::{BackendKind, PlaneError};
 pub(crate) use plane::{Driver, Plane, PlaneOptions};
-pub(crate) use receive::own_descriptor;
 pub use receive::quick_ack;
 pub(crate) use staging::Staging;
 pub use uring::RingFeatures;

@@ -2,7 +2,7 @@
 
 use super::plan::ReceivePlan;
 use std::io;
-use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd, RawFd};
+use std::os::fd::RawFd;
 
 /// Receives into `plan`, with MSG_WAITALL if the plan asks for it, and with `flags` besides.
 ///
@@ -48,21 +48,12 @@ pub(super) fn queued(fd: RawFd) -> u64 {
     }
 }
 
-/// A descriptor of our own for what `owner` has open.
-///
-/// # Errors
-/// Of fcntl(2): too many open files.
-pub fn own_descriptor(owner: &tokio_uring::net::TcpStream) -> io::Result<OwnedFd> {
-    // SAFETY: the stream is borrowed for the whole call and keeps its descriptor open.
-    let descriptor = unsafe { BorrowedFd::borrow_raw(owner.as_raw_fd()) };
-    descriptor.try_clone_to_owned()
-}
-
 #[cfg(all(test, not(loom), not(miri)))]
 mod tests {
     use super::*;
     use std::io::{Read, Write};
     use std::net::{TcpListener, TcpStream};
+    use std::os::fd::AsRawFd;
 
     #[test]
     fn what_waits_in_a_socket_is_counted() {

@@ -22,6 +22,7 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::{Notify, mpsc};
+use tokio::task::JoinSet;
 
 /// How often deadlines are looked at and samples taken.
 const TICK: Duration = Duration::from_millis(200);
@@ -52,29 +53,23 @@ pub(super) struct ControlInputs {
 /// Runs until it is told to stop, or, with `once`, until the first session has ended.
 pub(super) async fn run(
     context: ControlContext,
-    uring: bool,
     listeners: Vec<Rc<Listener>>,
     mut inputs: ControlInputs,
 ) -> Result<Outcome, ReceiverError> {
     let (tell_accepted, mut accepted) = mpsc::channel(64);
-    let (tell_identified, mut identified) = mpsc::channel(64);
     let accepting: Vec<_> = (listeners.iter().enumerate())
         .map(|(position, listener)| {
-            let listener = listener
-                .clone()
-                .accept_all(position, uring, tell_accepted.clone());
+            let listener = listener.clone().accept_all(position, tell_accepted.clone());
             tokio::task::spawn_local(listener)
         })
         .collect();
     let assembler = Assembler::new(context.options.channels, context.options.identify_deadline);
     let mut state = ControlState {
         context,
-        uring,
         assembler,
         entries: Vec::new(),
         past: Vec::new(),
-        unidentified: Vec::new(),
-        tell_identified,
+        identifying: JoinSet::new(),
         next: 1,
         ended_sessions: 0,
     };
@@ -84,7 +79,7 @@ pub(super) async fn run(
     loop {
         tokio::select! {
             Some(connection) = accepted.recv() => state.accept(connection),
-            Some(result) = identified.recv() => state.identify(result),
+            Some(Ok(result)) = state.identifying.join_next() => state.identify(result),
             Some(client_event) = inputs.client_events.recv() => state.handle_client_event(client_event, &listeners),
             () = inputs.changed.notified() => state.reap_ended_sessions(),
             _ = tick.tick() => state.tick(),

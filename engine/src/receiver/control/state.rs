@@ -2,12 +2,12 @@
 
 use super::ControlContext;
 use crate::metrics::Summary;
-use crate::net::Accepted;
+use crate::net::{AcceptError, Accepted};
 use crate::receiver::assemble::{Arrival, Assembler, Complete, Identity, Outcome};
 use crate::receiver::end::SessionEnd;
 use crate::receiver::guest::{Connection, Guest};
 use crate::receiver::helper::Helper;
-use crate::receiver::identify::{FIRST_LEN, PENDING_MAX, identify};
+use crate::receiver::identify::{FIRST_LEN, IdentifyError, PENDING_MAX, identify};
 use crate::receiver::main_channel::MainChannel;
 use crate::receiver::page_channel::{Cores, PageChannel};
 use crate::receiver::status::SessionStatus;
@@ -17,13 +17,11 @@ use crate::session::SessionLimits;
 use crate::units::ChannelId;
 use crate::wire::stream::MAIN_MAGIC;
 use crate::wire::vmdesc::EndFinder;
-use nix::sys::socket::{Shutdown, shutdown};
-use std::os::fd::AsRawFd;
-use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
-use tokio::sync::{Notify, mpsc};
+use tokio::sync::Notify;
+use tokio::task::JoinSet;
 
 /// How long sessions may take to end when the receiver does.
 const END_PATIENCE: Duration = Duration::from_secs(10);
@@ -53,19 +51,17 @@ pub(super) struct SessionEntry {
     pub(super) began: Instant,
 }
 
-pub(super) type Identified = (Arrival, Rc<Accepted>, Result<Identity, String>);
+pub(super) type Identified = (Arrival, Accepted, Result<Identity, IdentifyError>);
 
 /// What the control thread knows: connections that are not complete, sessions, and what is reported of past ones.
 pub(super) struct ControlState {
     pub(super) context: ControlContext,
-    /// Whether the control thread waits with io_uring.
-    pub(super) uring: bool,
     pub(super) assembler: Assembler<Accepted>,
     pub(super) entries: Vec<SessionEntry>,
     /// Sessions that left no checkpoint, and discarded ones.
     pub(super) past: Vec<SessionStatus>,
-    pub(super) unidentified: Vec<std::rc::Weak<Accepted>>,
-    pub(super) tell_identified: mpsc::Sender<Identified>,
+    /// Reads of first bytes that are under way.
+    pub(super) identifying: JoinSet<Identified>,
     pub(super) next: u32,
     pub(super) ended_sessions: u64,
 }
@@ -89,10 +85,10 @@ impl ControlState {
         }
     }
 
-    pub(super) fn accept(&mut self, accepted: Result<Accepted, String>) {
+    pub(super) fn accept(&mut self, accepted: Result<Accepted, AcceptError>) {
         let accepted = match accepted {
             Ok(accepted) => accepted,
-            Err(text) => return self.warn(text),
+            Err(error) => return self.warn(error.to_string()),
         };
         if self.assembler.pending() >= PENDING_MAX {
             return self.warn(format!(
@@ -101,36 +97,26 @@ impl ControlState {
             ));
         }
         let arrival = self.assembler.accepted(accepted.peer);
-        let accepted = Rc::new(accepted);
-        self.unidentified.retain(|weak| weak.strong_count() > 0);
-        self.unidentified.push(Rc::downgrade(&accepted));
-        let (tell, uring) = (self.tell_identified.clone(), self.uring);
         let deadline = self.context.options.identify_deadline;
-        tokio::task::spawn_local(async move {
-            let result = identify(&accepted, uring, deadline).await;
-            // Only at the receiver's end nobody listens.
-            let _ = tell.send((arrival, accepted, result)).await;
+        self.identifying.spawn(async move {
+            let result = identify(&accepted, deadline).await;
+            (arrival, accepted, result)
         });
     }
 
     pub(super) fn identify(&mut self, (arrival, accepted, result): Identified) {
         let gone = self.assembler.expel(Accepted::is_gone);
         self.carry_out(gone);
-        let outcomes = match (result, Rc::try_unwrap(accepted)) {
-            (Ok(identity), Ok(accepted)) => {
+        let outcomes = match result {
+            Ok(identity) => {
                 let peer = accepted.peer;
                 self.assembler
                     .identified(arrival, peer, identity, accepted, Instant::now())
             }
-            (Ok(_), Err(accepted)) => {
-                self.warn(format!("{}: closed while it was identified", accepted.from));
-                self.assembler.given_up(arrival)
-            }
-            (Err(reason), Ok(accepted)) => {
+            Err(reason) => {
                 self.warn(format!("{}: closed: {reason}", accepted.from));
                 self.assembler.given_up(arrival)
             }
-            (Err(_), Err(_)) => self.assembler.given_up(arrival),
         };
         self.carry_out(outcomes);
     }
@@ -346,9 +332,7 @@ impl ControlState {
 
     /// Ends all sessions and waits until they are over.
     pub(super) async fn end_all(&mut self, changed: &Notify) {
-        for accepted in self.unidentified.iter().filter_map(std::rc::Weak::upgrade) {
-            let _ = shutdown(accepted.socket.as_raw_fd(), Shutdown::Both);
-        }
+        self.identifying.abort_all();
         for entry in &self.entries {
             entry.guest.finish(SessionEnd::Stopped);
         }

@@ -13,7 +13,9 @@ mod delay;
 mod pair;
 mod proxy;
 mod recorder;
+mod runtime;
 mod session;
+mod stream;
 
 pub use recorder::WhenBehind;
 

@@ -1,9 +1,10 @@
 //! A primary's connection and ours to the secondary in its place: bytes, ends and resets of the one become the other's.
 
 use super::session::{Session, Wish};
+use super::stream::Stream;
 use crate::capture_file::{ConnectionId, Direction, EndKind};
 use crate::net::Address;
-use colo_ring::net::{Accepted, HostWatch, Stream};
+use colo_ring::net::{Accepted, HostWatch};
 use nix::sys::socket::Shutdown;
 use std::cell::Cell;
 use std::io;

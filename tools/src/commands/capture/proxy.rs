@@ -3,10 +3,11 @@
 use super::delay::{Added, Delays};
 use super::pair;
 use super::recorder::{Recorded, Recorder};
+use super::runtime::Runtime;
 use super::session::{Connection, Progress, Session, Wish};
 use crate::net::Address;
 use crate::output::tell;
-use colo_ring::net::{Listener, Runtime};
+use colo_ring::net::Listener;
 use std::cell::RefCell;
 use std::io;
 use std::rc::Rc;
@@ -77,7 +78,7 @@ async fn serve(
     mut wish: watch::Receiver<Wish>,
 ) -> io::Result<()> {
     let (tell_accepted, mut accepted) = mpsc::channel(ACCEPTED_MAX);
-    let accepting = listener.clone().accept_all(0, session.uring, tell_accepted);
+    let accepting = listener.clone().accept_all(0, tell_accepted);
     let accepting = tokio::task::spawn_local(accepting);
     let mut pairs = JoinSet::new();
     loop {
