@@ -127,6 +127,11 @@ impl Secondary {
                 Action::Marker => self.at_marker = true,
                 Action::RamComplete => self.meeting.close_gate().unwrap(),
                 Action::Commit(id) => device_state_complete = Some(id),
+                Action::FinishFlush => {
+                    self.store.as_ref().unwrap().finish_flush();
+                    self.session.flush_finished();
+                }
+                Action::OpenGate => self.meeting.open_gate(),
             }
             self.main.drain(..consumed);
             if let Some(id) = device_state_complete {
@@ -143,9 +148,6 @@ impl Secondary {
         }
         store.commit(id, self.session.device_state(), &self.flusher);
         self.session.committed();
-        // As before CHECKPOINT_REPLY: no page may come before the last ones are in the image.
-        store.finish_flush();
-        self.meeting.open_gate();
         self.committed.push(id);
     }
 

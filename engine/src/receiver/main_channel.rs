@@ -1,21 +1,18 @@
-//! The main channel: feeds what arrives to the session and does what it says.
+//! The main channel: feeds what arrives to the session and carries out its actions.
 //!
-//! Answers are single non-blocking writes, and quick ACKs are armed again after every read, so that neither side's
-//! small writes wait for the other's delayed acknowledgement (spec §2).
+//! Messages to the primary are single non-blocking writes, and quick ACKs are armed again after every read, so that
+//! neither side's small writes wait for the other's delayed acknowledgement (spec §2).
 
+use super::checkpoints::{Checkpoints, PageError};
 use super::end::SessionEnd;
 use super::guest::Guest;
-use super::intake::Intake;
-use super::recovery::encode;
+use super::main_buffer::MainBuffer;
 use super::timeline::Timeline;
 use crate::blocks::BlockTable;
 use crate::canary::{self, Canary};
-use crate::metrics::CheckpointSample;
 use crate::ring::{Buffers, Endpoint, Loss, ReceivePlan, ReceiveStyle, quick_ack};
-use crate::session::{Action, Answer, Page, PageContent, Session, SessionLimits};
-use crate::store::{FlushStep, Phase, PoolTask, Slab, Store, StoreError};
-use crate::units::{CheckpointId, PAGE_SIZE};
-use crate::wire::{WireError, xbzrle};
+use crate::session::{Action, Outbound, Session, SessionLimits};
+use crate::store::{Phase, Slab, StoreError};
 use nix::sys::socket::{MsgFlags, send};
 use std::io;
 use std::ops::ControlFlow;
@@ -30,32 +27,28 @@ enum Waiting {
     Bytes,
     Memory,
     Sync,
-    /// CHECKPOINT_REPLY: no page may arrive before the last checkpoint's are in the image, and the primary's guest runs on
-    /// meanwhile.
     Flush,
 }
 
 pub(super) struct MainChannel {
     guest: Arc<Guest>,
     session: Session,
+    /// None up to the answer to [`Action::Memory`].
+    checkpoints: Option<Checkpoints>,
     shard: usize,
     style: ReceiveStyle,
     is_tcp: bool,
-    /// Pages come on this channel, and no others are there.
+    /// Pages travel on this channel, because there are no others.
     is_plain: bool,
-    /// Those of a transfer that is not over.
+    /// Pages of the transfer that is under way.
     pages: u64,
     plan: Box<ReceivePlan>,
-    intake: Intake,
+    buffer: MainBuffer,
     buffers: Buffers,
     waiting: Waiting,
     timeline: Timeline,
-    /// The last checkpoint's, until its flush is over.
-    sample: Option<CheckpointSample>,
-    /// Slabs of the pool that were made in haste, as far as the operator was told.
-    inline_growth: u64,
-    answer: Vec<u8>,
-    /// Bytes of device state that the budget knows of.
+    outbound: Vec<u8>,
+    /// Bytes of device state that are taken from the budget.
     device_state_bytes: u64,
 }
 
@@ -72,19 +65,18 @@ impl MainChannel {
         Self {
             guest,
             session: Session::new(limits),
+            checkpoints: None,
             shard,
             style,
             is_tcp,
             is_plain: limits.channels == 0,
             pages: 0,
             plan: ReceivePlan::new(),
-            intake: Intake::new(first),
+            buffer: MainBuffer::new(first),
             buffers: Buffers::default(),
             waiting: Waiting::Bytes,
             timeline: Timeline::new(),
-            sample: None,
-            inline_growth: 0,
-            answer: Vec::with_capacity(Answer::LEN_MAX),
+            outbound: Vec::with_capacity(Outbound::LEN_MAX),
             device_state_bytes: 0,
         }
     }
@@ -92,32 +84,45 @@ impl MainChannel {
     /// Steps the session until it waits for something.
     fn drive(&mut self) -> Result<(), SessionEnd> {
         while self.is_wait_over()? {
-            let (consumed, action) = self.session.step(self.intake.bytes())?;
-            self.intake.consume(consumed);
-            match action {
-                Action::Continue => {}
-                Action::NeedMore => {
-                    self.waiting = Waiting::Bytes;
+            let (consumed, action) = self.session.step(self.buffer.bytes())?;
+            self.buffer.consume(consumed);
+            match (action, &mut self.checkpoints) {
+                (Action::Continue, _) => {}
+                (Action::NeedMore, _) => {
                     self.note_suppressed();
                     return self.account();
                 }
-                Action::Page(page) => {
+                (Action::Page(page), Some(checkpoints)) => {
                     self.pages += 1;
-                    let applied = apply(&self.guest, &self.intake, self.shard, page);
-                    applied.map_err(|refusal| match refusal {
-                        Refusal::Wire(error) => {
+                    let applied = checkpoints.apply(&self.buffer, self.shard, page);
+                    applied.map_err(|error| match error {
+                        PageError::Wire(error) => {
                             let position = self.session.position() - consumed as u64;
                             SessionEnd::from(self.session.error_at(position, error))
                         }
-                        Refusal::Store(error) => error.into(),
+                        PageError::Store(error) => error.into(),
                     })?;
                 }
-                Action::Memory(table) => self.make_memory(table)?,
-                Action::Marker => self.waiting = Waiting::Sync,
-                Action::TransferBegins => self.timeline.transfer_begins(),
-                Action::RamComplete => self.ram_complete()?,
-                Action::Commit(checkpoint) => self.commit(checkpoint),
-                Action::Send(answer) => self.send(answer)?,
+                (Action::Memory(table), _) => self.make_memory(table)?,
+                (Action::Marker, _) => self.waiting = Waiting::Sync,
+                (Action::TransferBegins, _) => self.timeline.transfer_begins(),
+                (Action::RamComplete, _) => self.ram_complete()?,
+                (Action::Commit(checkpoint), Some(checkpoints)) => {
+                    self.timeline.everything_here();
+                    checkpoints.commit(checkpoint, &mut self.session);
+                }
+                (Action::FinishFlush, Some(checkpoints)) => {
+                    self.timeline.requested();
+                    self.waiting = Waiting::Flush;
+                    if checkpoints.store().is_flushing() {
+                        checkpoints.hurry_flush();
+                    }
+                }
+                (Action::OpenGate, _) => self.guest.rendezvous.open_gate(),
+                (Action::Send(outbound), _) => self.send(outbound)?,
+                (Action::Page(_) | Action::Commit(_) | Action::FinishFlush, None) => {
+                    unreachable!("the session asks for memory first")
+                }
             }
         }
         Ok(())
@@ -128,9 +133,10 @@ impl MainChannel {
         match self.waiting {
             Waiting::Bytes => {}
             Waiting::Memory => {
-                if self.guest.store().is_none() {
+                let Some(store) = self.guest.store() else {
                     return Ok(false);
-                }
+                };
+                self.checkpoints = Some(Checkpoints::new(self.guest.clone(), store.clone()));
             }
             Waiting::Sync => {
                 if !self.guest.rendezvous.all_arrived() {
@@ -143,11 +149,10 @@ impl MainChannel {
                 self.guest.wake_channels();
             }
             Waiting::Flush => {
-                if self.guest.store().is_some_and(|store| store.is_flushing()) {
+                if self.checkpoints.as_mut().is_some_and(|it| !it.is_flushed()) {
                     return Ok(false);
                 }
-                self.deliver_sample();
-                self.write(Answer::Reply)?;
+                self.session.flush_finished();
             }
         }
         self.waiting = Waiting::Bytes;
@@ -158,10 +163,10 @@ impl MainChannel {
         self.waiting = Waiting::Memory;
         self.guest.memory_asked.store(true, Ordering::Relaxed);
         let guest = self.guest.clone();
-        // Not here: touching a large guest's memory takes seconds, and this thread drives other guests too.
+        // In the background: touching a large guest's memory takes seconds, and this thread drives other guests too.
         let make = move || {
             let make = || (guest.services.make_store)(&guest, table);
-            // The main channel waits for an answer, whatever happens here.
+            // The main channel waits for the result, also if there is a panic.
             let made = catch_unwind(AssertUnwindSafe(make));
             guest.memory_made(made.unwrap_or_else(|_| Err("the thread that made it panicked".into())));
         };
@@ -177,150 +182,37 @@ impl MainChannel {
             .close_gate()
             .map_err(|channel| SessionEnd::NotQuiet { channel })?;
         if canary::is_set(Canary::EarlyAcknowledge) && self.session.record().is_some() {
-            self.send(Answer::Loaded)?;
+            self.send(Outbound::Loaded)?;
         }
         Ok(())
     }
 
-    fn commit(&mut self, checkpoint: CheckpointId) {
-        self.timeline.everything_here();
-        let store = self.guest.store().expect("nothing can be complete without RAM");
-        if let Some(record) = self.session.record()
-            // The first commit sets it; it stays the same.
-            && self.guest.record.set(record.clone()).is_ok()
-        {
-            store.record_session(|| encode(&self.guest.peer, record));
-        }
-        if checkpoint == CheckpointId(0) {
-            let unseen = store.unseen_pages();
-            if unseen > 0 {
-                (self.guest.services.warn)(format!(
-                    "session {}: {unseen} pages were never sent in precopy; they are taken as zero",
-                    self.guest.id
-                ));
-            }
-            store.begin_colo();
-        }
-        store.commit(
-            checkpoint,
-            self.session.device_state(),
-            &self.guest.services.flusher,
-        );
-        self.session.committed();
-    }
-
-    fn send(&mut self, answer: Answer) -> Result<(), SessionEnd> {
-        if answer == Answer::Reply {
-            self.timeline.requested();
-            if self.guest.store().is_some_and(|store| store.is_flushing()) {
-                self.waiting = Waiting::Flush;
-                if self.guest.store().is_some_and(|store| store.allow_flush_help()) {
-                    self.guest.wake_helpers();
-                }
-                return Ok(());
-            }
-            // Others may have ended the flush while this core had no time for it.
-            self.deliver_sample();
-        }
-        self.write(answer)
-    }
-
-    fn write(&mut self, answer: Answer) -> Result<(), SessionEnd> {
-        if answer == Answer::Reply {
-            // Before the primary can know that it may send pages again.
-            self.guest.rendezvous.open_gate();
-        }
-        answer.encode(&mut self.answer);
+    fn send(&mut self, outbound: Outbound) -> Result<(), SessionEnd> {
+        outbound.encode(&mut self.outbound);
         let flags = MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_NOSIGNAL;
-        // The socket's buffer holds thousands of answers and the primary waits for each: a full one is its fault.
-        match send(self.guest.main_fd(), &self.answer, flags) {
-            Ok(sent) if sent == self.answer.len() => {}
+        // The socket's buffer holds thousands of messages and the primary waits for each: a full one is its fault.
+        match send(self.guest.main_fd(), &self.outbound, flags) {
+            Ok(sent) if sent == self.outbound.len() => {}
             Ok(_) => return Err(SessionEnd::Answer(io::ErrorKind::WriteZero.into())),
             Err(nix::errno::Errno::EPIPE | nix::errno::Errno::ECONNRESET) => {
                 return Err(SessionEnd::PrimaryLost(self.session.ending()));
             }
             Err(error) => return Err(SessionEnd::Answer(error.into())),
         }
-        match answer {
-            Answer::Reply => self.timeline.reply_sent(),
-            Answer::Loaded => self.loaded_sent(),
-            Answer::Ready { .. } => self.timeline.ready_sent(&self.guest),
-            Answer::Pong(_) => {}
+        let (guest, timeline) = (&self.guest, &mut self.timeline);
+        match (outbound, &mut self.checkpoints) {
+            (Outbound::Reply, _) => timeline.reply_sent(),
+            (Outbound::Ready { .. }, _) => timeline.ready_sent(guest),
+            (Outbound::Loaded, Some(checkpoints)) => {
+                checkpoints.acknowledged(|checkpoint| timeline.loaded_sent(guest, checkpoint));
+            }
+            (Outbound::Pong(_) | Outbound::Loaded, _) => {}
         }
         Ok(())
     }
 
-    /// The primary's guest runs again: what can wait begins now.
-    fn loaded_sent(&mut self) {
-        let Some(store) = self.guest.store().cloned() else {
-            return;
-        };
-        let checkpoint = store.committed().unwrap_or(CheckpointId(0));
-        self.sample = Some(self.timeline.loaded_sent(&self.guest, checkpoint));
-        self.deliver_sample();
-        if let Some(error) = store.take_failure() {
-            (self.guest.services.warn)(format!(
-                "session {}: from checkpoint {checkpoint} on nothing of it outlives this receiver: {error}",
-                self.guest.id
-            ));
-        }
-        self.mind_the_pool(&store);
-    }
-
-    /// Hands on what was measured, once the flush belongs to the past, too.
-    fn deliver_sample(&mut self) {
-        let Some(store) = self.guest.store().filter(|store| !store.is_flushing()) else {
-            return;
-        };
-        if let Some(sample) = self.sample.take() {
-            let flush = store.flush_time();
-            self.guest
-                .services
-                .samples
-                .push(CheckpointSample { flush, ..sample });
-        }
-    }
-
-    /// Fits the pool to what checkpoints need, and tells if room had to be made in haste.
-    fn mind_the_pool(&mut self, store: &Arc<Store>) {
-        let task = store.pool_task();
-        let hasty = store.pool_use().map_or(0, |pool| pool.inline_growth);
-        if hasty > self.inline_growth {
-            let advice = match task {
-                PoolTask::Grow => "",
-                PoolTask::Nothing | PoolTask::Shrink => ". A larger --pool-max avoids that",
-            };
-            (self.guest.services.warn)(format!(
-                "session {}: a checkpoint needed {} cache slabs more than there were; pages waited for their memory, \
-                 which made it slower{advice}",
-                self.guest.id,
-                hasty - self.inline_growth,
-            ));
-            self.inline_growth = hasty;
-        }
-        if task == PoolTask::Nothing || self.guest.growing.swap(true, Ordering::AcqRel) {
-            return;
-        }
-        let (guest, store) = (self.guest.clone(), store.clone());
-        let tend = move || {
-            let done = match task {
-                PoolTask::Grow => store.grow(),
-                PoolTask::Shrink | PoolTask::Nothing => {
-                    store.shrink();
-                    Ok(())
-                }
-            };
-            if let Err(error) = done {
-                (guest.services.warn)(format!("session {}: {error}", guest.id));
-            }
-            guest.growing.store(false, Ordering::Release);
-        };
-        // Not here: it takes milliseconds. Where that cannot be had the pool stays as it is.
-        let _ = (self.guest.services.run_in_background)(Box::new(tend));
-    }
-
-    /// Device state grows by what arrives. It has a budget like RAM: once for this buffer, and once for the committed one
-    /// that it is exchanged with.
+    /// Device state grows by what arrives. It is taken from the budget like RAM: once for this buffer, and once for the
+    /// committed one that it is exchanged with.
     fn account(&mut self) -> Result<(), SessionEnd> {
         let bytes = self.session.buffered_bytes() * 2;
         if bytes > self.device_state_bytes {
@@ -345,12 +237,12 @@ impl MainChannel {
     /// Plans the next receive. False if there is no room for it.
     fn prepare(&mut self) -> Result<bool, StoreError> {
         if self.is_plain
-            && let Some(store) = self.guest.store()
+            && let Some(store) = self.checkpoints.as_ref().map(Checkpoints::store)
             && store.phase() == Phase::Colo
         {
-            self.intake.move_to_pool(store, self.shard)?;
+            self.buffer.move_to_pool(store, self.shard)?;
         }
-        let Some(space) = self.intake.space()? else {
+        let Some(space) = self.buffer.space()? else {
             return Ok(false);
         };
         self.plan.clear();
@@ -369,46 +261,6 @@ impl MainChannel {
             }
         }
     }
-}
-
-/// Why a page was not taken.
-enum Refusal {
-    Wire(WireError),
-    Store(StoreError),
-}
-
-impl From<StoreError> for Refusal {
-    fn from(error: StoreError) -> Self {
-        Self::Store(error)
-    }
-}
-
-/// Puts a page that came on this channel where it belongs.
-fn apply(guest: &Guest, intake: &Intake, shard: usize, page: Page<'_>) -> Result<(), Refusal> {
-    let store = guest
-        .store()
-        .expect("the session gives pages only after Action::Memory was answered");
-    let counters = &guest.counters;
-    match page.content {
-        PageContent::Zero => {
-            store.zero(shard, page.page);
-            counters.zero_pages.fetch_add(1, Ordering::Relaxed);
-            return Ok(());
-        }
-        PageContent::Bytes(bytes) => intake.keep(store, shard, page.page, bytes)?,
-        PageContent::Xbzrle(delta) => {
-            if !store.was_received(page.page) {
-                let error = WireError::Xbzrle("it changes a page that was never received");
-                return Err(Refusal::Wire(error));
-            }
-            let mut content = [0; PAGE_SIZE];
-            store.read_newest(page.page, &mut content);
-            xbzrle::apply(delta, &mut content).map_err(Refusal::Wire)?;
-            store.write(shard, page.page, &content)?;
-        }
-    }
-    counters.pages.fetch_add(1, Ordering::Relaxed);
-    Ok(())
 }
 
 impl Endpoint for MainChannel {
@@ -436,7 +288,7 @@ impl Endpoint for MainChannel {
 
     fn received(&mut self, bytes: usize) -> ControlFlow<()> {
         self.timeline.bytes_came();
-        self.intake.fill(bytes);
+        self.buffer.fill(bytes);
         self.guest
             .counters
             .bytes
@@ -485,23 +337,14 @@ impl Endpoint for MainChannel {
     }
 
     fn background(&mut self) -> bool {
-        let store = self.guest.store();
-        let busy = store.is_some_and(|store| store.flush_step() != FlushStep::Nothing);
-        self.deliver_sample();
-        busy
+        self.checkpoints.as_mut().is_some_and(Checkpoints::flush_step)
     }
 }
 
 impl Drop for MainChannel {
     fn drop(&mut self) {
-        // The flush goes on when everybody has left; what was measured of it is what counts.
-        if let (Some(store), Some(sample)) = (self.guest.store(), self.sample.take()) {
-            let flush = store.flush_time();
-            self.guest
-                .services
-                .samples
-                .push(CheckpointSample { flush, ..sample });
-        }
+        // The guest's memory is in use no more once the last endpoint has left.
+        self.checkpoints = None;
         self.guest.leave();
     }
 }

@@ -10,16 +10,18 @@
 
 mod assemble;
 mod budget;
+mod checkpoints;
 mod control;
 mod dump;
 mod end;
 mod guest;
 mod helper;
 mod identify;
-mod intake;
+mod main_buffer;
 mod main_channel;
 mod options;
 mod page_channel;
+mod pool_policy;
 mod promotion;
 mod recovery;
 mod restore;

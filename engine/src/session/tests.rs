@@ -1,9 +1,11 @@
 //! The state machine driven by hand-made streams, in every fragmentation.
 
 use super::*;
-use crate::units::{BlockId, PAGE_BYTES, PAGE_SIZE};
+use crate::blocks::BlockTable;
+use crate::units::{BlockId, CheckpointId, PAGE_BYTES, PAGE_SIZE};
+use crate::wire::colo::Message;
 use crate::wire::ram::{Record, encode_block_list};
-use crate::wire::stream::encode_footer;
+use crate::wire::stream::{Command, Section, StreamHeader, encode_footer};
 
 const RAM: u32 = 2;
 const VMDESC: &[u8] = br#"{"configuration":{},"page_size":4096,"devices":[]}"#;
@@ -139,8 +141,12 @@ fn play<'a>(
                 other => log.push(format!("{other:?}")),
             }
             let commit = matches!(action, Action::Commit(_));
+            let flush = matches!(action, Action::FinishFlush);
             let done = matches!(action, Action::NeedMore);
             buffer.drain(..consumed);
+            if flush {
+                session.flush_finished();
+            }
             if commit {
                 assert_eq!(session.device_state(), DEVICE_STATE);
                 session.committed();
@@ -169,7 +175,7 @@ fn find(haystack: &[u8], needle: &[u8]) -> Option<usize> {
     haystack.windows(needle.len()).position(|window| window == needle)
 }
 
-const MULTIFD: [&str; 15] = [
+const MULTIFD: [&str; 17] = [
     "Send(Pong(1))",
     "memory of 40960",
     "Marker",
@@ -178,6 +184,8 @@ const MULTIFD: [&str; 15] = [
     "RamComplete",
     "commit 0",
     "Send(Ready { return_path: true })",
+    "FinishFlush",
+    "OpenGate",
     "Send(Reply)",
     "TransferBegins",
     "Marker",
@@ -219,11 +227,13 @@ fn every_cut_is_an_ending_and_no_error() {
             buffer.push(byte);
             loop {
                 let (consumed, action) = session.step(&buffer).unwrap();
-                let (commit, done) = (
-                    matches!(action, Action::Commit(_)),
-                    matches!(action, Action::NeedMore),
-                );
+                let commit = matches!(action, Action::Commit(_));
+                let flush = matches!(action, Action::FinishFlush);
+                let done = matches!(action, Action::NeedMore);
                 buffer.drain(..consumed);
+                if flush {
+                    session.flush_finished();
+                }
                 if commit {
                     session.committed();
                 }
@@ -420,6 +430,32 @@ fn device_state_that_is_none_is_refused() {
         let stream = begin().message(Message::VmstateSize(size)).bytes(blob);
         assert!(refusal(4, stream).contains("byte of the device state"));
     }
+}
+
+#[test]
+fn the_reply_waits_for_the_flush_and_the_open_gate() {
+    let mut session = Session::new(limits(4));
+    let stream = Stream::new_qemu().precopy().devices();
+    play(&mut session, [&stream.0[..]].into_iter()).unwrap();
+    let request = Stream(Vec::new()).message(Message::CheckpointRequest).0;
+    assert_eq!(session.step(&request).unwrap(), (4, Action::FinishFlush));
+    let during = session.ending();
+    assert!(matches!(during, Ending::DuringCheckpoint { .. }), "{during}");
+    session.flush_finished();
+    assert_eq!(session.step(&[]).unwrap(), (0, Action::OpenGate));
+    assert_eq!(session.step(&[]).unwrap(), (0, Action::Send(Outbound::Reply)));
+    assert_eq!(session.step(&[]).unwrap(), (0, Action::NeedMore));
+}
+
+#[test]
+#[should_panic(expected = "answers Action::FinishFlush")]
+fn nothing_is_read_before_the_flush_has_finished() {
+    let mut session = Session::new(limits(4));
+    let stream = Stream::new_qemu().precopy().devices();
+    play(&mut session, [&stream.0[..]].into_iter()).unwrap();
+    let request = Stream(Vec::new()).message(Message::CheckpointRequest).0;
+    session.step(&request).unwrap();
+    let _ = session.step(&[]);
 }
 
 #[test]

@@ -3,7 +3,7 @@
 
 use super::{Flow, StreamsError};
 use colo_ring::blocks::BlockTable;
-use colo_ring::session::{Action, Answer, Page, PageContent, Session, SessionLimits};
+use colo_ring::session::{Action, Outbound, Page, PageContent, Session, SessionLimits};
 use colo_ring::units::BlockId;
 use colo_ring::wire::ram::{BlockRef, Record};
 use std::ops::Range;
@@ -101,6 +101,8 @@ struct Reader<'a> {
     position: usize,
     markers: u64,
     last_block: Option<BlockId>,
+    /// The last CHECKPOINT_REQUEST.
+    request: Range<usize>,
     /// The checkpoint that is being read.
     current: Option<MainCheckpoint>,
     is_between_checkpoints: bool,
@@ -120,6 +122,7 @@ impl<'a> Reader<'a> {
             position: 0,
             markers: 0,
             last_block: None,
+            request: 0..0,
             current: None,
             is_between_checkpoints: false,
             index: MainIndex {
@@ -161,7 +164,12 @@ impl<'a> Reader<'a> {
                 }
                 Action::RamComplete => self.ram_complete(),
                 Action::Commit(_) => self.session.committed(),
-                Action::Send(answer) => self.wait(begin, answer),
+                Action::FinishFlush => {
+                    self.request = begin..self.position;
+                    self.session.flush_finished();
+                }
+                Action::OpenGate => {}
+                Action::Send(outbound) => self.wait(outbound),
             }
         }
     }
@@ -207,23 +215,23 @@ impl<'a> Reader<'a> {
         Ok(())
     }
 
-    /// The session has sent an answer: the primary waits for it here. `begin` is where what is answered begins.
-    fn wait(&mut self, begin: usize, answer: Answer) {
+    /// The session sends something: the primary waits for it here.
+    fn wait(&mut self, outbound: Outbound) {
         self.piece(self.position);
-        self.is_between_checkpoints = matches!(answer, Answer::Ready { .. } | Answer::Loaded);
-        match answer {
+        self.is_between_checkpoints = matches!(outbound, Outbound::Ready { .. } | Outbound::Loaded);
+        match outbound {
             // The primary does not wait for it.
-            Answer::Pong(value) => self.index.pongs.push(value),
-            Answer::Ready { return_path } => {
+            Outbound::Pong(value) => self.index.pongs.push(value),
+            Outbound::Ready { return_path } => {
                 self.index.return_path = return_path;
                 self.index.ready = Some(Ready {
                     position: self.position,
                     markers: self.markers,
                 });
             }
-            Answer::Reply => {
+            Outbound::Reply => {
                 self.current = Some(MainCheckpoint {
-                    request: begin..self.position,
+                    request: self.request.clone(),
                     transfer: self.position..self.position,
                     device_state: self.position,
                     markers: 0,
@@ -234,7 +242,7 @@ impl<'a> Reader<'a> {
                     last_block: None,
                 });
             }
-            Answer::Loaded => {
+            Outbound::Loaded => {
                 if let Some(mut checkpoint) = self.current.take() {
                     checkpoint.transfer.end = self.position;
                     checkpoint.markers = self.markers;

@@ -77,6 +77,7 @@ impl Walk<'_> {
             };
             self.position += consumed;
             let is_commit = matches!(action, Action::Commit(_));
+            let is_request = matches!(action, Action::FinishFlush);
             let described = match &action {
                 Action::NeedMore => return Ok(Ok(())),
                 Action::Commit(checkpoint) => {
@@ -87,6 +88,9 @@ impl Walk<'_> {
             };
             if is_commit {
                 self.session.committed();
+            }
+            if is_request {
+                self.session.flush_finished();
             }
             if let Some((what, is_page)) = described {
                 let element = Element {

@@ -3,7 +3,7 @@
 use super::connections::Connections;
 use crate::net::Socket;
 use colo_ring::host::pin;
-use colo_ring::session::{Action, Answer, MultifdChannel, PacketAction, Session, SessionLimits};
+use colo_ring::session::{Action, MultifdChannel, Outbound, PacketAction, Session, SessionLimits};
 use colo_ring::wire::multifd::{HEADER_LEN, INIT_LEN, PacketHeader};
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
@@ -229,7 +229,7 @@ struct MainChannel {
     filled: usize,
     /// Markers read; at the last one all channels are waited for, until they have reached as many SYNCs.
     markers: u64,
-    answer: Vec<u8>,
+    outbound: Vec<u8>,
     checkpoints: u64,
     bytes: u64,
 }
@@ -247,7 +247,7 @@ impl MainChannel {
             buffer: vec![0; BUFFER_BYTES].into(),
             filled: 0,
             markers: 0,
-            answer: Vec::with_capacity(Answer::LEN_MAX),
+            outbound: Vec::with_capacity(Outbound::LEN_MAX),
             checkpoints: 0,
             bytes: 0,
         }
@@ -294,16 +294,18 @@ impl MainChannel {
                 Action::NeedMore => break,
                 Action::Marker => self.markers += u64::from(!shared.syncs.is_empty()),
                 Action::Commit(_) => self.session.committed(),
-                Action::Send(answer) => {
-                    answer.encode(&mut self.answer);
-                    self.socket.write_parts(&mut [IoSlice::new(&self.answer)])?;
-                    self.checkpoints += u64::from(answer == Answer::Loaded);
+                Action::FinishFlush => self.session.flush_finished(),
+                Action::Send(outbound) => {
+                    outbound.encode(&mut self.outbound);
+                    self.socket.write_parts(&mut [IoSlice::new(&self.outbound)])?;
+                    self.checkpoints += u64::from(outbound == Outbound::Loaded);
                 }
                 Action::Continue
                 | Action::Memory(_)
                 | Action::Page(_)
                 | Action::TransferBegins
-                | Action::RamComplete => {}
+                | Action::RamComplete
+                | Action::OpenGate => {}
             }
         }
         self.buffer.copy_within(begin..self.filled, 0);

@@ -1,8 +1,9 @@
 //! The body of a RAM section: pages that travel on the main channel, and the markers where it meets the multifd
 //! channels (spec §7.1, §10).
 
-use super::{Action, Body, Session, Stage, Step, unexpected};
-use crate::units::{BlockId, PAGE_SIZE, PageIndex};
+use super::action::{Action, Page, PageContent};
+use super::main_channel::{Body, Session, Stage, Step, unexpected};
+use crate::units::BlockId;
 use crate::wire::WireError;
 use crate::wire::ram::{BlockList, BlockRef, Record};
 
@@ -18,26 +19,6 @@ pub(super) enum SyncMode {
 /// The block of the last page record, which records with CONTINUE refer to: for the whole session.
 #[derive(Debug, Default)]
 pub(super) struct Continued(Option<BlockId>);
-
-/// A page that came on the main channel.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Page<'a> {
-    /// Which one.
-    pub page: PageIndex,
-    /// What it becomes.
-    pub content: PageContent<'a>,
-}
-
-/// New content of a page.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum PageContent<'a> {
-    /// These bytes.
-    Bytes(&'a [u8; PAGE_SIZE]),
-    /// All zero.
-    Zero,
-    /// A delta against its newest received content, checked ([`crate::wire::xbzrle`]).
-    Xbzrle(&'a [u8]),
-}
 
 impl Session {
     pub(super) fn read_record<'a>(&mut self, body: Body, input: &'a [u8]) -> Step<'a> {

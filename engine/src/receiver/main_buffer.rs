@@ -9,7 +9,7 @@ use std::sync::Arc;
 /// Room for what has arrived and is not parsed yet. In precopy of plain mode pages come this way, some dozens at a time.
 const STAGING_BYTES: usize = 256 << 10;
 
-pub(super) enum Intake {
+pub(super) enum MainBuffer {
     Own(Staging),
     Pool(PoolBuffer),
 }
@@ -22,7 +22,7 @@ pub(super) struct Space {
     pub(super) slab: Option<SlabId>,
 }
 
-impl Intake {
+impl MainBuffer {
     /// With the first bytes of the channel.
     pub(super) fn new(first: &[u8]) -> Self {
         let mut staging = Staging::new(STAGING_BYTES);

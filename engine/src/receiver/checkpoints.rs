@@ -1,0 +1,157 @@
+//! The guest's memory as its main channel uses it: pages that travel on that channel, the commit of each checkpoint, its
+//! flush, and what is measured of it.
+
+use super::guest::Guest;
+use super::main_buffer::MainBuffer;
+use super::pool_policy::PoolPolicy;
+use super::recovery::encode;
+use crate::metrics::CheckpointSample;
+use crate::session::{Page, PageContent, Session};
+use crate::store::{FlushStep, Store, StoreError};
+use crate::units::{CheckpointId, PAGE_SIZE};
+use crate::wire::{WireError, xbzrle};
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+/// One guest's checkpoints, from the moment its memory is there.
+pub(super) struct Checkpoints {
+    guest: Arc<Guest>,
+    store: Arc<Store>,
+    /// The last checkpoint's, until its flush has finished.
+    sample: Option<CheckpointSample>,
+    pool: PoolPolicy,
+}
+
+/// Why a page was not applied.
+pub(super) enum PageError {
+    Wire(WireError),
+    Store(StoreError),
+}
+
+impl From<WireError> for PageError {
+    fn from(error: WireError) -> Self {
+        Self::Wire(error)
+    }
+}
+
+impl From<StoreError> for PageError {
+    fn from(error: StoreError) -> Self {
+        Self::Store(error)
+    }
+}
+
+impl Checkpoints {
+    pub(super) fn new(guest: Arc<Guest>, store: Arc<Store>) -> Self {
+        Self {
+            guest,
+            store,
+            sample: None,
+            pool: PoolPolicy::default(),
+        }
+    }
+
+    pub(super) fn store(&self) -> &Arc<Store> {
+        &self.store
+    }
+
+    /// Applies a page that came on the main channel. `shard` is the calling thread's.
+    pub(super) fn apply(&self, buffer: &MainBuffer, shard: usize, page: Page<'_>) -> Result<(), PageError> {
+        let counters = &self.guest.counters;
+        match page.content {
+            PageContent::Zero => {
+                self.store.zero(shard, page.page);
+                counters.zero_pages.fetch_add(1, Ordering::Relaxed);
+                return Ok(());
+            }
+            PageContent::Bytes(bytes) => buffer.keep(&self.store, shard, page.page, bytes)?,
+            PageContent::Xbzrle(delta) => {
+                if !self.store.was_received(page.page) {
+                    return Err(WireError::Xbzrle("it changes a page that was never received").into());
+                }
+                let mut content = [0; PAGE_SIZE];
+                self.store.read_newest(page.page, &mut content);
+                xbzrle::apply(delta, &mut content)?;
+                self.store.write(shard, page.page, &content)?;
+            }
+        }
+        counters.pages.fetch_add(1, Ordering::Relaxed);
+        Ok(())
+    }
+
+    /// Commits what the session has received.
+    pub(super) fn commit(&self, checkpoint: CheckpointId, session: &mut Session) {
+        let guest = &self.guest;
+        if let Some(record) = session.record()
+            // The first commit sets it; it stays the same.
+            && guest.record.set(record.clone()).is_ok()
+        {
+            self.store.record_session(|| encode(&guest.peer, record));
+        }
+        if checkpoint == CheckpointId(0) {
+            let unseen = self.store.unseen_pages();
+            if unseen > 0 {
+                (guest.services.warn)(format!(
+                    "session {}: {unseen} pages were never sent in precopy; they are taken as zero",
+                    guest.id
+                ));
+            }
+            self.store.begin_colo();
+        }
+        let flusher = &guest.services.flusher;
+        self.store.commit(checkpoint, session.device_state(), flusher);
+        session.committed();
+    }
+
+    /// A checkpoint is acknowledged, and the primary's guest runs again: work that was deferred begins now. `measure`
+    /// makes the sample of the checkpoint that it is given.
+    pub(super) fn acknowledged(&mut self, measure: impl FnOnce(CheckpointId) -> CheckpointSample) {
+        let checkpoint = self.store.committed().unwrap_or(CheckpointId(0));
+        self.sample = Some(measure(checkpoint));
+        self.is_flushed();
+        if let Some(error) = self.store.take_failure() {
+            (self.guest.services.warn)(format!(
+                "session {}: checkpoints from {checkpoint} on are lost when this receiver ends: {error}",
+                self.guest.id
+            ));
+        }
+        self.pool.after_checkpoint(&self.guest, &self.store);
+    }
+
+    /// Whether the last checkpoint's flush has finished; then its sample is delivered.
+    pub(super) fn is_flushed(&mut self) -> bool {
+        if self.store.is_flushing() {
+            return false;
+        }
+        self.deliver_sample();
+        true
+    }
+
+    /// The primary waits for the flush: lets other cores help.
+    pub(super) fn hurry_flush(&self) {
+        if self.store.allow_flush_help() {
+            self.guest.wake_helpers();
+        }
+    }
+
+    /// Does a part of the flush. Returns false if there is none.
+    pub(super) fn flush_step(&mut self) -> bool {
+        let busy = self.store.flush_step() != FlushStep::Nothing;
+        self.is_flushed();
+        busy
+    }
+
+    fn deliver_sample(&mut self) {
+        if let Some(sample) = self.sample.take() {
+            let flush = self.store.flush_time();
+            let samples = &self.guest.services.samples;
+            samples.push(CheckpointSample { flush, ..sample });
+        }
+    }
+}
+
+impl Drop for Checkpoints {
+    fn drop(&mut self) {
+        // The flush goes on without the main channel; the sample has its time so far.
+        self.deliver_sample();
+    }
+}

@@ -1,0 +1,55 @@
+//! When a guest's page pool grows and shrinks: after each checkpoint, by what it needed, on a thread of its own.
+
+use super::guest::Guest;
+use crate::store::{PoolTask, Store};
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+#[derive(Debug, Default)]
+pub(super) struct PoolPolicy {
+    /// Slabs that receiving threads had to add, as far as the operator was warned.
+    inline_growth: u64,
+}
+
+impl PoolPolicy {
+    /// A checkpoint is acknowledged: warns if its pages had to wait for new slabs, and starts what the pool needs.
+    pub(super) fn after_checkpoint(&mut self, guest: &Arc<Guest>, store: &Arc<Store>) {
+        let task = store.pool_task();
+        let inline_growth = store.pool_use().map_or(0, |pool| pool.inline_growth);
+        if inline_growth > self.inline_growth {
+            let advice = match task {
+                PoolTask::Grow => "",
+                PoolTask::Nothing | PoolTask::Shrink => ". A larger --pool-max avoids that",
+            };
+            (guest.services.warn)(format!(
+                "session {}: the page pool was {} slabs too small for a checkpoint; receiving waited while they were \
+                 added, which made the checkpoint slower{advice}",
+                guest.id,
+                inline_growth - self.inline_growth,
+            ));
+            self.inline_growth = inline_growth;
+        }
+        if task != PoolTask::Nothing && !guest.growing.swap(true, Ordering::AcqRel) {
+            resize(guest.clone(), store.clone(), task);
+        }
+    }
+}
+
+/// Resizes the pool in the background, because it takes milliseconds. Without a thread for it the pool stays as it is.
+fn resize(guest: Arc<Guest>, store: Arc<Store>, task: PoolTask) {
+    let run_in_background = guest.services.run_in_background.clone();
+    let resize = move || {
+        let done = match task {
+            PoolTask::Grow => store.grow(),
+            PoolTask::Shrink | PoolTask::Nothing => {
+                store.shrink();
+                Ok(())
+            }
+        };
+        if let Err(error) = done {
+            (guest.services.warn)(format!("session {}: {error}", guest.id));
+        }
+        guest.growing.store(false, Ordering::Release);
+    };
+    let _ = run_in_background(Box::new(resize));
+}
