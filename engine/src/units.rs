@@ -39,6 +39,38 @@ impl PageIndex {
     }
 }
 
+/// Consecutive pages of the guest, not all of which need be in one RAM block.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct PageRun {
+    /// The first of them.
+    pub(crate) first: PageIndex,
+    /// How many.
+    pub(crate) pages: u64,
+}
+
+impl PageRun {
+    /// A single page.
+    pub(crate) fn one(page: PageIndex) -> Self {
+        Self {
+            first: page,
+            pages: 1,
+        }
+    }
+
+    /// The number after that of the last page.
+    pub(crate) fn end(&self) -> u64 {
+        self.first.get() + self.pages
+    }
+
+    /// What is left after the first `pages` of it.
+    pub(crate) fn skip(self, pages: u64) -> Self {
+        Self {
+            first: PageIndex::new(self.first.get() + pages),
+            pages: self.pages - pages,
+        }
+    }
+}
+
 /// Number of a committed checkpoint: 0 is the state at the end of precopy, 1 the first checkpoint after it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct CheckpointId(pub u64);

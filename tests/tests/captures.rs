@@ -243,7 +243,7 @@ fn play_with(capture: &Capture, kind: (CacheKind, CommitMode)) -> Secondary {
 fn compare(secondary: &Secondary, model: &Model, name: &str) {
     let directory = std::env::temp_dir().join(format!("colo-ring-dump-{}-{name}", std::process::id()));
     let store = secondary.store.as_ref().unwrap();
-    let report = store.dump(&directory).unwrap();
+    let report = store.committed().dump(&directory).unwrap();
     assert_eq!(report.checkpoint.0, model.checkpoints);
     assert_eq!(report.blocks.len(), model.blocks.len());
     for (dumped, (name, content)) in report.blocks.iter().zip(&model.blocks) {

@@ -105,7 +105,7 @@ impl Checkpoints {
     /// A checkpoint is acknowledged, and the primary's guest runs again: work that was deferred begins now. `measure`
     /// makes the sample of the checkpoint that it is given.
     pub(super) fn acknowledged(&mut self, measure: impl FnOnce(CheckpointId) -> CheckpointSample) {
-        let checkpoint = self.store.committed().unwrap_or(CheckpointId(0));
+        let checkpoint = self.store.committed().checkpoint().unwrap_or(CheckpointId(0));
         self.sample = Some(measure(checkpoint));
         self.is_flushed();
         if let Some(error) = self.store.take_failure() {

@@ -67,7 +67,7 @@ pub(super) fn dump(guest: &Guest, directory: &Path) -> Result<Dumped, String> {
         return Err(format!("{} is not an absolute path", directory.display()));
     }
     let nothing = || format!("session {} has no committed checkpoint yet", guest.id);
-    let store = guest.store().ok_or_else(nothing)?;
+    let committed = guest.committed().ok_or_else(nothing)?;
     let record = guest.record.get().ok_or_else(nothing)?;
     let index = directory.join(INDEX_FILE);
     let failed = |error: std::io::Error| format!("writing to {}: {error}", directory.display());
@@ -75,7 +75,7 @@ pub(super) fn dump(guest: &Guest, directory: &Path) -> Result<Dumped, String> {
         Err(error) if error.kind() != std::io::ErrorKind::NotFound => return Err(failed(error)),
         _ => {}
     }
-    let report = store.dump(directory).map_err(|error| error.to_string())?;
+    let report = committed.dump(directory).map_err(|error| error.to_string())?;
     std::fs::write(directory.join(HEADER_FILE), &record.header).map_err(failed)?;
     std::fs::write(directory.join(VMDESC_FILE), &record.vmdesc).map_err(failed)?;
     let name = |path: &Path| {

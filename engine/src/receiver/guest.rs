@@ -11,7 +11,7 @@ use crate::blocks::BlockTable;
 use crate::metrics::SampleQueue;
 use crate::ring::Waker;
 use crate::session::{Rendezvous, SessionRecord};
-use crate::store::{Flusher, Store};
+use crate::store::{CommittedImage, Flusher, Store};
 use crate::units::ChannelId;
 use nix::sys::socket::{Shutdown, shutdown};
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
@@ -68,7 +68,10 @@ pub(super) struct Counters {
 
 /// A guest's memory, what it takes of the budget, and the steps down from what was asked for.
 pub(super) struct Memory {
-    pub(super) store: Arc<Store>,
+    /// What its session receives into; none for a session that was recovered.
+    pub(super) store: Option<Arc<Store>>,
+    /// Its last committed checkpoint.
+    pub(super) committed: Arc<CommittedImage>,
     /// Its RAM's part of the budget, held until it goes.
     pub(super) _ram: Lease,
     /// The part that its device state has grown to.
@@ -186,7 +189,12 @@ impl Guest {
 
     /// The guest's memory, once it is made.
     pub(super) fn store(&self) -> Option<&Arc<Store>> {
-        self.memory.get().map(|memory| &memory.store)
+        self.memory.get()?.store.as_ref()
+    }
+
+    /// The guest's last committed checkpoint, once its memory is made.
+    pub(super) fn committed(&self) -> Option<&Arc<CommittedImage>> {
+        self.memory.get().map(|memory| &memory.committed)
     }
 
     /// What its memory had to do without.
@@ -207,9 +215,9 @@ impl Guest {
             Err(reason) => self.finish(SessionEnd::NoMemory(reason)),
             Ok(memory) => {
                 // The main channel waits for a flush before it answers a request, and a dump may do the last part of it.
-                if let Some(main) = &self.main {
+                if let (Some(main), Some(store)) = (&self.main, &memory.store) {
                     let main = main.waker.clone();
-                    memory.store.on_flushed(move || main.wake());
+                    store.on_flushed(move || main.wake());
                 }
                 // Set once: only the one block list of a session asks for memory.
                 let _ = self.memory.set(memory);

@@ -383,7 +383,8 @@ fn store_maker(
             events(Event::Warning(format!("session {}: {note}", guest.id)));
         }
         Ok(guest::Memory {
-            store: Arc::new(store),
+            committed: store.committed().clone(),
+            store: Some(Arc::new(store)),
             _ram: ram,
             device_state,
             fallbacks,

@@ -149,11 +149,12 @@ fn recover(
     let ram = budgets.ram.take(record.blocks.total_bytes())?;
     let device_state = budgets.device_states.take(left.device_state_bytes() as u64 * 2)?;
     let (age, is_given) = (left.age(), left.is_given());
-    let store = left
+    let committed = left
         .recover(record.blocks.clone())
         .map_err(|error| error.to_string())?;
     let memory = Memory {
-        store: Arc::new(store),
+        store: None,
+        committed: Arc::new(committed),
         _ram: ram,
         device_state,
         fallbacks: Vec::new(),
@@ -190,7 +191,7 @@ pub(super) fn recover_all(
         let files = files.display();
         match recover(directory, *session, services, budgets) {
             Ok(Ok(guest)) => {
-                let checkpoint = guest.store().and_then(|store| store.committed());
+                let checkpoint = guest.committed().and_then(|committed| committed.checkpoint());
                 events(Event::Note(format!(
                     "session {session} of {} was recovered from {files}: checkpoint {} is whole",
                     guest.peer,

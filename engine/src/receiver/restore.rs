@@ -67,13 +67,13 @@ pub(super) fn restore(
     let began = Instant::now();
     end_session(guest)?;
     let lost = || format!("session {} has no committed checkpoint", guest.id);
-    let store = guest.store().ok_or_else(lost)?;
+    let committed = guest.committed().ok_or_else(lost)?;
     let record = guest.record.get().ok_or_else(lost)?;
     let form = match &request.shared {
         None => Form::Complete,
         Some(name) => Form::Shared(shared_block(guest, record, name)?),
     };
-    let held = store.checkpoint_view().ok_or_else(lost)?;
+    let held = committed.checkpoint_view().ok_or_else(lost)?;
     let hold_ns = nanoseconds(began);
     let began = Instant::now();
     if let Some(path) = &request.keep {
@@ -82,13 +82,13 @@ pub(super) fn restore(
     let keep_ns = nanoseconds(began);
     let began = Instant::now();
     // Before a guest can run: also for a receiver that finds the checkpoint when this one is gone.
-    store.set_given(true);
+    committed.set_given(true);
     let written = write_to(&request.to, record, &held, form);
     let complete = written.as_ref().map_or_else(|failed| failed.complete, |_| true);
     if complete {
         guest.promotion().given(by, request.to.clone());
     } else {
-        store.set_given(false);
+        committed.set_given(false);
     }
     Ok(RestoreReport {
         session: guest.id,
@@ -119,7 +119,7 @@ fn end_session(guest: &Guest) -> Result<(), String> {
 fn shared_block(guest: &Guest, record: &SessionRecord, name: &str) -> Result<BlockId, String> {
     let id = record.blocks.by_name(name.as_bytes());
     let id = id.ok_or_else(|| format!("session {} has no ram block {name}", guest.id))?;
-    let file = guest.store().and_then(|store| store.image_file(id));
+    let file = guest.committed().and_then(|committed| committed.image_file(id));
     file.map(|_| id).ok_or_else(|| {
         format!(
             "ram block {name} of session {} is not in a file that has a name",

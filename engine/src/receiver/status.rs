@@ -74,15 +74,15 @@ pub struct GuestBlock {
 impl GuestBlock {
     /// Those of a guest, in its primary's order; none before they are known.
     pub(super) fn all(guest: &Guest) -> Vec<Self> {
-        let Some(store) = guest.store() else {
+        let Some(committed) = guest.committed() else {
             return Vec::new();
         };
         let block = |(id, block): (_, &crate::blocks::RamBlock)| Self {
             name: block.display_name().into_owned(),
             used_length: block.used_length,
-            file: store.image_file(id).map(Into::into),
+            file: committed.image_file(id).map(Into::into),
         };
-        store.table().iter().map(block).collect()
+        committed.table().iter().map(block).collect()
     }
 }
 
@@ -138,7 +138,7 @@ impl SessionStatus {
     pub(super) fn of(guest: &Guest, summary: Summary) -> Self {
         let read = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
         let counters = &guest.counters;
-        let checkpoint = guest.store().and_then(|store| store.committed());
+        let checkpoint = guest.committed().and_then(|committed| committed.checkpoint());
         let pool = guest.store().and_then(|store| store.pool_use());
         let now = u64::try_from(guest.services.started.elapsed().as_nanos()).unwrap_or(u64::MAX);
         let before = u64::try_from(guest.age_at_start.as_nanos()).unwrap_or(u64::MAX);
@@ -161,7 +161,7 @@ impl SessionStatus {
             lost: guest.end().is_some_and(SessionEnd::is_loss),
             promotion: promotion.words(),
             machine: guest.record.get().map(|record| record.machine_type.clone()),
-            ram_bytes: guest.store().map(|store| store.table().total_bytes()),
+            ram_bytes: guest.committed().map(|committed| committed.table().total_bytes()),
             blocks: GuestBlock::all(guest),
             checkpoint: checkpoint.map(|id| id.0),
             checkpoint_age_ms: age,

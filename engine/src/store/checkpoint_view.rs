@@ -1,42 +1,32 @@
-//! The last committed checkpoint, held still: what a failover reads and gives away.
+//! A read view of the last committed checkpoint, which a failover sends to a QEMU.
 #![forbid(unsafe_code)]
 
-use crate::store::Store;
-use crate::store::commit::plan::PageRun;
-use crate::store::committed::Record;
+use crate::store::committed::{CommitRecord, CommittedImage};
 use crate::store::memory::copy;
-use crate::units::{BlockId, CheckpointId, PAGE_SIZE, PageIndex};
-use std::path::Path;
+use crate::units::{CheckpointId, PAGE_SIZE, PageIndex, PageRun};
 use std::sync::MutexGuard;
 
-/// The last committed checkpoint, whole. As long as this lives nothing can be committed, so it belongs to sessions
-/// that have ended.
+/// The last committed checkpoint, whole. While it exists nothing can be committed, so it is for sessions that have ended.
 pub struct CheckpointView<'a> {
-    store: &'a Store,
-    record: MutexGuard<'a, Record>,
+    committed: &'a CommittedImage,
+    record: MutexGuard<'a, CommitRecord>,
     checkpoint: CheckpointId,
 }
 
-impl Store {
-    /// Holds the last committed checkpoint, once the image's files are complete; `None` before the first, and after a commit
+impl CommittedImage {
+    /// A view of the last committed checkpoint, which is then whole in the image; `None` before the first, and after a commit
     /// that panicked.
     pub fn checkpoint_view(&self) -> Option<CheckpointView<'_>> {
-        self.committed()?;
-        let record = self.committed.lock();
+        self.checkpoint()?;
+        let record = self.lock();
         self.finish_flush();
-        // Not if that has failed.
-        let checkpoint = self.committed()?;
+        // None if the flush has failed.
+        let checkpoint = self.checkpoint()?;
         Some(CheckpointView {
-            store: self,
+            committed: self,
             record,
             checkpoint,
         })
-    }
-
-    /// The named file that holds a block of the image, if it has one: absolute. A QEMU may map it at any time, and
-    /// run on it once the checkpoint was given to it.
-    pub fn image_file(&self, id: BlockId) -> Option<&Path> {
-        self.image().file(id)
     }
 }
 
@@ -53,6 +43,6 @@ impl CheckpointView<'_> {
 
     /// Reads one page.
     pub fn read(&self, page: PageIndex, out: &mut [u8; PAGE_SIZE]) {
-        copy::read(self.store.image().span(PageRun::one(page)), out);
+        copy::read(self.committed.image().span(PageRun::one(page)), out);
     }
 }

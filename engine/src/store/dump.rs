@@ -8,13 +8,14 @@
 
 use crate::blocks::BlockTable;
 use crate::store::commit::bitmap::DirtyBitmap;
-use crate::store::commit::plan::{PageRun, Plan};
+use crate::store::commit::plan::Plan;
 use crate::store::committed::CommittedImage;
 use crate::store::error::StoreError;
 use crate::store::memory::copy;
 use crate::store::memory::file_names::file_names;
 use crate::store::memory::image::RamImage;
 use crate::store::memory::map::Span;
+use crate::units::PageRun;
 use crate::units::{CheckpointId, PAGE_BYTES, PAGE_SIZE};
 use std::fs::{self, File};
 use std::io::Write;
@@ -76,14 +77,12 @@ impl CommittedImage {
     ///
     /// # Errors
     /// Before the first commit, or when a file cannot be written. Then nothing of this dump is left behind.
-    ///
-    /// `finish_flush` brings into the image what was committed, as [`crate::store::Store::finish_flush`] does.
-    pub(crate) fn dump(&self, directory: &Path, finish_flush: impl Fn()) -> Result<DumpReport, StoreError> {
+    pub fn dump(&self, directory: &Path) -> Result<DumpReport, StoreError> {
         // The lock guards no data: a dump that panicked leaves nothing behind that matters to the next.
         let _only_one = self.dumping.lock().unwrap_or_else(PoisonError::into_inner);
         self.begin_tracking()?;
         let dumped = DumpFiles::create(directory, self.table()).and_then(|files| {
-            self.dump_passes(&files, &finish_flush)
+            self.dump_passes(&files)
                 .map(|(checkpoint, passes)| (files, checkpoint, passes))
         });
         self.lock().tracking = None;
@@ -100,14 +99,10 @@ impl CommittedImage {
         Ok(())
     }
 
-    fn dump_passes(
-        &self,
-        files: &DumpFiles,
-        finish_flush: &impl Fn(),
-    ) -> Result<(CheckpointId, u32), StoreError> {
+    fn dump_passes(&self, files: &DumpFiles) -> Result<(CheckpointId, u32), StoreError> {
         // What is committed from here on is tracked; what was committed before is brought into the image.
-        finish_flush();
-        files.write_all(&self.image)?;
+        self.finish_flush();
+        files.write_all(self.image())?;
         let mut plan = Plan::default();
         let mut passes = 1;
         loop {
@@ -122,14 +117,14 @@ impl CommittedImage {
                 LOCKED_PAGES_MAX
             };
             if plan.pages() <= limit {
-                finish_flush();
+                self.finish_flush();
                 // A commit waits for this lock, and a guest for the commit: what is left is taken to memory under it
                 // and written afterwards, however slow the disk is.
-                let pages = read_plan(&self.image, &plan);
+                let pages = read_plan(self.image(), &plan);
                 let device_state = record.device_state.clone();
                 let checkpoint = record.checkpoint.ok_or(StoreError::NothingCommitted)?;
                 drop(record);
-                files.write_pages(&self.image, &plan, &pages)?;
+                files.write_pages(self.image(), &plan, &pages)?;
                 files.write_device_state(&device_state)?;
                 return Ok((checkpoint, passes));
             }
@@ -138,8 +133,8 @@ impl CommittedImage {
                 return Err(StoreError::DumpTooSlow { passes });
             }
             // The pages of the plan are committed, so that they are in the image after this.
-            finish_flush();
-            files.write_plan(&self.image, &plan)?;
+            self.finish_flush();
+            files.write_plan(self.image(), &plan)?;
         }
     }
 }
@@ -355,10 +350,7 @@ mod tests {
             blocks: vec![full()],
             device_state: full(),
         };
-        let refused = store
-            .committed
-            .dump_passes(&files, &|| store.finish_flush())
-            .unwrap_err();
+        let refused = store.committed.dump_passes(&files).unwrap_err();
         assert_eq!(
             refused.to_string(),
             "/nonexistent/pc.ram~part: No space left on device (os error 28)"

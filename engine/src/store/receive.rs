@@ -5,8 +5,8 @@
 use crate::canary::{self, Canary};
 use crate::store::memory::copy;
 use crate::store::memory::map;
-use crate::store::{HEADER_BYTES, Landing, PageRun, Phase, PoolBuffer, Store, StoreError};
-use crate::units::{PAGE_SIZE, PageIndex};
+use crate::store::{HEADER_BYTES, Landing, Phase, PoolBuffer, Store, StoreError};
+use crate::units::{PAGE_SIZE, PageIndex, PageRun};
 use std::sync::atomic::Ordering;
 
 impl Store {

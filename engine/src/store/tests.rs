@@ -8,11 +8,12 @@ mod pool;
 mod recovery;
 mod running_guest;
 
+use super::commit::flusher::FlushSizes;
 use super::memory::copy;
 use super::*;
-use crate::units::{PACKET_PAGES, PAGE_BYTES, PAGE_SIZE, PageIndex};
+use crate::units::{CheckpointId, PACKET_PAGES, PAGE_BYTES, PAGE_SIZE, PageIndex, PageRun};
 use std::fs;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread;
 
@@ -39,6 +40,10 @@ const TEST_GRANULARITY: Granularity = Granularity {
     mirror_slab_pages: TEST_SLAB_PAGES,
     pool_slab_extents: Some(2),
     area_bytes: 4096,
+    flush: FlushSizes {
+        help_from_pages: 4,
+        step_words: 1,
+    },
 };
 
 fn options() -> StoreOptions {
@@ -98,8 +103,13 @@ fn land(store: &Store, shard: usize, pages: &[(u64, u64)], landing: &mut Landing
 }
 
 fn image_stamp(store: &Store, index: u64) -> u64 {
+    committed_stamp(store.committed(), index)
+}
+
+/// The number of a page in the image.
+fn committed_stamp(committed: &CommittedImage, index: u64) -> u64 {
     let mut bytes = [0; PAGE_SIZE];
-    copy::read(store.image().span(PageRun::one(page(index))), &mut bytes);
+    copy::read(committed.image().span(PageRun::one(page(index))), &mut bytes);
     stamp(&bytes)
 }
 
@@ -377,14 +387,14 @@ fn nobody_helps_with_a_flush_uninvited() {
 #[test]
 fn the_committed_number_waits_for_nobody() {
     let store = store(&BLOCKS);
-    assert_eq!(store.committed(), None);
+    assert_eq!(store.committed().checkpoint(), None);
     store.begin_colo();
     store.commit(CheckpointId(0), &mut vec![1], &alone());
-    let record = store.committed.lock();
+    let record = store.committed().lock();
     let asked = thread::scope(|scope| {
         let (tell, told) = std::sync::mpsc::channel();
         let store = &store;
-        scope.spawn(move || tell.send(store.committed()));
+        scope.spawn(move || tell.send(store.committed().checkpoint()));
         let asked = told.recv_timeout(std::time::Duration::from_secs(5));
         drop(record);
         asked
@@ -401,5 +411,5 @@ fn a_commit_that_panicked_leaves_no_checkpoint() {
     store.commit(CheckpointId(1), &mut vec![1], &alone());
     let backwards = || store.commit(CheckpointId(0), &mut vec![2], &alone());
     std::panic::catch_unwind(std::panic::AssertUnwindSafe(backwards)).unwrap_err();
-    assert_eq!(store.committed(), None);
+    assert_eq!(store.committed().checkpoint(), None);
 }

@@ -176,8 +176,8 @@ impl ControlState {
         let guest = self.guest(session)?;
         let mut promotion = guest.promotion();
         promotion.release(by, may_have_run)?;
-        if let Some(store) = guest.store().filter(|_| *promotion == Promotion::Here) {
-            store.set_given(false);
+        if let Some(committed) = guest.committed().filter(|_| *promotion == Promotion::Here) {
+            committed.set_given(false);
         }
         Ok(Response::Released {
             released: session,
@@ -210,8 +210,8 @@ fn give_up(entry: SessionEntry, reply: Reply, answer: Response) {
     respond_in_background(reply, move || {
         // Here, and not when the last one lets go of them: who gives back a cache of it at this moment holds them a little
         // longer, and a receiver that is killed meanwhile would leave what the answer says is gone.
-        if let Some(store) = entry.guest.store() {
-            store.remove_files();
+        if let Some(committed) = entry.guest.committed() {
+            committed.remove_files();
         }
         drop(entry);
         Ok(answer)

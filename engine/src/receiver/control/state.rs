@@ -250,13 +250,15 @@ impl ControlState {
             } else {
                 self.ended_sessions += 1;
             }
-            match guest.store().filter(|store| store.committed().is_some()) {
-                Some(store) => {
+            let checkpoint = guest.committed().and_then(|committed| committed.checkpoint());
+            match (checkpoint, guest.store()) {
+                (Some(_), Some(store)) => {
                     let store = store.clone();
                     // Not here: giving a large guest's cache back takes seconds.
                     tokio::task::spawn_blocking(move || store.drop_uncommitted());
                 }
-                None => {
+                (Some(_), None) => {}
+                (None, _) => {
                     let entry = self.forget(position, status);
                     tokio::task::spawn_blocking(move || drop(entry));
                 }
@@ -350,12 +352,14 @@ impl ControlState {
 
     /// What is kept in the RAM directory stays there for the next receiver.
     fn leave(&self, guest: &Guest) {
-        let Some(store) = guest.store().filter(|_| guest.is_over()) else {
+        if !guest.is_over() {
             return;
+        }
+        let is_kept = match guest.store() {
+            Some(store) => store.keep_files(),
+            None => guest.committed().is_some_and(|committed| committed.keep_files()),
         };
-        if store.keep_files()
-            && let Some(directory) = &self.context.options.store.ram_dir
-        {
+        if is_kept && let Some(directory) = &self.context.options.store.ram_dir {
             let (id, directory) = (guest.id, directory.display());
             (self.context.events)(Event::Note(format!(
                 "session {id}: its last checkpoint stays in {directory}; a receiver with this --ram-dir offers it again"

@@ -122,7 +122,7 @@ impl SimSession {
         let delivered = self.delivered(&net.wires[self.wires.clone()]);
         let acknowledged = self.primary.acknowledged;
         let store = self.guest.store();
-        let committed = store.and_then(|store| store.committed());
+        let committed = store.and_then(|store| store.committed().checkpoint());
         let committed = committed.map_or(0, |id| usize::try_from(id.0).expect("few") + 1);
         if committed < acknowledged {
             return Err(format!(
@@ -150,12 +150,15 @@ impl SimSession {
             intruder.is_in = page == *intruder.content;
         }
         let read = |page, content: &mut _| store.read_committed(page, content);
-        self.compare(read, &store.committed_device_state())
+        self.compare(read, &store.committed().device_state())
     }
 
     /// What a failover would find now: the checkpoint that is committed.
     pub(super) fn recover(&self) -> Result<(), String> {
-        let held = self.guest.store().and_then(|store| store.checkpoint_view());
+        let held = self
+            .guest
+            .committed()
+            .and_then(|committed| committed.checkpoint_view());
         match (self.committed.checked_sub(1), held) {
             (None, None) => Ok(()),
             (Some(state), Some(held)) if held.checkpoint().0 == state as u64 => {
@@ -188,10 +191,10 @@ impl SimSession {
             }
         };
         let Described { peer, record } = decode(left.session())?;
-        let store = left
+        let committed = left
             .recover(record.blocks.clone())
             .map_err(|error| error.to_string())?;
-        let held = store.checkpoint_view().ok_or("nothing was recovered")?;
+        let held = committed.checkpoint_view().ok_or("nothing was recovered")?;
         let state = held.checkpoint().0;
         if state + 1 < before || state >= self.committed as u64 {
             return Err(format!(

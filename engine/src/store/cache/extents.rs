@@ -11,6 +11,7 @@
 
 use crate::store::StoreError;
 use crate::store::cache::extent_refs::{ExtentId, ExtentRefs};
+use crate::store::cache::pool_layout::PoolLayout;
 use crate::store::memory::huge::Fallback;
 use crate::store::memory::map::{self, Span, index};
 use crate::store::memory::mlock;
@@ -28,76 +29,6 @@ const _: () = assert!(PACKET_PAGES == 128, "an extent is made for two whole pack
 
 /// Bytes of an extent.
 pub(crate) const EXTENT_BYTES: u64 = EXTENT_SLOTS as u64 * PAGE_BYTES;
-
-/// Extents of a slab of a small and of a large guest: 34 MiB in 2 MiB pages, and just below 512 MiB.
-const SLAB_EXTENTS: (u32, u32) = (33, 508);
-
-/// Extents that connections may hold, beyond what their pages need: one for each possible channel and receiving thread.
-const HELD_MAX: u64 = 320;
-
-/// What is populated when a guest arrives.
-const FIRST_BYTES: u64 = 64 << 20;
-
-/// How many slabs of which size.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct PoolLayout {
-    /// Extents of a slab.
-    pub(crate) slab_extents: u32,
-    /// Slabs that are there from the beginning.
-    pub(crate) first: usize,
-    /// Slabs up to which the pool grows as it likes.
-    pub(crate) keep: usize,
-    /// Slabs that there can be at all.
-    pub(crate) limit: usize,
-}
-
-impl PoolLayout {
-    /// For a guest of `pages` pages. `keep_bytes` is the operator's limit, if there is one.
-    ///
-    /// A checkpoint needs a slot for each page that it changes, so at most one for each page of the guest; pages that a
-    /// primary sends again and again, and extents that are not filled to their end, take more: twice as much is the limit.
-    pub(crate) fn of_guest(pages: u64, keep_bytes: Option<u64>) -> Self {
-        let extents = pages.div_ceil(u64::from(EXTENT_SLOTS - 1));
-        let (small, large) = SLAB_EXTENTS;
-        let grown = u32::try_from(extents / 32).unwrap_or(large);
-        let small = u32::try_from(extents / 2 + 2).map_or(small, |half| half.clamp(4, small));
-        Self::with_slabs(pages, keep_bytes, grown.clamp(small, large))
-    }
-
-    pub(crate) fn with_slabs(pages: u64, keep_bytes: Option<u64>, slab_extents: u32) -> Self {
-        let extents = pages.div_ceil(u64::from(EXTENT_SLOTS - 1));
-        let slabs = |extents: u64| index(extents.div_ceil(u64::from(slab_extents)));
-        let limit = slabs(2 * extents + HELD_MAX);
-        let bytes = u64::from(slab_extents) * EXTENT_BYTES;
-        let keep = match keep_bytes {
-            None => limit,
-            Some(keep) => index((keep / bytes).max(1)).min(limit),
-        };
-        let first = index(FIRST_BYTES.div_ceil(bytes))
-            .min(slabs(extents + 8))
-            .min(keep);
-        Self {
-            slab_extents,
-            first,
-            keep,
-            limit,
-        }
-    }
-
-    /// Of a store that receives nothing.
-    pub(crate) fn none() -> Self {
-        Self {
-            slab_extents: 1,
-            first: 0,
-            keep: 0,
-            limit: 0,
-        }
-    }
-
-    fn slab_bytes(self) -> u64 {
-        u64::from(self.slab_extents) * EXTENT_BYTES
-    }
-}
 
 /// How the pool stands.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -253,24 +184,9 @@ impl Extents {
         }
     }
 
-    /// `pages` pages live in a held extent from now on.
-    pub(crate) fn add_living(&self, extent: ExtentId, pages: u32) {
-        self.refs.add(extent, pages);
-    }
-
-    /// As many pages as `count` are gone, or the holder.
-    pub(crate) fn release(&self, extent: ExtentId, count: u32) {
-        self.refs.release(extent, count);
-    }
-
-    /// Whether nothing refs in a held extent, so that its holder may begin again.
-    pub(crate) fn is_empty(&self, extent: ExtentId) -> bool {
-        self.refs.is_empty(extent)
-    }
-
-    /// Whether the extent's slab retires, so that its holder should go on in another one.
-    pub(crate) fn is_retiring(&self, extent: ExtentId) -> bool {
-        self.refs.is_retiring(extent)
+    /// The reference counts of the extents.
+    pub(crate) fn refs(&self) -> &ExtentRefs {
+        &self.refs
     }
 
     /// How many extents are in use.
@@ -392,83 +308,5 @@ impl Extents {
             extents,
             inline_growth: u64::from(self.inline_growth.load(Ordering::Relaxed)),
         }
-    }
-}
-
-/// Where its holder goes on in an extent.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub(crate) struct Cursor {
-    held: Option<(u32, u32)>,
-}
-
-impl Cursor {
-    /// An extent and the first of `slots` slots in it, which nobody else has. They stay the holder's to fill until
-    /// [`Self::advance`] says that pages have arrived in them, or the next claim. `node` is where the holder is now.
-    ///
-    /// # Errors
-    /// See [`Extents::take`].
-    pub(crate) fn reserve(
-        &mut self,
-        extents: &Extents,
-        node: NodeIndex,
-        slots: u32,
-    ) -> Result<(ExtentId, u32), StoreError> {
-        debug_assert!(slots <= EXTENT_SLOTS, "a packet and a header");
-        if let Some((extent, used)) = self.held {
-            let extent = ExtentId(extent);
-            let is_empty = extents.is_empty(extent);
-            let used = if is_empty { 0 } else { used };
-            // Where it begins again, it may as well go elsewhere.
-            let should_leave = is_empty && (extents.is_retiring(extent) || !extents.refs.is_of(extent, node));
-            if used + slots <= EXTENT_SLOTS && !should_leave {
-                self.held = Some((extent.0, used));
-                return Ok((extent, used));
-            }
-            self.held = None;
-            extents.release(extent, 1);
-        }
-        let extent = extents.take(node)?;
-        self.held = Some((extent.0, 0));
-        Ok((extent, 0))
-    }
-
-    /// Pages have arrived in the first `pages` slots that were claimed last.
-    pub(crate) fn advance(&mut self, extents: &Extents, pages: u32) -> ExtentId {
-        let (extent, used) = self.held.as_mut().expect("claimed before");
-        let extent = ExtentId(*extent);
-        extents.add_living(extent, pages);
-        *used += pages;
-        extent
-    }
-
-    /// Gives the extent up if nothing is in it and its slab retires: its holder may have nothing to fill for a long time.
-    pub(crate) fn idle(&mut self, extents: &Extents) {
-        let held = self.held.map(|(extent, _)| ExtentId(extent));
-        if held.is_some_and(|extent| extents.is_retiring(extent) && extents.is_empty(extent)) {
-            self.release(extents);
-        }
-    }
-
-    /// Gives the extent up.
-    pub(crate) fn release(&mut self, extents: &Extents) {
-        if let Some((extent, _)) = self.held.take() {
-            extents.release(ExtentId(extent), 1);
-        }
-    }
-
-    /// As one word, for a cursor that is found through a shared reference but has one user.
-    pub(crate) fn pack(self) -> u64 {
-        self.held.map_or(0, |(extent, used)| {
-            (u64::from(extent) + 1) << 16 | u64::from(used)
-        })
-    }
-
-    /// The opposite of [`Self::pack`].
-    pub(crate) fn unpack(word: u64) -> Self {
-        let part = |value: u64| u32::try_from(value).expect("packed from 32 bits");
-        let held = (word >> 16)
-            .checked_sub(1)
-            .map(|extent| (part(extent), part(word & 0xffff)));
-        Self { held }
     }
 }

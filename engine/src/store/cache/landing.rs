@@ -2,7 +2,7 @@
 #![forbid(unsafe_code)]
 
 use crate::store::Phase;
-use crate::store::cache::extents::Cursor;
+use crate::store::cache::cursor::Cursor;
 use crate::store::memory::map::{LandingRun, Span, index};
 use crate::store::memory::slab::{HEADER_BYTES, Slab, SlabId};
 use crate::units::{ChannelId, PACKET_PAGES, PageIndex};

@@ -3,12 +3,13 @@
 
 use crate::store::StoreError;
 use crate::store::cache::landing::Landing;
-use crate::store::commit::plan::{PageRun, Plan};
+use crate::store::commit::plan::Plan;
 use crate::store::memory::copy::{self, CopyMethod};
 use crate::store::memory::huge::Fallback;
 use crate::store::memory::image::RamImage;
-use crate::store::memory::map::{Mapping, Span, index};
+use crate::store::memory::map::{Span, index};
 use crate::store::memory::slab::{Slab, SlabMemory, slab_id};
+use crate::units::PageRun;
 use crate::units::{PAGE_BYTES, PAGE_SIZE, PageIndex};
 use std::ops::Range;
 
@@ -44,10 +45,6 @@ impl Mirror {
         notes.extend(memory.notes(slabs.len()));
         let slab_shift = slab_pages.trailing_zeros();
         Ok(Self { slabs, slab_shift })
-    }
-
-    pub(crate) fn mappings(&self) -> impl Iterator<Item = &Mapping> {
-        self.slabs.iter().map(Slab::memory)
     }
 
     /// The slab of a page, and its byte offset there.

@@ -7,12 +7,14 @@
 //! a mirror has the newest content of every page at all times.
 #![deny(unsafe_code)]
 
+pub(crate) mod cursor;
 pub(crate) mod extent_refs;
 pub(crate) mod extents;
 pub(crate) mod landing;
 pub(crate) mod mirror;
 pub(crate) mod pool;
 pub(crate) mod pool_buffer;
+pub(crate) mod pool_layout;
 pub(crate) mod stack;
 
 use crate::store::StoreError;

@@ -11,15 +11,17 @@
 
 use crate::killpoint;
 use crate::store::StoreError;
+use crate::store::cache::cursor::Cursor;
 use crate::store::cache::extent_refs::ExtentId;
-use crate::store::cache::extents::{Cursor, EXTENT_BYTES, Extents};
+use crate::store::cache::extents::{EXTENT_BYTES, Extents};
 use crate::store::cache::landing::Landing;
-use crate::store::commit::plan::{PageRun, Plan};
+use crate::store::commit::plan::Plan;
 use crate::store::memory::copy::{self, CopyMethod};
 use crate::store::memory::image::RamImage;
 use crate::store::memory::map::{Span, Words, index};
 use crate::store::memory::numa::{NodeIndex, NumaNodes};
 use crate::sync::{AtomicU64, Ordering};
+use crate::units::PageRun;
 use crate::units::{PAGE_BYTES, PAGE_SIZE, PageIndex};
 use std::ops::Range;
 
@@ -97,7 +99,7 @@ impl Pool {
         // Release: the content is there for whoever finds the place.
         let before = self.places[index(page.get())].swap(place.pack(), Ordering::AcqRel);
         if let Place::Slot(extent, _) = Place::unpack(before) {
-            self.extents.release(extent, 1);
+            self.extents.refs().release(extent, 1);
         }
     }
 
@@ -186,7 +188,7 @@ impl Pool {
 
     /// The page at this byte of a held extent is the newest content.
     pub(crate) fn adopt(&self, page: PageIndex, extent: ExtentId, offset: u64) {
-        self.extents.add_living(extent, 1);
+        self.extents.refs().add(extent, 1);
         self.supersede(page, Place::Slot(extent, offset));
     }
 

@@ -115,10 +115,10 @@ impl PoolBuffer {
     /// If there is no memory for another extent.
     pub fn space(&mut self) -> Result<Option<(*mut u8, usize)>, StoreError> {
         let (pos, capacity) = (self.pos.get(), index(EXTENT_BYTES));
-        if pos == self.filled && self.extents().is_empty(self.extent) {
+        if pos == self.filled && self.extents().refs().is_empty(self.extent) {
             self.pos.set(0);
             self.filled = 0;
-            if self.extents().is_retiring(self.extent) {
+            if self.extents().refs().is_retiring(self.extent) {
                 self.move_on()?;
             }
         } else if capacity - self.filled < SPACE_MIN && pos > 0 {
@@ -135,7 +135,7 @@ impl PoolBuffer {
         // SAFETY: `rest` bytes of this extent that nobody writes, to the beginning of one that was taken just now, so that
         // nobody else uses it; both are EXTENT_BYTES long, and they are different.
         unsafe { std::ptr::copy_nonoverlapping(self.base().add(pos), self.base_of(next), rest) };
-        self.extents().release(self.extent, 1);
+        self.extents().refs().release(self.extent, 1);
         self.extent = next;
         self.pos.set(0);
         self.filled = rest;
@@ -145,7 +145,7 @@ impl PoolBuffer {
 
 impl Drop for PoolBuffer {
     fn drop(&mut self) {
-        self.extents().release(self.extent, 1);
+        self.extents().refs().release(self.extent, 1);
     }
 }
 

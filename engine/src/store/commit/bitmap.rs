@@ -252,7 +252,7 @@ impl PageSet {
 #[cfg(all(test, not(loom)))]
 mod tests {
     use super::*;
-    use crate::store::commit::plan::PageRun;
+    use crate::units::PageRun;
     use proptest::prelude::*;
     use std::collections::BTreeSet;
 

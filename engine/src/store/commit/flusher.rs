@@ -15,24 +15,36 @@ use crate::store::durable::record::DurableRecord;
 use crate::store::memory::copy::CopyMethod;
 use crate::store::memory::image::RamImage;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, RwLock, mpsc};
+use std::sync::{Arc, OnceLock, RwLock, mpsc};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 use thiserror::Error;
 
 /// From how many dirty pages on helpers are woken inside of a commit: below that, waking one takes longer than it saves.
-const HELP_IN_COMMIT_FROM_PAGES: u64 = 1000;
+const HELP_FROM_PAGES: u64 = 1000;
 
-/// From how many pages on other cores may help after it, while a primary whose guest runs waits for the end. They take the
-/// slots out of the receiving core's cache, which costs the next checkpoint more than a few milliseconds of that
-/// waiting are worth; of 64 MiB little is in that cache.
-const HELP_AFTER_COMMIT_FROM_PAGES: u64 = if cfg!(test) { 4 } else { 16 << 10 };
+/// Words of the plan that a thread takes at a time: 16 to 1024 pages, between 5 µs and 0.5 ms of work.
+const TAKE_WORDS: usize = 16;
 
-/// Words of the plan that a thread claims at a time: 16 to 1024 pages, between 5 µs and 0.5 ms of work.
-const CLAIM_WORDS: usize = 16;
+/// How much of a flush after the commit is done when: tests, whose guests are small, use less.
+#[derive(Clone, Copy)]
+pub(crate) struct FlushSizes {
+    /// From how many pages on other cores may help, while a primary whose guest runs waits for the end. They move the slots out
+    /// of the receiving core's cache, which costs the next checkpoint more than a few milliseconds of that wait are worth; of
+    /// 64 MiB little is in that cache.
+    pub(crate) help_from_pages: u64,
+    /// Words of the plan that a core copies before it looks at its sockets again: 4 words are up to 256 pages.
+    pub(crate) step_words: usize,
+}
 
-/// The same where a core looks at its sockets after each claim: up to 256 pages. In tests, whose guests are small, 64.
-const STEP_WORDS: usize = if cfg!(test) { 1 } else { 4 };
+impl Default for FlushSizes {
+    fn default() -> Self {
+        Self {
+            help_from_pages: 16 << 10,
+            step_words: 4,
+        }
+    }
+}
 
 /// What a flush did.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -73,6 +85,9 @@ pub(crate) struct Flush {
     busy_ns: AtomicU64,
     /// Where it stands written that a flush has ended.
     durable: Option<Arc<DurableRecord>>,
+    /// Called after the last part of a flush that was not done inside a commit.
+    notify: OnceLock<Box<dyn Fn() + Send + Sync>>,
+    sizes: FlushSizes,
 }
 
 /// What one flush is to do: written by the committing thread, then read by all.
@@ -84,7 +99,12 @@ struct Round {
 const NEVER_POISONED: &str = "a thread that panics in a flush ends the commit with a panic";
 
 impl Flush {
-    pub(crate) fn new(image: Arc<RamImage>, cache: Cache, durable: Option<Arc<DurableRecord>>) -> Arc<Self> {
+    pub(crate) fn new(
+        image: Arc<RamImage>,
+        cache: Cache,
+        durable: Option<Arc<DurableRecord>>,
+        sizes: FlushSizes,
+    ) -> Arc<Self> {
         let (plan, method) = (Plan::default(), CopyMethod::NonTemporal);
         Arc::new(Self {
             image,
@@ -96,6 +116,8 @@ impl Flush {
             runs: AtomicU64::new(0),
             busy_ns: AtomicU64::new(0),
             durable,
+            notify: OnceLock::new(),
+            sizes,
         })
     }
 
@@ -130,7 +152,7 @@ impl Flush {
         let entries = round.plan.len() as u64;
         let left = entries - self.queue.taken(round.plan.len()) as u64;
         // In proportion, as the plan's words hold different numbers of pages.
-        let help_allowed = (round.plan.pages() * left).div_ceil(entries) >= HELP_AFTER_COMMIT_FROM_PAGES;
+        let help_allowed = (round.plan.pages() * left).div_ceil(entries) >= self.sizes.help_from_pages;
         self.help_allowed.store(help_allowed, Ordering::Relaxed);
         help_allowed
     }
@@ -139,10 +161,10 @@ impl Flush {
     pub(crate) fn run(self: &Arc<Self>, flusher: &Flusher, plan_it: impl FnOnce(&mut Plan)) -> FlushReport {
         let pages = self.begin(flusher.method, plan_it);
         let helpers = match pages {
-            ..HELP_IN_COMMIT_FROM_PAGES => 0,
-            HELP_IN_COMMIT_FROM_PAGES.. => flusher.share(self),
+            ..HELP_FROM_PAGES => 0,
+            HELP_FROM_PAGES.. => flusher.share(self),
         };
-        self.finish();
+        self.finish_quietly();
         FlushReport {
             pages,
             helpers,
@@ -165,29 +187,54 @@ impl Flush {
         self.failed.load(Ordering::Acquire)
     }
 
-    /// Does what is left and waits for what others do of it. Whether the last part was done here.
+    /// Has `notify` called after the last part of every flush that is not done inside a commit.
     ///
     /// # Panics
-    /// If a part of it panicked, here or elsewhere: it will never be done.
-    pub(crate) fn finish(&self) -> bool {
+    /// If it is called twice.
+    pub(crate) fn on_end(&self, notify: Box<dyn Fn() + Send + Sync>) {
+        assert!(self.notify.set(notify).is_ok(), "a notification is set already");
+    }
+
+    fn notify_end(&self) {
+        if let Some(notify) = self.notify.get() {
+            notify();
+        }
+    }
+
+    /// Copies what is left, and waits for the parts that other threads are copying.
+    ///
+    /// # Panics
+    /// If a part of it panicked, here or in another thread: it will never be complete.
+    pub(crate) fn finish(&self) {
+        if self.finish_quietly() && !canary::is_set(Canary::SilentFlushEnd) {
+            self.notify_end();
+        }
+    }
+
+    /// As [`Self::finish`], without the notification. Returns whether the last part was copied here.
+    fn finish_quietly(&self) -> bool {
         while self.is_open() {
             assert!(!self.has_failed(), "a part of the flush panicked");
-            match self.step(CLAIM_WORDS) {
+            match self.step(TAKE_WORDS) {
                 FlushStep::Last => return true,
                 FlushStep::Some => {}
-                // A claim that another thread has in hand: at most half a millisecond.
+                // Another thread is copying the last part, which takes at most half a millisecond.
                 FlushStep::Nothing => std::thread::yield_now(),
             }
         }
         false
     }
 
-    /// A small part of it, if there is one.
+    /// Copies a small part, if there is one.
     pub(crate) fn small_step(&self) -> FlushStep {
-        self.step(STEP_WORDS)
+        let step = self.step(self.sizes.step_words);
+        if step == FlushStep::Last {
+            self.notify_end();
+        }
+        step
     }
 
-    /// The same, for who helps: nothing if nobody has asked for it.
+    /// As [`Self::small_step`], where help is allowed.
     pub(crate) fn help_step(&self) -> FlushStep {
         match self.help_allowed.load(Ordering::Relaxed) {
             true => self.small_step(),
@@ -233,7 +280,7 @@ impl Flush {
 
     /// One thread's part: claims words of the plan until none is left.
     fn work(&self) {
-        while self.step(CLAIM_WORDS) == FlushStep::Some {}
+        while self.step(TAKE_WORDS) == FlushStep::Some {}
     }
 }
 

@@ -2,7 +2,7 @@
 #![forbid(unsafe_code)]
 
 use crate::store::commit::bitmap::WORD_PAGES;
-use crate::units::PageIndex;
+use crate::units::{PageIndex, PageRun};
 use std::ops::Range;
 
 /// The dirty pages of one word of the bitmap.
@@ -11,37 +11,6 @@ pub(crate) struct DirtyWord {
     /// Which word: its first page is 64 times this.
     pub(crate) index: u64,
     pub(crate) bits: u64,
-}
-
-/// Consecutive pages.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct PageRun {
-    /// The first of them.
-    pub first: PageIndex,
-    /// How many.
-    pub pages: u64,
-}
-
-impl PageRun {
-    /// The number behind the last page.
-    pub fn end(&self) -> u64 {
-        self.first.get() + self.pages
-    }
-
-    pub(crate) fn one(page: PageIndex) -> Self {
-        Self {
-            first: page,
-            pages: 1,
-        }
-    }
-
-    /// What is left behind the first `pages` of it.
-    pub(crate) fn skip(self, pages: u64) -> Self {
-        Self {
-            first: PageIndex::new(self.first.get() + pages),
-            pages: self.pages - pages,
-        }
-    }
 }
 
 /// A set of pages taken from a [`crate::store::DirtyBitmap`], in address order. It is made once and filled again for each

@@ -3,27 +3,22 @@
 
 use crate::blocks::BlockTable;
 use crate::killpoint;
+use crate::store::StoreError;
 use crate::store::cache::extent_refs::ExtentId;
-use crate::store::cache::extents;
-use crate::store::cache::extents::{EXTENT_BYTES, Extents};
-use crate::store::cache::pool::{Place, Pool};
-use crate::store::commit::bitmap::{DirtyBitmap, PageSet};
-use crate::store::commit::flusher::Flush;
-use crate::store::commit::plan::PageRun;
-use crate::store::committed::CommittedImage;
-use crate::store::durable::record::{DurableRecord, Found, GuestShape, PLACES_FILE, RecordedCheckpoint};
+use crate::store::cache::extents::EXTENT_BYTES;
+use crate::store::cache::pool::Place;
+use crate::store::committed::{CheckpointFiles, CommittedImage};
+use crate::store::durable::record::{
+    DurableRecord, Found, GuestShape, PLACES_FILE, RECORD_FILE, RecordedCheckpoint,
+};
 use crate::store::memory::copy;
-use crate::store::memory::huge::HugePages;
 use crate::store::memory::image::RamImage;
 use crate::store::memory::map::{Mapping, Words, index};
-use crate::store::memory::numa::NumaNodes;
 use crate::store::memory::ram_dir::{RamDirectory, RamFiles};
-use crate::store::memory::slab::{SLAB_FILES, SlabMemory, slab_file};
-use crate::store::{CommitMode, Store, StoreError};
-use crate::units::{CheckpointId, PAGE_BYTES, PageIndex};
+use crate::store::memory::slab::{SLAB_FILES, slab_file};
+use crate::units::{CheckpointId, PAGE_BYTES, PageIndex, PageRun};
 use std::path::Path;
-use std::sync::atomic::AtomicBool;
-use std::sync::{Arc, OnceLock};
+use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 /// The guests of which there are files in a directory, by the labels that their stores were given.
@@ -108,12 +103,12 @@ impl RecoverableCheckpoint {
         self.device_state.len()
     }
 
-    /// A store that has it and receives nothing; `table` are the guest's blocks. Pages that were not copied to the image yet
-    /// are, now: that can be broken off at any time, and done again.
+    /// The checkpoint, whole in the image; `table` are the guest's blocks. Pages that were not copied to the image yet are copied
+    /// now; that can be interrupted at any time and repeated.
     ///
     /// # Errors
-    /// If image or slots are damaged; they stay as they are.
-    pub fn recover(self, table: Arc<BlockTable>) -> Result<Store, StoreError> {
+    /// If the image or the slots are damaged; the files stay as they are.
+    pub fn recover(self, table: Arc<BlockTable>) -> Result<CommittedImage, StoreError> {
         let pages = table.total_pages();
         let files = self.durable.files().clone();
         if self.shape.pages != pages {
@@ -121,12 +116,9 @@ impl RecoverableCheckpoint {
                 "it is of a guest of {} pages, and its blocks have {pages}",
                 self.shape.pages
             );
-            return Err(StoreError::damaged(
-                &files.path(crate::store::durable::record::RECORD_FILE),
-                what,
-            ));
+            return Err(StoreError::damaged(&files.path(RECORD_FILE), what));
         }
-        let image = Arc::new(RamImage::map_existing(table, &files)?);
+        let image = RamImage::map_existing(table, &files)?;
         if self.recorded.is_flushing {
             self.flush(&image, &files)?;
             self.durable.flushed();
@@ -135,29 +127,17 @@ impl RecoverableCheckpoint {
         files.remove(SLAB_FILES);
         files.remove(PLACES_FILE);
         files.keep(false);
-        let nodes = NumaNodes::anywhere();
-        let nothing = extents::PoolLayout::none();
-        let extents = Extents::map(
-            nothing,
-            SlabMemory::new(HugePages::Off, nodes.clone()),
-            &mut Vec::new(),
-        )?;
-        let cache =
-            crate::store::cache::Cache::Pool(Arc::new(Pool::new(extents, nodes, Words::zeroed(0), 1)));
-        let durable: Arc<DurableRecord> = Arc::from(self.durable);
-        Ok(Store {
-            flush: Flush::new(image.clone(), cache.clone(), Some(durable.clone())),
-            committed: CommittedImage::of(image, self.recorded.checkpoint, self.device_state),
-            cache,
-            colo: AtomicBool::new(true),
-            dirty: DirtyBitmap::new(pages, 1),
-            running_guest: None,
-            received: PageSet::new(pages),
-            flushed: OnceLock::new(),
-            mode: CommitMode::Deferred,
-            durable: Some(durable),
-            files: Some(files),
-        })
+        let files = CheckpointFiles {
+            image: Some(files),
+            record: Some(Arc::from(self.durable)),
+        };
+        let checkpoint = self.recorded.checkpoint;
+        Ok(CommittedImage::recovered(
+            image,
+            files,
+            checkpoint,
+            self.device_state,
+        ))
     }
 
     /// Copies the pages that places name to the image.

@@ -6,11 +6,11 @@
 
 use crate::blocks::{BlockTable, RamBlock};
 use crate::store::StoreError;
-use crate::store::commit::plan::PageRun;
 use crate::store::memory::file_names::file_names;
 use crate::store::memory::huge::{self, Fallback, HUGE_1G, HUGE_2M, HugePages};
 use crate::store::memory::map::{Mapping, Span};
 use crate::store::memory::ram_dir::{MemoryFile, RamFiles};
+use crate::units::PageRun;
 use crate::units::{BlockId, PAGE_BYTES};
 use nix::errno::Errno;
 use nix::sys::memfd::{MFdFlags, memfd_create};

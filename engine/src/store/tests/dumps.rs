@@ -47,7 +47,7 @@ fn dumps_beside_commits(kind: (CacheKind, CommitMode)) {
     let mut seen = BTreeSet::new();
     // Into one directory: each replaces the one before.
     for _ in 0..10 {
-        let report = store.dump(&scratch.0).unwrap();
+        let report = store.committed().dump(&scratch.0).unwrap();
         let checkpoint = report.checkpoint.0;
         let device_state = fs::read(&report.device_state).unwrap();
         assert_eq!(device_state, checkpoint.to_le_bytes());
@@ -82,7 +82,7 @@ fn a_dump_that_fails_leaves_nothing_behind() {
     // A directory in the way of the third block's file, which shows when the others are open already.
     let obstacle = scratch.0.join("vga~part");
     fs::create_dir(&obstacle).unwrap();
-    let refused = store.dump(&scratch.0).unwrap_err();
+    let refused = store.committed().dump(&scratch.0).unwrap_err();
     assert!(refused.to_string().contains("vga~part"), "{refused}");
     let left: Vec<_> = fs::read_dir(&scratch.0)
         .unwrap()
@@ -90,7 +90,10 @@ fn a_dump_that_fails_leaves_nothing_behind() {
         .collect();
     assert_eq!(left, std::slice::from_ref(&obstacle));
     fs::remove_dir(obstacle).unwrap();
-    assert_eq!(store.dump(&scratch.0).unwrap().checkpoint, CheckpointId(0));
+    assert_eq!(
+        store.committed().dump(&scratch.0).unwrap().checkpoint,
+        CheckpointId(0)
+    );
 }
 
 /// Whatever the primary calls its blocks, the files that are put beside a dump overwrite none of them.
@@ -105,7 +108,7 @@ fn blocks_keep_out_of_the_way_of_other_files() {
     store.begin_colo();
     store.commit(CheckpointId(0), &mut vec![1], &alone());
     let scratch = Scratch::temporary();
-    for block in store.dump(&scratch.0).unwrap().blocks {
+    for block in store.committed().dump(&scratch.0).unwrap().blocks {
         let name = block.file.file_name().unwrap().to_str().unwrap();
         assert!(!RESERVED_FILES.contains(&name), "{name}");
         let mode = fs::metadata(&block.file).unwrap().permissions().mode();

@@ -75,7 +75,10 @@ impl Model {
             store.unseen_pages(),
             PAGES - u64::try_from(self.received.len()).unwrap()
         );
-        assert_eq!(store.committed(), self.commits.checked_sub(1).map(CheckpointId));
+        assert_eq!(
+            store.committed().checkpoint(),
+            self.commits.checked_sub(1).map(CheckpointId)
+        );
     }
 }
 
@@ -118,7 +121,7 @@ fn apply(step: Step, store: &Store, model: &mut Model, landing: &mut Landing, fl
         }
         Step::Dump => {
             let scratch = Scratch::temporary();
-            match store.dump(&scratch.0) {
+            match store.committed().dump(&scratch.0) {
                 Err(StoreError::NothingCommitted) => {
                     assert_eq!(model.commits, 0);
                     assert_eq!(fs::read_dir(&scratch.0).unwrap().count(), 0);
@@ -175,7 +178,7 @@ proptest! {
         }
         let scratch = Scratch::temporary();
         if model.commits > 0 {
-            check_dump(&store.dump(&scratch.0).unwrap(), &model);
+            check_dump(&store.committed().dump(&scratch.0).unwrap(), &model);
         }
     }
 }

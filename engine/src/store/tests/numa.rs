@@ -1,7 +1,9 @@
 //! Extents of several nodes. Whether the kernel puts their slabs on other nodes is for the laboratory to show.
 
+use crate::store::cache::cursor::Cursor;
 use crate::store::cache::extent_refs::ExtentId;
-use crate::store::cache::extents::{Cursor, EXTENT_SLOTS, Extents, PoolLayout, PoolTask};
+use crate::store::cache::extents::{EXTENT_SLOTS, Extents, PoolTask};
+use crate::store::cache::pool_layout::PoolLayout;
 use crate::store::memory::huge::HugePages;
 use crate::store::memory::numa::{NodeIndex, NumaNodes};
 use crate::store::slab::SlabMemory;
@@ -34,7 +36,9 @@ fn extents_are_taken_near_first_and_return_home() {
             .collect();
         assert!(taken.iter().all(|extent| home_of(&extents, *extent) == node));
         // Whoever gives them back.
-        taken.into_iter().for_each(|extent| extents.release(extent, 1));
+        taken
+            .into_iter()
+            .for_each(|extent| extents.refs().release(extent, 1));
     }
     assert_eq!(extents.used().free_extents, 2 * u64::from(SLAB_EXTENTS));
     assert_eq!(extents.used().inline_growth, 0);
@@ -53,7 +57,9 @@ fn who_borrows_grows_next() {
         0,
         "what is free elsewhere is taken first"
     );
-    taken.into_iter().for_each(|extent| extents.release(extent, 1));
+    taken
+        .into_iter()
+        .for_each(|extent| extents.refs().release(extent, 1));
     assert_eq!(extents.task(), PoolTask::Grow);
     extents.grow().unwrap();
     assert_eq!(extents.slab(2).unwrap().node(), NodeIndex(1));
@@ -86,7 +92,7 @@ fn a_cursor_that_moved_begins_again_near() {
     // Pages live in it: it goes on where it is.
     let (same, slot) = cursor.reserve(&extents, NodeIndex(1), 4).unwrap();
     assert_eq!((same, slot), (first, 4));
-    extents.release(first, 4);
+    extents.refs().release(first, 4);
     let (moved, slot) = cursor.reserve(&extents, NodeIndex(1), EXTENT_SLOTS).unwrap();
     assert_eq!((home_of(&extents, moved), slot), (1, 0));
     assert_eq!(extents.used().free_extents, 2 * u64::from(SLAB_EXTENTS) - 1);

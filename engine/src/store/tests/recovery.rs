@@ -73,17 +73,17 @@ fn commit(store: &Store, checkpoint: u64) {
 fn recovered(directory: &Path) -> Result<u64, String> {
     let left = find(directory)?;
     assert_eq!(left.session(), SESSION);
-    let store = left.recover(table(&BLOCKS)).map_err(|error| error.to_string())?;
-    let checkpoint = store.committed().unwrap().0;
+    let found = left.recover(table(&BLOCKS)).map_err(|error| error.to_string())?;
+    let checkpoint = found.checkpoint().unwrap().0;
     let (stamps, device_state) = state_of(checkpoint);
     for (at, stamp) in (0..).zip(stamps) {
         assert_eq!(
-            image_stamp(&store, at),
+            committed_stamp(&found, at),
             stamp,
             "page {at} of checkpoint {checkpoint}"
         );
     }
-    assert_eq!(store.checkpoint_view().unwrap().device_state(), device_state);
+    assert_eq!(found.checkpoint_view().unwrap().device_state(), device_state);
     Ok(checkpoint)
 }
 
@@ -211,7 +211,7 @@ fn what_was_given_away_is_told() {
     let (scratch, store) = while_flushing();
     store.drop_uncommitted();
     for given in [true, false] {
-        store.set_given(given);
+        store.committed().set_given(given);
         assert_eq!(find(&copy_of(&scratch.0).0).unwrap().is_given(), given);
     }
 }
@@ -333,7 +333,7 @@ fn a_device_state_grows_and_shrinks() {
             (CheckpointId(checkpoint), &[7; 100_000][..])
         );
         assert!(left.age() < Duration::from_secs(60));
-        let store = left.recover(table(&BLOCKS)).unwrap();
-        assert_eq!(store.committed_device_state(), expected);
+        let found = left.recover(table(&BLOCKS)).unwrap();
+        assert_eq!(found.device_state(), expected);
     }
 }

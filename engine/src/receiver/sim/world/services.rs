@@ -5,7 +5,9 @@ use crate::metrics::SampleQueue;
 use crate::receiver::budget::Budget;
 use crate::receiver::guest::{MakeStore, Memory, Services};
 use crate::receiver::recovery::label;
-use crate::store::{CacheKind, CommitMode, CopyMethod, Flusher, Granularity, HugePages, Store, StoreOptions};
+use crate::store::{
+    CacheKind, CommitMode, CopyMethod, FlushSizes, Flusher, Granularity, HugePages, Store, StoreOptions,
+};
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
@@ -54,6 +56,10 @@ pub(super) fn services(
         mirror_slab_pages: rng.pick(&[16, 64, 256]),
         pool_slab_extents: Some(rng.pick(&[1, 2, 5])),
         area_bytes: 4096,
+        flush: FlushSizes {
+            help_from_pages: 4,
+            step_words: 1,
+        },
     };
     let jobs = jobs.clone();
     Arc::new(Services {
@@ -78,7 +84,8 @@ fn store_maker(options: StoreOptions, grain: Granularity, budgets: [Arc<Budget>;
         let made = Store::with_granularity(table, &label(guest.id), &options, grain);
         let (store, _) = made.map_err(|error| error.to_string())?;
         Ok(Memory {
-            store: Arc::new(store),
+            committed: store.committed().clone(),
+            store: Some(Arc::new(store)),
             _ram: ram,
             device_state,
             fallbacks: Vec::new(),
