@@ -54,7 +54,7 @@ impl Default for Scratch {
 
 impl Drop for Scratch {
     fn drop(&mut self) {
-        // What is left in the temporary directory harms nobody.
+        // What is left in the temporary directory does no harm.
         let _ = std::fs::remove_dir_all(&self.0);
     }
 }
@@ -150,14 +150,14 @@ impl RunningReceiver {
         &self.address
     }
 
-    /// What it has told so far.
+    /// What it has logged so far.
     #[must_use]
     pub fn log(&self) -> String {
         self.scratch.read("log")
     }
 
-    /// Waits until it has told this.
-    pub fn told(&self, part: &str) {
+    /// Waits until this is in its log.
+    pub fn wait_for_log(&self, part: &str) {
         until(part, || self.log().contains(part).then_some(()));
     }
 

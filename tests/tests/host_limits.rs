@@ -1,5 +1,5 @@
-//! The real command on hosts that lack something, and beside programs that are in its way. What it does without is told
-//! with the remedy, and where it can go on, it does.
+//! The real command on hosts that lack something, and beside programs that are in its way. It reports what is missing
+//! with the remedy, and continues where it can.
 
 use colo_ring_tests::command::{RunningReceiver, Scratch, guest, run, wrapped};
 use colo_ring_tests::hostile::{HostilePrimary, Link};
@@ -167,7 +167,7 @@ fn few_open_files_cost_connections_and_not_the_receiver() {
         let receiver = RunningReceiver::start(wrapped(&wrap), &args);
         let address = socket_address(&receiver);
         let mut silent: Vec<_> = (0..80).map(|_| Link::connect(address)).collect();
-        receiver.told("Too many open files");
+        receiver.wait_for_log("Too many open files");
         assert!(silent.iter_mut().all(Link::is_closed));
         drop(silent);
         assert_eq!(receiver.protect()["checkpoint"], 5, "{backend}");
@@ -223,17 +223,17 @@ fn refused_guests_and_strangers_cost_nothing() {
         let mut browser = Link::connect(socket_address(&receiver));
         browser.send(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n");
         assert!(browser.is_closed());
-        receiver.told("but HTTP: this port is for QEMU's migrate command");
+        receiver.wait_for_log("but HTTP: this port is for QEMU's migrate command");
         let large = SynthOptions {
             ram_bytes: 64 << 20,
             ..guest()
         };
         assert!(SynthPrimary::connect(receiver.address(), &large).is_err());
-        receiver.told("the guest's RAM in bytes is");
+        receiver.wait_for_log("the guest's RAM in bytes is");
         assert_eq!(receiver.protect()["checkpoint"], 5, "{backend}");
         // The one that is kept takes its part of the limit.
         assert!(SynthPrimary::connect(receiver.address(), &guest()).is_err());
-        receiver.told("--ram-limit");
+        receiver.wait_for_log("--ram-limit");
     }
 }
 

@@ -46,7 +46,7 @@ impl RamDirectory {
 
 impl Drop for RamDirectory {
     fn drop(&mut self) {
-        // What is left there harms nobody but the next run's memory.
+        // What is left there takes memory from the next run, and does no other harm.
         let _ = fs::remove_dir_all(&self.0);
     }
 }
@@ -149,7 +149,7 @@ fn kill_once(run: u32, delay: Duration) -> bool {
     let known = primary.join().unwrap();
 
     let receiver = directory.start(&[]);
-    receiver.told("session 1 of");
+    receiver.wait_for_log("session 1 of");
     let status = receiver.status();
     let session = &status["sessions"][0];
     assert_eq!(
@@ -196,7 +196,7 @@ fn a_checkpoint_stays_through_any_number_of_receivers() {
     };
     // A receiver beside it leaves it alone.
     let beside = directory.start(&[]);
-    beside.told("it belongs to another receiver");
+    beside.wait_for_log("it belongs to another receiver");
     assert_eq!(beside.status()["sessions"].as_array().unwrap().len(), 0);
     drop(beside);
     receiver.signal(Signal::SIGTERM);
@@ -240,9 +240,9 @@ fn what_cannot_be_used_is_told() {
     write("somebody-else.img", b"");
     let before = directory.files();
     let receiver = directory.start(&[]);
-    receiver.told("session-4.* cannot be used and stay as they are: there is no commit record");
-    receiver.told("it is no commit record of a receiver");
-    receiver.told("session-6.* cannot be used");
+    receiver.wait_for_log("session-4.* cannot be used and stay as they are: there is no commit record");
+    receiver.wait_for_log("it is no commit record of a receiver");
+    receiver.wait_for_log("session-6.* cannot be used");
     assert_eq!(directory.files(), before);
     let session = receiver.protect();
     assert_eq!(session["session"], 7);
@@ -254,5 +254,5 @@ fn a_mirror_says_that_it_does_not_last() {
     let directory = RamDirectory::new();
     let receiver = directory.start(&["--cache", "mirror"]);
     let _ = receiver.protect();
-    receiver.told("its checkpoints do not outlive this receiver");
+    receiver.wait_for_log("its checkpoints do not outlive this receiver");
 }

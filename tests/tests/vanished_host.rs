@@ -1,4 +1,4 @@
-//! A primary's host that vanishes without a word: no FIN, no reset, nothing answers any more. In a network namespace,
+//! A primary's host that vanishes: no FIN, no reset, nothing answers any more. In a network namespace,
 //! which needs root and `ip` (iproute2).
 
 use colo_ring_tests::HANG_LIMIT;
@@ -6,7 +6,7 @@ use colo_ring_tests::command::{RunningReceiver, Scratch, wrapped};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
-/// Both ends of the link, link-local and so in nobody's way.
+/// Both ends of the link, link-local, so that they disturb no other network.
 const HERE: &str = "169.254.77.1";
 const THERE: &str = "169.254.77.2";
 
@@ -67,10 +67,10 @@ impl Drop for OtherHost {
 }
 
 #[test]
-fn a_vanished_host_is_noticed_and_told() {
+fn a_vanished_host_is_noticed_and_reported() {
     if !nix::unistd::geteuid().is_root() {
         colo_ring_skip::skip(
-            "a_vanished_host_is_noticed_and_told",
+            "a_vanished_host_is_noticed_and_reported",
             "a network namespace needs root",
         );
         return;
@@ -123,7 +123,7 @@ fn a_vanished_host_is_noticed_and_told() {
     );
     host.vanish();
     let vanished = Instant::now();
-    receiver.told("session 1 ended");
+    receiver.wait_for_log("session 1 ended");
     let took = vanished.elapsed();
     println!("noticed after {took:?}");
     // Not by its silence alone: several probes went unanswered.
@@ -132,7 +132,7 @@ fn a_vanished_host_is_noticed_and_told() {
     let end = log
         .lines()
         .find(|line| line.starts_with("session 1 ended"))
-        .expect("it was told");
+        .expect("it was logged");
     assert!(
         end.contains("checkpoint 0") && end.contains("s old, is kept"),
         "{end}"

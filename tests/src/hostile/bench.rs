@@ -84,7 +84,7 @@ impl Bench {
     pub fn start(name: &str, backend: BackendKind, channels: u8) -> Self {
         let (tell, events) = mpsc::channel();
         let receiver = Receiver::start(options(backend, channels), move |event| {
-            // At the very end nobody listens any more.
+            // At the very end the other side of the queue is gone.
             let _ = tell.send(event);
         });
         let receiver = receiver.expect("a receiver");

@@ -1,6 +1,6 @@
 //! A primary that is controlled byte by byte, to be everything that a primary should not be.
 //!
-//! It sends what it is told and keeps count, so that a test knows at which packet and byte of which channel the wrong
+//! It sends what a test gives it and counts, so that a test knows at which packet and byte of which channel the wrong
 //! ones begin. What it was answered and what must have been committed is known too: [`HostilePrimary::image`] changes
 //! only by [`HostilePrimary::checkpoint`].
 
@@ -81,7 +81,7 @@ impl Link {
     /// Connects, and sends nothing yet.
     ///
     /// # Panics
-    /// If nobody listens there.
+    /// If nothing listens there.
     #[must_use]
     pub fn connect(address: SocketAddr) -> Self {
         let socket = TcpStream::connect(address).expect("the receiver listens");

@@ -25,7 +25,7 @@ pub enum Address {
 }
 
 impl Address {
-    /// An address that nobody uses at the moment.
+    /// An address that is free at the moment.
     ///
     /// # Errors
     /// When loopback has no free port.

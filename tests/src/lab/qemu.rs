@@ -165,7 +165,7 @@ impl Qemu {
         Self::launch(lab, name, machine, Some(ram), &["-incoming", "defer"])
     }
 
-    /// The command line of a QEMU of that name and machine, without a monitor, for somebody else to start it.
+    /// The command line of a QEMU of that name and machine, without a monitor, for another program to start it.
     #[must_use]
     pub fn command_line(lab: &Lab, name: &str, machine: &Machine, ram: Option<&Path>) -> Vec<String> {
         let plain = "-nodefaults -no-user-config -display none -accel tcg";
@@ -179,7 +179,7 @@ impl Qemu {
         words
     }
 
-    /// A monitor that nobody uses: for a command under test.
+    /// A monitor without a client: for a command under test.
     #[must_use]
     pub fn free_monitor(&self) -> &Path {
         &self.free_monitor
@@ -322,7 +322,7 @@ impl Qemu {
         // It may have ended by itself; either way it is reaped.
         let _ = self.process.kill();
         let _ = self.process.wait();
-        // What is on its way is read until the connection ends: a killed QEMU tells nobody that it shuts down.
+        // What is on its way is read until the connection ends: a killed QEMU sends no SHUTDOWN event.
         let _ = self.qmp.wait_event("SHUTDOWN", HANG_LIMIT);
         self.qmp.events()
     }
@@ -373,7 +373,7 @@ fn own_ram(lab: &Lab, name: &str, machine: &Machine) -> Option<PathBuf> {
     (machine.devices == Devices::Many).then(|| lab.file(&format!("{name}.ram")))
 }
 
-// Output goes to the log whether or not somebody is connected.
+// Output goes to the log whether or not a client is connected.
 fn serial_chardev(socket: &Path, log: &Path) -> String {
     format!(
         "socket,id=serial,path={},server=on,wait=off,logfile={}",

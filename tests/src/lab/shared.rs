@@ -34,10 +34,10 @@ impl SharedDirectory {
         })
     }
 
-    /// A hugetlbfs of 2 MiB pages, of which the host gets that many more. It takes root.
+    /// A hugetlbfs of 2 MiB pages, of which the host gets that many more. It needs root.
     ///
     /// # Errors
-    /// When they are not to be had, or nothing can be mounted.
+    /// When they cannot be allocated, or nothing can be mounted.
     pub fn of_huge_pages(pages: u64) -> Result<Self, LabError> {
         let wanted = huge_pages()? + pages;
         let pool = HostSetting::set_if_permitted(POOL, &wanted.to_string());
@@ -92,7 +92,7 @@ impl Drop for SharedDirectory {
                 return;
             }
         }
-        // What is left takes memory until this machine's next start, and harms nobody else.
+        // What is left takes memory until this machine's next start, and does no other harm.
         let _ = fs::remove_dir_all(&self.path);
     }
 }

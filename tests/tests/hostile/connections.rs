@@ -61,7 +61,7 @@ fn strangers_among_connections() {
         assert!(cut.is_closed());
     }
     let (session, mut primary) = bench.protected();
-    // All are bound: one more belongs to nobody.
+    // All are bound: one more belongs to no session.
     let mut late = Link::multifd(bench.address, [7; 16], 0);
     bench.warned("1 of 2 multifd channels came, but no main channel, within 3s");
     assert!(late.is_closed());

@@ -174,7 +174,7 @@ fn between_checkpoints() {
     }
 }
 
-/// What was sent whole is committed, though nobody waits for the answer any more.
+/// What was sent whole is committed, though no primary waits for the answer any more.
 #[test]
 fn after_the_last_byte_of_a_checkpoint() {
     for backend in BACKENDS {

@@ -199,7 +199,7 @@ fn the_primary_lives_on_without_its_secondary() {
     });
 }
 
-/// What does not fit is told before anything is touched; a QEMU that does not start or load leaves the checkpoint.
+/// What does not fit is reported before anything is changed; a QEMU that does not start or load leaves the checkpoint.
 #[test]
 fn what_fails_leaves_the_checkpoint_for_another_attempt() {
     experiment(|lab| {

@@ -206,7 +206,7 @@ impl<'a> Sweep<'a> {
         self.wait_gone(name)?;
         let left = std::fs::read_dir(&self.temporary).expect("its directory").count();
         assert_eq!(left, 0, "temporary files are left");
-        // The receiver may still be at what nobody waits for any more.
+        // The receiver may still be at work for a client that is gone.
         let status = wait_for("the failover to be over", HANG_LIMIT, || {
             let status = self.secondary.session(offer.session)?;
             let words = status["promotion"].as_str().unwrap_or_default();
@@ -223,7 +223,7 @@ impl<'a> Sweep<'a> {
         Ok(status["promotion"].as_str().unwrap_or("untouched").to_owned())
     }
 
-    /// Waits until nobody has that QEMU's serial port.
+    /// Waits until no process has that QEMU's serial port open.
     fn wait_gone(&self, name: &str) -> Result<(), LabError> {
         let socket = self.lab.file(&format!("{name}.serial"));
         wait_for(&format!("the QEMU {name} to end"), HANG_LIMIT, || {

@@ -20,7 +20,7 @@ fn is_image(map: &&NumaMap) -> bool {
 }
 
 /// The session was protected to its end, with io_uring, without a complaint about placement or locks.
-fn assert_all_was_well(guest: &HostGuest, what: &str) {
+fn assert_was_protected(guest: &HostGuest, what: &str) {
     let receiver = guest.printed(what, "receive");
     let told = format!("{receiver}\n{}", guest.printed(what, "synth"));
     assert_eq!(guest.code(what), "0", "{told}");
@@ -47,7 +47,7 @@ fn memory_lies_on_the_nodes_of_the_cores() {
         assert_eq!(guest.code("doctor"), "0");
 
         // One node: all on it.
-        assert_all_was_well(&guest, "node=1");
+        assert_was_protected(&guest, "node=1");
         let told = guest.printed("node=1", "receive");
         assert!(
             told.contains("receiving on cores 2-3 of NUMA node 1; memory on node 1"),
@@ -72,7 +72,7 @@ fn memory_lies_on_the_nodes_of_the_cores() {
         assert_eq!(status["placement"]["image_nodes"], serde_json::json!([1]));
 
         // Both nodes: a slab on each, the image on both.
-        assert_all_was_well(&guest, "cores=1-2");
+        assert_was_protected(&guest, "cores=1-2");
         let maps = guest.numa_maps("cores=1-2");
         let image = pages_on(maps.iter().filter(is_image));
         assert!(
@@ -113,7 +113,7 @@ fn linux_6_1_is_used_as_far_as_it_goes() {
             .collect();
         assert_eq!(lacking.len(), 1, "{lacking:?}");
         assert_eq!(lacking[0]["name"], "READV_FIXED");
-        assert_all_was_well(&guest, "node=0");
+        assert_was_protected(&guest, "node=0");
         let status = guest.json("node=0", "status")?;
         let ring = status["ring"].as_str().unwrap();
         assert!(
