@@ -132,6 +132,28 @@ fn check_secondary(secondary: &Value) {
 }
 
 #[test]
+fn a_receiver_of_another_build_takes_turns_beside_it() {
+    let _turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
+    let scratch = Scratch::new();
+    let this_build = Path::new(env!("CARGO_BIN_EXE_bench-vs-qemu")).with_file_name("colo-ring");
+    let this_build = this_build.to_str().expect("a name in UTF-8");
+    let args = "--synth --captures idle-multifd-4 --spacings 0 --secondaries epoll-pool-deferred,sink --n 16 --rounds 2 \
+                --keep-disturbed --other-build";
+    let args: Vec<_> = args.split_whitespace().chain([this_build]).collect();
+    let output = bench(&scratch, &args).output().expect("the program");
+    assert!(output.status.success(), "{}", said(&output));
+    let out = PathBuf::from(scratch.file("out"));
+    let results = json(&out.join("results.json"));
+    let secondaries = results["cells"][0]["secondaries"].as_array().expect("a list");
+    let names: Vec<_> = secondaries.iter().map(|one| &one["secondary"]).collect();
+    assert_eq!(names, ["epoll-pool-deferred", "epoll-pool-deferred@other", "sink"]);
+    let ratio = &secondaries[0]["to_other_build"][0]["p50"]["ratio"];
+    assert!(ratio.as_f64().expect("a number") > 0.0, "{results}");
+    let table = fs::read_to_string(out.join("table.txt")).expect("a table");
+    assert!(table.contains("loaded to the other build: p50 "), "{table}");
+}
+
+#[test]
 fn what_it_would_do_is_told_and_nonsense_is_refused() {
     let scratch = Scratch::new();
     let output = bench(&scratch, &["--dry-run"]).output().expect("the program");

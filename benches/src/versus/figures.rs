@@ -2,7 +2,7 @@
 
 use super::contest::{CellResult, Turns};
 use colo_ring::units::PAGE_BYTES;
-use colo_ring_tools::comparison::{CompareError, Options, Row, Run, html, report};
+use colo_ring_tools::comparison::{CompareError, Options, Ratios, Row, Run, html, report};
 use serde::Serialize;
 
 /// The figures of a cell.
@@ -37,6 +37,8 @@ pub struct SecondaryFigures {
     pub pages_per_checkpoint: f64,
     /// Each phase; none where nothing was measured.
     pub phases: Vec<Option<Row>>,
+    /// Each phase's ratio to the same receiver of another build, where that was measured.
+    pub to_other_build: Vec<Option<Ratios>>,
     /// Processor time of its process for a GiB of guest pages, all that it does between checkpoints included.
     pub cpu_s_per_gib: Option<f64>,
     /// The same for a checkpoint.
@@ -75,14 +77,18 @@ impl CellFigures {
         };
         let secondary = |turns: &Turns| {
             let rows = phases.iter().map(|phase| row(phase, turns)).collect();
-            SecondaryFigures::of(turns, rows)
+            Ok::<_, CompareError>(SecondaryFigures {
+                to_other_build: to_other_build(result, turns, phases)?,
+                ..SecondaryFigures::of(turns, rows)
+            })
         };
+        let secondaries = result.turns.iter().map(secondary).collect::<Result<_, _>>()?;
         let figures = Self {
             cell: result.cell.name(),
             capture: result.cell.shape.to_string(),
             spacing_ms: result.cell.spacing.as_millis(),
             phases: phases.to_vec(),
-            secondaries: result.turns.iter().map(secondary).collect(),
+            secondaries,
             baseline: baseline.clone(),
         };
         Ok((figures, html::page(&comparison)))
@@ -111,6 +117,26 @@ impl CellFigures {
     }
 }
 
+/// The ratios of each phase to the same receiver of another build; none where there is no such.
+fn to_other_build(
+    result: &CellResult,
+    turns: &Turns,
+    phases: &[&'static str],
+) -> Result<Vec<Option<Ratios>>, CompareError> {
+    let other = result
+        .turns
+        .iter()
+        .find(|other| other.secondary.is_other_build_of(&turns.secondary));
+    let (Some(own), Some(other)) = (&turns.run, other.and_then(|other| other.run.as_ref())) else {
+        return Ok(Vec::new());
+    };
+    // The first is the baseline.
+    let runs = [other, own].map(|run| Run::from(run.clone()));
+    let comparison = report(&runs, Options::default())?;
+    let ratios = |phase: &&str| comparison.row(phase, &own.name)?.ratios;
+    Ok(phases.iter().map(ratios).collect())
+}
+
 impl SecondaryFigures {
     fn of(turns: &Turns, phases: Vec<Option<Row>>) -> Self {
         let run = turns.run.as_ref();
@@ -129,6 +155,7 @@ impl SecondaryFigures {
             dropped: run.map_or(0, |run| run.dropped),
             pages_per_checkpoint: pages as f64 / turns.checkpoints().max(1) as f64,
             phases,
+            to_other_build: Vec::new(),
             cpu_s_per_gib: cpu.map(|cpu_ns| seconds(cpu_ns) / session_gib),
             cpu_ms_per_checkpoint: cpu
                 .map(|cpu_ns| 1e3 * seconds(cpu_ns) / turns.session_checkpoints.max(1) as f64),

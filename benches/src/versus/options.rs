@@ -32,6 +32,11 @@ pub struct Options {
     #[arg(long, value_name = "LIST", value_delimiter = ',', default_value = "usual")]
     secondaries: Vec<String>,
 
+    /// The colo-ring of another build: beside each receiver of this one, the same of that takes turns as NAME@other, and
+    /// the ratio to it stands below the table
+    #[arg(long, value_name = "FILE")]
+    other_build: Option<PathBuf>,
+
     /// Undisturbed checkpoints wanted of each secondary in each cell [default: 300]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..=100_000))]
     n: Option<u64>,
@@ -108,6 +113,16 @@ impl Options {
         if self.live && self.secondaries == ["usual"] {
             let default = Secondary::default_ring();
             secondaries.retain(|secondary| secondary.is_qemu() || *secondary == default);
+        }
+        if let Some(command) = &self.other_build {
+            if !command.is_file() {
+                return Err(format!("--other-build: no such file: {}", command.display()));
+            }
+            let both = |one: Secondary| {
+                let other = one.of_other_build(command);
+                [Some(one), other].into_iter().flatten()
+            };
+            secondaries = secondaries.into_iter().flat_map(both).collect();
         }
         let cells = if self.live {
             live::CELLS.to_vec()
@@ -263,6 +278,21 @@ mod tests {
     fn what_is_not_there_is_told() {
         assert!(plan("--captures 31M").unwrap_err().contains("31M"));
         assert!(plan("--secondaries rdma").unwrap_err().contains("epoll"));
+    }
+
+    #[test]
+    fn another_build_stands_beside_each_receiver() {
+        let line = "--secondaries qemu,epoll,sink --other-build";
+        let this = std::env::current_exe().unwrap();
+        let missing = plan(&format!("{line} /nowhere")).unwrap_err();
+        assert!(missing.contains("/nowhere"), "{missing}");
+        let plan = plan(&format!("{line} {}", this.display())).unwrap();
+        let names: Vec<_> = plan.secondaries.iter().map(|one| &*one.name).collect();
+        assert_eq!(names.first(), Some(&"qemu"));
+        assert_eq!(names.last(), Some(&"sink"));
+        for pair in names[1..names.len() - 1].chunks(2) {
+            assert_eq!(format!("{}@other", pair[0]), pair[1]);
+        }
     }
 
     #[test]

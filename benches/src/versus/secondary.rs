@@ -4,9 +4,12 @@ use super::process::Child;
 use super::shape::Shape;
 use clap::{Arg, Args};
 use colo_ring::metrics::{Phase, Report, with_suffix};
-use colo_ring_tests::lab::{Address, Lab, LabError, Qemu, Receiver, ReceiverOptions, Transport};
+use colo_ring_tests::lab::{
+    Address, Lab, LabError, Qemu, Receiver, ReceiverOptions, Transport, command_under_test,
+};
 use colo_ring_tools::commands::receive::ReceiveArgs;
 use std::fs;
+use std::path::{Path, PathBuf};
 
 /// How secondaries are started.
 #[derive(Clone, Copy, Debug)]
@@ -25,7 +28,12 @@ pub struct Secondary {
     /// What options, files and tables call it.
     pub name: String,
     kind: Kind,
+    /// The `colo-ring` of another build; none is the one beside this program.
+    other_build: Option<PathBuf>,
 }
+
+/// Ends the name of a secondary of another build.
+const OTHER: &str = "@other";
 
 #[derive(Clone, Debug, PartialEq, Eq)]
 enum Kind {
@@ -61,6 +69,7 @@ impl Secondary {
                     all.push(Self {
                         name: options.name(),
                         kind: Kind::Ring(options),
+                        other_build: None,
                     });
                 }
             }
@@ -68,6 +77,7 @@ impl Secondary {
         all.push(Self {
             name: "sink".to_owned(),
             kind: Kind::Sink,
+            other_build: None,
         });
         all
     }
@@ -106,7 +116,18 @@ impl Secondary {
         Self {
             name: "qemu".to_owned(),
             kind: Kind::Qemu,
+            other_build: None,
         }
+    }
+
+    /// The same receiver of another build, `NAME@other`. None if it is no receiver.
+    #[must_use]
+    pub fn of_other_build(&self, command: &Path) -> Option<Self> {
+        matches!(self.kind, Kind::Ring(_)).then(|| Self {
+            name: format!("{}{OTHER}", self.name),
+            kind: self.kind.clone(),
+            other_build: Some(command.to_owned()),
+        })
     }
 
     /// `colo-ring` with the options that `receive` has by itself.
@@ -120,6 +141,12 @@ impl Secondary {
             .into_iter()
             .find(|secondary| matches!(secondary.kind, Kind::Ring(_)));
         first.expect("receive has a default")
+    }
+
+    /// Whether it is `this` of another build.
+    #[must_use]
+    pub fn is_other_build_of(&self, this: &Self) -> bool {
+        self.other_build.is_some() && this.other_build.is_none() && self.kind == this.kind
     }
 
     /// Its name in tables; `qemu` is that of QEMU's own.
@@ -158,7 +185,10 @@ impl Secondary {
                 Process::Qemu(qemu)
             }
             Kind::Sink => Process::Sink(start_sink(lab, &address, shape)?),
-            Kind::Ring(options) => Process::Ring(options.start(lab, &address, shape, cores)?),
+            Kind::Ring(options) => {
+                let command = self.other_build.clone().map_or_else(command_under_test, Ok)?;
+                Process::Ring(options.start(command, lab, &address, shape, cores)?)
+            }
         };
         Ok(Running { address, process })
     }
@@ -175,6 +205,7 @@ impl RingOptions {
 
     fn start(
         &self,
+        command: PathBuf,
         lab: &Lab,
         address: &Address,
         shape: Shape,
@@ -205,7 +236,7 @@ impl RingOptions {
             once: true,
             extra,
         };
-        let receiver = Receiver::start(lab, address, &options)?;
+        let receiver = Receiver::start_command(command, lab, address, &options)?;
         let used = receiver.status()?["backend"].clone();
         if used != self.backend {
             return Err(LabError::Ended {
@@ -354,6 +385,16 @@ mod tests {
                 1
             );
         }
+    }
+
+    #[test]
+    fn receivers_alone_have_another_build() {
+        let build = Path::new("/before/colo-ring");
+        assert_eq!(Secondary::own().of_other_build(build), None);
+        let ring = Secondary::default_ring();
+        let other = ring.of_other_build(build).unwrap();
+        assert_eq!(other.name, format!("{}@other", ring.name));
+        assert_ne!(other.title("qemu"), ring.title("qemu"));
     }
 
     #[test]

@@ -19,6 +19,17 @@ pub fn cell(cell: &CellFigures, copy: &CopySpeed) -> String {
     rows.extend(cell.secondaries.iter().map(|figures| row(figures, copy)));
     text.push_str(&table(&rows));
     for figures in &cell.secondaries {
+        for (phase, ratios) in cell.phases.iter().zip(&figures.to_other_build) {
+            if let Some(ratios) = ratios {
+                let [p50, p99] = [&ratios.p50, &ratios.p99].map(ratio);
+                text.push_str(&format!(
+                    "{}, {phase} to the other build: p50 {p50}, p99 {p99}\n",
+                    figures.name
+                ));
+            }
+        }
+    }
+    for figures in &cell.secondaries {
         if let Some(reason) = &figures.failed {
             text.push_str(&format!("{} FAILED: {}\n", figures.name, reason.trim_end()));
         }

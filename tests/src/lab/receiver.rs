@@ -89,7 +89,19 @@ impl Receiver {
     /// # Errors
     /// When there is no command, or it ends at once; its own words are in the error.
     pub fn start(lab: &Lab, address: &Address, options: &ReceiverOptions) -> Result<Self, LabError> {
-        let command = command_under_test()?;
+        Self::start_command(command_under_test()?, lab, address, options)
+    }
+
+    /// [`Receiver::start`] of the `colo-ring` of another build.
+    ///
+    /// # Errors
+    /// As of [`Receiver::start`].
+    pub fn start_command(
+        command: PathBuf,
+        lab: &Lab,
+        address: &Address,
+        options: &ReceiverOptions,
+    ) -> Result<Self, LabError> {
         let control = format!("unix:{}", lab.fresh_file("control", "sock").display());
         let log = lab.fresh_file("receiver", "log");
         let histograms = log.with_extension("");
