@@ -1,12 +1,11 @@
-//! How the pages of a packet are packed (spec §8.3, §9). The seam for page codecs: only "none" is filled.
+//! How the pages of a packet are compressed (spec §8.3, §9). Only uncompressed pages can be received.
 //!
-//! A codec belongs to one channel for the whole session, because zlib and zstd are one stream per channel through
-//! syncs and checkpoints. The method is not negotiated; it is in the flags of each packet.
+//! The method is not negotiated; it is in the flags of each packet.
 
 use super::WireError;
 use crate::units::PAGE_SIZE;
 
-/// How the primary packs pages: its parameter `multifd-compression`.
+/// How the primary compresses pages: its parameter `multifd-compression`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Method {
     /// Not at all: the payload is the pages.
@@ -25,15 +24,6 @@ pub enum Method {
 
 /// Bits of a packet's flags that hold the method.
 pub const METHOD_MASK: u32 = 0x3e;
-
-/// Unpacks the payloads of one channel, in order.
-pub trait PageCodec: Send {
-    /// Unpacks one packet's whole `payload` into exactly `pages`, the packet's normal pages in order.
-    ///
-    /// # Errors
-    /// If the payload does not give exactly that many bytes, or bytes of it are left over.
-    fn unpack(&mut self, payload: &[u8], pages: &mut [u8]) -> Result<(), WireError>;
-}
 
 impl Method {
     /// The method in a packet's flags.
@@ -80,18 +70,10 @@ impl Method {
         }
     }
 
-    /// What unpacks this method's payloads: nothing for [`Method::None`], whose payload goes straight to the pages.
-    ///
-    /// # Errors
-    /// If there is no codec for it here.
-    pub fn open(self) -> Result<Option<Box<dyn PageCodec>>, WireError> {
-        self.check_supported().map(|()| None)
-    }
-
     /// Checks the announced payload of a packet with `normal` ≥ 1 normal pages before a byte of it is read.
     ///
     /// # Errors
-    /// If the length does not fit the method, or there is no codec for it here.
+    /// If the length does not fit the method, or pages compressed with it cannot be received.
     pub fn check_payload(self, normal: u16, announced: u32) -> Result<(), WireError> {
         self.check_supported()?;
         let expected = u64::from(normal) * PAGE_SIZE as u64;

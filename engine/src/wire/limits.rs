@@ -15,6 +15,3 @@ pub const INITIAL_STATE_MAX: usize = 256 << 20;
 
 /// Deepest nesting of the vmdesc's JSON. Real ones have about 10 levels (spec §20, 22).
 pub const VMDESC_DEPTH_MAX: usize = 64;
-
-/// Most devices of a vmdesc that are looked at; with more, its layout is not checked. Seen: 30 to 42.
-pub const VMDESC_DEVICES_MAX: usize = 65_536;

@@ -1,4 +1,4 @@
-//! The initial device state: where it ends, and whether its sections are as long as the vmdesc says (spec §11).
+//! The initial device state: where it ends (spec §11).
 //!
 //! Device sections have no lengths. What ends them is the EOF byte and the vmdesc, a JSON text with a length, after
 //! which the primary falls silent until it is answered. So the end is found where a declared length ends exactly at
@@ -9,9 +9,6 @@ use super::limits::INITIAL_STATE_MAX;
 use super::stream::{SECTION_EOF, SECTION_FOOTER, SECTION_VMDESC};
 
 mod json;
-mod layout;
-
-pub use layout::{Layout, LayoutMismatch};
 
 /// Bytes from the EOF byte to the text: EOF, section type, be32 length.
 const HEAD_LEN: usize = 6;

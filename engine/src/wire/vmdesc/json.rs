@@ -11,7 +11,7 @@ pub(super) fn is_vmdesc(text: &[u8]) -> bool {
 }
 
 /// The text, if it is UTF-8 and within the depth limit: only then anything recursive may look at it.
-pub(super) fn checked(text: &[u8]) -> Option<&str> {
+fn checked(text: &[u8]) -> Option<&str> {
     let mut depth = 0usize;
     let mut in_string = false;
     let mut escaped = false;
