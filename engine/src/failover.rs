@@ -9,7 +9,9 @@
 use crate::blocks::BlockTable;
 use crate::session::SessionRecord;
 use crate::units::{BlockId, PAGE_BYTES, PAGE_SIZE, PageIndex};
-use crate::wire::ram::{BlockRef, RECORD_MAX, Record, encode_block_list, encode_block_list_ignoring_shared};
+use crate::wire::ram::{
+    BlockRef, RECORD_MAX, RamRecord, encode_block_list, encode_block_list_ignoring_shared,
+};
 use crate::wire::stream::{Section, StreamHeader, encode_capability, encode_footer};
 use serde::{Deserialize, Serialize};
 use std::io::{self, Write};
@@ -117,7 +119,7 @@ fn begin(out: &mut Vec<u8>, record: &SessionRecord, form: Form) {
 }
 
 fn end_ram(out: &mut Vec<u8>, id: u32) {
-    Record::Eos.encode(out);
+    RamRecord::Eos.encode(out);
     encode_footer(out, id);
 }
 
@@ -156,11 +158,11 @@ impl<W: Write> Writer<W> {
                 let offset = at * PAGE_BYTES;
                 // Sent too where it is zero: the fresh QEMU has firmware of its own in some blocks.
                 if content == [0; PAGE_SIZE] {
-                    Record::Zero { block, offset }.encode(&mut self.buffer);
+                    RamRecord::Zero { block, offset }.encode(&mut self.buffer);
                     self.report.zero_pages += 1;
                 } else {
                     let content = &content;
-                    Record::Page {
+                    RamRecord::Page {
                         block,
                         offset,
                         content,

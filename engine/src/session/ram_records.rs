@@ -5,7 +5,7 @@ use super::action::{Action, Page, PageContent};
 use super::main_channel::{Body, Session, Stage, Step, unexpected};
 use crate::units::BlockId;
 use crate::wire::WireError;
-use crate::wire::ram::{BlockList, BlockRef, Record};
+use crate::wire::ram::{BlockList, BlockRef, RamRecord};
 
 /// Where the primary puts the markers. A property of its machine type, seen from the START section (spec §10).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -22,27 +22,27 @@ pub(super) struct Continued(Option<BlockId>);
 
 impl Session {
     pub(super) fn read_record<'a>(&mut self, body: Body, input: &'a [u8]) -> Step<'a> {
-        let Some((record, consumed)) = Record::parse(input)? else {
+        let Some((record, consumed)) = RamRecord::parse(input)? else {
             return Ok((0, Action::NeedMore));
         };
         let after_marker = std::mem::replace(&mut self.marker_last, false);
         let action = match record {
-            Record::MemSize { total } => {
+            RamRecord::MemSize { total } => {
                 if body != Body::Start || self.blocks.is_some() {
                     return Err(unexpected("a second block list"));
                 }
                 self.stage = Stage::BlockList(BlockList::new(total, self.limits.ram_limit_bytes)?);
                 Action::Continue
             }
-            Record::Eos => self.end_of_body(body, after_marker)?,
-            Record::MultifdFlush => self.flush_marker(body)?,
-            Record::Zero { block, offset } => self.page(block, offset, PageContent::Zero)?,
-            Record::Page {
+            RamRecord::Eos => self.end_of_body(body, after_marker)?,
+            RamRecord::MultifdFlush => self.flush_marker(body)?,
+            RamRecord::Zero { block, offset } => self.page(block, offset, PageContent::Zero)?,
+            RamRecord::Page {
                 block,
                 offset,
                 content,
             } => self.page(block, offset, PageContent::Bytes(content))?,
-            Record::Xbzrle { block, offset, delta } => {
+            RamRecord::Xbzrle { block, offset, delta } => {
                 if self.limits.channels > 0 {
                     return Err(WireError::refused(
                         "XBZRLE pages beside multifd",

@@ -4,7 +4,7 @@ use super::*;
 use crate::blocks::BlockTable;
 use crate::units::{BlockId, CheckpointId, PAGE_BYTES, PAGE_SIZE};
 use crate::wire::colo::Message;
-use crate::wire::ram::{Record, encode_block_list};
+use crate::wire::ram::{RamRecord, encode_block_list};
 use crate::wire::stream::{Command, Section, StreamHeader, encode_footer};
 
 const RAM: u32 = 2;
@@ -51,7 +51,7 @@ impl Stream {
         self
     }
 
-    fn record(mut self, record: Record<'_>) -> Self {
+    fn record(mut self, record: RamRecord<'_>) -> Self {
         record.encode(&mut self.0);
         self
     }
@@ -75,11 +75,11 @@ impl Stream {
     fn precopy(self) -> Self {
         self.section(Section::RamStart { id: RAM })
             .blocks()
-            .record(Record::MultifdFlush)
-            .record(Record::Eos)
+            .record(RamRecord::MultifdFlush)
+            .record(RamRecord::Eos)
             .footer()
             .section(Section::Part { id: RAM })
-            .record(Record::Eos)
+            .record(RamRecord::Eos)
             .footer()
             .section(Section::Command(Command::SwitchoverStart))
             .round()
@@ -87,9 +87,9 @@ impl Stream {
 
     fn round(self) -> Self {
         self.section(Section::End { id: RAM })
-            .record(Record::MultifdFlush)
-            .record(Record::MultifdFlush)
-            .record(Record::Eos)
+            .record(RamRecord::MultifdFlush)
+            .record(RamRecord::MultifdFlush)
+            .record(RamRecord::Eos)
             .footer()
     }
 
@@ -258,14 +258,14 @@ fn a_session_of_7_2_syncs_at_every_end_of_section() {
     let stream = Stream::begin(&[Command::EnableColo])
         .section(Section::RamStart { id: RAM })
         .blocks()
-        .record(Record::Eos)
+        .record(RamRecord::Eos)
         .footer()
         .section(Section::End { id: RAM })
-        .record(Record::Zero {
+        .record(RamRecord::Zero {
             block: crate::wire::ram::BlockRef::Named(b"bios"),
             offset: PAGE_BYTES,
         })
-        .record(Record::Eos)
+        .record(RamRecord::Eos)
         .footer()
         .devices();
     let log = play_whole(4, stream).unwrap();
@@ -288,27 +288,27 @@ fn plain_mode_carries_pages_and_continues_blocks_over_sections() {
     let stream = Stream::new_qemu()
         .section(Section::RamStart { id: RAM })
         .blocks()
-        .record(Record::Eos)
+        .record(RamRecord::Eos)
         .footer()
         .section(Section::Part { id: RAM })
-        .record(Record::Page {
+        .record(RamRecord::Page {
             block: Named(b"pc.ram"),
             offset: 0,
             content: &page,
         })
-        .record(Record::Eos)
+        .record(RamRecord::Eos)
         .footer()
         .section(Section::End { id: RAM })
-        .record(Record::Zero {
+        .record(RamRecord::Zero {
             block: Continue,
             offset: PAGE_BYTES,
         })
-        .record(Record::Xbzrle {
+        .record(RamRecord::Xbzrle {
             block: Continue,
             offset: 0,
             delta: &[3, 1, 9],
         })
-        .record(Record::Eos)
+        .record(RamRecord::Eos)
         .footer()
         .devices();
     let log = play_whole(0, stream).unwrap();
@@ -334,12 +334,12 @@ fn settings_that_cannot_work_are_named() {
     let both = start(Stream::begin(&[Command::OpenReturnPath, Command::EnableColo]));
     assert!(refusal(4, both).contains("switch its capability return-path off"));
     assert!(refusal(4, start(Stream::begin(&[]))).contains("switch its capability x-colo on"));
-    let plain = start(Stream::new_qemu()).blocks().record(Record::MultifdFlush);
+    let plain = start(Stream::new_qemu()).blocks().record(RamRecord::MultifdFlush);
     assert!(refusal(0, plain).contains("switch its capability multifd off"));
     let delta = start(Stream::new_qemu())
         .blocks()
-        .record(Record::MultifdFlush)
-        .record(Record::Xbzrle {
+        .record(RamRecord::MultifdFlush)
+        .record(RamRecord::Xbzrle {
             block: crate::wire::ram::BlockRef::Named(b"bios"),
             offset: 0,
             delta: &[0, 1, 9],
@@ -403,16 +403,16 @@ fn a_round_without_its_last_marker_is_refused() {
     let stream = Stream::new_qemu()
         .section(Section::RamStart { id: RAM })
         .blocks()
-        .record(Record::MultifdFlush)
-        .record(Record::Eos)
+        .record(RamRecord::MultifdFlush)
+        .record(RamRecord::Eos)
         .footer()
         .section(Section::End { id: RAM })
-        .record(Record::MultifdFlush)
-        .record(Record::Zero {
+        .record(RamRecord::MultifdFlush)
+        .record(RamRecord::Zero {
             block: crate::wire::ram::BlockRef::Named(b"bios"),
             offset: 0,
         })
-        .record(Record::Eos);
+        .record(RamRecord::Eos);
     assert!(refusal(4, stream).contains("without a MULTIFD_FLUSH"));
 }
 

@@ -35,7 +35,7 @@ pub enum BlockRef<'a> {
 /// One record of a RAM section's body. Offsets are page-aligned; that they lie in the block is for
 /// [`BlockTable::page`] to check.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Record<'a> {
+pub enum RamRecord<'a> {
     /// The block list follows, whose lengths add up to `total`. Only in START.
     MemSize {
         /// Bytes of RAM over all blocks.
@@ -72,7 +72,7 @@ pub enum Record<'a> {
     MultifdFlush,
 }
 
-impl<'a> Record<'a> {
+impl<'a> RamRecord<'a> {
     /// Parses one record.
     ///
     /// # Errors
@@ -269,7 +269,7 @@ impl BlockList {
 /// Appends the MEM_SIZE record and the block list.
 pub fn encode_block_list(out: &mut Vec<u8>, table: &BlockTable) {
     let total = table.total_bytes();
-    Record::MemSize { total }.encode(out);
+    RamRecord::MemSize { total }.encode(out);
     for (_, block) in table.iter() {
         let (name, used_length) = (&*block.name, block.used_length);
         BlockEntry { name, used_length }.encode(out);
@@ -280,7 +280,7 @@ pub fn encode_block_list(out: &mut Vec<u8>, table: &BlockTable) {
 /// begins. QEMU looks only at those of blocks that it ignores. What is ignored here is the main memory, which begins at 0.
 pub fn encode_block_list_ignoring_shared(out: &mut Vec<u8>, table: &BlockTable) {
     let total = table.total_bytes();
-    Record::MemSize { total }.encode(out);
+    RamRecord::MemSize { total }.encode(out);
     for (_, block) in table.iter() {
         let (name, used_length) = (&*block.name, block.used_length);
         BlockEntry { name, used_length }.encode(out);

@@ -12,7 +12,7 @@ use colo_ring::units::{ChannelId, PAGE_SIZE};
 use colo_ring::wire::codec::Method;
 use colo_ring::wire::colo::Message;
 use colo_ring::wire::multifd::{HEADER_LEN, INIT_LEN, Init, PacketFields, raw_payload_len};
-use colo_ring::wire::ram::{BlockRef, Record, encode_block_list};
+use colo_ring::wire::ram::{BlockRef, RamRecord, encode_block_list};
 use colo_ring::wire::return_path::RpMessage;
 use colo_ring::wire::stream::{Command, Section, StreamHeader, encode_footer};
 use nix::libc::linger;
@@ -243,7 +243,7 @@ impl HostilePrimary {
         if self.channels.is_empty() {
             return Vec::new();
         }
-        record(Record::MultifdFlush)
+        record(RamRecord::MultifdFlush)
     }
 
     /// A SYNC on every channel.
@@ -445,7 +445,7 @@ pub fn section(section: Section<'_>) -> Vec<u8> {
 
 /// A RAM record.
 #[must_use]
-pub fn record(record: Record<'_>) -> Vec<u8> {
+pub fn record(record: RamRecord<'_>) -> Vec<u8> {
     let mut out = Vec::new();
     record.encode(&mut out);
     out
@@ -455,7 +455,7 @@ pub fn record(record: Record<'_>) -> Vec<u8> {
 #[must_use]
 pub fn page_record(block: BlockRef<'_>, offset: u64, fill: u8) -> Vec<u8> {
     let content = &[fill; PAGE_SIZE];
-    record(Record::Page {
+    record(RamRecord::Page {
         block,
         offset,
         content,
@@ -465,7 +465,7 @@ pub fn page_record(block: BlockRef<'_>, offset: u64, fill: u8) -> Vec<u8> {
 /// EOS and the RAM section's footer.
 #[must_use]
 pub fn end_of_body() -> Vec<u8> {
-    let mut out = record(Record::Eos);
+    let mut out = record(RamRecord::Eos);
     encode_footer(&mut out, RAM);
     out
 }

@@ -3,7 +3,7 @@
 use crate::{BACKENDS, be32, be64, good_packet};
 use colo_ring::ring::BackendKind;
 use colo_ring::wire::colo::Message;
-use colo_ring::wire::ram::{BlockEntry, BlockRef, Record};
+use colo_ring::wire::ram::{BlockEntry, BlockRef, RamRecord};
 use colo_ring::wire::stream::{Command, Section, encode_footer};
 use colo_ring_tests::hostile::bench::{At, Bench};
 use colo_ring_tests::hostile::{
@@ -24,15 +24,15 @@ fn footer(id: u32) -> Vec<u8> {
 fn checkpoint_cases() -> Vec<MainCase> {
     let send = || message(Message::VmstateSend);
     let end = || section(Section::End { id: RAM });
-    let flush = || record(Record::MultifdFlush);
-    let eos = || record(Record::Eos);
+    let flush = || record(RamRecord::MultifdFlush);
+    let eos = || record(RamRecord::Eos);
     let round = || vec![send(), end(), flush(), end_of_body()];
     let to_size = || [round(), vec![section(Section::Eof)]].concat();
     let state = device_state(1);
     let to_state = |size| [to_size(), vec![message(Message::VmstateSize(size))]].concat();
     let size = |bytes: u64| [be32(4), be64(bytes)].concat();
     let page = |name: &[u8], offset| page_record(BlockRef::Named(name), offset, 1);
-    let xbzrle = record(Record::Xbzrle {
+    let xbzrle = record(RamRecord::Xbzrle {
         block: BlockRef::Named(b"pc.ram"),
         offset: 0,
         delta: &[0, 1, 7],
@@ -298,7 +298,7 @@ fn precopy_cases() -> Vec<MainCase> {
     };
     let open = || commands(&[Command::OpenReturnPath]);
     let to_list = || vec![header(), open(), ram_start()];
-    let list = |total: u64| [to_list(), vec![record(Record::MemSize { total })]].concat();
+    let list = |total: u64| [to_list(), vec![record(RamRecord::MemSize { total })]].concat();
     let capability = subsection(b"configuration/capabilities", b"\0\0\0\x01\x0fx-ignore-shared");
     let bitmap = [
         &[1, 0, 0, 0, 3, 12],
@@ -390,7 +390,7 @@ fn precopy_cases() -> Vec<MainCase> {
         (
             "marker first",
             to_list(),
-            record(Record::MultifdFlush),
+            record(RamRecord::MultifdFlush),
             "a sync marker before the block list",
         ),
         (
@@ -402,7 +402,7 @@ fn precopy_cases() -> Vec<MainCase> {
         (
             "EOS first",
             to_list(),
-            record(Record::Eos),
+            record(RamRecord::Eos),
             "before the block list",
         ),
         (
@@ -469,7 +469,7 @@ fn wrong_bytes_in_plain_mode() {
         let mut bench = Bench::start("plain", backend, 0);
         let delta = |offset, delta: &[u8]| {
             let block = BlockRef::Named(b"pc.ram");
-            record(Record::Xbzrle { block, offset, delta })
+            record(RamRecord::Xbzrle { block, offset, delta })
         };
         for (case, wrong, says) in [
             (
@@ -495,7 +495,7 @@ fn wrong_bytes_in_plain_mode() {
             ("delta cut short", delta(PAGE, &[0, 9, 1]), "a bad XBZRLE delta"),
             (
                 "marker",
-                record(Record::MultifdFlush),
+                record(RamRecord::MultifdFlush),
                 "switch its capability multifd off",
             ),
         ] {

@@ -5,7 +5,7 @@ use colo_ring::ring::BackendKind;
 use colo_ring::units::PAGE_SIZE;
 use colo_ring::wire::colo::Message;
 use colo_ring::wire::multifd::HEADER_LEN;
-use colo_ring::wire::ram::Record;
+use colo_ring::wire::ram::RamRecord;
 use colo_ring::wire::stream::Section;
 use colo_ring_tests::hostile::bench::{At, Bench};
 use colo_ring_tests::hostile::{
@@ -244,7 +244,7 @@ fn pages_that_come_when_none_may() {
         primary.main.send(&message(Message::VmstateSend));
         primary
             .main
-            .send(&[section(Section::End { id: RAM }), record(Record::MultifdFlush)].concat());
+            .send(&[section(Section::End { id: RAM }), record(RamRecord::MultifdFlush)].concat());
         primary.channels[1].send(&good_packet()[..HEADER_LEN + PAGE_SIZE]);
         std::thread::sleep(Duration::from_millis(200));
         primary

@@ -11,7 +11,7 @@ use crate::net::Address;
 use colo_ring::units::PACKET_PAGES;
 use colo_ring::wire::colo::Message;
 use colo_ring::wire::multifd::raw_payload_len;
-use colo_ring::wire::ram::{BlockRef, Record, encode_block_list};
+use colo_ring::wire::ram::{BlockRef, RamRecord, encode_block_list};
 use colo_ring::wire::return_path::RpMessage;
 use colo_ring::wire::stream::{Command, Section, StreamHeader, encode_footer};
 use std::time::{Duration, Instant};
@@ -318,7 +318,7 @@ impl SynthPrimary {
         if self.options.sync_mode == SyncMode::PerSection {
             self.sync_channels()?;
         }
-        Record::Eos.encode(&mut self.main.out);
+        RamRecord::Eos.encode(&mut self.main.out);
         self.main.flush()?;
         encode_footer(&mut self.main.out, self.ram_section);
         Ok(())
@@ -330,7 +330,7 @@ impl SynthPrimary {
             return Ok(());
         }
         self.sync_channels()?;
-        Record::MultifdFlush.encode(&mut self.main.out);
+        RamRecord::MultifdFlush.encode(&mut self.main.out);
         self.main.flush()
     }
 
@@ -438,10 +438,10 @@ impl SynthPrimary {
         };
         let offset = page.offset;
         let record = if page.zero {
-            Record::Zero { block, offset }
+            RamRecord::Zero { block, offset }
         } else {
             let content = ram.page(page.block, offset);
-            Record::Page {
+            RamRecord::Page {
                 block,
                 offset,
                 content,

@@ -5,7 +5,7 @@ use super::{Flow, StreamsError};
 use colo_ring::blocks::BlockTable;
 use colo_ring::session::{Action, Outbound, Page, PageContent, Session, SessionLimits};
 use colo_ring::units::BlockId;
-use colo_ring::wire::ram::{BlockRef, Record};
+use colo_ring::wire::ram::{BlockRef, RamRecord};
 use std::ops::Range;
 use std::sync::Arc;
 
@@ -204,7 +204,7 @@ impl<'a> Reader<'a> {
             }
         }
         if current.first_page.is_none() {
-            let record = Record::parse(&self.bytes[position..]).map_err(|error| error.to_string())?;
+            let record = RamRecord::parse(&self.bytes[position..]).map_err(|error| error.to_string())?;
             let continues = record.is_some_and(|(record, _)| block_of(&record) == Some(BlockRef::Continue));
             current.first_page = Some(PageRecord {
                 position,
@@ -262,9 +262,9 @@ impl<'a> Reader<'a> {
     }
 }
 
-fn block_of<'a>(record: &Record<'a>) -> Option<BlockRef<'a>> {
+fn block_of<'a>(record: &RamRecord<'a>) -> Option<BlockRef<'a>> {
     match record {
-        Record::Zero { block, .. } | Record::Page { block, .. } | Record::Xbzrle { block, .. } => {
+        RamRecord::Zero { block, .. } | RamRecord::Page { block, .. } | RamRecord::Xbzrle { block, .. } => {
             Some(*block)
         }
         _ => None,
@@ -283,11 +283,11 @@ pub(super) fn with_block_named(
     blocks: &BlockTable,
 ) -> Result<(Vec<u8>, usize), StreamsError> {
     let broken = || StreamsError::Internal("a page record that was read cannot be read again");
-    let parsed = Record::parse(&bytes[first.position..]).map_err(|_| broken())?;
+    let parsed = RamRecord::parse(&bytes[first.position..]).map_err(|_| broken())?;
     let (mut record, consumed) = parsed.ok_or_else(broken)?;
     let name = BlockRef::Named(&blocks.block(first.block).name);
     match &mut record {
-        Record::Zero { block, .. } | Record::Page { block, .. } | Record::Xbzrle { block, .. } => {
+        RamRecord::Zero { block, .. } | RamRecord::Page { block, .. } | RamRecord::Xbzrle { block, .. } => {
             *block = name
         }
         _ => return Err(broken()),

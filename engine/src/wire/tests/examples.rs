@@ -6,7 +6,7 @@ use crate::units::{BlockId, ChannelId, PAGE_BYTES, PAGE_SIZE};
 use crate::wire::codec::Method;
 use crate::wire::colo::Message;
 use crate::wire::multifd::{HEADER_LEN, Init, PacketFields, PacketHeader, PageList, raw_payload_len};
-use crate::wire::ram::{BlockEntry, BlockList, BlockRef, Record, encode_block_list};
+use crate::wire::ram::{BlockEntry, BlockList, BlockRef, RamRecord, encode_block_list};
 use crate::wire::return_path::RpMessage;
 use crate::wire::stream::{Command, Section, StreamHeader, encode_footer, parse_footer};
 use crate::wire::xbzrle;
@@ -68,7 +68,7 @@ fn main_channel_start_is_read() {
     );
     assert_eq!(next(input, Section::parse), Section::Command(Command::Ping(1)));
     assert_eq!(next(input, Section::parse), Section::RamStart { id: 1 });
-    let Record::MemSize { total } = next(input, Record::parse) else {
+    let RamRecord::MemSize { total } = next(input, RamRecord::parse) else {
         panic!()
     };
     let mut list = BlockList::new(total, 1 << 40).unwrap();
@@ -79,12 +79,12 @@ fn main_channel_start_is_read() {
     };
     assert_eq!(read, table());
     assert_eq!(bytes.len() - input.len(), 0xc6);
-    assert_eq!(next(input, Record::parse), Record::MultifdFlush);
-    assert_eq!(next(input, Record::parse), Record::Eos);
+    assert_eq!(next(input, RamRecord::parse), RamRecord::MultifdFlush);
+    assert_eq!(next(input, RamRecord::parse), RamRecord::Eos);
     next(input, |input| parse_footer(input, 1));
     for _ in 0..2 {
         assert_eq!(next(input, Section::parse), Section::Part { id: 1 });
-        assert_eq!(next(input, Record::parse), Record::Eos);
+        assert_eq!(next(input, RamRecord::parse), RamRecord::Eos);
         next(input, |input| parse_footer(input, 1));
     }
     assert_eq!(
@@ -92,9 +92,9 @@ fn main_channel_start_is_read() {
         Section::Command(Command::SwitchoverStart)
     );
     assert_eq!(next(input, Section::parse), Section::End { id: 1 });
-    assert_eq!(next(input, Record::parse), Record::MultifdFlush);
-    assert_eq!(next(input, Record::parse), Record::MultifdFlush);
-    assert_eq!(next(input, Record::parse), Record::Eos);
+    assert_eq!(next(input, RamRecord::parse), RamRecord::MultifdFlush);
+    assert_eq!(next(input, RamRecord::parse), RamRecord::MultifdFlush);
+    assert_eq!(next(input, RamRecord::parse), RamRecord::Eos);
     next(input, |input| parse_footer(input, 1));
     let full = Section::Full {
         id: 6,
@@ -120,19 +120,19 @@ fn main_channel_start_is_written() {
     Command::Ping(1).encode(&mut out);
     Section::RamStart { id: 1 }.encode(&mut out);
     encode_block_list(&mut out, &table());
-    Record::MultifdFlush.encode(&mut out);
-    Record::Eos.encode(&mut out);
+    RamRecord::MultifdFlush.encode(&mut out);
+    RamRecord::Eos.encode(&mut out);
     encode_footer(&mut out, 1);
     for _ in 0..2 {
         Section::Part { id: 1 }.encode(&mut out);
-        Record::Eos.encode(&mut out);
+        RamRecord::Eos.encode(&mut out);
         encode_footer(&mut out, 1);
     }
     Section::Command(Command::SwitchoverStart).encode(&mut out);
     Section::End { id: 1 }.encode(&mut out);
-    Record::MultifdFlush.encode(&mut out);
-    Record::MultifdFlush.encode(&mut out);
-    Record::Eos.encode(&mut out);
+    RamRecord::MultifdFlush.encode(&mut out);
+    RamRecord::MultifdFlush.encode(&mut out);
+    RamRecord::Eos.encode(&mut out);
     encode_footer(&mut out, 1);
     let (idstr, id, instance, version) = (b"apic", 6, 0, 3);
     Section::Full {
@@ -174,9 +174,9 @@ fn one_checkpoint_on_main() {
     assert_eq!(next(input, Message::parse), Message::CheckpointRequest);
     assert_eq!(next(input, Message::parse), Message::VmstateSend);
     assert_eq!(next(input, Section::parse), Section::End { id: 1 });
-    assert_eq!(next(input, Record::parse), Record::MultifdFlush);
-    assert_eq!(next(input, Record::parse), Record::MultifdFlush);
-    assert_eq!(next(input, Record::parse), Record::Eos);
+    assert_eq!(next(input, RamRecord::parse), RamRecord::MultifdFlush);
+    assert_eq!(next(input, RamRecord::parse), RamRecord::MultifdFlush);
+    assert_eq!(next(input, RamRecord::parse), RamRecord::Eos);
     next(input, |input| parse_footer(input, 1));
     assert_eq!(next(input, Section::parse), Section::Eof);
     assert_eq!(next(input, Message::parse), Message::VmstateSize(13023));
@@ -263,27 +263,27 @@ fn plain_records_and_delta() {
     bytes.extend_from_slice(&delta);
     let input = &mut &bytes[..];
     assert_eq!(next(input, Section::parse), Section::Part { id: 1 });
-    let page = Record::Page {
+    let page = RamRecord::Page {
         block: BlockRef::Named(b"pc.ram"),
         offset: 0,
         content: &[0x5a; PAGE_SIZE],
     };
-    every_cut_is_incomplete(&input[..8 + 7 + PAGE_SIZE], Record::parse);
-    assert_eq!(next(input, Record::parse), page);
+    every_cut_is_incomplete(&input[..8 + 7 + PAGE_SIZE], RamRecord::parse);
+    assert_eq!(next(input, RamRecord::parse), page);
     let block = BlockRef::Continue;
     assert_eq!(
-        next(input, Record::parse),
-        Record::Zero {
+        next(input, RamRecord::parse),
+        RamRecord::Zero {
             block,
             offset: 0x1000
         }
     );
-    let xbzrle = Record::Xbzrle {
+    let xbzrle = RamRecord::Xbzrle {
         block,
         offset: 0x2bc_7000,
         delta: &delta,
     };
-    assert_eq!(next(input, Record::parse), xbzrle);
+    assert_eq!(next(input, RamRecord::parse), xbzrle);
     assert!(input.is_empty());
 
     let mut expected = [0xee; PAGE_SIZE];

@@ -8,7 +8,7 @@ use crate::wire::colo::{Message, check_device_state};
 use crate::wire::multifd::{
     HEADER_LEN, INIT_LEN, Init, PacketFields, PacketHeader, PageList, START_LEN, check_start,
 };
-use crate::wire::ram::{BlockEntry, BlockList, Record};
+use crate::wire::ram::{BlockEntry, BlockList, RamRecord};
 use crate::wire::return_path::RpMessage;
 use crate::wire::stream::{ChannelKind, Section, StreamHeader, classify, parse_footer};
 use crate::wire::{Parsed, WireError, xbzrle};
@@ -113,7 +113,7 @@ fn sections_and_commands() {
 
 #[test]
 fn records() {
-    let word = |word: u64| Record::parse(&word.to_be_bytes()).map(drop);
+    let word = |word: u64| RamRecord::parse(&word.to_be_bytes()).map(drop);
     refused(word(0x000), "exactly one");
     refused(word(0x020), "exactly one");
     refused(word(0x00a), "exactly one");
@@ -128,11 +128,11 @@ fn records() {
     refused(word(0x080), "RDMA");
     refused(word(0x100), "capability compress off");
     refused(word(0x120), "capability compress off");
-    refused(Record::parse(&hex("0000000000000022 01")), "fill byte");
-    refused(Record::parse(&hex("0000000000000060 02")), "encoding");
-    refused(Record::parse(&hex("0000000000000060 01 0000")), "1 to 0x1000");
+    refused(RamRecord::parse(&hex("0000000000000022 01")), "fill byte");
+    refused(RamRecord::parse(&hex("0000000000000060 02")), "encoding");
+    refused(RamRecord::parse(&hex("0000000000000060 01 0000")), "1 to 0x1000");
     // Refused at its length, without waiting for 64 KiB.
-    refused(Record::parse(&hex("0000000000000060 01 1001")), "1 to 0x1000");
+    refused(RamRecord::parse(&hex("0000000000000060 01 1001")), "1 to 0x1000");
 }
 
 #[test]
@@ -424,7 +424,7 @@ proptest! {
         let length = bytes.len();
         prop_assert!(sane(Section::parse(&bytes), length));
         prop_assert!(sane(parse_footer(&bytes, id), length));
-        prop_assert!(sane(Record::parse(&bytes), length));
+        prop_assert!(sane(RamRecord::parse(&bytes), length));
         prop_assert!(sane(BlockEntry::parse(&bytes), length));
         prop_assert!(sane(Message::parse(&bytes), length));
         prop_assert!(sane(RpMessage::parse(&bytes), length));

@@ -7,7 +7,7 @@ use crate::wire::codec::Method;
 use crate::wire::colo::Message;
 use crate::wire::limits::{VMSTATE_MAX, VMSTATE_MIN};
 use crate::wire::multifd::{HEADER_LEN, Init, PacketFields, PacketHeader, PageList, raw_payload_len};
-use crate::wire::ram::{BlockEntry, BlockList, BlockRef, RECORD_MAX, Record, encode_block_list};
+use crate::wire::ram::{BlockEntry, BlockList, BlockRef, RECORD_MAX, RamRecord, encode_block_list};
 use crate::wire::return_path::RpMessage;
 use crate::wire::stream::{Command, Section, StreamHeader, encode_footer, parse_footer};
 use crate::wire::xbzrle;
@@ -133,11 +133,11 @@ proptest! {
     #[test]
     fn small_records(name in name(), named: bool, offset in offset(), delta in vec(any::<u8>(), 1..80)) {
         let block = if named { BlockRef::Named(&name) } else { BlockRef::Continue };
-        round_trip!(Record::Zero { block, offset }, Record::parse);
-        round_trip!(Record::Xbzrle { block, offset, delta: &delta }, Record::parse);
-        round_trip!(Record::MemSize { total: offset }, Record::parse);
-        round_trip!(Record::Eos, Record::parse);
-        round_trip!(Record::MultifdFlush, Record::parse);
+        round_trip!(RamRecord::Zero { block, offset }, RamRecord::parse);
+        round_trip!(RamRecord::Xbzrle { block, offset, delta: &delta }, RamRecord::parse);
+        round_trip!(RamRecord::MemSize { total: offset }, RamRecord::parse);
+        round_trip!(RamRecord::Eos, RamRecord::parse);
+        round_trip!(RamRecord::MultifdFlush, RamRecord::parse);
         round_trip!(BlockEntry { name: &name, used_length: offset }, BlockEntry::parse);
     }
 
@@ -153,7 +153,7 @@ proptest! {
         let mut bytes = Vec::new();
         encode_block_list(&mut bytes, &table);
         let input = &mut &bytes[..];
-        prop_assert_eq!(super::next(input, Record::parse), Record::MemSize { total });
+        prop_assert_eq!(super::next(input, RamRecord::parse), RamRecord::MemSize { total });
         let mut list = BlockList::new(total, total).unwrap();
         for _ in 1..table.iter().len() {
             prop_assert_eq!(list.push(super::next(input, BlockEntry::parse)), Ok(None));
@@ -233,8 +233,8 @@ proptest! {
     fn page_records(name in name(), named: bool, offset in offset(), seed: u8, delta_len in 1..=PAGE_SIZE) {
         let block = if named { BlockRef::Named(&name) } else { BlockRef::Continue };
         let content: [u8; PAGE_SIZE] = std::array::from_fn(|i| seed.wrapping_add(i.to_le_bytes()[0]));
-        round_trip!(Record::Page { block, offset, content: &content }, Record::parse);
-        round_trip!(Record::Xbzrle { block, offset, delta: &content[..delta_len] }, Record::parse);
+        round_trip!(RamRecord::Page { block, offset, content: &content }, RamRecord::parse);
+        round_trip!(RamRecord::Xbzrle { block, offset, delta: &content[..delta_len] }, RamRecord::parse);
     }
 }
 
@@ -248,7 +248,7 @@ fn whole_runs(delta: &[u8]) -> Vec<usize> {
 #[test]
 fn the_longest_record_is_as_long_as_stated() {
     let mut bytes = Vec::new();
-    let record = Record::Page {
+    let record = RamRecord::Page {
         block: BlockRef::Named(&[b'n'; 255]),
         offset: 0,
         content: &[0; PAGE_SIZE],

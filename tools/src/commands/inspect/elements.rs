@@ -3,7 +3,7 @@
 use crate::streams::{Flow, Streams};
 use colo_ring::session::{Action, Session, SessionLimits};
 use colo_ring::wire::colo::Message;
-use colo_ring::wire::ram::{BlockEntry, BlockRef, Record};
+use colo_ring::wire::ram::{BlockEntry, BlockRef, RamRecord};
 use colo_ring::wire::stream::{Command, Section, parse_footer};
 
 /// One element.
@@ -145,13 +145,13 @@ fn name(element: &[u8], is_page: bool) -> String {
             other => format!("{other:?}"),
         };
     }
-    if let Ok(Some((record, consumed))) = Record::parse(element)
+    if let Ok(Some((record, consumed))) = RamRecord::parse(element)
         && whole(consumed)
     {
         return match record {
-            Record::MemSize { total } => format!("MEM_SIZE, {total} bytes of RAM"),
-            Record::Eos => "end of the section's records".to_owned(),
-            Record::MultifdFlush => "MULTIFD_FLUSH, a sync point".to_owned(),
+            RamRecord::MemSize { total } => format!("MEM_SIZE, {total} bytes of RAM"),
+            RamRecord::Eos => "end of the section's records".to_owned(),
+            RamRecord::MultifdFlush => "MULTIFD_FLUSH, a sync point".to_owned(),
             _ => page_name(element),
         };
     }
@@ -186,14 +186,14 @@ fn page_name(element: &[u8]) -> String {
         BlockRef::Continue => "the same block".to_owned(),
         BlockRef::Named(name) => name.escape_ascii().to_string(),
     };
-    match Record::parse(element) {
-        Ok(Some((Record::Zero { block, offset }, _))) => {
+    match RamRecord::parse(element) {
+        Ok(Some((RamRecord::Zero { block, offset }, _))) => {
             format!("zero page {offset:#x} of {}", in_block(&block))
         }
-        Ok(Some((Record::Page { block, offset, .. }, _))) => {
+        Ok(Some((RamRecord::Page { block, offset, .. }, _))) => {
             format!("page {offset:#x} of {}", in_block(&block))
         }
-        Ok(Some((Record::Xbzrle { block, offset, delta }, _))) => format!(
+        Ok(Some((RamRecord::Xbzrle { block, offset, delta }, _))) => format!(
             "page {offset:#x} of {}, XBZRLE of {} bytes",
             in_block(&block),
             delta.len()

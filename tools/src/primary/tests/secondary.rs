@@ -8,7 +8,7 @@ use colo_ring::units::{PACKET_PAGES, PAGE_SIZE};
 use colo_ring::wire::Parsed;
 use colo_ring::wire::colo::{Message, check_device_state};
 use colo_ring::wire::multifd::{HEADER_LEN, INIT_LEN, Init, PacketHeader, PageList};
-use colo_ring::wire::ram::{BlockEntry, BlockList, BlockRef, Record};
+use colo_ring::wire::ram::{BlockEntry, BlockList, BlockRef, RamRecord};
 use colo_ring::wire::return_path::RpMessage;
 use colo_ring::wire::stream::{Command, SECTION_FULL, Section, StreamHeader, parse_footer};
 use colo_ring::wire::vmdesc::{EndFinder, Layout};
@@ -131,7 +131,7 @@ enum Owned {
 }
 
 fn apply_record(seen: &Seen, last: &mut Option<usize>, input: &[u8]) -> Parsed<Owned> {
-    let Some((record, consumed)) = Record::parse(input)? else {
+    let Some((record, consumed)) = RamRecord::parse(input)? else {
         return Ok(None);
     };
     let mut block = |block: BlockRef<'_>| {
@@ -141,8 +141,8 @@ fn apply_record(seen: &Seen, last: &mut Option<usize>, input: &[u8]) -> Parsed<O
         last.expect("a block to continue")
     };
     let owned = match record {
-        Record::MemSize { total } => Owned::MemSize(total),
-        Record::Page {
+        RamRecord::MemSize { total } => Owned::MemSize(total),
+        RamRecord::Page {
             block: of,
             offset,
             content,
@@ -150,14 +150,14 @@ fn apply_record(seen: &Seen, last: &mut Option<usize>, input: &[u8]) -> Parsed<O
             seen.write(block(of), offset, content);
             Owned::Page
         }
-        Record::Zero { block: of, offset } => {
+        RamRecord::Zero { block: of, offset } => {
             seen.write(block(of), offset, &[0; PAGE_SIZE]);
             seen.memory.lock().unwrap().zero_on_main += 1;
             Owned::Page
         }
-        Record::Xbzrle { .. } => panic!("no deltas are sent"),
-        Record::MultifdFlush => Owned::Flush,
-        Record::Eos => Owned::Eos,
+        RamRecord::Xbzrle { .. } => panic!("no deltas are sent"),
+        RamRecord::MultifdFlush => Owned::Flush,
+        RamRecord::Eos => Owned::Eos,
     };
     Ok(Some((owned, consumed)))
 }

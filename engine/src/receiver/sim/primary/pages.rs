@@ -6,7 +6,7 @@ use super::{Packet, Primary, RAM_SECTION, Version, ZeroPages};
 use crate::units::PACKET_PAGES;
 use crate::wire::codec::Method;
 use crate::wire::multifd::{HEADER_LEN, PacketFields, raw_payload_len};
-use crate::wire::ram::{BlockRef, Record};
+use crate::wire::ram::{BlockRef, RamRecord};
 use crate::wire::stream::encode_footer;
 use crate::wire::xbzrle;
 
@@ -83,9 +83,9 @@ impl Primary {
         let (block, content) = (named, &*self.on_main[page].insert(content));
         let delta = &*delta;
         let record = match delta.len() {
-            _ if zero => Record::Zero { block, offset },
-            1..=PAGE => Record::Xbzrle { block, offset, delta },
-            _ => Record::Page {
+            _ if zero => RamRecord::Zero { block, offset },
+            1..=PAGE => RamRecord::Xbzrle { block, offset, delta },
+            _ => RamRecord::Page {
                 block,
                 offset,
                 content,
@@ -103,7 +103,7 @@ impl Primary {
     pub(super) fn marker(&mut self, rng: &mut Rng) {
         if self.kind.channels > 0 && self.kind.per_round {
             self.sync(rng);
-            self.main(|out| Record::MultifdFlush.encode(out));
+            self.main(|out| RamRecord::MultifdFlush.encode(out));
         }
     }
 
@@ -111,7 +111,7 @@ impl Primary {
         if !self.kind.per_round {
             self.sync(rng);
         }
-        self.main(|out| Record::Eos.encode(out));
+        self.main(|out| RamRecord::Eos.encode(out));
         self.main(|out| encode_footer(out, RAM_SECTION));
     }
 
