@@ -58,7 +58,7 @@ pub enum BlockListError {
     #[error("block {0} of the block list has a name of more than {BLOCK_NAME_MAX} bytes")]
     LongName(usize),
     /// The same name twice.
-    #[error("block {name} stands twice in the block list")]
+    #[error("block {name} occurs twice in the block list")]
     Duplicate {
         /// The name.
         name: String,

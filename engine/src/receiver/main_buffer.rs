@@ -1,12 +1,12 @@
-//! What has arrived on a main channel and was not parsed yet: in a buffer of its own, or, in plain mode between
-//! checkpoints, in the guest's pool, where pages then stay.
+//! The receive buffer of a main channel: memory of its own, or, in plain mode after precopy, a buffer in the guest's
+//! page pool, where received pages stay.
 
 use crate::ring::Staging;
 use crate::store::{PoolBuffer, SlabId, Store, StoreError};
 use crate::units::{PAGE_SIZE, PageIndex};
 use std::sync::Arc;
 
-/// Room for what has arrived and is not parsed yet. In precopy of plain mode pages come this way, some dozens at a time.
+/// Large enough for some dozens of pages, which arrive this way in precopy of plain mode.
 const STAGING_BYTES: usize = 256 << 10;
 
 pub(super) enum MainBuffer {
@@ -63,8 +63,8 @@ impl MainBuffer {
         Ok(space.map(|(address, bytes)| Space { address, bytes, slab }))
     }
 
-    /// From now on pages stay where they arrive, if the store can do that. Only while no receive is posted, and not before
-    /// everything that has arrived is parsed. `shard` is the calling thread's.
+    /// Moves to a buffer in the pool, if the store has one and everything that has arrived is parsed. Only while no receive
+    /// is posted. `shard` is the calling thread's.
     pub(super) fn move_to_pool(&mut self, store: &Arc<Store>, shard: usize) -> Result<(), StoreError> {
         if let Self::Own(staging) = self
             && staging.bytes().is_empty()
@@ -75,7 +75,7 @@ impl MainBuffer {
         Ok(())
     }
 
-    /// A page is among what has arrived: keeps it where it is, or copies it.
+    /// Takes a page out of the received bytes: keeps it in place, or copies it.
     pub(super) fn keep(
         &self,
         store: &Store,

@@ -17,11 +17,11 @@ pub enum Action<'a> {
     Continue,
     /// Send these bytes, whole, in one write.
     Send(Outbound),
-    /// The block list is complete: make the guest's memory before the next step, which may release the channels.
+    /// The block list is complete: allocate the guest's memory before the next step, which may release the channels.
     Memory(Arc<BlockTable>),
-    /// Apply a page that came on the main channel.
+    /// Apply a page that was received on the main channel.
     Page(Page<'a>),
-    /// A sync point: go on when all channels have arrived, and release them then.
+    /// A sync point: wait until all channels have arrived, and release them.
     Marker,
     /// The checkpoint's transfer begins: the primary's guest is stopped.
     TransferBegins,
@@ -37,7 +37,7 @@ pub enum Action<'a> {
     OpenGate,
 }
 
-/// What goes to the primary on the main channel.
+/// A message to the primary on the main channel.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Outbound {
     /// PONG, on the return path.
@@ -54,7 +54,7 @@ pub enum Outbound {
 }
 
 impl Outbound {
-    /// Most bytes of one.
+    /// Bytes of the longest.
     pub const LEN_MAX: usize = 12;
 
     /// Replaces the content of `out` by its bytes: at most [`Self::LEN_MAX`].
@@ -77,12 +77,12 @@ impl Outbound {
     }
 }
 
-/// A page that came on the main channel.
+/// A page that was received on the main channel.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Page<'a> {
-    /// Which one.
+    /// Its place in the guest's RAM.
     pub page: PageIndex,
-    /// What it becomes.
+    /// Its new content.
     pub content: PageContent<'a>,
 }
 

@@ -41,20 +41,20 @@ impl From<GateClosed> for ChannelError {
     }
 }
 
-/// What it means that the primary is gone (spec §14.1). A crash, a cut and a deliberate takeover look alike.
+/// What the loss of the primary means (spec §14.1). A crash, a cut connection and a deliberate takeover look alike.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Error)]
 pub enum Ending {
     /// Before the initial state was complete.
     #[error(
         "the primary went away before its initial state was complete; nothing can be restored here, and its guest, \
-         if it lives, goes on there"
+         if it still runs, continues there"
     )]
     InPrecopy,
     /// After the initial state, before any checkpoint, from a primary that may not do COLO at all (spec §5).
     #[error(
         "the primary went away after its initial state and before any checkpoint. A plain migration, without the \
-         capability x-colo, completes like this: then its guest is stopped there (`cont` lets it go on) and stored here \
-         (`colo-ring failover` starts it). If it was cancelled or lost instead, the guest may run there"
+         capability x-colo, ends like this: then its guest is stopped there (`cont` resumes it) and stored here \
+         (`colo-ring failover` starts it). If the migration was cancelled or lost instead, the guest may run there"
     )]
     PlainMigration,
     /// With nothing in flight.
@@ -63,7 +63,7 @@ pub enum Ending {
         /// What is kept.
         last: CheckpointId,
     },
-    /// In the middle of a checkpoint, which is dropped.
+    /// During a checkpoint, which is dropped.
     #[error("the primary went away during a checkpoint, which is dropped; the last committed one is {last}")]
     DuringCheckpoint {
         /// What is kept.

@@ -31,7 +31,7 @@ use crate::wire::stream::{Command, Section, StreamHeader, parse_footer};
 use crate::wire::vmdesc::EndFinder;
 use std::sync::Arc;
 
-/// What the receiver is set up for.
+/// What the receiver was configured for.
 #[derive(Clone, Copy, Debug)]
 pub struct SessionLimits {
     /// The primary's `multifd-channels`; 0 is plain mode.
@@ -40,7 +40,7 @@ pub struct SessionLimits {
     pub ram_limit_bytes: u64,
 }
 
-/// What stays the same for the session and is needed, with RAM and device state, to restart the guest (spec §15).
+/// What is constant for a session and restarts the guest together with RAM and device state (spec §15).
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct SessionRecord {
     /// Header and configuration, verbatim.
@@ -51,13 +51,13 @@ pub struct SessionRecord {
     pub ram_section: u32,
     /// The RAM blocks, in the primary's order.
     pub blocks: Arc<BlockTable>,
-    /// The description of the device state: JSON of the primary, not trusted.
+    /// The description of the device state: JSON from the primary, not trusted.
     pub vmdesc: Vec<u8>,
 }
 
 /// Which part of the RAM section is being read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Body {
+pub(super) enum SectionPart {
     Start,
     Part,
     End,
@@ -68,8 +68,8 @@ pub(super) enum Stage {
     Header,
     Setup,
     BlockList(BlockList),
-    Records(Body),
-    Footer(Body),
+    Records(SectionPart),
+    Footer(SectionPart),
     Precopy,
     Devices(EndFinder),
     Committing,
@@ -92,7 +92,7 @@ pub(super) enum Stage {
     },
 }
 
-/// PINGs that are answered before RAM: 11.x sends one. More would be a way to make us write without end.
+/// PINGs that are answered before RAM: 11.x sends one. The limit bounds what a primary can make the receiver send.
 const PINGS_MAX: u32 = 16;
 
 /// The state of one session's main channel.
@@ -156,10 +156,10 @@ impl Session {
         Ok((consumed, action))
     }
 
-    /// The checkpoint that [`Action::Commit`] named is committed.
+    /// The checkpoint of [`Action::Commit`] is committed.
     ///
     /// # Panics
-    /// If there was none to commit.
+    /// If the last action was not [`Action::Commit`].
     pub fn committed(&mut self) {
         assert!(
             matches!(self.stage, Stage::Committing),
@@ -172,7 +172,7 @@ impl Session {
     /// The pages of the last checkpoint are in the RAM image, as [`Action::FinishFlush`] asked.
     ///
     /// # Panics
-    /// If it did not ask.
+    /// If the last action was not that one.
     pub fn flush_finished(&mut self) {
         assert!(
             matches!(self.stage, Stage::Flushing),
@@ -202,7 +202,7 @@ impl Session {
         self.position
     }
 
-    /// Bytes of device state that are held here: what has arrived of one, or the room of the last.
+    /// Bytes of device state that are allocated here.
     pub fn buffered_bytes(&self) -> u64 {
         match &self.stage {
             Stage::Devices(finder) => finder.buffered() as u64,
@@ -221,7 +221,7 @@ impl Session {
         matches!(&self.stage, Stage::Devices(finder) if finder.looks_suppressed())
     }
 
-    /// What it means that the main channel ended here.
+    /// What the end of the main channel means at this point.
     pub fn ending(&self) -> Ending {
         match (&self.stage, self.checkpoint) {
             (_, None) => Ending::InPrecopy,
@@ -244,9 +244,9 @@ impl Session {
             Stage::Footer(body) => self.read_footer(body, input),
             Stage::Precopy => self.read_precopy(input),
             Stage::Devices(_) => self.read_devices(input),
-            Stage::Committing => unreachable!("the driver answers Action::Commit before it steps again"),
+            Stage::Committing => unreachable!("the driver commits before it steps again"),
             Stage::Committed => Ok((0, self.acknowledge_commit())),
-            Stage::Flushing => unreachable!("the driver answers Action::FinishFlush before it steps again"),
+            Stage::Flushing => unreachable!("the driver finishes the flush before it steps again"),
             Stage::OpenGate => {
                 self.stage = Stage::Reply;
                 Ok((0, Action::OpenGate))
@@ -306,7 +306,7 @@ impl Session {
             Section::RamStart { id } => {
                 self.check_kind_of_primary()?;
                 self.ram_section = id;
-                self.stage = Stage::Records(Body::Start);
+                self.stage = Stage::Records(SectionPart::Start);
             }
             Section::Full { idstr, .. } => {
                 let what = format!("the state of device \"{}\" before RAM", idstr.escape_ascii());
@@ -346,19 +346,23 @@ impl Session {
         };
         let table = Arc::new(table);
         self.blocks = Some(table.clone());
-        self.stage = Stage::Records(Body::Start);
+        self.stage = Stage::Records(SectionPart::Start);
         Ok((consumed, Action::Memory(table)))
     }
 
-    fn read_footer<'a>(&mut self, body: Body, input: &'a [u8]) -> Result<(usize, Action<'a>), WireError> {
+    fn read_footer<'a>(
+        &mut self,
+        body: SectionPart,
+        input: &'a [u8],
+    ) -> Result<(usize, Action<'a>), WireError> {
         let Some(((), consumed)) = parse_footer(input, self.ram_section)? else {
             return Ok((0, Action::NeedMore));
         };
         let live = self.checkpoint.is_some();
         let (stage, action) = match (body, live) {
-            (Body::Part, true) => (Stage::Live { ram_seen: false }, Action::Continue),
+            (SectionPart::Part, true) => (Stage::Live { ram_seen: false }, Action::Continue),
             (_, true) => (Stage::Live { ram_seen: true }, Action::Continue),
-            (Body::End, false) => (Stage::Devices(EndFinder::default()), Action::RamComplete),
+            (SectionPart::End, false) => (Stage::Devices(EndFinder::default()), Action::RamComplete),
             (_, false) => (Stage::Precopy, Action::Continue),
         };
         self.stage = stage;
@@ -370,8 +374,8 @@ impl Session {
             return Ok((0, Action::NeedMore));
         };
         match section {
-            Section::Part { id } => self.begin_body(Body::Part, id)?,
-            Section::End { id } => self.begin_body(Body::End, id)?,
+            Section::Part { id } => self.begin_body(SectionPart::Part, id)?,
+            Section::End { id } => self.begin_body(SectionPart::End, id)?,
             Section::Command(Command::SwitchoverStart) => {}
             other => {
                 return Err(unexpected(format!(
@@ -382,7 +386,7 @@ impl Session {
         Ok((consumed, Action::Continue))
     }
 
-    fn begin_body(&mut self, body: Body, id: u32) -> Result<(), WireError> {
+    fn begin_body(&mut self, body: SectionPart, id: u32) -> Result<(), WireError> {
         if id != self.ram_section {
             let (seen, expected) = (u64::from(id), u64::from(self.ram_section));
             return Err(WireError::Mismatch {
@@ -458,7 +462,7 @@ impl Session {
             return Ok((0, Action::NeedMore));
         };
         if message != expected {
-            return Err(unexpected(format!("{message:?} where {expected:?} belongs")));
+            return Err(unexpected(format!("{message:?} instead of {expected:?}")));
         }
         self.colo_seen = true;
         if expected == Message::CheckpointRequest {
@@ -476,11 +480,11 @@ impl Session {
         let action = match section {
             Section::Command(Command::SwitchoverStart) => Action::Continue,
             Section::Part { id } if !ram_seen => {
-                self.begin_body(Body::Part, id)?;
+                self.begin_body(SectionPart::Part, id)?;
                 Action::Continue
             }
             Section::End { id } if !ram_seen => {
-                self.begin_body(Body::End, id)?;
+                self.begin_body(SectionPart::End, id)?;
                 Action::Continue
             }
             Section::Eof if ram_seen => {
@@ -500,7 +504,7 @@ impl Session {
                 self.stage = Stage::DeviceState { missing };
                 Ok((consumed, Action::Continue))
             }
-            Some((other, _)) => Err(unexpected(format!("{other:?} where VMSTATE_SIZE belongs"))),
+            Some((other, _)) => Err(unexpected(format!("{other:?} instead of VMSTATE_SIZE"))),
         }
     }
 
@@ -526,7 +530,7 @@ impl Session {
 pub(super) fn unexpected(what: impl Into<std::borrow::Cow<'static, str>>) -> WireError {
     WireError::refused(
         what,
-        "this is not how QEMU's COLO protocol goes on: use QEMU 7.2 to 11 as the primary",
+        "QEMU's COLO protocol does not allow that here: use QEMU 7.2 to 11 as the primary",
     )
 }
 

@@ -1,8 +1,8 @@
-//! The body of a RAM section: pages that travel on the main channel, and the markers where it meets the multifd
-//! channels (spec §7.1, §10).
+//! The records of the RAM section: pages that travel on the main channel, and the markers of the sync points with the
+//! multifd channels (spec §7.1, §10).
 
 use super::action::{Action, Page, PageContent};
-use super::main_channel::{Body, Session, Stage, Step, unexpected};
+use super::main_channel::{SectionPart, Session, Stage, Step, unexpected};
 use crate::units::BlockId;
 use crate::wire::WireError;
 use crate::wire::ram::{BlockList, BlockRef, RamRecord};
@@ -21,14 +21,14 @@ pub(super) enum SyncMode {
 pub(super) struct Continued(Option<BlockId>);
 
 impl Session {
-    pub(super) fn read_record<'a>(&mut self, body: Body, input: &'a [u8]) -> Step<'a> {
+    pub(super) fn read_record<'a>(&mut self, body: SectionPart, input: &'a [u8]) -> Step<'a> {
         let Some((record, consumed)) = RamRecord::parse(input)? else {
             return Ok((0, Action::NeedMore));
         };
         let after_marker = std::mem::replace(&mut self.marker_last, false);
         let action = match record {
             RamRecord::MemSize { total } => {
-                if body != Body::Start || self.blocks.is_some() {
+                if body != SectionPart::Start || self.blocks.is_some() {
                     return Err(unexpected("a second block list"));
                 }
                 self.stage = Stage::BlockList(BlockList::new(total, self.limits.ram_limit_bytes)?);
@@ -79,7 +79,7 @@ impl Session {
         }))
     }
 
-    fn flush_marker(&mut self, body: Body) -> Result<Action<'static>, WireError> {
+    fn flush_marker(&mut self, body: SectionPart) -> Result<Action<'static>, WireError> {
         if self.limits.channels == 0 {
             return Err(WireError::refused(
                 "multifd's sync markers to a receiver set up for plain migration",
@@ -90,7 +90,7 @@ impl Session {
             return Err(unexpected("a sync marker before the block list"));
         }
         match self.sync_mode {
-            None if body == Body::Start => self.sync_mode = Some(SyncMode::PerRound),
+            None if body == SectionPart::Start => self.sync_mode = Some(SyncMode::PerRound),
             Some(SyncMode::PerRound) => {}
             _ => {
                 return Err(unexpected(
@@ -102,7 +102,7 @@ impl Session {
         Ok(Action::Marker)
     }
 
-    fn end_of_body(&mut self, body: Body, after_marker: bool) -> Result<Action<'static>, WireError> {
+    fn end_of_body(&mut self, body: SectionPart, after_marker: bool) -> Result<Action<'static>, WireError> {
         if self.blocks.is_none() {
             return Err(unexpected("the end of RAM START before the block list"));
         }
@@ -112,7 +112,7 @@ impl Session {
         }
         match *self.sync_mode.get_or_insert(SyncMode::PerSection) {
             SyncMode::PerSection => Ok(Action::Marker),
-            SyncMode::PerRound if body == Body::End && !after_marker => Err(unexpected(
+            SyncMode::PerRound if body == SectionPart::End && !after_marker => Err(unexpected(
                 "the end of a RAM round without a MULTIFD_FLUSH before it",
             )),
             SyncMode::PerRound => Ok(Action::Continue),

@@ -4,11 +4,11 @@
 //!   its marker and seen all channels arrived, *releases* them. Marker and SYNCs are matched by count.
 //! * **Gate**: between the end of a RAM round and the answer to the next CHECKPOINT_REQUEST no channel may carry
 //!   pages. The main channel *closes* the gate before it commits; a channel announces every packet with pages
-//!   before it touches guest memory. Whoever comes second sees the other: either the channel finds the gate closed,
-//!   or the main channel finds the channel busy. Both are protocol errors of the primary, so a commit never runs
+//!   before it touches guest memory. The later of the two sees the other: either the channel finds the gate closed, or
+//!   the main channel finds the channel busy. Both are protocol errors of the primary, so a commit never runs
 //!   beside a write to the pages it copies, whatever the primary sends.
 //!
-//! Nothing here blocks or wakes: that is the business of whoever drives the channels.
+//! Nothing here blocks or wakes: the drivers of the channels do that.
 
 use crate::canary::{self, Canary};
 use crate::sync::{AtomicBool, AtomicU32, Ordering, fence};
@@ -57,7 +57,7 @@ impl Rendezvous {
     pub fn arrive(&self) -> (Ticket, bool) {
         // Read before arriving: the main channel can release as soon as the last one has arrived.
         let ticket = Ticket(self.generation.load(Ordering::Acquire));
-        // Release: the pages of this channel are visible to whoever sees it arrived.
+        // Release: a thread that sees the arrival sees this channel's pages.
         let before = self.arrived.fetch_add(1, Ordering::AcqRel);
         (
             ticket,
@@ -76,7 +76,7 @@ impl Rendezvous {
         usize::try_from(self.arrived.load(Ordering::Acquire)).is_ok_and(|n| n + early >= self.channels.len())
     }
 
-    /// At a marker with all channels arrived: the next epoch begins. Called by the main channel's driver alone.
+    /// At a marker with all channels arrived: the next epoch begins. Only the main channel's driver calls it.
     pub fn release(&self) {
         // All channels are parked, so none arrives between the two stores.
         self.arrived.store(0, Ordering::Relaxed);

@@ -118,7 +118,7 @@ fn limits(channels: u8) -> SessionLimits {
     }
 }
 
-/// Plays `pieces` and writes down what the session wants, in words.
+/// Plays `pieces` and returns the session's actions as text.
 fn play<'a>(
     session: &mut Session,
     pieces: impl Iterator<Item = &'a [u8]>,
@@ -161,7 +161,7 @@ fn play<'a>(
 }
 
 fn play_whole(channels: u8, stream: Stream) -> Result<Vec<String>, SessionError> {
-    // The initial device state ends where the primary falls silent: what follows comes in pieces of its own.
+    // The initial device state ends where the primary stops sending: what follows is in pieces of its own.
     let mut session = Session::new(limits(channels));
     let end = find(&stream.0, VMDESC).map_or(stream.0.len(), |at| at + VMDESC.len());
     let (first, rest) = stream.0.split_at(end);
@@ -323,7 +323,7 @@ fn plain_mode_carries_pages_and_continues_blocks_over_sections() {
     assert_eq!(log[..6], expected);
 }
 
-/// Plays a stream that must be refused, and returns what is said.
+/// Plays a stream that must be refused, and returns the error's text.
 fn refusal(channels: u8, stream: Stream) -> String {
     play_whole(channels, stream).unwrap_err().to_string()
 }
@@ -448,7 +448,7 @@ fn the_reply_waits_for_the_flush_and_the_open_gate() {
 }
 
 #[test]
-#[should_panic(expected = "answers Action::FinishFlush")]
+#[should_panic(expected = "finishes the flush")]
 fn nothing_is_read_before_the_flush_has_finished() {
     let mut session = Session::new(limits(4));
     let stream = Stream::new_qemu().precopy().devices();

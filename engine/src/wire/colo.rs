@@ -9,13 +9,13 @@ use super::{Parsed, WireError};
 pub enum Message {
     /// Secondary: the initial state is loaded. Once.
     CheckpointReady,
-    /// Primary: wants to take a checkpoint.
+    /// Primary: requests a checkpoint.
     CheckpointRequest,
-    /// Secondary: go on; the primary stops its guest.
+    /// Secondary: ready for it; the primary then stops its guest.
     CheckpointReply,
     /// Primary: RAM follows.
     VmstateSend,
-    /// Primary: that many bytes of device state follow. Within [`VMSTATE_MIN`] and [`VMSTATE_MAX`] when parsed.
+    /// Primary: this many bytes of device state follow. Within [`VMSTATE_MIN`] and [`VMSTATE_MAX`] when parsed.
     VmstateSize(u64),
     /// Secondary: the checkpoint is complete here.
     VmstateReceived,
@@ -80,7 +80,7 @@ fn check_size(size: u64) -> Result<u64, WireError> {
 }
 
 /// Checks the ends of a complete device state, initial or of a checkpoint: sections from the first byte, the EOF
-/// byte last (spec §12.3). Nothing between them is looked at: it is for the QEMU that restarts the guest.
+/// byte last (spec §12.3). What is between them is not checked here: the QEMU that restarts the guest reads it.
 ///
 /// # Errors
 /// If it begins or ends otherwise.

@@ -1,4 +1,4 @@
-//! A reader over the bytes that have arrived: running out of them is a result of its own, not an error.
+//! A reader over the bytes that have arrived. Too few bytes are a result of their own, not an error.
 
 use super::WireError;
 
@@ -26,7 +26,7 @@ pub(crate) struct Cursor<'a> {
 }
 
 impl<'a> Cursor<'a> {
-    /// Runs `parser` from the start of `input` and says how much it took.
+    /// Runs `parser` from the start of `input` and returns how many bytes it took.
     pub(crate) fn parse<T>(
         input: &'a [u8],
         parser: impl FnOnce(&mut Cursor<'a>) -> Result<T, Stop>,
@@ -39,7 +39,7 @@ impl<'a> Cursor<'a> {
         }
     }
 
-    /// The next byte, left where it is.
+    /// The next byte, not consumed.
     pub(crate) fn peek(&self) -> Result<u8, Stop> {
         self.rest.first().copied().ok_or(Stop::Incomplete)
     }

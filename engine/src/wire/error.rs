@@ -1,19 +1,19 @@
-//! What can be wrong with received bytes, said for an operator.
+//! Errors in received bytes, worded for an operator.
 
 use crate::blocks::{BlockListError, NotAPage};
 use std::borrow::Cow;
 use thiserror::Error;
 
-/// Bytes that are not a stream this receiver can take. Says what was seen and what was expected, and where the
-/// primary can be set up otherwise, how; the caller adds the channel, the packet and the byte offset.
+/// Why received bytes were refused: what was seen and what was expected, and which setting of the primary to change
+/// if there is one. The caller adds the channel, the packet and the byte offset.
 #[derive(Clone, Debug, PartialEq, Eq, Error)]
 pub enum WireError {
     /// The first bytes of a connection belong to neither kind of channel (spec §2).
-    #[error("the connection begins with \"{first}\", which is no migration channel{hint}")]
+    #[error("the connection begins with \"{first}\", which is not a migration channel{hint}")]
     NotAChannel {
         /// The first four bytes, escaped.
         first: String,
-        /// What it looks like, where that can be told.
+        /// What it looks like, if that is known.
         hint: &'static str,
     },
     /// A field holds a value that the format does not allow.
@@ -21,9 +21,9 @@ pub enum WireError {
     Value {
         /// The field's name.
         field: &'static str,
-        /// What it holds.
+        /// The value received.
         seen: u64,
-        /// What it may hold.
+        /// The values allowed.
         expected: &'static str,
     },
     /// A number is above its limit.
@@ -36,17 +36,17 @@ pub enum WireError {
         /// The limit.
         limit: u64,
     },
-    /// Two numbers that must be equal are not.
+    /// Two numbers that must be equal differ.
     #[error("{field} is {seen}, expected {expected}")]
     Mismatch {
         /// What the number is.
         field: &'static str,
         /// What was received.
         seen: u64,
-        /// What follows from what was received before.
+        /// The value required by what was received before.
         expected: u64,
     },
-    /// Valid on the wire, but it cannot be received here.
+    /// Valid on the wire, but not supported.
     #[error("the primary sends {what}, which cannot be received here; {remedy}")]
     Refused {
         /// What the primary does.
@@ -61,10 +61,10 @@ pub enum WireError {
         name: String,
     },
     /// The first page record of the stream refers to the block of the one before.
-    #[error("a page record continues the block of the one before, but there is none")]
+    #[error("the first page record of the stream continues the block of the previous one")]
     NothingToContinue,
     /// One packet has the same page twice (spec §8.2).
-    #[error("offset {offset:#x} of block \"{name}\" stands twice in one packet")]
+    #[error("offset {offset:#x} of block \"{name}\" occurs twice in one packet")]
     PageTwice {
         /// The block's name, escaped.
         name: String,

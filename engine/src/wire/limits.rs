@@ -1,5 +1,5 @@
-//! What is refused because it is too large, in one place (spec §21). Each limit is far above anything seen from a
-//! real primary and far below what would hurt the receiver.
+//! Limits on what a primary may send (spec §21). Each is far above anything seen from a real primary and far below
+//! what would exhaust the receiver.
 
 /// Longest name of a machine type. The wire has 32 bits for the length; real names have some 20 bytes.
 pub const MACHINE_NAME_MAX: u32 = 255;
@@ -10,7 +10,7 @@ pub const VMSTATE_MIN: u64 = 2;
 /// Longest device state of a checkpoint. Seen: 13 KB to 405 KB; machines with many devices have a few MB.
 pub const VMSTATE_MAX: u64 = 1 << 30;
 
-/// Most bytes of initial device state and vmdesc together, buffered until the end is found (spec §11.1).
+/// Most bytes of initial device state and vmdesc together, which are buffered until the end is found (spec §11.1).
 pub const INITIAL_STATE_MAX: usize = 256 << 20;
 
 /// Deepest nesting of the vmdesc's JSON. Real ones have about 10 levels (spec §20, 22).

@@ -97,12 +97,12 @@ fn check_reserved(bytes: &[u8]) -> Result<(), WireError> {
     }
 }
 
-/// The init packet: says which channel of which guest this is.
+/// The init packet: names the guest and the channel.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Init {
     /// The guest's UUID, zero if it has none. Equal on all channels of a session.
     pub uuid: [u8; 16],
-    /// The channel's number. That it is below N and not taken is for the session to check.
+    /// The channel's number. The assembler of the session checks that it is below N and not taken.
     pub channel: ChannelId,
 }
 
@@ -131,8 +131,8 @@ impl Init {
     }
 }
 
-/// Checks what the first bytes of a header tell. For a receiver that has only these and would wait for the rest:
-/// a device-state packet has a shorter header, for which it would wait in vain.
+/// Checks the first bytes of a header, for a receiver that waits for the rest: a device-state packet has a shorter
+/// header, so that wait would not end.
 ///
 /// # Errors
 /// As [`PacketHeader::decode`].
@@ -197,7 +197,7 @@ impl<'a> PacketHeader<'a> {
         self.flags & FLAG_SYNC != 0
     }
 
-    /// How the payload is packed. Meaningful only with normal pages.
+    /// How the payload is compressed. Meaningful only with normal pages.
     pub fn method(&self) -> Method {
         Method::from_flags(self.flags).expect("checked when decoded")
     }
@@ -232,7 +232,7 @@ impl<'a> PacketHeader<'a> {
     /// Name of the block that all pages of the packet belong to.
     ///
     /// # Errors
-    /// If it has no end in its field.
+    /// If its field has no terminating zero.
     pub fn block_name(&self) -> Result<&'a [u8], WireError> {
         let field = &self.bytes[at::BLOCK..at::OFFSETS];
         match field.iter().position(|&byte| byte == 0) {
@@ -262,10 +262,10 @@ impl<'a> PacketHeader<'a> {
     }
 
     /// Looks the block up and turns all offsets into pages of the guest; `normal` and `zero` are replaced. Returns
-    /// the block, or `None` for a packet without pages, whose name is not looked at.
+    /// the block, or `None` for a packet without pages, whose name is not read.
     ///
     /// # Errors
-    /// If the block is unknown, an offset is not a page of it, or one stands twice. The lists are then empty.
+    /// If the block is unknown, an offset is not a page of it, or one occurs twice. The lists are then empty.
     pub fn resolve(
         &self,
         table: &BlockTable,
@@ -361,8 +361,8 @@ impl PageList {
     }
 }
 
-/// Tells cheaply that a page has not occurred: a bit for each page number modulo 4096. Pages that share a bit are
-/// compared exactly, which for 128 random pages happens twice per packet, and for neighbours never.
+/// A filter that excludes most repetitions: a bit for each page number modulo 4096. Pages that share a bit are
+/// compared exactly, which happens about twice per packet for 128 random pages, and never for adjacent pages.
 struct Seen([u64; Self::WORDS]);
 
 impl Default for Seen {
@@ -385,7 +385,7 @@ impl Seen {
     }
 }
 
-/// What a primary writes into a packet's header.
+/// The fields of a packet's header, as a primary writes them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct PacketFields<'a> {
     /// Set SYNC.
@@ -451,10 +451,10 @@ impl PacketFields<'_> {
     }
 }
 
-/// Bytes of payload of so many uncompressed pages.
+/// Bytes of payload of this many uncompressed pages.
 ///
 /// # Panics
-/// With more pages than fit a packet.
+/// With more than [`PACKET_PAGES`] pages.
 pub fn raw_payload_len(pages: usize) -> u32 {
     assert!(pages <= PACKET_PAGES, "a packet has at most 128 pages");
     u32::try_from(pages as u64 * PAGE_BYTES).expect("at most 512 KiB")

@@ -26,14 +26,14 @@ const XBZRLE_ENCODING: u8 = 1;
 /// Which block a page record belongs to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum BlockRef<'a> {
-    /// That of the last page record on this stream, however long ago: also in an earlier section or checkpoint.
+    /// That of the last page record on this stream, which may be in an earlier section or checkpoint.
     Continue,
     /// The block of this name, not yet looked up.
     Named(&'a [u8]),
 }
 
-/// One record of a RAM section's body. Offsets are page-aligned; that they lie in the block is for
-/// [`BlockTable::page`] to check.
+/// One record of a RAM section's body. Offsets are page-aligned; [`BlockTable::page`]
+/// checks that they lie in the block.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum RamRecord<'a> {
     /// The block list follows, whose lengths add up to `total`. Only in START.
@@ -63,7 +63,7 @@ pub enum RamRecord<'a> {
         block: BlockRef<'a>,
         /// Its byte offset there.
         offset: u64,
-        /// 1 to 4096 bytes, not yet checked otherwise.
+        /// 1 to 4096 bytes, not checked further.
         delta: &'a [u8],
     },
     /// End of this body; the footer follows.
@@ -76,7 +76,7 @@ impl<'a> RamRecord<'a> {
     /// Parses one record.
     ///
     /// # Errors
-    /// If the flags are not exactly one known kind, or what they announce is out of bounds.
+    /// If the flags are not exactly one known kind, or a length is out of bounds.
     pub fn parse(input: &'a [u8]) -> Parsed<Self> {
         Cursor::parse(input, |cursor| {
             let word = cursor.be64()?;
@@ -194,7 +194,7 @@ pub struct BlockEntry<'a> {
 }
 
 impl<'a> BlockEntry<'a> {
-    /// Parses one entry. None of the optional fields is there with a primary set up for COLO (spec §7.2).
+    /// Parses one entry. A primary set up for COLO sends none of the optional fields (spec §7.2).
     ///
     /// # Errors
     /// None here; [`BlockList::push`] checks the entry.
@@ -213,7 +213,7 @@ impl<'a> BlockEntry<'a> {
 }
 
 /// Collects the block list until its lengths have reached the announced total. Holds at most [`BLOCKS_MAX`] entries
-/// and refuses a total above the receiver's own limit before anything is allocated by it.
+/// and refuses a total above the receiver's own limit before anything is allocated.
 #[derive(Debug)]
 pub struct BlockList {
     entries: Vec<(Box<[u8]>, u64)>,
@@ -276,8 +276,8 @@ pub fn encode_block_list(out: &mut Vec<u8>, table: &BlockTable) {
     }
 }
 
-/// The same with capability `x-ignore-shared` on: after each length stands the guest-physical address at which the block
-/// begins. QEMU looks only at those of blocks that it ignores. What is ignored here is the main memory, which begins at 0.
+/// The same with capability `x-ignore-shared` on: each length is followed by the guest-physical address of the block.
+/// QEMU reads it only for the blocks that it ignores. Here that is the main memory, which begins at 0.
 pub fn encode_block_list_ignoring_shared(out: &mut Vec<u8>, table: &BlockTable) {
     let total = table.total_bytes();
     RamRecord::MemSize { total }.encode(out);

@@ -17,7 +17,7 @@ impl RpMessage {
     /// Parses one message, as a primary does.
     ///
     /// # Errors
-    /// If the type is another one or the length does not fit it.
+    /// If the type is unknown or the length is wrong.
     pub fn parse(input: &[u8]) -> Parsed<Self> {
         Cursor::parse(input, |cursor| {
             let kind = cursor.be16()?;

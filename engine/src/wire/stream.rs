@@ -35,7 +35,7 @@ pub const RAM_INSTANCE: u32 = 0;
 /// Version of the RAM section.
 pub const RAM_VERSION: u32 = 4;
 
-/// What a connection turns out to be.
+/// The kind of a connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ChannelKind {
     /// The main channel, both directions.
@@ -44,10 +44,10 @@ pub enum ChannelKind {
     Multifd,
 }
 
-/// Tells the kind of a connection from its first four bytes, which stay part of what follows (spec §2).
+/// Recognizes the kind of a connection by its first four bytes, which are also the first bytes of its stream (spec §2).
 ///
 /// # Errors
-/// If they are neither; the error says what they look like.
+/// If they belong to neither kind; the error names a likely protocol.
 pub fn classify(first: [u8; 4]) -> Result<ChannelKind, WireError> {
     let hint = match first {
         MAIN_MAGIC => return Ok(ChannelKind::Main),
@@ -67,7 +67,7 @@ pub fn classify(first: [u8; 4]) -> Result<ChannelKind, WireError> {
 pub struct StreamHeader {
     /// Versioned machine type, for example `pc-i440fx-11.1`; printable ASCII.
     pub machine_type: String,
-    /// Configuration subsection `configuration/target-page-bits`, if sent. It said 12.
+    /// Configuration subsection `configuration/target-page-bits`, if sent. Its value was 12.
     pub target_page_bits: bool,
     /// Configuration subsection `configuration/capabilities`, if sent. It was empty.
     pub capabilities: bool,
@@ -80,11 +80,11 @@ const NAME_CAPABILITIES: &[u8] = b"configuration/capabilities";
 const NAME_UUID: &[u8] = b"configuration/uuid";
 
 impl StreamHeader {
-    /// Parses header and configuration (spec §3). Needs one byte more than it consumes, since only that byte tells
-    /// that no further subsection follows; a real primary always sends on.
+    /// Parses header and configuration (spec §3). Needs one byte more than it consumes: that byte shows whether a
+    /// further subsection follows. A real primary always sends more.
     ///
     /// # Errors
-    /// If the stream is of another format, or of a primary that does not send all of its RAM.
+    /// If the stream has another format, or the primary does not send all of its RAM.
     pub fn parse(input: &[u8]) -> Parsed<Self> {
         Cursor::parse(input, |cursor| {
             expect_u32(
@@ -169,7 +169,7 @@ impl StreamHeader {
     }
 }
 
-/// Appends the configuration subsection that says that capability `name` is on, after a header without one.
+/// Appends the configuration subsection for capability `name`, after a header without one.
 ///
 /// # Panics
 /// If the name is longer than 255 bytes.
@@ -213,16 +213,16 @@ fn expect_u32(
     cursor: &mut Cursor<'_>,
     field: &'static str,
     expected: u32,
-    said: &'static str,
+    expected_text: &'static str,
 ) -> Result<(), Stop> {
     let seen = cursor.be32()?;
     if seen == expected {
         return Ok(());
     }
-    Err(WireError::value(field, seen, said).into())
+    Err(WireError::value(field, seen, expected_text).into())
 }
 
-/// What stands where a section may begin on the main channel (spec §4).
+/// An element of the main channel where a section may begin (spec §4).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Section<'a> {
     /// End of the sections.
@@ -266,7 +266,7 @@ impl<'a> Section<'a> {
     /// Parses a section's head, or a whole command.
     ///
     /// # Errors
-    /// If no section begins like this, or only one that cannot be received.
+    /// If the type is unknown or not supported.
     pub fn parse(input: &'a [u8]) -> Parsed<Self> {
         Cursor::parse(input, |cursor| {
             Ok(match cursor.u8()? {
@@ -349,12 +349,12 @@ fn check_start(idstr: &[u8], instance: u32, version: u32) -> Result<(), WireErro
 /// Parses the footer of section `id`.
 ///
 /// # Errors
-/// If something else stands there.
+/// If it is not the footer of this section.
 pub fn parse_footer(input: &[u8], id: u32) -> Parsed<()> {
     Cursor::parse(input, |cursor| {
         let kind = cursor.u8()?;
         if kind != SECTION_FOOTER {
-            let what = format!("a section without footer (byte {kind:#x} where 0x7e belongs)");
+            let what = format!("a section without footer (byte {kind:#x} instead of 0x7e)");
             let remedy = "use a machine type of 2.4 or later and leave send-section-footer on";
             return Err(WireError::refused(what, remedy).into());
         }
@@ -376,7 +376,7 @@ pub fn encode_footer(out: &mut Vec<u8>, id: u32) {
     put_head(out, SECTION_FOOTER, id);
 }
 
-/// A command of the primary (spec §5). When one may come is for the session to judge.
+/// A command of the primary (spec §5). The session checks when each is allowed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Command {
     /// From now on return-path messages may be sent.

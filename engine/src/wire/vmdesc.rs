@@ -1,8 +1,8 @@
 //! The initial device state: where it ends (spec §11).
 //!
 //! Device sections have no lengths. What ends them is the EOF byte and the vmdesc, a JSON text with a length, after
-//! which the primary falls silent until it is answered. So the end is found where a declared length ends exactly at
-//! the last byte received, and the text there is JSON with a list of devices.
+//! which the primary sends nothing until it has its answer. So the end is where a declared length ends exactly at the
+//! last byte received, and the text there is JSON with a list of devices.
 
 use super::WireError;
 use super::limits::INITIAL_STATE_MAX;
@@ -24,7 +24,7 @@ pub struct InitialState {
 
 /// Buffers the initial device state and finds its end.
 ///
-/// The search costs by what arrives, not by what is buffered: JSON text holds no zero byte, and the six bytes before
+/// The cost of the search depends on what arrives, not on what is buffered: JSON text holds no zero byte, and the six bytes before
 /// it begin with one, so the last zero byte received is among those six. Only there a text can begin.
 #[derive(Debug, Default)]
 pub struct EndFinder {
@@ -74,7 +74,7 @@ impl EndFinder {
         )
     }
 
-    /// The refusal of a primary that sends no vmdesc.
+    /// The error for a primary that sends no vmdesc.
     pub fn suppressed() -> WireError {
         let remedy = "start it without -machine suppress-vmdesc=on";
         WireError::refused("device state without vmdesc", remedy)

@@ -1,6 +1,6 @@
 //! XBZRLE deltas: what changed in a page since it was last received (spec §7.4).
 //!
-//! A delta is pairs of runs: so many bytes unchanged, so many new ones. Both lengths are ULEB128 of at most two bytes.
+//! A delta is pairs of runs: unchanged bytes, then new bytes. Both lengths are ULEB128 of at most two bytes.
 
 use super::WireError;
 use crate::units::PAGE_SIZE;
@@ -33,7 +33,7 @@ pub fn runs(delta: &[u8]) -> Runs<'_> {
 
 impl<'a> Runs<'a> {
     fn number(&mut self) -> Result<usize, WireError> {
-        let ended = WireError::Xbzrle("it ends where a run's length belongs");
+        let ended = WireError::Xbzrle("it ends before a run's length");
         let (&low, rest) = self.rest.split_first().ok_or(ended.clone())?;
         self.rest = rest;
         if low < 0x80 {
@@ -86,7 +86,7 @@ impl<'a> Iterator for Runs<'a> {
     }
 }
 
-/// Checks all of `delta`, writing nothing: for memory that may not be left half changed.
+/// Checks all of `delta` without writing, so that no page is left partly changed.
 ///
 /// # Errors
 /// As [`apply`].
@@ -100,7 +100,7 @@ pub fn check(delta: &[u8]) -> Result<(), WireError> {
 /// Applies `delta` to the newest received content of its page.
 ///
 /// # Errors
-/// If it does not fit the page or itself; the page is then as it was.
+/// If it is malformed or exceeds the page; the page is then unchanged.
 pub fn apply(delta: &[u8], page: &mut [u8; PAGE_SIZE]) -> Result<(), WireError> {
     check(delta)?;
     for run in runs(delta) {

@@ -22,7 +22,7 @@ fn strangers_among_connections() {
     for (first, says) in [
         (
             b"HELO".to_vec(),
-            "begins with \"HELO\", which is no migration channel",
+            "begins with \"HELO\", which is not a migration channel",
         ),
         (vec![0x16, 3, 1, 0], "but TLS: unset the parameter tls-creds"),
         (init(0, 7, 2), "the version of a multifd packet is 0x2"),

@@ -47,14 +47,14 @@ fn checkpoint_cases() -> Vec<MainCase> {
             "asked again",
             vec![],
             message(Message::CheckpointRequest),
-            "CheckpointRequest where VmstateSend belongs",
+            "CheckpointRequest instead of VmstateSend",
         ),
-        ("size at once", vec![], size(bytes), "where VmstateSend belongs"),
+        ("size at once", vec![], size(bytes), "instead of VmstateSend"),
         (
             "an answer",
             vec![],
             message(Message::VmstateLoaded),
-            "VmstateLoaded where VmstateSend belongs",
+            "VmstateLoaded instead of VmstateSend",
         ),
         (
             "unknown message",
@@ -188,7 +188,7 @@ fn checkpoint_cases() -> Vec<MainCase> {
             "no size",
             to_size(),
             message(Message::CheckpointRequest),
-            "where VMSTATE_SIZE belongs",
+            "instead of VMSTATE_SIZE",
         ),
         (
             "size 0",
@@ -256,12 +256,12 @@ fn wrong_messages_between_checkpoints() {
         (
             "SEND unasked",
             message(Message::VmstateSend),
-            "VmstateSend where CheckpointRequest belongs",
+            "VmstateSend instead of CheckpointRequest",
         ),
         (
             "an answer",
             message(Message::CheckpointReady),
-            "CheckpointReady where CheckpointRequest belongs",
+            "CheckpointReady instead of CheckpointRequest",
         ),
         ("unknown", be32(u32::MAX), "a COLO message id is 0xffffffff"),
         (
@@ -439,7 +439,7 @@ fn precopy_cases() -> Vec<MainCase> {
             "twice",
             [list(2 * PAGE), vec![entry(b"a", PAGE)]].concat(),
             entry(b"a", PAGE),
-            "stands twice in the block list",
+            "occurs twice in the block list",
         ),
     ]
 }

@@ -24,7 +24,7 @@ fn name(text: &[u8]) -> Vec<u8> {
 fn packet_cases() -> Vec<PacketCase> {
     let unaligned = "offset 0x1001 is not a page of block pc.ram, which is 0x40000 bytes long";
     let payload = "payload size of a packet of uncompressed pages is";
-    let twice = "offset 0x1000 of block \"pc.ram\" stands twice in one packet";
+    let twice = "offset 0x1000 of block \"pc.ram\" occurs twice in one packet";
     vec![
         (
             "magic",

@@ -1,4 +1,4 @@
-//! Input from a peer that means harm or is broken: each is refused, none is waited for, nothing panics.
+//! Input from a hostile or broken peer: each is refused at once, and nothing panics.
 
 use super::hex;
 use crate::blocks::{BLOCKS_MAX, BlockListError, BlockTable};
@@ -29,7 +29,7 @@ fn foreign_connections() {
     assert_eq!(classify([0x11, 0x22, 0x33, 0x44]), Ok(ChannelKind::Multifd));
     refused(
         classify(*b"GET "),
-        "\"GET \", which is no migration channel but HTTP",
+        "\"GET \", which is not a migration channel but HTTP",
     );
     refused(classify([0x16, 3, 1, 2]), "tls-creds");
     // The multifd magic in the other byte order, and nothing at all.
@@ -370,7 +370,7 @@ fn packet_addresses() {
     }
     refused(
         resolve(offset(1, 0)),
-        "offset 0x0 of block \"pc.ram\" stands twice",
+        "offset 0x0 of block \"pc.ram\" occurs twice",
     );
     refused(resolve(offset(2, 4096)), "twice");
     // Pages that share a bit of the quick test are no repetition.
@@ -415,7 +415,7 @@ fn every_repetition_in_a_full_packet_is_found() {
 }
 
 proptest! {
-    /// Whatever arrives, every parser answers, and takes no more than there is.
+    /// For all input, every parser returns and takes no more than there is.
     #[test]
     fn arbitrary_bytes(bytes in vec(prop_oneof![any::<u8>(), 0..9u8], 0..600), id: u32) {
         fn sane<T>(parsed: Parsed<T>, length: usize) -> bool {

@@ -10,7 +10,7 @@ pub(super) fn is_vmdesc(text: &[u8]) -> bool {
     serde_json::from_str::<HasDevices>(text).is_ok_and(|found| found.0)
 }
 
-/// The text, if it is UTF-8 and within the depth limit: only then anything recursive may look at it.
+/// The text, if it is UTF-8 and within the depth limit: only then a recursive parser may read it.
 fn checked(text: &[u8]) -> Option<&str> {
     let mut depth = 0usize;
     let mut in_string = false;
