@@ -207,7 +207,7 @@ fn there_must_be_a_checkpoint_and_no_primary() {
     assert!(bench.ended().lost);
     let refused = conversation.claim(1).unwrap_err();
     assert!(
-        refused.contains("left no checkpoint") && refused.contains("goes on there"),
+        refused.contains("left no checkpoint") && refused.contains("continues there"),
         "{refused}"
     );
     // Protected: its guest runs there.

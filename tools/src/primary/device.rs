@@ -86,14 +86,14 @@ pub(super) fn vmdesc() -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use colo_ring::wire::vmdesc::Layout;
+    use crate::primary::tests::layout::Layout;
 
     #[test]
     fn the_description_fits() {
-        let layout = Layout::parse(vmdesc().as_bytes()).unwrap();
+        let layout = Layout::parse(vmdesc().as_bytes());
         assert_eq!(layout.sections(), DEVICES.len());
         for moment in [0, 1, u64::MAX] {
-            assert_eq!(layout.walk(&state(moment)), Ok(()));
+            layout.check(&state(moment));
         }
         assert_ne!(state(1), state(2));
     }

@@ -202,12 +202,12 @@ fn deltas() {
         result
     };
     refused(apply(""), "empty");
-    refused(apply("00"), "ends where a run's length");
-    refused(apply("80"), "ends where a run's length");
+    refused(apply("00"), "ends before a run's length");
+    refused(apply("80"), "ends before a run's length");
     refused(apply("00 01"), "ends inside");
     refused(apply("00 02 01"), "ends inside");
     refused(apply("00 00"), "empty run of new bytes");
-    refused(apply("00 01 aa 05"), "ends where a run's length");
+    refused(apply("00 01 aa 05"), "ends before a run's length");
     refused(apply("00 01 aa 00 01 bb"), "not the first");
     refused(apply("80 80 01 01 aa"), "more than two bytes");
     refused(apply("80 20 01 aa"), "beyond the page");

@@ -1,5 +1,6 @@
 //! The synthetic primary against a minimal secondary.
 
+pub(super) mod layout;
 mod patterns;
 mod secondary;
 

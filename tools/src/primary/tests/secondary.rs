@@ -1,6 +1,7 @@
 //! A minimal secondary, written after the spec on the engine's wire parsers: a thread per channel, one memory for all
 //! pages, answers as soon as it may.
 
+use super::layout::Layout;
 use crate::net::Address;
 use crate::primary::{SyncMode, SynthOptions, Version};
 use colo_ring::blocks::BlockTable;
@@ -11,7 +12,7 @@ use colo_ring::wire::multifd::{HEADER_LEN, INIT_LEN, Init, PacketHeader, PageLis
 use colo_ring::wire::ram::{BlockEntry, BlockList, BlockRef, RamRecord};
 use colo_ring::wire::return_path::RpMessage;
 use colo_ring::wire::stream::{Command, SECTION_FULL, Section, StreamHeader, parse_footer};
-use colo_ring::wire::vmdesc::{EndFinder, Layout};
+use colo_ring::wire::vmdesc::EndFinder;
 use std::io::{Read, Write};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::PathBuf;
@@ -301,8 +302,8 @@ impl MainSide {
             self.input.more().expect("the end of the state");
             chunk = std::mem::take(&mut self.input.bytes);
         };
-        let layout = Layout::parse(&found.vmdesc).unwrap();
-        layout.walk(&found.device_state).unwrap();
+        let layout = Layout::parse(&found.vmdesc);
+        layout.check(&found.device_state);
         self.seen.memory.lock().unwrap().device_state = found.device_state;
         layout
     }
@@ -334,7 +335,7 @@ impl MainSide {
         }
         let blob: Vec<u8> = self.input.bytes.drain(..size).collect();
         check_device_state(&blob).unwrap();
-        layout.walk(&blob).unwrap();
+        layout.check(&blob);
         self.seen.memory.lock().unwrap().device_state = blob;
         let stall = std::mem::take(&mut *self.seen.stall.lock().unwrap());
         std::thread::sleep(stall);
