@@ -146,7 +146,10 @@ fn a_receiver_of_another_build_takes_turns_beside_it() {
     let results = json(&out.join("results.json"));
     let secondaries = results["cells"][0]["secondaries"].as_array().expect("a list");
     let names: Vec<_> = secondaries.iter().map(|one| &one["secondary"]).collect();
-    assert_eq!(names, ["epoll-pool-deferred", "epoll-pool-deferred@other", "sink"]);
+    assert_eq!(
+        names,
+        ["epoll-pool-deferred", "epoll-pool-deferred@other", "sink"]
+    );
     let ratio = &secondaries[0]["to_other_build"][0]["p50"]["ratio"];
     assert!(ratio.as_f64().expect("a number") > 0.0, "{results}");
     let table = fs::read_to_string(out.join("table.txt")).expect("a table");

@@ -12,6 +12,7 @@ pub mod hlog;
 pub mod net;
 pub mod options;
 pub mod output;
+pub mod page_compression;
 pub mod primary;
 pub mod qmp;
 pub mod run_file;

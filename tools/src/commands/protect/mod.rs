@@ -5,6 +5,7 @@ mod settings;
 use crate::net::Address;
 use crate::options::Size;
 use crate::output::{CommandError, ProgressLine, print, print_json, tell};
+use crate::page_compression::{CompressionArgs, PageCompression};
 use crate::qmp::{Qmp, QmpError, socket_path};
 use crate::signals;
 use clap::Args;
@@ -38,6 +39,13 @@ pub struct ProtectArgs {
     #[arg(long, value_name = "N", default_value_t = 4)]
     channels: u8,
 
+    #[command(flatten)]
+    compression: CompressionArgs,
+
+    /// Send pages that the guest changes often as differences to what was sent before (XBZRLE); needs --channels 0
+    #[arg(long)]
+    xbzrle: bool,
+
     /// Milliseconds between checkpoints: how much of the guest's time a failover costs at most
     #[arg(long, value_name = "MS", default_value_t = 300, value_parser = clap::value_parser!(u32).range(1..))]
     interval: u32,
@@ -64,6 +72,9 @@ struct ProtectReport<'a> {
     qmp: &'a Path,
     to: String,
     channels: u8,
+    #[serde(flatten)]
+    compression: PageCompression,
+    xbzrle: bool,
     interval_ms: u32,
     bandwidth_bytes_per_s: u64,
     /// Capabilities that were changed.
@@ -81,6 +92,7 @@ struct ProtectReport<'a> {
 /// # Errors
 /// If the primary cannot be protected: with QEMU's reason, and in what state it is left.
 pub fn run(args: &ProtectArgs) -> Result<ExitCode, CommandError> {
+    let compression = args.check_modes().map_err(CommandError::Usage)?;
     let (wish, wished) = mpsc::channel();
     signals::on_end(move || {
         // Without a receiver the watching is over.
@@ -88,11 +100,11 @@ pub fn run(args: &ProtectArgs) -> Result<ExitCode, CommandError> {
     })?;
     let mut qmp = Qmp::connect(&args.qmp, CONNECT_LIMIT).map_err(failed)?;
     check_can_begin(&mut qmp)?;
-    let changed = set_capabilities(&mut qmp, args.channels)?;
+    let changed = set_capabilities(&mut qmp, args.channels, args.xbzrle)?;
     // Those that COLO needs are no news.
     let news = changed.iter().filter(|change| change.ends_with(" off"));
     news.for_each(|change| tell(&format!("switched on the primary: {change}")));
-    set_parameters(&mut qmp, args).map_err(failed)?;
+    set_parameters(&mut qmp, args, compression).map_err(failed)?;
     let began = Instant::now();
     let migrate = qmp.execute("migrate", &json!({"uri": args.to.to_string()}));
     migrate.map_err(|error| not_started(&error))?;
@@ -104,6 +116,8 @@ pub fn run(args: &ProtectArgs) -> Result<ExitCode, CommandError> {
         qmp: &args.qmp,
         to: args.to.to_string(),
         channels: args.channels,
+        compression,
+        xbzrle: args.xbzrle,
         interval_ms: args.interval,
         bandwidth_bytes_per_s: args.bandwidth.0,
         changed: &changed,
@@ -117,16 +131,40 @@ pub fn run(args: &ProtectArgs) -> Result<ExitCode, CommandError> {
         print_json(&report)?;
     } else if report.status == "colo" {
         print(&format!(
-            "protected: QEMU {} makes a checkpoint to {} every {} ms; the first copy took {:.1} s\n",
+            "protected: QEMU {} makes a checkpoint to {} every {} ms{}; the first copy took {:.1} s\n",
             report.qemu,
             report.to,
             report.interval_ms,
+            args.modes(compression),
             began.elapsed().as_secs_f64()
         ))?;
     } else {
         print(&format!("started: the migration is in state {}\n", report.status))?;
     }
     Ok(ExitCode::SUCCESS)
+}
+
+impl ProtectArgs {
+    /// What makes pages smaller must be there in the mode that is asked for.
+    fn check_modes(&self) -> Result<PageCompression, String> {
+        if self.xbzrle && self.channels > 0 {
+            return Err(format!(
+                "--xbzrle needs --channels 0, here and at the receiver, and --channels is {}: with multifd QEMU has no \
+                 XBZRLE; --compression is for that",
+                self.channels
+            ));
+        }
+        self.compression.check(self.channels)
+    }
+
+    /// What makes pages smaller, in words that follow others.
+    fn modes(&self, compression: PageCompression) -> String {
+        match (compression.is_some(), self.xbzrle) {
+            (true, _) => format!(", pages compressed with {compression}"),
+            (false, true) => ", with XBZRLE".to_owned(),
+            (false, false) => String::new(),
+        }
+    }
 }
 
 /// Refuses a primary that cannot be protected, before anything is changed on it.
@@ -192,15 +230,19 @@ fn not_started(error: &QmpError) -> CommandError {
     CommandError::Failed(format!("{error}{hint}; the guest runs on, unprotected"))
 }
 
-fn set_parameters(qmp: &mut Qmp, args: &ProtectArgs) -> Result<(), QmpError> {
+fn set_parameters(qmp: &mut Qmp, args: &ProtectArgs, compression: PageCompression) -> Result<(), QmpError> {
     let mut parameters = json!({
         "x-checkpoint-delay": args.interval,
         "max-bandwidth": args.bandwidth.0,
     });
     if args.channels > 0 {
         parameters["multifd-channels"] = args.channels.into();
-        // Nothing else can be received.
-        parameters["multifd-compression"] = "none".into();
+        // Whatever was set before.
+        let method = compression.method.name();
+        parameters["multifd-compression"] = method.into();
+        if let Some(level) = compression.level {
+            parameters[format!("multifd-{method}-level")] = level.into();
+        }
     }
     qmp.execute("migrate-set-parameters", &parameters).map(drop)
 }

@@ -65,12 +65,14 @@ fn capabilities(qmp: &mut Qmp) -> Result<Vec<(String, bool)>, QmpError> {
 }
 
 /// The capabilities that must change, for one of the values of return-path.
-fn changes(known: &[(String, bool)], channels: u8, return_path: bool) -> Vec<(&str, bool)> {
+fn changes(known: &[(String, bool)], channels: u8, xbzrle: bool, return_path: bool) -> Vec<(&str, bool)> {
     let wanted = |name: &str| match name {
         "x-colo" => Some(true),
         "return-path" => Some(return_path),
         "multifd" => Some(channels > 0),
         "xbzrle" if channels > 0 => Some(false),
+        // In plain mode it can be received: what is not asked for is left as it is.
+        "xbzrle" => xbzrle.then_some(true),
         _ => OFF.contains(&name).then_some(false),
     };
     let change = |(name, state): &'_ (String, bool)| wanted(name).filter(|wanted| wanted != state);
@@ -80,7 +82,12 @@ fn changes(known: &[(String, bool)], channels: u8, return_path: bool) -> Vec<(&s
         .collect()
 }
 
-fn check_known(known: &[(String, bool)], channels: u8, version: Version) -> Result<(), CommandError> {
+fn check_known(
+    known: &[(String, bool)],
+    channels: u8,
+    xbzrle: bool,
+    version: Version,
+) -> Result<(), CommandError> {
     let lacks = |name: &str| known.iter().all(|(known, _)| known != name);
     if lacks("x-colo") {
         return Err(CommandError::Failed(format!(
@@ -92,6 +99,11 @@ fn check_known(known: &[(String, bool)], channels: u8, version: Version) -> Resu
             "this QEMU ({version}) has no capability multifd; give --channels 0, to the receiver too"
         )));
     }
+    if xbzrle && lacks("xbzrle") {
+        return Err(CommandError::Failed(format!(
+            "this QEMU ({version}) has no capability xbzrle; protect it without --xbzrle"
+        )));
+    }
     Ok(())
 }
 
@@ -100,13 +112,17 @@ fn check_known(known: &[(String, bool)], channels: u8, version: Version) -> Resu
 ///
 /// # Errors
 /// If QEMU lacks one or refuses.
-pub(super) fn set_capabilities(qmp: &mut Qmp, channels: u8) -> Result<Vec<String>, CommandError> {
+pub(super) fn set_capabilities(
+    qmp: &mut Qmp,
+    channels: u8,
+    xbzrle: bool,
+) -> Result<Vec<String>, CommandError> {
     let failed = |error: QmpError| CommandError::Failed(error.to_string());
     let known = capabilities(qmp).map_err(failed)?;
-    check_known(&known, channels, qmp.version())?;
+    check_known(&known, channels, xbzrle, qmp.version())?;
     let attempts = return_paths(qmp.version());
     for (attempt, return_path) in attempts.iter().enumerate() {
-        let changes = changes(&known, channels, *return_path);
+        let changes = changes(&known, channels, xbzrle, *return_path);
         let list: Vec<Value> = (changes.iter())
             .map(|(name, state)| json!({"capability": name, "state": state}))
             .collect();
@@ -148,7 +164,7 @@ mod tests {
     fn what_hinders_is_switched_off_and_the_rest_is_left() {
         let all = ["multifd", "xbzrle", "x-ignore-shared", "events", "auto-converge"];
         assert_eq!(
-            changes(&known(&all), 4, true),
+            changes(&known(&all), 4, false, true),
             [
                 ("x-colo", true),
                 ("return-path", true),
@@ -157,13 +173,30 @@ mod tests {
             ]
         );
         assert_eq!(
-            changes(&known(&all), 0, false),
+            changes(&known(&all), 0, false, false),
             [("x-colo", true), ("multifd", false), ("x-ignore-shared", false)]
         );
         assert_eq!(
-            changes(&known(&["x-colo", "return-path", "multifd"]), 1, true),
+            changes(&known(&["x-colo", "return-path", "multifd"]), 1, false, true),
             []
         );
+    }
+
+    #[test]
+    fn xbzrle_is_switched_on_where_it_is_asked_for() {
+        let ready = known(&["x-colo", "return-path"]);
+        assert_eq!(changes(&ready, 0, true, true), [("xbzrle", true)]);
+        assert_eq!(changes(&ready, 0, false, true), []);
+        let on = known(&["x-colo", "return-path", "xbzrle"]);
+        assert_eq!(changes(&on, 0, true, true), []);
+        let without = [("x-colo".to_owned(), true)];
+        let version = Version {
+            major: 11,
+            minor: 1,
+            micro: 3,
+        };
+        let refused = check_known(&without, 0, true, version).unwrap_err();
+        assert!(refused.to_string().contains("without --xbzrle"), "{refused}");
     }
 
     #[test]
@@ -187,11 +220,11 @@ mod tests {
             minor: 1,
             micro: 3,
         };
-        let refused = check_known(&known(&[])[1..], 4, version).unwrap_err();
+        let refused = check_known(&known(&[])[1..], 4, false, version).unwrap_err();
         assert!(refused.to_string().contains("--enable-replication"), "{refused}");
-        assert!(check_known(&known(&[])[..2], 0, version).is_ok());
+        assert!(check_known(&known(&[])[..2], 0, false, version).is_ok());
         assert!(
-            check_known(&known(&[])[..2], 4, version)
+            check_known(&known(&[])[..2], 4, false, version)
                 .unwrap_err()
                 .to_string()
                 .contains("--channels 0")

@@ -1,6 +1,7 @@
 //! A primary that answers as it is told to: what is set on it, and what is said when it cannot be protected.
 
 use super::*;
+use crate::page_compression::CompressionMethod;
 use crate::qmp::tests::{Answers, SocketPath, monitor};
 use std::sync::{Arc, Mutex};
 
@@ -9,6 +10,8 @@ fn args(path: &SocketPath) -> ProtectArgs {
         qmp: path.0.clone(),
         to: "tcp:192.0.2.2:4444".parse().unwrap(),
         channels: 4,
+        compression: CompressionArgs::default(),
+        xbzrle: false,
         interval: 300,
         bandwidth: Size(10 << 30),
         wait: None,
@@ -147,12 +150,79 @@ fn return_path_is_switched_on_where_it_is_demanded() {
         other => Err(format!("{other}: not now")),
     });
     let path = monitor((10, 2, 0), answers);
-    let changed = set_capabilities(&mut connect(&path), 2).unwrap();
+    let changed = set_capabilities(&mut connect(&path), 2, false).unwrap();
     assert_eq!(
         changed,
         ["x-colo on", "return-path on", "multifd on", "x-ignore-shared off"]
     );
     assert_eq!(set.lock().unwrap().len(), 2);
+}
+
+/// The parameters that a primary is given.
+fn parameters_of(change: impl FnOnce(&mut ProtectArgs)) -> Value {
+    let set = Arc::new(Mutex::new(Value::Null));
+    let seen = set.clone();
+    let answers: Answers = Box::new(move |command, arguments| {
+        assert_eq!(command, "migrate-set-parameters");
+        *seen.lock().unwrap() = arguments.clone();
+        Ok(json!({}))
+    });
+    let path = monitor((11, 1, 3), answers);
+    let mut args = args(&path);
+    change(&mut args);
+    let compression = args.check_modes().unwrap();
+    set_parameters(&mut connect(&path), &args, compression).unwrap();
+    let parameters = set.lock().unwrap().clone();
+    parameters
+}
+
+#[test]
+fn a_primary_is_given_method_and_level() {
+    let compressed = |compression, compression_level| {
+        parameters_of(|args| {
+            args.compression = CompressionArgs {
+                compression,
+                compression_level,
+            }
+        })
+    };
+    let none = compressed(CompressionMethod::None, None);
+    assert_eq!(none["multifd-compression"], "none");
+    assert_eq!(none["multifd-zstd-level"], Value::Null);
+    let zstd = compressed(CompressionMethod::Zstd, Some(3));
+    assert_eq!(
+        (&zstd["multifd-compression"], &zstd["multifd-zstd-level"]),
+        (&"zstd".into(), &3.into())
+    );
+    let zlib = compressed(CompressionMethod::Zlib, None);
+    assert_eq!(
+        (&zlib["multifd-compression"], &zlib["multifd-zlib-level"]),
+        (&"zlib".into(), &1.into())
+    );
+    assert_eq!(zlib["multifd-zstd-level"], Value::Null);
+    let plain = parameters_of(|args| (args.channels, args.xbzrle) = (0, true));
+    assert_eq!(plain["multifd-compression"], Value::Null);
+}
+
+#[test]
+fn what_makes_pages_smaller_is_refused_in_the_other_mode() {
+    let path = SocketPath::new();
+    let xbzrle = ProtectArgs {
+        xbzrle: true,
+        ..args(&path)
+    };
+    let refused = xbzrle.check_modes().unwrap_err();
+    assert!(refused.contains("--channels 0"), "{refused}");
+    let compressed = ProtectArgs {
+        channels: 0,
+        compression: CompressionArgs {
+            compression: CompressionMethod::Zlib,
+            compression_level: None,
+        },
+        ..args(&path)
+    };
+    let refused = compressed.check_modes().unwrap_err();
+    assert!(refused.contains("--channels is 0"), "{refused}");
 }
 
 #[test]

@@ -1,0 +1,172 @@
+//! How a primary compresses the pages of its multifd channels: options of `protect` and `synth`.
+
+use clap::{Args, ValueEnum};
+use colo_ring::wire::codec::Method;
+use serde::Serialize;
+use std::fmt;
+use std::ops::RangeInclusive;
+
+/// The level where none is given: that of QEMU for every method.
+const LEVEL_DEFAULT: u8 = 1;
+
+/// The methods that a primary can be set to and the receiver decodes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum CompressionMethod {
+    /// Pages as they are
+    #[default]
+    None,
+    /// A zlib stream per channel
+    Zlib,
+    /// A zstd stream per channel, faster than zlib on both sides
+    Zstd,
+}
+
+impl CompressionMethod {
+    /// The name on the command line, in reports, and of QEMU's parameter `multifd-compression`.
+    pub fn name(self) -> &'static str {
+        self.method().name()
+    }
+
+    /// The same on the wire.
+    pub fn method(self) -> Method {
+        match self {
+            Self::None => Method::None,
+            Self::Zlib => Method::Zlib,
+            Self::Zstd => Method::Zstd,
+        }
+    }
+
+    /// The levels that QEMU takes. Empty where there are none.
+    fn levels(self) -> RangeInclusive<u8> {
+        match self {
+            Self::None => 1..=0,
+            Self::Zlib => 0..=9,
+            Self::Zstd => 0..=20,
+        }
+    }
+}
+
+/// The options.
+#[derive(Clone, Copy, Debug, Default, Args)]
+pub struct CompressionArgs {
+    /// Compression of pages on the multifd channels, for a slow network
+    #[arg(long, value_enum, value_name = "METHOD", default_value_t)]
+    pub compression: CompressionMethod,
+
+    /// Level of the compression: 0 to 9 with zlib, 0 to 20 with zstd [default: 1]
+    #[arg(long, value_name = "N")]
+    pub compression_level: Option<u8>,
+}
+
+/// A method with its level.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct PageCompression {
+    /// The method.
+    #[serde(rename = "compression")]
+    pub method: CompressionMethod,
+    /// Its level; none without compression.
+    #[serde(rename = "compression_level")]
+    pub level: Option<u8>,
+}
+
+impl CompressionArgs {
+    /// The compression of a session with so many multifd channels.
+    ///
+    /// # Errors
+    /// If the options do not go together.
+    pub fn check(self, channels: u8) -> Result<PageCompression, String> {
+        let method = self.compression;
+        if method == CompressionMethod::None {
+            return match self.compression_level {
+                None => Ok(PageCompression::default()),
+                Some(_) => Err("--compression-level needs --compression zlib or zstd".to_owned()),
+            };
+        }
+        let name = method.name();
+        if channels == 0 {
+            return Err(format!(
+                "--compression {name} needs multifd channels, and --channels is 0: QEMU compresses pages on these only"
+            ));
+        }
+        let level = self.compression_level.unwrap_or(LEVEL_DEFAULT);
+        let levels = method.levels();
+        if !levels.contains(&level) {
+            return Err(format!(
+                "--compression-level {level}: {name} has the levels {} to {}",
+                levels.start(),
+                levels.end()
+            ));
+        }
+        Ok(PageCompression {
+            method,
+            level: Some(level),
+        })
+    }
+}
+
+impl PageCompression {
+    /// Whether pages are compressed.
+    pub fn is_some(self) -> bool {
+        self.method != CompressionMethod::None
+    }
+}
+
+impl fmt::Display for PageCompression {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.level {
+            None => f.write_str(self.method.name()),
+            Some(level) => write!(f, "{} level {level}", self.method.name()),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn check(compression: CompressionMethod, level: Option<u8>, channels: u8) -> Result<String, String> {
+        let args = CompressionArgs {
+            compression,
+            compression_level: level,
+        };
+        args.check(channels).map(|checked| checked.to_string())
+    }
+
+    #[test]
+    fn a_method_has_its_levels() {
+        use CompressionMethod::{None as Off, Zlib, Zstd};
+        assert_eq!(check(Off, None, 0).unwrap(), "none");
+        assert_eq!(check(Zlib, None, 1).unwrap(), "zlib level 1");
+        assert_eq!(check(Zlib, Some(9), 4).unwrap(), "zlib level 9");
+        assert_eq!(check(Zstd, Some(20), 4).unwrap(), "zstd level 20");
+        assert_eq!(check(Zstd, Some(0), 4).unwrap(), "zstd level 0");
+        for (method, level, channels, says) in [
+            (Zlib, Some(10), 4, "0 to 9"),
+            (Zstd, Some(21), 4, "0 to 20"),
+            (Off, Some(1), 4, "needs --compression"),
+            (Zstd, None, 0, "--channels is 0"),
+        ] {
+            let refused = check(method, level, channels).unwrap_err();
+            assert!(refused.contains(says), "{refused}");
+        }
+    }
+
+    #[test]
+    fn reports_name_method_and_level() {
+        let args = CompressionArgs {
+            compression: CompressionMethod::Zstd,
+            compression_level: None,
+        };
+        let json = serde_json::to_value(args.check(2).unwrap()).unwrap();
+        assert_eq!(
+            json,
+            serde_json::json!({"compression": "zstd", "compression_level": 1})
+        );
+        let json = serde_json::to_value(PageCompression::default()).unwrap();
+        assert_eq!(
+            json,
+            serde_json::json!({"compression": "none", "compression_level": null})
+        );
+    }
+}
