@@ -13,11 +13,14 @@ use crate::store::commit::flusher::{Flush, FlushSizes};
 use crate::store::committed::{CheckpointFiles, CommittedImage};
 use crate::store::durable::record::{DurableRecord, GuestShape};
 use crate::store::memory::image::RamImage;
-use crate::store::memory::map::{self, Mapping, Words};
+use crate::store::memory::index;
+use crate::store::memory::mapping::Mapping;
 use crate::store::memory::mlock;
 use crate::store::memory::numa::NumaNodes;
+use crate::store::memory::populate::populate;
 use crate::store::memory::ram_dir::{RamDirectory, RamFiles};
 use crate::store::memory::slab::{Slab, SlabMemory};
+use crate::store::memory::words::Words;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
@@ -193,7 +196,7 @@ impl Making<'_> {
         let image = self.image.clone();
         let cache = cache.map(|slab| slab.memory());
         let mappings: Vec<&Mapping> = image.mappings().iter().chain(cache).collect();
-        map::populate(&mappings).map_err(|errno| StoreError::NoMemory {
+        populate(&mappings).map_err(|errno| StoreError::NoMemory {
             bytes: image.table().total_bytes(),
             source: errno.into(),
         })?;
@@ -222,7 +225,7 @@ impl Making<'_> {
             Some(extents) => PoolLayout::with_slabs(pages, max, extents),
         };
         let (memory, places, record) = match files {
-            None => (memory, Words::zeroed(map::index(pages)), None),
+            None => (memory, Words::zeroed(index(pages)), None),
             Some(files) => {
                 let shape = GuestShape {
                     pages,

@@ -14,7 +14,7 @@ use crate::store::error::StoreError;
 use crate::store::memory::copy;
 use crate::store::memory::file_names::file_names;
 use crate::store::memory::image::RamImage;
-use crate::store::memory::map::Span;
+use crate::store::memory::span::PageSpan;
 use crate::units::PageRun;
 use crate::units::{CheckpointId, PAGE_BYTES, PAGE_SIZE};
 use std::fs::{self, File};
@@ -185,7 +185,7 @@ impl DumpFile {
         StoreError::file(&self.part, source)
     }
 
-    fn write(&self, span: Span<'_>, offset: u64) -> Result<(), StoreError> {
+    fn write(&self, span: PageSpan<'_>, offset: u64) -> Result<(), StoreError> {
         span.write_to(&self.file, offset)
             .map_err(|error| self.refused(error))
     }

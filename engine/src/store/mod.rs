@@ -66,8 +66,8 @@ pub use durable::recovery::{Recoverable, RecoverableCheckpoint, labels_in};
 pub use error::StoreError;
 pub use memory::copy::CopyMethod;
 pub use memory::huge::{Fallback, HugePages};
-pub use memory::map::LandingRun;
 pub use memory::slab::{HEADER_BYTES, Slab, SlabId};
+pub use memory::span::LandingRun;
 pub use options::{CacheKind, CommitMode, StoreOptions};
 
 use crate::blocks::BlockTable;

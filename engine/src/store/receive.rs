@@ -4,7 +4,7 @@
 
 use crate::canary::{self, Canary};
 use crate::store::memory::copy;
-use crate::store::memory::map;
+use crate::store::memory::index;
 use crate::store::{HEADER_BYTES, Landing, Phase, PoolBuffer, Store, StoreError};
 use crate::units::{PAGE_SIZE, PageIndex, PageRun};
 use std::sync::atomic::Ordering;
@@ -69,10 +69,10 @@ impl Store {
     /// # Panics
     /// If it had no place for one, or with more than [`HEADER_BYTES`] bytes.
     pub fn read_header(&self, landing: &Landing, out: &mut [u8]) {
-        assert!(out.len() <= map::index(HEADER_BYTES), "a header has its own area");
+        assert!(out.len() <= index(HEADER_BYTES), "a header has its own area");
         let place = landing.header_place().expect("its header has a place");
         let slab = self.slab(usize::from(place.slab.0)).expect("pages landed there");
-        slab.memory().copy_out(map::index(place.offset), out);
+        copy::read_bytes(slab.memory(), index(place.offset), out);
     }
 
     /// Brings a page that precopy has put into the image to a mirror's slot.

@@ -10,6 +10,7 @@ mod running_guest;
 
 use super::commit::flusher::FlushSizes;
 use super::memory::copy;
+use super::memory::span::fill_by_kernel;
 use super::*;
 use crate::units::{CheckpointId, PACKET_PAGES, PAGE_BYTES, PAGE_SIZE, PageIndex, PageRun};
 use std::fs;
@@ -98,7 +99,7 @@ fn land(store: &Store, shard: usize, pages: &[(u64, u64)], landing: &mut Landing
     let indices: Vec<_> = pages.iter().map(|(index, _)| page(*index)).collect();
     store.place(0, &indices, landing).unwrap();
     let bytes: Vec<u8> = pages.iter().flat_map(|(_, stamp)| content(*stamp)).collect();
-    landing.fill_by_kernel(&bytes);
+    fill_by_kernel(landing.runs(), &bytes);
     store.landed(shard, landing);
 }
 
@@ -314,7 +315,7 @@ fn two_threads_write_one_page(kind: (CacheKind, CommitMode)) {
             for _ in 0..2000 {
                 store.write(shard, page(7), &[byte; PAGE_SIZE]).unwrap();
                 store.place(0, &[page(7)], &mut landing).unwrap();
-                landing.fill_by_kernel(&[byte; PAGE_SIZE]);
+                fill_by_kernel(landing.runs(), &[byte; PAGE_SIZE]);
                 store.landed(shard, &mut landing);
             }
         })

@@ -5,7 +5,7 @@
 #![deny(unsafe_code)]
 
 use crate::store::cache::stack::{FreeStack, Link};
-use crate::store::memory::map::index;
+use crate::store::memory::index;
 use crate::store::memory::numa::NodeIndex;
 use crate::sync::{AtomicU32, AtomicUsize, Ordering, fence};
 use std::ops::Range;

@@ -13,10 +13,12 @@ use crate::store::StoreError;
 use crate::store::cache::extent_refs::{ExtentId, ExtentRefs};
 use crate::store::cache::pool_layout::PoolLayout;
 use crate::store::memory::huge::Fallback;
-use crate::store::memory::map::{self, Span, index};
+use crate::store::memory::index;
 use crate::store::memory::mlock;
 use crate::store::memory::numa::NodeIndex;
+use crate::store::memory::populate::populate;
 use crate::store::memory::slab::{Slab, SlabId, SlabMemory, slab_id};
+use crate::store::memory::span::{PageSpan, ReadSpan};
 use crate::sync::{AtomicU32, AtomicUsize, Ordering};
 use crate::units::{PACKET_PAGES, PAGE_BYTES};
 use nix::errno::Errno;
@@ -110,8 +112,7 @@ impl Extents {
         let slab = self.next_slab(memory, node)?;
         // A file that has no memory when it is touched is no error but a signal.
         if slab.memory().is_shared() {
-            map::populate(&[slab.memory()])
-                .map_err(|errno| Self::no_memory(self.layout.slab_bytes(), errno))?;
+            populate(&[slab.memory()]).map_err(|errno| Self::no_memory(self.layout.slab_bytes(), errno))?;
         }
         self.open_slab();
         Ok(slab)
@@ -164,10 +165,16 @@ impl Extents {
         (slab_id(position), slab, begin)
     }
 
-    /// One page's bytes at byte `offset` of an extent.
-    pub(crate) fn page(&self, extent: ExtentId, offset: u64) -> Span<'_> {
+    /// A slot of an extent.
+    pub(crate) fn slot(&self, extent: ExtentId, slot: u32) -> PageSpan<'_> {
         let (_, slab, begin) = self.locate(extent);
-        slab.memory().loose_span(begin + offset, 1)
+        slab.memory().span(begin + u64::from(slot) * PAGE_BYTES, 1)
+    }
+
+    /// The bytes of `pages` pages at byte `offset` of an extent.
+    pub(crate) fn content(&self, extent: ExtentId, offset: u64, pages: u64) -> ReadSpan<'_> {
+        let (_, slab, begin) = self.locate(extent);
+        slab.memory().read_span(begin + offset, pages)
     }
 
     /// Takes a free extent, one of `node` where there is one, and holds it. Where there is none at all, makes some: slow, and
@@ -274,7 +281,7 @@ impl Extents {
         }
         let memory = growing.as_mut().expect("set when the extents were mapped");
         let slab = self.next_slab(memory, self.refs.shortest_node())?;
-        map::populate(&[slab.memory()]).map_err(|errno| Self::no_memory(self.layout.slab_bytes(), errno))?;
+        populate(&[slab.memory()]).map_err(|errno| Self::no_memory(self.layout.slab_bytes(), errno))?;
         // Whether memory can be locked was told of the first slabs.
         drop(mlock::lock(std::iter::once(slab.memory())));
         self.open_slab();

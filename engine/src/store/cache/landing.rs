@@ -3,8 +3,10 @@
 
 use crate::store::Phase;
 use crate::store::cache::cursor::Cursor;
-use crate::store::memory::map::{LandingRun, Span, index};
+use crate::store::memory::index;
 use crate::store::memory::slab::{HEADER_BYTES, Slab, SlabId};
+use crate::store::memory::span::LandingRun;
+use crate::store::memory::span::PageSpan;
 use crate::units::{ChannelId, PACKET_PAGES, PageIndex};
 
 /// The landing places of a packet's normal pages, in the packet's order: filled by [`crate::store::Store::place`], handed to
@@ -104,13 +106,13 @@ impl Landing {
     }
 
     /// All pages lie in one piece of one slab.
-    pub(crate) fn push_all(&mut self, pages: &[PageIndex], slab: SlabId, place: Span<'_>) {
+    pub(crate) fn push_all(&mut self, pages: &[PageIndex], slab: SlabId, place: Option<PageSpan<'_>>) {
         self.pages.extend_from_slice(pages);
         self.slab = SlabChoice::All(slab);
-        let (address, length) = (place.start(), place.bytes());
-        if length > 0 {
-            self.runs.push(LandingRun { address, length });
-        }
+        self.runs.extend(place.map(|place| LandingRun {
+            address: place.start(),
+            length: place.bytes(),
+        }));
     }
 
     pub(crate) fn set_header(&mut self, id: SlabId, offset: u64, slab: &Slab) {
@@ -131,7 +133,7 @@ impl Landing {
     }
 
     /// Adds the place of the next page: `slab` is the registered buffer it lies in, if any.
-    pub(crate) fn push(&mut self, page: PageIndex, slab: Option<SlabId>, place: Span<'_>) {
+    pub(crate) fn push(&mut self, page: PageIndex, slab: Option<SlabId>, place: PageSpan<'_>) {
         self.slab = match (self.slab, slab) {
             (SlabChoice::NoPageYet, Some(slab)) => SlabChoice::All(slab),
             (SlabChoice::All(all), Some(slab)) if all == slab => SlabChoice::All(slab),

@@ -7,8 +7,9 @@ use crate::store::commit::plan::Plan;
 use crate::store::memory::copy::{self, CopyMethod};
 use crate::store::memory::huge::Fallback;
 use crate::store::memory::image::RamImage;
-use crate::store::memory::map::{Span, index};
+use crate::store::memory::index;
 use crate::store::memory::slab::{Slab, SlabMemory, slab_id};
+use crate::store::memory::span::PageSpan;
 use crate::units::PageRun;
 use crate::units::{PAGE_BYTES, PAGE_SIZE, PageIndex};
 use std::ops::Range;
@@ -55,7 +56,7 @@ impl Mirror {
     }
 
     /// The slots of the pages of `run`, or of the first of them where they do not lie in one slab.
-    fn slots(&self, run: PageRun) -> Span<'_> {
+    fn slots(&self, run: PageRun) -> PageSpan<'_> {
         let (slab, offset) = self.locate(run.first);
         let slab = &self.slabs[slab];
         let left = (slab.slot_bytes() - offset) / PAGE_BYTES;

@@ -18,8 +18,9 @@ use crate::store::cache::landing::Landing;
 use crate::store::commit::plan::Plan;
 use crate::store::memory::copy::{self, CopyMethod};
 use crate::store::memory::image::RamImage;
-use crate::store::memory::map::{Span, Words, index};
+use crate::store::memory::index;
 use crate::store::memory::numa::{NodeIndex, NumaNodes};
+use crate::store::memory::words::Words;
 use crate::sync::{AtomicU64, Ordering};
 use crate::units::PageRun;
 use crate::units::{PAGE_BYTES, PAGE_SIZE, PageIndex};
@@ -124,15 +125,14 @@ impl Pool {
             }
             Place::Slot(extent, offset) => {
                 let pages = self.piece(run.first, (extent, offset), target.pages());
-                copy::copy(target.first(pages), self.span(extent, offset, pages), method);
+                copy::copy(
+                    target.first(pages),
+                    self.extents.content(extent, offset, pages),
+                    method,
+                );
                 pages
             }
         }
-    }
-
-    fn span(&self, extent: ExtentId, offset: u64, pages: u64) -> Span<'_> {
-        let (_, slab, begin) = self.extents.locate(extent);
-        slab.memory().loose_span(begin + offset, pages)
     }
 
     pub(crate) fn place(
@@ -148,7 +148,8 @@ impl Pool {
         let (id, slab, begin) = self.extents.locate(extent);
         let first = begin + u64::from(slot) * PAGE_BYTES;
         landing.slot = slot;
-        landing.push_all(pages, id, slab.memory().span(first, u64::from(count)));
+        let place = (count > 0).then(|| slab.memory().span(first, u64::from(count)));
+        landing.push_all(pages, id, place);
         // The slot behind the pages: the next packet's own pages may go there, once its header was read out.
         landing.set_header(id, first + u64::from(count) * PAGE_BYTES, slab);
         Ok(())
@@ -177,10 +178,9 @@ impl Pool {
         let mut cursor = Cursor::unpack(word.load(Ordering::Relaxed));
         let reserved = cursor.reserve(&self.extents, self.nodes.of_shard(shard), 1);
         if let Ok((extent, slot)) = &reserved {
-            let offset = u64::from(*slot) * PAGE_BYTES;
-            copy::fill(self.extents.page(*extent, offset), bytes);
+            copy::fill(self.extents.slot(*extent, *slot), bytes);
             cursor.advance(&self.extents, 1);
-            self.supersede(page, Place::Slot(*extent, offset));
+            self.supersede(page, Place::Slot(*extent, u64::from(*slot) * PAGE_BYTES));
         }
         word.store(cursor.pack(), Ordering::Relaxed);
         reserved.map(drop)
@@ -196,7 +196,7 @@ impl Pool {
         match self.place_of(page) {
             Place::Image => return false,
             Place::Zero => out.fill(0),
-            Place::Slot(extent, offset) => copy::read(self.extents.page(extent, offset), out),
+            Place::Slot(extent, offset) => copy::read(self.extents.content(extent, offset, 1), out),
         }
         true
     }

@@ -15,7 +15,7 @@ use crate::store::StoreError;
 use crate::store::cache::extent_refs::ExtentId;
 use crate::store::cache::extents::{EXTENT_BYTES, Extents};
 use crate::store::cache::pool::Pool;
-use crate::store::memory::map::index;
+use crate::store::memory::index;
 use crate::store::memory::numa::NodeIndex;
 use crate::store::memory::slab::SlabId;
 use crate::units::{PAGE_BYTES, PAGE_SIZE, PageIndex};

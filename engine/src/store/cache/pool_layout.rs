@@ -2,7 +2,7 @@
 #![forbid(unsafe_code)]
 
 use crate::store::cache::extents::{EXTENT_BYTES, EXTENT_SLOTS};
-use crate::store::memory::map::index;
+use crate::store::memory::index;
 
 /// Extents of a slab of a small and of a large guest: 34 MiB in 2 MiB pages, and just below 512 MiB.
 const SLAB_EXTENTS: (u32, u32) = (33, 508);

@@ -5,7 +5,7 @@
 //! that was popped and pushed again between a thread's look and its exchange is noticed.
 #![forbid(unsafe_code)]
 
-use crate::store::memory::map::index;
+use crate::store::memory::index;
 use crate::sync::{AtomicU32, AtomicU64, Ordering};
 
 /// The number above it on the stack, plus one: 0 is the end.

@@ -14,7 +14,8 @@
 #![forbid(unsafe_code)]
 
 use crate::store::commit::plan::Plan;
-use crate::store::memory::map::{index, zeroed_words};
+use crate::store::memory::index;
+use crate::store::memory::words::zeroed_words;
 use crate::sync::{AtomicU64, Ordering};
 use crate::units::PageIndex;
 

@@ -36,8 +36,11 @@ use crate::canary::{self, Canary};
 use crate::killpoint;
 use crate::store::StoreError;
 use crate::store::memory::copy;
-use crate::store::memory::map::{Mapping, Words, index};
+use crate::store::memory::index;
+use crate::store::memory::mapping::Mapping;
+use crate::store::memory::populate::populate;
 use crate::store::memory::ram_dir::{MemoryFile, RamFiles};
+use crate::store::memory::words::Words;
 use crate::units::{CheckpointId, PAGE_BYTES};
 use std::path::Path;
 use std::sync::atomic::Ordering;
@@ -215,8 +218,7 @@ impl Area {
         let file = files.create(name, bytes)?;
         let memory = file.map_owned();
         let memory = memory.map_err(|errno| StoreError::file(&file.path, errno.into()))?;
-        crate::store::memory::map::populate(&[&memory])
-            .map_err(|errno| StoreError::file(&file.path, errno.into()))?;
+        populate(&[&memory]).map_err(|errno| StoreError::file(&file.path, errno.into()))?;
         Ok(Self { file, memory })
     }
 
@@ -239,7 +241,7 @@ impl Area {
             return Err(StoreError::damaged(&self.file.path, what));
         };
         let mut out = vec![0; length];
-        self.memory.copy_out(0, &mut out);
+        copy::read_bytes(&self.memory, 0, &mut out);
         Ok(out)
     }
 
@@ -249,9 +251,9 @@ impl Area {
             self.memory = grown.map_err(|errno| StoreError::file(&self.file.path, errno.into()))?;
         }
         let half = bytes.len() / 2;
-        self.memory.copy_in(0, &bytes[..half]);
+        copy::write_bytes(&self.memory, 0, &bytes[..half]);
         killpoint::here();
-        self.memory.copy_in(half, &bytes[half..]);
+        copy::write_bytes(&self.memory, half, &bytes[half..]);
         killpoint::here();
         Ok(())
     }
@@ -350,7 +352,7 @@ impl DurableRecord {
         };
         let words = files.create(PLACES_FILE, shape.pages * 8)?.map_owned();
         // Populated as all memory is: no page fault falls into a pause.
-        let words = words.and_then(|words| crate::store::memory::map::populate(&[&words]).map(|()| words));
+        let words = words.and_then(|words| populate(&[&words]).map(|()| words));
         let words = words.map_err(|errno| StoreError::file(&files.path(PLACES_FILE), errno.into()))?;
         let durable = Self {
             files,

@@ -13,9 +13,11 @@ use crate::store::durable::record::{
 };
 use crate::store::memory::copy;
 use crate::store::memory::image::RamImage;
-use crate::store::memory::map::{Mapping, Words, index};
+use crate::store::memory::index;
+use crate::store::memory::mapping::Mapping;
 use crate::store::memory::ram_dir::{RamDirectory, RamFiles};
 use crate::store::memory::slab::{SLAB_FILES, slab_file};
+use crate::store::memory::words::Words;
 use crate::units::{CheckpointId, PAGE_BYTES, PageIndex, PageRun};
 use std::path::Path;
 use std::sync::Arc;
@@ -167,7 +169,7 @@ impl RecoverableCheckpoint {
                         .filter(|_| offset <= EXTENT_BYTES - PAGE_BYTES);
                     let at = inside.filter(|at| at + PAGE_BYTES <= u64::try_from(slab.len()).unwrap_or(0));
                     let at = at.ok_or_else(|| damaged(format!("page {page} lies beyond its slab")))?;
-                    copy::copy(target, slab.loose_span(at, 1), copy::CopyMethod::Memcpy);
+                    copy::copy(target, slab.read_span(at, 1), copy::CopyMethod::Memcpy);
                 }
             }
             killpoint::here();

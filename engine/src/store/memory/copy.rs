@@ -1,47 +1,59 @@
-//! Copies to, from and within guest memory. Nothing else in the store reads or writes it.
+//! Copies to, from and within guest memory. Nothing else in the store reads or writes its content, except what the receive
+//! buffer of a pool moves (`cache/pool_buffer.rs`).
 //!
 //! # Why this is sound
-//! The same guest page may be written by several at the same time: two channels may carry it in one epoch (spec
-//! §10: QEMU 7.2 does, and a hostile primary can at will), one of them through the kernel and one through
-//! [`zero`]. A plain Rust access that races with such a write is undefined behaviour, whatever the value is used for.
-//! Therefore:
+//! The same guest page may be written by several writers at the same time: two channels may carry it in one epoch (spec §10:
+//! QEMU 7.2 does, and a hostile primary can at will), one of them through the kernel and one through [`zero`]. A plain Rust
+//! access that races with such a write is undefined behaviour, whatever the value is used for. Therefore:
 //!
-//! * No reference to guest memory is ever made: it is known as [`Span`] (a raw pointer with bounds and lifetime).
-//! * On x86-64 every access is inline assembly (or a call of the C library made in inline assembly). To the compiler
-//!   such a block is opaque: it may touch memory whose address has escaped, and races inside of it are the
-//!   machine's matter, not the language's. On the machine a race has one outcome, a page that is a mix of both
-//!   writers' bytes, and that is what the protocol's own rules then make good or end (the page comes
-//!   again, or both writers wrote the same).
-//! * On other targets, and under Miri, which executes no assembly, accesses are loops of relaxed 64-bit atomics.
+//! * No reference to guest memory is made: it is known as a [`PageSpan`] or a [`ReadSpan`], raw pointers with bounds and a
+//!   lifetime, whose types carry what the functions here need: alignment, at least one page, the right to write. The one
+//!   exception is the slice that a pool's receive buffer lends. Nothing writes those bytes while the slice lives, and what is
+//!   here only reads them.
+//! * On x86-64 every access is inline assembly (or a call of the C library made in inline assembly). To the compiler such a block
+//!   is opaque: it may touch memory whose address has escaped, and races inside of it are a matter of the machine, not of the
+//!   language. On the machine a race has one outcome, a page that is a mix of both writers' bytes; the protocol then replaces
+//!   it (the page comes again) or does not care (both writers wrote the same).
+//! * On other targets, and under Miri, which executes no assembly, accesses are loops of relaxed atomics.
 //!
-//! The Rust side of a copy (`&[u8; PAGE_SIZE]`) is ordinary memory of the caller's.
+//! The Rust side of a copy (`&[u8; PAGE_SIZE]`, `&mut [u8]`) is ordinary memory of the caller.
 //!
 //! # Order
-//! Non-temporal stores are not ordered by a release: whoever used [`CopyMethod::NonTemporal`] calls [`fence`]
-//! before it tells another thread.
+//! A release does not order non-temporal stores: after [`CopyMethod::NonTemporal`], [`fence`] must be called before another
+//! thread is notified.
 
-use crate::store::memory::map::Span;
+use crate::store::memory::mapping::Mapping;
+use crate::store::memory::span::{PageSpan, ReadSpan};
 use crate::units::PAGE_SIZE;
 
 /// How pages are copied to the RAM image.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum CopyMethod {
-    /// Stores that bypass the caches, with the widest registers that the processor has: neither are the image's
-    /// lines read only to be overwritten, nor is what the cache holds thrown out for them.
+    /// Stores that bypass the caches, with the widest registers that the processor has: the image's lines are not read only to be
+    /// overwritten, and what the cache holds is not evicted for them.
     NonTemporal,
     /// The C library's `memcpy`, as QEMU flushes: the baseline.
     Memcpy,
 }
 
-/// Copies `source` to `target`, which are equally long.
-pub(crate) fn copy(target: Span<'_>, source: Span<'_>, method: CopyMethod) {
+/// Copies `source` to `target`.
+///
+/// # Panics
+/// If they are not of one length, or overlap.
+pub(crate) fn copy<'a>(target: PageSpan<'_>, source: impl Into<ReadSpan<'a>>, method: CopyMethod) {
+    let source = source.into();
     assert_eq!(
         target.pages(),
         source.pages(),
         "a copy is between spans of one length"
     );
     let (to, from, length) = (target.start(), source.start(), target.bytes());
-    // SAFETY: both spans are whole mapped pages of that length, as `Span` promises.
+    assert!(
+        to.addr().abs_diff(from.addr()) >= length,
+        "a copy is between spans that do not overlap"
+    );
+    // SAFETY: `length` bytes can be read there and written here, at least a page, and `to` is aligned to one: the spans' types
+    // promise it. They do not overlap, which was checked.
     unsafe {
         match method {
             CopyMethod::NonTemporal => arch::copy_non_temporal(to, from, length),
@@ -55,38 +67,56 @@ pub(crate) fn fence() {
     arch::fence();
 }
 
-/// Fills one page from ordinary memory.
-pub(crate) fn fill(target: Span<'_>, bytes: &[u8; PAGE_SIZE]) {
-    let target = target.first(1);
-    // SAFETY: the span is a mapped page.
+/// Fills the first page of a span from ordinary memory.
+pub(crate) fn fill(target: PageSpan<'_>, bytes: &[u8; PAGE_SIZE]) {
+    // SAFETY: the span has a page that can be written, aligned.
     unsafe { arch::fill(target.start(), bytes) }
 }
 
 /// What a kernel does for a receive.
 #[cfg(test)]
 pub(crate) fn fill_bytes(to: *mut u8, bytes: &[u8]) {
-    // SAFETY: the tests give memory of a window's space, at least as long, which nobody else uses.
+    // SAFETY: the tests give the free space of a pool's receive buffer, at least as long, which nothing else uses.
     unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), to, bytes.len()) }
 }
 
-/// Reads one page to ordinary memory.
-pub(crate) fn read(source: Span<'_>, bytes: &mut [u8; PAGE_SIZE]) {
-    let source = source.first(1);
-    // SAFETY: the span is a mapped page.
-    unsafe { arch::read(source.start(), bytes) }
+/// Reads the first page of a span to ordinary memory.
+pub(crate) fn read<'a>(source: impl Into<ReadSpan<'a>>, bytes: &mut [u8; PAGE_SIZE]) {
+    // SAFETY: the span has the bytes of a page that can be read.
+    unsafe { arch::read(source.into().start(), bytes) }
 }
 
-/// Makes a span all zeros, writing only if it is not yet.
-pub(crate) fn zero(target: Span<'_>) {
+/// Copies bytes at `offset` of a mapping out; they need not be pages.
+///
+/// # Panics
+/// Unless they lie inside the mapping.
+pub(crate) fn read_bytes(memory: &Mapping, offset: usize, out: &mut [u8]) {
+    let from = memory.bytes(offset, out.len());
+    // SAFETY: `bytes` has checked that they lie inside the mapping, which is readable; `out` is the caller's own.
+    unsafe { arch::read_bytes(from, out) }
+}
+
+/// Copies bytes to `offset` of a mapping; they need not be pages.
+///
+/// # Panics
+/// Unless they lie inside the mapping.
+pub(crate) fn write_bytes(memory: &Mapping, offset: usize, bytes: &[u8]) {
+    let to = memory.bytes(offset, bytes.len());
+    // SAFETY: `bytes` has checked that they lie inside the mapping, which is writable.
+    unsafe { arch::write_bytes(to, bytes) }
+}
+
+/// Makes a span all zeros. Writes only if it is not yet.
+pub(crate) fn zero(target: PageSpan<'_>) {
     if !is_zero(target) {
-        // SAFETY: mapped pages of that length, as `Span` promises.
+        // SAFETY: the span can be written, and is whole pages.
         unsafe { arch::zero(target.start(), target.bytes()) }
     }
 }
 
 /// Whether a span was all zeros when it was looked at.
-pub(crate) fn is_zero(span: Span<'_>) -> bool {
-    // SAFETY: mapped pages of that length, as `Span` promises.
+pub(crate) fn is_zero(span: PageSpan<'_>) -> bool {
+    // SAFETY: the span can be read, is at least a page, and aligned to one.
     unsafe { arch::is_zero(span.start(), span.bytes()) }
 }
 
@@ -112,6 +142,20 @@ mod x86_64 {
     pub(crate) unsafe fn read(from: *const u8, bytes: &mut [u8; PAGE_SIZE]) {
         // SAFETY: the caller vouches for `from`; `bytes` is as long and the caller's alone.
         unsafe { copy(bytes.as_mut_ptr(), from, PAGE_SIZE) }
+    }
+
+    /// # Safety
+    /// As many bytes at `from` can be read.
+    pub(crate) unsafe fn read_bytes(from: *const u8, out: &mut [u8]) {
+        // SAFETY: the caller vouches for `from`; `out` is as long and the caller's alone.
+        unsafe { copy(out.as_mut_ptr(), from, out.len()) }
+    }
+
+    /// # Safety
+    /// As many bytes at `to` can be written.
+    pub(crate) unsafe fn write_bytes(to: *mut u8, bytes: &[u8]) {
+        // SAFETY: the caller vouches for `to`; `bytes` is as long and ordinary memory.
+        unsafe { copy(to, bytes.as_ptr(), bytes.len()) }
     }
 
     /// # Safety
@@ -242,7 +286,7 @@ mod x86_64 {
 
     #[cfg(test)]
     mod tests {
-        use crate::store::memory::map::Mapping;
+        use crate::store::memory::mapping::Mapping;
         use crate::units::{PAGE_BYTES, PAGE_SIZE};
 
         #[test]
@@ -267,7 +311,7 @@ mod x86_64 {
                 super::super::read(target, &mut seen);
                 assert!(seen == bytes, "{name}");
                 // From any address, as in plain mode: the page after five bytes.
-                let loose = memory.loose_span(5, 1);
+                let loose = memory.read_span(5, 1);
                 // SAFETY: as above, but for the alignment of what is read.
                 unsafe { copy(target.start(), loose.start(), PAGE_SIZE - 256) };
                 super::fence();
@@ -314,11 +358,28 @@ mod portable {
             // SAFETY: an aligned word.
             return unsafe { word(at) }.load(Ordering::Relaxed);
         }
-        let byte = |offset| {
-            // SAFETY: one of the eight bytes, read atomically as everything else here.
-            unsafe { AtomicU8::from_ptr(at.add(offset).cast_mut()) }.load(Ordering::Relaxed)
-        };
-        u64::from_ne_bytes(std::array::from_fn(byte))
+        let mut bytes = [0; WORD];
+        // SAFETY: the eight bytes.
+        unsafe { read_bytes(at, &mut bytes) };
+        u64::from_ne_bytes(bytes)
+    }
+
+    /// # Safety
+    /// As many bytes at `from` can be read.
+    pub(crate) unsafe fn read_bytes(from: *const u8, out: &mut [u8]) {
+        for (at, byte) in out.iter_mut().enumerate() {
+            // SAFETY: one of those bytes, read atomically as everything else here.
+            *byte = unsafe { AtomicU8::from_ptr(from.add(at).cast_mut()) }.load(Ordering::Relaxed);
+        }
+    }
+
+    /// # Safety
+    /// As many bytes at `to` can be written.
+    pub(crate) unsafe fn write_bytes(to: *mut u8, bytes: &[u8]) {
+        for (at, byte) in bytes.iter().enumerate() {
+            // SAFETY: one of those bytes, written atomically as everything else here.
+            unsafe { AtomicU8::from_ptr(to.add(at)) }.store(*byte, Ordering::Relaxed);
+        }
     }
 
     /// # Safety
@@ -368,7 +429,7 @@ mod portable {
     #[cfg(test)]
     #[test]
     fn they_do_what_their_names_say() {
-        use crate::store::memory::map::Mapping;
+        use crate::store::memory::mapping::Mapping;
         use crate::units::PAGE_BYTES;
 
         let memory = Mapping::anonymous(3 * PAGE_BYTES).unwrap();
@@ -385,6 +446,10 @@ mod portable {
             assert!(!is_zero(pages[1], PAGE_SIZE) && is_zero(pages[2], PAGE_SIZE));
             zero(pages[1], PAGE_SIZE);
             assert!(is_zero(pages[1], PAGE_SIZE) && !is_zero(pages[0], PAGE_SIZE));
+            write_bytes(pages[1].add(3), &bytes[..11]);
+            let mut some = [0; 13];
+            read_bytes(pages[1].add(2), &mut some);
+            assert!(some[0] == 0 && some[1..12] == bytes[..11] && some[12] == 0);
         }
     }
 }
@@ -392,7 +457,7 @@ mod portable {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::store::memory::map::Mapping;
+    use crate::store::memory::mapping::Mapping;
     use crate::units::PAGE_BYTES;
 
     #[test]

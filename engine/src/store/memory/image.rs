@@ -8,8 +8,9 @@ use crate::blocks::{BlockTable, RamBlock};
 use crate::store::StoreError;
 use crate::store::memory::file_names::file_names;
 use crate::store::memory::huge::{self, Fallback, HUGE_1G, HUGE_2M, HugePages};
-use crate::store::memory::map::{Mapping, Span};
+use crate::store::memory::mapping::Mapping;
 use crate::store::memory::ram_dir::{MemoryFile, RamFiles};
+use crate::store::memory::span::PageSpan;
 use crate::units::PageRun;
 use crate::units::{BlockId, PAGE_BYTES};
 use nix::errno::Errno;
@@ -123,7 +124,7 @@ impl RamImage {
     }
 
     /// The pages of `run`, or the first of them where its block ends before it does.
-    pub(crate) fn span(&self, run: PageRun) -> Span<'_> {
+    pub(crate) fn span(&self, run: PageRun) -> PageSpan<'_> {
         let (id, offset) = self.table.locate(run.first);
         let left = (self.table.block(id).used_length - offset) / PAGE_BYTES;
         self.blocks[usize::from(id.0)].span(offset, run.pages.min(left))

@@ -3,7 +3,7 @@
 
 use crate::host::has_swap;
 use crate::store::memory::huge::Fallback;
-use crate::store::memory::map::Mapping;
+use crate::store::memory::mapping::Mapping;
 
 /// Locks memory that is populated. Where the limit forbids it, and there is swap so that it matters, a note says so.
 pub(crate) fn lock<'a>(mappings: impl Iterator<Item = &'a Mapping>) -> Option<Fallback> {

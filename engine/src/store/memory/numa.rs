@@ -4,7 +4,8 @@
 #![forbid(unsafe_code)]
 
 use crate::store::memory::huge::Fallback;
-use crate::store::memory::map::{Mapping, Policy};
+use crate::store::memory::mapping::Mapping;
+use crate::store::memory::mapping::Policy;
 use nix::errno::Errno;
 
 /// Position of a node among the store's.

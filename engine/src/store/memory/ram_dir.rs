@@ -6,7 +6,8 @@
 
 use crate::store::StoreError;
 use crate::store::memory::huge::HUGE_2M;
-use crate::store::memory::map::{Mapping, can_populate};
+use crate::store::memory::mapping::Mapping;
+use crate::store::memory::populate::can_populate;
 use crate::units::PAGE_BYTES;
 use nix::errno::Errno;
 use nix::fcntl::{FallocateFlags, Flock, FlockArg, OFlag, fallocate};

@@ -3,7 +3,8 @@
 
 use crate::store::StoreError;
 use crate::store::memory::huge::{self, Fallback, HUGE_2M, HugePages};
-use crate::store::memory::map::{Mapping, index};
+use crate::store::memory::index;
+use crate::store::memory::mapping::Mapping;
 use crate::store::memory::numa::{NodeIndex, NumaNodes};
 use crate::store::memory::ram_dir::RamFiles;
 use crate::sync::{AtomicBool, AtomicU32, Ordering};

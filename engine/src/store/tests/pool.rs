@@ -35,12 +35,12 @@ fn a_packet_lands_in_one_piece_with_the_next_header_behind_it() {
     assert!(offset + run.length + PAGE_SIZE <= slab.bytes());
     // Where the header was, the next packet's pages go.
     let (first, header) = (run.address, landing.header().unwrap());
-    landing.fill_by_kernel(&vec![1; PACKET_PAGES * PAGE_SIZE]);
+    fill_by_kernel(landing.runs(), &vec![1; PACKET_PAGES * PAGE_SIZE]);
     store.landed(0, &mut landing);
     store.place(0, &scattered, &mut landing).unwrap();
     assert_eq!(landing.runs()[0].address, header);
     // Nothing was committed of what came first, and all of it came again: its slots are used again.
-    landing.fill_by_kernel(&vec![2; PACKET_PAGES * PAGE_SIZE]);
+    fill_by_kernel(landing.runs(), &vec![2; PACKET_PAGES * PAGE_SIZE]);
     store.landed(0, &mut landing);
     store.commit(CheckpointId(0), &mut Vec::new(), &alone());
     store.finish_flush();
