@@ -7,7 +7,7 @@ use super::pool_policy::PoolPolicy;
 use super::recovery::encode;
 use crate::metrics::CheckpointSample;
 use crate::session::{Page, PageContent, Session};
-use crate::store::{FlushStep, Store, StoreError};
+use crate::store::{Store, StoreError};
 use crate::units::{CheckpointId, PAGE_SIZE};
 use crate::wire::{WireError, xbzrle};
 use std::sync::Arc;
@@ -133,11 +133,11 @@ impl Checkpoints {
         }
     }
 
-    /// Does a part of the flush. Returns false if there is none.
-    pub(super) fn flush_step(&mut self) -> bool {
-        let busy = self.store.flush_step() != FlushStep::Nothing;
-        self.is_flushed();
-        busy
+    /// Delivers the last checkpoint's sample if its flush has finished.
+    pub(super) fn deliver_if_flushed(&mut self) {
+        if self.sample.is_some() {
+            self.is_flushed();
+        }
     }
 
     fn deliver_sample(&mut self) {

@@ -1,7 +1,7 @@
 //! One protected guest: what its main channel, its multifd channels and the control thread share.
 //!
 //! It ends once, for one reason: whoever finds the reason records it, shuts all sockets down and wakes everybody.
-//! Its endpoints then leave one by one; when the last has left, nothing writes to its memory any more, and the
+//! Its connections and presences then leave one by one; when the last has left, nothing writes to its memory any more, and the
 //! control thread may drop what was not committed.
 
 use super::budget::Lease;
@@ -34,8 +34,8 @@ pub(super) type MakeStore = dyn Fn(&Guest, Arc<BlockTable>) -> Made + Send + Syn
 /// A guest's memory, or why there is none.
 pub(super) type Made = Result<Memory, String>;
 
-/// A connection of a guest, with who drives it.
-pub(super) struct Connection {
+/// The socket of a guest's channel, and what wakes its driver.
+pub(super) struct ChannelSocket {
     pub(super) socket: OwnedFd,
     pub(super) waker: Waker,
 }
@@ -98,25 +98,26 @@ pub(super) struct Guest {
     /// Whether a thread is adding memory to its pool.
     pub(super) growing: AtomicBool,
     /// None for a session that was recovered.
-    main: Option<Connection>,
-    channels: Vec<Connection>,
+    main: Option<ChannelSocket>,
+    channels: Vec<ChannelSocket>,
     /// Cores that help, beside that of the main channel.
     helpers: Vec<Waker>,
     memory: OnceLock<Memory>,
     end: OnceLock<SessionEnd>,
     channel_lost: AtomicBool,
-    endpoints: AtomicUsize,
+    /// Connections, and cores that it is present on, that have not left.
+    parts: AtomicUsize,
 }
 
 impl Guest {
-    /// A session that is about to begin. `channels` are in the order of their ids; each of the `helpers` drives an endpoint
-    /// of its own.
+    /// A session that is about to begin. `channels` are in the order of their ids. The guest is present on the core of
+    /// the main channel and on those of the `helpers`.
     pub(super) fn new(
         id: u32,
         peer: String,
         services: Arc<Services>,
-        main: Connection,
-        channels: Vec<Connection>,
+        main: ChannelSocket,
+        channels: Vec<ChannelSocket>,
         helpers: Vec<Waker>,
     ) -> Arc<Self> {
         let count = u8::try_from(channels.len()).expect("a session has at most 255 channels");
@@ -128,7 +129,7 @@ impl Guest {
             counters: Counters::default(),
             record: OnceLock::new(),
             suppressed_at: AtomicU64::new(0),
-            endpoints: AtomicUsize::new(1 + channels.len() + helpers.len()),
+            parts: AtomicUsize::new(1 + channels.len() + 1 + helpers.len()),
             memory_asked: AtomicBool::new(false),
             promotion: Mutex::default(),
             growing: AtomicBool::new(false),
@@ -158,7 +159,7 @@ impl Guest {
             counters: Counters::default(),
             record: OnceLock::from(Arc::new(record)),
             suppressed_at: AtomicU64::new(0),
-            endpoints: AtomicUsize::new(0),
+            parts: AtomicUsize::new(0),
             memory_asked: AtomicBool::new(true),
             promotion: Mutex::default(),
             growing: AtomicBool::new(false),
@@ -290,15 +291,15 @@ impl Guest {
         self.channel_lost.load(Ordering::Acquire)
     }
 
-    /// An endpoint is gone.
+    /// A connection or a presence is gone.
     pub(super) fn leave(&self) {
-        if self.endpoints.fetch_sub(1, Ordering::AcqRel) == 1 {
+        if self.parts.fetch_sub(1, Ordering::AcqRel) == 1 {
             (self.services.notify)();
         }
     }
 
-    /// Whether all endpoints are gone: nothing is received any more.
+    /// Whether all connections and presences are gone: nothing is received any more.
     pub(super) fn is_over(&self) -> bool {
-        self.endpoints.load(Ordering::Acquire) == 0
+        self.parts.load(Ordering::Acquire) == 0
     }
 }

@@ -1,16 +1,16 @@
 //! The receive buffer of a main channel: memory of its own, or, in plain mode after precopy, a buffer in the guest's
 //! page pool, where received pages stay.
 
-use crate::ring::Staging;
+use crate::ring::StreamBuffer;
 use crate::store::{PoolBuffer, SlabId, Store, StoreError};
 use crate::units::{PAGE_SIZE, PageIndex};
 use std::sync::Arc;
 
 /// Large enough for some dozens of pages, which arrive this way in precopy of plain mode.
-const STAGING_BYTES: usize = 256 << 10;
+const BUFFER_BYTES: usize = 256 << 10;
 
 pub(super) enum MainBuffer {
-    Own(Staging),
+    Own(StreamBuffer),
     Pool(PoolBuffer),
 }
 
@@ -25,28 +25,28 @@ pub(super) struct Space {
 impl MainBuffer {
     /// With the first bytes of the channel.
     pub(super) fn new(first: &[u8]) -> Self {
-        let mut staging = Staging::new(STAGING_BYTES);
-        staging.put(first);
-        Self::Own(staging)
+        let mut buffer = StreamBuffer::new(BUFFER_BYTES);
+        buffer.put(first);
+        Self::Own(buffer)
     }
 
     pub(super) fn bytes(&self) -> &[u8] {
         match self {
-            Self::Own(staging) => staging.bytes(),
+            Self::Own(buffer) => buffer.bytes(),
             Self::Pool(window) => window.bytes(),
         }
     }
 
     pub(super) fn consume(&self, count: usize) {
         match self {
-            Self::Own(staging) => staging.consume(count),
+            Self::Own(buffer) => buffer.consume(count),
             Self::Pool(window) => window.consume(count),
         }
     }
 
     pub(super) fn fill(&mut self, count: usize) {
         match self {
-            Self::Own(staging) => staging.fill(count),
+            Self::Own(buffer) => buffer.fill(count),
             Self::Pool(window) => window.fill(count),
         }
     }
@@ -54,7 +54,7 @@ impl MainBuffer {
     /// Free space, if there is any. Only while no receive is posted.
     pub(super) fn space(&mut self) -> Result<Option<Space>, StoreError> {
         let (space, slab) = match self {
-            Self::Own(staging) => (staging.space(), None),
+            Self::Own(buffer) => (buffer.space(), None),
             Self::Pool(window) => {
                 let space = window.space()?;
                 (space, Some(window.slab()))
@@ -66,8 +66,8 @@ impl MainBuffer {
     /// Moves to a buffer in the pool, if the store has one and everything that has arrived is parsed. Only while no receive
     /// is posted. `shard` is the calling thread's.
     pub(super) fn move_to_pool(&mut self, store: &Arc<Store>, shard: usize) -> Result<(), StoreError> {
-        if let Self::Own(staging) = self
-            && staging.bytes().is_empty()
+        if let Self::Own(buffer) = self
+            && buffer.bytes().is_empty()
             && let Some(window) = store.pool_buffer(shard)?
         {
             *self = Self::Pool(window);

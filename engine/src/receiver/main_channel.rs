@@ -10,9 +10,9 @@ use super::main_buffer::MainBuffer;
 use super::timeline::Timeline;
 use crate::blocks::BlockTable;
 use crate::canary::{self, Canary};
-use crate::ring::{Buffers, Endpoint, Loss, ReceivePlan, ReceiveStyle, quick_ack};
+use crate::ring::{Connection, Loss, ReceivePlan, ReceiveStyle, quick_ack};
 use crate::session::{Action, Outbound, Session, SessionLimits};
-use crate::store::{Phase, Slab, StoreError};
+use crate::store::{Phase, StoreError};
 use nix::sys::socket::{MsgFlags, send};
 use std::io;
 use std::ops::ControlFlow;
@@ -44,7 +44,6 @@ pub(super) struct MainChannel {
     pages: u64,
     plan: Box<ReceivePlan>,
     buffer: MainBuffer,
-    buffers: Buffers,
     waiting: Waiting,
     timeline: Timeline,
     outbound: Vec<u8>,
@@ -73,7 +72,6 @@ impl MainChannel {
             pages: 0,
             plan: ReceivePlan::new(),
             buffer: MainBuffer::new(first),
-            buffers: Buffers::default(),
             waiting: Waiting::Bytes,
             timeline: Timeline::new(),
             outbound: Vec::with_capacity(Outbound::LEN_MAX),
@@ -248,7 +246,7 @@ impl MainChannel {
         self.plan.clear();
         self.plan.push(space.address, space.bytes);
         self.plan.bulk = self.pages >= self.style.bulk_from_pages;
-        self.plan.registered = space.slab.and_then(|slab| self.buffers.index(slab));
+        self.plan.region = space.slab.map(|slab| slab.0);
         Ok(true)
     }
 
@@ -263,12 +261,12 @@ impl MainChannel {
     }
 }
 
-impl Endpoint for MainChannel {
+impl Connection for MainChannel {
     fn fd(&self) -> RawFd {
         self.guest.main_fd()
     }
 
-    fn guest(&self) -> u64 {
+    fn tenant(&self) -> u64 {
         u64::from(self.guest.id)
     }
 
@@ -315,35 +313,22 @@ impl Endpoint for MainChannel {
         if self.guest.end().is_some() {
             return ControlFlow::Break(());
         }
+        if let Some(checkpoints) = &mut self.checkpoints {
+            // The end of a flush wakes this channel.
+            checkpoints.deliver_if_flushed();
+        }
         let result = self.drive();
         self.end_if_err(result)
     }
 
-    fn attached(&mut self, core: usize, buffers: Buffers) {
+    fn attached(&mut self, core: usize) {
         self.shard = core;
-        self.buffers = buffers;
-    }
-
-    fn slab_limit(&self) -> usize {
-        self.guest.store().map_or(0, |store| store.slab_limit())
-    }
-
-    fn slab(&self, position: usize) -> Option<&Slab> {
-        self.guest.store()?.slab(position)
-    }
-
-    fn use_buffers(&mut self, buffers: Buffers) {
-        self.buffers = buffers;
-    }
-
-    fn background(&mut self) -> bool {
-        self.checkpoints.as_mut().is_some_and(Checkpoints::flush_step)
     }
 }
 
 impl Drop for MainChannel {
     fn drop(&mut self) {
-        // The guest's memory is in use no more once the last endpoint has left.
+        // The guest's memory is in use no more once the last connection has left.
         self.checkpoints = None;
         self.guest.leave();
     }

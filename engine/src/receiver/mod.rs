@@ -3,7 +3,7 @@
 //! ```text
 //!  control thread (tokio)                                         data plane (a thread per core, or per connection)
 //!  ┌────────────────────────────────────────────────┐             ┌──────────────────────────────────────────┐
-//!  │ accept ─► identify ─► assemble ─► begin session ├─ endpoints ─►  MainChannel: session ─► store.commit     │
+//!  │ accept ─► identify ─► assemble ─► begin session ├ connections ─►  MainChannel: session ─► store.commit     │
 //!  │ status, dump, histograms, deadlines             ◄─ samples ────┤  PageChannel: packet ─► slots ─► dirty   │
 //!  └────────────────────────────────────────────────┘             └──────────────────────────────────────────┘
 //! ```
@@ -15,13 +15,13 @@ mod control;
 mod dump;
 mod end;
 mod guest;
-mod helper;
 mod identify;
 mod main_buffer;
 mod main_channel;
 mod options;
 mod page_channel;
 mod pool_policy;
+mod presence;
 mod promotion;
 mod recovery;
 mod restore;

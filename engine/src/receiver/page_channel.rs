@@ -6,9 +6,9 @@
 use super::end::{ChannelError, SessionEnd};
 use super::guest::Guest;
 use crate::canary::{self, Canary};
-use crate::ring::{Buffers, Endpoint, Loss, ReceivePlan, ReceiveStyle, Staging};
+use crate::ring::{Connection, Loss, Move, ReceivePlan, ReceiveStyle, StreamBuffer};
 use crate::session::{MultifdChannel, PacketAction, Ticket};
-use crate::store::{Landing, Slab, Store};
+use crate::store::{Landing, Store};
 use crate::units::{ChannelId, PAGE_SIZE};
 use crate::wire::multifd::{self, HEADER_LEN, PacketHeader, PageList, START_LEN};
 use std::io::ErrorKind;
@@ -61,9 +61,8 @@ struct Link {
     style: ReceiveStyle,
     protocol: MultifdChannel,
     plan: Box<ReceivePlan>,
-    header: Staging,
+    header: StreamBuffer,
     state: State,
-    buffers: Buffers,
 }
 
 /// The way of a packet's pages into the guest's memory.
@@ -90,9 +89,8 @@ impl PageChannel {
             style,
             protocol: MultifdChannel::default(),
             plan: ReceivePlan::new(),
-            header: Staging::new(HEADER_LEN),
+            header: StreamBuffer::new(HEADER_LEN),
             state: State::Header,
-            buffers: Buffers::default(),
         };
         Self {
             link,
@@ -168,7 +166,7 @@ impl Link {
     }
 }
 
-fn decode(header: &Staging) -> Result<PacketHeader<'_>, ChannelError> {
+fn decode(header: &StreamBuffer) -> Result<PacketHeader<'_>, ChannelError> {
     let bytes = header.bytes().first_chunk::<HEADER_LEN>();
     Ok(PacketHeader::decode(bytes.expect("called with a whole header"))?)
 }
@@ -214,7 +212,7 @@ impl Pages {
         plan.bulk = link.protocol.pages_since_sync() >= link.style.bulk_from_pages;
         plan.wait_all = !plan.bulk;
         for run in self.landing.runs() {
-            if link.style.coalesce {
+            if link.style.merge_adjacent {
                 plan.push(run.address, run.length);
                 continue;
             }
@@ -234,14 +232,9 @@ impl Pages {
                 NextHeader::InBuffer
             }
         };
-        plan.registered = self.buffer(link.buffers);
+        plan.region = self.landing.slab().map(|slab| slab.0);
         link.state = State::Payload(next_header);
         Ok(())
-    }
-
-    /// The registered buffer that the payload's places lie in.
-    fn buffer(&self, buffers: Buffers) -> Option<u16> {
-        self.landing.slab().and_then(|slab| buffers.index(slab))
     }
 
     /// The payload has arrived, and the next header if it was received with it.
@@ -285,12 +278,12 @@ impl Drop for Pages {
     }
 }
 
-impl Endpoint for PageChannel {
+impl Connection for PageChannel {
     fn fd(&self) -> RawFd {
         self.link.guest.channel_fd(self.link.id)
     }
 
-    fn guest(&self) -> u64 {
+    fn tenant(&self) -> u64 {
         u64::from(self.link.guest.id)
     }
 
@@ -349,44 +342,26 @@ impl Endpoint for PageChannel {
         ControlFlow::Continue(())
     }
 
-    fn attached(&mut self, core: usize, buffers: Buffers) {
+    fn attached(&mut self, core: usize) {
         self.link.shard = core;
-        self.link.buffers = buffers;
-        // A payload that was planned on another core has the buffer index of that core.
-        if let (State::Payload(_), Some(pages)) = (self.link.state, &self.pages) {
-            self.link.plan.registered = pages.buffer(buffers);
-        }
     }
 
-    fn slab_limit(&self) -> usize {
-        self.link.guest.store().map_or(0, |store| store.slab_limit())
-    }
-
-    fn slab(&self, position: usize) -> Option<&Slab> {
-        self.link.guest.store()?.slab(position)
-    }
-
-    fn use_buffers(&mut self, buffers: Buffers) {
-        self.link.buffers = buffers;
-    }
-
-    fn moves_to(&self, queued: &dyn Fn() -> u64) -> Option<usize> {
-        let spread = self.link.style.spread;
-        match self.link.state {
-            State::AtSync(_) => Some(self.cores.home),
-            _ if self.link.protocol.pages_since_sync() >= spread.from_pages
-                && queued() >= spread.from_queued =>
-            {
-                Some(self.cores.away)
+    fn moves_to(&self) -> Option<Move> {
+        let offload = self.link.style.offload;
+        let (core, from_queued) = match self.link.state {
+            State::AtSync(_) => (self.cores.home, 0),
+            _ if self.link.protocol.pages_since_sync() >= offload.from_pages => {
+                (self.cores.away, offload.from_queued)
             }
-            _ => None,
-        }
+            _ => return None,
+        };
+        Some(Move { core, from_queued })
     }
 }
 
 impl Drop for PageChannel {
     fn drop(&mut self) {
-        // The guest's memory is in use no more once the last endpoint has left.
+        // The guest's memory is in use no more once the last connection has left.
         self.pages = None;
         if !canary::is_set(Canary::LostLeave) {
             self.link.guest.leave();

@@ -1,12 +1,11 @@
-//! The backend `epoll`: readiness and recvmsg, for hosts where io_uring is not to be had.
+//! The backend `epoll`: readiness and recvmsg, for hosts without io_uring.
 //!
-//! A receive is tried at once when it is posted; only where nothing has arrived is the socket waited for.
+//! A receive is tried at once when it is posted; only where nothing has arrived does it wait for the socket.
 
-use super::ReceivePlan;
-use super::core::{Backend, Completion, Wait};
+use super::backend::{Backend, Completion, Wait};
 use super::receive::{self, receive};
 use super::wake::CoreWake;
-use crate::store::Slab;
+use super::{ReceivePlan, Region};
 use nix::errno::Errno;
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
 use std::io;
@@ -51,7 +50,7 @@ impl EpollBackend {
         if self.sockets[slot].is_none() {
             let token = u64::try_from(slot).map_err(io::Error::other)?;
             let flags = EpollFlags::EPOLLIN | EpollFlags::EPOLLRDHUP | EpollFlags::EPOLLET;
-            // SAFETY: the endpoint of this slot owns the descriptor and keeps it open until `forget`.
+            // SAFETY: the connection of this slot owns the descriptor and keeps it open until `forget`.
             let borrowed = unsafe { BorrowedFd::borrow_raw(fd) };
             self.epoll.add(borrowed, EpollEvent::new(flags, token))?;
         }
@@ -63,8 +62,8 @@ impl EpollBackend {
             return;
         };
         let Some(mut plan) = socket.waiting else { return };
-        // SAFETY: posted and not completed, so the plan lives where it was and nobody else touches it (contract of
-        // `core`: its endpoint stays until the completion was reported).
+        // SAFETY: posted and not completed, so the plan lives where it was and nothing else touches it (contract of
+        // `core`: its connection stays until the completion was reported).
         match receive(socket.fd, unsafe { plan.as_mut() }, libc::MSG_DONTWAIT) {
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
             Err(error) if error.kind() == io::ErrorKind::Interrupted => self.try_waiting(slot),
@@ -84,7 +83,7 @@ impl Backend for EpollBackend {
                 result: Err(error),
             }),
             Ok(socket) => {
-                // With it the kernel would take what is there and report less; the rest is asked for again.
+                // Without blocking, the kernel would report less than all, too; what is missing is asked for again.
                 plan.wait_all = false;
                 socket.waiting = Some(NonNull::from(plan));
                 self.try_waiting(slot);
@@ -93,7 +92,7 @@ impl Backend for EpollBackend {
     }
 
     fn wait(&mut self, wait: Wait, done: &mut Vec<Completion>) -> io::Result<bool> {
-        // It knows no waits shorter than a millisecond: a rest is polled through.
+        // Its waits are whole milliseconds: while bytes gather, the core polls.
         let block = wait == Wait::Block && self.ready.is_empty();
         let timeout = if block {
             EpollTimeout::NONE
@@ -125,7 +124,7 @@ impl Backend for EpollBackend {
     fn forget(&mut self, slot: usize, fd: RawFd) {
         if let Some(socket) = self.sockets.get_mut(slot).and_then(Option::take) {
             debug_assert_eq!(socket.fd, fd);
-            // SAFETY: the endpoint is dropped only after this, so the descriptor is still its own.
+            // SAFETY: the connection is dropped only after this, so the descriptor is still its own.
             let borrowed = unsafe { BorrowedFd::borrow_raw(fd) };
             // Closing the socket would take it out as well; an error here changes nothing.
             let _ = self.epoll.delete(borrowed);
@@ -136,7 +135,7 @@ impl Backend for EpollBackend {
         None
     }
 
-    fn register(&mut self, _index: u16, _slab: &Slab) -> io::Result<()> {
+    fn register(&mut self, _index: u16, _region: &dyn Region) -> io::Result<()> {
         Err(io::ErrorKind::Unsupported.into())
     }
 

@@ -1,14 +1,15 @@
-//! What to receive next, and where to: the hand-over between an endpoint and a backend.
+//! What to receive next, and where to: what a connection hands to a backend.
 //!
-//! Contract: the addresses in a plan stay valid and are touched by nobody but the kernel from the moment the plan is
-//! posted until the backend reports its completion. The endpoint that owns the plan upholds it: it holds the memory
-//! (its own buffers, and the store by an `Arc`) and is not dropped while a receive is posted; pages of guest memory
-//! are excepted from "nobody but" as `store::memory::copy` explains. A plan never moves while it is posted: it is boxed.
+//! Contract: from the moment the plan is posted until the backend reports its completion, the addresses in it stay valid
+//! and nothing but the kernel touches the memory there. The connection that owns the plan upholds that: it holds the memory
+//! (its own buffers, and the store by an `Arc`) and is not dropped while a receive is posted. Pages of guest memory are an
+//! exception to "nothing but the kernel", as `store::memory::copy` explains. A plan never moves while it is posted: it is
+//! boxed.
 
 /// Most pieces of a plan: the pages of one packet, and the header of the next.
 pub const PIECES_MAX: usize = crate::units::PACKET_PAGES + 2;
 
-/// A list of memory pieces to be filled from a socket, in order, and how much of it is still missing.
+/// A list of memory pieces to fill from a socket, in order, and how much of it is still missing.
 pub struct ReceivePlan {
     pieces: [libc::iovec; PIECES_MAX],
     first: usize,
@@ -17,13 +18,15 @@ pub struct ReceivePlan {
     message: libc::msghdr,
     /// Where set, complete only when every byte is there (the kernel waits); else with what has arrived.
     pub wait_all: bool,
-    /// Much has come this way and more is to be expected: what comes may as well be taken in larger portions.
+    /// Much has been received in this round and more is expected: larger portions are cheaper.
     pub bulk: bool,
-    /// The registered buffer in which every piece lies, if one does: an index of the ring that drives this plan.
-    pub registered: Option<u16>,
+    /// The tenant's region in which every piece lies, if one does: see [`super::Tenant::region`].
+    pub region: Option<u16>,
+    /// The registered buffer that it is, in the ring that has this receive: set by the core before it posts the plan.
+    pub(super) registered: Option<u16>,
 }
 
-// SAFETY: the raw addresses are only numbers until a backend hands them to the kernel; the endpoint that owns the
+// SAFETY: the raw addresses are only numbers until a backend hands them to the kernel; the connection that owns the
 // plan answers for the memory behind them (contract above), on whatever thread it is driven.
 unsafe impl Send for ReceivePlan {}
 
@@ -44,6 +47,7 @@ impl ReceivePlan {
             message,
             wait_all: false,
             bulk: false,
+            region: None,
             registered: None,
         })
     }
@@ -53,6 +57,7 @@ impl ReceivePlan {
         self.first = 0;
         self.end = 0;
         self.remaining = 0;
+        self.region = None;
         self.registered = None;
     }
 
@@ -74,7 +79,7 @@ impl ReceivePlan {
         self.remaining
     }
 
-    /// Takes note of `bytes` received bytes.
+    /// Records `bytes` received bytes.
     ///
     /// # Panics
     /// With more bytes than were missing: no backend reports more than it was asked for.
@@ -101,8 +106,7 @@ impl ReceivePlan {
         &self.pieces[self.first..self.end]
     }
 
-    /// Puts bytes where those behind the first `filled` missing ones belong, as a kernel does that has not reported
-    /// them yet.
+    /// Puts bytes behind the first `filled` missing ones, as a kernel does that has not reported them yet.
     #[cfg(all(test, not(loom), not(miri)))]
     pub(super) fn put(&mut self, filled: usize, bytes: &[u8]) {
         let (mut skip, mut bytes) = (filled, bytes);
@@ -110,7 +114,7 @@ impl ReceivePlan {
             let at = skip.min(piece.iov_len);
             skip -= at;
             let (now, later) = bytes.split_at(bytes.len().min(piece.iov_len - at));
-            // SAFETY: inside of the piece, whose memory the plan's endpoint answers for (contract above); the simulation
+            // SAFETY: inside of the piece, whose memory the plan's connection answers for (contract above); the simulation
             // that calls this has one thread.
             unsafe {
                 let place = piece.iov_base.cast::<u8>().add(at);

@@ -1,11 +1,13 @@
-//! Starting a backend on its cores, and handing endpoints to it.
+//! Starts a backend on its cores, and hands connections and tenants to it.
+#![forbid(unsafe_code)]
 
-use super::core::{Core, Peer, Warn};
+use super::core::{Arrival, Core, CoreHandle, Warn};
 use super::epoll::EpollBackend;
 use super::uring::{RingFeatures, UringBackend};
 use super::wake::{Semaphore, Waker};
-use super::{Endpoint, ReceiveStyle, threads};
+use super::{Connection, ReceiveStyle, Tenant, threads};
 use crate::host::{RingUnavailable, pin};
+use std::cell::Cell;
 use std::io;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, PoisonError, mpsc};
@@ -33,7 +35,7 @@ impl BackendKind {
         }
     }
 
-    /// How endpoints shape their plans for it.
+    /// How connections shape their plans for it.
     pub(crate) fn style(self) -> ReceiveStyle {
         match self {
             BackendKind::Uring | BackendKind::Epoll => ReceiveStyle::RING,
@@ -63,15 +65,15 @@ pub enum PlaneError {
     Pin {
         /// The core.
         core: usize,
-        /// What the kernel said.
+        /// The kernel's error.
         source: io::Error,
     },
-    /// The backend is not to be had.
+    /// The backend is not available.
     #[error("the backend {} is not available: {reason}", .backend.name())]
     Backend {
-        /// Which one.
+        /// The backend.
         backend: BackendKind,
-        /// Why, with the remedy where there is one.
+        /// The reason, with the remedy where there is one.
         reason: String,
     },
     /// A thread could not be started.
@@ -79,12 +81,13 @@ pub enum PlaneError {
     Thread(#[from] io::Error),
 }
 
-/// A place to drive an endpoint at.
-#[derive(Clone, Debug)]
+/// What drives a connection: one of the plane's cores, or, with the backend `threads`, a thread to be started for it.
 pub struct Driver {
     /// Wakes it.
     pub waker: Waker,
     core: usize,
+    /// With `threads`: the tenant that the connection's thread will work for.
+    tenant: Cell<Option<Box<dyn Tenant>>>,
 }
 
 impl Driver {
@@ -94,8 +97,8 @@ impl Driver {
     }
 }
 
-struct CoreHandle {
-    peer: Peer,
+struct CoreThread {
+    handle: CoreHandle,
     thread: JoinHandle<()>,
 }
 
@@ -103,12 +106,12 @@ struct CoreHandle {
 pub struct Plane {
     options: PlaneOptions,
     features: Option<RingFeatures>,
-    cores: Vec<CoreHandle>,
+    cores: Vec<CoreThread>,
     threads: Mutex<Vec<JoinHandle<()>>>,
 }
 
 impl Plane {
-    /// Starts the backend. `warn` is told what an operator should know while it runs.
+    /// Starts the backend. `warn` takes messages for the operator while it runs.
     ///
     /// # Errors
     /// See [`PlaneError`]; nothing is left running then.
@@ -131,13 +134,13 @@ impl Plane {
                 .try_for_each(|core| check_core(*core))?;
             return Ok(plane);
         }
-        let peers = plane.options.cores.iter().map(|_| Peer::new());
-        let peers: Arc<[Peer]> = peers.collect::<Result<_, _>>()?;
-        for position in 0..peers.len() {
-            match start_core(&plane.options, &peers, position, warn.clone()) {
-                Ok((handle, features)) => {
+        let handles = plane.options.cores.iter().map(|_| CoreHandle::new());
+        let handles: Arc<[CoreHandle]> = handles.collect::<Result<_, _>>()?;
+        for position in 0..handles.len() {
+            match start_core(&plane.options, &handles, position, warn.clone()) {
+                Ok((core, features)) => {
                     plane.features = features.or(plane.features);
-                    plane.cores.push(handle);
+                    plane.cores.push(core);
                 }
                 Err(error) => {
                     plane.stop();
@@ -158,62 +161,83 @@ impl Plane {
         self.features
     }
 
-    /// How many cores drive endpoints; with the backend `threads` none does.
+    /// How many cores drive connections: none with the backend `threads`.
     pub fn driving_cores(&self) -> usize {
         self.cores.len()
     }
 
-    /// A place for one endpoint: the `n`-th core, counted around.
+    /// A driver for one connection: the `n`-th core, counted around.
     pub fn driver(&self, n: usize) -> Driver {
         let core = n % self.options.cores.len();
         let waker = match self.cores.get(core) {
-            Some(handle) => Waker::Core(handle.peer.wake.clone()),
+            Some(core) => Waker::Core(core.handle.wake.clone()),
             None => Waker::Thread(Arc::new(Semaphore::default())),
         };
-        Driver { waker, core }
+        Driver {
+            waker,
+            core,
+            tenant: Cell::new(None),
+        }
     }
 
-    /// Hands an endpoint to a driver of this plane, which drives it to its end.
+    /// A guest is present at a driver of this plane from now on. To be called for every core that may drive one of its
+    /// connections, before any of them is attached.
     ///
     /// # Errors
-    /// If a thread of its own was needed and could not be started, or its core receives no more.
-    pub fn attach(&self, driver: &Driver, endpoint: Box<dyn Endpoint>) -> io::Result<()> {
+    /// If its core has failed, or its inbox is full.
+    pub fn admit(&self, driver: &Driver, tenant: Box<dyn Tenant>) -> io::Result<()> {
         match &driver.waker {
-            Waker::Core(wake) => {
-                let core = &self.cores[driver.core];
-                if core.thread.is_finished() {
-                    return Err(io::Error::other("its core receives no more"));
-                }
-                let pushed = core.peer.inbox.endpoints.push(endpoint);
-                pushed.map_err(|_| io::Error::other("too many connections wait for its core"))?;
-                wake.wake();
-            }
-            Waker::Thread(turn) => {
-                let (turn, cores) = (turn.clone(), self.options.cores.clone());
-                let thread = thread::Builder::new()
-                    .name("colo-channel".into())
-                    .spawn(move || {
-                        // The cores were tried at the start; if one has gone since, the scheduler decides.
-                        let _ = pin(&cores);
-                        threads::run(endpoint, &turn);
-                    })?;
-                let mut threads = self.threads.lock().unwrap_or_else(PoisonError::into_inner);
-                threads.retain(|thread| !thread.is_finished());
-                threads.push(thread);
+            Waker::Core(_) => self.push(driver, Arrival::Tenant(tenant)),
+            Waker::Thread(_) => {
+                driver.tenant.set(Some(tenant));
+                Ok(())
             }
         }
+    }
+
+    /// Hands a connection to a driver of this plane, which drives it to its end.
+    ///
+    /// # Errors
+    /// If a thread of its own was needed and could not be started, its core has failed, or its inbox is full.
+    pub fn attach(&self, driver: &Driver, connection: Box<dyn Connection>) -> io::Result<()> {
+        let turn = match &driver.waker {
+            Waker::Core(_) => return self.push(driver, Arrival::Connection(connection)),
+            Waker::Thread(turn) => turn.clone(),
+        };
+        let (cores, tenant) = (self.options.cores.clone(), driver.tenant.take());
+        let thread = thread::Builder::new()
+            .name("colo-channel".into())
+            .spawn(move || {
+                // The cores were tried at the start; if one has gone since, the scheduler decides.
+                let _ = pin(&cores);
+                threads::run(connection, tenant, &turn);
+            })?;
+        let mut threads = self.threads.lock().unwrap_or_else(PoisonError::into_inner);
+        threads.retain(|thread| !thread.is_finished());
+        threads.push(thread);
         Ok(())
     }
 
-    /// Waits until all endpoints have ended (their sockets must have been shut down), and ends the threads.
+    fn push(&self, driver: &Driver, arrival: Arrival) -> io::Result<()> {
+        let core = &self.cores[driver.core];
+        if core.thread.is_finished() {
+            return Err(io::Error::other("its core receives no more"));
+        }
+        let pushed = core.handle.inbox.arrivals.push(arrival);
+        pushed.map_err(|_| io::Error::other("too many connections wait for its core"))?;
+        core.handle.wake.wake();
+        Ok(())
+    }
+
+    /// Waits until all connections have ended (their sockets must have been shut down), and ends the threads.
     pub fn stop(self) {
         for core in &self.cores {
-            core.peer.inbox.stop.store(true, Ordering::Release);
-            core.peer.wake.wake();
+            core.handle.inbox.stop.store(true, Ordering::Release);
+            core.handle.wake.wake();
         }
         let threads = self.threads.into_inner().unwrap_or_else(PoisonError::into_inner);
         for thread in self.cores.into_iter().map(|core| core.thread).chain(threads) {
-            // A thread that panicked has said so itself.
+            // The panic hook has reported a thread that panicked.
             let _ = thread.join();
         }
     }
@@ -221,16 +245,16 @@ impl Plane {
 
 fn start_core(
     options: &PlaneOptions,
-    peers: &Arc<[Peer]>,
+    handles: &Arc<[CoreHandle]>,
     position: usize,
     warn: Warn,
-) -> Result<(CoreHandle, Option<RingFeatures>), PlaneError> {
+) -> Result<(CoreThread, Option<RingFeatures>), PlaneError> {
     let core = options.cores[position];
     let (backend, registered) = (options.backend, options.registered);
     let (started, report) = mpsc::channel();
     let thread = {
-        let peers = peers.clone();
-        let wake = peers[position].wake.clone();
+        let handles = handles.clone();
+        let wake = handles[position].wake.clone();
         thread::Builder::new()
             .name(format!("colo-core-{core}"))
             .spawn(move || {
@@ -249,7 +273,7 @@ fn start_core(
                         Err(error) => return drop(started.send(Err(failed(error)))),
                         Ok(ring) => {
                             let _ = started.send(Ok(Some(ring.features())));
-                            Core::new(ring, peers, position, warn.clone()).run()
+                            Core::new(ring, handles, position, warn.clone()).run()
                         }
                     }
                 } else {
@@ -257,7 +281,7 @@ fn start_core(
                         Err(error) => return drop(started.send(Err(failed(error)))),
                         Ok(epoll) => {
                             let _ = started.send(Ok(None));
-                            Core::new(epoll, peers, position, warn.clone()).run()
+                            Core::new(epoll, handles, position, warn.clone()).run()
                         }
                     }
                 };
@@ -270,8 +294,8 @@ fn start_core(
     };
     match report.recv() {
         Ok(Ok(features)) => {
-            let peer = peers[position].clone();
-            Ok((CoreHandle { peer, thread }, features))
+            let handle = handles[position].clone();
+            Ok((CoreThread { handle, thread }, features))
         }
         Ok(Err(error)) => Err(error),
         Err(_) => Err(PlaneError::Backend {

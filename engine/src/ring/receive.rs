@@ -11,7 +11,7 @@ use std::os::fd::RawFd;
 pub(super) fn receive(fd: RawFd, plan: &mut ReceivePlan, flags: libc::c_int) -> io::Result<usize> {
     let wait_all = if plan.wait_all { libc::MSG_WAITALL } else { 0 };
     let message = plan.message();
-    // SAFETY: the message's pieces are memory that the plan's endpoint answers for (contract of `plan`); the call
+    // SAFETY: the message's pieces are memory that the plan's connection answers for (contract of `plan`); the call
     // ends before it returns here.
     let received = unsafe { libc::recvmsg(fd, message, flags | wait_all) };
     // Negative is -1, the error.

@@ -1,14 +1,14 @@
 //! A data plane without a kernel's network: the real loop of a core over connections whose bytes a simulation moves,
 //! as many as it likes at a time.
 //!
-//! Each connection has a real descriptor, whose other end the simulation holds. Answers and shutdowns go by it, bytes to
-//! the endpoint never do: they are *sent* when the model primary writes them, *arrived* when the simulated network has
-//! carried them here, and *taken* when they were put where the endpoint's plan says.
+//! Each connection has a real descriptor, whose other end the simulation holds. Answers and shutdowns go through it, received
+//! bytes do not: they are *sent* when the model primary writes them, *arrived* when the simulated network has delivered
+//! them here, and *taken* when they were put where the connection's plan says.
 
-use super::core::{Backend, Completion, Core, Peer, Wait};
+use super::backend::{Backend, Completion, Wait};
+use super::core::{Arrival, Core, CoreHandle};
 use super::wake::{CoreWake, Waker};
-use super::{Endpoint, ReceivePlan};
-use crate::store::Slab;
+use super::{Connection, ReceivePlan, Region, Tenant};
 use nix::errno::Errno;
 use nix::sys::socket::{MsgFlags, recv};
 use std::cell::RefCell;
@@ -132,7 +132,7 @@ impl Wire {
     fn receive(&mut self, bytes: usize, eager: bool) -> Option<(usize, Completion)> {
         let ended_before = self.is_shut() || (self.end != StreamEnd::Open && !self.is_under_way());
         let posted = self.posted.as_mut()?;
-        // SAFETY: posted and not completed, so the endpoint keeps the plan where it is and does not touch it (contract of
+        // SAFETY: posted and not completed, so the connection keeps the plan where it is and does not touch it (contract of
         // `core`); everything here is on one thread.
         let plan = unsafe { posted.plan.as_mut() };
         let missing = plan.remaining() - posted.filled;
@@ -228,7 +228,7 @@ impl Backend for SimBackend {
             "a receive of no bytes looks like the end of the stream"
         );
         let wire = net.wires.iter_mut().find(|wire| wire.fd == fd);
-        let wire = wire.expect("the endpoint's descriptor is that of its connection");
+        let wire = wire.expect("the descriptor is that of a simulated connection");
         assert!(
             wire.posted.is_none(),
             "one receive at a time is posted on a connection"
@@ -248,7 +248,7 @@ impl Backend for SimBackend {
         Ok(self.wake.clear())
     }
 
-    fn has_rested(&self, _since: Instant) -> bool {
+    fn has_coalesced(&self, _since: Instant) -> bool {
         true
     }
 
@@ -262,7 +262,7 @@ impl Backend for SimBackend {
         let net = self.net.borrow();
         let mut posted = net.wires.iter().filter_map(|wire| wire.posted.as_ref());
         let own = posted.any(|posted| posted.core == self.core && posted.slot == slot);
-        assert!(!own, "an endpoint goes only when its receive has completed");
+        assert!(!own, "a connection leaves only when its receive has completed");
     }
 
     fn reserve_buffers(&mut self, count: u16) -> Option<u16> {
@@ -276,12 +276,12 @@ impl Backend for SimBackend {
         Some(first)
     }
 
-    fn register(&mut self, index: u16, slab: &Slab) -> io::Result<()> {
+    fn register(&mut self, index: u16, region: &dyn Region) -> io::Result<()> {
         let net = &mut *self.net.borrow_mut();
         if net.registered == Registered::Refused {
             return Err(Errno::ENOMEM.into());
         }
-        net.buffers[self.core][usize::from(index)] = Some((slab.base().addr(), slab.bytes()));
+        net.buffers[self.core][usize::from(index)] = Some((region.base().addr(), region.bytes()));
         Ok(())
     }
 
@@ -302,7 +302,7 @@ impl Backend for SimBackend {
             let inside = |piece: &libc::iovec| (base..base + bytes).contains(&piece.iov_base.addr());
             assert!(
                 !plan.pieces().iter().any(inside),
-                "a slab is forgotten while a receive into it is posted"
+                "a region is unregistered while a receive into it is posted"
             );
         }
     }
@@ -316,7 +316,7 @@ impl Backend for SimBackend {
 /// A core whose loop goes on only when it is told to.
 pub(crate) struct SimCore {
     core: Core<SimBackend>,
-    peer: Peer,
+    handle: CoreHandle,
 }
 
 impl SimCore {
@@ -326,17 +326,17 @@ impl SimCore {
         cores: usize,
         warn: &Arc<dyn Fn(String) + Send + Sync>,
     ) -> io::Result<Vec<Self>> {
-        let peers: Arc<[Peer]> = (0..cores).map(|_| Peer::new()).collect::<Result<_, _>>()?;
+        let handles: Arc<[CoreHandle]> = (0..cores).map(|_| CoreHandle::new()).collect::<Result<_, _>>()?;
         let core = |position: usize| {
-            let peer = peers[position].clone();
+            let handle = handles[position].clone();
             let backend = SimBackend {
                 core: position,
                 net: net.clone(),
-                wake: peer.wake.clone(),
+                wake: handle.wake.clone(),
             };
             Self {
-                core: Core::new(backend, peers.clone(), position, warn.clone()),
-                peer,
+                core: Core::new(backend, handles.clone(), position, warn.clone()),
+                handle,
             }
         };
         Ok((0..cores).map(core).collect())
@@ -344,41 +344,50 @@ impl SimCore {
 
     /// What wakes it.
     pub(crate) fn waker(&self) -> Waker {
-        Waker::Core(self.peer.wake.clone())
+        Waker::Core(self.handle.wake.clone())
     }
 
-    /// Hands an endpoint to it.
-    pub(crate) fn attach(&self, endpoint: Box<dyn Endpoint>) {
-        let pushed = self.peer.inbox.endpoints.push(endpoint);
+    /// A guest is present on it from now on.
+    pub(crate) fn admit(&self, tenant: Box<dyn Tenant>) {
+        self.push(Arrival::Tenant(tenant));
+    }
+
+    /// Hands a connection to it.
+    pub(crate) fn attach(&self, connection: Box<dyn Connection>) {
+        self.push(Arrival::Connection(connection));
+    }
+
+    fn push(&self, arrival: Arrival) {
+        let pushed = self.handle.inbox.arrivals.push(arrival);
         assert!(pushed.is_ok(), "a simulation has few connections");
         self.waker().wake();
     }
 
     /// One turn of its loop, which does not wait.
     pub(crate) fn turn(&mut self) -> io::Result<()> {
-        self.peer.wake.adopt();
+        self.handle.wake.adopt();
         let done = self.core.turn();
-        let again = self.peer.wake.take_own();
+        let again = self.handle.wake.take_own();
         // What wakes it between its turns comes from elsewhere.
         CoreWake::disown();
         if again {
-            self.peer.wake.wake();
+            self.handle.wake.wake();
         }
         done
     }
 
-    /// Whether somebody has woken it.
+    /// Whether it was woken.
     pub(crate) fn is_woken(&self) -> bool {
-        self.peer.wake.is_readable()
+        self.handle.wake.is_readable()
     }
 
-    /// Whether it has something left to do that can wait.
+    /// Whether it has background work left.
     pub(crate) fn is_busy(&self) -> bool {
         self.core.is_busy()
     }
 
-    /// Whether it drives no endpoint, and none is on its way.
+    /// Whether it has neither connections nor tenants, and none is on its way.
     pub(crate) fn is_empty(&self) -> bool {
-        self.core.is_empty() && self.peer.inbox.endpoints.is_empty()
+        self.core.is_empty() && self.handle.inbox.arrivals.is_empty()
     }
 }

@@ -1,15 +1,18 @@
 //! The connections of one core, by slot number.
 //!
 //! Contract: from the moment a receive is posted until its completion is taken, the kernel may write to the memory that
-//! the endpoint holds. So a slot with a posted receive never gives its endpoint away, and the table, when it is dropped,
-//! leaks such endpoints instead of dropping them: on every path on which a core ends, also while a panic unwinds.
+//! the connection holds. So a slot with a posted receive never gives its connection away, and the table, when it is
+//! dropped, leaks such connections instead of dropping them: on every path on which a core ends, also while a panic
+//! unwinds.
 #![forbid(unsafe_code)]
 
-use super::Endpoint;
+use super::Connection;
 
 /// One connection, and the state of its receive.
 pub(super) struct Slot {
-    pub(super) endpoint: Box<dyn Endpoint>,
+    pub(super) connection: Box<dyn Connection>,
+    /// Its tenant's index.
+    pub(super) tenant: Option<usize>,
     /// Whether the kernel has a receive of it.
     pub(super) posted: bool,
     /// Whether it has ended, and is dropped when its receive has completed.
@@ -18,21 +21,8 @@ pub(super) struct Slot {
     pub(super) asked: usize,
     /// Whether that receive got less, and none was posted since.
     pub(super) is_drained: bool,
-    /// Whether bytes gather before the next one.
-    pub(super) is_resting: bool,
-}
-
-impl Slot {
-    fn new(endpoint: Box<dyn Endpoint>) -> Self {
-        Self {
-            endpoint,
-            posted: false,
-            closing: false,
-            asked: 0,
-            is_drained: false,
-            is_resting: false,
-        }
-    }
+    /// Whether bytes gather in the socket before the next one.
+    pub(super) is_coalescing: bool,
 }
 
 /// All slots of a core. A number is used again when its slot has become free.
@@ -40,7 +30,7 @@ impl Slot {
 pub(super) struct Slots(Vec<Option<Slot>>);
 
 impl Slots {
-    /// One more than the highest number in use.
+    /// One more than the highest number that was ever in use.
     pub(super) fn len(&self) -> usize {
         self.0.len()
     }
@@ -53,22 +43,22 @@ impl Slots {
         self.0.get_mut(index)?.as_mut()
     }
 
-    pub(super) fn iter(&self) -> impl Iterator<Item = &Slot> {
-        self.0.iter().flatten()
-    }
-
-    pub(super) fn iter_mut(&mut self) -> impl Iterator<Item = &mut Slot> {
-        self.0.iter_mut().flatten()
-    }
-
-    /// Takes a free slot for an endpoint. Returns its number.
-    pub(super) fn insert(&mut self, endpoint: Box<dyn Endpoint>) -> usize {
+    /// Takes a free slot for a connection. Returns its number.
+    pub(super) fn insert(&mut self, connection: Box<dyn Connection>, tenant: Option<usize>) -> usize {
         let free = self.0.iter().position(Option::is_none);
         let index = free.unwrap_or_else(|| {
             self.0.push(None);
             self.0.len() - 1
         });
-        self.0[index] = Some(Slot::new(endpoint));
+        self.0[index] = Some(Slot {
+            connection,
+            tenant,
+            posted: false,
+            closing: false,
+            asked: 0,
+            is_drained: false,
+            is_coalescing: false,
+        });
         index
     }
 

@@ -1,31 +1,42 @@
 //! The backend `threads`: a thread per connection with blocking receives and a semaphore hand-over at each sync.
 //!
-//! This is how QEMU's own secondary is built, and it stands here as the baseline that the others are compared with.
+//! QEMU's own secondary works like this; it is the baseline that the other backends are compared with.
+#![forbid(unsafe_code)]
 
 use super::receive::receive;
-use super::{Endpoint, Loss, Semaphore};
-use std::sync::Arc;
+use super::{Connection, Loss, Semaphore, Tenant};
 
-/// Drives one endpoint to its end on the calling thread.
-pub(super) fn run(mut endpoint: Box<dyn Endpoint>, turn: &Arc<Semaphore>) {
+/// Drives one connection to its end on the calling thread, and the background work of a tenant.
+pub(super) fn run(
+    mut connection: Box<dyn Connection>,
+    mut tenant: Option<Box<dyn Tenant>>,
+    turn: &Semaphore,
+) {
     loop {
-        let fd = endpoint.fd();
-        let flow = match endpoint.plan() {
+        let fd = connection.fd();
+        let flow = match connection.plan() {
             None => {
                 turn.wait();
-                endpoint.resume()
+                connection.resume()
             }
             Some(plan) => match receive(fd, plan, 0) {
-                Ok(0) => return endpoint.lost(Loss::Eof),
-                Ok(bytes) => endpoint.received(bytes),
+                Ok(0) => return connection.lost(Loss::Eof),
+                Ok(bytes) => connection.received(bytes),
                 Err(error) if error.kind() == std::io::ErrorKind::Interrupted => continue,
-                Err(error) => return endpoint.lost(Loss::Error(error)),
+                Err(error) => return connection.lost(Loss::Error(error)),
             },
         };
         if flow.is_break() {
             return;
         }
         // To its end: the primary's next request waits for it anyhow.
-        while endpoint.background() {}
+        let mut has_worked = false;
+        while tenant.as_mut().is_some_and(|tenant| tenant.background()) {
+            has_worked = true;
+        }
+        // As after a wake-up, which the thread sees only when the connection is parked.
+        if has_worked && connection.resume().is_break() {
+            return;
+        }
     }
 }

@@ -10,15 +10,14 @@
 //! | feature | since | else |
 //! |---|---|---|
 //! | SINGLE_ISSUER + DEFER_TASKRUN: completions run when we wait, not at any time | 6.1 | COOP_TASKRUN (5.19), then none |
-//! | EXT_ARG: a wait with a time | 5.11 | where a socket rests, its core polls |
+//! | EXT_ARG: a wait with a timeout | 5.11 | while bytes gather in a socket, its core polls |
 //! | sparse buffer table | 5.19 | no registered buffers |
 //! | READV_FIXED: a scattered packet in one registered read | 6.15 | READ_FIXED for one run, RECVMSG for several |
 
-use super::core::{Backend, Completion, REST, Wait};
+use super::backend::{Backend, COALESCE_DELAY, Completion, Wait};
 use super::wake::CoreWake;
-use super::{ReceivePlan, receive};
+use super::{ReceivePlan, Region, receive};
 use crate::host::SETUP_LEVELS;
-use crate::store::Slab;
 use io_uring::{IoUring, Probe, cqueue, opcode, squeue, types};
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, RawFd};
@@ -214,8 +213,8 @@ impl Backend for UringBackend {
         self.arm_wake()?;
         let submitted = match wait {
             Wait::Block if self.refused.is_empty() => self.ring.submit_and_wait(1),
-            Wait::Rest if self.features.timed && self.refused.is_empty() => {
-                let timespec = types::Timespec::from(REST);
+            Wait::Coalesce if self.features.timed && self.refused.is_empty() => {
+                let timespec = types::Timespec::from(COALESCE_DELAY);
                 let arguments = types::SubmitArgs::new().timespec(&timespec);
                 self.ring.submitter().submit_with_args(1, &arguments)
             }
@@ -252,13 +251,13 @@ impl Backend for UringBackend {
         u16::try_from(free).ok()
     }
 
-    fn register(&mut self, index: u16, slab: &Slab) -> io::Result<()> {
+    fn register(&mut self, index: u16, region: &dyn Region) -> io::Result<()> {
         let buffer = libc::iovec {
-            iov_base: slab.base().cast(),
-            iov_len: slab.bytes(),
+            iov_base: region.base().cast(),
+            iov_len: region.bytes(),
         };
-        // SAFETY: the slab stays mapped until every endpoint of its guest is gone, and the core gives the index
-        // back before it drops the last of them.
+        // SAFETY: the region stays mapped as long as its tenant lives, and the core unregisters it before it drops the
+        // tenant (contract of `tenants`).
         unsafe {
             self.ring
                 .submitter()
@@ -324,7 +323,7 @@ mod tests {
 
     /// A rest ends without anybody's doing; a receive that completes meanwhile ends it, too.
     #[test]
-    fn a_rest_ends_by_itself() {
+    fn a_coalescing_wait_ends_by_itself() {
         let wake = Arc::new(CoreWake::new().unwrap());
         let Ok(mut ring) = UringBackend::new(wake, false) else {
             eprintln!("skipped: io_uring is not to be had here");
@@ -337,14 +336,17 @@ mod tests {
         ring.post(5, socket.as_raw_fd(), &mut plan);
         let mut done = Vec::new();
         let begin = std::time::Instant::now();
-        let woken = ring.wait(Wait::Rest, &mut done).unwrap();
-        let rested = begin.elapsed();
+        let woken = ring.wait(Wait::Coalesce, &mut done).unwrap();
+        let waited = begin.elapsed();
         peer.write_all(b"abc").unwrap();
         // Nothing is posted any more when the memory goes.
         while done.is_empty() {
-            ring.wait(Wait::Rest, &mut done).unwrap();
+            ring.wait(Wait::Coalesce, &mut done).unwrap();
         }
-        assert!(!woken && (rested >= REST || !ring.features.timed), "{rested:?}");
+        assert!(
+            !woken && (waited >= COALESCE_DELAY || !ring.features.timed),
+            "{waited:?}"
+        );
         assert_eq!((done[0].slot, done[0].result.as_ref().unwrap()), (5, &3));
     }
 }

@@ -1,4 +1,4 @@
-//! Waking whoever drives an endpoint: a core's loop by an eventfd, a thread by a semaphore.
+//! Wakes what drives a connection: a core's loop by an eventfd, a thread by a semaphore.
 
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
@@ -14,7 +14,7 @@ pub enum Waker {
 }
 
 impl Waker {
-    /// Makes the driver look at its endpoints again; it loses no wake-up, but may see several as one.
+    /// Makes the driver resume its connections. It loses no wake-up, but may take several as one.
     pub fn wake(&self) {
         match self {
             Waker::Core(core) => core.wake(),
@@ -39,7 +39,7 @@ pub struct CoreWake {
 }
 
 thread_local! {
-    /// The eventfd of the loop that runs on this thread, and whether it was woken by itself.
+    /// The eventfd of the loop that runs on this thread, and whether the thread has woken itself.
     static OWN: std::cell::Cell<(RawFd, bool)> = const { std::cell::Cell::new((-1, false)) };
 }
 
@@ -55,7 +55,7 @@ impl CoreWake {
         })
     }
 
-    /// From now on, wakes of this one on the calling thread are noted without a system call.
+    /// From now on, wake-ups of this one by the calling thread take no system call.
     pub fn adopt(&self) {
         OWN.set((self.event.as_raw_fd(), false));
     }
@@ -69,7 +69,7 @@ impl CoreWake {
 
     /// Takes the count, so that the descriptor is no longer readable. Whether there was one.
     pub fn clear(&self) -> bool {
-        // EAGAIN: nothing to take, which is what was wanted.
+        // EAGAIN: there is nothing to take.
         self.event.read().is_ok()
     }
 
@@ -87,14 +87,14 @@ impl CoreWake {
         poll(&mut polled, PollTimeout::ZERO) == Ok(1)
     }
 
-    /// Makes its loop look at its inbox and its endpoints again.
+    /// Makes its loop look at its inbox and resume its connections.
     pub fn wake(&self) {
         let (fd, _) = OWN.get();
         if fd == self.event.as_raw_fd() {
             OWN.set((fd, true));
             return;
         }
-        // It fails only when the counter would overflow, and then the loop is woken already.
+        // It fails only if the counter would overflow, and then the loop is woken already.
         let _ = self.event.write(1);
     }
 }

@@ -5,14 +5,14 @@ use crate::metrics::Summary;
 use crate::net::{AcceptError, Accepted};
 use crate::receiver::assemble::{Arrival, Assembler, Complete, Identity, Outcome};
 use crate::receiver::end::SessionEnd;
-use crate::receiver::guest::{Connection, Guest};
-use crate::receiver::helper::Helper;
+use crate::receiver::guest::{ChannelSocket, Guest};
 use crate::receiver::identify::{FIRST_LEN, IdentifyError, PENDING_MAX, identify};
 use crate::receiver::main_channel::MainChannel;
 use crate::receiver::page_channel::{Cores, PageChannel};
+use crate::receiver::presence::{FlushPart, Presence};
 use crate::receiver::status::SessionStatus;
 use crate::receiver::{Event, Outcome as ReceiverOutcome, ReceiverError};
-use crate::ring::{BackendKind, Driver, Endpoint};
+use crate::ring::{BackendKind, Connection, Driver};
 use crate::session::SessionLimits;
 use crate::units::ChannelId;
 use crate::wire::stream::MAIN_MAGIC;
@@ -45,7 +45,7 @@ pub(super) struct SessionEntry {
     pub(super) guest: Arc<Guest>,
     /// Where its main channel is driven: a position among the plane's cores. None if nobody sends to it.
     pub(super) home_core: Option<usize>,
-    /// Its figures, once all endpoints have left.
+    /// Its figures, once all connections and presences have left.
     pub(super) summary: Option<Summary>,
     pub(super) suppressed: Option<(u64, Instant)>,
     pub(super) began: Instant,
@@ -156,7 +156,7 @@ impl ControlState {
             .map(|n| plane.driver(first + n))
             .collect();
         let (peer, is_tcp) = (complete.main.from.clone(), complete.main.is_tcp);
-        let connect = |accepted: Accepted, driver: &Driver| Connection {
+        let connect = |accepted: Accepted, driver: &Driver| ChannelSocket {
             socket: accepted.socket,
             waker: driver.waker.clone(),
         };
@@ -169,14 +169,19 @@ impl ControlState {
         let services = self.context.services.clone();
         let guest = Guest::new(id, peer.clone(), services, main, channels, wakers);
         (self.context.events)(Event::Began { session: id, peer });
-        let mut endpoints = self.endpoints(&guest, is_tcp, &main_driver, &drivers);
-        for driver in &helpers {
-            endpoints.push((driver, Box::new(Helper::new(guest.clone()))));
-        }
-        for (driver, endpoint) in endpoints {
-            if let Err(error) = plane.attach(driver, endpoint) {
+        let attached = |done: std::io::Result<()>| {
+            if let Err(error) = done {
                 guest.finish(SessionEnd::NoMemory(format!("no thread for a channel: {error}")));
             }
+        };
+        let main = Presence::new(guest.clone(), FlushPart::Main);
+        attached(plane.admit(&main_driver, main));
+        for driver in &helpers {
+            let presence = Presence::new(guest.clone(), FlushPart::Help);
+            attached(plane.admit(driver, presence));
+        }
+        for (driver, connection) in self.connections(&guest, is_tcp, &main_driver, &drivers) {
+            attached(plane.attach(driver, connection));
         }
         self.entries.push(SessionEntry {
             guest,
@@ -195,13 +200,13 @@ impl ControlState {
     }
 
     /// What drives the guest's connections, with where: the main channel first.
-    fn endpoints<'a>(
+    fn connections<'a>(
         &self,
         guest: &Arc<Guest>,
         is_tcp: bool,
         main_driver: &'a Driver,
         drivers: &'a [Driver],
-    ) -> Vec<(&'a Driver, Box<dyn Endpoint>)> {
+    ) -> Vec<(&'a Driver, Box<dyn Connection>)> {
         let options = &self.context.options;
         let style = options.backend.style();
         let limits = SessionLimits {
@@ -220,19 +225,19 @@ impl ControlState {
             is_tcp,
             first_bytes,
         );
-        let mut endpoints: Vec<(&Driver, Box<dyn Endpoint>)> = vec![(main_driver, Box::new(main))];
+        let mut connections: Vec<(&Driver, Box<dyn Connection>)> = vec![(main_driver, Box::new(main))];
         for (driver, channel) in drivers.iter().zip(0..options.channels) {
             let shard = shard(driver, usize::from(channel) + 1);
             let home = driver.core();
             let away = (home + usize::from(channel)) % options.cores.len();
             let channel = ChannelId(channel);
             let channel = PageChannel::new(guest.clone(), channel, shard, style, Cores { home, away });
-            endpoints.push((driver, Box::new(channel)));
+            connections.push((driver, Box::new(channel)));
         }
-        endpoints
+        connections
     }
 
-    /// Looks for sessions whose endpoints have all left: nothing writes to their memory any more.
+    /// Looks for sessions whose connections and presences have all left: nothing writes to their memory any more.
     pub(super) fn reap_ended_sessions(&mut self) {
         while let Some(position) = self
             .entries
@@ -343,7 +348,7 @@ impl ControlState {
                 changed.notified().await;
             }
         };
-        // Endpoints of a ring that has failed never leave.
+        // Connections of a ring that has failed never leave.
         if tokio::time::timeout(END_PATIENCE, all_over).await.is_err() {
             self.warn(format!("some connections did not end within {END_PATIENCE:?}"));
         }

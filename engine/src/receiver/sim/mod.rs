@@ -1,4 +1,4 @@
-//! A deterministic simulation of the receiver: the real endpoints, sessions, core loops and stores, driven by a model
+//! A deterministic simulation of the receiver: the real connections, sessions, core loops and stores, driven by a model
 //! primary over a model network. No thread, no clock, no socket that carries a page: **a seed is a run**.
 //!
 //! ```text
@@ -21,7 +21,7 @@
 //! directory then is given to the real recovery, and what that finds must be the last committed checkpoint, or the one being
 //! committed, page by page. (The run itself goes on, so that it may be killed again.)
 //!
-//! At the end: did everything that was not broken come to its end, and is nothing held any more: no endpoint, no posted
+//! At the end: did everything that was not broken come to its end, and is nothing held any more: no connection, no posted
 //! receive, no registered buffer, no memory, no budget?
 //!
 //! What is not simulated: the backends' own system calls, the threads of a flush, commits between the passes of a dump, a

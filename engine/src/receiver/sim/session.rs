@@ -28,7 +28,7 @@ pub(super) struct SimSession {
     pub(super) genuine: Vec<usize>,
     /// Whether something was done to it, so that it need not come to its end.
     pub(super) is_touched: bool,
-    /// All endpoints have left, and what was not committed is dropped.
+    /// All connections and presences have left, and what was not committed is dropped.
     pub(super) is_over: bool,
     /// A packet that the primary should not have sent.
     pub(super) intruder: Option<Intruder>,
@@ -344,14 +344,14 @@ impl SimSession {
         }
     }
 
-    /// What the control thread does when all endpoints have left.
+    /// What the control thread does when all connections and presences have left.
     pub(super) fn settle(&mut self) -> Result<bool, String> {
         if self.is_over || !self.guest.is_over() {
             return Ok(false);
         }
         self.is_over = true;
         let end = self.guest.end().map(ToString::to_string);
-        let end = end.ok_or("all endpoints have left a session that has not ended")?;
+        let end = end.ok_or("all connections have left a session that has not ended")?;
         if !self.is_touched && self.primary.stage != Stage::Done {
             return Err(format!("the session has ended by itself: {end}"));
         }

@@ -13,7 +13,7 @@ use crate::killpoint;
 use crate::receiver::budget::Budget;
 use crate::receiver::guest::Services;
 use crate::ring::sim::{Net, Network, Registered, SimCore, StreamEnd};
-use crate::ring::{ReceiveStyle, Spread};
+use crate::ring::{OffloadThreshold, ReceiveStyle};
 use faults::{FAULTS, Fault};
 use services::{Job, LASTING_STORES, STORES, services};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -136,7 +136,7 @@ impl World {
         } else {
             ReceiveStyle {
                 bulk_from_pages: world.rng.pick(&[0, 1, 5, u64::MAX]),
-                spread: Spread {
+                offload: OffloadThreshold {
                     from_pages: world.rng.pick(&[1, 3, 10, u64::MAX]),
                     from_queued: world.rng.pick(&[0, 1, 5000]),
                 },
@@ -206,7 +206,7 @@ impl World {
             }
         }
         if !self.cores.iter().all(SimCore::is_empty) {
-            return Err("a core still drives an endpoint".to_owned());
+            return Err("a core still has a connection or a tenant".to_owned());
         }
         let held = self.net.borrow().held();
         if held != (0, 0, 0) {

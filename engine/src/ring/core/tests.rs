@@ -3,9 +3,10 @@
 use super::*;
 use crate::ring::epoll::EpollBackend;
 use crate::ring::wake::Waker;
+use crate::ring::{ReceivePlan, Region};
 use std::cell::Cell;
 use std::io::{Read, Write};
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::rc::Rc;
 use std::sync::atomic::AtomicUsize;
@@ -19,11 +20,11 @@ struct Fragile {
     byte: Box<[u8; 1]>,
 }
 
-impl Endpoint for Fragile {
+impl Connection for Fragile {
     fn fd(&self) -> RawFd {
         self.socket.as_raw_fd()
     }
-    fn guest(&self) -> u64 {
+    fn tenant(&self) -> u64 {
         1
     }
     fn plan(&mut self) -> Option<&mut ReceivePlan> {
@@ -40,14 +41,7 @@ impl Endpoint for Fragile {
     fn resume(&mut self) -> ControlFlow<()> {
         ControlFlow::Continue(())
     }
-    fn attached(&mut self, _core: usize, _buffers: Buffers) {}
-    fn slab_limit(&self) -> usize {
-        0
-    }
-    fn slab(&self, _position: usize) -> Option<&Slab> {
-        None
-    }
-    fn use_buffers(&mut self, _buffers: Buffers) {}
+    fn attached(&mut self, _core: usize) {}
 }
 
 #[test]
@@ -58,16 +52,16 @@ fn no_primary_waits_for_a_thread_that_panicked() {
         let (peer, socket) = UnixStream::pair().unwrap();
         peer.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
         let (plan, byte) = (ReceivePlan::new(), Box::new([0]));
-        let endpoint: Box<dyn Endpoint> = Box::new(Fragile { socket, plan, byte });
-        assert!(inbox.endpoints.push(endpoint).is_ok());
+        let connection: Box<dyn Connection> = Box::new(Fragile { socket, plan, byte });
+        assert!(inbox.arrivals.push(Arrival::Connection(connection)).is_ok());
         peers.push(peer);
     }
     let thread = {
         let (wake, inbox) = (wake.clone(), inbox.clone());
         thread::spawn(move || {
             let epoll = EpollBackend::new(wake.clone()).unwrap();
-            let peers = Arc::new([Peer { inbox, wake }]);
-            Core::new(epoll, peers, 0, Arc::new(|_| {})).run()
+            let cores = Arc::new([CoreHandle { inbox, wake }]);
+            Core::new(epoll, cores, 0, Arc::new(|_| {})).run()
         })
     };
     Waker::Core(wake.clone()).wake();
@@ -89,7 +83,7 @@ fn no_primary_waits_for_a_thread_that_panicked() {
 struct Scripted {
     posts: Rc<Cell<usize>>,
     completes: Rc<Cell<Option<usize>>>,
-    has_rested: Rc<Cell<bool>>,
+    has_coalesced: Rc<Cell<bool>>,
 }
 
 impl Backend for Scripted {
@@ -103,8 +97,8 @@ impl Backend for Scripted {
         }));
         Ok(false)
     }
-    fn has_rested(&self, _since: Instant) -> bool {
-        self.has_rested.get()
+    fn has_coalesced(&self, _since: Instant) -> bool {
+        self.has_coalesced.get()
     }
     fn queued(&self, _fd: RawFd) -> u64 {
         0
@@ -113,7 +107,7 @@ impl Backend for Scripted {
     fn reserve_buffers(&mut self, _count: u16) -> Option<u16> {
         None
     }
-    fn register(&mut self, _index: u16, _slab: &Slab) -> io::Result<()> {
+    fn register(&mut self, _index: u16, _region: &dyn Region) -> io::Result<()> {
         Ok(())
     }
     fn unregister(&mut self, _index: u16) {}
@@ -127,11 +121,11 @@ struct Greedy {
     bulk: bool,
 }
 
-impl Endpoint for Greedy {
+impl Connection for Greedy {
     fn fd(&self) -> RawFd {
         -1
     }
-    fn guest(&self) -> u64 {
+    fn tenant(&self) -> u64 {
         1
     }
     fn plan(&mut self) -> Option<&mut ReceivePlan> {
@@ -147,21 +141,14 @@ impl Endpoint for Greedy {
     fn resume(&mut self) -> ControlFlow<()> {
         ControlFlow::Continue(())
     }
-    fn attached(&mut self, _core: usize, _buffers: Buffers) {}
-    fn slab_limit(&self) -> usize {
-        0
-    }
-    fn slab(&self, _position: usize) -> Option<&Slab> {
-        None
-    }
-    fn use_buffers(&mut self, _buffers: Buffers) {}
+    fn attached(&mut self, _core: usize) {}
 }
 
 /// Turns after each of these completions, and how many receives were posted by then.
 fn posts_after(bulk: bool, completions: &[usize]) -> (Core<Scripted>, Scripted, Vec<usize>) {
     let backend = Scripted::default();
-    let peers = Arc::new([Peer::new().unwrap()]);
-    let mut core = Core::new(backend.clone(), peers, 0, Arc::new(|_| {}));
+    let cores = Arc::new([CoreHandle::new().unwrap()]);
+    let mut core = Core::new(backend.clone(), cores, 0, Arc::new(|_| {}));
     let (plan, bytes) = (ReceivePlan::new(), Box::new([0; 100]));
     core.attach(Box::new(Greedy { plan, bytes, bulk }));
     let turn = |bytes: &usize| {
@@ -181,12 +168,12 @@ fn bytes_gather_where_a_bulk_receive_has_emptied_the_socket() {
     assert_eq!(posts, [2, 2]);
     core.turn().unwrap();
     assert_eq!((backend.posts.get(), core.is_busy()), (2, true));
-    backend.has_rested.set(true);
+    backend.has_coalesced.set(true);
     core.turn().unwrap();
     assert_eq!((backend.posts.get(), core.is_busy()), (3, false));
 }
 
-/// What happens to an endpoint.
+/// What happens to a connection.
 #[derive(Clone, Default)]
 struct Fate {
     losses: Arc<AtomicUsize>,
@@ -223,11 +210,11 @@ impl Drop for Doomed {
     }
 }
 
-impl Endpoint for Doomed {
+impl Connection for Doomed {
     fn fd(&self) -> RawFd {
         -1
     }
-    fn guest(&self) -> u64 {
+    fn tenant(&self) -> u64 {
         1
     }
     fn plan(&mut self) -> Option<&mut ReceivePlan> {
@@ -246,23 +233,16 @@ impl Endpoint for Doomed {
     fn resume(&mut self) -> ControlFlow<()> {
         ControlFlow::Continue(())
     }
-    fn attached(&mut self, _core: usize, _buffers: Buffers) {}
-    fn slab_limit(&self) -> usize {
-        0
-    }
-    fn slab(&self, _position: usize) -> Option<&Slab> {
-        None
-    }
-    fn use_buffers(&mut self, _buffers: Buffers) {}
+    fn attached(&mut self, _core: usize) {}
 }
 
-/// The first endpoint panics when its receive has completed, and something of the clean-up behind it panics again. The
-/// second endpoint's receive is posted all the time.
+/// The first connection panics when its receive has completed, and a part of the clean-up after that panics again. The
+/// second connection's receive is posted all the time.
 fn memory_survives(spoil: impl FnOnce(&mut Doomed), warn: Warn) {
     let (first, second) = (Fate::default(), Fate::default());
     let backend = Scripted::default();
-    let peers = Arc::new([Peer::new().unwrap()]);
-    let mut core = Core::new(backend.clone(), peers, 0, warn);
+    let cores = Arc::new([CoreHandle::new().unwrap()]);
+    let mut core = Core::new(backend.clone(), cores, 0, warn);
     let mut doomed = Doomed::new(&first);
     doomed.panics_when_received = true;
     spoil(&mut doomed);
@@ -299,12 +279,12 @@ fn posted_memory_survives_a_panic_in_the_warning() {
     memory_survives(|_| {}, Arc::new(|_| panic!("meant by the test")));
 }
 
-/// Whatever unwinds through a core, and whatever its endpoints' destructors do meanwhile.
+/// Also when a destructor panics while the core is dropped.
 #[test]
 fn posted_memory_survives_the_drop_of_a_core() {
     let (first, second) = (Fate::default(), Fate::default());
-    let peers = Arc::new([Peer::new().unwrap()]);
-    let mut core = Core::new(Scripted::default(), peers, 0, Arc::new(|_| {}));
+    let cores = Arc::new([CoreHandle::new().unwrap()]);
+    let mut core = Core::new(Scripted::default(), cores, 0, Arc::new(|_| {}));
     let mut doomed = Doomed::new(&first);
     doomed.panics_when_dropped = true;
     core.attach(Box::new(doomed));

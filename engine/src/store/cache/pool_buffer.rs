@@ -5,7 +5,7 @@
 //! full; the little that was not parsed by then is moved. A page that arrived is **adopted**: it lives in its
 //! extent like one of a packet.
 //!
-//! Contract: as that of `ring::Staging`. `space` is asked for only while no receive into it is posted, and bytes behind
+//! Contract: as that of `ring::StreamBuffer`. `space` is asked for only while no receive into it is posted, and bytes behind
 //! `filled` are never read. Bytes before `filled` are written by nobody as long as the extent is held, which the buffer
 //! does; so what Rust sees as a slice and what the kernel writes never overlap, and the flush beside it only reads.
 

@@ -4,10 +4,10 @@ use super::super::FIRST_LEN;
 use super::super::primary::{Kind, Primary};
 use super::super::session::SimSession;
 use super::World;
-use crate::receiver::guest::{Connection, Guest};
-use crate::receiver::helper::Helper;
+use crate::receiver::guest::{ChannelSocket, Guest};
 use crate::receiver::main_channel::MainChannel;
 use crate::receiver::page_channel::{Cores, PageChannel};
+use crate::receiver::presence::{FlushPart, Presence};
 use crate::ring::ReceiveStyle;
 use crate::ring::sim::Wire;
 use crate::session::SessionLimits;
@@ -50,7 +50,7 @@ impl World {
             self.net.borrow_mut().wires.push(Wire::new(socket.as_raw_fd()));
             peers.push(peer);
             let waker = self.cores[*core].waker();
-            connections.push(Connection { socket, waker });
+            connections.push(ChannelSocket { socket, waker });
         }
         let main = connections.remove(0);
         let id = u32::try_from(self.sessions.len()).expect("few");
@@ -64,7 +64,7 @@ impl World {
         self.tally.sessions += 1;
     }
 
-    /// Hands a guest's endpoints to the cores, as the control thread does.
+    /// Hands a guest's connections and presences to the cores, as the control thread does.
     fn attach(&self, guest: &Arc<Guest>, kind: Kind, style: ReceiveStyle, drivers: &Drivers) {
         let channels = u8::try_from(kind.channels).expect("few");
         let limits = SessionLimits {
@@ -73,6 +73,10 @@ impl World {
         };
         let first = MAIN_MAGIC.first_chunk::<FIRST_LEN>().expect("four bytes");
         let (main_core, homes) = drivers.connections.split_first().expect("a main channel");
+        self.cores[*main_core].admit(Presence::new(guest.clone(), FlushPart::Main));
+        for core in &drivers.helpers {
+            self.cores[*core].admit(Presence::new(guest.clone(), FlushPart::Help));
+        }
         let main = MainChannel::new(guest.clone(), limits, *main_core, style, false, first);
         self.cores[*main_core].attach(Box::new(main));
         for (channel, home) in (0..channels).zip(homes) {
@@ -83,9 +87,6 @@ impl World {
             };
             let channel = PageChannel::new(guest.clone(), ChannelId(channel), *home, style, cores);
             self.cores[*home].attach(Box::new(channel));
-        }
-        for core in &drivers.helpers {
-            self.cores[*core].attach(Box::new(Helper::new(guest.clone())));
         }
     }
 }

@@ -7,7 +7,7 @@ use std::cell::Cell;
 use std::ptr::NonNull;
 
 /// Bytes `pos..filled` have arrived and are not yet consumed; `filled..capacity` is free.
-pub struct Staging {
+pub struct StreamBuffer {
     memory: NonNull<u8>,
     capacity: usize,
     pos: Cell<usize>,
@@ -15,9 +15,9 @@ pub struct Staging {
 }
 
 // SAFETY: it owns its memory alone, like a Vec.
-unsafe impl Send for Staging {}
+unsafe impl Send for StreamBuffer {}
 
-impl Staging {
+impl StreamBuffer {
     /// An empty buffer of `capacity` bytes.
     pub fn new(capacity: usize) -> Self {
         let memory = Box::leak(vec![0u8; capacity].into_boxed_slice());
@@ -29,9 +29,9 @@ impl Staging {
         }
     }
 
-    /// What has arrived and was not consumed.
+    /// What has arrived and is not consumed.
     pub fn bytes(&self) -> &[u8] {
-        // SAFETY: pos <= filled <= capacity always; bytes below `filled` are written by nobody while this borrow
+        // SAFETY: pos <= filled <= capacity always; bytes below `filled` are not written while this borrow
         // lives: `space`, which moves them, needs `&mut self`, and the kernel was given memory behind `filled` only.
         unsafe {
             std::slice::from_raw_parts(
@@ -41,7 +41,7 @@ impl Staging {
         }
     }
 
-    /// The first `count` of [`Self::bytes`] are done with. They stay readable through slices taken before, until
+    /// Consumes the first `count` of [`Self::bytes`]. They stay readable through slices taken before, until
     /// [`Self::space`] moves what is left.
     pub fn consume(&self, count: usize) {
         assert!(
@@ -60,7 +60,7 @@ impl Staging {
             return assert!(bytes.is_empty());
         };
         assert!(bytes.len() <= free, "room for them");
-        // SAFETY: the space is that long and nobody else's while no receive is posted; `bytes` is not part of it,
+        // SAFETY: the space is that long and not in use otherwise while no receive is posted; `bytes` is not part of it,
         // being borrowed beside `&mut self`.
         unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), space, bytes.len()) };
         self.fill(bytes.len());
@@ -83,7 +83,7 @@ impl Staging {
             self.pos.set(0);
             self.filled = 0;
         } else if self.capacity - self.filled < self.capacity / 2 && pos > 0 {
-            // SAFETY: both ranges lie in the buffer; no receive is posted, so nobody else touches it.
+            // SAFETY: both ranges lie in the buffer; no receive is posted, so nothing else touches it.
             unsafe {
                 let from = self.memory.as_ptr().add(pos);
                 std::ptr::copy(from, self.memory.as_ptr(), self.filled - pos);
@@ -96,7 +96,7 @@ impl Staging {
     }
 }
 
-impl Drop for Staging {
+impl Drop for StreamBuffer {
     fn drop(&mut self) {
         let slice = std::ptr::slice_from_raw_parts_mut(self.memory.as_ptr(), self.capacity);
         // SAFETY: made by Box::leak of a slice of this length in `new`; the owner drops it with no receive posted.
@@ -110,36 +110,36 @@ mod tests {
 
     #[test]
     fn bytes_come_out_in_order_over_many_wraps() {
-        let mut staging = Staging::new(16);
+        let mut buffer = StreamBuffer::new(16);
         let (mut next_in, mut next_out) = (0u8, 0u8);
         for round in 0..1000usize {
             let count = round % 7;
-            if staging.space().is_some_and(|(_, free)| free >= count) {
+            if buffer.space().is_some_and(|(_, free)| free >= count) {
                 let chunk: Vec<u8> = (0..count)
                     .map(|_| {
                         next_in = next_in.wrapping_add(1);
                         next_in
                     })
                     .collect();
-                staging.put(&chunk);
+                buffer.put(&chunk);
             }
-            let take = staging.bytes().len().min(round % 5);
-            for byte in &staging.bytes()[..take] {
+            let take = buffer.bytes().len().min(round % 5);
+            for byte in &buffer.bytes()[..take] {
                 next_out = next_out.wrapping_add(1);
                 assert_eq!(*byte, next_out);
             }
-            staging.consume(take);
+            buffer.consume(take);
         }
         assert!(next_out > 0);
     }
 
     #[test]
     fn a_full_buffer_has_no_space() {
-        let mut staging = Staging::new(4);
-        staging.put(&[1, 2, 3, 4]);
-        assert!(staging.space().is_none());
-        staging.consume(1);
-        assert_eq!(staging.space().map(|(_, free)| free), Some(1));
-        assert_eq!(staging.bytes(), [2, 3, 4]);
+        let mut buffer = StreamBuffer::new(4);
+        buffer.put(&[1, 2, 3, 4]);
+        assert!(buffer.space().is_none());
+        buffer.consume(1);
+        assert_eq!(buffer.space().map(|(_, free)| free), Some(1));
+        assert_eq!(buffer.bytes(), [2, 3, 4]);
     }
 }
