@@ -1,7 +1,7 @@
-//! Memory, huge pages, and how much of it this process may pin.
+//! Memory, huge pages, and how much memory this process may pin.
 #![forbid(unsafe_code)]
 
-use super::proc;
+use super::{OsError, proc};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::sys::resource::{RLIM_INFINITY, Resource, getrlimit};
 use serde::Serialize;
@@ -16,7 +16,7 @@ pub struct HugePagePool {
     pub page_bytes: u64,
     /// Pages in the pool.
     pub pages: u64,
-    /// Pages of them that nobody uses or has reserved.
+    /// Pages of the pool that are neither in use nor reserved.
     pub pages_free: u64,
     /// Pages that the kernel may add on demand.
     pub pages_overcommit: u64,
@@ -29,7 +29,7 @@ pub struct MemoryReport {
     pub total_bytes: u64,
     /// Swap space.
     pub swap_bytes: u64,
-    /// What could be used without swapping.
+    /// Memory that can be used without swapping.
     pub available_bytes: u64,
     /// Every size of huge pages that the kernel has.
     pub huge_page_pools: Vec<HugePagePool>,
@@ -40,14 +40,14 @@ pub struct MemoryReport {
     /// RLIMIT_MEMLOCK; none means unlimited.
     pub memlock_limit_bytes: Option<u64>,
     /// Whether this process has CAP_IPC_LOCK. The kernel counts it only in the initial user namespace, so a
-    /// container may have it in vain: [`super::RegistrationReport::beyond_limit`] is what was tried.
+    /// container may have it without effect: [`crate::ring::RegistrationReport::beyond_limit`] was tried.
     pub cap_ipc_lock: bool,
-    /// Whether a memfd can be made: what guest memory is held in. The error otherwise.
-    pub memfd: Result<(), String>,
+    /// Whether a memfd can be made: it holds guest memory.
+    pub memfd: Result<(), OsError>,
 }
 
 impl MemoryReport {
-    /// Reads it; what cannot be read is 0 or none.
+    /// Reads it. A value that cannot be read is 0 or none.
     pub fn read() -> Self {
         let meminfo = proc::text("/proc/meminfo").unwrap_or_default();
         let choice = |path| Some(proc::chosen(&proc::text(path)?)?.to_owned());
@@ -62,7 +62,7 @@ impl MemoryReport {
             cap_ipc_lock: has_capability(&proc::text("/proc/self/status").unwrap_or_default(), CAP_IPC_LOCK),
             memfd: memfd_create(c"colo-ring-probe", MFdFlags::MFD_CLOEXEC)
                 .map(drop)
-                .map_err(|errno| std::io::Error::from(errno).to_string()),
+                .map_err(|errno| OsError(errno as i32)),
         }
     }
 

@@ -1,17 +1,16 @@
-//! What this machine offers to a receiver, found out by trying and by reading what the kernel says of itself;
-//! never by its version.
+//! What this machine offers to a receiver, found out by trying and by reading what the kernel reports, never by the kernel's
+//! version. io_uring has a report of its own: [`crate::ring::RingReport`].
 //!
-//! A [`HostReport`] is a snapshot: nothing is changed on the machine, and what was tried is undone before the
-//! probe returns. `doctor` prints it, and the receiver's warnings use the same words.
+//! A [`HostReport`] is a snapshot: nothing is changed on the machine, and what was tried is undone before the probe
+//! returns. `doctor` prints it, and the receiver's warnings use the same words.
 
 mod cores;
 mod machine;
 mod memory;
 mod network;
 mod numa;
+mod os_error;
 mod proc;
-mod registration;
-mod ring;
 
 pub use cores::{CoreListError, allowed_cores, parse_core_list, pin};
 pub use machine::Machine;
@@ -20,9 +19,8 @@ pub use memory::{HugePagePool, MemoryReport};
 pub use network::NetworkReport;
 pub(crate) use numa::NODES_MAX;
 pub use numa::{CorePlace, NumaError, NumaNode, Placement, Topology};
-pub use ring::{
-    OPCODES, OpcodeSupport, RegistrationReport, RingReport, RingUnavailable, SETUP_LEVELS, SetupLevel,
-};
+pub use os_error::OsError;
+pub(crate) use proc::io_uring_disabled;
 
 use serde::Serialize;
 
@@ -31,8 +29,6 @@ use serde::Serialize;
 pub struct HostReport {
     /// What the machine is.
     pub machine: Machine,
-    /// io_uring as this process may use it.
-    pub ring: Result<RingReport, RingUnavailable>,
     /// Memory, huge pages and the limits on pinned memory.
     pub memory: MemoryReport,
     /// TCP as this network namespace has it.
@@ -44,14 +40,11 @@ pub struct HostReport {
 }
 
 impl HostReport {
-    /// Looks at everything. Takes some milliseconds, and pins at most
-    /// [`RegistrationReport::TRIAL_BYTES_MAX`] of memory meanwhile.
+    /// Reads everything.
     pub fn probe() -> Self {
-        let memory = MemoryReport::read();
         Self {
             machine: Machine::read(),
-            ring: RingReport::probe(memory.memlock_limit_bytes),
-            memory,
+            memory: MemoryReport::read(),
             network: NetworkReport::read(),
             cores_allowed: allowed_cores().unwrap_or_default(),
             numa_nodes: Topology::read().nodes().to_vec(),
@@ -69,8 +62,8 @@ mod tests {
         assert!(report.memory.total_bytes > 0);
         assert!(!report.cores_allowed.is_empty());
         assert_eq!(report.machine.cores_allowed, report.cores_allowed.len());
-        // Whatever the machine has, the report can be printed for machines.
+        // The report can be printed as JSON, whatever the machine has.
         let json = serde_json::to_value(&report).unwrap();
-        assert!(json["ring"]["Ok"].is_object() || json["ring"]["Err"]["reason"].is_string());
+        assert!(json["memory"]["memfd"].is_object());
     }
 }

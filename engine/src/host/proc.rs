@@ -1,9 +1,9 @@
-//! Reading single values of /proc and /sys.
+//! Single values of /proc and /sys.
 #![forbid(unsafe_code)]
 
 use std::path::Path;
 
-/// The trimmed text of a file, if it is there and may be read.
+/// The trimmed text of a file, if it exists and can be read.
 pub(super) fn text(path: impl AsRef<Path>) -> Option<String> {
     let text = std::fs::read_to_string(path).ok()?;
     Some(text.trim().to_owned())
@@ -12,6 +12,11 @@ pub(super) fn text(path: impl AsRef<Path>) -> Option<String> {
 /// A file that holds one number.
 pub(super) fn number(path: impl AsRef<Path>) -> Option<u64> {
     text(path)?.parse().ok()
+}
+
+/// The value of `kernel.io_uring_disabled`, where the kernel has it (Linux 6.6).
+pub(crate) fn io_uring_disabled() -> Option<u64> {
+    number("/proc/sys/kernel/io_uring_disabled")
 }
 
 /// The value behind `key:` in a text of `key: value` lines.

@@ -6,6 +6,8 @@
 
 mod address;
 mod listener;
+mod sockopt;
 
 pub use address::{AddressError, ListenAddress};
 pub use listener::{AcceptError, Accepted, HostWatch, ListenError, Listener, Origin, Peer, bind_unix};
+pub use sockopt::quick_ack;

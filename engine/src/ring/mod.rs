@@ -40,11 +40,12 @@ pub(crate) use connection::{Connection, Loss, Move};
 pub(crate) use plan::ReceivePlan;
 pub use plane::{BackendKind, PlaneError};
 pub(crate) use plane::{Driver, Plane, PlaneOptions};
-pub use receive::quick_ack;
 pub(crate) use stream_buffer::StreamBuffer;
 #[cfg(all(test, not(loom), not(miri)))]
 pub(crate) use style::OffloadThreshold;
 pub(crate) use style::ReceiveStyle;
 pub(crate) use tenants::{Region, Tenant};
-pub use uring::RingFeatures;
+pub use uring::{
+    OpcodeSupport, RegistrationReport, RingFeatures, RingReport, RingUnavailable, SetupLevel, try_set_up,
+};
 pub(crate) use wake::{Semaphore, Waker};

@@ -3,10 +3,10 @@
 
 use super::core::{Arrival, Core, CoreHandle, Warn};
 use super::epoll::EpollBackend;
-use super::uring::{RingFeatures, UringBackend};
+use super::uring::{RingFeatures, RingUnavailable, UringBackend};
 use super::wake::{Semaphore, Waker};
 use super::{Connection, ReceiveStyle, Tenant, threads};
-use crate::host::{RingUnavailable, pin};
+use crate::host::pin;
 use std::cell::Cell;
 use std::io;
 use std::sync::atomic::Ordering;

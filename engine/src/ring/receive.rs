@@ -18,25 +18,7 @@ pub(super) fn receive(fd: RawFd, plan: &mut ReceivePlan, flags: libc::c_int) -> 
     usize::try_from(received).map_err(|_| io::Error::last_os_error())
 }
 
-/// Lets the kernel acknowledge at once what the TCP socket receives next. It falls back to delayed acknowledgements
-/// by itself, when we send for example, so this is repeated after every read (tcp(7), TCP_QUICKACK).
-pub fn quick_ack(fd: RawFd) {
-    let on: libc::c_int = 1;
-    let length = libc::socklen_t::try_from(size_of_val(&on)).expect("the size of an int");
-    // SAFETY: the option's value is a live int of that length; an invalid descriptor is an error, not undefined.
-    // The result is of no use: on a socket that has failed meanwhile the next receive says why.
-    let _ = unsafe {
-        libc::setsockopt(
-            fd,
-            libc::IPPROTO_TCP,
-            libc::TCP_QUICKACK,
-            std::ptr::from_ref(&on).cast(),
-            length,
-        )
-    };
-}
-
-/// Bytes that a socket holds and that were not read yet: 0 for one that has failed, which the next receive will tell.
+/// Bytes that wait in a socket. 0 for one that has failed: the next receive reports that.
 pub(super) fn queued(fd: RawFd) -> u64 {
     let mut bytes: libc::c_int = 0;
     // SAFETY: FIONREAD writes one int, and `bytes` is that, alive during the call; an invalid descriptor is an error, not
@@ -62,7 +44,7 @@ mod tests {
         let (mut receiver, _) = listener.accept().unwrap();
         assert_eq!(queued(receiver.as_raw_fd()), 0);
         sender.write_all(&[7; 5000]).unwrap();
-        // Loopback delivers it before the write returns, but nobody promises that.
+        // Loopback delivers it before the write returns, but that is not guaranteed.
         while queued(receiver.as_raw_fd()) < 5000 {
             std::thread::yield_now();
         }

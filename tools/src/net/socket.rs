@@ -56,7 +56,7 @@ impl Socket {
     /// Has what comes next acknowledged at once, where anything is acknowledged.
     pub(crate) fn quick_ack(&self) {
         if let Self::Tcp(socket) = self {
-            colo_ring::ring::quick_ack(socket.as_raw_fd());
+            colo_ring::net::quick_ack(socket.as_raw_fd());
         }
     }
 

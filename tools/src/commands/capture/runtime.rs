@@ -21,8 +21,7 @@ impl Runtime {
     pub(super) fn new() -> io::Result<(Self, Option<io::Error>)> {
         // Probed first: tokio-uring 0.5 leaks what it has allocated by the time that it finds io_uring unavailable. The
         // probing ring is dropped before the next one is made: both may count against one limit.
-        let uring = io_uring::IoUring::new(ENTRIES)
-            .map(drop)
+        let uring = colo_ring::ring::try_set_up(ENTRIES)
             .and_then(|()| tokio_uring::Runtime::new(tokio_uring::builder().entries(ENTRIES)));
         let error = match uring {
             Ok(runtime) => return Ok((Self::Uring(Box::new(runtime)), None)),

@@ -74,7 +74,7 @@ impl Stream {
     /// Over TCP, acknowledges at once what comes next; see [`colo_ring::net`].
     pub(super) fn quick_ack(&self) {
         if self.is_tcp {
-            colo_ring::ring::quick_ack(self.socket.as_raw_fd());
+            colo_ring::net::quick_ack(self.socket.as_raw_fd());
         }
     }
 

@@ -3,7 +3,8 @@
 use crate::options::Size;
 use crate::output::{CommandError, print, print_json};
 use clap::Args;
-use colo_ring::host::{HostReport, RegistrationReport, RingReport};
+use colo_ring::host::HostReport;
+use colo_ring::ring::{RegistrationReport, RingReport, RingUnavailable};
 use serde::Serialize;
 use std::fmt::Write;
 use std::process::ExitCode;
@@ -49,7 +50,17 @@ struct DoctorReport<'a> {
     schema_version: u32,
     usable: bool,
     checks: &'a [Check],
-    host: &'a HostReport,
+    host: &'a Probe,
+}
+
+/// Everything that was probed.
+#[derive(Debug, Serialize)]
+pub struct Probe {
+    /// This machine.
+    #[serde(flatten)]
+    pub host: HostReport,
+    /// io_uring as this process may use it.
+    pub ring: Result<RingReport, RingUnavailable>,
 }
 
 /// Looks at this machine and prints what it found.
@@ -58,7 +69,9 @@ struct DoctorReport<'a> {
 /// If the result cannot be printed.
 pub fn run(args: &DoctorArgs) -> Result<ExitCode, CommandError> {
     let host = HostReport::probe();
-    let checks = checks(&host);
+    let ring = RingReport::probe(host.memory.memlock_limit_bytes);
+    let probe = Probe { host, ring };
+    let checks = checks(&probe);
     let usable = !checks.iter().any(|check| check.state == State::Missing);
     if args.json {
         print_json(&DoctorReport {
@@ -66,10 +79,10 @@ pub fn run(args: &DoctorArgs) -> Result<ExitCode, CommandError> {
             schema_version: 1,
             usable,
             checks: &checks,
-            host: &host,
+            host: &probe,
         })?;
     } else {
-        print(&format!("{}\n\n{}", host.machine, render(&checks)))?;
+        print(&format!("{}\n\n{}", probe.host.machine, render(&checks)))?;
     }
     Ok(if usable {
         ExitCode::SUCCESS
@@ -143,11 +156,12 @@ impl Check {
 }
 
 /// Judges a report.
-pub fn checks(host: &HostReport) -> Vec<Check> {
+pub fn checks(probe: &Probe) -> Vec<Check> {
+    let host = &probe.host;
     let mut checks = vec![cores(host), numa(host), memory(host), shareable_memory(host)];
     checks.push(locked_memory(host));
     checks.extend(huge_pages(host));
-    match &host.ring {
+    match &probe.ring {
         Ok(ring) => {
             checks.push(Check::ok(
                 "io_uring",
@@ -228,7 +242,7 @@ fn shareable_memory(host: &HostReport) -> Check {
         Ok(()) => Check::ok("memfd", "can be made"),
         Err(error) => Check::missing(
             "memfd",
-            error.clone(),
+            error.to_string(),
             "there is nothing to hold guest memory in; --ram-dir on a tmpfs takes its place",
             None,
         ),

@@ -1,18 +1,17 @@
 use super::*;
-use colo_ring::host::{
-    HugePagePool, Machine, MemoryReport, NetworkReport, NumaNode, OpcodeSupport, RingUnavailable, SetupLevel,
-};
+use colo_ring::host::{HugePagePool, Machine, MemoryReport, NetworkReport, NumaNode, OsError};
+use colo_ring::ring::{OpcodeSupport, SetupLevel};
 use std::io;
 
 /// A machine with nothing to complain of.
-fn good() -> HostReport {
+fn good() -> Probe {
     let opcode = |name, essential| OpcodeSupport {
         name,
         purpose: "tests",
         essential,
         supported: true,
     };
-    HostReport {
+    let host = HostReport {
         machine: Machine {
             cpu_model: "Test".to_owned(),
             cores_online: 4,
@@ -21,14 +20,6 @@ fn good() -> HostReport {
             memory_bytes: 8 << 30,
             congestion_control: "cubic".to_owned(),
         },
-        ring: Ok(RingReport {
-            setup: SetupLevel::DeferTaskrun,
-            opcodes: vec![opcode("RECVMSG", true), opcode("READV_FIXED", false)],
-            registration: RegistrationReport {
-                small: Ok(()),
-                beyond_limit: None,
-            },
-        }),
         memory: MemoryReport {
             total_bytes: 8 << 30,
             available_bytes: 7 << 30,
@@ -57,12 +48,21 @@ fn good() -> HostReport {
             cores: vec![0, 1, 2, 3],
             memory_node: Some(0),
         }],
-    }
+    };
+    let ring = Ok(RingReport {
+        setup: SetupLevel::DeferTaskrun,
+        opcodes: vec![opcode("RECVMSG", true), opcode("READV_FIXED", false)],
+        registration: RegistrationReport {
+            small: Ok(()),
+            beyond_limit: None,
+        },
+    });
+    Probe { host, ring }
 }
 
 /// The checks that are not ok, as `item: mend`.
-fn complaints(host: &HostReport) -> Vec<(&'static str, State, String)> {
-    let bad = checks(host).into_iter().filter(|check| check.state != State::Ok);
+fn complaints(probe: &Probe) -> Vec<(&'static str, State, String)> {
+    let bad = checks(probe).into_iter().filter(|check| check.state != State::Ok);
     bad.map(|check| {
         assert!(
             !check.meaning.is_empty(),
@@ -75,10 +75,10 @@ fn complaints(host: &HostReport) -> Vec<(&'static str, State, String)> {
 }
 
 /// Spoils one thing of the good machine and expects exactly one complaint about it.
-fn expect(item: &str, state: State, mend: &str, spoil: impl FnOnce(&mut HostReport)) {
-    let mut host = good();
-    spoil(&mut host);
-    match complaints(&host).as_slice() {
+fn expect(item: &str, state: State, mend: &str, spoil: impl FnOnce(&mut Probe)) {
+    let mut probe = good();
+    spoil(&mut probe);
+    match complaints(&probe).as_slice() {
         [(seen, seen_state, command)] => {
             assert_eq!((*seen, *seen_state), (item, state));
             assert!(command.contains(mend), "{item}: {command}");
@@ -96,90 +96,97 @@ fn a_good_machine_has_no_complaints() {
 #[test]
 fn each_lack_is_told_with_its_remedy() {
     let warn = State::Warn;
-    expect("io_uring", warn, "kernel.io_uring_disabled=0", |host| {
+    expect("io_uring", warn, "kernel.io_uring_disabled=0", |probe| {
         let refused = io::Error::from_raw_os_error(1);
-        host.ring = Err(RingUnavailable::explain(&refused, Some(2)));
+        probe.ring = Err(RingUnavailable::explain(&refused, Some(2)));
     });
-    expect("io_uring operations", warn, "", |host| {
-        host.ring.as_mut().unwrap().opcodes[1].supported = false;
+    expect("io_uring operations", warn, "", |probe| {
+        probe.ring.as_mut().unwrap().opcodes[1].supported = false;
     });
-    expect("registered buffers", warn, "ulimit -l unlimited", |host| {
-        host.memory.memlock_limit_bytes = Some(8 << 20);
-        host.ring.as_mut().unwrap().registration.beyond_limit = Some(false);
+    expect("registered buffers", warn, "ulimit -l unlimited", |probe| {
+        probe.host.memory.memlock_limit_bytes = Some(8 << 20);
+        probe.ring.as_mut().unwrap().registration.beyond_limit = Some(false);
     });
-    expect("registered buffers", warn, "ulimit -l unlimited", |host| {
-        host.memory.memlock_limit_bytes = Some(1 << 30);
+    expect("registered buffers", warn, "ulimit -l unlimited", |probe| {
+        probe.host.memory.memlock_limit_bytes = Some(1 << 30);
     });
-    expect("2 MiB huge pages", warn, "vm.nr_hugepages", |host| {
-        host.memory.huge_page_pools[0].pages_free = 0;
+    expect("2 MiB huge pages", warn, "vm.nr_hugepages", |probe| {
+        probe.host.memory.huge_page_pools[0].pages_free = 0;
     });
-    expect("2 MiB huge pages", warn, "vm.nr_hugepages", |host| {
-        host.memory.huge_page_pools.clear()
+    expect("2 MiB huge pages", warn, "vm.nr_hugepages", |probe| {
+        probe.host.memory.huge_page_pools.clear()
     });
-    expect("THP, shared memory", warn, "shmem_enabled", |host| {
-        host.memory.thp_shmem = Some("never".to_owned());
+    expect("THP, shared memory", warn, "shmem_enabled", |probe| {
+        probe.host.memory.thp_shmem = Some("never".to_owned());
     });
     expect(
         "THP, private memory",
         warn,
         "transparent_hugepage/enabled",
-        |host| {
-            host.memory.thp = Some("never".to_owned());
+        |probe| {
+            probe.host.memory.thp = Some("never".to_owned());
         },
     );
-    expect("NUMA nodes", warn, "--numa-node", |host| {
-        host.numa_nodes.push(NumaNode {
+    expect("NUMA nodes", warn, "--numa-node", |probe| {
+        probe.host.numa_nodes.push(NumaNode {
             node: 1,
             cores: vec![4],
             memory_node: Some(1),
         });
     });
-    expect("locked memory", warn, "ulimit -l", |host| {
-        host.memory.swap_bytes = 1 << 30;
-        host.memory.memlock_limit_bytes = Some(8 << 20);
+    expect("locked memory", warn, "ulimit -l", |probe| {
+        probe.host.memory.swap_bytes = 1 << 30;
+        probe.host.memory.memlock_limit_bytes = Some(8 << 20);
         // What registers buffers may do more than what locks memory.
-        host.ring.as_mut().unwrap().registration.beyond_limit = Some(true);
+        probe.ring.as_mut().unwrap().registration.beyond_limit = Some(true);
     });
-    expect("congestion control", warn, "cubic", |host| {
-        host.network.congestion_control = Some("bbr".to_owned());
+    expect("congestion control", warn, "cubic", |probe| {
+        probe.host.network.congestion_control = Some("bbr".to_owned());
     });
-    expect("slow start after idle", warn, "slow_start_after_idle=0", |host| {
-        host.network.slow_start_after_idle = Some(true);
+    expect(
+        "slow start after idle",
+        warn,
+        "slow_start_after_idle=0",
+        |probe| {
+            probe.host.network.slow_start_after_idle = Some(true);
+        },
+    );
+    expect("listen backlog", warn, "somaxconn", |probe| {
+        probe.host.network.somaxconn = Some(128)
     });
-    expect("listen backlog", warn, "somaxconn", |host| {
-        host.network.somaxconn = Some(128)
-    });
-    expect("receive buffers", warn, "tcp_rmem", |host| {
-        host.network.tcp_rmem_max_bytes = Some(1 << 20)
+    expect("receive buffers", warn, "tcp_rmem", |probe| {
+        probe.host.network.tcp_rmem_max_bytes = Some(1 << 20)
     });
 }
 
 #[test]
 fn without_cores_or_memory_a_receiver_does_not_work() {
-    expect("cores", State::Missing, "", |host| host.cores_allowed.clear());
-    expect("memfd", State::Missing, "", |host| {
-        host.memory.memfd = Err("ENOSYS".to_owned())
+    expect("cores", State::Missing, "", |probe| {
+        probe.host.cores_allowed.clear()
     });
-    let mut host = good();
-    host.memory.memfd = Err("ENOSYS".to_owned());
-    assert!(render(&checks(&host)).contains("does not work here"));
+    expect("memfd", State::Missing, "", |probe| {
+        probe.host.memory.memfd = Err(OsError(38))
+    });
+    let mut probe = good();
+    probe.host.memory.memfd = Err(OsError(38));
+    assert!(render(&checks(&probe)).contains("does not work here"));
 }
 
 #[test]
 fn a_memory_only_node_is_no_second_node() {
-    let mut host = good();
-    host.numa_nodes.push(NumaNode {
+    let mut probe = good();
+    probe.host.numa_nodes.push(NumaNode {
         node: 1,
         cores: vec![],
         memory_node: Some(1),
     });
-    assert_eq!(complaints(&host), []);
+    assert_eq!(complaints(&probe), []);
 }
 
 #[test]
 fn a_limit_that_does_not_bind_is_no_complaint() {
-    let mut host = good();
-    host.memory.memlock_limit_bytes = Some(8 << 20);
-    host.ring.as_mut().unwrap().registration.beyond_limit = Some(true);
-    assert_eq!(complaints(&host), []);
+    let mut probe = good();
+    probe.host.memory.memlock_limit_bytes = Some(8 << 20);
+    probe.ring.as_mut().unwrap().registration.beyond_limit = Some(true);
+    assert_eq!(complaints(&probe), []);
 }

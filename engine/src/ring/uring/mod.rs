@@ -1,4 +1,4 @@
-//! The backend `uring`: the one file that knows io_uring.
+//! The backend `uring`. Only this folder knows io_uring: here it is driven, `setup` sets it up, `report` probes it.
 //!
 //! Contract: a posted receive belongs to the kernel until its completion is reaped; `user_data` is the slot's
 //! number, and a slot has one receive at a time, so no completion can be taken for another's. Every submission has
@@ -14,11 +14,20 @@
 //! | sparse buffer table | 5.19 | no registered buffers |
 //! | READV_FIXED: a scattered packet in one registered read | 6.15 | READ_FIXED for one run, RECVMSG for several |
 
+mod report;
+mod setup;
+#[cfg(all(test, not(loom), not(miri)))]
+mod tests;
+
+pub use report::{OpcodeSupport, RegistrationReport, RingReport};
+pub use setup::{RingUnavailable, SetupLevel, try_set_up};
+
 use super::backend::{Backend, COALESCE_DELAY, Completion, Wait};
 use super::wake::CoreWake;
 use super::{ReceivePlan, Region, receive};
-use crate::host::SETUP_LEVELS;
 use io_uring::{IoUring, Probe, cqueue, opcode, squeue, types};
+use report::OPCODES;
+use setup::set_up;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, RawFd};
 use std::sync::Arc;
@@ -34,16 +43,16 @@ const COMPLETIONS: u32 = 4096;
 /// Registered buffers of one ring, the kernel's own limit: 8 TiB of slabs of 512 MiB.
 const BUFFERS: u16 = 16384;
 
-/// What the kernel gave us.
+/// What the kernel offers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct RingFeatures {
-    /// Setup flags in force, for people.
+    /// Names of the set-up flags in force.
     pub setup: &'static str,
     /// Receives can go to registered buffers.
     pub registered: bool,
-    /// Scattered ones too.
+    /// Scattered receives, too.
     pub readv_fixed: bool,
-    /// A wait can be given a time.
+    /// A wait can have a timeout.
     pub timed: bool,
 }
 
@@ -62,27 +71,25 @@ pub(super) struct UringBackend {
     ring: IoUring,
     wake: Arc<CoreWake>,
     features: RingFeatures,
-    /// Which buffer indices are taken.
+    /// Which buffer indices are reserved.
     buffers: Vec<bool>,
     wake_armed: bool,
-    /// Receives that the kernel did not take.
+    /// Receives that could not be submitted.
     refused: Vec<Completion>,
 }
 
 impl UringBackend {
     /// Must be called on the thread that will drive the ring.
     pub(super) fn new(wake: Arc<CoreWake>, registered: bool) -> io::Result<Self> {
-        let (ring, setup) = build()?;
+        let (ring, level) = set_up(SUBMISSIONS, |builder| {
+            builder.setup_cqsize(COMPLETIONS).setup_clamp().dontfork();
+        })?;
         let mut probe = Probe::new();
         ring.submitter().register_probe(&mut probe)?;
-        for (code, name) in [
-            (opcode::RecvMsg::CODE, "RECVMSG"),
-            (opcode::PollAdd::CODE, "POLL_ADD"),
-        ] {
-            if !probe.is_supported(code) {
-                let message = format!("this kernel's io_uring lacks the operation {name}");
-                return Err(io::Error::new(io::ErrorKind::Unsupported, message));
-            }
+        let is_lacking = |opcode: &&report::Opcode| opcode.essential && !probe.is_supported(opcode.code);
+        if let Some(opcode) = OPCODES.iter().find(is_lacking) {
+            let message = format!("this kernel's io_uring lacks the operation {}", opcode.name);
+            return Err(io::Error::new(io::ErrorKind::Unsupported, message));
         }
         let registered = registered
             && probe.is_supported(opcode::ReadFixed::CODE)
@@ -92,7 +99,7 @@ impl UringBackend {
                 .is_ok();
         let readv_fixed = registered && probe.is_supported(opcode::ReadvFixed::CODE);
         let features = RingFeatures {
-            setup,
+            setup: level.name(),
             registered,
             readv_fixed,
             timed: ring.params().is_feature_ext_arg(),
@@ -177,26 +184,10 @@ fn classify(entry: &cqueue::Entry) -> Reaped {
     if entry.user_data() == WAKE {
         return Reaped::Wake;
     }
-    let slot = usize::try_from(entry.user_data()).expect("a slot's number went in");
+    let slot = usize::try_from(entry.user_data()).expect("the user data of a receive is a slot number");
     // Negative is an errno.
     let result = usize::try_from(entry.result()).map_err(|_| io::Error::from_raw_os_error(-entry.result()));
     Reaped::Receive(Completion { slot, result })
-}
-
-/// The best ring this kernel sets up, and what it is called.
-fn build() -> io::Result<(IoUring, &'static str)> {
-    let mut last = io::Error::from(io::ErrorKind::Unsupported);
-    for level in SETUP_LEVELS {
-        let mut builder = level.builder();
-        builder.setup_cqsize(COMPLETIONS).setup_clamp().dontfork();
-        match builder.build(SUBMISSIONS) {
-            Ok(ring) => return Ok((ring, level.name())),
-            // An unknown flag; anything else would be no different without it.
-            Err(error) if error.raw_os_error() == Some(libc::EINVAL) => last = error,
-            Err(error) => return Err(error),
-        }
-    }
-    Err(last)
 }
 
 impl Backend for UringBackend {
@@ -223,7 +214,7 @@ impl Backend for UringBackend {
         match submitted {
             Ok(_) => {}
             Err(error) if error.raw_os_error() == Some(libc::ETIME) => {}
-            // Interrupted, or completions must be taken first: both are cured by reaping and coming back.
+            // Interrupted, or completions must be taken first: reaping them and coming back resolves both.
             Err(error)
                 if matches!(
                     error.raw_os_error(),
@@ -281,72 +272,5 @@ impl Backend for UringBackend {
 
     fn release_buffers(&mut self, first: u16, count: u16) {
         self.buffers[usize::from(first)..usize::from(first + count)].fill(false);
-    }
-}
-
-#[cfg(all(test, not(loom), not(miri)))]
-mod tests {
-    use super::*;
-    use std::io::Write;
-    use std::os::unix::net::UnixStream;
-
-    /// While a large guest's memory is registered, the ring is only polled: the other guests' receives must complete.
-    #[test]
-    fn a_poll_takes_what_completed_since() {
-        let wake = Arc::new(CoreWake::new().unwrap());
-        let Ok(mut ring) = UringBackend::new(wake, false) else {
-            eprintln!("skipped: io_uring is not to be had here");
-            return;
-        };
-        let (mut peer, socket) = UnixStream::pair().unwrap();
-        let mut memory = [0u8; 8];
-        let mut plan = ReceivePlan::new();
-        plan.push(memory.as_mut_ptr(), memory.len());
-        ring.post(3, socket.as_raw_fd(), &mut plan);
-        let mut done = Vec::new();
-        ring.wait(Wait::Poll, &mut done).unwrap();
-        assert!(done.is_empty());
-        peer.write_all(b"abc").unwrap();
-        for _ in 0..100 {
-            ring.wait(Wait::Poll, &mut done).unwrap();
-        }
-        let polled = done.len();
-        // Whatever came of that, nothing is posted any more when the memory goes.
-        if polled == 0 {
-            ring.wait(Wait::Block, &mut done).unwrap();
-        }
-        assert_eq!(
-            (polled, done[0].slot, done[0].result.as_ref().unwrap()),
-            (1, 3, &3)
-        );
-    }
-
-    /// A rest ends without anybody's doing; a receive that completes meanwhile ends it, too.
-    #[test]
-    fn a_coalescing_wait_ends_by_itself() {
-        let wake = Arc::new(CoreWake::new().unwrap());
-        let Ok(mut ring) = UringBackend::new(wake, false) else {
-            eprintln!("skipped: io_uring is not to be had here");
-            return;
-        };
-        let (mut peer, socket) = UnixStream::pair().unwrap();
-        let mut memory = [0u8; 8];
-        let mut plan = ReceivePlan::new();
-        plan.push(memory.as_mut_ptr(), memory.len());
-        ring.post(5, socket.as_raw_fd(), &mut plan);
-        let mut done = Vec::new();
-        let begin = std::time::Instant::now();
-        let woken = ring.wait(Wait::Coalesce, &mut done).unwrap();
-        let waited = begin.elapsed();
-        peer.write_all(b"abc").unwrap();
-        // Nothing is posted any more when the memory goes.
-        while done.is_empty() {
-            ring.wait(Wait::Coalesce, &mut done).unwrap();
-        }
-        assert!(
-            !woken && (waited >= COALESCE_DELAY || !ring.features.timed),
-            "{waited:?}"
-        );
-        assert_eq!((done[0].slot, done[0].result.as_ref().unwrap()), (5, &3));
     }
 }
