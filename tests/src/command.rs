@@ -8,14 +8,14 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use serde_json::Value;
 use std::fs::File;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Output, Stdio};
-use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
+use tempfile::TempDir;
 
 /// A directory of its own, removed when dropped.
 #[derive(Debug)]
-pub struct Scratch(PathBuf);
+pub struct Scratch(TempDir);
 
 impl Scratch {
     /// A new one.
@@ -24,11 +24,13 @@ impl Scratch {
     /// If it cannot be made.
     #[must_use]
     pub fn new() -> Self {
-        static NEXT: AtomicU32 = AtomicU32::new(0);
-        let number = NEXT.fetch_add(1, Ordering::Relaxed);
-        let path = std::env::temp_dir().join(format!("colo-ring-command-{}-{number}", std::process::id()));
-        std::fs::create_dir_all(&path).expect("a directory");
-        Self(path)
+        Self(tempfile::tempdir().expect("a directory"))
+    }
+
+    /// Where it is.
+    #[must_use]
+    pub fn path(&self) -> &Path {
+        self.0.path()
     }
 
     /// A file in it.
@@ -37,25 +39,18 @@ impl Scratch {
     /// If the temporary directory's path is not UTF-8.
     #[must_use]
     pub fn file(&self, name: &str) -> String {
-        let path = self.0.join(name);
+        let path = self.path().join(name);
         path.to_str().expect("a path in UTF-8").to_owned()
     }
 
     fn read(&self, name: &str) -> String {
-        std::fs::read_to_string(self.0.join(name)).expect("a file that the command wrote")
+        std::fs::read_to_string(self.path().join(name)).expect("a file that the command wrote")
     }
 }
 
 impl Default for Scratch {
     fn default() -> Self {
         Self::new()
-    }
-}
-
-impl Drop for Scratch {
-    fn drop(&mut self) {
-        // What is left in the temporary directory does no harm.
-        let _ = std::fs::remove_dir_all(&self.0);
     }
 }
 
@@ -102,6 +97,18 @@ pub struct Ended {
     pub log: String,
     /// The file PREFIX.json of the histograms.
     pub histograms: Value,
+    scratch: Scratch,
+}
+
+impl Ended {
+    /// A file that it wrote; `hist` is the prefix of the histograms.
+    ///
+    /// # Panics
+    /// If it wrote none of that name.
+    #[must_use]
+    pub fn read(&self, name: &str) -> String {
+        self.scratch.read(name)
+    }
 }
 
 impl RunningReceiver {
@@ -181,14 +188,20 @@ impl RunningReceiver {
         (dumped, read)
     }
 
+    /// Runs one of the commands that take `--control`, to its end.
+    #[must_use]
+    pub fn command(&self, args: &[&str]) -> Output {
+        let control = format!("unix:{}", self.scratch.file("control"));
+        run(&[&args[..1], &["--control", &control], &args[1..]].concat())
+    }
+
     /// Asks it by one of the commands that take `--control` and `--json`.
     ///
     /// # Panics
     /// If it fails.
     #[must_use]
     pub fn ask(&self, args: &[&str]) -> Value {
-        let control = format!("unix:{}", self.scratch.file("control"));
-        let output = run(&[&args[..1], &["--control", &control], &args[1..]].concat());
+        let output = self.command(args);
         assert!(
             output.status.success(),
             "{}",
@@ -291,6 +304,7 @@ impl RunningReceiver {
             report: json("out"),
             log: self.log(),
             histograms: json("hist.json"),
+            scratch: std::mem::take(&mut self.scratch),
         }
     }
 }

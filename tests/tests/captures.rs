@@ -217,7 +217,7 @@ fn play(name: &str, check: impl Fn(&Secondary, &Model)) {
     let model = Model::of(&capture);
     for kind in KINDS {
         let secondary = play_with(&capture, kind);
-        compare(&secondary, &model, name);
+        compare(&secondary, &model);
         assert!(model.checkpoints >= 4, "{} checkpoints", model.checkpoints);
         check(&secondary, &model);
     }
@@ -240,15 +240,15 @@ fn play_with(capture: &Capture, kind: (CacheKind, CommitMode)) -> Secondary {
 }
 
 /// The committed image and device state equal the model's, block for block.
-fn compare(secondary: &Secondary, model: &Model, name: &str) {
-    let directory = std::env::temp_dir().join(format!("colo-ring-dump-{}-{name}", std::process::id()));
+fn compare(secondary: &Secondary, model: &Model) {
+    let directory = tempfile::tempdir().unwrap();
     let store = secondary.store.as_ref().unwrap();
-    let report = store.committed().dump(&directory).unwrap();
+    let report = store.committed().dump(directory.path()).unwrap();
     assert_eq!(report.checkpoint.0, model.checkpoints);
     assert_eq!(report.blocks.len(), model.blocks.len());
     for (dumped, (name, content)) in report.blocks.iter().zip(&model.blocks) {
         assert_eq!(&*dumped.name, &name[..]);
-        let file = std::fs::read(directory.join(&dumped.file)).unwrap();
+        let file = std::fs::read(directory.path().join(&dumped.file)).unwrap();
         let differing = file
             .chunks(PAGE_SIZE)
             .zip(content.chunks(PAGE_SIZE))
@@ -262,10 +262,9 @@ fn compare(secondary: &Secondary, model: &Model, name: &str) {
         );
     }
     assert_eq!(
-        std::fs::read(directory.join(&report.device_state)).unwrap(),
+        std::fs::read(directory.path().join(&report.device_state)).unwrap(),
         model.device_state
     );
-    std::fs::remove_dir_all(directory).unwrap();
 }
 
 #[test]

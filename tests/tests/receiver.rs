@@ -7,9 +7,9 @@ use colo_ring::ring::BackendKind;
 use colo_ring::store::{HugePages, StoreOptions};
 use colo_ring_tools::net::Address;
 use colo_ring_tools::primary::{Distribution, SynthOptions, SynthPrimary, Version};
-use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
+use tempfile::TempDir;
 
 const BACKENDS: [BackendKind; 3] = [BackendKind::Uring, BackendKind::Epoll, BackendKind::Threads];
 
@@ -17,7 +17,7 @@ const BACKENDS: [BackendKind; 3] = [BackendKind::Uring, BackendKind::Epoll, Back
 struct Bench {
     receiver: Receiver,
     said: Arc<Mutex<Vec<String>>>,
-    directory: PathBuf,
+    directory: TempDir,
 }
 
 fn options(backend: BackendKind, channels: u8) -> ReceiverOptions {
@@ -42,12 +42,10 @@ fn options(backend: BackendKind, channels: u8) -> ReceiverOptions {
 }
 
 impl Bench {
-    fn start(name: &str, options: ReceiverOptions) -> Self {
+    fn start(options: ReceiverOptions) -> Self {
         let said: Arc<Mutex<Vec<String>>> = Arc::default();
         let ears = said.clone();
-        let directory =
-            std::env::temp_dir().join(format!("colo-ring-receiver-{}-{name}", std::process::id()));
-        std::fs::create_dir_all(&directory).unwrap();
+        let directory = tempfile::tempdir().unwrap();
         let receiver = Receiver::start(options, move |event| {
             ears.lock().unwrap().push(match event {
                 Event::Warning(text) | Event::Note(text) => text,
@@ -67,7 +65,7 @@ impl Bench {
     }
 
     fn dump(&self, session: u32) -> Dumped {
-        let directory = self.directory.clone();
+        let directory = self.directory.path().to_owned();
         match self.receiver.ask(Request::Dump { session, directory }) {
             Ok(Response::Dumped(dumped)) => dumped,
             other => panic!("{other:?}"),
@@ -79,20 +77,19 @@ impl Bench {
         let dumped = self.dump(session);
         assert_eq!(dumped.blocks.len(), primary.blocks().len());
         for block in &dumped.blocks {
-            let file = std::fs::read(self.directory.join(&block.file)).unwrap();
+            let file = std::fs::read(self.directory.path().join(&block.file)).unwrap();
             let image = primary.image(&block.name).unwrap();
             let pages = file.chunks(4096).zip(image.chunks(4096));
             let differing = pages.filter(|(a, b)| a != b).count();
             assert_eq!((file.len(), differing), (image.len(), 0), "block {}", block.name);
         }
-        let device_state = std::fs::read(self.directory.join(&dumped.device_state_file)).unwrap();
+        let device_state = std::fs::read(self.directory.path().join(&dumped.device_state_file)).unwrap();
         assert_eq!(device_state, primary.device_state());
     }
 
     fn end(self) -> (Outcome, Vec<String>) {
         self.receiver.stop_handle().stop();
         let outcome = self.receiver.wait().unwrap();
-        std::fs::remove_dir_all(&self.directory).unwrap();
         let said = self.said.lock().unwrap().clone();
         (outcome, said)
     }
@@ -109,8 +106,8 @@ fn primary(version: Version, channels: u8, seed: u64) -> SynthOptions {
 }
 
 /// A whole session with checkpoints, compared after precopy and after each.
-fn protect(name: &str, options: ReceiverOptions, shape: SynthOptions) {
-    let bench = Bench::start(name, options);
+fn protect(options: ReceiverOptions, shape: SynthOptions) {
+    let bench = Bench::start(options);
     let mut primary = SynthPrimary::connect(&bench.address(), &shape).unwrap();
     bench.compare(1, &primary);
     for _ in 0..6 {
@@ -132,7 +129,7 @@ fn protect(name: &str, options: ReceiverOptions, shape: SynthOptions) {
 #[test]
 fn sessions_are_limited() {
     use std::io::{Read, Write};
-    let bench = Bench::start("limited", options(BackendKind::Epoll, 0));
+    let bench = Bench::start(options(BackendKind::Epoll, 0));
     let ListenAddress::Tcp(address) = bench.receiver.addresses()[0] else {
         panic!("a TCP address was asked for");
     };
@@ -177,7 +174,6 @@ fn every_backend_and_shape_of_primary() {
                 let name = format!("{}-{version:?}-{channels}", backend.name());
                 println!("{name}");
                 protect(
-                    &name,
                     options(backend, channels),
                     primary(version, channels, u64::from(channels)),
                 );
@@ -189,11 +185,7 @@ fn every_backend_and_shape_of_primary() {
 #[test]
 fn many_channels() {
     for backend in BACKENDS {
-        protect(
-            &format!("255-{}", backend.name()),
-            options(backend, 255),
-            primary(Version::V11_1, 255, 9),
-        );
+        protect(options(backend, 255), primary(Version::V11_1, 255, 9));
     }
 }
 
@@ -203,20 +195,16 @@ fn without_registered_buffers() {
         registered: false,
         ..options(BackendKind::Uring, 4)
     };
-    protect("unregistered", options, primary(Version::V11_1, 4, 3));
+    protect(options, primary(Version::V11_1, 4, 3));
 }
 
 #[test]
 fn over_a_unix_socket_and_ipv6() {
     for backend in BACKENDS {
-        let path = std::env::temp_dir().join(format!(
-            "colo-ring-{}-{}.sock",
-            std::process::id(),
-            backend.name()
-        ));
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("listen");
         let listen = vec![ListenAddress::Unix(path.clone())];
         protect(
-            "unix",
             ReceiverOptions {
                 listen,
                 ..options(backend, 2)
@@ -226,7 +214,6 @@ fn over_a_unix_socket_and_ipv6() {
         std::fs::remove_file(path).unwrap();
         let listen = vec!["tcp:[::1]:0".parse().unwrap()];
         protect(
-            "v6",
             ReceiverOptions {
                 listen,
                 ..options(backend, 2)
@@ -239,7 +226,7 @@ fn over_a_unix_socket_and_ipv6() {
 #[test]
 fn several_guests_and_a_broken_one() {
     for backend in BACKENDS {
-        let bench = Bench::start(&format!("guests-{}", backend.name()), options(backend, 2));
+        let bench = Bench::start(options(backend, 2));
         let mut first = SynthPrimary::connect(&bench.address(), &primary(Version::V11_1, 2, 1)).unwrap();
         let mut second = SynthPrimary::connect(&bench.address(), &primary(Version::V10_0, 2, 2)).unwrap();
         let mut third = SynthPrimary::connect(&bench.address(), &primary(Version::V7_2, 2, 3)).unwrap();
@@ -266,7 +253,7 @@ fn several_guests_and_a_broken_one() {
 #[test]
 fn strangers_and_mismatches_get_a_message_and_cost_nothing() {
     use std::io::{Read, Write};
-    let bench = Bench::start("strangers", options(BackendKind::Uring, 2));
+    let bench = Bench::start(options(BackendKind::Uring, 2));
     let ListenAddress::Tcp(port) = bench.receiver.addresses()[0] else {
         panic!("a TCP address")
     };
@@ -305,12 +292,11 @@ fn once_ends_with_the_first_session() {
         once: true,
         ..options(BackendKind::Uring, 1)
     };
-    let bench = Bench::start("once", options);
+    let bench = Bench::start(options);
     let mut primary = SynthPrimary::connect(&bench.address(), &primary(Version::V11_1, 1, 1)).unwrap();
     primary.checkpoint().unwrap();
     primary.close().unwrap();
     let outcome = bench.receiver.wait().unwrap();
-    std::fs::remove_dir_all(&bench.directory).unwrap();
     assert_eq!(outcome.sessions.len(), 1);
     assert_eq!(outcome.sessions[0].checkpoint, Some(1));
 }

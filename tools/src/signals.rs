@@ -1,18 +1,18 @@
-//! SIGINT and SIGTERM as a wish to end cleanly.
+//! SIGINT and SIGTERM as a request to end cleanly.
+//!
+//! They are caught by handlers, which a started program does not inherit: the signals reach it as usual.
 
 use crate::output::{CommandError, tell};
-use nix::sys::signal::{SigSet, SigmaskHow, Signal};
-use std::sync::mpsc;
-use tokio::runtime::{Builder, Runtime};
-use tokio::signal::unix::{self, SignalKind};
-
-/// What a process is asked to end with.
-const ENDING: [Signal; 2] = [Signal::SIGINT, Signal::SIGTERM];
+use signal_hook::consts::{SIGINT, SIGTERM, SIGXFSZ};
+use signal_hook::iterator::Signals;
+use signal_hook::low_level::signal_name;
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 
 /// Calls `end` at the first SIGINT or SIGTERM. A second one ends the process at once, with exit code 1.
 ///
 /// # Errors
-/// See [`on_each`], and call it as early as that.
+/// See [`on_each`].
 pub fn on_end(end: impl FnOnce() + Send + 'static) -> Result<(), CommandError> {
     let mut end = Some(end);
     on_each(move || end.take().map(|end| end()).is_some())
@@ -21,102 +21,34 @@ pub fn on_end(end: impl FnOnce() + Send + 'static) -> Result<(), CommandError> {
 /// Calls `act` at each SIGINT or SIGTERM, on a thread of its own. Where it returns false the process ends at once, with
 /// exit code 1.
 ///
-/// To be called before any other thread is started: the signals are blocked from here on, in all threads that
-/// follow, so that they interrupt none of them.
-///
 /// # Errors
-/// If the signals cannot be caught or the thread that waits for them not be started.
+/// If the signals cannot be caught or the thread that waits for them cannot be started.
 pub fn on_each(mut act: impl FnMut() -> bool + Send + 'static) -> Result<(), CommandError> {
-    block(&ENDING)?;
-    let (tell_ready, ready) = mpsc::channel();
+    let mut signals = Signals::new([SIGINT, SIGTERM]).map_err(failed)?;
     let wait = move || {
-        let caught = Caught::new();
-        let mut caught = match caught {
-            Ok(caught) => caught,
-            Err(error) => return drop(tell_ready.send(Err(error))),
-        };
-        drop(tell_ready.send(Ok(())));
-        loop {
-            let signal = caught.next();
+        for signal in signals.forever() {
             if !act() {
-                tell(&format!("colo-ring: {signal} again: ending at once"));
+                let name = signal_name(signal).unwrap_or("signal");
+                tell(&format!("colo-ring: {name} again: ending at once"));
                 std::process::exit(1);
             }
         }
     };
     let thread = std::thread::Builder::new().name("signals".to_owned());
-    thread.spawn(wait).map_err(failed)?;
-    let gone = |_| Err(std::io::Error::other("its thread has ended"));
-    ready.recv().unwrap_or_else(gone).map_err(failed)
+    thread.spawn(wait).map(drop).map_err(failed)
 }
 
-/// Runs `start`, which starts a program, so that SIGINT and SIGTERM reach that: a program inherits which signals are blocked,
-/// and hardly any unblocks them. One that comes here meanwhile is caught all the same.
-pub fn reaching_children<T>(start: impl FnOnce() -> T) -> T {
-    let ending: SigSet = ENDING.into_iter().collect();
-    let before = ending.thread_swap_mask(SigmaskHow::SIG_UNBLOCK);
-    let started = start();
-    // It has refused nothing before, and so it does not now.
-    let _ = before.and_then(|before| before.thread_set_mask());
-    started
-}
-
-/// The signals, caught by handlers: what is started here does not inherit those.
-struct Caught {
-    runtime: Runtime,
-    interrupt: unix::Signal,
-    terminate: unix::Signal,
-}
-
-impl Caught {
-    /// Catches them, in this thread at the latest.
-    fn new() -> std::io::Result<Self> {
-        let runtime = Builder::new_current_thread().enable_io().build()?;
-        let (interrupt, terminate) = {
-            let _inside = runtime.enter();
-            (
-                unix::signal(SignalKind::interrupt())?,
-                unix::signal(SignalKind::terminate())?,
-            )
-        };
-        let ending: SigSet = ENDING.into_iter().collect();
-        ending.thread_unblock()?;
-        Ok(Self {
-            runtime,
-            interrupt,
-            terminate,
-        })
-    }
-
-    fn next(&mut self) -> Signal {
-        let Self {
-            runtime,
-            interrupt,
-            terminate,
-        } = self;
-        runtime.block_on(async {
-            tokio::select! {
-                _ = interrupt.recv() => Signal::SIGINT,
-                _ = terminate.recv() => Signal::SIGTERM,
-            }
-        })
-    }
-}
-
-/// Makes a write beyond `ulimit -f` an error of that write, in this thread and those that follow, instead of the
-/// process's end.
+/// Makes a write beyond `ulimit -f` an error of that write instead of the process's end.
 ///
 /// # Errors
-/// If the signal cannot be blocked.
+/// If the signal cannot be caught.
 pub fn survive_file_limit() -> Result<(), CommandError> {
-    block(&[Signal::SIGXFSZ])
-}
-
-fn block(signals: &[Signal]) -> Result<(), CommandError> {
-    let signals: SigSet = signals.iter().copied().collect();
-    signals.thread_block().map_err(|errno| failed(errno.into()))
+    let ignored = Arc::new(AtomicBool::new(false));
+    signal_hook::flag::register(SIGXFSZ, ignored)
+        .map(drop)
+        .map_err(failed)
 }
 
 fn failed(error: std::io::Error) -> CommandError {
-    CommandError::Failed(format!("signals cannot be waited for: {error}"))
+    CommandError::Failed(format!("cannot wait for signals: {error}"))
 }

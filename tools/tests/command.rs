@@ -1,15 +1,15 @@
 //! The command as its users run it: processes, exit codes, files and sockets.
 
 use colo_ring::metrics::Phase;
+use colo_ring_tests::command::{Ended, RunningReceiver, Scratch};
 use colo_ring_tools::net::Address;
 use colo_ring_tools::primary::{Distribution, SynthOptions, SynthPrimary, Version};
-use nix::sys::signal::{Signal, kill};
-use nix::unistd::Pid;
+use nix::sys::signal::Signal;
 use serde_json::Value;
-use std::io::{BufRead, BufReader, Read, Write};
+use std::io::{Read, Write};
 use std::net::{TcpListener, TcpStream};
-use std::path::{Path, PathBuf};
-use std::process::{Child, ChildStderr, Command, ExitStatus, Output, Stdio};
+use std::path::Path;
+use std::process::{Command, Output};
 use std::time::{Duration, Instant};
 
 const PATIENCE: Duration = Duration::from_secs(300);
@@ -26,125 +26,8 @@ fn said(output: &Output) -> String {
     String::from_utf8_lossy(&output.stderr).into_owned()
 }
 
-/// A directory of its own per test, removed at the end.
-struct Scratch(PathBuf);
-
-impl Scratch {
-    fn new(name: &str) -> Self {
-        let path = std::env::temp_dir().join(format!("colo-ring-{}-{name}", std::process::id()));
-        std::fs::create_dir_all(&path).unwrap();
-        Self(path)
-    }
-
-    fn file(&self, name: &str) -> String {
-        self.0.join(name).to_str().unwrap().to_owned()
-    }
-}
-
-impl Drop for Scratch {
-    fn drop(&mut self) {
-        let _ = std::fs::remove_dir_all(&self.0);
-    }
-}
-
-/// A running `colo-ring receive`, killed when dropped.
-struct Receiver {
-    process: Child,
-    stderr: BufReader<ChildStderr>,
-    address: Address,
-    control: String,
-    scratch: Scratch,
-}
-
-impl Receiver {
-    /// Starts it on a free port and waits until it says that it listens.
-    fn start(name: &str, more: &[&str]) -> Self {
-        let scratch = Scratch::new(name);
-        let control = format!("unix:{}", scratch.file("control"));
-        let mut process = command()
-            .args([
-                "receive",
-                "--listen",
-                "tcp:127.0.0.1:0",
-                "--channels",
-                "2",
-                "--hugepages",
-                "thp",
-            ])
-            .args(["--control", &control, "--json", "--hist", &scratch.file("hist")])
-            .args(more)
-            .stdin(Stdio::null())
-            .stdout(Stdio::piped())
-            .stderr(Stdio::piped())
-            .spawn()
-            .unwrap();
-        let mut stderr = BufReader::new(process.stderr.take().unwrap());
-        let mut line = String::new();
-        while !line.starts_with("listening on ") {
-            line.clear();
-            assert!(
-                stderr.read_line(&mut line).unwrap() > 0,
-                "it ended: {:?}",
-                process.wait()
-            );
-        }
-        let address = line.trim_start_matches("listening on ").trim().parse().unwrap();
-        Self {
-            process,
-            stderr,
-            address,
-            control,
-            scratch,
-        }
-    }
-
-    fn ask(&self, args: &[&str]) -> Output {
-        let (subcommand, rest) = args.split_first().unwrap();
-        let output = command()
-            .args([subcommand, "--control", &self.control])
-            .args(rest)
-            .output();
-        output.unwrap()
-    }
-
-    fn status(&self) -> Value {
-        let output = self.ask(&["status", "--json"]);
-        assert!(output.status.success(), "{}", said(&output));
-        serde_json::from_slice(&output.stdout).unwrap()
-    }
-
-    fn signal(&self, signal: Signal) {
-        kill(Pid::from_raw(i32::try_from(self.process.id()).unwrap()), signal).unwrap();
-    }
-
-    /// Waits for its end. Returns its exit status, standard output and standard error.
-    fn wait(&mut self) -> (ExitStatus, String, String) {
-        let started = Instant::now();
-        let status = loop {
-            if let Some(status) = self.process.try_wait().unwrap() {
-                break status;
-            }
-            assert!(started.elapsed() < PATIENCE, "it does not end");
-            std::thread::sleep(Duration::from_millis(5));
-        };
-        let (mut out, mut err) = (String::new(), String::new());
-        self.process
-            .stdout
-            .take()
-            .unwrap()
-            .read_to_string(&mut out)
-            .unwrap();
-        self.stderr.read_to_string(&mut err).unwrap();
-        (status, out, err)
-    }
-}
-
-impl Drop for Receiver {
-    fn drop(&mut self) {
-        // It may have ended by itself.
-        let _ = self.process.kill();
-        let _ = self.process.wait();
-    }
+fn receiver(more: &[&str]) -> RunningReceiver {
+    RunningReceiver::start(command(), &[&["--hugepages", "thp"], more].concat())
 }
 
 fn guest() -> SynthOptions {
@@ -159,22 +42,21 @@ fn guest() -> SynthOptions {
 
 #[test]
 fn a_session_is_shown_dumped_and_reported() {
-    let mut receiver = Receiver::start("session", &["--once"]);
-    let mut primary = SynthPrimary::connect(&receiver.address, &guest()).unwrap();
+    let receiver = receiver(&["--once"]);
+    let mut primary = SynthPrimary::connect(receiver.address(), &guest()).unwrap();
     for _ in 0..5 {
         primary.checkpoint().unwrap();
     }
     let session = &receiver.status()["sessions"][0];
     assert_eq!(session["state"], "protected");
     assert_eq!(session["checkpoint"], 5);
-    let table = receiver.ask(&["status"]);
+    let table = receiver.command(&["status"]);
     assert!(String::from_utf8_lossy(&table.stdout).contains("protected"));
 
-    let out = receiver.scratch.file("dump");
+    let scratch = Scratch::new();
+    let out = scratch.file("dump");
     let number = session["session"].to_string();
-    let dump = receiver.ask(&["dump", "--session", &number, "--out", &out, "--json"]);
-    assert!(dump.status.success(), "{}", said(&dump));
-    let dumped: Value = serde_json::from_slice(&dump.stdout).unwrap();
+    let dumped = receiver.ask(&["dump", "--session", &number, "--out", &out, "--json"]);
     assert_eq!(dumped["checkpoint"], 5);
     let listed: Value =
         serde_json::from_slice(&std::fs::read(Path::new(&out).join("checkpoint.json")).unwrap()).unwrap();
@@ -187,34 +69,32 @@ fn a_session_is_shown_dumped_and_reported() {
     }
 
     primary.close().unwrap();
-    let (status, report, _) = receiver.wait();
-    assert_eq!(status.code(), Some(0));
-    let report: Value = serde_json::from_str(&report).unwrap();
+    let ended = receiver.wait();
+    assert_eq!(ended.status.code(), Some(0));
+    let report = &ended.report;
     assert_eq!(report["schema"], "colo-ring.receive");
     assert_eq!(report["report"]["total"]["checkpoints"], 5);
     assert_eq!(report["report"]["options"]["channels"], 2);
-    let file = std::fs::read(receiver.scratch.file("hist.json")).unwrap();
-    assert_eq!(serde_json::from_slice::<Value>(&file).unwrap(), report["report"]);
+    assert_eq!(ended.histograms, report["report"]);
     for phase in Phase::ALL {
-        let log = std::fs::read_to_string(receiver.scratch.file(&format!("hist.{phase}.hlog"))).unwrap();
+        let log = ended.read(&format!("hist.{phase}.hlog"));
         assert!(log.contains("\nTag=session-1,"), "{phase}: {log}");
     }
 }
 
 #[test]
 fn signals_end_it_cleanly() {
-    for (name, signal) in [("sigterm", Signal::SIGTERM), ("sigint", Signal::SIGINT)] {
-        let unix = Scratch::new(&format!("{name}-socket"));
+    for signal in [Signal::SIGTERM, Signal::SIGINT] {
+        let unix = Scratch::new();
         let listen = format!("unix:{}", unix.file("listen"));
-        let mut receiver = Receiver::start(name, &["--listen", &listen]);
-        let mut primary = SynthPrimary::connect(&receiver.address, &guest()).unwrap();
+        let receiver = receiver(&["--listen", &listen]);
+        let mut primary = SynthPrimary::connect(receiver.address(), &guest()).unwrap();
         primary.checkpoint().unwrap();
         receiver.signal(signal);
-        let (status, report, _) = receiver.wait();
-        assert_eq!(status.code(), Some(0));
-        let report: Value = serde_json::from_str(&report).unwrap();
-        assert_eq!(report["sessions"][0]["checkpoint"], 1);
-        assert!(Path::new(&receiver.scratch.file("hist.json")).exists());
+        let ended = receiver.wait();
+        assert_eq!(ended.status.code(), Some(0));
+        assert_eq!(ended.report["sessions"][0]["checkpoint"], 1);
+        assert!(ended.histograms.is_object());
         assert!(
             primary.checkpoint().is_err(),
             "the primary must see that its secondary is gone"
@@ -224,15 +104,15 @@ fn signals_end_it_cleanly() {
 
 #[test]
 fn once_fails_if_nothing_was_protected() {
-    let mut receiver = Receiver::start("unprotected", &["--once"]);
+    let receiver = receiver(&["--once"]);
     receiver.signal(Signal::SIGTERM);
-    assert_eq!(receiver.wait().0.code(), Some(1));
+    assert_eq!(receiver.wait().status.code(), Some(1));
 }
 
 #[test]
 fn strangers_cost_nothing() {
-    let mut receiver = Receiver::start("strangers", &["--once", "--accept-timeout", "1"]);
-    let Address::Tcp(address) = receiver.address.clone() else {
+    let receiver = receiver(&["--once", "--accept-timeout", "1"]);
+    let Address::Tcp(address) = receiver.address().clone() else {
         panic!("it listens on TCP")
     };
     let mut browser = TcpStream::connect(&address).unwrap();
@@ -248,39 +128,39 @@ fn strangers_cost_nothing() {
             "{closed:?}"
         );
     }
-    let mut primary = SynthPrimary::connect(&receiver.address, &guest()).unwrap();
+    let mut primary = SynthPrimary::connect(receiver.address(), &guest()).unwrap();
     primary.checkpoint().unwrap();
     primary.close().unwrap();
-    let (status, _, told) = receiver.wait();
-    assert_eq!(status.code(), Some(0), "{told}");
-    assert!(told.contains("HTTP"), "{told}");
+    let Ended { status, log, .. } = receiver.wait();
+    assert_eq!(status.code(), Some(0), "{log}");
+    assert!(log.contains("HTTP"), "{log}");
 }
 
 #[test]
 fn a_guest_over_the_limit_is_refused_and_the_next_one_taken() {
-    let receiver = Receiver::start("limit", &["--ram-limit", "12M"]);
+    let receiver = receiver(&["--ram-limit", "12M"]);
     let big = SynthOptions {
         ram_bytes: 64 << 20,
         ..guest()
     };
-    assert!(SynthPrimary::connect(&receiver.address, &big).is_err());
-    let mut primary = SynthPrimary::connect(&receiver.address, &guest()).unwrap();
+    assert!(SynthPrimary::connect(receiver.address(), &big).is_err());
+    let mut primary = SynthPrimary::connect(receiver.address(), &guest()).unwrap();
     primary.checkpoint().unwrap();
 }
 
 #[test]
 fn an_ended_session_is_kept_until_it_is_discarded() {
-    let receiver = Receiver::start("discard", &[]);
-    let mut primary = SynthPrimary::connect(&receiver.address, &guest()).unwrap();
+    let receiver = receiver(&[]);
+    let mut primary = SynthPrimary::connect(receiver.address(), &guest()).unwrap();
     primary.checkpoint().unwrap();
-    let refused = receiver.ask(&["discard", "--session", "1"]);
+    let refused = receiver.command(&["discard", "--session", "1"]);
     assert_eq!(refused.status.code(), Some(1));
     assert!(said(&refused).contains("running"), "{}", said(&refused));
     assert_eq!(receiver.status()["sessions"][0]["checkpoint"], 1);
     primary.close().unwrap();
     let started = Instant::now();
     // Refused until the last of its connections has left.
-    while !receiver.ask(&["discard", "--session", "1"]).status.success() {
+    while !receiver.command(&["discard", "--session", "1"]).status.success() {
         assert!(started.elapsed() < PATIENCE, "{}", receiver.status());
     }
     assert_eq!(receiver.status()["sessions"], serde_json::json!([]));
@@ -302,7 +182,7 @@ fn a_port_in_use_is_told() {
 
 #[test]
 fn without_a_receiver_the_control_commands_say_so() {
-    let scratch = Scratch::new("nobody");
+    let scratch = Scratch::new();
     let control = format!("unix:{}", scratch.file("control"));
     let out = scratch.file("dump");
     for args in [
@@ -356,7 +236,7 @@ fn the_doctor_reports_for_machines() {
 
 #[test]
 fn the_demo_measures_every_variant_or_says_why_not() {
-    let scratch = Scratch::new("demo");
+    let scratch = Scratch::new();
     let page = scratch.file("page.html");
     let small = "--ram 8M --pages 50 --checkpoints 4 --interval 1 --rounds 2";
     let small: Vec<_> = small.split(' ').chain(["--html", &page]).collect();

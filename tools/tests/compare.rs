@@ -4,8 +4,9 @@ mod common;
 
 use colo_ring::host::Machine;
 use colo_ring::metrics::{CheckpointSample, Recorder, RunDescription};
+use colo_ring_tests::command::Scratch;
 use colo_ring_tools::run_file::{Checkpoint, Clock, RunFile};
-use common::{Scratch, foreign_log, json, output, run};
+use common::{foreign_log, json, output, run};
 use std::path::Path;
 use std::time::{Duration, UNIX_EPOCH};
 
@@ -57,7 +58,7 @@ fn spread(n: u64) -> u64 {
 
 #[test]
 fn receivers_are_compared_by_the_logs_beside_their_reports() {
-    let scratch = Scratch::new("receivers");
+    let scratch = Scratch::new();
     let (slow, fast) = (scratch.file("slow"), scratch.file("fast"));
     receiver(&slow, |n| Duration::from_nanos(spread(n) * 3));
     receiver(&fast, |n| Duration::from_nanos(spread(n)));
@@ -128,7 +129,7 @@ fn logs_of_other_languages_are_compared() {
 
 #[test]
 fn runs_are_named_merged_and_chosen() {
-    let scratch = Scratch::new("named");
+    let scratch = Scratch::new();
     let [a, b, c] = ["a", "b", "c"].map(|name| scratch.file(name));
     measured(&a, "QEMU", |n| spread(n) * 2);
     measured(&b, "ring", spread);
@@ -156,7 +157,7 @@ fn runs_are_named_merged_and_chosen() {
 
 #[test]
 fn the_logs_of_one_run_can_be_given_one_by_one() {
-    let scratch = Scratch::new("one-by-one");
+    let scratch = Scratch::new();
     receiver(&scratch.file("x"), |n| Duration::from_nanos(spread(n)));
     let (pause, commit) = (scratch.file("x.pause.hlog"), scratch.file("x.commit.hlog"));
     let compared = json(&["compare", &pause, &commit]);
@@ -175,7 +176,7 @@ fn the_logs_of_one_run_can_be_given_one_by_one() {
 
 #[test]
 fn what_cannot_be_compared_is_told_with_its_reason() {
-    let scratch = Scratch::new("bad");
+    let scratch = Scratch::new();
     let file = |name: &str, text: &[u8]| {
         let path = scratch.file(name);
         std::fs::write(&path, text).unwrap();

@@ -2,7 +2,8 @@
 
 mod common;
 
-use common::{Scratch, command, foreign_log, json, output, run};
+use colo_ring_tests::command::Scratch;
+use common::{command, foreign_log, json, output, run};
 use serde_json::Value;
 use std::io::{BufRead, BufReader};
 use std::process::Stdio;
@@ -39,7 +40,7 @@ fn sum(items: &[Value], key: &str) -> u64 {
 
 #[test]
 fn everything_in_a_capture_is_listed_once() {
-    let scratch = Scratch::new("capture");
+    let scratch = Scratch::new();
     for version in ["11.1", "10.0", "7.2"] {
         let path = capture(&scratch, "2", "100", version);
         let overview = json(&["inspect", &path]);
@@ -97,7 +98,7 @@ fn everything_in_a_capture_is_listed_once() {
 
 #[test]
 fn filters_leave_what_was_asked_for() {
-    let scratch = Scratch::new("filters");
+    let scratch = Scratch::new();
     let path = capture(&scratch, "2", "100", "11.1");
     let args = [
         "inspect",
@@ -141,7 +142,7 @@ fn filters_leave_what_was_asked_for() {
 
 #[test]
 fn pages_of_a_plain_session_are_on_its_main_channel() {
-    let scratch = Scratch::new("plain");
+    let scratch = Scratch::new();
     let path = capture(&scratch, "0", "100", "11.1");
     let pages = json(&["inspect", &path, "--kind", "packets", "--checkpoint", "1..5"]);
     let checkpoints = json(&["inspect", &path, "--kind", "checkpoints"]);
@@ -152,7 +153,7 @@ fn pages_of_a_plain_session_are_on_its_main_channel() {
 
 #[test]
 fn a_torn_capture_is_shown_up_to_the_tear_and_a_damaged_one_is_not() {
-    let scratch = Scratch::new("torn");
+    let scratch = Scratch::new();
     let path = capture(&scratch, "1", "900", "11.1");
     let whole = std::fs::read(&path).unwrap();
     std::fs::write(&path, &whole[..whole.len() * 3 / 4]).unwrap();
@@ -179,7 +180,7 @@ fn a_torn_capture_is_shown_up_to_the_tear_and_a_damaged_one_is_not() {
 
 #[test]
 fn a_reader_that_has_had_enough_is_no_error() {
-    let scratch = Scratch::new("head");
+    let scratch = Scratch::new();
     let path = capture(&scratch, "0", "900", "11.1");
     for json in [&[][..], &["--json"]] {
         let args = [&["inspect", path.as_str(), "--kind", "packets"], json].concat();
@@ -232,7 +233,7 @@ fn logs_of_any_language_are_shown() {
 #[test]
 fn runs_are_shown_and_their_checkpoints_listed() {
     use colo_ring_tools::run_file::{Checkpoint, Clock, RunFile};
-    let scratch = Scratch::new("run");
+    let scratch = Scratch::new();
     let mut file = RunFile::new(
         "a run",
         "colo-ring replay",
@@ -264,7 +265,7 @@ fn runs_are_shown_and_their_checkpoints_listed() {
 
 #[test]
 fn foreign_files_are_refused() {
-    let scratch = Scratch::new("foreign");
+    let scratch = Scratch::new();
     let file = |name: &str, text: &[u8]| {
         let path = scratch.file(name);
         std::fs::write(&path, text).unwrap();

@@ -1,6 +1,7 @@
 //! `colo-ring replay` as its users run it: a session of the synthetic primary is recorded on its way to a receiver, and
 //! played to others.
 
+use colo_ring_tests::command::Scratch;
 use colo_ring_tools::capture_file::{
     CaptureInfo, CaptureWriter, Compression, ConnectionId, Direction, Event,
 };
@@ -12,7 +13,7 @@ use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{Shutdown, TcpListener, TcpStream};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::{Child, Command, Output, Stdio};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
@@ -33,27 +34,6 @@ fn said(output: &Output) -> String {
 
 fn json(output: &Output) -> Value {
     serde_json::from_slice(&output.stdout).unwrap_or_else(|error| panic!("{error}: {}", said(output)))
-}
-
-/// A directory of its own per test, removed at the end.
-struct Scratch(PathBuf);
-
-impl Scratch {
-    fn new(name: &str) -> Self {
-        let path = std::env::temp_dir().join(format!("colo-ring-replay-{}-{name}", std::process::id()));
-        std::fs::create_dir_all(&path).unwrap();
-        Self(path)
-    }
-
-    fn file(&self, name: &str) -> String {
-        self.0.join(name).to_str().unwrap().to_owned()
-    }
-}
-
-impl Drop for Scratch {
-    fn drop(&mut self) {
-        let _ = std::fs::remove_dir_all(&self.0);
-    }
 }
 
 /// A secondary in a process of its own, killed when dropped.
@@ -240,7 +220,7 @@ fn a_replay_leaves_what_the_session_left() {
         (Version::V10_0, 1),
         (Version::V7_2, 2),
     ] {
-        let scratch = Scratch::new(&format!("same-{version:?}-{channels}"));
+        let scratch = Scratch::new();
         let file = scratch.file("session.cap");
         let held = recorded(&scratch, &guest(version, channels), &file);
         let receiver = Secondary::receiver(&scratch, "again", channels);
@@ -299,7 +279,7 @@ fn a_replay_leaves_what_the_session_left() {
 
 #[test]
 fn sessions_in_a_row_and_a_sink() {
-    let scratch = Scratch::new("row");
+    let scratch = Scratch::new();
     let file = scratch.file("session.cap");
     let held = recorded(&scratch, &guest(Version::V11_1, 2), &file);
     let receiver = Secondary::receiver(&scratch, "again", 2);
@@ -350,7 +330,7 @@ fn sessions_in_a_row_and_a_sink() {
 
 #[test]
 fn a_secondary_that_fails_is_told_and_what_was_measured_is_kept() {
-    let scratch = Scratch::new("fails");
+    let scratch = Scratch::new();
     let file = scratch.file("session.cap");
     recorded(&scratch, &guest(Version::V11_1, 2), &file);
     let out = scratch.file("run");
@@ -432,7 +412,7 @@ fn a_secondary_that_fails_is_told_and_what_was_measured_is_kept() {
 /// 16 MiB a checkpoint take longer than the interval of a millisecond, even into a sink.
 #[test]
 fn checkpoints_that_are_too_slow_wait_or_move_the_others() {
-    let scratch = Scratch::new("closed");
+    let scratch = Scratch::new();
     let capture = scratch.file("capture");
     let shape = [
         "--ram",
@@ -469,7 +449,7 @@ fn checkpoints_that_are_too_slow_wait_or_move_the_others() {
 
 #[test]
 fn what_cannot_be_played_is_refused() {
-    let scratch = Scratch::new("refused");
+    let scratch = Scratch::new();
     let nothing = scratch.file("nothing");
     std::fs::write(&nothing, b"nothing").unwrap();
     let refused = |args: &[&str], code: i32, reason: &str| {

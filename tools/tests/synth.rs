@@ -3,6 +3,7 @@
 use colo_ring::receiver::{Receiver, ReceiverOptions, Request, Response};
 use colo_ring::ring::BackendKind;
 use colo_ring::store::{HugePages, StoreOptions};
+use colo_ring_tests::command::Scratch;
 use colo_ring_tools::capture_file::{
     CaptureInfo, CaptureReader, CaptureWriter, Compression, Direction, Event, Record,
 };
@@ -14,30 +15,9 @@ use colo_ring_tools::streams::Streams;
 use serde_json::Value;
 use std::io::{Read, Write};
 use std::net::TcpStream;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::{Command, Output};
 use std::time::Duration;
-
-/// A directory of its own per test, removed at the end.
-struct Scratch(PathBuf);
-
-impl Scratch {
-    fn new(name: &str) -> Self {
-        let path = std::env::temp_dir().join(format!("colo-ring-synth-{}-{name}", std::process::id()));
-        std::fs::create_dir_all(&path).unwrap();
-        Self(path)
-    }
-
-    fn file(&self, name: &str) -> PathBuf {
-        self.0.join(name)
-    }
-}
-
-impl Drop for Scratch {
-    fn drop(&mut self) {
-        let _ = std::fs::remove_dir_all(&self.0);
-    }
-}
 
 /// A secondary in this process.
 struct Secondary {
@@ -54,7 +34,7 @@ struct Committed {
 }
 
 impl Secondary {
-    fn start(name: &str, channels: u8) -> Self {
+    fn start(channels: u8) -> Self {
         let options = ReceiverOptions {
             listen: vec!["tcp:127.0.0.1:0".parse().unwrap()],
             channels,
@@ -75,7 +55,7 @@ impl Secondary {
         };
         Self {
             receiver: Receiver::start(options, |_| ()).unwrap(),
-            scratch: Scratch::new(name),
+            scratch: Scratch::new(),
         }
     }
 
@@ -84,12 +64,12 @@ impl Secondary {
     }
 
     fn committed(&self) -> Committed {
-        let directory = self.scratch.0.clone();
+        let directory = self.scratch.path().to_owned();
         let session = 1;
         let Ok(Response::Dumped(dumped)) = self.receiver.ask(Request::Dump { session, directory }) else {
             panic!("no dump")
         };
-        let read = |file: &str| std::fs::read(self.scratch.file(file)).unwrap();
+        let read = |file: &str| std::fs::read(self.scratch.path().join(file)).unwrap();
         let block = |block: &colo_ring::receiver::DumpedBlock| (block.name.clone(), read(&block.file));
         Committed {
             checkpoint: dumped.checkpoint,
@@ -168,7 +148,7 @@ fn what_is_committed_is_the_primary_s_memory_whatever_it_holds() {
             pattern,
             ..options(version)
         };
-        let secondary = Secondary::start("live", 2);
+        let secondary = Secondary::start(2);
         let address = secondary.address().parse().unwrap();
         let mut primary = SynthPrimary::connect(&address, &options).unwrap();
         for _ in 0..6 {
@@ -225,8 +205,8 @@ fn a_capture_that_is_played_leaves_what_the_live_session_of_that_seed_leaves() {
             channels,
             ..options(version)
         };
-        let secondary = Secondary::start("played", channels);
-        let path = secondary.scratch.file("session.cap");
+        let secondary = Secondary::start(channels);
+        let path = secondary.scratch.path().join("session.cap");
         let (model_of_capture, _) = capture(&path, &options, 5);
         let streams = play(&path, &secondary.address());
         let played = secondary.committed();
@@ -234,7 +214,7 @@ fn a_capture_that_is_played_leaves_what_the_live_session_of_that_seed_leaves() {
         drop(streams);
         secondary.end();
 
-        let secondary = Secondary::start("played-live", channels);
+        let secondary = Secondary::start(channels);
         let mut primary = SynthPrimary::connect(&secondary.address().parse().unwrap(), &options).unwrap();
         for _ in 0..5 {
             primary.checkpoint().unwrap();
@@ -253,8 +233,8 @@ fn a_capture_that_is_replayed_leaves_the_primary_s_memory() {
         (Version::V10_0, 0, ["--interval", "20"]),
         (Version::V7_2, 3, ["--pace", "max"]),
     ] {
-        let secondary = Secondary::start("replayed", channels);
-        let path = secondary.scratch.file("session.cap");
+        let secondary = Secondary::start(channels);
+        let path = secondary.scratch.path().join("session.cap");
         let options = SynthOptions {
             channels,
             ..options(version)
@@ -276,9 +256,9 @@ fn a_capture_that_is_replayed_leaves_the_primary_s_memory() {
 
 #[test]
 fn a_capture_is_read_as_the_session_that_it_is() {
-    let scratch = Scratch::new("streams");
+    let scratch = Scratch::new();
     for (version, channels) in [(Version::V11_1, 2), (Version::V10_0, 0), (Version::V7_2, 4)] {
-        let path = scratch.file(&format!("{version}-{channels}.cap"));
+        let path = scratch.path().join(format!("{version}-{channels}.cap"));
         let options = SynthOptions {
             channels,
             interval: Duration::from_millis(600),
@@ -319,9 +299,9 @@ fn a_capture_is_read_as_the_session_that_it_is() {
 
 #[test]
 fn one_seed_makes_one_capture() {
-    let scratch = Scratch::new("seed");
+    let scratch = Scratch::new();
     let written = |name: &str, seed| {
-        let path = scratch.file(name);
+        let path = scratch.path().join(name);
         let options = SynthOptions {
             seed,
             ..options(Version::V11_1)
@@ -353,8 +333,8 @@ fn report(args: &[&str]) -> Value {
 
 #[test]
 fn the_command_measures_a_session_and_writes_its_run() {
-    let secondary = Secondary::start("command", 2);
-    let prefix = secondary.scratch.file("run");
+    let secondary = Secondary::start(2);
+    let prefix = secondary.scratch.path().join("run");
     let prefix = prefix.to_str().unwrap();
     let shape = "--ram 8M --channels 2 --pages 200 --interval 2 --checkpoints 30 --name epoll";
     let args: Vec<_> = shape.split(' ').collect();
@@ -385,7 +365,7 @@ fn the_command_measures_a_session_and_writes_its_run() {
 
 #[test]
 fn without_a_schedule_nothing_is_called_waiting() {
-    let secondary = Secondary::start("pace", 0);
+    let secondary = Secondary::start(0);
     let address = secondary.address();
     for pace in [["--pace", "max"], ["--interval", "0"]] {
         let shape = "--ram 8M --channels 0 --pages 10 --checkpoints 5 --version 10.0";
@@ -401,8 +381,8 @@ fn without_a_schedule_nothing_is_called_waiting() {
 
 #[test]
 fn a_preset_is_a_beginning_that_options_override() {
-    let scratch = Scratch::new("preset");
-    let path = scratch.file("upload.cap");
+    let scratch = Scratch::new();
+    let path = scratch.path().join("upload.cap");
     let path = path.to_str().unwrap();
     let upload = [
         "--preset",

@@ -4,7 +4,8 @@ use clap::Parser;
 use colo_ring_benches::versus::{Options, run};
 use colo_ring_tests::lab::{LabError, interrupt};
 use colo_ring_tools::output::tell;
-use nix::sys::signal::{SigSet, Signal};
+use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
+use signal_hook::iterator::Signals;
 use std::process::ExitCode;
 
 /// QEMU's own secondary, colo-ring in all its ways and a sink, with the same sessions in turn
@@ -47,24 +48,9 @@ fn main() -> ExitCode {
 
 /// Lets signals end the measurement as an error would, so that everything is ended and set back.
 fn interruptible() -> Result<(), LabError> {
-    let signals: SigSet = [Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP]
-        .into_iter()
-        .collect();
-    let io = |what: &str, source: std::io::Error| LabError::Io {
-        what: what.to_owned(),
-        source,
-    };
-    signals
-        .thread_block()
-        .map_err(|errno| io("block signals", errno.into()))?;
-    let wait = move || {
-        while signals.wait().is_ok() {
-            interrupt();
-        }
-    };
+    let failed = |error| LabError::io("wait for signals")(error);
+    let mut signals = Signals::new([SIGINT, SIGTERM, SIGHUP]).map_err(failed)?;
+    let wait = move || signals.forever().for_each(|_| interrupt());
     let thread = std::thread::Builder::new().name("signals".to_owned());
-    thread
-        .spawn(wait)
-        .map(drop)
-        .map_err(|error| io("wait for signals", error))
+    thread.spawn(wait).map(drop).map_err(failed)
 }

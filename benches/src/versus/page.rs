@@ -1,38 +1,38 @@
 //! Everything as one HTML page: the tables, and below them the comparison of each cell with its plots.
 
-use std::fmt::Write;
+use maud::{DOCTYPE, PreEscaped, html};
+
+const STYLE: &str = "body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem } pre { overflow-x: auto } \
+                     iframe { width: 100%; height: 85vh; border: 1px solid gray } \
+                     summary { cursor: pointer; padding: .3rem 0 }";
 
 /// The page. `tables` is text as for a terminal, `cells` are titles with a page of `colo-ring compare` each.
 #[must_use]
 pub fn page(title: &str, tables: &str, cells: &[(String, String)]) -> String {
-    let mut page = format!(
-        "<!DOCTYPE html>\n<html lang=\"en\">\n<head>\n<meta charset=\"utf-8\">\n\
-         <meta name=\"color-scheme\" content=\"light dark\">\n<title>{title}</title>\n\
-         <style>body {{ font: 15px/1.5 system-ui, sans-serif; margin: 2rem }} pre {{ overflow-x: auto }} \
-         iframe {{ width: 100%; height: 85vh; border: 1px solid gray }} \
-         summary {{ cursor: pointer; padding: .3rem 0 }}</style>\n</head>\n<body>\n\
-         <h1>{title}</h1>\n<pre>{tables}</pre>\n<h2>Each in detail</h2>\n",
-        title = escape(title),
-        tables = escape(tables),
-    );
-    for (title, comparison) in cells {
-        // A page within the page: it needs no file beside this one.
-        let _ = writeln!(
-            page,
-            "<details><summary>{}</summary>\n<iframe loading=\"lazy\" title=\"{0}\" srcdoc=\"{}\"></iframe></details>",
-            escape(title),
-            escape(comparison)
-        );
-    }
-    page.push_str("</body>\n</html>\n");
-    page
-}
-
-fn escape(text: &str) -> String {
-    text.replace('&', "&amp;")
-        .replace('<', "&lt;")
-        .replace('>', "&gt;")
-        .replace('"', "&quot;")
+    let page = html! {
+        (DOCTYPE)
+        html lang="en" {
+            head {
+                meta charset="utf-8";
+                meta name="color-scheme" content="light dark";
+                title { (title) }
+                style { (PreEscaped(STYLE)) }
+            }
+            body {
+                h1 { (title) }
+                pre { (tables) }
+                h2 { "Each in detail" }
+                @for (title, comparison) in cells {
+                    details {
+                        summary { (title) }
+                        // A page within the page: it needs no file beside this one.
+                        iframe loading="lazy" title=(title) srcdoc=(comparison) {}
+                    }
+                }
+            }
+        }
+    };
+    page.into_string()
 }
 
 #[cfg(test)]

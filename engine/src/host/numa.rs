@@ -245,13 +245,13 @@ mod tests {
     use super::*;
 
     /// A tree like `/sys`, removed when dropped.
-    struct Tree(std::path::PathBuf);
+    struct Tree(tempfile::TempDir);
 
     impl Tree {
-        fn new(name: &str, files: &[(&str, &str)]) -> Self {
-            let root = std::env::temp_dir().join(format!("colo-ring-numa-{}-{name}", std::process::id()));
+        fn new(files: &[(&str, &str)]) -> Self {
+            let root = tempfile::tempdir().unwrap();
             for (file, text) in files {
-                let path = root.join("devices/system/node").join(file);
+                let path = root.path().join("devices/system/node").join(file);
                 std::fs::create_dir_all(path.parent().unwrap()).unwrap();
                 std::fs::write(path, text).unwrap();
             }
@@ -259,13 +259,7 @@ mod tests {
         }
 
         fn read(&self) -> Topology {
-            Topology::read_from(&self.0)
-        }
-    }
-
-    impl Drop for Tree {
-        fn drop(&mut self) {
-            let _ = std::fs::remove_dir_all(&self.0);
+            Topology::read_from(self.0.path())
         }
     }
 
@@ -280,7 +274,7 @@ mod tests {
 
     #[test]
     fn without_numa_the_kernel_decides() {
-        let topology = Tree::new("none", &[]).read();
+        let topology = Tree::new(&[]).read();
         assert_eq!(topology.nodes(), []);
         assert_eq!(topology.cores_of(0, &[0], 4), Err(NumaError::None));
         let placement = topology.place(&[0, 1]);
@@ -299,7 +293,7 @@ mod tests {
             ("node0/cpulist", "0-3\n"),
             ("node0/distance", "10\n"),
         ];
-        let topology = Tree::new("one", &files).read();
+        let topology = Tree::new(&files).read();
         assert_eq!(topology.cores_of(0, &[0, 1, 2, 3], 2), Ok(vec![0, 1]));
         let placement = topology.place(&[1]);
         assert_eq!(
@@ -311,7 +305,7 @@ mod tests {
 
     #[test]
     fn two_nodes_place_memory_by_core() {
-        let tree = Tree::new("two", TWO);
+        let tree = Tree::new(TWO);
         let topology = tree.read();
         let near = topology.place(&[2, 5]);
         assert_eq!(
@@ -336,7 +330,7 @@ mod tests {
 
     #[test]
     fn only_cores_that_may_be_used_are() {
-        let tree = Tree::new("allowed", TWO);
+        let tree = Tree::new(TWO);
         let topology = tree.read();
         // Core 3 is offline or not ours.
         assert_eq!(topology.cores_of(1, &[0, 2, 5], 8), Ok(vec![2, 5]));
@@ -357,7 +351,7 @@ mod tests {
             ("node0/cpulist", "6,0-1\n"),
             ("node1/cpulist", "7,2\n"),
         ];
-        let topology = Tree::new("order", &files).read();
+        let topology = Tree::new(&files).read();
         let nodes: Vec<_> = topology.nodes().iter().map(|node| node.node).collect();
         assert_eq!(nodes, [0, 1]);
         assert_eq!(topology.cores_of(0, &[6, 1, 0], 8), Ok(vec![0, 1, 6]));
@@ -374,7 +368,7 @@ mod tests {
             // Memory alone.
             ("node2/cpulist", "\n"),
         ];
-        let topology = Tree::new("memoryless", &files).read();
+        let topology = Tree::new(&files).read();
         assert_eq!(topology.place(&[1]).memory_nodes(), [2]);
         assert_eq!(topology.place(&[1]).cores[0].node, Some(1));
         let refused = topology.cores_of(2, &[0, 1], 8).unwrap_err();
@@ -384,9 +378,9 @@ mod tests {
 
     #[test]
     fn garbage_is_not_believed() {
-        for (name, online) in [("words", "all of them"), ("high", "0-5000"), ("twice", "0,0")] {
-            let tree = Tree::new(name, &[("online", online), ("has_memory", "0-1")]);
-            assert_eq!(tree.read().nodes(), [], "{name}");
+        for online in ["all of them", "0-5000", "0,0"] {
+            let tree = Tree::new(&[("online", online), ("has_memory", "0-1")]);
+            assert_eq!(tree.read().nodes(), [], "{online}");
         }
         let files = [
             ("online", "0-1"),
@@ -395,10 +389,10 @@ mod tests {
             ("node1/cpulist", "0-1"),
             ("node1/distance", "near far"),
         ];
-        let topology = Tree::new("garbage", &files).read();
+        let topology = Tree::new(&files).read();
         assert!(topology.nodes()[0].cores.is_empty());
         assert!(topology.place(&[0, 1]).memory_nodes().is_empty());
-        let missing_nodes = Tree::new("dangling", &[("online", "0-1"), ("has_memory", "0-1")]).read();
+        let missing_nodes = Tree::new(&[("online", "0-1"), ("has_memory", "0-1")]).read();
         assert!(missing_nodes.nodes().iter().all(|node| node.cores.is_empty()));
     }
 

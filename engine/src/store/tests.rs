@@ -14,9 +14,10 @@ use super::memory::span::fill_by_kernel;
 use super::*;
 use crate::units::{CheckpointId, PACKET_PAGES, PAGE_BYTES, PAGE_SIZE, PageIndex, PageRun};
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread;
+use tempfile::TempDir;
 
 /// Pages in a slab of these tests' stores: few, so that packets and runs cross slabs.
 const TEST_SLAB_PAGES: u64 = 64;
@@ -131,27 +132,9 @@ fn dumped_stamps(report: &DumpReport) -> Vec<u64> {
     stamps
 }
 
-/// A directory below the system's temporary one, gone with its test.
-struct Scratch(PathBuf);
-
-impl Scratch {
-    fn new(below: &str) -> Self {
-        static NEXT: AtomicU64 = AtomicU64::new(0);
-        let number = NEXT.fetch_add(1, Ordering::Relaxed);
-        let path = Path::new(below).join(format!("colo-ring-{}-{number}", std::process::id()));
-        fs::create_dir(&path).unwrap();
-        Self(path)
-    }
-
-    fn temporary() -> Self {
-        Self::new(std::env::temp_dir().to_str().unwrap())
-    }
-}
-
-impl Drop for Scratch {
-    fn drop(&mut self) {
-        fs::remove_dir_all(&self.0).unwrap();
-    }
+/// A directory in memory, gone with its test.
+fn in_memory() -> TempDir {
+    tempfile::tempdir_in("/dev/shm").unwrap()
 }
 
 const BLOCKS: [(&str, u64); 4] = [("pc.ram", 150), ("rom", 1), ("vga", 70), ("bios", 3)];

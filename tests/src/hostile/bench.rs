@@ -9,9 +9,9 @@ use colo_ring::ring::BackendKind;
 use colo_ring::store::{HugePages, StoreOptions};
 use colo_ring_tools::primary::{Distribution, SynthOptions, SynthPrimary, Version};
 use std::net::SocketAddr;
-use std::path::PathBuf;
 use std::sync::mpsc;
 use std::time::{Duration, Instant};
+use tempfile::TempDir;
 
 /// How long connections may take to become a session here: longer than a busy machine needs, and short, because some
 /// tests wait for its end.
@@ -72,7 +72,7 @@ pub struct Bench {
     events: mpsc::Receiver<Event>,
     told: Vec<Event>,
     neighbour: SynthPrimary,
-    directory: PathBuf,
+    directory: TempDir,
 }
 
 impl Bench {
@@ -81,7 +81,7 @@ impl Bench {
     /// # Panics
     /// If that fails.
     #[must_use]
-    pub fn start(name: &str, backend: BackendKind, channels: u8) -> Self {
+    pub fn start(backend: BackendKind, channels: u8) -> Self {
         let (tell, events) = mpsc::channel();
         let receiver = Receiver::start(options(backend, channels), move |event| {
             // At the very end the other side of the queue is gone.
@@ -101,13 +101,7 @@ impl Bench {
         };
         let to = receiver.addresses()[0].to_string();
         let neighbour = SynthPrimary::connect(&to.parse().expect("an address"), &shape).expect("a session");
-        let name = format!(
-            "colo-ring-{}-{name}-{}-{channels}",
-            std::process::id(),
-            backend.name()
-        );
-        let directory = std::env::temp_dir().join(name);
-        std::fs::create_dir_all(&directory).expect("a directory");
+        let directory = tempfile::tempdir().expect("a directory");
         let mut bench = Self {
             receiver,
             address,
@@ -208,7 +202,7 @@ impl Bench {
     /// The committed checkpoint is what this primary knows to be committed.
     pub fn compare(&self, session: u32, primary: &HostilePrimary) -> u64 {
         let dumped = self.dump(session).expect("it has a checkpoint");
-        let read = |file: &str| std::fs::read(self.directory.join(file)).expect("a dumped file");
+        let read = |file: &str| std::fs::read(self.directory.path().join(file)).expect("a dumped file");
         let blocks: Vec<_> = primary.image().collect();
         assert_eq!(dumped.blocks.len(), blocks.len());
         for (block, (name, image)) in dumped.blocks.iter().zip(blocks) {
@@ -227,7 +221,7 @@ impl Bench {
     /// # Errors
     /// What the receiver says.
     pub fn dump(&self, session: u32) -> Result<Dumped, String> {
-        let directory = self.directory.clone();
+        let directory = self.directory.path().to_owned();
         match self.receiver.ask(Request::Dump { session, directory })? {
             Response::Dumped(dumped) => Ok(dumped),
             other => panic!("{other:?}"),
@@ -250,7 +244,7 @@ impl Bench {
         self.neighbour.checkpoint().expect("a session beside it goes on");
         let dumped = self.dump(1).expect("the neighbour has a checkpoint");
         for block in &dumped.blocks {
-            let file = std::fs::read(self.directory.join(&block.file)).expect("a dumped file");
+            let file = std::fs::read(self.directory.path().join(&block.file)).expect("a dumped file");
             let image = self.neighbour.image(&block.name).expect("its block");
             assert!(*image == *file, "the neighbour's block {} is damaged", block.name);
         }
@@ -264,7 +258,6 @@ impl Bench {
             outcome.sessions[0].end.as_deref(),
             Some("the receiver was stopped")
         );
-        std::fs::remove_dir_all(&self.directory).expect("its own directory");
     }
 }
 

@@ -27,6 +27,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::time::{Duration, Instant};
+use tempfile::TempDir;
 
 use nix::fcntl::{Flock, FlockArg};
 
@@ -55,7 +56,7 @@ pub struct Lab {
     kernel: PathBuf,
     initrd: PathBuf,
     test_guest: PathBuf,
-    scratch: PathBuf,
+    scratch: TempDir,
     files_made: AtomicU32,
     _turn: Flock<File>,
 }
@@ -83,12 +84,13 @@ impl Lab {
     pub fn without_qemu() -> Result<Self, LabError> {
         let dir = PathBuf::from(script_output("path")?);
         let turn = take_turn(&dir.with_extension("turn"))?;
-        let scratch = make_scratch()?;
+        // Short, because the path of a UNIX socket has at most 107 bytes.
+        let scratch = tempfile::tempdir().map_err(LabError::io("create a scratch directory"))?;
         Ok(Self {
             qemu: dir.join("bin/qemu-system-x86_64"),
             kernel: dir.join("linux/vmlinuz"),
             initrd: dir.join("linux/initrd.gz"),
-            test_guest: scratch.join("dirtier.elf"),
+            test_guest: scratch.path().join("dirtier.elf"),
             scratch,
             files_made: AtomicU32::new(0),
             _turn: turn,
@@ -118,7 +120,7 @@ impl Lab {
     /// their ends.
     #[must_use]
     pub fn file(&self, name: &str) -> PathBuf {
-        self.scratch.join(name)
+        self.scratch.path().join(name)
     }
 
     /// A static busybox, which is there with whichever QEMU.
@@ -129,7 +131,7 @@ impl Lab {
     /// A path as of [`Lab::file`], with a number that no other has.
     fn fresh_file(&self, stem: &str, extension: &str) -> PathBuf {
         let number = self.files_made.fetch_add(1, Ordering::Relaxed);
-        self.scratch.join(format!("{stem}-{number}.{extension}"))
+        self.scratch.path().join(format!("{stem}-{number}.{extension}"))
     }
 }
 
@@ -147,10 +149,8 @@ pub fn experiment(body: impl FnOnce(&Lab) -> Result<(), LabError>) {
 impl Drop for Lab {
     fn drop(&mut self) {
         if std::thread::panicking() {
-            print_logs(&self.scratch);
+            print_logs(self.scratch.path());
         }
-        // What cannot be removed is a scratch directory left in the temporary directory.
-        let _ = fs::remove_dir_all(&self.scratch);
     }
 }
 
@@ -190,19 +190,6 @@ fn assemble_test_guest(out: &Path) -> Result<(), LabError> {
     Err(LabError::Guest {
         detail: String::from_utf8_lossy(&output.stderr).into_owned(),
     })
-}
-
-// Short, because the path of a UNIX socket has at most 107 bytes.
-fn make_scratch() -> Result<PathBuf, LabError> {
-    static NEXT: AtomicU32 = AtomicU32::new(0);
-    let name = format!(
-        "colo-lab-{}-{}",
-        std::process::id(),
-        NEXT.fetch_add(1, Ordering::Relaxed)
-    );
-    let dir = std::env::temp_dir().join(name);
-    fs::create_dir_all(&dir).map_err(LabError::io(format!("create {}", dir.display())))?;
-    Ok(dir)
 }
 
 fn print_logs(dir: &Path) {

@@ -128,7 +128,8 @@ mod tests {
 
     #[test]
     fn a_setting_is_set_back() {
-        let file = std::env::temp_dir().join(format!("colo-ring-setting-{}", std::process::id()));
+        let directory = tempfile::tempdir().unwrap();
+        let file = directory.path().join("setting");
         fs::write(&file, "bbr\n").unwrap();
         let setting = HostSetting::set_if_permitted(&file, "cubic");
         assert_eq!(setting.to_string(), "cubic (for this run; the host has bbr)");
@@ -136,7 +137,6 @@ mod tests {
         drop(setting);
         assert_eq!(fs::read_to_string(&file).unwrap(), "bbr");
         assert!(!HostSetting::set_if_permitted(&file, "bbr").is_changed());
-        fs::remove_file(&file).unwrap();
     }
 
     #[test]

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 #[test]
 fn strangers_among_connections() {
-    let mut bench = Bench::start("strangers", BackendKind::Uring, 2);
+    let mut bench = Bench::start(BackendKind::Uring, 2);
     let init = |id, at: usize, byte: u8| {
         let channel = colo_ring::units::ChannelId(id);
         let mut bytes = Init {
@@ -78,7 +78,7 @@ fn strangers_among_connections() {
 
 #[test]
 fn channels_that_do_not_belong_together() {
-    let mut bench = Bench::start("together", BackendKind::Uring, 2);
+    let mut bench = Bench::start(BackendKind::Uring, 2);
     let start = |bench: &Bench| {
         let mut main = Link::connect(bench.address);
         main.send(&header());

@@ -44,7 +44,7 @@ fn step(backend: BackendKind, others: usize) -> usize {
 #[test]
 fn the_main_channel_of_a_checkpoint_at_every_byte() {
     for backend in BACKENDS {
-        let mut bench = Bench::start("main-cut", backend, 2);
+        let mut bench = Bench::start(backend, 2);
         let length = HostilePrimary::connect(bench.address, 0)
             .checkpoint_bytes(2, &[])
             .len()
@@ -102,7 +102,7 @@ fn a_channel_in_the_middle_of_a_checkpoint() {
         packet.len() - 1,
     ];
     for backend in BACKENDS {
-        let mut bench = Bench::start("channel-cut", backend, 2);
+        let mut bench = Bench::start(backend, 2);
         for at in places.into_iter().step_by(step(backend, 3)) {
             for (cut, who) in [
                 (Cut::Fin, Who::Channel),
@@ -127,7 +127,7 @@ fn a_channel_in_the_middle_of_a_checkpoint() {
 #[test]
 fn precopy_at_every_few_bytes() {
     for backend in BACKENDS {
-        let mut bench = Bench::start("precopy-cut", backend, 2);
+        let mut bench = Bench::start(backend, 2);
         let parts = HostilePrimary::connect(bench.address, 2).precopy_parts();
         let all: Vec<u8> = parts.into_iter().flat_map(|(_, bytes)| bytes).collect();
         for at in (4..all.len()).step_by(3 * step(backend, 9)) {
@@ -150,7 +150,7 @@ fn precopy_at_every_few_bytes() {
 #[test]
 fn between_checkpoints() {
     for backend in BACKENDS {
-        let mut bench = Bench::start("idle-cut", backend, 2);
+        let mut bench = Bench::start(backend, 2);
         for who in Who::ALL {
             for cut in Cut::ALL {
                 let (session, mut primary) = bench.protected();
@@ -178,7 +178,7 @@ fn between_checkpoints() {
 #[test]
 fn after_the_last_byte_of_a_checkpoint() {
     for backend in BACKENDS {
-        let mut bench = Bench::start("last-byte", backend, 2);
+        let mut bench = Bench::start(backend, 2);
         let (session, mut primary) = bench.protected();
         primary.request();
         primary.channels[1].send_packet(&good_packet());
@@ -198,7 +198,7 @@ fn after_the_last_byte_of_a_checkpoint() {
 fn a_primary_without_colo_leaves_its_state_here() {
     for backend in BACKENDS {
         for cut in Cut::ALL {
-            let mut bench = Bench::start("no-colo", backend, 2);
+            let mut bench = Bench::start(backend, 2);
             let mut primary = HostilePrimary::connect(bench.address, 2);
             primary.precopy();
             let session = bench.began();
@@ -220,7 +220,7 @@ fn a_primary_without_colo_leaves_its_state_here() {
 #[test]
 fn syncs_on_some_channels_and_then_silence() {
     for backend in BACKENDS {
-        let mut bench = Bench::start("k-of-n", backend, 3);
+        let mut bench = Bench::start(backend, 3);
         let (session, mut primary) = bench.protected();
         primary.request();
         primary.channels[1].send_packet(&good_packet());
@@ -257,7 +257,7 @@ fn syncs_on_some_channels_and_then_silence() {
 #[test]
 fn plain_mode_at_every_few_bytes() {
     for backend in BACKENDS {
-        let mut bench = Bench::start("plain-cut", backend, 0);
+        let mut bench = Bench::start(backend, 0);
         let page = page_record(BlockRef::Named(b"pc.ram"), PAGE, 0x55);
         let length = HostilePrimary::connect(bench.address, 0)
             .checkpoint_bytes(2, &page)
@@ -283,7 +283,7 @@ fn plain_mode_at_every_few_bytes() {
 #[test]
 fn while_it_connects() {
     for cut in Cut::ALL {
-        let mut bench = Bench::start("setup", BackendKind::Uring, 2);
+        let mut bench = Bench::start(BackendKind::Uring, 2);
         let mut main = Link::connect(bench.address);
         main.send(&header());
         let mut channel = Link::multifd(bench.address, [7; 16], 0);
@@ -311,7 +311,7 @@ fn while_it_connects() {
 #[test]
 fn resets_in_great_number() {
     for backend in BACKENDS {
-        let mut bench = Bench::start("resets", backend, 2);
+        let mut bench = Bench::start(backend, 2);
         for _ in 0..1000 {
             Link::connect(bench.address).cut(Cut::Rst);
         }

@@ -233,7 +233,7 @@ fn checkpoint_cases() -> Vec<MainCase> {
 #[test]
 fn wrong_bytes_in_a_checkpoint() {
     for backend in BACKENDS {
-        let mut bench = Bench::start("checkpoint", backend, 2);
+        let mut bench = Bench::start(backend, 2);
         let step = if backend == BackendKind::Uring { 1 } else { 5 };
         for (case, good, wrong, says) in checkpoint_cases().into_iter().step_by(step) {
             let (session, mut primary) = bench.protected();
@@ -251,7 +251,7 @@ fn wrong_bytes_in_a_checkpoint() {
 
 #[test]
 fn wrong_messages_between_checkpoints() {
-    let mut bench = Bench::start("idle", BackendKind::Uring, 2);
+    let mut bench = Bench::start(BackendKind::Uring, 2);
     for (case, wrong, says) in [
         (
             "SEND unasked",
@@ -447,7 +447,7 @@ fn precopy_cases() -> Vec<MainCase> {
 #[test]
 fn wrong_bytes_in_precopy() {
     for backend in BACKENDS {
-        let mut bench = Bench::start("precopy", backend, 2);
+        let mut bench = Bench::start(backend, 2);
         let step = if backend == BackendKind::Uring { 1 } else { 5 };
         for (case, good, wrong, says) in precopy_cases().into_iter().step_by(step) {
             let mut primary = HostilePrimary::connect(bench.address, 2);
@@ -466,7 +466,7 @@ fn wrong_bytes_in_precopy() {
 #[test]
 fn wrong_bytes_in_plain_mode() {
     for backend in BACKENDS {
-        let mut bench = Bench::start("plain", backend, 0);
+        let mut bench = Bench::start(backend, 0);
         let delta = |offset, delta: &[u8]| {
             let block = BlockRef::Named(b"pc.ram");
             record(RamRecord::Xbzrle { block, offset, delta })
@@ -519,7 +519,7 @@ fn wrong_bytes_in_plain_mode() {
 
 #[test]
 fn a_primary_without_vmdesc() {
-    let mut bench = Bench::start("vmdesc", BackendKind::Uring, 2);
+    let mut bench = Bench::start(BackendKind::Uring, 2);
     let mut primary = HostilePrimary::connect(bench.address, 2);
     primary.sync();
     primary.sync();

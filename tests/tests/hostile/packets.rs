@@ -170,7 +170,7 @@ fn packet_cases() -> Vec<PacketCase> {
 #[test]
 fn wrong_packets() {
     for backend in BACKENDS {
-        let mut bench = Bench::start("packets", backend, 2);
+        let mut bench = Bench::start(backend, 2);
         // What is checked does not depend on the backend, when and where it arrives does: of the others, some.
         let step = if backend == BackendKind::Uring { 1 } else { 5 };
         for (case, at, bytes, says) in packet_cases().into_iter().step_by(step) {
@@ -189,7 +189,7 @@ fn wrong_packets() {
 #[test]
 fn a_wrong_packet_behind_good_ones_is_found_where_it_is() {
     for backend in BACKENDS {
-        let mut bench = Bench::start("behind", backend, 2);
+        let mut bench = Bench::start(backend, 2);
         let (session, mut primary) = bench.protected();
         primary.request();
         for _ in 0..3 {
@@ -213,7 +213,7 @@ fn a_wrong_packet_behind_good_ones_is_found_where_it_is() {
 #[test]
 fn a_channel_that_begins_with_pages() {
     for backend in BACKENDS {
-        let mut bench = Bench::start("first", backend, 2);
+        let mut bench = Bench::start(backend, 2);
         for first in [good_packet(), packet("pc.ram", &[], &[0x3000])] {
             let (session, mut primary) = bench.connected();
             let place = At::channel(&primary, 1);
@@ -229,7 +229,7 @@ fn a_channel_that_begins_with_pages() {
 #[test]
 fn pages_that_come_when_none_may() {
     for backend in BACKENDS {
-        let mut bench = Bench::start("quiet", backend, 2);
+        let mut bench = Bench::start(backend, 2);
         // Of the next epoch, before it was asked for.
         let (session, mut primary) = bench.protected();
         let place = At::channel(&primary, 1);
@@ -303,7 +303,7 @@ fn odd_packets_that_are_right() {
         ),
     ];
     for backend in BACKENDS {
-        let mut bench = Bench::start("odd", backend, 2);
+        let mut bench = Bench::start(backend, 2);
         let (session, mut primary) = bench.protected();
         for (moment, (case, packets, pages)) in (2u8..).zip(&cases) {
             println!("{case}");

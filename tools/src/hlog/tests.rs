@@ -10,11 +10,8 @@ fn collect(text: &[u8]) -> Result<Log, HlogError> {
 
 /// A log of ours: three intervals of two sessions.
 fn ours() -> Vec<u8> {
-    let path = std::env::temp_dir().join(format!(
-        "colo-ring-hlog-{}-{:?}",
-        std::process::id(),
-        std::thread::current().id()
-    ));
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("x.hlog");
     let started = UNIX_EPOCH + Duration::from_secs(1_700_000_000);
     let mut log = IntervalLog::create(path.clone(), &["a comment".to_owned()], started).unwrap();
     for (second, tag) in [(0, "session-1"), (1, "session-2"), (2, "session-1")] {
@@ -27,9 +24,7 @@ fn ours() -> Vec<u8> {
             .unwrap();
     }
     log.append().unwrap();
-    let text = std::fs::read(&path).unwrap();
-    std::fs::remove_file(&path).unwrap();
-    text
+    std::fs::read(&path).unwrap()
 }
 
 #[test]

@@ -2,22 +2,18 @@
 
 use super::*;
 use std::os::unix::net::UnixListener;
-use std::sync::atomic::{AtomicU32, Ordering};
+use tempfile::TempDir;
 
-/// A socket's path of its own, removed when dropped.
-pub(crate) struct SocketPath(pub(crate) PathBuf);
+/// A socket's path in a directory of its own, which is removed when this is dropped.
+pub(crate) struct SocketPath(
+    pub(crate) PathBuf,
+    #[expect(dead_code, reason = "removes the directory when dropped")] TempDir,
+);
 
 impl SocketPath {
     pub(crate) fn new() -> Self {
-        static NEXT: AtomicU32 = AtomicU32::new(0);
-        let number = NEXT.fetch_add(1, Ordering::Relaxed);
-        Self(std::env::temp_dir().join(format!("colo-qmp-{}-{number}", std::process::id())))
-    }
-}
-
-impl Drop for SocketPath {
-    fn drop(&mut self) {
-        let _ = std::fs::remove_file(&self.0);
+        let directory = tempfile::tempdir().unwrap();
+        Self(directory.path().join("qmp"), directory)
     }
 }
 

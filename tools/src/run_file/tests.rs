@@ -1,22 +1,6 @@
 use super::*;
 use hdrhistogram::serialization::interval_log::{IntervalLogIterator, LogEntry};
 
-struct Scratch(PathBuf);
-
-impl Scratch {
-    fn new(name: &str) -> Self {
-        let path = std::env::temp_dir().join(format!("colo-ring-run-file-{}-{name}", std::process::id()));
-        std::fs::create_dir_all(&path).unwrap();
-        Self(path)
-    }
-}
-
-impl Drop for Scratch {
-    fn drop(&mut self) {
-        let _ = std::fs::remove_dir_all(&self.0);
-    }
-}
-
 fn run() -> RunFile {
     let checkpoint = |n: u64| Checkpoint {
         n,
@@ -53,12 +37,15 @@ fn run() -> RunFile {
 
 #[test]
 fn a_run_comes_back_and_its_logs_lie_beside_it() {
-    let scratch = Scratch::new("back");
-    let prefix = scratch.0.join("run.1");
+    let scratch = tempfile::tempdir().unwrap();
+    let prefix = scratch.path().join("run.1");
     run().write(&prefix).unwrap();
-    assert_eq!(RunFile::read(&scratch.0.join("run.1.run.json")).unwrap(), run());
+    assert_eq!(
+        RunFile::read(&scratch.path().join("run.1.run.json")).unwrap(),
+        run()
+    );
     for phase in ["loaded", "received"] {
-        let text = std::fs::read(scratch.0.join(format!("run.1.{phase}.hlog"))).unwrap();
+        let text = std::fs::read(scratch.path().join(format!("run.1.{phase}.hlog"))).unwrap();
         let entries = IntervalLogIterator::new(&text).collect::<Result<Vec<_>, _>>();
         let starts: Vec<_> = entries
             .unwrap()
@@ -70,7 +57,7 @@ fn a_run_comes_back_and_its_logs_lie_beside_it() {
             .collect();
         assert_eq!(starts, [0, 1, 2, 3]);
     }
-    let mut names: Vec<_> = std::fs::read_dir(&scratch.0)
+    let mut names: Vec<_> = std::fs::read_dir(scratch.path())
         .unwrap()
         .map(|e| e.unwrap().file_name())
         .collect();
@@ -83,8 +70,8 @@ fn a_run_comes_back_and_its_logs_lie_beside_it() {
 
 #[test]
 fn what_is_no_run_is_refused_with_the_reason() {
-    let scratch = Scratch::new("refused");
-    let path = scratch.0.join("x.run.json");
+    let scratch = tempfile::tempdir().unwrap();
+    let path = scratch.path().join("x.run.json");
     let good = serde_json::to_value(run()).unwrap();
     let refused = |change: &dyn Fn(&mut serde_json::Value)| {
         let mut value = good.clone();
@@ -116,17 +103,19 @@ fn what_is_no_run_is_refused_with_the_reason() {
     }
     std::fs::write(&path, &good.to_string()[..200]).unwrap();
     assert!(RunFile::read(&path).unwrap_err().to_string().contains("EOF"));
-    let missing = RunFile::read(&scratch.0.join("none")).unwrap_err().to_string();
+    let missing = RunFile::read(&scratch.path().join("none"))
+        .unwrap_err()
+        .to_string();
     assert!(missing.contains("No such file"), "{missing}");
 }
 
 #[test]
 fn a_run_that_could_not_be_read_is_not_written() {
-    let scratch = Scratch::new("unwritten");
+    let scratch = tempfile::tempdir().unwrap();
     let mut bad = run();
     bad.checkpoints[0].phases_ns.insert("../escape".to_owned(), 1);
-    assert!(bad.write(&scratch.0.join("x")).is_err());
-    assert_eq!(std::fs::read_dir(&scratch.0).unwrap().count(), 0);
+    assert!(bad.write(&scratch.path().join("x")).is_err());
+    assert_eq!(std::fs::read_dir(scratch.path()).unwrap().count(), 0);
 }
 
 /// Whatever stands in a file, it is read or refused.

@@ -9,7 +9,6 @@ use colo_ring::store::{HugePages, StoreOptions};
 use std::io::{Read, Write};
 use std::net::Shutdown;
 use std::os::unix::net::{UnixListener, UnixStream};
-use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Mutex, mpsc};
 use std::time::Instant;
 
@@ -40,9 +39,8 @@ fn relay(mut from: UnixStream, mut to: UnixStream, flow: &Mutex<Flow>, started: 
 
 /// Runs a session through a relay and returns its connections, main first.
 pub(crate) fn recorded(options: &SynthOptions) -> Vec<Connection> {
-    static COUNT: AtomicU32 = AtomicU32::new(0);
-    let unique = format!("{}-{}", std::process::id(), COUNT.fetch_add(1, Ordering::Relaxed));
-    let path = |side: &str| std::env::temp_dir().join(format!("colo-streams-{unique}-{side}"));
+    let directory = tempfile::tempdir().unwrap();
+    let path = |side: &str| directory.path().join(side);
     let (front, back) = (path("front"), path("back"));
     let receiver = Receiver::start(
         ReceiverOptions {
@@ -96,9 +94,6 @@ pub(crate) fn recorded(options: &SynthOptions) -> Vec<Connection> {
         to_primary: down.into_inner().unwrap(),
         ..Connection::new(ConnectionId(u16::try_from(id).unwrap()), "")
     };
-    for side in ["front", "back"] {
-        std::fs::remove_file(path(side)).unwrap();
-    }
     flows.into_iter().enumerate().map(connection).collect()
 }
 
@@ -209,7 +204,8 @@ fn a_cut_capture_is_good_up_to_its_last_complete_checkpoint() {
 #[test]
 fn a_file_holds_the_session() {
     let whole = recorded(&options(Version::V11_1, 2));
-    let path = std::env::temp_dir().join(format!("colo-streams-{}.cap", std::process::id()));
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("session.cap");
     let info = CaptureInfo::now("test", serde_json::Value::Null);
     let mut writer = CaptureWriter::create(&path, &info, Compression::Zstd).unwrap();
     let mut events = Vec::new();
@@ -264,7 +260,6 @@ fn a_file_holds_the_session() {
     assert!(torn.notes[0].contains("not complete"), "{:?}", torn.notes);
     std::fs::write(&path, b"something else").unwrap();
     assert!(matches!(Streams::load(&path), Err(StreamsError::File(_))));
-    std::fs::remove_file(path).unwrap();
 }
 
 #[test]

@@ -1,6 +1,7 @@
 //! Bytes, ends and resets, between a client and a server that know nothing of COLO.
 
-use crate::harness::{By, Running, Scratch, capture, capture_on, read};
+use crate::harness::{By, Running, capture, capture_on, read};
+use colo_ring_tests::command::Scratch;
 use colo_ring_tools::capture_file::EndKind;
 use colo_ring_tools::net::Address;
 use nix::libc;
@@ -176,7 +177,7 @@ fn what_goes_in_comes_out_and_stands_in_the_file() {
         ("tcp-ready", false, false, By::WithoutUring),
         ("unix-ready", true, true, By::WithoutUring),
     ] {
-        let scratch = Scratch::new(name);
+        let scratch = Scratch::new();
         let (server, to) = Server::bind(&scratch, to_unix);
         let listen = match listen_unix {
             true => format!("unix:{}", scratch.file("listen")),
@@ -268,9 +269,9 @@ fn reset(stream: TcpStream) {
 /// A reset of one side is a reset for the other, not an end.
 #[test]
 fn a_reset_is_passed_on() {
-    for (name, by) in [("reset", By::Itself), ("reset-ready", By::WithoutUring)] {
+    for by in [By::Itself, By::WithoutUring] {
         for client_resets in [true, false] {
-            let scratch = Scratch::new(name);
+            let scratch = Scratch::new();
             let (mut proxy, client, server) = pair_over_tcp(&scratch, by);
             let (gone, mut stays) = if client_resets {
                 (client, server)
@@ -293,7 +294,7 @@ fn a_reset_is_passed_on() {
 /// As without us: who goes on sending to one that has closed altogether is reset.
 #[test]
 fn sending_to_one_that_has_gone_ends_in_a_reset() {
-    let scratch = Scratch::new("gone");
+    let scratch = Scratch::new();
     let (mut proxy, mut client, server) = pair_over_tcp(&scratch, By::Itself);
     drop(server);
     assert_eq!(client.read(&mut [0]).unwrap(), 0, "the end is passed on first");
@@ -315,7 +316,7 @@ fn sending_to_one_that_has_gone_ends_in_a_reset() {
 /// One that does not read holds up the other, and nothing is piled up here: at most what sockets and one read hold.
 #[test]
 fn one_that_does_not_read_holds_up_the_other() {
-    let scratch = Scratch::new("slow");
+    let scratch = Scratch::new();
     let (mut proxy, mut client, server) = pair_over_tcp(&scratch, By::Itself);
     client
         .set_write_timeout(Some(Duration::from_millis(500)))

@@ -1,6 +1,7 @@
 //! What befalls the disk or a side.
 
-use crate::harness::{By, Running, Scratch, capture, guest, read, receiver, run};
+use crate::harness::{By, Running, capture, guest, read, receiver, run};
+use colo_ring_tests::command::Scratch;
 use colo_ring_tools::capture_file::EndKind;
 use colo_ring_tools::primary::SynthPrimary;
 use colo_ring_tools::streams::Streams;
@@ -36,7 +37,7 @@ fn session_outlives_the_recording(scratch: &Scratch, by: By<'_>, more: &[&str]) 
 /// The room ends in the middle of precopy: `ulimit -f` does to a write what a full disk does.
 #[test]
 fn a_full_disk_ends_the_recording_and_not_the_session() {
-    let scratch = Scratch::new("full");
+    let scratch = Scratch::new();
     // 512-byte blocks in sh: 2 MiB.
     let log =
         session_outlives_the_recording(&scratch, By::Limited("ulimit -f 4096"), &["--compress", "none"]);
@@ -69,7 +70,7 @@ fn a_disk_that_is_full_from_the_start_is_told() {
 /// migration down, and nothing is lost.
 #[test]
 fn a_disk_that_is_too_slow_ends_the_recording_and_not_the_session() {
-    let scratch = Scratch::new("behind");
+    let scratch = Scratch::new();
     let log = session_outlives_the_recording(&scratch, By::Itself, &["--queue", "1"]);
     assert!(log.contains("--when-behind wait"), "{log}");
     let contents = read(&scratch);
@@ -85,7 +86,7 @@ fn a_disk_that_is_too_slow_ends_the_recording_and_not_the_session() {
 
 #[test]
 fn waiting_for_the_disk_loses_nothing() {
-    let scratch = Scratch::new("wait");
+    let scratch = Scratch::new();
     let mut secondary = receiver(&scratch);
     let more = ["--queue", "1", "--when-behind", "wait"];
     let mut proxy = capture(&scratch, &secondary.address, By::Itself, &more);
@@ -108,7 +109,7 @@ fn waiting_for_the_disk_loses_nothing() {
 
 #[test]
 fn a_lost_secondary_is_the_primarys_loss_and_the_recording_is_complete() {
-    let scratch = Scratch::new("secondary");
+    let scratch = Scratch::new();
     let mut secondary = receiver(&scratch);
     let mut proxy = capture(&scratch, &secondary.address, By::Itself, &[]);
     let mut primary = SynthPrimary::connect(&proxy.address, &guest()).unwrap();
@@ -132,7 +133,7 @@ fn a_lost_secondary_is_the_primarys_loss_and_the_recording_is_complete() {
 
 #[test]
 fn a_lost_primary_is_the_secondarys_loss_and_the_recording_is_complete() {
-    let scratch = Scratch::new("primary");
+    let scratch = Scratch::new();
     let mut secondary = receiver(&scratch);
     let mut proxy = capture(&scratch, &secondary.address, By::Itself, &[]);
     let mut primary = SynthPrimary::connect(&proxy.address, &guest()).unwrap();
@@ -153,7 +154,7 @@ fn a_lost_primary_is_the_secondarys_loss_and_the_recording_is_complete() {
 /// A recorder that is killed leaves what it had written.
 #[test]
 fn a_killed_recorder_leaves_a_readable_file() {
-    let scratch = Scratch::new("killed");
+    let scratch = Scratch::new();
     let secondary = receiver(&scratch);
     let mut proxy = capture(&scratch, &secondary.address, By::Itself, &[]);
     let mut primary = SynthPrimary::connect(&proxy.address, &guest()).unwrap();
@@ -173,7 +174,7 @@ fn a_killed_recorder_leaves_a_readable_file() {
 
 #[test]
 fn without_a_secondary_connections_are_reset_and_the_next_attempt_counts() {
-    let scratch = Scratch::new("late");
+    let scratch = Scratch::new();
     let free = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
     let address = free.local_addr().unwrap();
     drop(free);
@@ -214,7 +215,7 @@ fn without_a_secondary_connections_are_reset_and_the_next_attempt_counts() {
 
 #[test]
 fn a_file_is_not_overwritten_unless_that_is_asked_for() {
-    let scratch = Scratch::new("exists");
+    let scratch = Scratch::new();
     std::fs::write(scratch.file("cap"), "precious").unwrap();
     let (out, to) = (scratch.file("cap"), "tcp:127.0.0.1:1");
     let ended = run(&[

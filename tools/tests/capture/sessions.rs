@@ -1,6 +1,7 @@
 //! Whole sessions of a synthetic primary, through the recorder to a receiver.
 
-use crate::harness::{By, Running, Scratch, capture, guest, read, receiver, run};
+use crate::harness::{By, Running, capture, guest, read, receiver, run};
+use colo_ring_tests::command::Scratch;
 use colo_ring_tools::capture_file::EndKind;
 use colo_ring_tools::primary::SynthPrimary;
 use colo_ring_tools::streams::Streams;
@@ -53,11 +54,8 @@ fn protect(proxy: &Running, checkpoints: u64) -> SynthPrimary {
 
 #[test]
 fn a_session_goes_through_and_is_measured() {
-    for (name, by, compress) in [
-        ("session", By::Itself, "zstd"),
-        ("session-ready", By::WithoutUring, "none"),
-    ] {
-        let scratch = Scratch::new(name);
+    for (by, compress) in [(By::Itself, "zstd"), (By::WithoutUring, "none")] {
+        let scratch = Scratch::new();
         let mut secondary = receiver(&scratch);
         let mut proxy = capture(&scratch, &secondary.address, by, &["--compress", compress]);
         let primary = protect(&proxy, CHECKPOINTS);
@@ -111,7 +109,7 @@ fn a_session_goes_through_and_is_measured() {
 /// The file can be read while the session goes on.
 #[test]
 fn the_file_grows_with_the_session() {
-    let scratch = Scratch::new("grows");
+    let scratch = Scratch::new();
     let secondary = receiver(&scratch);
     let proxy = capture(&scratch, &secondary.address, By::Itself, &[]);
     let mut primary = protect(&proxy, 3);
@@ -140,8 +138,8 @@ fn the_file_grows_with_the_session() {
 /// The first signal ends the recording alone, the second the connections.
 #[test]
 fn signals_end_the_recording_before_the_session() {
-    for (name, signal) in [("int", Signal::SIGINT), ("term", Signal::SIGTERM)] {
-        let scratch = Scratch::new(name);
+    for signal in [Signal::SIGINT, Signal::SIGTERM] {
+        let scratch = Scratch::new();
         let secondary = receiver(&scratch);
         let mut proxy = capture(&scratch, &secondary.address, By::Itself, &[]);
         let mut primary = protect(&proxy, 3);
@@ -169,7 +167,7 @@ fn signals_end_the_recording_before_the_session() {
 
 #[test]
 fn without_a_primary_it_ends_at_once_and_says_so() {
-    let scratch = Scratch::new("nobody");
+    let scratch = Scratch::new();
     let mut proxy = capture(&scratch, &"tcp:127.0.0.1:1".parse().unwrap(), By::Itself, &[]);
     proxy.signal(Signal::SIGINT);
     let ended = proxy.wait();

@@ -1,6 +1,5 @@
 //! What the tests of `compare` and `inspect` share.
 
-use std::path::PathBuf;
 use std::process::{Command, Output};
 
 pub fn command() -> Command {
@@ -32,25 +31,4 @@ pub fn json(args: &[&str]) -> serde_json::Value {
 /// A log that another language's HdrHistogram library wrote.
 pub fn foreign_log(language: &str) -> String {
     format!("{}/../tests/hdr/{language}.hlog", env!("CARGO_MANIFEST_DIR"))
-}
-
-/// A directory of its own per test, removed at the end.
-pub struct Scratch(PathBuf);
-
-impl Scratch {
-    pub fn new(name: &str) -> Self {
-        let path = std::env::temp_dir().join(format!("colo-ring-files-{}-{name}", std::process::id()));
-        std::fs::create_dir_all(&path).unwrap();
-        Self(path)
-    }
-
-    pub fn file(&self, name: &str) -> String {
-        self.0.join(name).to_str().unwrap().to_owned()
-    }
-}
-
-impl Drop for Scratch {
-    fn drop(&mut self) {
-        let _ = std::fs::remove_dir_all(&self.0);
-    }
 }

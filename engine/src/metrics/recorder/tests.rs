@@ -6,27 +6,6 @@ use hdrhistogram::Histogram;
 use hdrhistogram::serialization::Deserializer;
 use hdrhistogram::serialization::interval_log::{IntervalLogIterator, LogEntry};
 
-/// A directory of its own per test, removed at the end.
-struct Scratch(PathBuf);
-
-impl Scratch {
-    fn new(name: &str) -> Self {
-        let path = std::env::temp_dir().join(format!("colo-ring-metrics-{}-{name}", std::process::id()));
-        std::fs::create_dir_all(&path).unwrap();
-        Self(path)
-    }
-
-    fn prefix(&self) -> PathBuf {
-        self.0.join("run")
-    }
-}
-
-impl Drop for Scratch {
-    fn drop(&mut self) {
-        std::fs::remove_dir_all(&self.0).unwrap();
-    }
-}
-
 fn run() -> RunDescription {
     RunDescription {
         started: UNIX_EPOCH + Duration::from_secs(1_700_000_000),
@@ -88,8 +67,8 @@ fn log_of(prefix: &Path, phase: Phase) -> Vec<u8> {
 
 #[test]
 fn intervals_come_back_by_phase_and_session() {
-    let scratch = Scratch::new("intervals");
-    let prefix = scratch.prefix();
+    let scratch = tempfile::tempdir().unwrap();
+    let prefix = scratch.path().join("run");
     let mut recorder = Recorder::start(Some(&prefix), run()).unwrap();
     for n in 1..=10 {
         recorder.record(&sample(7, n, Duration::from_millis(n)));
@@ -127,8 +106,8 @@ fn intervals_come_back_by_phase_and_session() {
 
 #[test]
 fn ticks_write_once_an_interval() {
-    let scratch = Scratch::new("ticks");
-    let prefix = scratch.prefix();
+    let scratch = tempfile::tempdir().unwrap();
+    let prefix = scratch.path().join("run");
     let mut recorder = Recorder::start(Some(&prefix), run()).unwrap();
     for tick in 1..=25 {
         recorder.record(&sample(1, tick, Duration::from_millis(1)));
@@ -143,8 +122,8 @@ fn ticks_write_once_an_interval() {
 
 #[test]
 fn a_log_cut_anywhere_is_readable_up_to_the_cut() {
-    let scratch = Scratch::new("cut");
-    let prefix = scratch.prefix();
+    let scratch = tempfile::tempdir().unwrap();
+    let prefix = scratch.path().join("run");
     let mut recorder = Recorder::start(Some(&prefix), run()).unwrap();
     for second in 1..=3u64 {
         recorder.record(&sample(1, second, Duration::from_millis(second)));
@@ -164,8 +143,8 @@ fn a_log_cut_anywhere_is_readable_up_to_the_cut() {
 
 #[test]
 fn the_report_is_whole_and_can_be_read_back() {
-    let scratch = Scratch::new("report");
-    let prefix = scratch.prefix();
+    let scratch = tempfile::tempdir().unwrap();
+    let prefix = scratch.path().join("run");
     let mut recorder = Recorder::start(Some(&prefix), run()).unwrap();
     for n in 1..=100 {
         recorder.record(&sample(1, n, Duration::from_millis(2)));
@@ -201,8 +180,8 @@ fn the_report_is_whole_and_can_be_read_back() {
 
 #[test]
 fn dropped_samples_are_told_in_the_log_and_in_the_report() {
-    let scratch = Scratch::new("dropped");
-    let prefix = scratch.prefix();
+    let scratch = tempfile::tempdir().unwrap();
+    let prefix = scratch.path().join("run");
     let queue = SampleQueue::with_capacity(1);
     queue.push(sample(1, 1, Duration::from_millis(1)));
     queue.push(sample(1, 2, Duration::from_millis(1)));

@@ -43,11 +43,11 @@ fn dumps_beside_commits(kind: (CacheKind, CommitMode)) {
         })
     };
     committed_once.wait();
-    let scratch = Scratch::temporary();
+    let scratch = tempfile::tempdir().unwrap();
     let mut seen = BTreeSet::new();
     // Into one directory: each replaces the one before.
     for _ in 0..10 {
-        let report = store.committed().dump(&scratch.0).unwrap();
+        let report = store.committed().dump(scratch.path()).unwrap();
         let checkpoint = report.checkpoint.0;
         let device_state = fs::read(&report.device_state).unwrap();
         assert_eq!(device_state, checkpoint.to_le_bytes());
@@ -67,7 +67,7 @@ fn dumps_beside_commits(kind: (CacheKind, CommitMode)) {
         "nothing was committed beside the dumps: {seen:?}, {last}"
     );
     assert_eq!(
-        fs::read_dir(&scratch.0).unwrap().count(),
+        fs::read_dir(scratch.path()).unwrap().count(),
         3,
         "pc.ram, rom, device-state.bin"
     );
@@ -78,20 +78,20 @@ fn a_dump_that_fails_leaves_nothing_behind() {
     let store = store(&BLOCKS);
     store.begin_colo();
     store.commit(CheckpointId(0), &mut vec![1], &alone());
-    let scratch = Scratch::temporary();
+    let scratch = tempfile::tempdir().unwrap();
     // A directory in the way of the third block's file, which shows when the others are open already.
-    let obstacle = scratch.0.join("vga~part");
+    let obstacle = scratch.path().join("vga~part");
     fs::create_dir(&obstacle).unwrap();
-    let refused = store.committed().dump(&scratch.0).unwrap_err();
+    let refused = store.committed().dump(scratch.path()).unwrap_err();
     assert!(refused.to_string().contains("vga~part"), "{refused}");
-    let left: Vec<_> = fs::read_dir(&scratch.0)
+    let left: Vec<_> = fs::read_dir(scratch.path())
         .unwrap()
         .map(|entry| entry.unwrap().path())
         .collect();
     assert_eq!(left, std::slice::from_ref(&obstacle));
     fs::remove_dir(obstacle).unwrap();
     assert_eq!(
-        store.committed().dump(&scratch.0).unwrap().checkpoint,
+        store.committed().dump(scratch.path()).unwrap().checkpoint,
         CheckpointId(0)
     );
 }
@@ -107,8 +107,8 @@ fn blocks_keep_out_of_the_way_of_other_files() {
     ]);
     store.begin_colo();
     store.commit(CheckpointId(0), &mut vec![1], &alone());
-    let scratch = Scratch::temporary();
-    for block in store.committed().dump(&scratch.0).unwrap().blocks {
+    let scratch = tempfile::tempdir().unwrap();
+    for block in store.committed().dump(scratch.path()).unwrap().blocks {
         let name = block.file.file_name().unwrap().to_str().unwrap();
         assert!(!RESERVED_FILES.contains(&name), "{name}");
         let mode = fs::metadata(&block.file).unwrap().permissions().mode();

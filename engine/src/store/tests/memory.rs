@@ -4,9 +4,9 @@ use super::*;
 
 #[test]
 fn named_files_hold_the_image_and_go_with_it() {
-    let scratch = Scratch::new("/dev/shm");
+    let scratch = in_memory();
     let options = StoreOptions {
-        ram_dir: Some(scratch.0.clone()),
+        ram_dir: Some(scratch.path().to_owned()),
         ..options()
     };
     let (store, notes) = Store::create(table(&BLOCKS), "guest", &options).unwrap();
@@ -15,7 +15,7 @@ fn named_files_hold_the_image_and_go_with_it() {
         "a mirror: {notes:?}"
     );
     store.write(0, page(3), &content(33)).unwrap();
-    let file = scratch.0.join("guest.pc.ram");
+    let file = scratch.path().join("guest.pc.ram");
     assert_eq!(
         fs::read(&file).unwrap()[3 * PAGE_SIZE..4 * PAGE_SIZE],
         content(33)
@@ -24,7 +24,7 @@ fn named_files_hold_the_image_and_go_with_it() {
     assert!(matches!(refused, StoreError::RamFileExists(_)), "{refused}");
     assert!(file.exists(), "the refused store took the other's file away");
     drop(store);
-    assert_eq!(fs::read_dir(&scratch.0).unwrap().count(), 0);
+    assert_eq!(fs::read_dir(scratch.path()).unwrap().count(), 0);
 }
 
 #[test]

@@ -120,11 +120,11 @@ fn apply(step: Step, store: &Store, model: &mut Model, landing: &mut Landing, fl
             model.commits += 1;
         }
         Step::Dump => {
-            let scratch = Scratch::temporary();
-            match store.committed().dump(&scratch.0) {
+            let scratch = tempfile::tempdir().unwrap();
+            match store.committed().dump(scratch.path()) {
                 Err(StoreError::NothingCommitted) => {
                     assert_eq!(model.commits, 0);
-                    assert_eq!(fs::read_dir(&scratch.0).unwrap().count(), 0);
+                    assert_eq!(fs::read_dir(scratch.path()).unwrap().count(), 0);
                 }
                 dumped => check_dump(&dumped.unwrap(), model),
             }
@@ -176,9 +176,9 @@ proptest! {
         for at in 0..PAGES {
             prop_assert_eq!(image_stamp(&store, at), model.committed[usize::try_from(at).unwrap()]);
         }
-        let scratch = Scratch::temporary();
+        let scratch = tempfile::tempdir().unwrap();
         if model.commits > 0 {
-            check_dump(&store.committed().dump(&scratch.0).unwrap(), &model);
+            check_dump(&store.committed().dump(scratch.path()).unwrap(), &model);
         }
     }
 }

@@ -24,11 +24,11 @@ fn in_directory(directory: &Path, commit: CommitMode) -> Store {
 }
 
 /// What a killed process leaves, since the lock goes with it: files of the same content in another directory.
-fn copy_of(directory: &Path) -> Scratch {
-    let copy = Scratch::new("/dev/shm");
+fn copy_of(directory: &Path) -> TempDir {
+    let copy = in_memory();
     for entry in fs::read_dir(directory).unwrap() {
         let entry = entry.unwrap();
-        fs::copy(entry.path(), copy.0.join(entry.file_name())).unwrap();
+        fs::copy(entry.path(), copy.path().join(entry.file_name())).unwrap();
     }
     copy
 }
@@ -91,11 +91,11 @@ fn recovered(directory: &Path) -> Result<u64, String> {
 #[test]
 fn a_kill_at_any_instant_leaves_a_checkpoint_whole() {
     for mode in [CommitMode::Deferred, CommitMode::Sync] {
-        let scratch = Scratch::new("/dev/shm");
-        let store = in_directory(&scratch.0, mode);
+        let scratch = in_memory();
+        let store = in_directory(scratch.path(), mode);
         let begun = Rc::new(RefCell::new(None));
         let instants = Rc::new(RefCell::new(0u64));
-        let (directory, last, count) = (scratch.0.clone(), begun.clone(), instants.clone());
+        let (directory, last, count) = (scratch.path().to_owned(), begun.clone(), instants.clone());
         let kill = move || {
             *count.borrow_mut() += 1;
             // All of a commit; of the flush, in which one page is like the other, some.
@@ -103,7 +103,7 @@ fn a_kill_at_any_instant_leaves_a_checkpoint_whole() {
                 return;
             }
             let copy = copy_of(&directory);
-            let again = copy.0.clone();
+            let again = copy.path().to_owned();
             let which = *count.borrow();
             if which % 3 == 0 {
                 let mut left = which % 500;
@@ -114,7 +114,7 @@ fn a_kill_at_any_instant_leaves_a_checkpoint_whole() {
                     }
                 })));
             }
-            let found = recovered(&copy.0);
+            let found = recovered(copy.path());
             killpoint::set(None);
             let last: Option<u64> = *last.borrow();
             match found {
@@ -148,7 +148,7 @@ fn a_kill_at_any_instant_leaves_a_checkpoint_whole() {
         }
         receive(&store, 3);
         assert_eq!(
-            recovered(&copy_of(&scratch.0).0),
+            recovered(copy_of(scratch.path()).path()),
             Ok(2),
             "what is not committed is not there"
         );
@@ -158,13 +158,13 @@ fn a_kill_at_any_instant_leaves_a_checkpoint_whole() {
 
 fn copy_is_whole(directory: &Path) {
     let copy = copy_of(directory);
-    recovered(&copy.0).unwrap();
+    recovered(copy.path()).unwrap();
 }
 
 /// A directory with a checkpoint of which pages are still in slots.
-fn while_flushing() -> (Scratch, Store) {
-    let scratch = Scratch::new("/dev/shm");
-    let store = in_directory(&scratch.0, CommitMode::Deferred);
+fn while_flushing() -> (TempDir, Store) {
+    let scratch = in_memory();
+    let store = in_directory(scratch.path(), CommitMode::Deferred);
     (0..PAGES).for_each(|at| {
         store
             .write(0, page(at), &content(state_of(0).0[usize::try_from(at).unwrap()]))
@@ -182,7 +182,7 @@ fn while_flushing() -> (Scratch, Store) {
 #[test]
 fn who_has_a_guest_keeps_it() {
     let (scratch, store) = while_flushing();
-    assert_eq!(find(&scratch.0).err().unwrap(), "held");
+    assert_eq!(find(scratch.path()).err().unwrap(), "held");
     assert!(store.keep_files());
     let names = |directory: &Path| {
         let names = fs::read_dir(directory).unwrap();
@@ -193,17 +193,17 @@ fn who_has_a_guest_keeps_it() {
         names
     };
     drop(store);
-    let kept = names(&scratch.0);
+    let kept = names(scratch.path());
     assert_eq!(kept.len(), BLOCKS.len() + 4, "no slabs, no places: {kept:?}");
     // Found, and not taken: it stays.
-    drop(find(&scratch.0).unwrap());
-    assert_eq!(names(&scratch.0), kept);
-    let store = find(&scratch.0).unwrap().recover(table(&BLOCKS)).unwrap();
-    assert_eq!(find(&scratch.0).err().unwrap(), "held");
+    drop(find(scratch.path()).unwrap());
+    assert_eq!(names(scratch.path()), kept);
+    let store = find(scratch.path()).unwrap().recover(table(&BLOCKS)).unwrap();
+    assert_eq!(find(scratch.path()).err().unwrap(), "held");
     assert!(store.keep_files(), "once more");
     drop(store);
-    assert_eq!(recovered(&scratch.0), Ok(1));
-    assert_eq!(names(&scratch.0), Vec::<String>::new(), "discarded");
+    assert_eq!(recovered(scratch.path()), Ok(1));
+    assert_eq!(names(scratch.path()), Vec::<String>::new(), "discarded");
 }
 
 #[test]
@@ -212,21 +212,21 @@ fn what_was_given_away_is_told() {
     store.drop_uncommitted();
     for given in [true, false] {
         store.committed().set_given(given);
-        assert_eq!(find(&copy_of(&scratch.0).0).unwrap().is_given(), given);
+        assert_eq!(find(copy_of(scratch.path()).path()).unwrap().is_given(), given);
     }
 }
 
 #[test]
 fn precopy_leaves_nothing() {
-    let scratch = Scratch::new("/dev/shm");
-    let store = in_directory(&scratch.0, CommitMode::Deferred);
-    let copy = copy_of(&scratch.0);
+    let scratch = in_memory();
+    let store = in_directory(scratch.path(), CommitMode::Deferred);
+    let copy = copy_of(scratch.path());
     assert!(!store.keep_files());
     drop(store);
-    assert_eq!(fs::read_dir(&scratch.0).unwrap().count(), 0);
-    assert_eq!(find(&copy.0).err().unwrap(), "nothing");
+    assert_eq!(fs::read_dir(scratch.path()).unwrap().count(), 0);
+    assert_eq!(find(copy.path()).err().unwrap(), "nothing");
     assert_eq!(
-        fs::read_dir(&copy.0).unwrap().count(),
+        fs::read_dir(copy.path()).unwrap().count(),
         0,
         "it would stay for ever"
     );
@@ -236,20 +236,20 @@ fn precopy_leaves_nothing() {
 #[test]
 fn damage_is_told_and_nothing_is_lost_by_it() {
     let (scratch, _store) = while_flushing();
-    let whole = recovered(&copy_of(&scratch.0).0);
+    let whole = recovered(copy_of(scratch.path()).path());
     assert_eq!(whole, Ok(1));
     let mut refused = 0;
     for (name, bytes) in [("guest.~record", at::SLOTS[1] + 32), ("guest.~places", 64)] {
         for byte in 0..bytes {
-            let copy = copy_of(&scratch.0);
-            let path = copy.0.join(name);
+            let copy = copy_of(scratch.path());
+            let path = copy.path().join(name);
             let mut spoilt = fs::read(&path).unwrap();
             for flip in [0x01, 0x80, 0xff] {
                 spoilt[byte] ^= flip;
                 fs::write(&path, &spoilt).unwrap();
                 spoilt[byte] ^= flip;
-                let files = fs::read_dir(&copy.0).unwrap().count();
-                let outcome = find(&copy.0).and_then(|left| {
+                let files = fs::read_dir(copy.path()).unwrap().count();
+                let outcome = find(copy.path()).and_then(|left| {
                     let store = left.recover(table(&BLOCKS)).map_err(|error| error.to_string())?;
                     store.keep_files();
                     Ok(())
@@ -258,7 +258,7 @@ fn damage_is_told_and_nothing_is_lost_by_it() {
                     Err(error) => {
                         refused += 1;
                         assert!(error.contains("guest.~"), "{error}");
-                        assert_eq!(fs::read_dir(&copy.0).unwrap().count(), files, "{error}");
+                        assert_eq!(fs::read_dir(copy.path()).unwrap().count(), files, "{error}");
                     }
                     // The places of other pages, the older slot, bytes that mean nothing.
                     Ok(()) => break,
@@ -267,11 +267,11 @@ fn damage_is_told_and_nothing_is_lost_by_it() {
         }
     }
     assert!(refused > 200, "{refused}");
-    for entry in fs::read_dir(&scratch.0).unwrap() {
+    for entry in fs::read_dir(scratch.path()).unwrap() {
         let name = entry.unwrap().file_name().into_string().unwrap();
         for length in [None, Some(0), Some(8), Some(4096)] {
-            let copy = copy_of(&scratch.0);
-            let path = copy.0.join(&name);
+            let copy = copy_of(scratch.path());
+            let path = copy.path().join(&name);
             let before = fs::metadata(&path).unwrap().len();
             match length {
                 None => fs::remove_file(&path).unwrap(),
@@ -282,7 +282,7 @@ fn damage_is_told_and_nothing_is_lost_by_it() {
                     .set_len(length)
                     .unwrap(),
             }
-            let outcome = find(&copy.0)
+            let outcome = find(copy.path())
                 .and_then(|left| left.recover(table(&BLOCKS)).map_err(|error| error.to_string()));
             match outcome {
                 Ok(_) => {
@@ -305,29 +305,29 @@ fn damage_is_told_and_nothing_is_lost_by_it() {
 fn links_and_what_is_no_file_are_not_followed() {
     let (scratch, store) = while_flushing();
     store.drop_uncommitted();
-    let copy = copy_of(&scratch.0);
-    let record = copy.0.join("guest.~record");
-    let elsewhere = copy.0.join("elsewhere");
+    let copy = copy_of(scratch.path());
+    let record = copy.path().join("guest.~record");
+    let elsewhere = copy.path().join("elsewhere");
     fs::rename(&record, &elsewhere).unwrap();
     std::os::unix::fs::symlink(&elsewhere, &record).unwrap();
-    assert!(find(&copy.0).err().unwrap().contains("guest.~record"));
+    assert!(find(copy.path()).err().unwrap().contains("guest.~record"));
     fs::remove_file(&record).unwrap();
     fs::create_dir(&record).unwrap();
-    assert!(find(&copy.0).err().unwrap().contains("guest.~record"));
+    assert!(find(copy.path()).err().unwrap().contains("guest.~record"));
 }
 
 #[test]
 fn a_device_state_grows_and_shrinks() {
-    let scratch = Scratch::new("/dev/shm");
-    let store = in_directory(&scratch.0, CommitMode::Deferred);
+    let scratch = in_memory();
+    let store = in_directory(scratch.path(), CommitMode::Deferred);
     store.begin_colo();
     store.record_session(|| vec![7; 100_000]);
     for (checkpoint, bytes) in (0..).zip([2, 5000, 100_000, 0, 70_000, 3]) {
         let mut device_state = vec![u8::try_from(checkpoint).unwrap(); bytes];
         let expected = device_state.clone();
         store.commit(CheckpointId(checkpoint), &mut device_state, &alone());
-        let copy = copy_of(&scratch.0);
-        let left = find(&copy.0).unwrap();
+        let copy = copy_of(scratch.path());
+        let left = find(copy.path()).unwrap();
         assert_eq!(
             (left.checkpoint(), left.session()),
             (CheckpointId(checkpoint), &[7; 100_000][..])

@@ -285,7 +285,8 @@ fn wrong_records_are_refused() {
 fn a_growing_file_is_followed() {
     let file = write(&session(), Compression::Zstd, true);
     let whole = read(&file).unwrap().events();
-    let path = std::env::temp_dir().join(format!("colo-ring-growing-{}", std::process::id()));
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("session.cap");
     let begins = blocks(&file);
     std::fs::write(&path, &file[..begins[0]]).unwrap();
     let mut reader = CaptureReader::open(&path).unwrap();
@@ -301,7 +302,6 @@ fn a_growing_file_is_followed() {
         }
     }
     assert!(reader.next().unwrap().is_none() && reader.is_torn().is_none());
-    std::fs::remove_file(&path).unwrap();
     assert_eq!(seen, whole);
 }
 

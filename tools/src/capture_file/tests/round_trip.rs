@@ -142,11 +142,11 @@ fn records_that_fit_no_session_are_not_written() {
 
 #[test]
 fn a_file_that_exists_is_not_overwritten() {
-    let path = std::env::temp_dir().join(format!("colo-ring-capture-{}", std::process::id()));
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("session.cap");
     let create = || CaptureWriter::create(&path, &info(), Compression::None);
     let first = create().map(drop);
     let second = create().map(drop);
-    std::fs::remove_file(&path).unwrap();
     first.unwrap();
     let text = second.unwrap_err().to_string();
     assert!(text.contains("exists already"), "{text}");

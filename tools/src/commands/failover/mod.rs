@@ -361,8 +361,8 @@ fn fence(args: &FailoverArgs, claim: &Claim, times: &mut Times) -> Result<(), Co
         .env("COLO_RING_CHECKPOINT", claim.claimed.checkpoint.to_string())
         .stdin(Stdio::null())
         .stdout(std::io::stderr());
-    let status = signals::reaching_children(|| shell.spawn())
-        .and_then(|mut shell| shell.wait())
+    let status = shell
+        .status()
         .map_err(|error| CommandError::Failed(format!("--fence: {error}")))?;
     times.fence = began.elapsed();
     if status.success() {

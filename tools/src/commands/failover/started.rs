@@ -2,7 +2,6 @@
 
 use super::waiting::RunDirectory;
 use crate::output::tell;
-use crate::signals;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use std::fs;
@@ -49,7 +48,7 @@ impl Started {
     /// Starts a QEMU. There is no instant at which it runs and a signal does not know of it.
     pub(super) fn spawn(&self, command: &mut Command) -> std::io::Result<Child> {
         let mut stage = self.stage();
-        let child = signals::reaching_children(|| command.spawn())?;
+        let child = command.spawn()?;
         if let Stage::Revocable { qemu, .. } = &mut *stage {
             *qemu = i32::try_from(child.id()).ok().map(Pid::from_raw);
         }

@@ -7,12 +7,13 @@ use crate::qmp::{Qmp, QmpError};
 use colo_ring::failover::IGNORE_SHARED;
 use colo_ring::receiver::{ClaimedCheckpoint, GuestBlock};
 use serde_json::{Value, json};
-use std::fs::{self, DirBuilder, File};
-use std::os::unix::fs::{DirBuilderExt, MetadataExt};
+use std::fs::{self, File};
+use std::os::unix::fs::MetadataExt;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
+use tempfile::TempDir;
 
 /// How long a QEMU may take from its start to its monitor's greeting.
 const START_LIMIT: Duration = Duration::from_secs(30);
@@ -35,51 +36,47 @@ const HELD_POLL: Duration = Duration::from_millis(1);
 /// Lines of QEMU's own words in an error.
 const LOG_LINES: usize = 10;
 
-/// A directory for sockets and QEMU's log, of this user alone.
+/// A directory for sockets and QEMU's log, for this user alone.
 #[derive(Debug)]
 pub(super) struct RunDirectory {
     path: PathBuf,
-    /// Whether it stays: the QEMU that uses it goes on.
-    keep: bool,
+    /// Removed with this command; none where the operator named the directory, which stays.
+    temporary: Option<TempDir>,
 }
 
 impl RunDirectory {
     /// `path`, which is made where it is not there, or a new one in the temporary directory.
     pub(super) fn new(path: Option<&Path>, session: u32) -> Result<Self, CommandError> {
         let made = match path {
-            Some(path) => fs::create_dir_all(path).and_then(|()| path.canonicalize()),
-            None => {
-                let name = format!("colo-ring-failover-{session}-{}", std::process::id());
-                let path = std::env::temp_dir().join(name);
-                DirBuilder::new().mode(0o700).create(&path).map(|()| path)
-            }
+            Some(path) => fs::create_dir_all(path)
+                .and_then(|()| path.canonicalize())
+                .map(|path| (path, None)),
+            None => tempfile::Builder::new()
+                .prefix(&format!("colo-ring-failover-{session}-"))
+                .tempdir()
+                .map(|made| (made.path().to_owned(), Some(made))),
         };
         let named = path.map_or_else(std::env::temp_dir, Path::to_owned);
-        let made = made.map_err(|error| {
+        let (path, temporary) = made.map_err(|error| {
             CommandError::Failed(format!("a directory for sockets in {}: {error}", named.display()))
-        });
-        Ok(Self {
-            path: made?,
-            keep: path.is_some(),
-        })
+        })?;
+        Ok(Self { path, temporary })
     }
 
     pub(super) fn file(&self, name: &str) -> PathBuf {
         self.path.join(name)
     }
 
+    /// Lets it stay: the QEMU that uses it goes on.
+    pub(super) fn keep(&mut self) {
+        if let Some(made) = self.temporary.take() {
+            let _ = made.keep();
+        }
+    }
+
     /// Its path, if it goes with this command.
     pub(super) fn passing(&self) -> Option<PathBuf> {
-        (!self.keep).then(|| self.path.clone())
-    }
-}
-
-impl Drop for RunDirectory {
-    fn drop(&mut self) {
-        if !self.keep {
-            // What is left in the temporary directory harms nobody.
-            let _ = fs::remove_dir_all(&self.path);
-        }
+        self.temporary.as_ref().map(|made| made.path().to_owned())
     }
 }
 
@@ -373,7 +370,9 @@ impl Waiting {
 
     /// The guest runs: it is no longer ours.
     pub(super) fn let_go(mut self) {
-        self.directory.keep |= self.child.is_some();
+        if self.child.is_some() {
+            self.directory.keep();
+        }
         self.child = None;
     }
 

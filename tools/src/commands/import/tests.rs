@@ -201,42 +201,25 @@ fn next_generation(link: Link, packets: &[(Duration, Vec<u8>)]) -> Vec<u8> {
     file
 }
 
-struct Scratch(PathBuf);
-
-impl Scratch {
-    fn new() -> Self {
-        static COUNT: std::sync::atomic::AtomicU32 = std::sync::atomic::AtomicU32::new(0);
-        let number = COUNT.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
-        let path = std::env::temp_dir().join(format!("colo-import-{}-{number}", std::process::id()));
-        std::fs::create_dir_all(&path).unwrap();
-        Self(path)
-    }
-
-    fn args(&self, file: &[u8]) -> ImportArgs {
-        std::fs::write(self.0.join("in"), file).unwrap();
-        ImportArgs {
-            file: self.0.join("in"),
-            port: PORT,
-            out: self.0.join("out"),
-            force: true,
-            compress: Compression::None,
-            json: false,
-        }
-    }
-}
-
-impl Drop for Scratch {
-    fn drop(&mut self) {
-        let _ = std::fs::remove_dir_all(&self.0);
-    }
-}
-
 fn packets(segments: &[Sent], link: Link, v6: bool) -> Vec<(Duration, Vec<u8>)> {
     let since = Duration::from_secs(1_700_000_000);
     segments
         .iter()
         .map(|sent| (since + sent.at, link.wrap(&sent.ip(v6))))
         .collect()
+}
+
+/// The options for a recording with these bytes, in this directory.
+fn import_of(directory: &Path, file: &[u8]) -> ImportArgs {
+    std::fs::write(directory.join("in"), file).unwrap();
+    ImportArgs {
+        file: directory.join("in"),
+        port: PORT,
+        out: directory.join("out"),
+        force: true,
+        compress: Compression::None,
+        json: false,
+    }
 }
 
 /// `disorder` is by how much a segment's time may not be its own.
@@ -285,8 +268,8 @@ fn every_kind_of_recording_gives_the_session() {
             classic(link, true, &packets),
             next_generation(link, &packets),
         ] {
-            let scratch = Scratch::new();
-            let args = scratch.args(&file);
+            let scratch = tempfile::tempdir().unwrap();
+            let args = import_of(scratch.path(), &file);
             let (totals, count, notes, missing) = import(&args).unwrap();
             assert!(missing.is_none(), "{link:?}: {missing:?}");
             assert_eq!(
@@ -323,8 +306,8 @@ fn disorder_and_repetition_are_put_right() {
         let mut packets = packets(&[handshakes, data].concat(), Link::Ethernet, false);
         let stranger = [0xff; 80].to_vec();
         packets.insert(packets.len() / 2, (packets[0].0, stranger));
-        let scratch = Scratch::new();
-        let args = scratch.args(&classic(Link::Ethernet, true, &packets));
+        let scratch = tempfile::tempdir().unwrap();
+        let args = import_of(scratch.path(), &classic(Link::Ethernet, true, &packets));
         let (_, _, _, missing) = import(&args).unwrap();
         assert!(missing.is_none(), "seed {seed}: {missing:?}");
         assert_same(&args.out, &connections, disorder);
@@ -335,7 +318,7 @@ fn disorder_and_repetition_are_put_right() {
 fn what_is_lost_is_told_and_what_came_before_is_kept() {
     let connections = recorded(&options(Version::V11_1, 1));
     let segments = segments(&connections, &mut SmallRng::seed_from_u64(1));
-    let scratch = Scratch::new();
+    let scratch = tempfile::tempdir().unwrap();
     // The last segment of the channel with anything in it.
     let lost = segments
         .iter()
@@ -345,7 +328,10 @@ fn what_is_lost_is_told_and_what_came_before_is_kept() {
     let end = connections[1].to_secondary.bytes().len();
     let mut rest = segments.clone();
     rest.remove(lost);
-    let args = scratch.args(&classic(Link::Raw, true, &packets(&rest, Link::Raw, false)));
+    let args = import_of(
+        scratch.path(),
+        &classic(Link::Raw, true, &packets(&rest, Link::Raw, false)),
+    );
     let (_, _, _, missing) = import(&args).unwrap();
     let text = missing.unwrap().to_string();
     let expected = format!(
@@ -369,7 +355,7 @@ fn what_is_lost_is_told_and_what_came_before_is_kept() {
     let mut file = classic(Link::Raw, true, &packets[..=cut]);
     let original = file.len() - 96 - 4;
     file[original..original + 4].copy_from_slice(&5000u32.to_le_bytes());
-    let (_, _, _, missing) = import(&scratch.args(&file)).unwrap();
+    let (_, _, _, missing) = import(&import_of(scratch.path(), &file)).unwrap();
     let text = missing.unwrap().to_string();
     assert!(
         text.starts_with(&format!(
@@ -380,14 +366,14 @@ fn what_is_lost_is_told_and_what_came_before_is_kept() {
     );
 
     // A file that ends in the middle of a packet is as good as one that ends before it.
-    let (_, _, notes, _) = import(&scratch.args(&whole[..whole.len() - 5])).unwrap();
+    let (_, _, notes, _) = import(&import_of(scratch.path(), &whole[..whole.len() - 5])).unwrap();
     assert!(notes[0].contains("ends inside a packet"), "{notes:?}");
 }
 
 #[test]
 fn what_is_no_recording_is_refused() {
-    let scratch = Scratch::new();
-    let error = |file: &[u8]| import(&scratch.args(file)).unwrap_err().to_string();
+    let scratch = tempfile::tempdir().unwrap();
+    let error = |file: &[u8]| import(&import_of(scratch.path(), file)).unwrap_err().to_string();
     assert!(error(b"").contains("neither pcap nor pcapng"));
     assert!(error(&[0x1f, 0x8b, 8, 0, 0, 0, 0, 0, 0, 0]).contains("neither pcap nor pcapng"));
     let one = |link: u32| {
@@ -416,7 +402,7 @@ fn damaged_recordings_are_survived() {
     let mut rng = SmallRng::seed_from_u64(7);
     let mut segments = segments(&connections, &mut rng);
     segments.truncate(60);
-    let scratch = Scratch::new();
+    let scratch = tempfile::tempdir().unwrap();
     for link in [Link::Ethernet, Link::Cooked2] {
         let packets = packets(&segments, link, false);
         for whole in [classic(link, false, &packets), next_generation(link, &packets)] {
@@ -427,7 +413,7 @@ fn damaged_recordings_are_survived() {
                     file[position] = rng.random();
                 }
                 file.truncate(rng.random_range(1..=file.len()));
-                let _ = import(&scratch.args(&file));
+                let _ = import(&import_of(scratch.path(), &file));
             }
         }
     }

@@ -2,7 +2,6 @@
 
 use crate::options::ControlAddress;
 use crate::output::tell;
-use crate::signals;
 use colo_ring::receiver::SessionStatus;
 use std::process::{Command, Stdio};
 use std::sync::Arc;
@@ -41,7 +40,7 @@ impl OnLoss {
         }
         let (mut command, running) = (self.shell(status), self.running.clone());
         let run = move || {
-            match signals::reaching_children(|| command.spawn()).and_then(|mut hook| hook.wait()) {
+            match command.status() {
                 Ok(status) if status.success() => {}
                 Ok(status) => tell(&format!(
                     "warning: session {session}: --on-loss failed ({status})"

@@ -26,7 +26,6 @@ fn small(version: Version) -> SynthOptions {
 fn session(options: &SynthOptions, checkpoints: u32) -> Arc<Seen> {
     let secondary = secondary(options);
     let mut primary = SynthPrimary::connect(&secondary.address, options).unwrap();
-    std::fs::remove_file(&secondary.path).unwrap();
     let same = |primary: &SynthPrimary| {
         let memory = secondary.seen.memory.lock().unwrap();
         for (position, (name, length)) in primary.blocks().iter().enumerate() {
@@ -138,7 +137,6 @@ fn a_stall_is_in_every_checkpoint_that_waited_for_it() {
         };
         let secondary = secondary(&options);
         let mut primary = SynthPrimary::connect(&secondary.address, &options).unwrap();
-        std::fs::remove_file(&secondary.path).unwrap();
         let mut reports = Vec::new();
         for checkpoint in 0..6 {
             if checkpoint == 1 {
@@ -196,7 +194,8 @@ fn a_secondary_that_goes_away_or_errs_is_named() {
         ..small(Version::V10_0)
     };
     let answered = |answer: Option<&'static [u8]>| {
-        let path = std::env::temp_dir().join(format!("colo-synth-bad-{}", std::process::id()));
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("socket");
         let listener = UnixListener::bind(&path).unwrap();
         let thread = std::thread::spawn(move || {
             let (mut stream, _) = listener.accept().unwrap();
@@ -214,7 +213,6 @@ fn a_secondary_that_goes_away_or_errs_is_named() {
         });
         let result = run(&Address::Unix(path.clone()), &options);
         thread.join().unwrap();
-        std::fs::remove_file(&path).unwrap();
         result.unwrap_err()
     };
     assert!(matches!(answered(None), SynthError::Silent { .. }));

@@ -15,11 +15,10 @@ use colo_ring::wire::stream::{Command, SECTION_FULL, Section, StreamHeader, pars
 use colo_ring::wire::vmdesc::EndFinder;
 use std::io::{Read, Write};
 use std::os::unix::net::{UnixListener, UnixStream};
-use std::path::PathBuf;
-use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Condvar, Mutex, OnceLock};
 use std::thread::JoinHandle;
 use std::time::Duration;
+use tempfile::TempDir;
 
 /// What the secondary has; checked by the test between checkpoints.
 #[derive(Default)]
@@ -398,20 +397,16 @@ impl Drop for FailOnPanic {
 
 pub(super) struct Secondary {
     pub(super) address: Address,
-    pub(super) path: PathBuf,
+    /// Holds the socket; gone with this.
+    _directory: TempDir,
     pub(super) seen: Arc<Seen>,
     pub(super) thread: JoinHandle<u32>,
 }
 
 /// Starts a secondary for one session as `options` has it.
 pub(super) fn secondary(options: &SynthOptions) -> Secondary {
-    static COUNT: AtomicU32 = AtomicU32::new(0);
-    let name = format!(
-        "colo-synth-{}-{}",
-        std::process::id(),
-        COUNT.fetch_add(1, Ordering::Relaxed)
-    );
-    let path = std::env::temp_dir().join(name);
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("secondary");
     let listener = UnixListener::bind(&path).unwrap();
     let seen = Arc::new(Seen::default());
     let (shared, version, channels) = (Arc::clone(&seen), options.version, usize::from(options.channels));
@@ -441,10 +436,10 @@ pub(super) fn secondary(options: &SynthOptions) -> Secondary {
         threads.into_iter().for_each(|thread| thread.join().unwrap());
         checkpoints
     });
-    let address = Address::Unix(path.clone());
+    let address = Address::Unix(path);
     Secondary {
         address,
-        path,
+        _directory: directory,
         seen,
         thread,
     }
