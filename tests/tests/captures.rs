@@ -1,5 +1,5 @@
-//! Captured sessions of QEMU 7.2 and 10.0, fed to the real session, wire and store without a socket, in the order
-//! and pieces in which they were recorded. What is committed must equal a naive reading of the same bytes.
+//! Captured sessions of QEMU 7.2 and 10.0, given to the real session, wire and store without a socket, in the order
+//! and pieces in which they were recorded. What is committed must equal a simple reading of the same bytes.
 
 use colo_ring::session::{
     Action, MultifdChannel, PacketAction, PageContent, Rendezvous, Session, SessionLimits, Ticket,
@@ -12,7 +12,7 @@ use colo_ring_tests::model::Model;
 
 const CHANNELS: u8 = 4;
 
-/// A multifd channel that is fed by hand.
+/// A multifd channel without a socket.
 struct Channel {
     id: Option<ChannelId>,
     arrived: Vec<u8>,
@@ -24,7 +24,7 @@ struct Channel {
 struct Secondary {
     kind: (CacheKind, CommitMode),
     session: Session,
-    meeting: Rendezvous,
+    rendezvous: Rendezvous,
     main: Vec<u8>,
     channels: Vec<Channel>,
     at_marker: bool,
@@ -49,7 +49,7 @@ impl Secondary {
         Self {
             kind,
             session: Session::new(limits),
-            meeting: Rendezvous::new(CHANNELS),
+            rendezvous: Rendezvous::new(CHANNELS),
             main: Vec::new(),
             channels: (0..connections).map(channel).collect(),
             at_marker: false,
@@ -60,8 +60,8 @@ impl Secondary {
         }
     }
 
-    /// Goes on wherever something can go on.
-    fn settle(&mut self) {
+    /// Drives all channels until none can proceed.
+    fn run(&mut self) {
         loop {
             let before = (self.session.position(), self.progress());
             self.drive_main();
@@ -88,10 +88,10 @@ impl Secondary {
     fn drive_main(&mut self) {
         loop {
             if self.at_marker {
-                if !self.meeting.all_arrived() {
+                if !self.rendezvous.all_arrived() {
                     return;
                 }
-                self.meeting.release();
+                self.rendezvous.release();
                 self.at_marker = false;
             }
             let (consumed, action) = self.session.step(&self.main).unwrap();
@@ -125,13 +125,13 @@ impl Secondary {
                     }
                 }
                 Action::Marker => self.at_marker = true,
-                Action::RamComplete => self.meeting.close_gate().unwrap(),
+                Action::RamComplete => self.rendezvous.close_gate().unwrap(),
                 Action::Commit(id) => device_state_complete = Some(id),
                 Action::FinishFlush => {
                     self.store.as_ref().unwrap().finish_flush();
                     self.session.flush_finished();
                 }
-                Action::OpenGate => self.meeting.open_gate(),
+                Action::OpenGate => self.rendezvous.open_gate(),
             }
             self.main.drain(..consumed);
             if let Some(id) = device_state_complete {
@@ -155,7 +155,7 @@ impl Secondary {
     fn packet(&mut self, position: usize) -> bool {
         let channel = &mut self.channels[position];
         if let Some(ticket) = channel.parked {
-            if !self.meeting.is_released(ticket) {
+            if !self.rendezvous.is_released(ticket) {
                 return false;
             }
             channel.protocol.on_release();
@@ -182,7 +182,7 @@ impl Secondary {
             let store = self.store.as_ref().unwrap();
             let (mut normal, mut zero) = (PageList::default(), PageList::default());
             header.resolve(store.table(), &mut normal, &mut zero).unwrap();
-            self.meeting.begin_packet(id).unwrap();
+            self.rendezvous.begin_packet(id).unwrap();
             let pages = channel.arrived[HEADER_LEN..HEADER_LEN + payload]
                 .as_chunks::<PAGE_SIZE>()
                 .0;
@@ -192,12 +192,12 @@ impl Secondary {
             for page in zero.as_slice() {
                 store.zero(0, *page);
             }
-            self.meeting.end_packet(id);
+            self.rendezvous.end_packet(id);
             action = channel.protocol.on_pages();
         }
         channel.arrived.drain(..HEADER_LEN + payload);
         if action == PacketAction::Arrive {
-            channel.parked = Some(self.meeting.arrive().0);
+            channel.parked = Some(self.rendezvous.arrive().0);
         }
         true
     }
@@ -234,7 +234,7 @@ fn play_with(capture: &Capture, kind: (CacheKind, CommitMode)) -> Secondary {
                 .arrived
                 .extend_from_slice(bytes);
         }
-        secondary.settle();
+        secondary.run();
     }
     secondary
 }

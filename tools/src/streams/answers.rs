@@ -1,4 +1,4 @@
-//! What the captured secondary answered, and when.
+//! The captured secondary's answers and their times.
 
 use super::Flow;
 use colo_ring::wire::Parsed;
@@ -6,14 +6,14 @@ use colo_ring::wire::colo::Message;
 use colo_ring::wire::return_path::RpMessage;
 use std::time::Duration;
 
-/// When each answer came, as far as they are the right ones.
+/// The times of the answers, up to the first one that the protocol does not expect.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Answers {
     /// CHECKPOINT_READY.
     pub ready: Option<Duration>,
-    /// Those of each checkpoint, in order; the last may be incomplete.
+    /// The answers of each checkpoint, in order; the last may be incomplete.
     pub checkpoints: Vec<CheckpointAnswers>,
-    /// The first byte that is no right answer, if there is one.
+    /// The first byte of an unexpected answer, if there is one.
     pub wrong_at: Option<usize>,
 }
 
@@ -35,7 +35,7 @@ impl Answers {
         let mut answers = Self::default();
         if return_path {
             while let Some((RpMessage::Pong(_), _)) = reader.next(RpMessage::parse) {}
-            // That was the message that ended the loop: SHUT, if it is right.
+            // The message that ended the loop is SHUT.
         }
         answers.ready = reader.expect(Message::CheckpointReady);
         while answers.ready.is_some()
@@ -64,7 +64,7 @@ struct Reader<'a> {
 }
 
 impl Reader<'_> {
-    /// The next message and when its last byte came.
+    /// The next message and the time of its last byte.
     fn next<T>(&mut self, parse: impl Fn(&[u8]) -> Parsed<T>) -> Option<(T, Duration)> {
         let (message, consumed) = parse(&self.flow.bytes()[self.position..]).ok()??;
         self.position += consumed;

@@ -15,9 +15,9 @@ pub struct Channel {
     /// What its init packet says.
     pub init: Init,
     packets: Vec<Packet>,
-    /// For each SYNC, the position behind its packet and behind the empty ones that belong to it.
+    /// For each SYNC, the number of the packet after it and after the empty packets that belong to it.
     syncs: Vec<usize>,
-    /// How the pages of its first packet with pages are packed.
+    /// How the pages of its first packet with pages are compressed.
     method: Option<Method>,
     stopped: Option<String>,
 }
@@ -25,7 +25,7 @@ pub struct Channel {
 /// One packet on a channel.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Packet {
-    /// The byte behind it on its channel.
+    /// Where it ends on its channel.
     pub end: usize,
     /// Pages with content.
     pub normal: u16,
@@ -36,10 +36,10 @@ pub struct Packet {
 }
 
 impl Channel {
-    /// Walks the packets of a connection that begins with an init packet, up to its end or to what is no packet.
+    /// Reads the packets of a connection that begins with an init packet, up to its end or the first wrong packet.
     ///
     /// # Errors
-    /// If it does not begin with a whole init packet: what it begins with.
+    /// If it does not begin with a valid init packet.
     pub(super) fn new(connection: Connection) -> Result<Self, String> {
         let init = connection
             .to_secondary
@@ -93,7 +93,7 @@ impl Channel {
             }
             let number = self.packets.len();
             match action {
-                // QEMU 7.2 sends an empty packet behind a SYNC with pages, at once.
+                // QEMU 7.2 sends an empty packet directly after a SYNC with pages.
                 PacketAction::ReadHeader => {
                     if let Some(last) = self.syncs.last_mut().filter(|last| **last + 1 == number) {
                         *last = number;
@@ -134,17 +134,17 @@ impl Channel {
         self.syncs.len() as u64
     }
 
-    /// How pages are packed; `None` if the channel carries no page with content.
+    /// How pages are compressed; `None` if the channel carries no page with content.
     pub fn method(&self) -> Option<Method> {
         self.method
     }
 
-    /// Why nothing behind the last packet can be read.
+    /// Why reading ended after the last packet, if the channel has more bytes.
     pub fn stopped(&self) -> Option<&str> {
         self.stopped.as_deref()
     }
 
-    /// The packets behind SYNC `from`, up to and with SYNC `to`, counted from 1; 0 is the channel's begin.
+    /// The packets after SYNC `from`, up to and including SYNC `to`, counted from 1; 0 is the channel's start.
     ///
     /// # Panics
     /// With more than [`Self::syncs`].
@@ -152,7 +152,7 @@ impl Channel {
         let position = |syncs: u64| match usize::try_from(syncs) {
             Ok(0) => 0,
             Ok(number) => self.syncs[number - 1],
-            Err(_) => panic!("not so many syncs"),
+            Err(_) => panic!("fewer syncs than that"),
         };
         position(from)..position(to)
     }

@@ -1,4 +1,4 @@
-//! One direction of one connection: its bytes, and when they came.
+//! One direction of one connection: its bytes and the times of their arrival.
 
 use std::time::Duration;
 
@@ -9,17 +9,17 @@ pub struct Flow {
     chunks: Vec<Chunk>,
 }
 
-/// What came at once.
+/// Bytes that arrived together.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Chunk {
-    /// The byte behind its last.
+    /// Where it ends in the flow.
     pub end: usize,
-    /// When it came, since the start of the capture.
+    /// When it arrived, since the start of the capture.
     pub at: Duration,
 }
 
 impl Flow {
-    /// Appends what came at once.
+    /// Appends bytes that arrived together.
     pub fn push(&mut self, at: Duration, bytes: &[u8]) {
         if bytes.is_empty() {
             return;
@@ -39,7 +39,7 @@ impl Flow {
         &self.chunks
     }
 
-    /// When a byte came; `None` behind the end.
+    /// When a byte arrived; `None` after the end.
     pub fn at(&self, byte: usize) -> Option<Duration> {
         let chunk = self.chunks.partition_point(|chunk| chunk.end <= byte);
         self.chunks.get(chunk).map(|chunk| chunk.at)

@@ -9,22 +9,22 @@ use colo_ring::wire::ram::{BlockRef, RamRecord};
 use std::ops::Range;
 use std::sync::Arc;
 
-/// What the session made of the main channel.
+/// What the session read from the main channel.
 #[derive(Debug)]
 pub(super) struct MainIndex {
     /// The versioned machine type.
     pub machine_type: String,
     /// Whether the primary opened the return path, so that PONG and SHUT precede READY.
     pub return_path: bool,
-    /// Values of PONGs that the primary got before READY.
+    /// Values of the PONGs before READY.
     pub pongs: Vec<u32>,
     /// The guest's RAM blocks.
     pub blocks: Option<Arc<BlockTable>>,
-    /// The byte behind the initial state: where the primary waits for READY.
+    /// The end of the initial state, where the primary waits for READY.
     pub ready: Option<Ready>,
-    /// Every checkpoint that is whole on this channel.
+    /// Every checkpoint that is complete on this channel.
     pub checkpoints: Vec<MainCheckpoint>,
-    /// Bytes behind which the primary writes anew: pieces it flushes, and what came at different times.
+    /// Where a write of the primary ends: where it flushes, and where bytes arrived at different times.
     pub pieces: Vec<usize>,
     /// Where and why reading ended before the last byte.
     pub stopped: Option<String>,
@@ -33,7 +33,7 @@ pub(super) struct MainIndex {
 /// The end of precopy.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Ready {
-    /// The byte behind the last one before the wait.
+    /// Where the primary waits.
     pub position: usize,
     /// Sync points so far.
     pub markers: u64,
@@ -42,13 +42,13 @@ pub(super) struct Ready {
 /// A checkpoint on the main channel.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct MainCheckpoint {
-    /// CHECKPOINT_REQUEST, behind which the primary waits for REPLY.
+    /// CHECKPOINT_REQUEST, after which the primary waits for REPLY.
     pub request: Range<usize>,
-    /// VMSTATE_SEND to the last byte of device state, behind which it waits for RECEIVED and LOADED.
+    /// VMSTATE_SEND to the last byte of device state, after which it waits for RECEIVED and LOADED.
     pub transfer: Range<usize>,
-    /// Where in it the device state begins.
+    /// Where the device state begins.
     pub device_state: usize,
-    /// Sync points up to its end, since the session's begin.
+    /// Sync points up to its end, since the start of the session.
     pub markers: u64,
     /// Pages with content on this channel.
     pub pages: u64,
@@ -62,7 +62,7 @@ pub(super) struct MainCheckpoint {
     pub last_block: Option<BlockId>,
 }
 
-/// A page record, as far as its block is concerned.
+/// A page record and its block.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct PageRecord {
     /// Where it begins on the channel.
@@ -74,7 +74,7 @@ pub(super) struct PageRecord {
 }
 
 impl MainIndex {
-    /// Reads the channel to its end, or to where the session cannot go on.
+    /// Reads the channel to its end, or to the first byte that the session refuses.
     pub(super) fn read(flow: &Flow, channels: u8) -> Self {
         let mut reader = Reader::new(flow, channels);
         for chunk in flow.chunks() {
@@ -113,7 +113,7 @@ impl<'a> Reader<'a> {
     fn new(flow: &'a Flow, channels: u8) -> Self {
         let limits = SessionLimits {
             channels,
-            // Nothing is allocated by it here.
+            // No guest memory is allocated here.
             ram_limit_bytes: u64::MAX,
         };
         Self {
@@ -138,7 +138,7 @@ impl<'a> Reader<'a> {
         }
     }
 
-    /// Steps the session over what came up to `end`: the end of the initial state is known from the silence behind it.
+    /// Steps the session over the bytes up to `end`. The initial state ends where the primary stops sending.
     fn read_to(&mut self, end: usize) -> Result<(), String> {
         loop {
             let begin = self.position;
@@ -174,7 +174,7 @@ impl<'a> Reader<'a> {
         }
     }
 
-    /// Behind the EOF byte of a checkpoint: VMSTATE_SIZE, the device state.
+    /// After the EOF byte of a checkpoint come VMSTATE_SIZE and the device state.
     fn ram_complete(&mut self) {
         const SIZE_LEN: usize = 12;
         if let Some(current) = &mut self.current {
@@ -215,7 +215,7 @@ impl<'a> Reader<'a> {
         Ok(())
     }
 
-    /// The session sends something: the primary waits for it here.
+    /// The session sends a message: the primary waits for it here.
     fn wait(&mut self, outbound: Outbound) {
         self.piece(self.position);
         self.is_between_checkpoints = matches!(outbound, Outbound::Ready { .. } | Outbound::Loaded);
@@ -254,7 +254,7 @@ impl<'a> Reader<'a> {
     }
 
     fn piece(&mut self, end: usize) {
-        // SIZE's end is told before its bytes may have come.
+        // The end of VMSTATE_SIZE is inserted before its bytes were read.
         match self.index.pieces.binary_search(&end) {
             Ok(_) => {}
             Err(place) => self.index.pieces.insert(place, end),
@@ -271,8 +271,7 @@ fn block_of<'a>(record: &RamRecord<'a>) -> Option<BlockRef<'a>> {
     }
 }
 
-/// The bytes of a checkpoint's transfer with its first page record naming its block, and by how many bytes they are
-/// longer from there on.
+/// A checkpoint's transfer with the block named in its first page record, and how many bytes that adds.
 ///
 /// # Errors
 /// If there is no page record.

@@ -1,9 +1,9 @@
-//! A captured session as the protocol sees it: which connection is what, where the primary waits for which answer, and
-//! where each checkpoint begins and ends on every connection.
+//! A captured session in terms of the protocol: the kind of each connection, where the primary waits for which answer,
+//! and where each checkpoint begins and ends on every connection.
 //!
-//! That is found by the engine's own session and wire code, driven over the captured bytes. The whole capture is held
-//! in memory, so that playing it waits for nothing but the secondary. A capture that ends in the middle is good up to its
-//! last complete checkpoint, and [`Streams::notes`] says so.
+//! The engine's own session and wire code finds that from the captured bytes. The whole capture is held in memory, so
+//! that replaying it waits only for the secondary. A capture that ends early can be used up to its last complete
+//! checkpoint, and [`Streams::notes`] reports that.
 
 mod answers;
 mod channel;
@@ -34,7 +34,7 @@ use thiserror::Error;
 pub struct Connection {
     /// Its number in the capture.
     pub id: ConnectionId,
-    /// How the capture calls its peer.
+    /// The capture's name for its peer.
     pub label: String,
     /// What the primary sent.
     pub to_secondary: Flow,
@@ -43,7 +43,7 @@ pub struct Connection {
 }
 
 impl Connection {
-    /// A connection on which nothing was sent yet.
+    /// A connection without data.
     pub fn new(id: ConnectionId, label: &str) -> Self {
         Self {
             id,
@@ -57,7 +57,7 @@ impl Connection {
 /// A captured session.
 #[derive(Debug)]
 pub struct Streams {
-    /// What the capture says of itself, if it was read from a file.
+    /// The capture file's description, if it was read from a file.
     pub info: Option<CaptureInfo>,
     /// The main channel.
     pub main: Connection,
@@ -77,11 +77,11 @@ pub struct Streams {
     pub checkpoints: Vec<Checkpoint>,
     /// What the captured secondary answered.
     pub answers: Answers,
-    /// What is in the capture and not in here, and why.
+    /// What was left out of the capture, and why.
     pub notes: Vec<String>,
-    /// Bytes on the main channel behind which the primary writes anew, ascending.
+    /// Where writes of the primary end on the main channel, ascending.
     pieces: Vec<usize>,
-    /// As the session has them on the main channel, one for each of `checkpoints`.
+    /// The main channel's part of each of `checkpoints`.
     on_main: Vec<MainCheckpoint>,
 }
 
@@ -97,9 +97,9 @@ pub struct Precopy {
 /// A checkpoint of the capture.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Checkpoint {
-    /// CHECKPOINT_REQUEST on the main channel, behind which the primary waits for REPLY.
+    /// CHECKPOINT_REQUEST on the main channel, after which the primary waits for REPLY.
     pub request: Range<usize>,
-    /// VMSTATE_SEND to the last byte of device state, behind which it waits for RECEIVED and LOADED.
+    /// VMSTATE_SEND to the last byte of device state, after which it waits for RECEIVED and LOADED.
     pub transfer: Range<usize>,
     /// The device state in it.
     pub device_state: Range<usize>,
@@ -117,10 +117,10 @@ pub struct Checkpoint {
     pub at: Duration,
 }
 
-/// Why a capture is not one of a session that can be used.
+/// Why a capture cannot be used.
 #[derive(Debug, Error)]
 pub enum StreamsError {
-    /// The file is damaged or none.
+    /// The file is damaged or not a capture.
     #[error(transparent)]
     File(#[from] CaptureError),
     /// It cannot be held in memory.
@@ -131,13 +131,13 @@ pub enum StreamsError {
         /// The limit.
         limit_bytes: u64,
     },
-    /// No connection begins as a main channel does.
+    /// No connection is a main channel.
     #[error(
         "no connection of the capture is a migration's main channel: none begins with \"QEVM\" ({0} connections). \
          With TLS the capture must be taken where the session is in clear"
     )]
     NoMain(usize),
-    /// More than one does.
+    /// More than one connection is.
     #[error("the capture holds {0} sessions (main channels on {1:?}); capture one session at a time")]
     ManyMains(usize, Vec<ConnectionId>),
     /// A connection's init packet is wrong.
@@ -148,12 +148,12 @@ pub enum StreamsError {
         /// What is wrong.
         reason: String,
     },
-    /// Channels are missing or there twice.
+    /// Channels are missing or duplicated.
     #[error(
         "the multifd channels are numbered {0:?}: they must be 0 to N-1, each once; was the capture begun late?"
     )]
     Channels(Vec<u8>),
-    /// It ends in precopy, or what it holds is no session.
+    /// It ends in precopy, or does not hold a session.
     #[error("the capture has no complete precopy, so nothing of it can be played: {0}")]
     NoPrecopy(String),
     /// Its checkpoints cannot be played again in the same session.
@@ -162,7 +162,7 @@ pub enum StreamsError {
          or repeat the session"
     )]
     NotRepeatable(&'static str),
-    /// This code is wrong.
+    /// An error in this program.
     #[error("{0}: this is a bug of colo-ring")]
     Internal(&'static str),
 }
@@ -251,7 +251,7 @@ impl Streams {
         Ok(streams)
     }
 
-    /// Checkpoints that are complete on all connections.
+    /// Collects the checkpoints that are complete on all connections.
     fn put_checkpoints_together(&mut self, mut markers: u64, syncs: u64) {
         let whole = self
             .on_main
@@ -304,7 +304,7 @@ impl Streams {
             .filter(|piece| !piece.is_empty())
     }
 
-    /// How pages are packed; `None` if no channel carries a page with content.
+    /// How pages are compressed; `None` if no channel carries a page with content.
     pub fn method(&self) -> Option<Method> {
         self.channels.iter().find_map(Channel::method)
     }
@@ -314,14 +314,14 @@ impl Streams {
         self.main.to_secondary.at(0).unwrap_or_default()
     }
 
-    /// When the primary's guest went on after precopy: READY, or the byte before it where the capture has no answer.
+    /// When the primary's guest resumed after precopy: READY, or the byte before it if the capture has no answer.
     pub fn ready_at(&self) -> Duration {
         let last = self.main.to_secondary.at(self.precopy.main.end - 1);
         self.answers.ready.or(last).unwrap_or_default()
     }
 
-    /// What differs when all checkpoints are played again after the last one: records with CONTINUE refer to the block of
-    /// the last page record, which is another one then. Returns the checkpoint whose transfer differs, if one does.
+    /// What differs when all checkpoints are replayed after the last one: a record with CONTINUE refers to the block of the
+    /// last page record, which is then another one. Returns the checkpoint whose transfer differs, if there is one.
     ///
     /// # Errors
     /// If they cannot be played again.
@@ -376,7 +376,7 @@ pub struct Changed {
     pub pieces: Vec<Range<usize>>,
 }
 
-/// Puts a record where it belongs. The reader has checked that its connection was opened.
+/// Adds a record to its connection. The reader has checked that the connection was opened.
 fn take(connections: &mut Vec<Connection>, notes: &mut Vec<String>, record: &Record<'_>) {
     match record.event {
         Event::Open { connection, label } => connections.push(Connection::new(connection, label)),
@@ -394,12 +394,12 @@ fn take(connections: &mut Vec<Connection>, notes: &mut Vec<String>, record: &Rec
             }
         }
         Event::Note(note) => notes.push(format!("the recorder noted: {note}")),
-        // How a connection ended does not matter: what is complete is known from its bytes.
+        // How a connection ended does not matter: its bytes show what is complete.
         Event::End { .. } | Event::Finish(_) => {}
     }
 }
 
-/// Tells the main channel and the multifd channels, sorted, from what is neither.
+/// Separates the main channel and the multifd channels, sorted, from other connections.
 fn sort_connections(
     connections: Vec<Connection>,
     notes: &mut Vec<String>,

@@ -29,7 +29,7 @@ impl Listener {
         })
     }
 
-    /// Where it really listens.
+    /// The address that it is bound to.
     pub(super) fn address(&self) -> io::Result<ListenAddress> {
         match self {
             Self::Tcp(listener) => listener.local_addr().map(ListenAddress::Tcp),
@@ -83,7 +83,7 @@ impl Listener {
 impl Drop for Listener {
     fn drop(&mut self) {
         if let Self::Unix(_, ListenAddress::Unix(path)) = self {
-            // Whoever removed it already wanted that, too.
+            // It fails only if the file is already gone.
             let _ = std::fs::remove_file(path);
         }
     }

@@ -1,10 +1,9 @@
-//! `colo-ring sink`: a secondary that keeps nothing. It reads every byte into one small buffer per connection and
-//! answers as soon as it may: what a checkpoint takes with it is the floor of the transport, below which no secondary can
-//! get.
+//! `colo-ring sink`: a secondary that discards all data. It reads every byte into one small buffer per connection and
+//! answers as early as the protocol allows. The time of a checkpoint with it is the transport's lower bound for every
+//! secondary.
 //!
-//! The main channel is read by the engine's own session, so that answers come where they must. On the other channels
-//! packets are followed by their headers, payload is skipped, and SYNCs are counted; nothing is parked at a SYNC, since
-//! nothing is kept that could be overtaken.
+//! The engine's own session reads the main channel and decides when to answer. On the other channels packet headers are
+//! read, payload is skipped, and SYNCs are counted. No channel waits at a SYNC: pages that are discarded have no order.
 
 mod connections;
 mod serve;
@@ -62,7 +61,7 @@ struct SinkReport<'a> {
 /// Serves one session after the other.
 ///
 /// # Errors
-/// If it cannot listen. A session that fails is told, and costs only itself.
+/// If it cannot listen. A session that fails is reported, and the next one is served.
 pub fn run(args: &SinkArgs) -> Result<ExitCode, CommandError> {
     let cannot =
         |error: std::io::Error| CommandError::Failed(format!("cannot listen on {}: {error}", args.listen));

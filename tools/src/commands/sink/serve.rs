@@ -1,4 +1,4 @@
-//! Serving one session: the first thread has the main channel, and channels are dealt to all threads in turn.
+//! Serving one session: the first thread reads the main channel, and the channels are distributed over all threads.
 
 use super::connections::Connections;
 use crate::net::Socket;
@@ -15,7 +15,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 /// Small enough to stay in a core's cache.
 const BUFFER_BYTES: usize = 64 << 10;
 
-/// What a session was.
+/// Totals of a session.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) struct Served {
     pub checkpoints: u64,
@@ -91,7 +91,7 @@ fn wait(main: Option<&MainChannel>, channels: &[Channel], shared: &Shared) -> io
     let open = descriptors.len();
     if let Some(main) = main {
         descriptors.push(reading(shared.wake.as_fd()));
-        // A full one waits for the channels.
+        // With a full buffer it waits for the channels.
         descriptors.extend(main.has_room().then(|| reading(main.socket.as_fd())));
     }
     if descriptors.is_empty() {
@@ -109,7 +109,7 @@ fn wait(main: Option<&MainChannel>, channels: &[Channel], shared: &Shared) -> io
     Ok(Some(Ready { channels, main }))
 }
 
-/// Reads what comes until the main channel ends, or without one, all channels.
+/// Reads until the main channel ends, or without one, until all channels have ended.
 fn serve(mut main: Option<&mut MainChannel>, channels: &mut [Channel], shared: &Shared) -> io::Result<()> {
     let is_helper = main.is_none();
     while let Some(ready) = wait(main.as_deref(), channels, shared)? {
@@ -143,10 +143,10 @@ struct Channel {
     number: usize,
     socket: Socket,
     buffer: Box<[u8]>,
-    /// Bytes of an incomplete header at the buffer's begin.
+    /// Bytes of an incomplete header at the start of the buffer.
     filled: usize,
     protocol: MultifdChannel,
-    /// Bytes to come that are not looked at, and whether they are a packet's payload.
+    /// Bytes that are skipped next, and whether they are a packet's payload.
     skip: u64,
     is_in_packet: bool,
     ended: bool,
@@ -166,7 +166,7 @@ impl Channel {
         }
     }
 
-    /// Reads what is there. Returns how many SYNCs were reached.
+    /// Reads what has arrived. Returns how many SYNCs were reached.
     fn read(&mut self, shared: &Shared) -> io::Result<u64> {
         let mut syncs = 0;
         while let Some(count) = read_some(&mut self.socket, &mut self.buffer[self.filled..])? {
@@ -181,7 +181,7 @@ impl Channel {
         Ok(syncs)
     }
 
-    /// Follows the packets in the first `end` bytes of the buffer. Returns how many SYNCs were reached.
+    /// Parses the packets in the first `end` bytes of the buffer. Returns how many SYNCs were reached.
     fn follow(&mut self, end: usize) -> io::Result<u64> {
         let (mut begin, mut syncs) = (0, 0);
         loop {
@@ -210,8 +210,8 @@ impl Channel {
         Ok(syncs)
     }
 
-    /// Returns how many SYNCs were reached. A channel is read on behind one: its pages go nowhere, so their order
-    /// does not matter.
+    /// Returns how many SYNCs were reached. The channel is released at once, because the
+    /// order of pages that are discarded does not matter.
     fn end_packet(&mut self, action: PacketAction) -> u64 {
         if action != PacketAction::Arrive {
             return 0;
@@ -227,7 +227,7 @@ struct MainChannel {
     session: Session,
     buffer: Box<[u8]>,
     filled: usize,
-    /// Markers read; at the last one all channels are waited for, until they have reached as many SYNCs.
+    /// Markers read. The session waits at the last one until all channels have reached as many SYNCs.
     markers: u64,
     outbound: Vec<u8>,
     checkpoints: u64,
@@ -238,7 +238,7 @@ impl MainChannel {
     fn new(socket: Socket, channels: usize) -> Self {
         let limits = SessionLimits {
             channels: u8::try_from(channels).unwrap_or(u8::MAX),
-            // Nothing is allocated by it here.
+            // No guest memory is allocated here.
             ram_limit_bytes: u64::MAX,
         };
         Self {
@@ -264,7 +264,7 @@ impl MainChannel {
             .any(|syncs| syncs.load(Ordering::Acquire) < self.markers)
     }
 
-    /// Reads and answers what is there. Returns whether it has ended.
+    /// Reads and answers what has arrived. Returns whether the channel has ended.
     fn read(&mut self, shared: &Shared) -> io::Result<bool> {
         loop {
             self.step(shared)?;
@@ -314,7 +314,7 @@ impl MainChannel {
     }
 }
 
-/// Reads what is there: `None` if nothing is, `Some(0)` at the end.
+/// Reads what has arrived: `None` if there is nothing, `Some(0)` at the end.
 fn read_some(socket: &mut Socket, buffer: &mut [u8]) -> io::Result<Option<usize>> {
     loop {
         match socket.read(buffer) {
