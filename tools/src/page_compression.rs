@@ -40,7 +40,7 @@ impl CompressionMethod {
     /// The levels that QEMU takes. Empty where there are none.
     fn levels(self) -> RangeInclusive<u8> {
         match self {
-            Self::None => 1..=0,
+            Self::None => RangeInclusive::new(1, 0),
             Self::Zlib => 0..=9,
             Self::Zstd => 0..=20,
         }
