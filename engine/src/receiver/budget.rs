@@ -3,6 +3,20 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use thiserror::Error;
+
+/// A limit over all guests is reached.
+#[derive(Clone, Debug, PartialEq, Eq, Error)]
+#[error(
+    "{wanted} more bytes exceed {name}: {held} of its {limit} bytes are in use; `colo-ring discard` releases the \
+     checkpoint of an ended session"
+)]
+pub struct BudgetError {
+    wanted: u64,
+    held: u64,
+    limit: u64,
+    name: &'static str,
+}
 
 /// The limit and what is taken of it, in bytes.
 #[derive(Debug)]
@@ -13,7 +27,7 @@ pub(super) struct Budget {
 }
 
 impl Budget {
-    /// `name` is what an operator knows the limit by.
+    /// `name` is the operator's name of the limit.
     pub(super) fn new(limit: u64, name: &'static str) -> Self {
         Self {
             limit,
@@ -30,19 +44,23 @@ impl Budget {
         self.held.load(Ordering::Relaxed)
     }
 
-    /// Takes `bytes` until the lease is dropped, or says why not.
-    pub(super) fn take(self: &Arc<Self>, bytes: u64) -> Result<Lease, String> {
+    /// Takes `bytes` until the lease is dropped.
+    ///
+    /// # Errors
+    /// If the limit does not allow it.
+    pub(super) fn take(self: &Arc<Self>, bytes: u64) -> Result<Lease, BudgetError> {
         let fits = |held: u64| held.checked_add(bytes).filter(|sum| *sum <= self.limit);
         match self.held.fetch_update(Ordering::Relaxed, Ordering::Relaxed, fits) {
             Ok(_) => Ok(Lease {
                 budget: self.clone(),
                 bytes: AtomicU64::new(bytes),
             }),
-            Err(held) => Err(format!(
-                "it takes {bytes} bytes and {held} are held for it and other guests, together more than the {} of {}; \
-                 `colo-ring discard` gives up the checkpoint of an ended session",
-                self.limit, self.name
-            )),
+            Err(held) => Err(BudgetError {
+                wanted: bytes,
+                held,
+                limit: self.limit,
+                name: self.name,
+            }),
         }
     }
 }
@@ -55,9 +73,12 @@ pub(super) struct Lease {
 }
 
 impl Lease {
-    /// Takes `more` bytes besides, or says why not.
-    pub(super) fn grow(&self, more: u64) -> Result<(), String> {
-        // The larger lease ends as one: this part of it does not give anything back.
+    /// Takes `more` bytes besides.
+    ///
+    /// # Errors
+    /// If the limit does not allow it.
+    pub(super) fn grow(&self, more: u64) -> Result<(), BudgetError> {
+        // The larger lease ends as one: the part that is merged into it returns nothing.
         let part = self.budget.take(more)?;
         self.bytes
             .fetch_add(part.bytes.swap(0, Ordering::Relaxed), Ordering::Relaxed);
@@ -81,7 +102,7 @@ mod tests {
     fn no_more_is_taken_than_the_limit() {
         let budget = Arc::new(Budget::new(100, "--ram-limit"));
         let first = budget.take(60).unwrap();
-        assert!(budget.take(41).unwrap_err().contains("60 are held"));
+        assert_eq!(budget.take(41).unwrap_err().held, 60);
         assert!(budget.take(u64::MAX).is_err());
         let _second = budget.take(40).unwrap();
         drop(first);

@@ -1,10 +1,10 @@
 //! The guest's memory as its main channel uses it: pages that travel on that channel, the commit of each checkpoint, its
 //! flush, and what is measured of it.
 
-use super::guest::Guest;
+use super::live_session::LiveSession;
 use super::main_buffer::MainBuffer;
 use super::pool_policy::PoolPolicy;
-use super::recovery::encode;
+use super::session_codec::encode;
 use crate::metrics::CheckpointSample;
 use crate::session::{Page, PageContent, Session};
 use crate::store::{Store, StoreError};
@@ -15,7 +15,7 @@ use std::sync::atomic::Ordering;
 
 /// One guest's checkpoints, from the moment its memory is there.
 pub(super) struct Checkpoints {
-    guest: Arc<Guest>,
+    guest: Arc<LiveSession>,
     store: Arc<Store>,
     /// The last checkpoint's, until its flush has finished.
     sample: Option<CheckpointSample>,
@@ -41,7 +41,7 @@ impl From<StoreError> for PageError {
 }
 
 impl Checkpoints {
-    pub(super) fn new(guest: Arc<Guest>, store: Arc<Store>) -> Self {
+    pub(super) fn new(guest: Arc<LiveSession>, store: Arc<Store>) -> Self {
         Self {
             guest,
             store,
@@ -82,22 +82,21 @@ impl Checkpoints {
     pub(super) fn commit(&self, checkpoint: CheckpointId, session: &mut Session) {
         let guest = &self.guest;
         if let Some(record) = session.record()
-            // The first commit sets it; it stays the same.
-            && guest.record.set(record.clone()).is_ok()
+            && guest.keep_checkpoint(record)
         {
             self.store.record_session(|| encode(&guest.peer, record));
         }
         if checkpoint == CheckpointId(0) {
             let unseen = self.store.unseen_pages();
             if unseen > 0 {
-                (guest.services.warn)(format!(
+                guest.services.warn(format!(
                     "session {}: {unseen} pages were never sent in precopy; they are taken as zero",
                     guest.id
                 ));
             }
             self.store.begin_colo();
         }
-        let flusher = &guest.services.flusher;
+        let flusher = guest.services.flusher();
         self.store.commit(checkpoint, session.device_state(), flusher);
         session.committed();
     }
@@ -109,7 +108,7 @@ impl Checkpoints {
         self.sample = Some(measure(checkpoint));
         self.is_flushed();
         if let Some(error) = self.store.take_failure() {
-            (self.guest.services.warn)(format!(
+            self.guest.services.warn(format!(
                 "session {}: checkpoints from {checkpoint} on are lost when this receiver ends: {error}",
                 self.guest.id
             ));
@@ -143,7 +142,7 @@ impl Checkpoints {
     fn deliver_sample(&mut self) {
         if let Some(sample) = self.sample.take() {
             let flush = self.store.flush_time();
-            let samples = &self.guest.services.samples;
+            let samples = self.guest.services.samples();
             samples.push(CheckpointSample { flush, ..sample });
         }
     }

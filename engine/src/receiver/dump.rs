@@ -4,10 +4,11 @@
 //! session (spec §15): the stream's header with its configuration, and the vmdesc.
 #![forbid(unsafe_code)]
 
-use super::guest::Guest;
-use crate::store::RESERVED_FILES;
+use super::kept_checkpoint::KeptCheckpoint;
+use crate::store::{RESERVED_FILES, StoreError};
 use serde::{Deserialize, Serialize};
-use std::path::Path;
+use std::path::{Path, PathBuf};
+use thiserror::Error;
 
 /// Name of the schema of `checkpoint.json`.
 pub const DUMP_SCHEMA: &str = "colo-ring.checkpoint";
@@ -57,25 +58,47 @@ const INDEX_FILE: &str = RESERVED_FILES[0];
 const HEADER_FILE: &str = RESERVED_FILES[1];
 const VMDESC_FILE: &str = RESERVED_FILES[2];
 
-/// Writes the last committed checkpoint of `guest` into `directory`. Blocks for as long as the disk takes; the
-/// session goes on meanwhile.
+/// Why a checkpoint was not dumped.
+#[derive(Debug, Error)]
+pub enum DumpError {
+    /// A relative path means nothing to the receiver.
+    #[error("{} is not an absolute path", .0.display())]
+    RelativePath(PathBuf),
+    /// A file of the dump was not written.
+    #[error("writing to {}: {source}", directory.display())]
+    File {
+        /// The dump's directory.
+        directory: PathBuf,
+        /// The error of the system.
+        source: std::io::Error,
+    },
+    /// The image was not written.
+    #[error(transparent)]
+    Image(#[from] StoreError),
+    /// The index was not encoded.
+    #[error(transparent)]
+    Index(#[from] serde_json::Error),
+}
+
+/// Writes the last committed checkpoint into `directory`. Blocks as long as the disk takes; its session goes on meanwhile.
 ///
 /// # Errors
-/// In words for an operator. Files may then be there, but no `checkpoint.json`.
-pub(super) fn dump(guest: &Guest, directory: &Path) -> Result<Dumped, String> {
+/// See [`DumpError`]. Some files may then exist, but no `checkpoint.json`.
+pub(super) fn dump(checkpoint: &KeptCheckpoint, directory: &Path) -> Result<Dumped, DumpError> {
     if !directory.is_absolute() {
-        return Err(format!("{} is not an absolute path", directory.display()));
+        return Err(DumpError::RelativePath(directory.to_owned()));
     }
-    let nothing = || format!("session {} has no committed checkpoint yet", guest.id);
-    let committed = guest.committed().ok_or_else(nothing)?;
-    let record = guest.record.get().ok_or_else(nothing)?;
+    let record = &checkpoint.record;
     let index = directory.join(INDEX_FILE);
-    let failed = |error: std::io::Error| format!("writing to {}: {error}", directory.display());
+    let failed = |source| DumpError::File {
+        directory: directory.to_owned(),
+        source,
+    };
     match std::fs::remove_file(&index) {
         Err(error) if error.kind() != std::io::ErrorKind::NotFound => return Err(failed(error)),
         _ => {}
     }
-    let report = committed.dump(directory).map_err(|error| error.to_string())?;
+    let report = checkpoint.image.dump(directory)?;
     std::fs::write(directory.join(HEADER_FILE), &record.header).map_err(failed)?;
     std::fs::write(directory.join(VMDESC_FILE), &record.vmdesc).map_err(failed)?;
     let name = |path: &Path| {
@@ -92,7 +115,7 @@ pub(super) fn dump(guest: &Guest, directory: &Path) -> Result<Dumped, String> {
     let dumped = Dumped {
         schema: DUMP_SCHEMA.into(),
         schema_version: DUMP_VERSION,
-        session: guest.id,
+        session: checkpoint.session,
         checkpoint: report.checkpoint.0,
         machine: record.machine_type.clone(),
         page_size: crate::units::PAGE_BYTES,
@@ -102,7 +125,7 @@ pub(super) fn dump(guest: &Guest, directory: &Path) -> Result<Dumped, String> {
         header_file: HEADER_FILE.into(),
         vmdesc_file: VMDESC_FILE.into(),
     };
-    let mut text = serde_json::to_vec_pretty(&dumped).map_err(|error| error.to_string())?;
+    let mut text = serde_json::to_vec_pretty(&dumped)?;
     text.push(b'\n');
     std::fs::write(index, text).map_err(failed)?;
     Ok(dumped)

@@ -1,5 +1,6 @@
 //! How a session ended.
 
+use super::guest_memory::MemoryError;
 use crate::session::{self, Ending, GateClosed, SessionError};
 use crate::store::StoreError;
 use crate::units::ChannelId;
@@ -15,7 +16,7 @@ pub enum SessionEnd {
     /// The main connection broke.
     #[error("{ending} (main channel: {error})")]
     Broken {
-        /// What this host's kernel said.
+        /// The error of this host's kernel.
         error: std::io::Error,
         /// What it means for the guest.
         ending: Ending,
@@ -47,16 +48,19 @@ pub enum SessionEnd {
     /// All connections came, but nothing that makes them a migration.
     #[error("the main channel sent no list of RAM blocks within {0:?}")]
     Silent(std::time::Duration),
-    /// The primary does not take its answers.
+    /// The primary does not read messages to it.
     #[error("the primary does not read its answers: {0}")]
     Answer(std::io::Error),
     /// The guest's memory could not be made, or has no room for what arrives.
     #[error("no memory for this guest: {0}")]
-    NoMemory(String),
-    /// Its checkpoint is given to a fresh QEMU, so nothing more is taken from its primary.
+    NoMemory(#[from] MemoryError),
+    /// A thread or core does not take a channel.
+    #[error("a channel cannot be driven: {0}")]
+    NotDriven(std::io::Error),
+    /// Its checkpoint is given to a fresh QEMU, so nothing more is received from its primary.
     #[error("its checkpoint was claimed by a failover")]
     Promoted,
-    /// The receiver was told to end.
+    /// The receiver was stopped.
     #[error("the receiver was stopped")]
     Stopped,
     /// It was a session of an earlier receiver.
@@ -65,7 +69,7 @@ pub enum SessionEnd {
 }
 
 impl SessionEnd {
-    /// Whether the session ended as sessions do: by the primary's going away, or by our being stopped.
+    /// Whether the session ended in an orderly way: by the end of the primary or of the receiver.
     pub fn is_orderly(&self) -> bool {
         matches!(
             self,
@@ -78,7 +82,7 @@ impl SessionEnd {
         !matches!(self, Self::Promoted | Self::Stopped | Self::Recovered)
     }
 
-    /// Whether the guest may live nowhere but here (spec §5).
+    /// Whether this receiver may hold the only copy of the guest (spec §5).
     pub(super) fn may_hold_the_only_copy(&self) -> bool {
         let (Self::PrimaryLost(ending) | Self::Broken { ending, .. }) = self else {
             return false;
@@ -118,6 +122,6 @@ impl From<StoreError> for ChannelError {
 
 impl From<StoreError> for SessionEnd {
     fn from(error: StoreError) -> Self {
-        Self::NoMemory(error.to_string())
+        Self::NoMemory(error.into())
     }
 }

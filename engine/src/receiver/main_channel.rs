@@ -5,7 +5,8 @@
 
 use super::checkpoints::{Checkpoints, PageError};
 use super::end::SessionEnd;
-use super::guest::Guest;
+use super::guest_memory::MemoryError;
+use super::live_session::LiveSession;
 use super::main_buffer::MainBuffer;
 use super::timeline::Timeline;
 use crate::blocks::BlockTable;
@@ -32,7 +33,7 @@ enum Waiting {
 }
 
 pub(super) struct MainChannel {
-    guest: Arc<Guest>,
+    guest: Arc<LiveSession>,
     session: Session,
     /// None up to the answer to [`Action::Memory`].
     checkpoints: Option<Checkpoints>,
@@ -55,7 +56,7 @@ pub(super) struct MainChannel {
 impl MainChannel {
     /// The channel, of which `first` was already read.
     pub(super) fn new(
-        guest: Arc<Guest>,
+        guest: Arc<LiveSession>,
         limits: SessionLimits,
         shard: usize,
         style: ReceiveStyle,
@@ -164,13 +165,13 @@ impl MainChannel {
         let guest = self.guest.clone();
         // In the background: touching a large guest's memory takes seconds, and this thread drives other guests too.
         let make = move || {
-            let make = || (guest.services.make_store)(&guest, table);
+            let make = || guest.services.make_memory(guest.id, table);
             // The main channel waits for the result, also if there is a panic.
             let made = catch_unwind(AssertUnwindSafe(make));
-            guest.memory_made(made.unwrap_or_else(|_| Err("the thread that made it panicked".into())));
+            guest.memory_made(made.unwrap_or(Err(MemoryError::Panicked)));
         };
-        (self.guest.services.run_in_background)(Box::new(make))
-            .map_err(|error| SessionEnd::NoMemory(error.to_string()))
+        let started = self.guest.services.run_in_background(Box::new(make));
+        started.map_err(|error| MemoryError::Thread(error).into())
     }
 
     fn ram_complete(&mut self) -> Result<(), SessionEnd> {
@@ -216,8 +217,8 @@ impl MainChannel {
         let bytes = self.session.buffered_bytes() * 2;
         if bytes > self.device_state_bytes {
             self.guest
-                .grow(bytes - self.device_state_bytes)
-                .map_err(SessionEnd::NoMemory)?;
+                .grow_device_state(bytes - self.device_state_bytes)
+                .map_err(MemoryError::from)?;
             self.device_state_bytes = bytes;
         }
         Ok(())

@@ -9,13 +9,16 @@
 //! ```
 
 mod assemble;
+mod attach;
 mod budget;
 mod checkpoints;
 mod control;
 mod dump;
 mod end;
-mod guest;
+mod guest_memory;
 mod identify;
+mod kept_checkpoint;
+mod live_session;
 mod main_buffer;
 mod main_channel;
 mod options;
@@ -25,34 +28,37 @@ mod presence;
 mod promotion;
 mod recovery;
 mod restore;
+mod services;
+mod session_codec;
 #[cfg(all(test, not(loom), not(miri)))]
 mod sim;
+mod start;
 mod status;
 mod timeline;
 
-pub use control::{ClaimedCheckpoint, Request, Response};
-pub use dump::{DUMP_SCHEMA, DUMP_VERSION, Dumped, DumpedBlock};
+pub use budget::BudgetError;
+pub use control::{ClaimedCheckpoint, Request, RequestError, Response};
+pub use dump::{DUMP_SCHEMA, DUMP_VERSION, DumpError, Dumped, DumpedBlock};
 pub use end::{ChannelError, SessionEnd};
+pub use guest_memory::MemoryError;
 pub use options::ReceiverOptions;
-pub use restore::{RestoreReport, RestoreRequest};
+pub use promotion::PromotionError;
+pub use restore::{RestoreError, RestoreReport, RestoreRequest};
 pub use status::{GuestBlock, STATUS_SCHEMA, STATUS_VERSION, SessionState, SessionStatus, StatusReport};
 
-use crate::host::{Machine, Placement, Topology};
-use crate::metrics::{MetricsError, Recorder, Report, RunDescription, SampleQueue};
+use crate::host::{Placement, Topology};
+use crate::metrics::{MetricsError, Report};
 pub use crate::net::{AddressError, ListenAddress, ListenError};
 use crate::net::{Listener, bind_unix};
-use crate::ring::{BackendKind, Plane, PlaneError, PlaneOptions};
-use crate::store::{CopyMethod, Flusher, FlusherError, Store};
-use budget::Budget;
-use control::{ClientEvent, ControlContext, ControlInputs, PendingRequest};
-use guest::{MakeStore, Services};
+use crate::ring::PlaneError;
+use crate::store::FlusherError;
+use control::{ClientEvent, ControlInputs, PendingRequest};
 use promotion::ClientId;
-use recovery::{Budgets, label, recover_all};
+use start::make_context;
 use std::path::PathBuf;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::thread::JoinHandle;
-use std::time::{Instant, SystemTime};
 use thiserror::Error;
 use tokio::sync::{Notify, mpsc, oneshot};
 
@@ -218,18 +224,17 @@ impl Receiver {
         StopHandle(self.stop.clone())
     }
 
-    /// Asks what the control socket can be asked. Not to be called from an asynchronous task.
+    /// Sends a request, as a client of the control socket does. Not to be called from an asynchronous task.
     ///
     /// # Errors
-    /// In words, or that the receiver has ended.
-    pub fn ask(&self, request: Request) -> Result<Response, String> {
-        let (reply, answer) = oneshot::channel();
+    /// See [`RequestError`].
+    pub fn ask(&self, request: Request) -> Result<Response, RequestError> {
+        let (reply, response) = oneshot::channel();
         let by = ClientId::OWN;
-        let gone = || "the receiver has ended".to_owned();
         self.ask
             .blocking_send(ClientEvent::Request(PendingRequest { by, request, reply }))
-            .map_err(|_| gone())?;
-        answer.blocking_recv().map_err(|_| gone())?
+            .map_err(|_| RequestError::Ended)?;
+        response.blocking_recv().map_err(|_| RequestError::Ended)?
     }
 
     /// Whether [`Self::wait`] would return at once.
@@ -259,135 +264,4 @@ fn bind_control(
     std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o600)).map_err(failed)?;
     listener.set_nonblocking(true).map_err(failed)?;
     Ok((listener, path.to_owned()))
-}
-
-/// Starts the data plane; where io_uring is not to be had, with epoll instead, and says so.
-fn start_plane(options: &mut ReceiverOptions, events: &Arc<Events>) -> Result<Plane, PlaneError> {
-    let start = |backend| {
-        let (cores, registered) = (options.cores.clone(), options.registered);
-        let events = events.clone();
-        Plane::start(
-            PlaneOptions {
-                backend,
-                cores,
-                registered,
-            },
-            move |text| events(Event::Warning(text)),
-        )
-    };
-    let plane = match start(options.backend) {
-        Err(
-            error @ PlaneError::Backend {
-                backend: BackendKind::Uring,
-                ..
-            },
-        ) => {
-            events(Event::Warning(format!("{error}; receiving with epoll instead")));
-            start(BackendKind::Epoll)?
-        }
-        other => other?,
-    };
-    options.backend = plane.options().backend;
-    if options.registered && plane.features().is_some_and(|features| !features.registered) {
-        events(Event::Warning(
-            "this kernel's io_uring has no sparse table of registered buffers (Linux 5.19); pages are received \
-             without them"
-                .into(),
-        ));
-    }
-    Ok(plane)
-}
-
-fn make_context(
-    mut options: ReceiverOptions,
-    placement: Placement,
-    events: Arc<Events>,
-    changed: &Arc<Notify>,
-) -> Result<ControlContext, ReceiverError> {
-    let flusher = match options.backend {
-        // The baseline flushes as QEMU does: one thread, memcpy.
-        BackendKind::Threads => Flusher::new(CopyMethod::Memcpy, 0, &[]),
-        BackendKind::Uring | BackendKind::Epoll => {
-            let cores = options.cores.get(1..).unwrap_or(&[]);
-            Flusher::new(CopyMethod::NonTemporal, cores.len(), cores)
-        }
-    }?;
-    let budgets = Budgets {
-        ram: Arc::new(Budget::new(options.ram_limit_bytes, "--ram-limit")),
-        device_states: Arc::new(Budget::new(DEVICE_STATES_MAX, "device state")),
-    };
-    let run = RunDescription {
-        started: SystemTime::now(),
-        options: options.described.clone(),
-        machine: Machine::read(),
-    };
-    let recorder = Recorder::start(options.hist.as_deref(), run)?;
-    let (changed, warn_events) = (changed.clone(), events.clone());
-    let services = Services {
-        started: Instant::now(),
-        samples: Arc::new(SampleQueue::new()),
-        flusher: Arc::new(flusher),
-        make_store: store_maker(&options, &placement, &budgets, events.clone()),
-        run_in_background: Arc::new(|work| {
-            let thread = std::thread::Builder::new().name("colo-memory".into());
-            thread.spawn(work).map(drop)
-        }),
-        notify: Arc::new(move || changed.notify_one()),
-        warn: Arc::new(move |text| warn_events(Event::Warning(text))),
-    };
-    let services = Arc::new(services);
-    let recovered = match &options.store.ram_dir {
-        Some(directory) => recover_all(directory, &services, &budgets, &*events),
-        None => (Vec::new(), 1),
-    };
-    // Last: its threads do not end by themselves where something else fails.
-    let plane = start_plane(&mut options, &events)?;
-    Ok(ControlContext {
-        options,
-        placement,
-        services,
-        plane,
-        budget: budgets.ram,
-        recorder,
-        events,
-        recovered,
-    })
-}
-
-/// Most device state to hold over all guests, in bytes: two of the largest there can be, each with the buffer for the next.
-const DEVICE_STATES_MAX: u64 = 4 * crate::wire::limits::VMSTATE_MAX;
-
-/// What makes a guest's memory, when its block list is known.
-fn store_maker(
-    options: &ReceiverOptions,
-    placement: &Placement,
-    budgets: &Budgets,
-    events: Arc<Events>,
-) -> Arc<MakeStore> {
-    let mut store_options = options.store.clone();
-    store_options.shards = match options.backend {
-        BackendKind::Threads => usize::from(options.channels) + 1,
-        BackendKind::Uring | BackendKind::Epoll => options.cores.len(),
-    };
-    // Threads of the baseline run on any of the cores: what is left is to spread their memory alike.
-    let nodes = placement.memory_nodes();
-    store_options.nodes = nodes.iter().copied().cycle().take(store_options.shards).collect();
-    let (budget, device_states) = (budgets.ram.clone(), budgets.device_states.clone());
-    Arc::new(move |guest, table| {
-        let ram = budget.take(table.total_bytes())?;
-        let device_state = device_states.take(0)?;
-        let (store, notes) =
-            Store::create(table, &label(guest.id), &store_options).map_err(|e| e.to_string())?;
-        let fallbacks: Vec<String> = notes.iter().map(ToString::to_string).collect();
-        for note in &fallbacks {
-            events(Event::Warning(format!("session {}: {note}", guest.id)));
-        }
-        Ok(guest::Memory {
-            committed: store.committed().clone(),
-            store: Some(Arc::new(store)),
-            _ram: ram,
-            device_state,
-            fallbacks,
-        })
-    })
 }

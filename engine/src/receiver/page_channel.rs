@@ -4,7 +4,7 @@
 //! page to its place, and the next packet's header behind it; the pages are marked when the receive has completed.
 
 use super::end::{ChannelError, SessionEnd};
-use super::guest::Guest;
+use super::live_session::LiveSession;
 use crate::canary::{self, Canary};
 use crate::ring::{Connection, Loss, Move, ReceivePlan, ReceiveStyle, StreamBuffer};
 use crate::session::{MultifdChannel, PacketAction, Ticket};
@@ -55,7 +55,7 @@ pub(super) struct PageChannel {
 
 /// The channel's connection and its place in the protocol.
 struct Link {
-    guest: Arc<Guest>,
+    guest: Arc<LiveSession>,
     id: ChannelId,
     shard: usize,
     style: ReceiveStyle,
@@ -76,7 +76,7 @@ struct Pages {
 impl PageChannel {
     /// The channel after its init packet.
     pub(super) fn new(
-        guest: Arc<Guest>,
+        guest: Arc<LiveSession>,
         id: ChannelId,
         shard: usize,
         style: ReceiveStyle,
@@ -320,7 +320,9 @@ impl Connection for PageChannel {
             && guest.end().is_none()
         {
             // The main channel's end decides how the session ends; this is the cause.
-            (guest.services.warn)(format!("session {}: {id}: {error}", guest.id));
+            guest
+                .services
+                .warn(format!("session {}: {id}: {error}", guest.id));
         }
         guest.channel_ended();
     }

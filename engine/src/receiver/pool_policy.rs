@@ -1,6 +1,6 @@
 //! When a guest's page pool grows and shrinks: after each checkpoint, by what it needed, on a thread of its own.
 
-use super::guest::Guest;
+use super::live_session::LiveSession;
 use crate::store::{PoolTask, Store};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -13,7 +13,7 @@ pub(super) struct PoolPolicy {
 
 impl PoolPolicy {
     /// A checkpoint is acknowledged: warns if its pages had to wait for new slabs, and starts what the pool needs.
-    pub(super) fn after_checkpoint(&mut self, guest: &Arc<Guest>, store: &Arc<Store>) {
+    pub(super) fn after_checkpoint(&mut self, guest: &Arc<LiveSession>, store: &Arc<Store>) {
         let task = store.pool_task();
         let inline_growth = store.pool_use().map_or(0, |pool| pool.inline_growth);
         if inline_growth > self.inline_growth {
@@ -21,7 +21,7 @@ impl PoolPolicy {
                 PoolTask::Grow => "",
                 PoolTask::Nothing | PoolTask::Shrink => ". A larger --pool-max avoids that",
             };
-            (guest.services.warn)(format!(
+            guest.services.warn(format!(
                 "session {}: the page pool was {} slabs too small for a checkpoint; receiving waited while they were \
                  added, which made the checkpoint slower{advice}",
                 guest.id,
@@ -36,8 +36,8 @@ impl PoolPolicy {
 }
 
 /// Resizes the pool in the background, because it takes milliseconds. Without a thread for it the pool stays as it is.
-fn resize(guest: Arc<Guest>, store: Arc<Store>, task: PoolTask) {
-    let run_in_background = guest.services.run_in_background.clone();
+fn resize(guest: Arc<LiveSession>, store: Arc<Store>, task: PoolTask) {
+    let services = guest.services.clone();
     let resize = move || {
         let done = match task {
             PoolTask::Grow => store.grow(),
@@ -47,9 +47,9 @@ fn resize(guest: Arc<Guest>, store: Arc<Store>, task: PoolTask) {
             }
         };
         if let Err(error) = done {
-            (guest.services.warn)(format!("session {}: {error}", guest.id));
+            guest.services.warn(format!("session {}: {error}", guest.id));
         }
         guest.growing.store(false, Ordering::Release);
     };
-    let _ = run_in_background(Box::new(resize));
+    let _ = services.run_in_background(Box::new(resize));
 }

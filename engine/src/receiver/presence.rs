@@ -1,7 +1,7 @@
 //! A guest's presence on a core: its cache slabs, for the core's ring to register, and its part of the deferred flush.
 #![forbid(unsafe_code)]
 
-use super::guest::Guest;
+use super::live_session::LiveSession;
 use crate::ring::{Region, Tenant};
 use crate::store::{FlushStep, Slab};
 use std::sync::Arc;
@@ -16,12 +16,12 @@ pub(super) enum FlushPart {
 }
 
 pub(super) struct Presence {
-    guest: Arc<Guest>,
+    guest: Arc<LiveSession>,
     part: FlushPart,
 }
 
 impl Presence {
-    pub(super) fn new(guest: Arc<Guest>, part: FlushPart) -> Box<Self> {
+    pub(super) fn new(guest: Arc<LiveSession>, part: FlushPart) -> Box<Self> {
         Box::new(Self { guest, part })
     }
 }

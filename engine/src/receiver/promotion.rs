@@ -1,74 +1,101 @@
-//! Whose the checkpoint of a session is: a state machine, so that one failover wins.
+//! The promotion of a session's checkpoint, as a state machine: one failover wins.
 //!
 //! ```text
 //!          claim                    whole stream written            promoted
 //!  Here ──────────────► Claimed ────────────────────────► Given ───────────────► Promoted
 //!   ▲                      │                                │  ▲                 (memory is given up)
-//!   │ release, or the      │                                │  │ its conversation ended without a word:
-//!   └──────────────────────┘                                │  │ nobody knows whether a guest runs from it
+//!   │ release, or its      │                                │  │ its client disconnected without a report:
+//!   │ client disconnected  │                                │  │ whether a guest runs from it is unknown
+//!   └──────────────────────┘                                │  │
 //!   ▲                         release: no guest has run     │  │
-//!   └───────────────────────────────────────────────────────┘  └─ Given by nobody ── claim with retry ──► Claimed
+//!   └───────────────────────────────────────────────────────┘  └─ Given, unreported ── claim with retry ──► Claimed
 //! ```
 //!
-//! A claim belongs to a conversation on the control socket and ends with it, so that a failover that is killed
-//! blocks nobody. Once the whole stream has been written a guest may run from it, and only word of mouth can say that
+//! A claim belongs to a client of the control socket and ends with its connection, so that a killed failover does not
+//! block the next. Once the whole stream has been written a guest may run from it, and only the operator can know that
 //! none does.
 #![forbid(unsafe_code)]
 
-/// A conversation on the control socket.
+use thiserror::Error;
+
+/// Why a checkpoint cannot be promoted, dumped or discarded now.
+#[derive(Clone, Debug, PartialEq, Eq, Error)]
+pub enum PromotionError {
+    /// It was given away, and what became of it is unknown.
+    #[error(
+        "its checkpoint was given to {0} before, and nobody has said whether a guest runs from it. If one does, \
+         `colo-ring discard` ends this; if you have made sure that none does or ever did, --retry gives it again"
+    )]
+    Unreported(String),
+    /// Another client has claimed it.
+    #[error("another failover of it is under way")]
+    ClaimedByOther,
+    /// A client has claimed it.
+    #[error("a failover of it is under way")]
+    InProgress,
+    /// A guest runs from it.
+    #[error("it was promoted: its guest runs elsewhere")]
+    Promoted,
+    /// The client has no claim.
+    #[error("this client has not claimed it")]
+    NotClaimed,
+    /// The client has not restored it.
+    #[error("this client has not restored it")]
+    NotGiven,
+}
+
+/// A client of the control socket.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct ClientId(pub(super) u64);
 
 impl ClientId {
-    /// That of the process itself, which never ends.
+    /// The process itself, which never disconnects.
     pub(super) const OWN: Self = Self(0);
 }
 
-/// Whose the checkpoint is.
+/// The state of a checkpoint's promotion.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(super) enum Promotion {
-    /// The receiver's.
+    /// None is in progress, and no guest runs from it.
     #[default]
     Here,
-    /// A failover is under way; nothing was given yet.
+    /// A failover is in progress; nothing was given yet.
     Claimed(ClientId),
-    /// The whole stream was written. Who wrote it is to say what became of it; `None` if it cannot any more.
+    /// The whole stream was written to `to`. `by` is the client that will report the result; none if it has disconnected.
     Given { by: Option<ClientId>, to: String },
-    /// A guest runs from it: nothing may ever be done with it again.
+    /// A guest runs from it: it must never be used again.
     Promoted,
 }
 
 impl Promotion {
-    /// Claims the checkpoint. With `retry` also one that was given away and of which nobody has said what became.
-    pub(super) fn claim(&mut self, by: ClientId, retry: bool) -> Result<(), String> {
+    /// Claims the checkpoint. With `retry` also one that was given away with unknown result.
+    ///
+    /// # Errors
+    /// If it is not free.
+    pub(super) fn claim(&mut self, by: ClientId, retry: bool) -> Result<(), PromotionError> {
         match self {
             Self::Here => {}
             Self::Given { by: None, .. } if retry => {}
-            Self::Given { by: None, to } => {
-                return Err(format!(
-                    "its checkpoint was given to {to} before, and nobody has said whether a guest runs from it. If one \
-                     does, `colo-ring discard` ends this; if you have made sure that none does or ever did, --retry \
-                     gives it again"
-                ));
-            }
-            Self::Claimed(_) | Self::Given { .. } => {
-                return Err("another failover of it is under way".to_owned());
-            }
-            Self::Promoted => return Err("it was promoted: its guest runs elsewhere".to_owned()),
+            Self::Given { by: None, to } => return Err(PromotionError::Unreported(to.clone())),
+            Self::Claimed(_) | Self::Given { .. } => return Err(PromotionError::ClaimedByOther),
+            Self::Promoted => return Err(PromotionError::Promoted),
         }
         *self = Self::Claimed(by);
         Ok(())
     }
 
-    /// Whether this conversation has claimed the checkpoint and not yet given it away.
-    pub(super) fn check_claimed(&self, by: ClientId) -> Result<(), String> {
+    /// Checks that this client has claimed the checkpoint and not yet given it away.
+    ///
+    /// # Errors
+    /// If it has not.
+    pub(super) fn check_claimed(&self, by: ClientId) -> Result<(), PromotionError> {
         match self {
             Self::Claimed(claimed) if *claimed == by => Ok(()),
-            _ => Err("it was not claimed by this conversation".to_owned()),
+            _ => Err(PromotionError::NotClaimed),
         }
     }
 
-    /// It was given away, and who did it is gone.
+    /// It was given away by an earlier receiver.
     pub(super) fn was_given(&mut self, to: &str) {
         let to = to.to_owned();
         *self = Self::Given { by: None, to };
@@ -81,8 +108,11 @@ impl Promotion {
         }
     }
 
-    /// The failover is over without success. `may_have_run`: whether a guest may have run from what was given.
-    pub(super) fn release(&mut self, by: ClientId, may_have_run: bool) -> Result<(), String> {
+    /// The failover has failed. `may_have_run`: whether a guest may have run from what was given.
+    ///
+    /// # Errors
+    /// If this client has no claim.
+    pub(super) fn release(&mut self, by: ClientId, may_have_run: bool) -> Result<(), PromotionError> {
         match self {
             Self::Claimed(claimed) if *claimed == by => *self = Self::Here,
             Self::Given { by: giver, .. } if *giver == Some(by) => match may_have_run {
@@ -94,19 +124,22 @@ impl Promotion {
         Ok(())
     }
 
-    /// A guest runs from what this conversation has given.
-    pub(super) fn promoted(&mut self, by: ClientId) -> Result<(), String> {
+    /// A guest runs from what this client has given.
+    ///
+    /// # Errors
+    /// If it has given nothing.
+    pub(super) fn promoted(&mut self, by: ClientId) -> Result<(), PromotionError> {
         match self {
             Self::Given { by: giver, .. } if *giver == Some(by) => {
                 *self = Self::Promoted;
                 Ok(())
             }
-            _ => Err("nothing was given by this conversation".to_owned()),
+            _ => Err(PromotionError::NotGiven),
         }
     }
 
-    /// A conversation is over.
-    pub(super) fn left(&mut self, by: ClientId) {
+    /// A client has disconnected.
+    pub(super) fn disconnected(&mut self, by: ClientId) {
         match self {
             Self::Claimed(claimed) if *claimed == by => *self = Self::Here,
             Self::Given { by: giver, .. } if *giver == Some(by) => *giver = None,
@@ -114,16 +147,19 @@ impl Promotion {
         }
     }
 
-    /// Whether the checkpoint may be read or given up: no failover is under way, and no guest runs on its memory.
-    pub(super) fn check_idle(&self) -> Result<(), String> {
+    /// Checks that the checkpoint may be read or discarded: no failover is in progress, and no guest runs on its memory.
+    ///
+    /// # Errors
+    /// If it may not.
+    pub(super) fn check_idle(&self) -> Result<(), PromotionError> {
         match self {
             Self::Here | Self::Given { by: None, .. } => Ok(()),
-            Self::Claimed(_) | Self::Given { .. } => Err("a failover of it is under way".to_owned()),
-            Self::Promoted => Err("it was promoted: its guest runs elsewhere".to_owned()),
+            Self::Claimed(_) | Self::Given { .. } => Err(PromotionError::InProgress),
+            Self::Promoted => Err(PromotionError::Promoted),
         }
     }
 
-    /// In words, if there is something to say.
+    /// For the status; none if no promotion was tried.
     pub(super) fn words(&self) -> Option<String> {
         match self {
             Self::Here => None,
@@ -155,31 +191,21 @@ mod tests {
     fn one_failover_wins() {
         let mut promotion = Promotion::Here;
         promotion.claim(ONE, false).unwrap();
-        assert!(
-            promotion
-                .claim(TWO, true)
-                .unwrap_err()
-                .contains("another failover")
-        );
+        assert_eq!(promotion.claim(TWO, true), Err(PromotionError::ClaimedByOther));
         assert!(promotion.check_claimed(TWO).is_err() && promotion.check_claimed(ONE).is_ok());
         assert!(promotion.release(TWO, false).is_err());
-        // Not before it has given it to somebody.
+        // Not before it has given it away.
         assert!(promotion.promoted(ONE).is_err());
         promotion.given(TWO, "unix:/x".into());
         assert_eq!(promotion, Promotion::Claimed(ONE));
         promotion.given(ONE, "unix:/q".into());
         for retry in [false, true] {
-            assert!(
-                promotion
-                    .claim(TWO, retry)
-                    .unwrap_err()
-                    .contains("another failover")
-            );
+            assert_eq!(promotion.claim(TWO, retry), Err(PromotionError::ClaimedByOther));
         }
         assert!(promotion.promoted(TWO).is_err());
         promotion.promoted(ONE).unwrap();
         for retry in [false, true] {
-            assert!(promotion.claim(TWO, retry).unwrap_err().contains("was promoted"));
+            assert_eq!(promotion.claim(TWO, retry), Err(PromotionError::Promoted));
         }
         assert!(promotion.check_idle().is_err() && promotion.release(ONE, false).is_err());
     }
@@ -196,19 +222,19 @@ mod tests {
     }
 
     #[test]
-    fn a_failover_that_dies_blocks_nobody_and_starts_no_second_guest() {
+    fn a_killed_failover_does_not_block_the_next_and_starts_no_second_guest() {
         let mut promotion = Promotion::Here;
         promotion.claim(ONE, false).unwrap();
-        promotion.left(TWO);
-        promotion.left(ONE);
+        promotion.disconnected(TWO);
+        promotion.disconnected(ONE);
         assert_eq!(promotion, Promotion::Here);
         for end in [
-            |p: &mut Promotion| p.left(ONE),
+            |p: &mut Promotion| p.disconnected(ONE),
             |p: &mut Promotion| p.release(ONE, true).unwrap(),
         ] {
             let mut promotion = given();
             end(&mut promotion);
-            let refused = promotion.claim(TWO, false).unwrap_err();
+            let refused = promotion.claim(TWO, false).unwrap_err().to_string();
             assert!(
                 refused.contains("unix:/q") && refused.contains("--retry"),
                 "{refused}"

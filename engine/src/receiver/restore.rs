@@ -1,9 +1,10 @@
-//! Giving a session's last committed checkpoint to a fresh QEMU, or to a file: the receiver writes it, because the
-//! memory is its own.
+//! Restores a session's last committed checkpoint to a fresh QEMU, or to a file, as an incoming migration stream. The
+//! receiver writes the stream, because the memory is its own.
 #![forbid(unsafe_code)]
 
 use super::end::SessionEnd;
-use super::guest::Guest;
+use super::kept_checkpoint::KeptCheckpoint;
+use super::live_session::LiveSession;
 use super::promotion::ClientId;
 use crate::failover::{Form, StreamError, StreamReport, write_stream};
 use crate::session::SessionRecord;
@@ -17,27 +18,28 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
+use thiserror::Error;
 
-/// How long a QEMU may take nothing of the stream before it counts as hung.
-const WRITE_PATIENCE: Duration = Duration::from_secs(30);
+/// How long a QEMU may read nothing of the stream before it counts as hung.
+const WRITE_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// How long the session's connections may take to end.
-const END_PATIENCE: Duration = Duration::from_secs(10);
+const END_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// What is to be given, and where to.
+/// What to restore, and where to.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct RestoreRequest {
     /// The session's number.
     pub session: u32,
-    /// Where it goes: `unix:PATH` or `tcp:HOST:PORT` of a QEMU that waits for a migration, or `file:PATH`, absolute.
+    /// The destination: `unix:PATH` or `tcp:HOST:PORT` of a QEMU that waits for a migration, or `file:PATH`, absolute.
     pub to: String,
     /// Name of the block whose file that QEMU has mapped; without one everything goes into the stream.
     pub shared: Option<String>,
-    /// A file, absolute, that gets a complete stream first: what is given to a QEMU with its memory is consumed.
+    /// A file, absolute, that gets a complete stream first: a QEMU that maps the memory changes the checkpoint.
     pub keep: Option<PathBuf>,
 }
 
-/// What was given.
+/// What was restored.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct RestoreReport {
     /// The session.
@@ -47,7 +49,7 @@ pub struct RestoreReport {
     pub checkpoint: u64,
     /// The stream.
     pub stream: StreamReport,
-    /// Nanoseconds for ending the session and holding the checkpoint.
+    /// Nanoseconds for ending the session and locking the checkpoint.
     pub hold_ns: u64,
     /// Nanoseconds for the copy that was asked for.
     pub keep_ns: u64,
@@ -55,182 +57,234 @@ pub struct RestoreReport {
     pub write_ns: u64,
 }
 
-/// Writes what `request` says, for the conversation that has claimed it. Ends the session if it is still running. Blocks.
+/// Why a checkpoint was not restored.
+#[derive(Debug, Error)]
+pub enum RestoreError {
+    /// The session goes on.
+    #[error("the connections of session {0} did not end within {END_TIMEOUT:?}")]
+    NotEnded(u32),
+    /// There is no whole checkpoint.
+    #[error("session {0} has no committed checkpoint")]
+    NoCheckpoint(u32),
+    /// The shared block does not exist.
+    #[error("session {session} has no ram block {name}")]
+    NoBlock {
+        /// The session.
+        session: u32,
+        /// The block.
+        name: String,
+    },
+    /// The shared block cannot be mapped by a QEMU.
+    #[error("ram block {name} of session {session} is not in a file that has a name")]
+    NotInFile {
+        /// The session.
+        session: u32,
+        /// The block.
+        name: String,
+    },
+    /// The destination is not understood.
+    #[error("'{0}' is no destination of a stream: unix:PATH, tcp:HOST:PORT or file:PATH")]
+    Destination(String),
+    /// A relative path means nothing to the receiver.
+    #[error("{} is not an absolute path", .0.display())]
+    RelativePath(PathBuf),
+    /// A file was not written.
+    #[error("writing {}: {source}", path.display())]
+    File {
+        /// The file.
+        path: PathBuf,
+        /// The error of the system.
+        source: io::Error,
+    },
+    /// No QEMU listens there.
+    #[error("cannot connect to {to}: {source}")]
+    Connect {
+        /// The destination.
+        to: String,
+        /// The error of the system.
+        source: io::Error,
+    },
+    /// The QEMU did not read the stream to its end.
+    #[error("{to} did not take the checkpoint: {}", reason(.error))]
+    Stream {
+        /// The destination.
+        to: String,
+        /// What failed, and whether a guest may run nevertheless.
+        error: StreamError,
+    },
+}
+
+impl RestoreError {
+    /// Whether all was written that a QEMU needs to run the guest.
+    fn is_complete(&self) -> bool {
+        matches!(self, Self::Stream { error, .. } if error.complete)
+    }
+}
+
+fn reason(error: &StreamError) -> String {
+    let source = &error.source;
+    match source.kind() {
+        io::ErrorKind::WouldBlock => format!("it read nothing for {WRITE_TIMEOUT:?}"),
+        io::ErrorKind::BrokenPipe | io::ErrorKind::ConnectionReset => {
+            format!("{source}: it closed the connection, its own messages say why")
+        }
+        _ => source.to_string(),
+    }
+}
+
+/// Restores `checkpoint` as `request` says, for the client that has claimed it. Ends its session first, if that is still
+/// live. Blocks.
 ///
 /// # Errors
-/// In words for an operator. The guest does not run from a stream that was not written whole.
+/// See [`RestoreError`]. No guest runs from a stream that was not written whole.
 pub(super) fn restore(
-    guest: &Guest,
+    checkpoint: &KeptCheckpoint,
+    live: Option<&LiveSession>,
     by: ClientId,
     request: &RestoreRequest,
-) -> Result<RestoreReport, String> {
+) -> Result<RestoreReport, RestoreError> {
     let began = Instant::now();
-    end_session(guest)?;
-    let lost = || format!("session {} has no committed checkpoint", guest.id);
-    let committed = guest.committed().ok_or_else(lost)?;
-    let record = guest.record.get().ok_or_else(lost)?;
+    if let Some(live) = live {
+        end_session(live)?;
+    }
     let form = match &request.shared {
         None => Form::Complete,
-        Some(name) => Form::Shared(shared_block(guest, record, name)?),
+        Some(name) => Form::Shared(shared_block(checkpoint, name)?),
     };
-    let held = committed.checkpoint_view().ok_or_else(lost)?;
+    let view = checkpoint.image.checkpoint_view();
+    let view = view.ok_or(RestoreError::NoCheckpoint(checkpoint.session))?;
+    let record = &*checkpoint.record;
     let hold_ns = nanoseconds(began);
     let began = Instant::now();
     if let Some(path) = &request.keep {
-        write_file(path, record, &held, Form::Complete)?;
+        write_file(path, record, &view, Form::Complete)?;
     }
     let keep_ns = nanoseconds(began);
     let began = Instant::now();
-    // Before a guest can run: also for a receiver that finds the checkpoint when this one is gone.
-    committed.set_given(true);
-    let written = write_to(&request.to, record, &held, form);
-    let complete = written.as_ref().map_or_else(|failed| failed.complete, |_| true);
+    // Before a guest can run: also for a later receiver that finds the checkpoint after a crash of this one.
+    checkpoint.image.set_given(true);
+    let written = write_to(&request.to, record, &view, form);
+    let complete = written.as_ref().map_or_else(RestoreError::is_complete, |_| true);
     if complete {
-        guest.promotion().given(by, request.to.clone());
+        checkpoint.promotion().given(by, request.to.clone());
     } else {
-        committed.set_given(false);
+        checkpoint.image.set_given(false);
     }
     Ok(RestoreReport {
-        session: guest.id,
-        checkpoint: held.checkpoint().0,
-        stream: written.map_err(|failed| failed.text)?,
+        session: checkpoint.session,
+        checkpoint: view.checkpoint().0,
+        stream: written?,
         hold_ns,
         keep_ns,
         write_ns: nanoseconds(began),
     })
 }
 
-/// The primary is listened to no more.
-fn end_session(guest: &Guest) -> Result<(), String> {
-    guest.finish(SessionEnd::Promoted);
+/// Nothing more is received from the primary.
+fn end_session(session: &LiveSession) -> Result<(), RestoreError> {
+    session.finish(SessionEnd::Promoted);
     let began = Instant::now();
-    while !guest.is_over() {
-        if began.elapsed() > END_PATIENCE {
-            return Err(format!(
-                "the connections of session {} did not end within {END_PATIENCE:?}",
-                guest.id
-            ));
+    while !session.is_over() {
+        if began.elapsed() > END_TIMEOUT {
+            return Err(RestoreError::NotEnded(session.id));
         }
         std::thread::sleep(Duration::from_micros(200));
     }
     Ok(())
 }
 
-fn shared_block(guest: &Guest, record: &SessionRecord, name: &str) -> Result<BlockId, String> {
-    let id = record.blocks.by_name(name.as_bytes());
-    let id = id.ok_or_else(|| format!("session {} has no ram block {name}", guest.id))?;
-    let file = guest.committed().and_then(|committed| committed.image_file(id));
-    file.map(|_| id).ok_or_else(|| {
-        format!(
-            "ram block {name} of session {} is not in a file that has a name",
-            guest.id
-        )
-    })
-}
-
-/// A stream that was not written, or not known to be.
-struct Failed {
-    text: String,
-    complete: bool,
-}
-
-impl Failed {
-    fn before(text: String) -> Self {
-        Self {
-            text,
-            complete: false,
-        }
+fn shared_block(checkpoint: &KeptCheckpoint, name: &str) -> Result<BlockId, RestoreError> {
+    let (session, name) = (checkpoint.session, name.to_owned());
+    let Some(id) = checkpoint.record.blocks.by_name(name.as_bytes()) else {
+        return Err(RestoreError::NoBlock { session, name });
+    };
+    match checkpoint.image.image_file(id) {
+        Some(_) => Ok(id),
+        None => Err(RestoreError::NotInFile { session, name }),
     }
 }
 
 fn write_to(
     to: &str,
     record: &SessionRecord,
-    held: &CheckpointView<'_>,
+    view: &CheckpointView<'_>,
     form: Form,
-) -> Result<StreamReport, Failed> {
+) -> Result<StreamReport, RestoreError> {
     let connected = match to.split_once(':') {
         Some(("unix", path)) => connect_unix(Path::new(path)),
         Some(("tcp", address)) => connect_tcp(address),
-        Some(("file", path)) => {
-            return write_file(Path::new(path), record, held, form).map_err(Failed::before);
-        }
-        _ => {
-            return Err(Failed::before(format!(
-                "'{to}' is no place for a stream: unix:PATH, tcp:HOST:PORT or file:PATH"
-            )));
-        }
+        Some(("file", path)) => return write_file(Path::new(path), record, view, form),
+        _ => return Err(RestoreError::Destination(to.to_owned())),
     };
-    let socket = connected.map_err(|error| Failed::before(format!("cannot connect to {to}: {error}")))?;
-    write(record, held, form, socket).map_err(|StreamError { source, complete }| {
-        let hint = match source.kind() {
-            io::ErrorKind::WouldBlock => format!("it took nothing for {WRITE_PATIENCE:?}"),
-            io::ErrorKind::BrokenPipe | io::ErrorKind::ConnectionReset => {
-                format!("{source}: it closed the connection, its own words say why")
-            }
-            _ => source.to_string(),
-        };
-        let text = format!("{to} did not take the checkpoint: {hint}");
-        Failed { text, complete }
+    let socket = connected.map_err(|source| RestoreError::Connect {
+        to: to.to_owned(),
+        source,
+    })?;
+    write(record, view, form, socket).map_err(|error| RestoreError::Stream {
+        to: to.to_owned(),
+        error,
     })
 }
 
 fn connect_unix(path: &Path) -> io::Result<Box<dyn Write>> {
     let stream = UnixStream::connect(path)?;
-    stream.set_write_timeout(Some(WRITE_PATIENCE))?;
+    stream.set_write_timeout(Some(WRITE_TIMEOUT))?;
     Ok(Box::new(stream))
 }
 
 fn connect_tcp(address: &str) -> io::Result<Box<dyn Write>> {
     let stream = TcpStream::connect(address)?;
-    stream.set_write_timeout(Some(WRITE_PATIENCE))?;
+    stream.set_write_timeout(Some(WRITE_TIMEOUT))?;
     Ok(Box::new(stream))
 }
 
 fn write(
     record: &SessionRecord,
-    held: &CheckpointView<'_>,
+    view: &CheckpointView<'_>,
     form: Form,
     out: impl Write,
 ) -> Result<StreamReport, StreamError> {
     write_stream(
         record,
-        held.device_state(),
-        |page, out| held.read(page, out),
+        view.device_state(),
+        |page, out| view.read(page, out),
         form,
         out,
     )
 }
 
-/// Writes a stream to a file, which has its name only when it is complete and on the disk.
+/// Writes a stream to a file, which gets its name only when it is complete and on the disk.
 fn write_file(
     path: &Path,
     record: &SessionRecord,
-    held: &CheckpointView<'_>,
+    view: &CheckpointView<'_>,
     form: Form,
-) -> Result<StreamReport, String> {
+) -> Result<StreamReport, RestoreError> {
     if !path.is_absolute() {
-        return Err(format!("{} is not an absolute path", path.display()));
+        return Err(RestoreError::RelativePath(path.to_owned()));
     }
     let mut part = path.as_os_str().to_owned();
     part.push("~part");
     let part = PathBuf::from(part);
-    let failed = |error: io::Error| format!("writing {}: {error}", part.display());
-    // Of an attempt that was killed. Never written through: it might be a link.
+    let failed = |source| RestoreError::File {
+        path: part.clone(),
+        source,
+    };
+    // Left by a killed attempt. Removed rather than overwritten: it might be a link.
     match std::fs::remove_file(&part) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(failed(error)),
         _ => {}
     }
     let mut options = File::options();
-    // The owner's alone: it holds a guest's secrets.
+    // Readable by its owner only: it holds a guest's secrets.
     let file = options.write(true).create_new(true).mode(0o600).open(&part);
     let file = file.map_err(failed)?;
-    let written = write(record, held, form, &file)
+    let written = write(record, view, form, &file)
         .map_err(|error| error.source)
         .and_then(|report| file.sync_all().map(|()| report))
         .and_then(|report| std::fs::rename(&part, path).map(|()| report));
     written.map_err(|error| {
-        // Half a file, of which the error tells.
+        // An incomplete file; the error is reported.
         drop(std::fs::remove_file(&part));
         failed(error)
     })

@@ -1,14 +1,17 @@
-//! What the receiver says about itself.
+//! The status of the receiver and its sessions.
 #![forbid(unsafe_code)]
 
 use super::end::SessionEnd;
-use super::guest::Guest;
+use super::kept_checkpoint::KeptCheckpoint;
+use super::live_session::LiveSession;
 use super::promotion::Promotion;
 use crate::host::Placement;
 use crate::metrics::Summary;
+use crate::store::CommittedImage;
 use serde::{Deserialize, Serialize};
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
 
 /// Name of the schema of [`StatusReport`].
 pub const STATUS_SCHEMA: &str = "colo-ring.status";
@@ -48,7 +51,7 @@ pub struct StatusReport {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum SessionState {
-    /// The initial state is on its way: nothing can be restored.
+    /// The initial state is being received: nothing can be restored.
     Precopy,
     /// There is a committed checkpoint, and the primary is connected.
     Protected,
@@ -72,17 +75,14 @@ pub struct GuestBlock {
 }
 
 impl GuestBlock {
-    /// Those of a guest, in its primary's order; none before they are known.
-    pub(super) fn all(guest: &Guest) -> Vec<Self> {
-        let Some(committed) = guest.committed() else {
-            return Vec::new();
-        };
+    /// Those of an image, in its primary's order.
+    fn all(image: &CommittedImage) -> Vec<Self> {
         let block = |(id, block): (_, &crate::blocks::RamBlock)| Self {
             name: block.display_name().into_owned(),
             used_length: block.used_length,
-            file: committed.image_file(id).map(Into::into),
+            file: image.image_file(id).map(Into::into),
         };
-        committed.table().iter().map(block).collect()
+        image.table().iter().map(block).collect()
     }
 }
 
@@ -97,12 +97,12 @@ pub struct SessionStatus {
     pub state: SessionState,
     /// Why it ended.
     pub end: Option<String>,
-    /// Whether it ended as sessions do, and not by an error.
+    /// Whether it ended in an orderly way, and not by an error.
     pub orderly: Option<bool>,
     /// Whether it ended because its primary was lost: not by the receiver's end, and not by a failover.
     #[serde(default)]
     pub lost: bool,
-    /// What a failover has done or does with its checkpoint, if one was tried.
+    /// The state of a failover to its checkpoint, if one was tried.
     #[serde(default)]
     pub promotion: Option<String>,
     /// The machine type, once known.
@@ -135,43 +135,96 @@ pub struct SessionStatus {
 }
 
 impl SessionStatus {
-    pub(super) fn of(guest: &Guest, summary: Summary) -> Self {
+    /// Of a live session, or of one that has just ended.
+    pub(super) fn of(session: &LiveSession, summary: Summary) -> Self {
         let read = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
-        let counters = &guest.counters;
-        let checkpoint = guest.committed().and_then(|committed| committed.checkpoint());
-        let pool = guest.store().and_then(|store| store.pool_use());
-        let now = u64::try_from(guest.services.started.elapsed().as_nanos()).unwrap_or(u64::MAX);
-        let before = u64::try_from(guest.age_at_start.as_nanos()).unwrap_or(u64::MAX);
-        let since = now.saturating_sub(read(&counters.committed_at_ns));
-        let age = checkpoint.map(|_| since.saturating_add(before) / 1_000_000);
-        let promotion = guest.promotion();
-        let state = match (guest.end(), checkpoint) {
-            _ if *promotion == Promotion::Promoted => SessionState::Promoted,
-            (Some(SessionEnd::Recovered), _) => SessionState::Recovered,
-            (Some(_), _) => SessionState::Ended,
-            (None, None) => SessionState::Precopy,
-            (None, Some(_)) => SessionState::Protected,
-        };
-        Self {
-            session: guest.id,
-            peer: guest.peer.clone(),
-            state,
-            end: guest.end().map(ToString::to_string),
-            orderly: guest.end().map(|end| end.is_orderly()),
-            lost: guest.end().is_some_and(SessionEnd::is_loss),
-            promotion: promotion.words(),
-            machine: guest.record.get().map(|record| record.machine_type.clone()),
-            ram_bytes: guest.committed().map(|committed| committed.table().total_bytes()),
-            blocks: GuestBlock::all(guest),
-            checkpoint: checkpoint.map(|id| id.0),
-            checkpoint_age_ms: age,
+        let (counters, end) = (&session.counters, session.end());
+        let image = session.store().map(|store| &**store.committed());
+        let pool = session.store().and_then(|store| store.pool_use());
+        let own = Self {
+            end: end.map(ToString::to_string),
+            orderly: end.map(SessionEnd::is_orderly),
+            lost: end.is_some_and(SessionEnd::is_loss),
+            ram_bytes: image.map(|image| image.table().total_bytes()),
+            blocks: image.map_or_else(Vec::new, GuestBlock::all),
             last_pause_ns: read(&counters.pause_ns),
             pages: read(&counters.pages),
             zero_pages: read(&counters.zero_pages),
             bytes: read(&counters.bytes),
-            pool_bytes: pool.filter(|_| guest.end().is_none()).map(|pool| pool.bytes),
+            pool_bytes: pool.filter(|_| end.is_none()).map(|pool| pool.bytes),
             pool_slabs_in_haste: pool.map_or(0, |pool| pool.inline_growth),
-            fallbacks: guest.fallbacks().to_vec(),
+            fallbacks: session.fallbacks().to_vec(),
+            ..Self::new(session.id, &session.peer, summary)
+        };
+        let is_ended = end.is_some();
+        let own = match session.checkpoint() {
+            Some(checkpoint) => own.with(checkpoint, session.uptime()),
+            None => own,
+        };
+        let state = match (own.state, own.checkpoint) {
+            (SessionState::Promoted, _) => SessionState::Promoted,
+            _ if is_ended => SessionState::Ended,
+            (_, None) => SessionState::Precopy,
+            (_, Some(_)) => SessionState::Protected,
+        };
+        Self { state, ..own }
+    }
+
+    /// Of a session of an earlier receiver.
+    pub(super) fn recovered(checkpoint: &KeptCheckpoint, summary: Summary, uptime: Duration) -> Self {
+        let end = SessionEnd::Recovered;
+        Self {
+            state: SessionState::Recovered,
+            end: Some(end.to_string()),
+            orderly: Some(end.is_orderly()),
+            lost: end.is_loss(),
+            ram_bytes: Some(checkpoint.image.table().total_bytes()),
+            blocks: GuestBlock::all(&checkpoint.image),
+            ..Self::new(checkpoint.session, &checkpoint.peer, summary)
+        }
+        .with(checkpoint, uptime)
+    }
+
+    /// The same, with what the checkpoint is now.
+    #[must_use]
+    pub(super) fn with(self, checkpoint: &KeptCheckpoint, uptime: Duration) -> Self {
+        let (number, promotion) = (checkpoint.number(), checkpoint.promotion());
+        let age = checkpoint.age(uptime).as_millis();
+        Self {
+            state: match *promotion {
+                Promotion::Promoted => SessionState::Promoted,
+                _ => self.state,
+            },
+            promotion: promotion.words(),
+            machine: Some(checkpoint.record.machine_type.clone()),
+            checkpoint: number.map(|id| id.0),
+            checkpoint_age_ms: number.map(|_| u64::try_from(age).unwrap_or(u64::MAX)),
+            ..self
+        }
+    }
+
+    /// Of a session of which nothing is known.
+    fn new(session: u32, peer: &str, summary: Summary) -> Self {
+        Self {
+            session,
+            peer: peer.to_owned(),
+            state: SessionState::Precopy,
+            end: None,
+            orderly: None,
+            lost: false,
+            promotion: None,
+            machine: None,
+            ram_bytes: None,
+            blocks: Vec::new(),
+            checkpoint: None,
+            checkpoint_age_ms: None,
+            last_pause_ns: 0,
+            pages: 0,
+            zero_pages: 0,
+            bytes: 0,
+            pool_bytes: None,
+            pool_slabs_in_haste: 0,
+            fallbacks: Vec::new(),
             summary,
         }
     }

@@ -1,6 +1,6 @@
 //! When things happened in the current checkpoint: makes its sample (phases of the receiver's clock).
 
-use super::guest::Guest;
+use super::live_session::LiveSession;
 use crate::metrics::CheckpointSample;
 use crate::units::CheckpointId;
 use std::sync::atomic::Ordering;
@@ -15,7 +15,7 @@ struct Totals {
 }
 
 impl Totals {
-    fn of(guest: &Guest) -> Self {
+    fn of(guest: &LiveSession) -> Self {
         let read = |counter: &std::sync::atomic::AtomicU64| counter.load(Ordering::Relaxed);
         let counters = &guest.counters;
         Self {
@@ -78,22 +78,22 @@ impl Timeline {
     }
 
     /// The initial state is committed: what is counted from here on belongs to checkpoints.
-    pub(super) fn ready_sent(&mut self, guest: &Guest) {
+    pub(super) fn ready_sent(&mut self, guest: &LiveSession) {
         self.before = Totals::of(guest);
-        self.note_commit(guest, Duration::ZERO);
+        guest.note_commit(Duration::ZERO);
     }
 
     /// The checkpoint is over, but for its flush, which is not in the sample.
-    pub(super) fn loaded_sent(&mut self, guest: &Guest, checkpoint: CheckpointId) -> CheckpointSample {
+    pub(super) fn loaded_sent(&mut self, guest: &LiveSession, checkpoint: CheckpointId) -> CheckpointSample {
         let now = Instant::now();
         let totals = Totals::of(guest);
         let before = std::mem::replace(&mut self.before, totals);
         let pause = now - self.reply_sent;
-        self.note_commit(guest, pause);
+        guest.note_commit(pause);
         CheckpointSample {
             session: guest.id,
             checkpoint: checkpoint.0,
-            end: now - guest.services.started,
+            end: now - guest.services.started(),
             reply: self.reply_sent - self.requested,
             transfer: self.ram_complete - self.transfer_begins,
             vmstate: self.everything_here - self.ram_complete,
@@ -104,14 +104,5 @@ impl Timeline {
             zero_pages: totals.zero_pages - before.zero_pages,
             bytes: totals.bytes - before.bytes,
         }
-    }
-
-    fn note_commit(&self, guest: &Guest, pause: Duration) {
-        let nanoseconds = |time: Duration| u64::try_from(time.as_nanos()).unwrap_or(u64::MAX);
-        let counters = &guest.counters;
-        counters
-            .committed_at_ns
-            .store(nanoseconds(guest.services.started.elapsed()), Ordering::Relaxed);
-        counters.pause_ns.store(nanoseconds(pause), Ordering::Relaxed);
     }
 }

@@ -1,17 +1,20 @@
 //! The control thread: assembles connections to sessions, starts them, reaps them when they have ended, serves the control
 //! socket's requests and writes the measurements. No page passes through it.
 
+mod error;
 mod protocol;
 mod requests;
 mod socket;
 mod state;
 
+pub use error::RequestError;
 pub use protocol::{ClaimedCheckpoint, Request, Response};
 pub(super) use socket::{ClientEvent, PendingRequest, serve};
 
 use super::assemble::Assembler;
 use super::budget::Budget;
-use super::guest::{Guest, Services};
+use super::kept_checkpoint::KeptCheckpoint;
+use super::services::Services;
 use super::{Events, Outcome, ReceiverError, ReceiverOptions};
 use crate::host::Placement;
 use crate::metrics::Recorder;
@@ -34,13 +37,13 @@ const LOG_INTERVAL: Duration = Duration::from_secs(1);
 pub(super) struct ControlContext {
     pub(super) options: ReceiverOptions,
     pub(super) placement: Placement,
-    pub(super) services: Arc<Services>,
+    pub(super) services: Arc<dyn Services>,
     pub(super) plane: Plane,
     pub(super) budget: Arc<Budget>,
     pub(super) recorder: Recorder,
     pub(super) events: Arc<Events>,
-    /// Sessions of earlier receivers, and the first number that none of them has.
-    pub(super) recovered: (Vec<Arc<Guest>>, u32),
+    /// Checkpoints of earlier receivers, and the first session number that none of them has.
+    pub(super) recovered: (Vec<KeptCheckpoint>, u32),
 }
 
 /// What the control thread waits for, beside connections.
@@ -67,11 +70,13 @@ pub(super) async fn run(
     let mut state = ControlState {
         context,
         assembler,
-        entries: Vec::new(),
+        live: Vec::new(),
+        kept: Vec::new(),
         past: Vec::new(),
         identifying: JoinSet::new(),
         next: 1,
         ended_sessions: 0,
+        releasing: JoinSet::new(),
     };
     state.take_recovered();
     let mut tick = tokio::time::interval(TICK);
@@ -95,5 +100,5 @@ pub(super) async fn run(
     tokio::task::yield_now().await;
     listeners.iter().for_each(|listener| listener.close());
     state.end_all(&inputs.changed).await;
-    state.close()
+    state.close().await
 }

@@ -1,44 +1,43 @@
-//! What the control socket is answered: the status, dumps, and the steps of a failover.
+//! Handles clients' requests: the status, dumps, and the steps of a failover.
 
+use super::error::RequestError;
 use super::protocol::{ClaimedCheckpoint, Request, Response};
-use super::socket::{ClientEvent, PendingRequest};
-use super::state::{ControlState, SessionEntry};
+use super::socket::{ClientEvent, PendingRequest, Reply};
+use super::state::{ControlState, Kept, Live};
 use crate::net::Listener;
 use crate::receiver::dump::dump;
-use crate::receiver::guest::Guest;
-use crate::receiver::promotion::{ClientId, Promotion};
-use crate::receiver::restore::{RestoreRequest, restore};
+use crate::receiver::kept_checkpoint::KeptCheckpoint;
+use crate::receiver::promotion::{ClientId, Promotion, PromotionError};
+use crate::receiver::restore::restore;
 use crate::receiver::status::{STATUS_SCHEMA, STATUS_VERSION, SessionState, StatusReport};
 use std::rc::Rc;
 use std::sync::Arc;
-use tokio::sync::oneshot;
-
-type Reply = oneshot::Sender<Result<Response, String>>;
 
 impl ControlState {
-    pub(super) fn handle_client_event(&mut self, client_event: ClientEvent, listeners: &[Rc<Listener>]) {
-        match client_event {
-            ClientEvent::Request(asked) => self.answer(asked, listeners),
-            ClientEvent::Disconnected(by) => self
-                .entries
-                .iter()
-                .for_each(|entry| entry.guest.promotion().left(by)),
+    pub(super) fn handle_client_event(&mut self, event: ClientEvent, listeners: &[Rc<Listener>]) {
+        match event {
+            ClientEvent::Request(pending) => self.handle_request(pending, listeners),
+            ClientEvent::Disconnected(client) => {
+                for checkpoint in self.checkpoints() {
+                    checkpoint.promotion().disconnected(client);
+                }
+            }
         }
     }
 
-    fn answer(&mut self, asked: PendingRequest, listeners: &[Rc<Listener>]) {
-        let PendingRequest { by, request, reply } = asked;
-        let answer = match request {
+    /// Responds, or has a background thread respond: what waits for disks, sockets or memory is done there.
+    fn handle_request(&mut self, pending: PendingRequest, listeners: &[Rc<Listener>]) {
+        let PendingRequest { by, request, reply } = pending;
+        let response = match request {
             Request::Status => Ok(Response::Status(Box::new(self.status(listeners)))),
             Request::Discard { session } => match self.discard(session) {
-                Ok(entry) => return give_up(entry, reply, Response::Discarded { discarded: session }),
+                Ok(kept) => return release(kept, reply, Response::Discarded { discarded: session }),
                 Err(error) => Err(error),
             },
             Request::Dump { session, directory } => match self.idle(session) {
-                // It takes as long as the disk; the answer goes out from there.
-                Ok(guest) => {
+                Ok(checkpoint) => {
                     return respond_in_background(reply, move || {
-                        dump(&guest, &directory).map(Response::Dumped)
+                        Ok(Response::Dumped(dump(&checkpoint, &directory)?))
                     });
                 }
                 Err(error) => Err(error),
@@ -48,10 +47,12 @@ impl ControlState {
                 force,
                 retry,
             } => self.claim(session, by, force, retry),
-            Request::Restore(what) => match self.claimed(&what, by) {
-                Ok(guest) => {
+            Request::Restore(request) => match self.claimed(request.session, by) {
+                Ok(checkpoint) => {
+                    let live = self.live(request.session).map(|live| live.session.clone());
                     return respond_in_background(reply, move || {
-                        restore(&guest, by, &what).map(Response::Restored)
+                        let report = restore(&checkpoint, live.as_deref(), by, &request)?;
+                        Ok(Response::Restored(report))
                     });
                 }
                 Err(error) => Err(error),
@@ -61,12 +62,12 @@ impl ControlState {
                 may_have_run,
             } => self.release(session, by, may_have_run),
             Request::Promoted { session } => match self.promoted(session, by) {
-                Ok(entry) => return give_up(entry, reply, Response::Promoted { promoted: session }),
+                Ok(kept) => return release(kept, reply, Response::Promoted { promoted: session }),
                 Err(error) => Err(error),
             },
         };
-        // Whoever asked may be gone.
-        let _ = reply.send(answer);
+        // The client may have disconnected.
+        let _ = reply.send(response);
     }
 
     fn status(&self, listeners: &[Rc<Listener>]) -> StatusReport {
@@ -82,102 +83,115 @@ impl ControlState {
             ring: self.context.plane.features().map(|features| features.to_string()),
             cores: options.cores.clone(),
             placement: self.context.placement.clone(),
-            uptime_ms: u64::try_from(self.context.services.started.elapsed().as_millis()).unwrap_or(u64::MAX),
+            uptime_ms: u64::try_from(self.uptime().as_millis()).unwrap_or(u64::MAX),
             ram_held_bytes: self.context.budget.held(),
             ram_limit_bytes: self.context.budget.limit(),
-            sessions: self.entries.iter().map(|entry| self.status_of(entry)).collect(),
+            sessions: self.session_statuses(),
         }
     }
 
-    fn position(&self, session: u32) -> Result<usize, String> {
-        let position = self.entries.iter().position(|entry| entry.guest.id == session);
-        position.ok_or_else(|| self.no_session(session))
+    /// The checkpoints of all sessions that have one.
+    fn checkpoints(&self) -> impl Iterator<Item = &Arc<KeptCheckpoint>> {
+        let kept = self.kept.iter().map(|kept| &kept.checkpoint);
+        kept.chain(self.live.iter().filter_map(|live| live.session.checkpoint()))
     }
 
-    fn guest(&self, session: u32) -> Result<Arc<Guest>, String> {
-        Ok(self.entries[self.position(session)?].guest.clone())
+    fn live(&self, session: u32) -> Option<&Live> {
+        self.live.iter().find(|live| live.session.id == session)
     }
 
-    /// Why there is nothing of a session: it left no checkpoint, or it was promoted or discarded.
-    fn no_session(&self, session: u32) -> String {
-        let past = self.past.iter().find(|status| status.session == session);
-        match past {
-            Some(status) if status.state == SessionState::Promoted => format!(
-                "session {session} was promoted at checkpoint {}: its guest runs elsewhere, and nothing of it is kept here",
-                status.checkpoint.unwrap_or(0)
-            ),
-            Some(status) if status.checkpoint.is_some() => format!("session {session} was discarded"),
-            Some(status) => format!(
-                "session {session} left no checkpoint: {}",
-                status.end.as_deref().unwrap_or("it ended")
-            ),
-            None => format!("there is no session {session}; `colo-ring status` lists them"),
+    /// A session's checkpoint.
+    fn checkpoint(&self, session: u32) -> Result<&Arc<KeptCheckpoint>, RequestError> {
+        let checkpoint = self.checkpoints().find(|known| known.session == session);
+        let checkpoint = checkpoint.filter(|checkpoint| checkpoint.number().is_some());
+        checkpoint.ok_or_else(|| match self.live(session) {
+            Some(_) => RequestError::NoCheckpoint(session),
+            None => self.no_session(session),
+        })
+    }
+
+    /// Why nothing is left of a session.
+    fn no_session(&self, session: u32) -> RequestError {
+        let Some(status) = self.past.iter().find(|status| status.session == session) else {
+            return RequestError::NoSession(session);
+        };
+        match (status.state, status.checkpoint) {
+            (SessionState::Promoted, checkpoint) => RequestError::WasPromoted {
+                session,
+                checkpoint: checkpoint.unwrap_or(0),
+            },
+            (_, Some(_)) => RequestError::WasDiscarded(session),
+            (_, None) => RequestError::LeftNothing {
+                session,
+                end: status.end.clone().unwrap_or_default(),
+            },
         }
     }
 
-    /// A session that no failover is at.
-    fn idle(&self, session: u32) -> Result<Arc<Guest>, String> {
-        let guest = self.guest(session)?;
-        guest
-            .promotion()
-            .check_idle()
-            .map_err(|why| format!("session {session}: {why}"))?;
-        Ok(guest)
+    /// A session's checkpoint, of which no failover is in progress.
+    fn idle(&self, session: u32) -> Result<Arc<KeptCheckpoint>, RequestError> {
+        let checkpoint = self.checkpoint(session)?;
+        checkpoint.promotion().check_idle().map_err(of(session))?;
+        Ok(checkpoint.clone())
     }
 
-    fn discard(&mut self, session: u32) -> Result<SessionEntry, String> {
-        self.idle(session)?;
-        let position = self.position(session)?;
-        if self.entries[position].summary.is_none() {
-            return Err(format!("session {session} is running: its primary is connected"));
-        }
-        let status = self.status_of(&self.entries[position]);
-        Ok(self.forget(position, status))
+    fn discard(&mut self, session: u32) -> Result<Kept, RequestError> {
+        match self.idle(session) {
+            Err(RequestError::NoCheckpoint(_)) => return Err(RequestError::Running(session)),
+            idle => idle?,
+        };
+        self.take_kept(session).ok_or(RequestError::Running(session))
     }
 
-    fn claim(&mut self, session: u32, by: ClientId, force: bool, retry: bool) -> Result<Response, String> {
-        let entry = &self.entries[self.position(session)?];
-        let guest = &entry.guest;
-        let status = self.status_of(entry);
-        let (Some(record), Some(checkpoint)) = (guest.record.get(), status.checkpoint) else {
-            return Err(format!(
-                "session {session} is in precopy: there is nothing to resume, and its guest runs on the primary"
-            ));
+    fn claim(
+        &mut self,
+        session: u32,
+        by: ClientId,
+        force: bool,
+        retry: bool,
+    ) -> Result<Response, RequestError> {
+        let checkpoint = match self.checkpoint(session) {
+            Err(RequestError::NoCheckpoint(_)) => return Err(RequestError::Precopy(session)),
+            checkpoint => checkpoint?,
+        };
+        let status = match (self.live(session), self.kept(session)) {
+            (Some(live), _) => self.status_of(&live.session),
+            (None, kept) => kept
+                .map(|kept| self.status_of_kept(kept))
+                .ok_or(RequestError::NoSession(session))?,
         };
         let age_ms = status.checkpoint_age_ms.unwrap_or(0);
-        if guest.end().is_none() && !force {
-            return Err(format!(
-                "the primary of session {session} ({}) is connected, and its last checkpoint is {age_ms} ms old: its guest \
-                 runs there. If it is to be resumed here nevertheless, make sure that the primary is off (--fence) \
-                 and give --force, which closes the session",
-                guest.peer
-            ));
+        if status.end.is_none() && !force {
+            return Err(RequestError::Connected {
+                session,
+                peer: status.peer,
+                age_ms,
+            });
         }
-        let claimed = guest.promotion().claim(by, retry);
-        claimed.map_err(|why| format!("session {session}: {why}"))?;
+        checkpoint.promotion().claim(by, retry).map_err(of(session))?;
         Ok(Response::Claimed(ClaimedCheckpoint {
             session,
-            checkpoint,
+            checkpoint: status.checkpoint.unwrap_or(0),
             checkpoint_age_ms: age_ms,
-            peer: guest.peer.clone(),
+            peer: status.peer,
             end: status.end,
-            machine: record.machine_type.clone(),
+            machine: checkpoint.record.machine_type.clone(),
             blocks: status.blocks,
         }))
     }
 
-    fn claimed(&self, request: &RestoreRequest, by: ClientId) -> Result<Arc<Guest>, String> {
-        let guest = self.guest(request.session)?;
-        guest.promotion().check_claimed(by)?;
-        Ok(guest)
+    fn claimed(&self, session: u32, by: ClientId) -> Result<Arc<KeptCheckpoint>, RequestError> {
+        let checkpoint = self.checkpoint(session)?;
+        checkpoint.promotion().check_claimed(by).map_err(of(session))?;
+        Ok(checkpoint.clone())
     }
 
-    fn release(&self, session: u32, by: ClientId, may_have_run: bool) -> Result<Response, String> {
-        let guest = self.guest(session)?;
-        let mut promotion = guest.promotion();
-        promotion.release(by, may_have_run)?;
-        if let Some(committed) = guest.committed().filter(|_| *promotion == Promotion::Here) {
-            committed.set_given(false);
+    fn release(&self, session: u32, by: ClientId, may_have_run: bool) -> Result<Response, RequestError> {
+        let checkpoint = self.checkpoint(session)?;
+        let mut promotion = checkpoint.promotion();
+        promotion.release(by, may_have_run).map_err(of(session))?;
+        if *promotion == Promotion::Here {
+            checkpoint.image.set_given(false);
         }
         Ok(Response::Released {
             released: session,
@@ -186,34 +200,37 @@ impl ControlState {
     }
 
     /// A guest runs from what was given: nothing of it may stay here.
-    fn promoted(&mut self, session: u32, by: ClientId) -> Result<SessionEntry, String> {
-        let position = self.position(session)?;
-        self.entries[position].guest.promotion().promoted(by)?;
+    fn promoted(&mut self, session: u32, by: ClientId) -> Result<Kept, RequestError> {
+        let checkpoint = self.checkpoint(session)?;
+        checkpoint.promotion().promoted(by).map_err(of(session))?;
         // It was over before the stream was written.
         self.reap_ended_sessions();
-        let position = self.position(session)?;
-        let status = self.status_of(&self.entries[position]);
-        Ok(self.forget(position, status))
+        self.take_kept(session).ok_or(RequestError::Running(session))
     }
 }
 
-/// Answers from a thread that may wait for disks and sockets.
-fn respond_in_background(reply: Reply, answer: impl FnOnce() -> Result<Response, String> + Send + 'static) {
+fn of(session: u32) -> impl Fn(PromotionError) -> RequestError {
+    move |source| RequestError::Promotion { session, source }
+}
+
+/// Responds from a thread that may wait for disks and sockets.
+fn respond_in_background(
+    reply: Reply,
+    respond: impl FnOnce() -> Result<Response, RequestError> + Send + 'static,
+) {
     tokio::task::spawn_blocking(move || {
-        // Whoever asked may be gone.
-        let _ = reply.send(answer());
+        // The client may have disconnected.
+        let _ = reply.send(respond());
     });
 }
 
-/// Gives a session's memory up, which takes seconds for a large guest; the answer says that it is done.
-fn give_up(entry: SessionEntry, reply: Reply, answer: Response) {
+/// Releases a checkpoint's memory, which takes seconds for a large guest, and responds then.
+fn release(kept: Kept, reply: Reply, response: Response) {
     respond_in_background(reply, move || {
-        // Here, and not when the last one lets go of them: who gives back a cache of it at this moment holds them a little
-        // longer, and a receiver that is killed meanwhile would leave what the answer says is gone.
-        if let Some(committed) = entry.guest.committed() {
-            committed.remove_files();
-        }
-        drop(entry);
-        Ok(answer)
+        // Removed now, and not with the last reference to the image: the thread that ends the session may hold one, and a
+        // receiver killed meanwhile would leave files of a session that the response says is gone.
+        kept.checkpoint.image.remove_files();
+        drop(kept);
+        Ok(response)
     });
 }

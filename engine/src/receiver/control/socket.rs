@@ -1,6 +1,7 @@
 //! Serves the control socket: one task a client.
 #![forbid(unsafe_code)]
 
+use super::error::RequestError;
 use super::protocol::{Request, Response};
 use crate::receiver::promotion::ClientId;
 use serde::Serialize;
@@ -15,11 +16,14 @@ const REQUEST_MAX: u64 = 64 << 10;
 /// Clients at a time; more wait to be accepted.
 const CLIENTS_MAX: usize = 16;
 
+/// Takes the response to a request.
+pub(in crate::receiver) type Reply = oneshot::Sender<Result<Response, RequestError>>;
+
 /// A request and where its response goes.
 pub(in crate::receiver) struct PendingRequest {
     pub(in crate::receiver) by: ClientId,
     pub(in crate::receiver) request: Request,
-    pub(in crate::receiver) reply: oneshot::Sender<Result<Response, String>>,
+    pub(in crate::receiver) reply: Reply,
 }
 
 /// What a client of the control socket does.
@@ -30,7 +34,7 @@ pub(in crate::receiver) enum ClientEvent {
     Disconnected(ClientId),
 }
 
-/// A line as it goes back.
+/// A response line.
 #[derive(Serialize)]
 struct Line {
     ok: bool,
@@ -40,7 +44,7 @@ struct Line {
     error: Option<String>,
 }
 
-/// Serves the socket for ever.
+/// Serves the socket until the receiver ends.
 pub(in crate::receiver) async fn serve(listener: UnixListener, ask: mpsc::Sender<ClientEvent>) {
     let places = Arc::new(Semaphore::new(CLIENTS_MAX));
     let mut last = ClientId::OWN;
@@ -54,14 +58,14 @@ pub(in crate::receiver) async fn serve(listener: UnixListener, ask: mpsc::Sender
                 last = ClientId(last.0 + 1);
                 let by = last;
                 tokio::task::spawn_local(async move {
-                    // A client that went away needs no answer.
+                    // A client that has disconnected needs no response.
                     let _ = serve_client(stream, by, &ask).await;
-                    // Without a director there is nothing left that could be claimed.
+                    // It fails when the receiver has ended: then there are no claims.
                     let _ = ask.send(ClientEvent::Disconnected(by)).await;
                     drop(place);
                 });
             }
-            // A shortage of descriptors passes.
+            // A shortage of descriptors: temporary.
             Err(_) => tokio::time::sleep(std::time::Duration::from_millis(100)).await,
         }
     }
@@ -80,14 +84,14 @@ async fn serve_client(
         if count == 0 {
             return Ok(());
         }
-        let result = match line.ends_with(b"\n") {
-            true => put(&line, by, ask).await,
-            false => Err(format!("a request is one line of at most {REQUEST_MAX} bytes")),
+        let is_whole = line.ends_with(b"\n");
+        let result = match is_whole {
+            true => ask_control(&line, by, ask).await,
+            false => Err(RequestError::TooLong(REQUEST_MAX)),
         };
-        let ended = !line.ends_with(b"\n");
         let (answer, error) = match result {
-            Ok(answer) => (Some(answer), None),
-            Err(error) => (None, Some(error)),
+            Ok(response) => (Some(response), None),
+            Err(error) => (None, Some(error.to_string())),
         };
         let mut text = serde_json::to_vec(&Line {
             ok: error.is_none(),
@@ -96,17 +100,20 @@ async fn serve_client(
         })?;
         text.push(b'\n');
         write.write_all(&text).await?;
-        if ended {
+        if !is_whole {
             return Ok(());
         }
     }
 }
 
-async fn put(line: &[u8], by: ClientId, ask: &mpsc::Sender<ClientEvent>) -> Result<Response, String> {
-    let request = serde_json::from_slice(line).map_err(|error| format!("not understood: {error}"))?;
-    let (reply, answer) = oneshot::channel();
-    let gone = || "the receiver is ending".to_owned();
-    let asked = ClientEvent::Request(PendingRequest { by, request, reply });
-    ask.send(asked).await.map_err(|_| gone())?;
-    answer.await.map_err(|_| gone())?
+async fn ask_control(
+    line: &[u8],
+    by: ClientId,
+    ask: &mpsc::Sender<ClientEvent>,
+) -> Result<Response, RequestError> {
+    let request = serde_json::from_slice(line)?;
+    let (reply, response) = oneshot::channel();
+    let pending = ClientEvent::Request(PendingRequest { by, request, reply });
+    ask.send(pending).await.map_err(|_| RequestError::Ended)?;
+    response.await.map_err(|_| RequestError::Ended)?
 }

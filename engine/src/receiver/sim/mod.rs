@@ -43,9 +43,6 @@ use std::collections::BTreeMap;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use world::World;
 
-/// Bytes of the main channel that are read before its session begins.
-const FIRST_LEN: usize = 4;
-
 /// What a run did, for the one who asks whether runs do enough.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 struct Tally {

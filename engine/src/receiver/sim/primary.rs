@@ -280,7 +280,7 @@ impl Primary {
         let mut bytes = Vec::new();
         header.encode(&mut bytes);
         // The first bytes are read before there is a session.
-        self.main(|out| out.extend_from_slice(&bytes[super::FIRST_LEN..]));
+        self.main(|out| out.extend_from_slice(&bytes[crate::receiver::identify::FIRST_LEN..]));
         if self.kind.version == Version::V11_1 {
             self.main(|out| Command::OpenReturnPath.encode(out));
             self.main(|out| Command::Ping(1).encode(out));

@@ -5,8 +5,9 @@ use super::primary::{Primary, Stage};
 use crate::metrics::CheckpointSample;
 use crate::receiver::dump;
 use crate::receiver::end::{ChannelError, SessionEnd};
-use crate::receiver::guest::Guest;
-use crate::receiver::recovery::{Described, decode, label};
+use crate::receiver::live_session::LiveSession;
+use crate::receiver::recovery::label;
+use crate::receiver::session_codec::{StoredSession, decode};
 use crate::ring::sim::{Network, Wire};
 use crate::session;
 use crate::store::{Recoverable, RecoverableCheckpoint};
@@ -18,7 +19,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 pub(super) struct SimSession {
-    pub(super) guest: Arc<Guest>,
+    pub(super) guest: Arc<LiveSession>,
     pub(super) primary: Primary,
     /// The other ends of the descriptors; the main channel's first.
     pub(super) peers: Vec<OwnedFd>,
@@ -61,7 +62,7 @@ impl Intruder {
 
 impl SimSession {
     pub(super) fn new(
-        guest: Arc<Guest>,
+        guest: Arc<LiveSession>,
         primary: Primary,
         peers: Vec<OwnedFd>,
         wires: std::ops::Range<usize>,
@@ -157,8 +158,8 @@ impl SimSession {
     pub(super) fn recover(&self) -> Result<(), String> {
         let held = self
             .guest
-            .committed()
-            .and_then(|committed| committed.checkpoint_view());
+            .checkpoint()
+            .and_then(|checkpoint| checkpoint.image.checkpoint_view());
         match (self.committed.checked_sub(1), held) {
             (None, None) => Ok(()),
             (Some(state), Some(held)) if held.checkpoint().0 == state as u64 => {
@@ -190,7 +191,7 @@ impl SimSession {
                 };
             }
         };
-        let Described { peer, record } = decode(left.session())?;
+        let StoredSession { peer, record } = decode(left.session()).map_err(|error| error.to_string())?;
         let committed = left
             .recover(record.blocks.clone())
             .map_err(|error| error.to_string())?;
@@ -202,7 +203,12 @@ impl SimSession {
                 self.committed
             ));
         }
-        if peer != self.guest.peer || self.guest.record.get().is_none_or(|known| **known != record) {
+        if peer != self.guest.peer
+            || self
+                .guest
+                .checkpoint()
+                .is_none_or(|known| *known.record != record)
+        {
             return Err("what is found is of another session".to_owned());
         }
         let state = usize::try_from(state).expect("few");
@@ -289,7 +295,8 @@ impl SimSession {
 
     /// Dumps the committed checkpoint and compares the files.
     pub(super) fn dump(&self, directory: &Path) -> Result<(), String> {
-        let dumped = dump::dump(&self.guest, directory)?;
+        let checkpoint = self.guest.checkpoint().ok_or("nothing to dump")?;
+        let dumped = dump::dump(checkpoint, directory).map_err(|error| error.to_string())?;
         let snapshot = &self.primary.snapshots[self.committed - 1];
         if dumped.checkpoint != self.committed as u64 - 1 {
             return Err(format!("a dump of checkpoint {}", dumped.checkpoint));

@@ -11,11 +11,12 @@ use super::rng::Rng;
 use super::session::SimSession;
 use crate::killpoint;
 use crate::receiver::budget::Budget;
-use crate::receiver::guest::Services;
+use crate::receiver::guest_memory::Budgets;
+use crate::receiver::services::Services;
 use crate::ring::sim::{Net, Network, Registered, SimCore, StreamEnd};
 use crate::ring::{OffloadThreshold, ReceiveStyle};
 use faults::{FAULTS, Fault};
-use services::{Job, LASTING_STORES, STORES, services};
+use services::{Jobs, LASTING_STORES, STORES, SimServices, services};
 use std::sync::{Arc, Mutex, PoisonError};
 
 /// Steps after which a run has gone astray: none came near.
@@ -47,10 +48,10 @@ pub(super) struct World {
     /// Each core stands for a thread that drives one connection.
     is_threads: bool,
     sessions: Vec<SimSession>,
-    services: Arc<Services>,
-    /// What is to be done apart: guests' memory to be made.
-    jobs: Arc<Mutex<Vec<Job>>>,
-    budgets: [Arc<Budget>; 2],
+    services: Arc<SimServices>,
+    /// Background work: guests' memory to be made, pools to be resized.
+    jobs: Jobs,
+    budgets: Budgets,
     /// ControlInputs whose bytes wait for now.
     stalled: Vec<bool>,
     /// Steps before which something is done to a session.
@@ -66,6 +67,10 @@ pub(super) struct World {
     flush_looks: usize,
     /// Most bytes that arrive, or are received, in one step.
     piece_bytes: usize,
+}
+
+fn ignore_warnings() -> Arc<dyn Fn(String) + Send + Sync> {
+    Arc::new(|_| {})
 }
 
 impl Drop for World {
@@ -101,8 +106,10 @@ impl World {
         let (pages_max, piece_bytes) = rng.pick(&SIZES);
         let no_memory = rng.one_in(20);
         let ram = if no_memory { 4095 } else { 1 << 30 };
-        let budgets = [("ram", ram), ("device state", 1 << 30)];
-        let budgets = budgets.map(|(name, bytes)| Arc::new(Budget::new(bytes, name)));
+        let budgets = Budgets {
+            ram: Arc::new(Budget::new(ram, "ram")),
+            device_states: Arc::new(Budget::new(1 << 30, "device state")),
+        };
         let death = is_mortal.then(|| Death::new(rng.next()));
         let store = match death {
             None => rng.pick(&STORES),
@@ -111,7 +118,7 @@ impl World {
         let ram_dir = death.as_ref().map(|death| death.directory().to_owned());
         let services = services(rng, store, ram_dir, cores, &jobs, &budgets);
         let mut world = Self {
-            cores: SimCore::all(&net, cores, &services.warn).expect("eventfds"),
+            cores: SimCore::all(&net, cores, &ignore_warnings()).expect("eventfds"),
             stalled: vec![false; connections],
             faults: Vec::new(),
             dump_at: rng.one_in(16).then(|| rng.any_size(STEPS_USUAL) as u64),
@@ -212,7 +219,7 @@ impl World {
         if held != (0, 0, 0) {
             return Err(format!("{held:?} receives, completions and buffers are left"));
         }
-        for budget in &self.budgets {
+        for budget in [&self.budgets.ram, &self.budgets.device_states] {
             if budget.held() > 0 {
                 return Err(format!(
                     "{} bytes of a budget are never given back",
@@ -241,7 +248,7 @@ impl World {
             return Ok(false);
         }
         self.tally.steps += 1;
-        while let Some(sample) = self.services.samples.pop() {
+        while let Some(sample) = self.services.samples().pop() {
             self.sessions[usize::try_from(sample.session).expect("few")].measured(&sample)?;
         }
         for session in &mut self.sessions {

@@ -231,7 +231,8 @@ impl Contestant {
 }
 
 fn status(receiver: &Receiver) -> Result<StatusReport, CommandError> {
-    match receiver.ask(Request::Status).map_err(CommandError::Failed)? {
+    let status = receiver.ask(Request::Status);
+    match status.map_err(|error| CommandError::Failed(error.to_string()))? {
         Response::Status(status) => Ok(*status),
         other => Err(CommandError::Failed(format!(
             "the receiver answered {other:?} to a question for its status"

@@ -1,10 +1,11 @@
-//! What the guests' parts are given to work with, without a thread.
+//! The services of simulated sessions.
 
 use super::super::rng::Rng;
+use crate::blocks::BlockTable;
 use crate::metrics::SampleQueue;
-use crate::receiver::budget::Budget;
-use crate::receiver::guest::{MakeStore, Memory, Services};
+use crate::receiver::guest_memory::{Budgets, GuestMemory, MemoryError};
 use crate::receiver::recovery::label;
+use crate::receiver::services::{Services, Work};
 use crate::store::{
     CacheKind, CommitMode, CopyMethod, FlushSizes, Flusher, Granularity, HugePages, Store, StoreOptions,
 };
@@ -26,8 +27,19 @@ pub(super) const STORES: [(CacheKind, CommitMode); 6] = [
 /// Those whose checkpoints outlive the receiver, with a RAM directory.
 pub(super) const LASTING_STORES: [(CacheKind, CommitMode); 2] = [STORES[2], STORES[3]];
 
-/// Something that is to be done apart.
-pub(super) type Job = Box<dyn FnOnce() + Send>;
+/// Background work that is waiting.
+pub(super) type Jobs = Arc<Mutex<Vec<Work>>>;
+
+/// Services without a thread and without a clock.
+pub(super) struct SimServices {
+    started: Instant,
+    samples: SampleQueue,
+    flusher: Arc<Flusher>,
+    store: StoreOptions,
+    granularity: Granularity,
+    budgets: Budgets,
+    jobs: Jobs,
+}
 
 /// Makes them, for guests with memory of that kind.
 pub(super) fn services(
@@ -35,9 +47,9 @@ pub(super) fn services(
     (cache, commit): (CacheKind, CommitMode),
     ram_dir: Option<PathBuf>,
     shards: usize,
-    jobs: &Arc<Mutex<Vec<Job>>>,
-    budgets: &[Arc<Budget>; 2],
-) -> Arc<Services> {
+    jobs: &Jobs,
+    budgets: &Budgets,
+) -> Arc<SimServices> {
     let options = StoreOptions {
         hugepages: HugePages::Off,
         ram_dir,
@@ -52,7 +64,7 @@ pub(super) fn services(
         running_guest: None,
     };
     let method = rng.pick(&[CopyMethod::NonTemporal, CopyMethod::Memcpy]);
-    let grain = Granularity {
+    let granularity = Granularity {
         mirror_slab_pages: rng.pick(&[16, 64, 256]),
         pool_slab_extents: Some(rng.pick(&[1, 2, 5])),
         area_bytes: 4096,
@@ -61,34 +73,49 @@ pub(super) fn services(
             step_words: 1,
         },
     };
-    let jobs = jobs.clone();
-    Arc::new(Services {
+    Arc::new(SimServices {
         started: Instant::now(),
-        samples: Arc::new(SampleQueue::with_capacity(4)),
+        samples: SampleQueue::with_capacity(4),
         flusher: Arc::new(Flusher::new(method, 0, &[]).expect("no helpers, no error")),
-        make_store: store_maker(options, grain, budgets.clone()),
-        run_in_background: Arc::new(move |job| {
-            jobs.lock().unwrap_or_else(PoisonError::into_inner).push(job);
-            Ok(())
-        }),
-        notify: Arc::new(|| {}),
-        warn: Arc::new(|_| {}),
+        store: options,
+        granularity,
+        budgets: budgets.clone(),
+        jobs: jobs.clone(),
     })
 }
 
-fn store_maker(options: StoreOptions, grain: Granularity, budgets: [Arc<Budget>; 2]) -> Arc<MakeStore> {
-    Arc::new(move |guest, table| {
-        let [ram, device_state] = &budgets;
-        let ram = ram.take(table.total_bytes())?;
-        let device_state = device_state.take(0)?;
-        let made = Store::with_granularity(table, &label(guest.id), &options, grain);
-        let (store, _) = made.map_err(|error| error.to_string())?;
-        Ok(Memory {
-            committed: store.committed().clone(),
-            store: Some(Arc::new(store)),
-            _ram: ram,
-            device_state,
+impl Services for SimServices {
+    fn started(&self) -> Instant {
+        self.started
+    }
+
+    fn samples(&self) -> &SampleQueue {
+        &self.samples
+    }
+
+    fn flusher(&self) -> &Arc<Flusher> {
+        &self.flusher
+    }
+
+    fn make_memory(&self, session: u32, table: Arc<BlockTable>) -> Result<GuestMemory, MemoryError> {
+        let leases = self.budgets.take(table.total_bytes(), 0)?;
+        let (store, _) = Store::with_granularity(table, &label(session), &self.store, self.granularity)?;
+        Ok(GuestMemory {
+            store: Arc::new(store),
+            leases,
             fallbacks: Vec::new(),
         })
-    })
+    }
+
+    fn run_in_background(&self, work: Work) -> std::io::Result<()> {
+        self.jobs
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .push(work);
+        Ok(())
+    }
+
+    fn notify_control(&self) {}
+
+    fn warn(&self, _text: String) {}
 }

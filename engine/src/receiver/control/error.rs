@@ -1,0 +1,83 @@
+//! Why a request to the receiver fails.
+#![forbid(unsafe_code)]
+
+use crate::receiver::dump::DumpError;
+use crate::receiver::promotion::PromotionError;
+use crate::receiver::restore::RestoreError;
+use thiserror::Error;
+
+/// Why a request fails. Its text is the `error` of a response.
+#[derive(Debug, Error)]
+pub enum RequestError {
+    /// It is no request.
+    #[error("not understood: {0}")]
+    Syntax(#[from] serde_json::Error),
+    /// It has no end.
+    #[error("a request is one line of at most {0} bytes")]
+    TooLong(u64),
+    /// The receiver answers no more.
+    #[error("the receiver has ended")]
+    Ended,
+    /// No session has had that number.
+    #[error("there is no session {0}; `colo-ring status` lists them")]
+    NoSession(u32),
+    /// The session's guest runs elsewhere.
+    #[error(
+        "session {session} was promoted at checkpoint {checkpoint}: its guest runs elsewhere, and nothing of it is \
+         kept here"
+    )]
+    WasPromoted {
+        /// The session.
+        session: u32,
+        /// Its last checkpoint.
+        checkpoint: u64,
+    },
+    /// The session's checkpoint was discarded.
+    #[error("session {0} was discarded")]
+    WasDiscarded(u32),
+    /// The session has ended before its first checkpoint.
+    #[error("session {session} left no checkpoint: {end}")]
+    LeftNothing {
+        /// The session.
+        session: u32,
+        /// Why it ended.
+        end: String,
+    },
+    /// The session has no checkpoint yet.
+    #[error("session {0} has no committed checkpoint yet")]
+    NoCheckpoint(u32),
+    /// The session has no checkpoint to resume yet.
+    #[error("session {0} is in precopy: there is nothing to resume, and its guest runs on the primary")]
+    Precopy(u32),
+    /// The session is live.
+    #[error("session {0} is running: its primary is connected")]
+    Running(u32),
+    /// The session is live, and so is its guest.
+    #[error(
+        "the primary of session {session} ({peer}) is connected, and its last checkpoint is {age_ms} ms old: its guest \
+         runs there. If it is to be resumed here nevertheless, make sure that the primary is off (--fence) and give \
+         --force, which closes the session"
+    )]
+    Connected {
+        /// The session.
+        session: u32,
+        /// Where its primary is.
+        peer: String,
+        /// The age of its checkpoint in milliseconds.
+        age_ms: u64,
+    },
+    /// Its checkpoint's promotion does not allow it.
+    #[error("session {session}: {source}")]
+    Promotion {
+        /// The session.
+        session: u32,
+        /// Why not.
+        source: PromotionError,
+    },
+    /// A dump failed.
+    #[error(transparent)]
+    Dump(#[from] DumpError),
+    /// A restore failed.
+    #[error(transparent)]
+    Restore(#[from] RestoreError),
+}

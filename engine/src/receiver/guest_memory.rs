@@ -1,0 +1,72 @@
+//! A guest's memory and its share of the receiver's limits.
+#![forbid(unsafe_code)]
+
+use super::budget::{Budget, BudgetError, Lease};
+use crate::store::{Store, StoreError};
+use std::sync::Arc;
+use thiserror::Error;
+
+/// Why a guest has no memory, or not enough.
+#[derive(Debug, Error)]
+pub enum MemoryError {
+    /// A limit over all guests is reached.
+    #[error(transparent)]
+    Budget(#[from] BudgetError),
+    /// The host does not provide it.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    /// There is no thread to make it on.
+    #[error("cannot start a thread: {0}")]
+    Thread(std::io::Error),
+    /// Making it failed unexpectedly.
+    #[error("the thread that made it panicked")]
+    Panicked,
+}
+
+/// A guest's memory.
+pub(super) struct GuestMemory {
+    pub(super) store: Arc<Store>,
+    pub(super) leases: Arc<MemoryLeases>,
+    /// Steps down from what was asked for: each says what and why.
+    pub(super) fallbacks: Vec<String>,
+}
+
+/// The limits over all guests.
+#[derive(Clone)]
+pub(super) struct Budgets {
+    pub(super) ram: Arc<Budget>,
+    pub(super) device_states: Arc<Budget>,
+}
+
+/// A guest's parts of the limits, held as long as its session or its checkpoint exists.
+pub(super) struct MemoryLeases {
+    _ram: Lease,
+    device_state: Lease,
+}
+
+impl Budgets {
+    /// Takes a guest's parts.
+    ///
+    /// # Errors
+    /// If one of the limits does not allow it.
+    pub(super) fn take(
+        &self,
+        ram_bytes: u64,
+        device_state_bytes: u64,
+    ) -> Result<Arc<MemoryLeases>, BudgetError> {
+        Ok(Arc::new(MemoryLeases {
+            _ram: self.ram.take(ram_bytes)?,
+            device_state: self.device_states.take(device_state_bytes)?,
+        }))
+    }
+}
+
+impl MemoryLeases {
+    /// Takes more for the device state.
+    ///
+    /// # Errors
+    /// If the limit does not allow it.
+    pub(super) fn grow_device_state(&self, bytes: u64) -> Result<(), BudgetError> {
+        self.device_state.grow(bytes)
+    }
+}

@@ -1,0 +1,80 @@
+//! A session's last committed checkpoint, which outlives the session: what dump, failover, discard and status work on.
+//!
+//! A session makes it with its first commit and commits to its image until it ends. A session of an earlier receiver is
+//! recovered as a kept checkpoint alone.
+#![forbid(unsafe_code)]
+
+use super::guest_memory::MemoryLeases;
+use super::promotion::Promotion;
+use crate::session::SessionRecord;
+use crate::store::CommittedImage;
+use crate::units::CheckpointId;
+use std::sync::atomic::{AtomicI64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+/// See the module.
+pub(super) struct KeptCheckpoint {
+    /// Its session's number.
+    pub(super) session: u32,
+    /// Where the primary is or was.
+    pub(super) peer: String,
+    pub(super) image: Arc<CommittedImage>,
+    pub(super) record: Arc<SessionRecord>,
+    promotion: Mutex<Promotion>,
+    /// Nanoseconds from the receiver's start to the last commit; negative for an earlier receiver's.
+    committed_at_ns: AtomicI64,
+    _leases: Arc<MemoryLeases>,
+}
+
+impl KeptCheckpoint {
+    /// The checkpoint of `image`, in a receiver that started so long ago.
+    pub(super) fn new(
+        session: u32,
+        peer: String,
+        image: Arc<CommittedImage>,
+        record: Arc<SessionRecord>,
+        leases: Arc<MemoryLeases>,
+        uptime: Duration,
+    ) -> Self {
+        let kept = Self {
+            session,
+            peer,
+            image,
+            record,
+            promotion: Mutex::default(),
+            committed_at_ns: AtomicI64::new(0),
+            _leases: leases,
+        };
+        kept.committed_at(uptime, Duration::ZERO);
+        kept
+    }
+
+    /// It was committed `age` ago.
+    pub(super) fn committed_at(&self, uptime: Duration, age: Duration) {
+        let at = nanoseconds(uptime).saturating_sub(nanoseconds(age));
+        self.committed_at_ns.store(at, Ordering::Relaxed);
+    }
+
+    /// How long ago it was committed.
+    pub(super) fn age(&self, uptime: Duration) -> Duration {
+        let at = self.committed_at_ns.load(Ordering::Relaxed);
+        let age = nanoseconds(uptime).saturating_sub(at);
+        Duration::from_nanos(u64::try_from(age).unwrap_or(0))
+    }
+
+    /// The checkpoint's number; none if there is no whole one: before the first commit has returned, or after one that
+    /// panicked.
+    pub(super) fn number(&self) -> Option<CheckpointId> {
+        self.image.checkpoint()
+    }
+
+    /// The state of its promotion, locked.
+    pub(super) fn promotion(&self) -> MutexGuard<'_, Promotion> {
+        self.promotion.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+fn nanoseconds(time: Duration) -> i64 {
+    i64::try_from(time.as_nanos()).unwrap_or(i64::MAX)
+}

@@ -1,0 +1,246 @@
+//! A session while its primary is connected: what its main channel, its multifd channels and the control thread share.
+//!
+//! It ends once, for one reason: the thread that finds the reason records it, shuts all sockets down and wakes all drivers.
+//! Its connections and presences then leave one by one. After the last one, nothing writes to the guest's memory any more, and the control
+//! thread may drop what was not committed.
+
+use super::budget::BudgetError;
+use super::end::SessionEnd;
+use super::guest_memory::{GuestMemory, MemoryError};
+use super::kept_checkpoint::KeptCheckpoint;
+use super::services::Services;
+use crate::ring::Waker;
+use crate::session::{Rendezvous, SessionRecord};
+use crate::store::Store;
+use crate::units::ChannelId;
+use nix::sys::socket::{Shutdown, shutdown};
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, OnceLock};
+use std::time::Duration;
+
+/// The socket of a channel, and what wakes its driver.
+pub(super) struct ChannelSocket {
+    pub(super) socket: OwnedFd,
+    pub(super) waker: Waker,
+}
+
+/// Counters for the status; written at syncs and commits, never per packet.
+#[derive(Debug, Default)]
+pub(super) struct Counters {
+    /// Pages received with content.
+    pub(super) pages: AtomicU64,
+    /// Pages received as zero.
+    pub(super) zero_pages: AtomicU64,
+    /// Bytes received on all channels.
+    pub(super) bytes: AtomicU64,
+    /// The last checkpoint's pause in nanoseconds.
+    pub(super) pause_ns: AtomicU64,
+}
+
+/// See the module.
+pub(super) struct LiveSession {
+    pub(super) id: u32,
+    /// Where its main channel comes from.
+    pub(super) peer: String,
+    pub(super) services: Arc<dyn Services>,
+    pub(super) rendezvous: Rendezvous,
+    pub(super) counters: Counters,
+    /// The main channel's position while the device state looks as if its vmdesc were suppressed; else 0.
+    pub(super) suppressed_at: AtomicU64,
+    /// Whether its block list has arrived.
+    pub(super) memory_asked: AtomicBool,
+    /// Whether a background thread resizes its pool.
+    pub(super) growing: AtomicBool,
+    main: ChannelSocket,
+    channels: Vec<ChannelSocket>,
+    /// Cores that help, beside that of the main channel.
+    helpers: Vec<Waker>,
+    memory: OnceLock<GuestMemory>,
+    /// Set just before the first commit.
+    checkpoint: OnceLock<Arc<KeptCheckpoint>>,
+    end: OnceLock<SessionEnd>,
+    channel_lost: AtomicBool,
+    /// Connections, and cores that it is present on, that have not left.
+    parts: AtomicUsize,
+}
+
+impl LiveSession {
+    /// A session that is about to begin. `channels` are in the order of their ids. The guest is present on the core
+    /// of the main channel and on those of the `helpers`.
+    pub(super) fn new(
+        id: u32,
+        peer: String,
+        services: Arc<dyn Services>,
+        main: ChannelSocket,
+        channels: Vec<ChannelSocket>,
+        helpers: Vec<Waker>,
+    ) -> Arc<Self> {
+        let count = u8::try_from(channels.len()).expect("a session has at most 255 channels");
+        Arc::new(Self {
+            id,
+            peer,
+            services,
+            rendezvous: Rendezvous::new(count),
+            counters: Counters::default(),
+            suppressed_at: AtomicU64::new(0),
+            parts: AtomicUsize::new(1 + channels.len() + 1 + helpers.len()),
+            memory_asked: AtomicBool::new(false),
+            growing: AtomicBool::new(false),
+            main,
+            channels,
+            helpers,
+            memory: OnceLock::new(),
+            checkpoint: OnceLock::new(),
+            end: OnceLock::new(),
+            channel_lost: AtomicBool::new(false),
+        })
+    }
+
+    pub(super) fn main_fd(&self) -> RawFd {
+        self.main.socket.as_raw_fd()
+    }
+
+    pub(super) fn channel_fd(&self, channel: ChannelId) -> RawFd {
+        self.channels[usize::from(channel.0)].socket.as_raw_fd()
+    }
+
+    /// What it receives into, once the guest's memory is made.
+    pub(super) fn store(&self) -> Option<&Arc<Store>> {
+        self.memory.get().map(|memory| &memory.store)
+    }
+
+    /// Steps down from the options of the guest's memory.
+    pub(super) fn fallbacks(&self) -> &[String] {
+        self.memory.get().map_or(&[], |memory| &memory.fallbacks)
+    }
+
+    /// What will outlive it, from its first commit on.
+    pub(super) fn checkpoint(&self) -> Option<&Arc<KeptCheckpoint>> {
+        self.checkpoint.get()
+    }
+
+    /// A checkpoint is about to be committed, of a session that `record` describes. Returns whether it is the first.
+    pub(super) fn keep_checkpoint(&self, record: &Arc<SessionRecord>) -> bool {
+        let Some(memory) = self.memory.get().filter(|_| self.checkpoint.get().is_none()) else {
+            return false;
+        };
+        let kept = KeptCheckpoint::new(
+            self.id,
+            self.peer.clone(),
+            memory.store.committed().clone(),
+            record.clone(),
+            memory.leases.clone(),
+            self.uptime(),
+        );
+        self.checkpoint.set(Arc::new(kept)).is_ok()
+    }
+
+    /// A checkpoint was acknowledged, after such a pause.
+    pub(super) fn note_commit(&self, pause: Duration) {
+        let pause_ns = u64::try_from(pause.as_nanos()).unwrap_or(u64::MAX);
+        self.counters.pause_ns.store(pause_ns, Ordering::Relaxed);
+        if let Some(checkpoint) = self.checkpoint.get() {
+            checkpoint.committed_at(self.uptime(), Duration::ZERO);
+        }
+    }
+
+    /// Since the receiver's start.
+    pub(super) fn uptime(&self) -> Duration {
+        self.services.started().elapsed()
+    }
+
+    /// Takes more of the budget for this guest's device state.
+    pub(super) fn grow_device_state(&self, bytes: u64) -> Result<(), BudgetError> {
+        self.memory
+            .get()
+            .map_or(Ok(()), |memory| memory.leases.grow_device_state(bytes))
+    }
+
+    /// Hands the memory over and wakes the main channel, which waits for it.
+    pub(super) fn memory_made(&self, made: Result<GuestMemory, MemoryError>) {
+        match made {
+            Err(error) => self.finish(SessionEnd::NoMemory(error)),
+            Ok(memory) => {
+                // The main channel waits for a flush before it answers a request, and a dump may do the last part of it.
+                let main = self.main.waker.clone();
+                memory.store.on_flushed(move || main.wake());
+                // Set once: only the one block list of a session asks for memory.
+                let _ = self.memory.set(memory);
+                self.wake_all();
+            }
+        }
+    }
+
+    /// Wakes the main channel's driver: all channels have arrived at a sync.
+    pub(super) fn wake_main(&self) {
+        self.main.waker.wake();
+    }
+
+    /// Wakes the drivers of all channels, each once: the channels were released.
+    pub(super) fn wake_channels(&self) {
+        for (position, channel) in self.channels.iter().enumerate() {
+            if !self.channels[..position]
+                .iter()
+                .any(|before| before.waker.same(&channel.waker))
+            {
+                channel.waker.wake();
+            }
+        }
+    }
+
+    /// Wakes the cores that help: a primary waits for a flush.
+    pub(super) fn wake_helpers(&self) {
+        self.helpers.iter().for_each(Waker::wake);
+    }
+
+    fn wake_all(&self) {
+        self.wake_main();
+        self.wake_channels();
+        self.wake_helpers();
+    }
+
+    /// Ends the session. The first reason stays.
+    pub(super) fn finish(&self, end: SessionEnd) {
+        if self.end.set(end).is_err() {
+            return;
+        }
+        for connection in self.channels.iter().chain([&self.main]) {
+            // It fails only where the peer has closed already.
+            let _ = shutdown(connection.socket.as_raw_fd(), Shutdown::Both);
+        }
+        self.wake_all();
+        self.services.notify_control();
+    }
+
+    /// Why the session has ended.
+    pub(super) fn end(&self) -> Option<&SessionEnd> {
+        self.end.get()
+    }
+
+    /// A multifd channel's stream ended. The main channel may still hold what completes a checkpoint, so it is
+    /// read to its end, and that end decides (spec §14.1).
+    pub(super) fn channel_ended(&self) {
+        self.channel_lost.store(true, Ordering::Release);
+        // On Linux what has arrived can still be read after this; then comes the end of the stream.
+        let _ = shutdown(self.main_fd(), Shutdown::Read);
+        self.wake_main();
+    }
+
+    /// Whether a multifd channel's stream has ended: a sync that is not complete will never be.
+    pub(super) fn is_channel_lost(&self) -> bool {
+        self.channel_lost.load(Ordering::Acquire)
+    }
+
+    /// A connection or a presence is gone.
+    pub(super) fn leave(&self) {
+        if self.parts.fetch_sub(1, Ordering::AcqRel) == 1 {
+            self.services.notify_control();
+        }
+    }
+
+    /// Whether all connections and presences are gone: nothing is received any more.
+    pub(super) fn is_over(&self) -> bool {
+        self.parts.load(Ordering::Acquire) == 0
+    }
+}

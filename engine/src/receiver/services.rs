@@ -1,0 +1,42 @@
+//! What a session uses of the receiver around it.
+
+use super::guest_memory::{GuestMemory, MemoryError};
+use crate::blocks::BlockTable;
+use crate::metrics::SampleQueue;
+use crate::store::Flusher;
+use std::io;
+use std::sync::Arc;
+use std::time::Instant;
+
+/// Work that takes milliseconds to seconds.
+pub(super) type Work = Box<dyn FnOnce() + Send>;
+
+/// The receiver as its sessions see it. None of this is called per packet.
+pub(super) trait Services: Send + Sync {
+    /// The receiver's start: the zero of its times.
+    fn started(&self) -> Instant;
+
+    /// Takes measurements of checkpoints.
+    fn samples(&self) -> &SampleQueue;
+
+    /// Flushes the checkpoints of all guests.
+    fn flusher(&self) -> &Arc<Flusher>;
+
+    /// Makes the memory of a session's guest. Called once a session, in the background.
+    ///
+    /// # Errors
+    /// If a limit of the receiver or of the host does not allow it.
+    fn make_memory(&self, session: u32, table: Arc<BlockTable>) -> Result<GuestMemory, MemoryError>;
+
+    /// Does work on another thread.
+    ///
+    /// # Errors
+    /// If there is no thread for it.
+    fn run_in_background(&self, work: Work) -> io::Result<()>;
+
+    /// Makes the control thread look at its sessions: one of them has changed.
+    fn notify_control(&self);
+
+    /// Warns the operator.
+    fn warn(&self, text: String);
+}

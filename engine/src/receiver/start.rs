@@ -1,0 +1,176 @@
+//! Starts what a receiver is made of: data plane, flush threads, measurements, recovered checkpoints.
+
+use super::budget::Budget;
+use super::control::ControlContext;
+use super::guest_memory::{Budgets, GuestMemory, MemoryError};
+use super::recovery::{label, recover_all};
+use super::services::{Services, Work};
+use super::{Event, Events, ReceiverError, ReceiverOptions};
+use crate::blocks::BlockTable;
+use crate::host::{Machine, Placement};
+use crate::metrics::{Recorder, RunDescription, SampleQueue};
+use crate::ring::{BackendKind, Plane, PlaneError, PlaneOptions};
+use crate::store::{CopyMethod, Flusher, Store, StoreOptions};
+use std::sync::Arc;
+use std::time::{Instant, SystemTime};
+use tokio::sync::Notify;
+
+/// Starts the data plane; where io_uring is unavailable, with epoll instead, and warns.
+fn start_plane(options: &mut ReceiverOptions, events: &Arc<Events>) -> Result<Plane, PlaneError> {
+    let start = |backend| {
+        let (cores, registered) = (options.cores.clone(), options.registered);
+        let events = events.clone();
+        Plane::start(
+            PlaneOptions {
+                backend,
+                cores,
+                registered,
+            },
+            move |text| events(Event::Warning(text)),
+        )
+    };
+    let plane = match start(options.backend) {
+        Err(
+            error @ PlaneError::Backend {
+                backend: BackendKind::Uring,
+                ..
+            },
+        ) => {
+            events(Event::Warning(format!("{error}; receiving with epoll instead")));
+            start(BackendKind::Epoll)?
+        }
+        other => other?,
+    };
+    options.backend = plane.options().backend;
+    if options.registered && plane.features().is_some_and(|features| !features.registered) {
+        events(Event::Warning(
+            "this kernel's io_uring has no sparse table of registered buffers (Linux 5.19); pages are received \
+             without them"
+                .into(),
+        ));
+    }
+    Ok(plane)
+}
+
+/// Starts everything but the control thread.
+///
+/// # Errors
+/// See [`ReceiverError`]; nothing is left running then.
+pub(super) fn make_context(
+    mut options: ReceiverOptions,
+    placement: Placement,
+    events: Arc<Events>,
+    changed: &Arc<Notify>,
+) -> Result<ControlContext, ReceiverError> {
+    let flusher = match options.backend {
+        // The baseline flushes as QEMU does: one thread, memcpy.
+        BackendKind::Threads => Flusher::new(CopyMethod::Memcpy, 0, &[]),
+        BackendKind::Uring | BackendKind::Epoll => {
+            let cores = options.cores.get(1..).unwrap_or(&[]);
+            Flusher::new(CopyMethod::NonTemporal, cores.len(), cores)
+        }
+    }?;
+    let budgets = Budgets {
+        ram: Arc::new(Budget::new(options.ram_limit_bytes, "--ram-limit")),
+        device_states: Arc::new(Budget::new(DEVICE_STATES_MAX, "device state")),
+    };
+    let run = RunDescription {
+        started: SystemTime::now(),
+        options: options.described.clone(),
+        machine: Machine::read(),
+    };
+    let recorder = Recorder::start(options.hist.as_deref(), run)?;
+    let services: Arc<dyn Services> = Arc::new(ReceiverServices {
+        started: Instant::now(),
+        samples: SampleQueue::new(),
+        flusher: Arc::new(flusher),
+        store: store_options(&options, &placement),
+        budgets: budgets.clone(),
+        changed: changed.clone(),
+        events: events.clone(),
+    });
+    let recovered = match &options.store.ram_dir {
+        Some(directory) => recover_all(directory, services.started(), &budgets, &*events),
+        None => (Vec::new(), 1),
+    };
+    // Last: its threads would not end if something else failed after it.
+    let plane = start_plane(&mut options, &events)?;
+    Ok(ControlContext {
+        options,
+        placement,
+        services,
+        plane,
+        budget: budgets.ram,
+        recorder,
+        events,
+        recovered,
+    })
+}
+
+/// Most device state to hold over all guests, in bytes: two of the largest possible, each with the buffer for the next.
+const DEVICE_STATES_MAX: u64 = 4 * crate::wire::limits::VMSTATE_MAX;
+
+/// How guests' memory is made.
+fn store_options(options: &ReceiverOptions, placement: &Placement) -> StoreOptions {
+    let mut store = options.store.clone();
+    store.shards = match options.backend {
+        BackendKind::Threads => usize::from(options.channels) + 1,
+        BackendKind::Uring | BackendKind::Epoll => options.cores.len(),
+    };
+    // Threads of the baseline run on any of the cores: their memory is spread evenly.
+    let nodes = placement.memory_nodes();
+    store.nodes = nodes.iter().copied().cycle().take(store.shards).collect();
+    store
+}
+
+/// What a receiver does for its sessions.
+struct ReceiverServices {
+    started: Instant,
+    samples: SampleQueue,
+    flusher: Arc<Flusher>,
+    store: StoreOptions,
+    budgets: Budgets,
+    changed: Arc<Notify>,
+    events: Arc<Events>,
+}
+
+impl Services for ReceiverServices {
+    fn started(&self) -> Instant {
+        self.started
+    }
+
+    fn samples(&self) -> &SampleQueue {
+        &self.samples
+    }
+
+    fn flusher(&self) -> &Arc<Flusher> {
+        &self.flusher
+    }
+
+    fn make_memory(&self, session: u32, table: Arc<BlockTable>) -> Result<GuestMemory, MemoryError> {
+        let leases = self.budgets.take(table.total_bytes(), 0)?;
+        let (store, notes) = Store::create(table, &label(session), &self.store)?;
+        let fallbacks: Vec<String> = notes.iter().map(ToString::to_string).collect();
+        for note in &fallbacks {
+            self.warn(format!("session {session}: {note}"));
+        }
+        Ok(GuestMemory {
+            store: Arc::new(store),
+            leases,
+            fallbacks,
+        })
+    }
+
+    fn run_in_background(&self, work: Work) -> std::io::Result<()> {
+        let thread = std::thread::Builder::new().name("colo-memory".into());
+        thread.spawn(work).map(drop)
+    }
+
+    fn notify_control(&self) {
+        self.changed.notify_one();
+    }
+
+    fn warn(&self, text: String) {
+        (self.events)(Event::Warning(text));
+    }
+}
