@@ -172,8 +172,7 @@ fn parameters_of(change: impl FnOnce(&mut ProtectArgs)) -> Value {
     change(&mut args);
     let compression = args.check_modes().unwrap();
     set_parameters(&mut connect(&path), &args, compression).unwrap();
-    let parameters = set.lock().unwrap().clone();
-    parameters
+    set.lock().unwrap().take()
 }
 
 #[test]
