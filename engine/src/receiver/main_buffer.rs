@@ -33,21 +33,21 @@ impl MainBuffer {
     pub(super) fn bytes(&self) -> &[u8] {
         match self {
             Self::Own(buffer) => buffer.bytes(),
-            Self::Pool(window) => window.bytes(),
+            Self::Pool(pool) => pool.bytes(),
         }
     }
 
     pub(super) fn consume(&self, count: usize) {
         match self {
             Self::Own(buffer) => buffer.consume(count),
-            Self::Pool(window) => window.consume(count),
+            Self::Pool(pool) => pool.consume(count),
         }
     }
 
     pub(super) fn fill(&mut self, count: usize) {
         match self {
             Self::Own(buffer) => buffer.fill(count),
-            Self::Pool(window) => window.fill(count),
+            Self::Pool(pool) => pool.fill(count),
         }
     }
 
@@ -55,9 +55,9 @@ impl MainBuffer {
     pub(super) fn space(&mut self) -> Result<Option<Space>, StoreError> {
         let (space, slab) = match self {
             Self::Own(buffer) => (buffer.space(), None),
-            Self::Pool(window) => {
-                let space = window.space()?;
-                (space, Some(window.slab()))
+            Self::Pool(pool) => {
+                let space = pool.space()?;
+                (space, Some(pool.slab()))
             }
         };
         Ok(space.map(|(address, bytes)| Space { address, bytes, slab }))
@@ -68,9 +68,9 @@ impl MainBuffer {
     pub(super) fn move_to_pool(&mut self, store: &Arc<Store>, shard: usize) -> Result<(), StoreError> {
         if let Self::Own(buffer) = self
             && buffer.bytes().is_empty()
-            && let Some(window) = store.pool_buffer(shard)?
+            && let Some(pool) = store.pool_buffer(shard)?
         {
-            *self = Self::Pool(window);
+            *self = Self::Pool(pool);
         }
         Ok(())
     }
@@ -85,7 +85,7 @@ impl MainBuffer {
     ) -> Result<(), StoreError> {
         match self {
             Self::Own(_) => store.write(shard, page, bytes)?,
-            Self::Pool(window) => store.adopt(shard, page, window, bytes),
+            Self::Pool(pool) => store.adopt(shard, page, pool, bytes),
         }
         Ok(())
     }

@@ -21,7 +21,9 @@
 
 use super::action::{Action, Outbound};
 use super::error::{Ending, SessionError};
+use super::limits::{PINGS_MAX, SessionLimits};
 use super::ram_records::{Continued, SyncMode};
+use super::record::SessionRecord;
 use crate::blocks::BlockTable;
 use crate::units::CheckpointId;
 use crate::wire::WireError;
@@ -30,30 +32,6 @@ use crate::wire::ram::{BlockEntry, BlockList};
 use crate::wire::stream::{Command, Section, StreamHeader, parse_footer};
 use crate::wire::vmdesc::EndFinder;
 use std::sync::Arc;
-
-/// What the receiver was configured for.
-#[derive(Clone, Copy, Debug)]
-pub struct SessionLimits {
-    /// The primary's `multifd-channels`; 0 is plain mode.
-    pub channels: u8,
-    /// Largest guest to accept, in bytes over all RAM blocks.
-    pub ram_limit_bytes: u64,
-}
-
-/// What is constant for a session and restarts the guest together with RAM and device state (spec §15).
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct SessionRecord {
-    /// Header and configuration, verbatim.
-    pub header: Vec<u8>,
-    /// The machine type from it.
-    pub machine_type: String,
-    /// Id of the RAM section.
-    pub ram_section: u32,
-    /// The RAM blocks, in the primary's order.
-    pub blocks: Arc<BlockTable>,
-    /// The description of the device state: JSON from the primary, not trusted.
-    pub vmdesc: Vec<u8>,
-}
 
 /// Which part of the RAM section is being read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -91,9 +69,6 @@ pub(super) enum Stage {
         missing: u64,
     },
 }
-
-/// PINGs that are answered before RAM: 11.x sends one. The limit bounds what a primary can make the receiver send.
-const PINGS_MAX: u32 = 16;
 
 /// The state of one session's main channel.
 #[derive(Debug)]
