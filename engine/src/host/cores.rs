@@ -1,11 +1,11 @@
-//! Cores: which exist, which this process may use, and lists of them as people and sysfs write them.
+//! Cores: which exist, which this process may use, and lists of them as on the command line and in sysfs.
 #![forbid(unsafe_code)]
 
 use nix::sched::{CpuSet, sched_getaffinity, sched_setaffinity};
 use nix::unistd::Pid;
 use thiserror::Error;
 
-/// Highest core number in a list: what the kernel is built for at most (`CONFIG_NR_CPUS` of x86).
+/// Highest core number in a list: the limit of the kernel (`CONFIG_NR_CPUS` of x86).
 const CORE_MAX: usize = 8191;
 
 /// Why a list of cores was refused.
@@ -17,11 +17,11 @@ pub enum CoreListError {
     /// A range that ends before it starts.
     #[error("the range {0} ends before it starts; write it like 2-5,8")]
     Backwards(String),
-    /// A core that no kernel has.
+    /// A core number above the kernel's limit.
     #[error("there is no core {0}: the highest number is {CORE_MAX}")]
     TooHigh(usize),
     /// The same core twice.
-    #[error("core {0} stands twice in the list")]
+    #[error("core {0} is in the list twice")]
     Twice(usize),
 }
 
@@ -57,10 +57,10 @@ pub fn parse_core_list(list: &str) -> Result<Vec<usize>, CoreListError> {
     Ok(cores)
 }
 
-/// Lets the calling thread, and those that it starts from now on, run on these cores alone.
+/// Restricts the calling thread, and those that it starts from now on, to these cores.
 ///
 /// # Errors
-/// What `sched_setaffinity` says: there is no such core, or it is not allowed.
+/// Of `sched_setaffinity`: there is no such core, or it is not allowed.
 pub fn pin(cores: &[usize]) -> std::io::Result<()> {
     let mut set = CpuSet::new();
     for core in cores {
@@ -72,7 +72,7 @@ pub fn pin(cores: &[usize]) -> std::io::Result<()> {
 /// The cores that this process may run on (its affinity, which a container's cpuset has already narrowed).
 ///
 /// # Errors
-/// What `sched_getaffinity` says.
+/// Of `sched_getaffinity`.
 pub fn allowed_cores() -> std::io::Result<Vec<usize>> {
     let set = sched_getaffinity(Pid::from_raw(0))?;
     let allowed = (0..CpuSet::count()).filter(|core| set.is_set(*core).unwrap_or(false));

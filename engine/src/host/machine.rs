@@ -1,14 +1,14 @@
-//! What a measurement must say of the machine it was made on.
+//! The machine, as measurements describe it.
 #![forbid(unsafe_code)]
 
 use super::{cores, memory, network, proc};
 use serde::{Deserialize, Serialize};
 use std::fmt;
 
-/// The machine in a few words. For reports only: nothing is decided by it.
+/// A short description of the machine, for reports only.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Machine {
-    /// The processor's name, as it gives it.
+    /// The processor's model name.
     pub cpu_model: String,
     /// Cores online.
     pub cores_online: usize,
@@ -23,7 +23,7 @@ pub struct Machine {
 }
 
 impl Machine {
-    /// Reads it; what cannot be read is `unknown` or 0.
+    /// Reads it. A value that cannot be read is `unknown` or 0.
     pub fn read() -> Self {
         let unknown = || "unknown".to_owned();
         let cpuinfo = proc::text("/proc/cpuinfo").unwrap_or_default();

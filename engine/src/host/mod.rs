@@ -33,7 +33,7 @@ pub struct HostReport {
     pub memory: MemoryReport,
     /// TCP as this network namespace has it.
     pub network: NetworkReport,
-    /// Cores that this process may run on; empty if the kernel would not say.
+    /// Cores that this process may run on; empty if that cannot be read.
     pub cores_allowed: Vec<usize>,
     /// NUMA nodes with their cores.
     pub numa_nodes: Vec<NumaNode>,

@@ -1,18 +1,17 @@
-//! The settings of TCP that decide how fast a checkpoint comes in.
+//! The TCP settings that decide how fast a checkpoint is received.
 #![forbid(unsafe_code)]
 
 use super::proc;
 use serde::Serialize;
 
-/// As this network namespace has them; what cannot be read is none.
+/// The settings of this network namespace. A value that cannot be read is none.
 #[derive(Clone, Debug, Serialize)]
 pub struct NetworkReport {
     /// Congestion control of new sockets. The primary's decides how it sends; ours only matters for tests on loopback.
     pub congestion_control: Option<String>,
-    /// Whether a connection that was idle for a while starts slowly again: it costs every checkpoint, on the
-    /// primary.
+    /// Whether a connection that was idle starts slowly again: that delays every checkpoint, on the primary.
     pub slow_start_after_idle: Option<bool>,
-    /// Most connections that wait to be accepted: at least the channels of the sessions that begin together.
+    /// Most connections that wait to be accepted: it must hold the channels of all sessions that begin together.
     pub somaxconn: Option<u64>,
     /// Most bytes to which a TCP receive buffer grows by itself.
     pub tcp_rmem_max_bytes: Option<u64>,

@@ -1,4 +1,4 @@
-//! NUMA: which nodes there are, which cores and memory belong to them, and where a receiver's memory should lie.
+//! NUMA: the nodes, their cores and memory, and where a receiver's memory should lie.
 //!
 //! All of it comes from `devices/system/node` in sysfs. A kernel without NUMA has no such directory, and one on a machine
 //! with one memory has one node: neither needs a placement, and none is made.
@@ -11,7 +11,7 @@ use std::fmt;
 use std::path::Path;
 use thiserror::Error;
 
-/// Nodes that a kernel can have at most (`MAX_NUMNODES`): higher numbers are not believed.
+/// Nodes that a kernel can have at most (`MAX_NUMNODES`): higher numbers are ignored.
 pub(crate) const NODES_MAX: usize = 1024;
 
 /// One NUMA node.
@@ -28,15 +28,15 @@ pub struct NumaNode {
 /// Why the cores of a node cannot be used.
 #[derive(Clone, Debug, PartialEq, Eq, Error)]
 pub enum NumaError {
-    /// The kernel tells of no node.
-    #[error("this kernel knows no NUMA nodes: leave --numa-node out, or give --cores")]
+    /// The kernel reports no node.
+    #[error("this kernel has no NUMA nodes: leave --numa-node out, or give --cores")]
     None,
     /// There is no such node.
     #[error("there is no NUMA node {node}; there are {nodes}")]
     Unknown {
-        /// The one asked for.
+        /// The requested node.
         node: usize,
-        /// Those that there are, with their cores.
+        /// The existing nodes, with their cores.
         nodes: String,
     },
     /// It has no cores, or none that this process may use.
@@ -44,9 +44,9 @@ pub enum NumaError {
         "this process may use no core of NUMA node {node}; there are {nodes}, and `taskset -p $$` shows which cores it may use"
     )]
     NoCore {
-        /// The one asked for.
+        /// The requested node.
         node: usize,
-        /// Those that there are, with their cores.
+        /// The existing nodes, with their cores.
         nodes: String,
     },
 }
@@ -74,17 +74,17 @@ pub struct CorePlace {
     pub core: usize,
     /// Its node, where there are nodes.
     pub node: Option<usize>,
-    /// The node that what it receives lies on; none where the kernel decides.
+    /// The node for the pages that it receives; none where the kernel decides.
     pub memory_node: Option<usize>,
 }
 
 impl Topology {
-    /// That of this machine.
+    /// Reads that of this machine.
     pub fn read() -> Self {
         Self::read_from(Path::new("/sys"))
     }
 
-    /// That of a tree like `/sys`. What cannot be read or understood is not there.
+    /// Reads that of a tree like `/sys`. What cannot be read or parsed is ignored.
     pub fn read_from(sys: &Path) -> Self {
         let directory = sys.join("devices/system/node");
         let list = |file: &str| -> Option<Vec<usize>> {
@@ -118,7 +118,7 @@ impl Topology {
     /// Those cores of a node that are among the `allowed`, at most `most`.
     ///
     /// # Errors
-    /// If there are none: says which nodes there are.
+    /// If there are none; the error names the nodes that exist.
     pub fn cores_of(&self, node: usize, allowed: &[usize], most: usize) -> Result<Vec<usize>, NumaError> {
         if self.nodes.is_empty() {
             return Err(NumaError::None);
@@ -160,7 +160,7 @@ impl Topology {
     }
 }
 
-/// The node with memory that is nearest to `node`, by the distances to all online nodes that its file says.
+/// The node with memory that is nearest to `node`, by the distances to all online nodes in its `distance` file.
 fn nearest(node: usize, online: &[usize], with_memory: &[usize], distances: &str) -> Option<usize> {
     if with_memory.contains(&node) {
         return Some(node);

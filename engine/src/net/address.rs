@@ -10,15 +10,17 @@ use thiserror::Error;
 /// Where primaries connect to: `tcp:HOST:PORT` or `unix:PATH`, as in QEMU's migration URIs.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum ListenAddress {
-    /// An IPv4 or IPv6 address. Port 0 takes a free one.
+    /// An IPv4 or IPv6 address. Port 0 selects a free port.
     Tcp(SocketAddr),
     /// A UNIX socket. A stale one at that path is replaced.
     Unix(PathBuf),
 }
 
-/// Why an address was not understood.
+/// Why an address could not be parsed.
 #[derive(Clone, Debug, PartialEq, Eq, Error)]
-#[error("{0:?} is no address to listen on: write tcp:192.0.2.1:4444, tcp:[::]:4444 or unix:/run/colo.sock")]
+#[error(
+    "{0:?} is not an address to listen on: write tcp:192.0.2.1:4444, tcp:[::]:4444 or unix:/run/colo.sock"
+)]
 pub struct AddressError(String);
 
 impl FromStr for ListenAddress {

@@ -48,7 +48,7 @@ impl HostWatch {
     /// Sets it on a socket.
     ///
     /// # Errors
-    /// If it is no TCP socket.
+    /// If it is not a TCP socket.
     pub fn apply(self, socket: &OwnedFd) -> nix::Result<()> {
         setsockopt(socket, KeepAlive, &true)?;
         setsockopt(socket, TcpKeepIdle, &self.probe_after_s.max(1))?;
@@ -67,7 +67,7 @@ pub enum Origin {
     Process(i32),
 }
 
-/// Connections of one session agree in this.
+/// What the connections of one session have in common.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Peer {
     /// Position of the listener among all.
@@ -83,7 +83,7 @@ pub struct Accepted {
     pub socket: OwnedFd,
     /// Whether it is TCP, else it is a UNIX socket.
     pub is_tcp: bool,
-    /// What connections of one session have in common.
+    /// Its peer.
     pub peer: Peer,
     /// The other end, for messages.
     pub from: String,

@@ -1,5 +1,5 @@
-//! A data plane without a kernel's network: the real loop of a core over connections whose bytes a simulation moves,
-//! as many as it likes at a time.
+//! A data plane without a kernel's network: the real loop of a core over connections whose bytes a simulation moves, any
+//! number at a time.
 //!
 //! Each connection has a real descriptor, whose other end the simulation holds. Answers and shutdowns go through it, received
 //! bytes do not: they are *sent* when the model primary writes them, *arrived* when the simulated network has delivered
@@ -22,7 +22,7 @@ use std::time::Instant;
 /// All connections, shared by the cores and the simulation.
 pub(crate) type Net = Rc<RefCell<Network>>;
 
-/// Whether slabs can be registered as buffers.
+/// Whether regions can be registered as buffers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Registered {
     /// As with epoll.
@@ -49,9 +49,9 @@ pub(crate) struct Wire {
     fd: RawFd,
     /// All bytes that the primary has sent.
     pub(crate) sent: Vec<u8>,
-    /// How many of them are here.
+    /// How many of them have arrived.
     pub(crate) arrived: usize,
-    /// How many of those are where they belong.
+    /// How many of those were put into a plan's places.
     pub(crate) taken: usize,
     pub(crate) end: StreamEnd,
     /// Whether the receiver was seen to have shut its side down: what has arrived can be read, then the stream ends.
@@ -100,7 +100,7 @@ impl Wire {
         !self.shut && self.arrived < self.sent.len()
     }
 
-    /// Lets at most `bytes` bytes arrive; says how many did. None do behind a shutdown.
+    /// Lets at most `bytes` bytes arrive, and returns how many did. None arrive after a shutdown.
     pub(crate) fn arrive(&mut self, bytes: usize) -> usize {
         let bytes = bytes.min(self.sent.len() - self.arrived);
         if bytes == 0 || self.is_shut() {
@@ -156,7 +156,7 @@ impl Wire {
     }
 }
 
-/// The connections, and what the cores are to be told.
+/// The connections, and the completions that the cores have not taken yet.
 pub(crate) struct Network {
     pub(crate) wires: Vec<Wire>,
     registered: Registered,
@@ -195,7 +195,7 @@ impl Network {
         !self.ready[core].is_empty()
     }
 
-    /// Receives posted, completions not taken, and buffers registered: none of them is left when all is over.
+    /// Receives posted, completions not taken, and buffers registered: all 0 at the end of a simulation.
     pub(crate) fn held(&self) -> (usize, usize, usize) {
         let posted = self.wires.iter().filter(|wire| wire.posted.is_some()).count();
         let ready = self.ready.iter().map(Vec::len).sum();
@@ -313,14 +313,14 @@ impl Backend for SimBackend {
     }
 }
 
-/// A core whose loop goes on only when it is told to.
+/// A core whose loop turns only when the simulation calls it.
 pub(crate) struct SimCore {
     core: Core<SimBackend>,
     handle: CoreHandle,
 }
 
 impl SimCore {
-    /// All cores of that network. `warn` takes what an operator would be told.
+    /// All cores of that network. `warn` takes messages for the operator.
     pub(crate) fn all(
         net: &Net,
         cores: usize,

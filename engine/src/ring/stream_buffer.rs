@@ -1,7 +1,7 @@
 //! A receive buffer that the kernel fills at its end while its beginning is being read.
 //!
-//! Contract: `space` is asked for only while no receive into it is posted, and bytes behind `filled` are never read.
-//! So what Rust sees as a slice and what the kernel writes never overlap.
+//! Contract: `space` is called only while no receive into it is posted, and bytes behind `filled` are never read.
+//! So a slice of the buffer and the memory that the kernel writes never overlap.
 
 use std::cell::Cell;
 use std::ptr::NonNull;
@@ -51,7 +51,7 @@ impl StreamBuffer {
         self.pos.set(self.pos.get() + count);
     }
 
-    /// Appends bytes that came another way. Like [`Self::space`], only while no receive is posted.
+    /// Appends bytes that were received elsewhere. Like [`Self::space`], only while no receive is posted.
     ///
     /// # Panics
     /// If there is no room for them.

@@ -4,7 +4,7 @@ use super::*;
 use crate::ring::epoll::EpollBackend;
 use crate::ring::wake::Waker;
 use crate::ring::{ReceivePlan, Region};
-use std::cell::Cell;
+use std::cell::{Cell, RefCell};
 use std::io::{Read, Write};
 use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::net::UnixStream;
@@ -13,7 +13,7 @@ use std::sync::atomic::AtomicUsize;
 use std::thread;
 use std::time::Duration;
 
-/// Panics at the first byte it gets; shuts its socket down when it is lost, as a session does.
+/// Panics at the first byte that it receives; shuts its socket down when it is lost, as a session does.
 struct Fragile {
     socket: UnixStream,
     plan: Box<ReceivePlan>,
@@ -78,12 +78,14 @@ fn no_primary_waits_for_a_thread_that_panicked() {
     thread.join().unwrap().unwrap();
 }
 
-/// A backend whose kernel is the test.
+/// A backend for which the test stands for the kernel.
 #[derive(Clone, Default)]
 struct Scripted {
     posts: Rc<Cell<usize>>,
     completes: Rc<Cell<Option<usize>>>,
     has_coalesced: Rc<Cell<bool>>,
+    /// Indices of registered buffers.
+    registered: Rc<RefCell<Vec<u16>>>,
 }
 
 impl Backend for Scripted {
@@ -105,12 +107,15 @@ impl Backend for Scripted {
     }
     fn forget(&mut self, _slot: usize, _fd: RawFd) {}
     fn reserve_buffers(&mut self, _count: u16) -> Option<u16> {
-        None
+        Some(7)
     }
-    fn register(&mut self, _index: u16, _region: &dyn Region) -> io::Result<()> {
+    fn register(&mut self, index: u16, _region: &dyn Region) -> io::Result<()> {
+        self.registered.borrow_mut().push(index);
         Ok(())
     }
-    fn unregister(&mut self, _index: u16) {}
+    fn unregister(&mut self, index: u16) {
+        self.registered.borrow_mut().retain(|other| *other != index);
+    }
     fn release_buffers(&mut self, _first: u16, _count: u16) {}
 }
 
@@ -144,11 +149,15 @@ impl Connection for Greedy {
     fn attached(&mut self, _core: usize) {}
 }
 
-/// Turns after each of these completions, and how many receives were posted by then.
-fn posts_after(bulk: bool, completions: &[usize]) -> (Core<Scripted>, Scripted, Vec<usize>) {
+fn scripted_core() -> (Core<Scripted>, Scripted) {
     let backend = Scripted::default();
     let cores = Arc::new([CoreHandle::new().unwrap()]);
-    let mut core = Core::new(backend.clone(), cores, 0, Arc::new(|_| {}));
+    (Core::new(backend.clone(), cores, 0, Arc::new(|_| {})), backend)
+}
+
+/// Turns after each of these completions, and how many receives were posted by then.
+fn posts_after(bulk: bool, completions: &[usize]) -> (Core<Scripted>, Scripted, Vec<usize>) {
+    let (mut core, backend) = scripted_core();
     let (plan, bytes) = (ReceivePlan::new(), Box::new([0; 100]));
     core.attach(Box::new(Greedy { plan, bytes, bulk }));
     let turn = |bytes: &usize| {
@@ -294,4 +303,112 @@ fn posted_memory_survives_the_drop_of_a_core() {
     assert!(catch_unwind(AssertUnwindSafe(|| drop(core))).is_err());
     let drops = |fate: &Fate| fate.drops.load(Ordering::Relaxed);
     assert_eq!((drops(&first), drops(&second)), (1, 0));
+}
+
+/// A region that only counts.
+#[derive(Default)]
+struct Counted {
+    registrations: Arc<AtomicUsize>,
+}
+
+impl Region for Counted {
+    fn base(&self) -> *mut u8 {
+        std::ptr::null_mut()
+    }
+    fn bytes(&self) -> usize {
+        0
+    }
+    fn is_wanted(&self) -> bool {
+        true
+    }
+    fn registered(&self) {
+        self.registrations.fetch_add(1, Ordering::Relaxed);
+    }
+    fn unregistered(&self) {
+        self.registrations.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+/// A guest with as many regions and steps of background work as the test says.
+#[derive(Default)]
+struct Guest {
+    id: u64,
+    regions: Vec<Counted>,
+    work: Arc<AtomicUsize>,
+    has_ended: Arc<AtomicBool>,
+}
+
+impl Tenant for Guest {
+    fn id(&self) -> u64 {
+        self.id
+    }
+    fn region_limit(&self) -> usize {
+        self.regions.len()
+    }
+    fn region(&self, position: u16) -> Option<&dyn Region> {
+        let region = self.regions.get(usize::from(position))?;
+        Some(region)
+    }
+    fn background(&mut self) -> bool {
+        let step = |work: usize| work.checked_sub(1);
+        let done = self.work.fetch_update(Ordering::Relaxed, Ordering::Relaxed, step);
+        done.is_ok()
+    }
+    fn has_ended(&self) -> bool {
+        self.has_ended.load(Ordering::Relaxed)
+    }
+}
+
+#[test]
+fn regions_stay_registered_until_the_last_connection_leaves() {
+    let (mut core, backend) = scripted_core();
+    let (ended, registrations) = (Arc::<AtomicBool>::default(), Arc::<AtomicUsize>::default());
+    let region = || Counted {
+        registrations: registrations.clone(),
+    };
+    core.tenants.admit(Box::new(Guest {
+        id: 1,
+        regions: vec![region(), region()],
+        has_ended: Arc::clone(&ended),
+        ..Guest::default()
+    }));
+    let (plan, bytes) = (ReceivePlan::new(), Box::new([0; 100]));
+    let bulk = false;
+    core.attach(Box::new(Greedy { plan, bytes, bulk }));
+    core.turn().unwrap();
+    assert_eq!(*backend.registered.borrow(), [7], "one region a turn");
+    core.turn().unwrap();
+    assert_eq!(*backend.registered.borrow(), [7, 8]);
+    ended.store(true, Ordering::Relaxed);
+    core.resume_all();
+    // The count of the flag shows whether the tenant still exists.
+    let state = || (registrations.load(Ordering::Relaxed), Arc::strong_count(&ended));
+    assert_eq!(state(), (2, 2));
+    // The end of the stream.
+    backend.completes.set(Some(0));
+    core.turn().unwrap();
+    assert_eq!((state(), core.is_empty()), ((0, 1), true));
+    assert!(backend.registered.borrow().is_empty());
+}
+
+#[test]
+fn background_work_is_fair_to_all_tenants() {
+    let (mut core, _) = scripted_core();
+    let works: Vec<Arc<AtomicUsize>> = [9, 0, 9]
+        .into_iter()
+        .map(|steps| Arc::new(steps.into()))
+        .collect();
+    for (id, work) in (1..).zip(&works) {
+        let work = work.clone();
+        core.tenants.admit(Box::new(Guest {
+            id,
+            work,
+            ..Guest::default()
+        }));
+    }
+    for _ in 0..6 {
+        core.turn().unwrap();
+    }
+    let left: Vec<usize> = works.iter().map(|work| work.load(Ordering::Relaxed)).collect();
+    assert_eq!(left, [6, 0, 6]);
 }
