@@ -50,14 +50,13 @@ impl MemoryReport {
     /// Reads it. A value that cannot be read is 0 or none.
     pub fn read() -> Self {
         let meminfo = proc::text("/proc/meminfo").unwrap_or_default();
-        let choice = |path| Some(proc::chosen(&proc::text(path)?)?.to_owned());
         Self {
             total_bytes: meminfo_bytes(&meminfo, "MemTotal"),
             swap_bytes: meminfo_bytes(&meminfo, "SwapTotal"),
             available_bytes: meminfo_bytes(&meminfo, "MemAvailable"),
             huge_page_pools: huge_page_pools(),
-            thp: choice("/sys/kernel/mm/transparent_hugepage/enabled"),
-            thp_shmem: choice("/sys/kernel/mm/transparent_hugepage/shmem_enabled"),
+            thp: chosen_setting("/sys/kernel/mm/transparent_hugepage/enabled"),
+            thp_shmem: chosen_setting("/sys/kernel/mm/transparent_hugepage/shmem_enabled"),
             memlock_limit_bytes: memlock_limit(),
             cap_ipc_lock: has_capability(&proc::text("/proc/self/status").unwrap_or_default(), CAP_IPC_LOCK),
             memfd: memfd_create(c"colo-ring-probe", MFdFlags::MFD_CLOEXEC)
@@ -79,6 +78,17 @@ pub(crate) fn has_swap() -> bool {
     meminfo_bytes(&proc::text("/proc/meminfo").unwrap_or_default(), "SwapTotal") > 0
 }
 
+/// Size of this host's default huge pages, if its kernel has any.
+pub(crate) fn default_huge_page_bytes() -> Option<u64> {
+    let meminfo = proc::text("/proc/meminfo").unwrap_or_default();
+    Some(meminfo_bytes(&meminfo, "Hugepagesize")).filter(|bytes| *bytes > 0)
+}
+
+/// The chosen value of a file like `always [madvise] never`.
+pub(crate) fn chosen_setting(path: &str) -> Option<String> {
+    Some(proc::chosen(&proc::text(path)?)?.to_owned())
+}
+
 /// Memory of the machine, 0 if unknown.
 pub(super) fn total_bytes() -> u64 {
     meminfo_bytes(&proc::text("/proc/meminfo").unwrap_or_default(), "MemTotal")
@@ -89,7 +99,8 @@ fn meminfo_bytes(meminfo: &str, key: &str) -> u64 {
     kilobytes.and_then(|kb: u64| kb.checked_mul(1024)).unwrap_or(0)
 }
 
-fn huge_page_pools() -> Vec<HugePagePool> {
+/// The pool of every size of huge pages that the kernel has.
+pub(crate) fn huge_page_pools() -> Vec<HugePagePool> {
     let Ok(entries) = std::fs::read_dir("/sys/kernel/mm/hugepages") else {
         return Vec::new();
     };

@@ -14,8 +14,8 @@ mod proc;
 
 pub use cores::{CoreListError, allowed_cores, parse_core_list, pin};
 pub use machine::Machine;
-pub(crate) use memory::has_swap;
 pub use memory::{HugePagePool, MemoryReport};
+pub(crate) use memory::{chosen_setting, default_huge_page_bytes, has_swap, huge_page_pools};
 pub use network::NetworkReport;
 pub(crate) use numa::NODES_MAX;
 pub use numa::{CorePlace, NumaError, NumaNode, Placement, Topology};

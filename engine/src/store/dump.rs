@@ -1,9 +1,9 @@
 //! A consistent dump of the last committed checkpoint, while further checkpoints are committed.
 //!
-//! In passes: the first copies the whole image without a lock, while every commit records the pages that it
-//! changes; the next ones copy those again; the last one copies what is left under the commit lock, together with
-//! the device state. So a commit waits for the little that changed during the last unlocked pass, not for the
-//! guest's whole RAM, and the dump is of one checkpoint: the one committed at the end.
+//! It is made in passes: the first copies the whole image without a lock, while every commit records the pages that it changes;
+//! the next ones copy those again; the last one copies the pages that remain under the lock of the commit record, together with
+//! the device state. So a commit waits for the little that changed during the last unlocked pass, not for the guest's whole RAM,
+//! and the dump is of one checkpoint: the one committed at the end.
 #![forbid(unsafe_code)]
 
 use crate::blocks::BlockTable;
@@ -26,8 +26,8 @@ use std::sync::PoisonError;
 /// File name of the device state.
 pub const DEVICE_STATE_FILE: &str = "device-state.bin";
 
-/// File names that no block gets, since whoever asks for a dump puts files of these names beside it: the
-/// description of the dump, the stream's header, the vmdesc.
+/// File names that no block gets, since callers put files of these names beside the dump: its description, the stream's
+/// header, the vmdesc.
 pub const RESERVED_FILES: [&str; 3] = ["checkpoint.json", "stream-header.bin", "vmdesc.json"];
 
 /// Passes after which more pages are copied under the lock, if the guest leaves no fewer: [`LOCKED_PAGES_MAX`].
@@ -45,7 +45,7 @@ const LOCKED_PAGES_MAX: u64 = 16 * LOCKED_PAGES;
 /// Pages written by one call.
 const CHUNK_PAGES: u64 = 256;
 
-/// What a dump holds.
+/// The content of a dump.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct DumpReport {
     /// The checkpoint it is of.
@@ -76,7 +76,7 @@ impl CommittedImage {
     /// One dump at a time: another one waits.
     ///
     /// # Errors
-    /// Before the first commit, or when a file cannot be written. Then nothing of this dump is left behind.
+    /// Before the first commit, or when a file cannot be written. Then no file of this dump remains.
     pub fn dump(&self, directory: &Path) -> Result<DumpReport, StoreError> {
         // The lock guards no data: a dump that panicked leaves nothing behind that matters to the next.
         let _only_one = self.dumping.lock().unwrap_or_else(PoisonError::into_inner);
@@ -118,8 +118,8 @@ impl CommittedImage {
             };
             if plan.pages() <= limit {
                 self.finish_flush();
-                // A commit waits for this lock, and a guest for the commit: what is left is taken to memory under it
-                // and written afterwards, however slow the disk is.
+                // A commit waits for this lock, and a guest for the commit: the pages are copied to memory under it and
+                // written afterwards, however slow the disk is.
                 let pages = read_plan(self.image(), &plan);
                 let device_state = record.device_state.clone();
                 let checkpoint = record.checkpoint.ok_or(StoreError::NothingCommitted)?;
@@ -171,7 +171,7 @@ impl DumpFile {
                 Err(error) if error.kind() != std::io::ErrorKind::NotFound => return Err(error),
                 _ => {}
             }
-            // The owner's alone: it holds a guest's secrets.
+            // Readable by its owner alone: it has a guest's secrets.
             let mut options = File::options();
             let file = options.write(true).create_new(true).mode(0o600).open(&part)?;
             file.set_len(bytes)?;
@@ -211,7 +211,7 @@ impl DumpFile {
 
 impl Drop for DumpFile {
     fn drop(&mut self) {
-        // Renamed by now if the dump is complete; else half a file, of which an error has told.
+        // It was renamed if the dump is complete; otherwise it is half a file, and an error was returned.
         drop(fs::remove_file(&self.part));
     }
 }
@@ -284,8 +284,8 @@ impl DumpFiles {
         wrote.map_err(|error| self.device_state.refused(error))
     }
 
-    /// Gives the files their names, once all of them are on the disk: some file systems tell that they are full
-    /// only then.
+    /// Gives the files their names, once all of them are on the disk: some file systems report only then
+    /// that they are full.
     fn finish(
         self,
         table: &BlockTable,

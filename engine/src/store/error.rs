@@ -1,4 +1,4 @@
-//! What can go wrong with guest memory.
+//! The errors of guest memory.
 #![forbid(unsafe_code)]
 
 use crate::blocks::RamBlock;
@@ -7,7 +7,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 use thiserror::Error;
 
-/// Why a store could not be made or dumped.
+/// Why a store could not be created, received into, recovered or dumped.
 #[derive(Debug, Error)]
 pub enum StoreError {
     /// No memory for a RAM block.
@@ -20,7 +20,7 @@ pub enum StoreError {
         block: String,
         /// What was to be mapped, rounded up.
         mib: u64,
-        /// What the kernel said.
+        /// The error of the kernel.
         source: io::Error,
     },
     /// No address space for the cache.
@@ -31,25 +31,25 @@ pub enum StoreError {
     NoCacheMemory {
         /// What the guest's pages take.
         bytes: u64,
-        /// What the kernel said.
+        /// The error of the kernel.
         source: io::Error,
     },
-    /// The cache's slots are used up.
+    /// All slots of the cache are in use.
     #[error(
         "the pages that are waiting for their commit take {mib} MiB of cache, twice the guest's RAM: its primary sends \
-         the same pages again and again"
+         the same pages repeatedly"
     )]
     PoolFull {
         /// What the cache has.
         mib: u64,
     },
-    /// Slots that cannot do what was asked for.
+    /// Options that exclude each other.
     #[error(
         "a guest that runs on the ram image needs the cache placement mirror and the commit mode sync: the pages that it \
          changes are restored from the cache, before the primary goes on"
     )]
     RunningGuest,
-    /// Mapped, but the memory is not there.
+    /// Mapped, but the memory cannot be allocated.
     #[error(
         "no memory for a guest of {bytes} bytes and the cache that it takes beside its ram image: {source}; free some, \
          or raise the memory limit of this process's cgroup"
@@ -57,22 +57,22 @@ pub enum StoreError {
     NoMemory {
         /// What the guest's pages take.
         bytes: u64,
-        /// What the kernel said.
+        /// The error of the kernel.
         source: io::Error,
     },
     /// The directory for RAM images is on a disk.
     #[error(
-        "{} is neither on tmpfs nor on hugetlbfs, so a ram image there would be written to a disk all the time; \
+        "{} is neither on tmpfs nor on hugetlbfs, so a ram image there would be written to a disk continuously; \
          use a directory below /dev/shm, or mount one of the two", .0.display()
     )]
     RamDirectory(PathBuf),
-    /// The file of a RAM image is there already.
+    /// The file of a RAM image exists already.
     #[error(
         "{} exists already: a ram image of an earlier session, which a virtual machine may still use; \
          remove it if nothing does", .0.display()
     )]
     RamFileExists(PathBuf),
-    /// A file that an earlier receiver has left, or somebody else.
+    /// A file of an earlier receiver, or of another program, that cannot be used.
     #[error("{}: {what}", path.display())]
     Damaged {
         /// Which.
@@ -80,18 +80,18 @@ pub enum StoreError {
         /// What is wrong with it.
         what: String,
     },
-    /// A file could not be made or written.
+    /// A file could not be created or written.
     #[error("{}: {source}", path.display())]
     File {
         /// Which.
         path: PathBuf,
-        /// What the system said.
+        /// The error of the system.
         source: io::Error,
     },
     /// A dump before the first commit.
     #[error("there is no committed checkpoint to dump yet: the guest is still in precopy")]
     NothingCommitted,
-    /// A dump that never caught up with the guest.
+    /// A dump did not catch up with the guest.
     #[error(
         "the guest changes faster than the dump's disk writes, {passes} times over; dump to a faster disk or a tmpfs"
     )]

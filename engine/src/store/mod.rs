@@ -1,38 +1,44 @@
 //! Guest memory: RAM image, cache slots, dirty bitmap, flush, commit. Knows nothing of the wire.
 //!
-//! # What it holds
+//! # Parts
 //! * The **RAM image**: the guest's RAM as of the last committed checkpoint, in files that a QEMU can map.
 //! * The **cache**: slots in which received pages wait for their commit, and in [`CommitMode::Deferred`] from there to
 //!   their flush ([`CacheKind`]).
 //! * The **dirty bitmap**: the pages received since the last commit.
 //! * The **commit record**: number and device state of the last committed checkpoint.
 //!
+//! Image and commit record are a [`CommittedImage`], which outlives the session. A [`Store`] is its receiving side: it has the
+//! cache and the dirty bitmap, and commits to the image.
+//!
 //! # Phases
 //! In **precopy** nothing is committed that could be torn: pages land in the image, and in a mirror are copied to their
-//! slots, and are not marked dirty. With [`Store::begin_colo`] that ends. From then on pages land in slots and are marked,
-//! and the image changes by a commit alone:
+//! slots, and are not marked dirty. [`Store::begin_colo`] ends precopy. From then on pages land in slots and are marked, and
+//! only a commit changes the image:
 //!
 //! ```text
 //!  receiving ── commit (sync: copies, then the record) ──────────────────────────────► receiving
 //!      └─────── commit (deferred: the record) ──► flushing ── the last flush step ─────────┘
 //! ```
 //!
-//! While it is **flushing**, the last committed checkpoint is in image and slots together, and no page is received: a
-//! correct primary is quiet between a commit and CHECKPOINT_REPLY, which the session holds back until then. So
-//! whoever wants the checkpoint in the image calls [`Store::finish_flush`], at any time.
+//! While a store is **flushing**, the last committed checkpoint is in image and slots together, and no page is received: a
+//! correct primary is quiet between a commit and CHECKPOINT_REPLY, which the session delays until the flush has ended.
+//! [`CommittedImage::finish_flush`] completes the image at any time.
 //!
-//! # Who may do what, until when
-//! * Receiving threads call [`Store::place`], let the kernel fill the places, then call [`Store::landed`]; or
-//!   [`Store::zero`] and [`Store::write`]. Each uses its own shard of the bitmap. They may do so at the same time, and
-//!   even with the same page: the result is then one of the contents or a mix of both (spec §10, "the same page twice").
-//! * The session makes sure that they have returned, and that the kernel has ended all reads, before it calls
-//!   [`Store::begin_colo`] or [`Store::commit`]. If a hostile primary finds a way around that, the page in question holds
-//!   a mix of its old and new bytes; nothing else is harmed.
-//! * A store is shared in an [`Arc`]; every ring that has an address of it (a [`Landing`], a [`Slab`]) holds a
-//!   clone until its last operation has ended. The memory goes when the last clone goes.
-//! * [`Store::committed`] and [`Store::dump`] see a checkpoint whole or not at all, at any time.
+//! # What callers must ensure
+//! * Receiving threads call [`Store::place`], let the kernel fill the places, then call [`Store::landed`]; or they call
+//!   [`Store::zero`] and [`Store::write`]. Each uses its own shard of the bitmap. They may do so at the same time, even with the
+//!   same page: the result is then one of the contents or a mix of both (spec §10, "the same page twice").
+//! * Before it calls [`Store::begin_colo`] or [`Store::commit`], the session makes sure that these calls have returned, and that
+//!   the kernel has ended all reads. If a hostile primary gets around that, the page in question is a mix of its old and new
+//!   bytes; nothing else is damaged.
+//! * A store is shared in an [`Arc`]. Every ring that has an address of it (a [`Landing`], a [`Slab`]) holds a clone until its last
+//!   operation has ended. The memory is freed with the last clone.
+//! * [`CommittedImage::checkpoint`] and [`CommittedImage::dump`] see a checkpoint whole or not at all, at any time.
 //!
-//! Where slots are is the matter of `cache::Cache`; when dirty slots are copied is decided in [`Store::commit`] alone.
+//! # Folders
+//! `memory` maps, copies and places memory; `cache` decides where slots are; `commit` has the dirty pages and the flush;
+//! `durable` lets a checkpoint outlive the process. Each uses only those before it, except that the cache reads the plan of a
+//! flush.
 
 mod cache;
 mod checkpoint_view;
@@ -115,19 +121,19 @@ impl Store {
         self.committed.table()
     }
 
-    /// Most slabs that slots can ever lie in.
+    /// The most slabs that there can ever be.
     pub fn slab_limit(&self) -> usize {
         self.cache.slab_limit()
     }
 
-    /// A slab, for registration: a [`SlabId`] is its position. The next one may come later; one that is there stays.
+    /// A slab, for registration; a [`SlabId`] is its position. The next one may be added later; one that exists stays.
     pub fn slab(&self, position: usize) -> Option<&Slab> {
         self.cache.slab(position)
     }
 
     /// Commits checkpoint `id`: all pages received since the last commit, and `device_state`, which is exchanged for
-    /// an empty buffer (that of the checkpoint before, so that in the long run none is allocated). The caller has seen
-    /// to it that nobody is receiving: see the module.
+    /// an empty buffer (that of the checkpoint before, so that in the long run none is allocated). The caller has made
+    /// sure that no thread is receiving: see the module.
     ///
     /// Checkpoint 0, the end of precopy, has nothing to flush. In [`CommitMode::Deferred`] nothing is copied here: from
     /// then on the store [`is_flushing`](Self::is_flushing).
@@ -135,7 +141,7 @@ impl Store {
     /// # Panics
     /// If `id` does not follow the last one, or after [`Store::drop_uncommitted`].
     pub fn commit(&self, id: CheckpointId, device_state: &mut Vec<u8>, flusher: &Flusher) -> FlushReport {
-        // Done long ago where pages were received in between: see the module.
+        // It is finished already if pages were received in between: see the module.
         self.finish_flush();
         let mut record = self.committed.lock();
         assert!(
@@ -214,17 +220,17 @@ impl Store {
         self.flush.report().busy
     }
 
-    /// How a pool stands; `None` for a mirror.
+    /// How much of a pool is used; `None` for a mirror.
     pub fn pool_use(&self) -> Option<PoolUse> {
         self.extents().map(Extents::used)
     }
 
-    /// What the pool needs done, after the checkpoint that has just been received.
+    /// What is to be done for the pool, after the checkpoint that has just been received.
     pub fn pool_task(&self) -> PoolTask {
         self.extents().map_or(PoolTask::Nothing, Extents::task)
     }
 
-    /// Adds memory to the pool, which may take tens of milliseconds: for another thread than those that receive.
+    /// Adds memory to the pool, which may take tens of milliseconds: not to be called by threads that receive.
     ///
     /// # Errors
     /// If there is none.
@@ -232,7 +238,7 @@ impl Store {
         self.extents().map_or(Ok(()), Extents::grow)
     }
 
-    /// Gives memory of the pool back to the host that checkpoints need no more, which may take milliseconds.
+    /// Returns memory of the pool to the host that checkpoints no longer need, which may take milliseconds.
     pub fn shrink(&self) {
         if let Some(extents) = self.extents() {
             extents.shrink();

@@ -1,4 +1,4 @@
-//! How a store is made: the placement of its cache, when it flushes, of what its memory is.
+//! The options of a store: the placement of its cache, when it flushes, and of what pages its memory is.
 #![forbid(unsafe_code)]
 
 use crate::store::{DirtyBitmap, HugePages};
@@ -10,8 +10,8 @@ use std::sync::Arc;
 pub enum CacheKind {
     /// Slots are taken as pages arrive and given back when they are flushed: as much memory as checkpoints need.
     Pool {
-        /// Bytes up to which it grows as it likes; `None` for as much as the guest's RAM. A checkpoint that needs more gets
-        /// it, slower, and it is counted.
+        /// Bytes up to which it grows ahead of need; `None` for as much as the guest's RAM. A checkpoint that needs more gets it,
+        /// slower, and that is counted.
         max: Option<u64>,
     },
     /// A slot for every page of guest RAM: memory doubles.
@@ -43,9 +43,9 @@ pub struct StoreOptions {
     pub shards: usize,
     /// The NUMA node that each shard's memory should lie on; empty where the kernel decides. The image lies on all of them.
     pub nodes: Vec<usize>,
-    /// Where somebody runs the guest on the RAM image between checkpoints: marks the pages that it changes, which each
-    /// commit then restores. Only with [`CacheKind::Mirror`] and [`CommitMode::Sync`]. The guest must stand still during a
-    /// commit, and its marks must be made by then.
+    /// Where the guest runs on the RAM image between checkpoints: marks the pages that it changes, which each commit then
+    /// restores. Only with [`CacheKind::Mirror`] and [`CommitMode::Sync`]. The guest must stand still during a
+    /// commit, and all its marks must have been made before.
     pub running_guest: Option<Arc<DirtyBitmap>>,
 }
 

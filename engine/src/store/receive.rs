@@ -1,5 +1,5 @@
-//! Received pages: where they are to land, and what is said of them when they have. See the module above for who may
-//! do this, and when.
+//! Receiving pages: where they land, and how they are recorded after they have landed. See the module above for what callers
+//! must ensure.
 #![forbid(unsafe_code)]
 
 use crate::canary::{self, Canary};
@@ -18,8 +18,8 @@ impl Store {
         }
     }
 
-    /// Says where the normal pages of a packet are to land; `landing` holds that until its next use. All its places
-    /// are to be filled before [`Store::landed`]. `shard` is the calling thread's.
+    /// Chooses where the normal pages of a packet land; `landing` has that until its next use. All its places must be filled
+    /// before [`Store::landed`]. `shard` is that of the calling thread.
     ///
     /// # Errors
     /// If there is no memory for them: see [`StoreError::PoolFull`].
@@ -40,7 +40,7 @@ impl Store {
         }
     }
 
-    /// The places of `landing` have been filled. `shard` is the calling thread's.
+    /// The places of `landing` have been filled. `shard` is that of the calling thread.
     ///
     /// # Panics
     /// If there is no such shard.
@@ -82,14 +82,14 @@ impl Store {
         }
     }
 
-    /// A channel's landing is used no more: what it holds of the pool is given back.
+    /// A channel will not use its landing any more: its part of the pool is released.
     pub fn release_landing(&self, landing: &mut Landing) {
         if let Some(pool) = self.cache.pool() {
             pool.release_landing(landing);
         }
     }
 
-    /// A page of zeros was received. `shard` is the calling thread's.
+    /// A page of zeros was received. `shard` is that of the calling thread.
     ///
     /// # Panics
     /// If there is no such shard.
@@ -108,7 +108,7 @@ impl Store {
         self.received.insert_all(&[page]);
     }
 
-    /// A page was received whose bytes the caller holds. `shard` is the calling thread's.
+    /// A page was received whose bytes the caller holds. `shard` is that of the calling thread.
     ///
     /// # Errors
     /// If there is no memory for it: see [`StoreError::PoolFull`].
@@ -144,7 +144,7 @@ impl Store {
         pool.map(|pool| PoolBuffer::open(pool, shard)).transpose()
     }
 
-    /// A page has arrived in `buffer`, and stays there until it is flushed. `shard` is the calling thread's.
+    /// A page has arrived in `buffer`, and stays there until it is flushed. `shard` is that of the calling thread.
     ///
     /// # Panics
     /// If there is no such shard, or the page does not lie there; in precopy.
@@ -177,7 +177,7 @@ impl Store {
         self.table().total_pages() - self.received.count()
     }
 
-    /// Ends precopy. The caller has seen to it that nobody is receiving: see the module.
+    /// Ends precopy. The caller has made sure that no thread is receiving: see the module.
     pub fn begin_colo(&self) {
         self.colo.store(true, Ordering::Release);
     }
@@ -187,7 +187,7 @@ impl Store {
         self.dirty.count()
     }
 
-    /// A channel may not use its landing for some time.
+    /// A channel may leave its landing unused for some time.
     pub fn idle_landing(&self, landing: &mut Landing) {
         if let Some(pool) = self.cache.pool() {
             pool.idle_landing(landing);
@@ -197,7 +197,7 @@ impl Store {
     /// Copies a page of the last committed checkpoint out.
     #[cfg(test)]
     pub(crate) fn read_committed(&self, page: PageIndex, out: &mut [u8; PAGE_SIZE]) {
-        // While it is flushing, what is newest is committed: see the module.
+        // During a flush the newest content is the committed one: see the module.
         if !self.is_flushing() || !self.cache.read(page, out) {
             copy::read(self.image().span(PageRun::one(page)), out);
         }

@@ -13,8 +13,8 @@ pub(crate) struct Cursor {
 }
 
 impl Cursor {
-    /// An extent and the first of `slots` slots in it, which nobody else has. They stay the holder's to fill until
-    /// [`Self::advance`] says that pages have arrived in them, or the next claim. `node` is where the holder is now.
+    /// Reserves `slots` slots in an extent, and returns the extent and the first of them. The holder may fill them until
+    /// [`Self::advance`] records that pages have arrived in them, or the next call. `node` is where the holder is now.
     ///
     /// # Errors
     /// See [`Extents::take`].
@@ -29,10 +29,10 @@ impl Cursor {
             let extent = ExtentId(extent);
             let is_empty = extents.refs().is_empty(extent);
             let used = if is_empty { 0 } else { used };
-            // Where it begins again, it may as well go elsewhere.
-            let should_leave =
+            // At its beginning a cursor can as well move to another extent.
+            let should_move =
                 is_empty && (extents.refs().is_retiring(extent) || !extents.refs().is_of(extent, node));
-            if used + slots <= EXTENT_SLOTS && !should_leave {
+            if used + slots <= EXTENT_SLOTS && !should_move {
                 self.held = Some((extent.0, used));
                 return Ok((extent, used));
             }
@@ -44,16 +44,16 @@ impl Cursor {
         Ok((extent, 0))
     }
 
-    /// Pages have arrived in the first `pages` slots that were claimed last.
+    /// Pages have arrived in the first `pages` slots that were reserved last.
     pub(crate) fn advance(&mut self, extents: &Extents, pages: u32) -> ExtentId {
-        let (extent, used) = self.held.as_mut().expect("claimed before");
+        let (extent, used) = self.held.as_mut().expect("reserved before");
         let extent = ExtentId(*extent);
         extents.refs().add(extent, pages);
         *used += pages;
         extent
     }
 
-    /// Gives the extent up if nothing is in it and its slab retires: its holder may have nothing to fill for a long time.
+    /// Releases the extent if nothing is in it and its slab retires: its holder may have nothing to fill for a long time.
     pub(crate) fn idle(&mut self, extents: &Extents) {
         let held = self.held.map(|(extent, _)| ExtentId(extent));
         if held.is_some_and(|extent| extents.refs().is_retiring(extent) && extents.refs().is_empty(extent)) {
@@ -61,14 +61,14 @@ impl Cursor {
         }
     }
 
-    /// Gives the extent up.
+    /// Releases the extent.
     pub(crate) fn release(&mut self, extents: &Extents) {
         if let Some((extent, _)) = self.held.take() {
             extents.refs().release(ExtentId(extent), 1);
         }
     }
 
-    /// As one word, for a cursor that is found through a shared reference but has one user.
+    /// As one word, for a cursor behind a shared reference that only one thread uses.
     pub(crate) fn pack(self) -> u64 {
         self.held.map_or(0, |(extent, used)| {
             (u64::from(extent) + 1) << 16 | u64::from(used)

@@ -1,7 +1,7 @@
-//! Which extents are free, held and lived in: counters alone, no memory.
+//! Reference counts of extents, and the lists of free ones: counters alone, no memory.
 //!
-//! An extent's counter is the number of pages that count in it, and one more while somebody holds it. Whoever takes it to
-//! 0 frees it. A slab **retires** by keeping its extents back as they become free.
+//! An extent's count is the number of pages that have their content in it, and one more while a cursor or a buffer holds it.
+//! The thread that brings a count to 0 frees the extent. A slab **retires** by keeping its extents back as they become free.
 #![deny(unsafe_code)]
 
 use crate::store::cache::stack::{FreeStack, Link};
@@ -14,7 +14,7 @@ use std::ops::Range;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct ExtentId(pub(crate) u32);
 
-/// The counter of an extent that is kept back because its slab retires.
+/// The count of an extent that is kept back because its slab retires.
 const PARKED: u32 = u32::MAX;
 
 /// The extents of one node, on a cache line of their own.
@@ -89,9 +89,9 @@ impl ExtentRefs {
         }
     }
 
-    /// The extents of a slab are free now, and a node's.
+    /// The extents of a slab are free now, and belong to a node.
     pub(crate) fn open_slab(&self, slab: usize, node: NodeIndex) {
-        // Relaxed: who gets one of its extents has popped it after it was pushed.
+        // Relaxed: a thread that gets one of its extents has popped it after it was pushed.
         self.slab_nodes[slab].store(node.0, Ordering::Relaxed);
         let node = &self.nodes[node.0];
         node.extents.fetch_add(self.slab_extents, Ordering::Relaxed);
@@ -141,7 +141,7 @@ impl ExtentRefs {
         self.nodes.iter().any(|node| node.shortage() > 0)
     }
 
-    /// What was borrowed tells nothing any more: no slab can be had for it.
+    /// Forgets what was borrowed: no slab can be added for it.
     pub(crate) fn reset_borrowed(&self) {
         let nodes = self.nodes.iter();
         nodes.for_each(|node| node.borrowed.store(0, Ordering::Relaxed));
@@ -176,16 +176,16 @@ impl ExtentRefs {
         }
     }
 
-    /// `pages` pages count in a held extent from now on.
+    /// `pages` pages have their content in a held extent from now on.
     pub(crate) fn add(&self, extent: ExtentId, pages: u32) {
         self.count(extent).fetch_add(pages, Ordering::Relaxed);
     }
 
-    /// As many pages as `count` are gone, or the holder.
+    /// Drops `count` references: of pages, or the holder's.
     pub(crate) fn release(&self, extent: ExtentId, count: u32) {
-        // Acquire and release: who takes the extent next writes after everybody has read.
+        // Acquire and release: the next holder of the extent writes after all threads have read.
         let before = self.count(extent).fetch_sub(count, Ordering::AcqRel);
-        debug_assert!(before >= count, "nothing is released twice");
+        debug_assert!(before >= count, "a reference is released once");
         if before != count {
             return;
         }
@@ -196,7 +196,7 @@ impl ExtentRefs {
         }
     }
 
-    /// Whether nothing refs in a held extent. Whoever holds it then writes after everybody has read.
+    /// Whether no page has its content in a held extent. Its holder then writes after all threads have read.
     pub(crate) fn is_empty(&self, extent: ExtentId) -> bool {
         self.count(extent).load(Ordering::Acquire) == 1
     }
@@ -232,10 +232,10 @@ impl ExtentRefs {
 
     /// Keeps back a free extent.
     fn park(&self, extent: ExtentId) {
-        // Release: whoever finds all of them here may take their memory away.
+        // Release: a thread that finds all of them parked may free their memory.
         self.count(extent).store(PARKED, Ordering::Release);
         self.node_of(extent).parked.fetch_add(1, Ordering::Relaxed);
-        // With its twin in `end_retiring`: either that finds it parked, or this finds that nothing retires any more.
+        // Pairs with the fence in `end_retiring`: either that finds the extent parked, or this finds that no slab retires.
         fence(Ordering::SeqCst);
         if !self.is_retiring(extent) && self.unpark(extent) {
             self.push_free(extent);
@@ -278,7 +278,7 @@ impl ExtentRefs {
         self.end_retiring(|extent| self.push_free(extent));
     }
 
-    /// The slab that retired is out of use: its extents are nobody's.
+    /// The slab that retired is out of use, and its extents with it.
     pub(crate) fn close_slab(&self) {
         if let Some(slab) = self.retiring_slab() {
             self.end_retiring(|_| {});
@@ -315,7 +315,7 @@ mod loom_tests {
     #[expect(unsafe_code, reason = "loom's cell is checked, not trusted")]
     unsafe impl Sync for Memory {}
 
-    /// An extent with a page that a flush reads and lets go of on another thread.
+    /// An extent with a page that a flush reads and releases on another thread.
     fn flushed_elsewhere() -> (Arc<ExtentRefs>, Arc<Memory>, ExtentId, thread::JoinHandle<()>) {
         let refs = Arc::new(ExtentRefs::new(1, 1, 1));
         let memory = Arc::new(Memory(UnsafeCell::new(7)));
@@ -332,7 +332,7 @@ mod loom_tests {
         (refs, memory, extent, flush)
     }
 
-    /// A holder begins again in its extent only when the flush has read the page that lived there.
+    /// A holder begins again in its extent only after the flush has read the page that was there.
     #[test]
     fn loom_a_slot_is_not_overwritten_while_it_is_read() {
         loom::model(|| {
@@ -359,7 +359,7 @@ mod loom_tests {
         });
     }
 
-    /// Two that let go of an extent's last pages at the same time free it once; who takes it has it alone.
+    /// Two threads that release the last references of an extent at the same time free it once, and it is taken once.
     #[test]
     fn loom_an_extent_is_freed_once() {
         loom::model(|| {

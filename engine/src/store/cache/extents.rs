@@ -1,12 +1,12 @@
-//! Extents: contiguous runs of slots in the slabs of a [`crate::store::cache::pool::Pool`], taken whole and given back whole.
+//! Extents: contiguous runs of slots in the slabs of a [`crate::store::cache::pool::Pool`], taken whole and freed whole.
 //!
-//! Who takes an extent **holds** it and fills it from its beginning: a channel for its packets, the main channel for
-//! its stream. Pages that have arrived in it **live** there until they are flushed, superseded or dropped. An extent
-//! with neither holder nor living page is free, and the one freed last is taken first, because its memory is still
-//! in a processor's cache. When everything in a held extent is gone, its holder starts again at its beginning.
+//! A cursor or a receive buffer **holds** an extent and fills it from its beginning: with the packets of a channel, or the stream
+//! of the main channel. Pages that have arrived in it keep a reference to it until they are flushed, superseded or dropped. An
+//! extent with neither holder nor references is free, and the one freed last is taken first, because its memory is still in a
+//! processor's cache. When the last page of a held extent is gone, its holder starts again at its beginning.
 //!
-//! Every node (the NUMA node of some receiving threads, see `numa.rs`) has slabs and a free list of its own. An extent
-//! stays its node's; who finds the own list empty borrows from another's, and the node is then the next to grow.
+//! Every NUMA node of the receiving threads (`numa.rs`) has slabs and a free list of its own. An extent stays with its node. A
+//! thread that finds the list of its node empty borrows from another's, and the node is then the next to get a slab.
 #![forbid(unsafe_code)]
 
 use crate::store::StoreError;
@@ -32,7 +32,7 @@ const _: () = assert!(PACKET_PAGES == 128, "an extent is made for two whole pack
 /// Bytes of an extent.
 pub(crate) const EXTENT_BYTES: u64 = EXTENT_SLOTS as u64 * PAGE_BYTES;
 
-/// How the pool stands.
+/// How much of the pool is used.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct PoolUse {
     /// Bytes of slabs.
@@ -41,30 +41,30 @@ pub struct PoolUse {
     pub free_extents: u64,
     /// Extents that there are.
     pub extents: u64,
-    /// Slabs that were taken beyond the limit, or while pages waited for them.
+    /// Slabs that were added while pages waited for them.
     pub inline_growth: u64,
 }
 
-/// What a pool needs done for the checkpoints to come.
+/// What is to be done for a pool before the next checkpoints.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum PoolTask {
     /// Nothing.
     Nothing,
-    /// A slab more: [`crate::store::Store::grow`].
+    /// Add a slab: [`crate::store::Store::grow`].
     Grow,
-    /// A slab less, which nobody uses any more: [`crate::store::Store::shrink`].
+    /// Free a slab, which is not used any more: [`crate::store::Store::shrink`].
     Shrink,
 }
 
-/// Checkpoints in a row that would have done with a slab less, after which one is given back.
+/// Consecutive checkpoints that would have needed a slab less, after which one is freed.
 const SHRINK_AFTER: u32 = 64;
 
 /// See the module.
 ///
 /// # Retiring
 /// The last slab **retires** when checkpoints have become smaller: its extents are kept back as they become free. When it
-/// has all of them, rings are told to forget it; when they have, its memory goes back to the host. If slots run short
-/// meanwhile, it is taken back into use.
+/// has all of them, rings unregister it; then its memory returns to the host. If slots run short before that, it is used
+/// again.
 pub(crate) struct Extents {
     layout: PoolLayout,
     slabs: Box<[OnceLock<Slab>]>,
@@ -72,7 +72,7 @@ pub(crate) struct Extents {
     grown: AtomicUsize,
     refs: ExtentRefs,
     inline_growth: AtomicU32,
-    /// Checkpoints in a row for which a slab less would have done.
+    /// Consecutive checkpoints that would have needed a slab less.
     spare: AtomicU32,
     growing: Mutex<Option<SlabMemory>>,
 }
@@ -107,10 +107,10 @@ impl Extents {
         Ok(pool)
     }
 
-    /// Maps the next slab for `node`, and gives its extents out. One that was in use before is mapped, and whose it was.
+    /// Maps the next slab for `node`, and frees its extents. One that was in use before is mapped already, for its former node.
     fn add_slab(&self, memory: &mut SlabMemory, node: NodeIndex) -> Result<&Slab, StoreError> {
         let slab = self.next_slab(memory, node)?;
-        // A file that has no memory when it is touched is no error but a signal.
+        // A lack of memory for a file is a signal when the file is touched, and an error here.
         if slab.memory().is_shared() {
             populate(&[slab.memory()]).map_err(|errno| Self::no_memory(self.layout.slab_bytes(), errno))?;
         }
@@ -177,8 +177,7 @@ impl Extents {
         slab.memory().read_span(begin + offset, pages)
     }
 
-    /// Takes a free extent, one of `node` where there is one, and holds it. Where there is none at all, makes some: slow, and
-    /// counted.
+    /// Takes a free extent, of `node` if it has one, and holds it. Where no node has one, adds a slab, which is slow and counted.
     ///
     /// # Errors
     /// If there is no memory for more, or pages take twice what the guest has.
@@ -207,8 +206,8 @@ impl Extents {
             * u64::from(self.layout.slab_extents)
     }
 
-    /// What is to be done for the checkpoints to come, asked when one is here whole: they shall find room for as many pages as
-    /// this one has, and a quarter more.
+    /// What is to be done before the next checkpoints, asked after one has arrived whole: they shall find room for as many pages
+    /// as this one has, and a quarter more.
     pub(crate) fn task(&self) -> PoolTask {
         let grown = self.grown.load(Ordering::Relaxed);
         if self.refs.is_short() {
@@ -234,7 +233,7 @@ impl Extents {
         PoolTask::Nothing
     }
 
-    /// Whether nobody uses the slab that retires, not even a ring.
+    /// Whether the slab that retires is not used any more, not even by a ring.
     fn has_retired(&self) -> bool {
         let slab = self.refs.retiring_slab().filter(|_| self.refs.are_all_parked());
         slab.and_then(|slab| self.slab(slab)).is_some_and(|slab| {
@@ -243,7 +242,7 @@ impl Extents {
         })
     }
 
-    /// Gives the memory of the slab that has retired back to the host.
+    /// Returns the memory of the slab that has retired to the host.
     pub(crate) fn shrink(&self) {
         let growing = self.growing.lock().unwrap_or_else(PoisonError::into_inner);
         if !self.has_retired() {
@@ -258,7 +257,7 @@ impl Extents {
         drop(growing);
     }
 
-    /// Takes the slab that retires back into use. True if there was one.
+    /// Uses the slab that retires again. Returns whether there was one.
     fn revive(&self) -> bool {
         let Some(slab) = self.refs.retiring_slab() else {
             return false;
@@ -270,7 +269,7 @@ impl Extents {
         true
     }
 
-    /// Adds a slab whose memory is there, for the node that is shortest of extents.
+    /// Adds a slab, populated, for the node that lacks most extents.
     ///
     /// # Errors
     /// If there is no memory for it.
@@ -282,16 +281,16 @@ impl Extents {
         let memory = growing.as_mut().expect("set when the extents were mapped");
         let slab = self.next_slab(memory, self.refs.shortest_node())?;
         populate(&[slab.memory()]).map_err(|errno| Self::no_memory(self.layout.slab_bytes(), errno))?;
-        // Whether memory can be locked was told of the first slabs.
+        // A note on memory that cannot be locked was given for the first slabs.
         drop(mlock::lock(std::iter::once(slab.memory())));
         self.open_slab();
         Ok(())
     }
 
-    /// A slab for pages that are waiting in a socket: the kernel finds its memory while it receives.
+    /// Adds a slab for pages that are waiting in a socket: the kernel allocates its memory while it receives.
     fn grow_inline(&self, node: NodeIndex) -> Result<(), StoreError> {
         let mut growing = self.growing.lock().unwrap_or_else(PoisonError::into_inner);
-        // Somebody else was faster, or there is one that was to go.
+        // Another thread was faster, or there is a slab that was to be freed.
         if self.refs.free() > 0 || self.revive() {
             return Ok(());
         }

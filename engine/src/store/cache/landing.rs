@@ -69,8 +69,8 @@ impl Landing {
         self.channel
     }
 
-    /// [`HEADER_BYTES`] bytes in the slab of all pages ([`Self::slab`]), for the header of the packet that follows: so one
-    /// read may fill both. To be read out by [`crate::store::Store::read_header`] before the landing is used again.
+    /// [`HEADER_BYTES`] bytes in the slab of all pages ([`Self::slab`]), for the header of the packet that follows, so that
+    /// one read may fill both. To be read out by [`crate::store::Store::read_header`] before the landing is used again.
     pub fn header(&self) -> Option<*mut u8> {
         self.header.map(|place| place.run.address)
     }

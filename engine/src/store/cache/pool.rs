@@ -1,11 +1,11 @@
 //! The placement `pool`: slots are taken as pages arrive, the pages of a packet in one piece of an extent, and given
-//! back when they are flushed. So the cache is as large as the checkpoints are, not as the guest is, and what is received
-//! lands in memory that was used a moment ago.
+//! back when they are flushed. So the size of the cache follows the checkpoints, not the guest, and what is received lands in
+//! memory that was used a moment ago.
 //!
 //! # Where a page is
-//! One word for each page of the guest says where its newest content is, from the page's arrival to its flush: nowhere
-//! (then the image has it), in an extent, or that it is all zeros. Arrivals exchange the word; what it said
-//! before is superseded and given back. Between a commit and the next CHECKPOINT_REPLY the words are those of
+//! One word for each page of the guest says where its newest content is, from the page's arrival to its flush: in the image,
+//! in an extent, or that it is all zeros. Arrivals exchange the word; the content that it named before is superseded and its
+//! slot released. Between a commit and the next CHECKPOINT_REPLY the words are those of
 //! the committed checkpoint, which the flush takes one by one; no page may arrive then (`session::Rendezvous`, the gate).
 #![forbid(unsafe_code)]
 
@@ -34,7 +34,7 @@ const _: () = assert!(EXTENT_BYTES < 1 << OFFSET_BITS);
 /// Where a page's newest content is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Place {
-    /// Not here: the image has it.
+    /// In the image.
     Image,
     /// It is all zeros.
     Zero,
@@ -55,7 +55,7 @@ impl Place {
         Self::parse(word).expect("it was packed here")
     }
 
-    /// From a word that may be anything.
+    /// From a word of any value.
     pub(crate) fn parse(word: u64) -> Option<Self> {
         let offset = word & ((1 << OFFSET_BITS) - 1);
         match (word >> OFFSET_BITS).checked_sub(1) {
@@ -95,9 +95,9 @@ impl Pool {
         Place::unpack(self.places[index(page.get())].load(Ordering::Acquire))
     }
 
-    /// From now on `place` has the page's newest content; the one before is given back.
+    /// Makes `place` that of the page's newest content, and releases the one before.
     fn supersede(&self, page: PageIndex, place: Place) {
-        // Release: the content is there for whoever finds the place.
+        // Release: a thread that finds the place sees the content.
         let before = self.places[index(page.get())].swap(place.pack(), Ordering::AcqRel);
         if let Place::Slot(extent, _) = Place::unpack(before) {
             self.extents.refs().release(extent, 1);
@@ -173,7 +173,7 @@ impl Pool {
         page: PageIndex,
         bytes: &[u8; PAGE_SIZE],
     ) -> Result<(), StoreError> {
-        // The shard is one thread's, and so is its cursor.
+        // A shard belongs to one thread, and so does its cursor.
         let word = &self.cursors[shard].0;
         let mut cursor = Cursor::unpack(word.load(Ordering::Relaxed));
         let reserved = cursor.reserve(&self.extents, self.nodes.of_shard(shard), 1);
@@ -217,7 +217,7 @@ impl Pool {
                 killpoint::here();
             }
         }
-        // The image is written, for everybody, before a place says so and a slot is used again.
+        // All threads see the image written before a place says so and a slot is used again.
         copy::fence();
         self.drop_pages(plan, words);
         pieces

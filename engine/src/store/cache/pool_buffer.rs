@@ -1,13 +1,15 @@
-//! A receive buffer in the pool, in which pages stay where they have arrived: for plain mode, where pages and messages
-//! come in one stream, and where a page will lie is known only when it is there.
+//! A receive buffer in the pool, in which pages stay where they have arrived: for plain mode, where pages and messages come in
+//! one stream, and the position of a page is known only after it has arrived.
 //!
-//! It is filled at its end by the kernel while its beginning is being read, and goes on in another extent when it is
-//! full; the little that was not parsed by then is moved. A page that arrived is **adopted**: it lives in its
-//! extent like one of a packet.
+//! The kernel fills it at its end while its beginning is being read. When it is full, it continues in another extent; the few
+//! bytes that were not parsed by then are moved. A page that arrived is **adopted**: it keeps a reference to its extent, like a
+//! page of a packet.
 //!
-//! Contract: as that of `ring::StreamBuffer`. `space` is asked for only while no receive into it is posted, and bytes behind
-//! `filled` are never read. Bytes before `filled` are written by nobody as long as the extent is held, which the buffer
-//! does; so what Rust sees as a slice and what the kernel writes never overlap, and the flush beside it only reads.
+//! # Contract
+//! [`PoolBuffer::space`] is called only while no receive into the buffer is posted, and bytes after `filled` are never read.
+//! Nothing writes bytes before `filled` as long as the buffer holds the extent. So what Rust sees as a slice and what the kernel
+//! writes never overlap, and a flush beside it only reads. This is the one reference to guest memory in the store: see
+//! `memory/copy.rs`.
 
 #![expect(unsafe_code, reason = "a buffer that the kernel fills is lent as a slice")]
 
@@ -22,8 +24,8 @@ use crate::units::{PAGE_BYTES, PAGE_SIZE, PageIndex};
 use std::cell::Cell;
 use std::sync::Arc;
 
-/// Space below which it goes on in another extent: a page record with a block's name, and a little more, so that
-/// receives are not of single records.
+/// Space below which the buffer continues in another extent: a page record with a block's name, and a little more, so that
+/// a receive is not of a single record.
 const SPACE_MIN: usize = 4 * PAGE_SIZE;
 
 /// See the module.
@@ -73,12 +75,12 @@ impl PoolBuffer {
     pub fn bytes(&self) -> &[u8] {
         let pos = self.pos.get();
         // SAFETY: pos <= filled <= EXTENT_BYTES always, and the extent lies in a slab of the pool that this holds. Bytes
-        // below `filled` are written by nobody while this borrow lives: the buffer holds the extent, `space`, which moves
-        // on, needs `&mut self`, and the kernel was given memory behind `filled` only.
+        // below `filled` are not written while this borrow lives: the buffer holds the extent, `space`, which continues in
+        // another one, needs `&mut self`, and the kernel has addresses after `filled` only.
         unsafe { std::slice::from_raw_parts(self.base().add(pos), self.filled - pos) }
     }
 
-    /// The first `count` of [`Self::bytes`] are done with. They stay readable through slices taken before.
+    /// The first `count` of [`Self::bytes`] are consumed. They stay readable through slices taken before.
     pub fn consume(&self, count: usize) {
         assert!(
             count <= self.filled - self.pos.get(),
@@ -108,8 +110,7 @@ impl PoolBuffer {
         self.filled += count;
     }
 
-    /// Free space. None while what has arrived and was not consumed leaves none. Only to be called while no receive is
-    /// posted.
+    /// Free space, if what has arrived and was not consumed leaves any. Only to be called while no receive is posted.
     ///
     /// # Errors
     /// If there is no memory for another extent.
@@ -128,12 +129,12 @@ impl PoolBuffer {
         Ok((free > 0).then_some((self.base().wrapping_add(self.filled), free)))
     }
 
-    /// Goes on in another extent, with what was not consumed.
+    /// Continues in another extent, with what was not consumed.
     fn move_on(&mut self) -> Result<(), StoreError> {
         let next = self.extents().take(self.node)?;
         let (pos, rest) = (self.pos.get(), self.filled - self.pos.get());
-        // SAFETY: `rest` bytes of this extent that nobody writes, to the beginning of one that was taken just now, so that
-        // nobody else uses it; both are EXTENT_BYTES long, and they are different.
+        // SAFETY: `rest` bytes of this extent, which nothing writes, to the beginning of one that was taken just now, so that
+        // nothing else uses it; both are EXTENT_BYTES long, and they are different.
         unsafe { std::ptr::copy_nonoverlapping(self.base().add(pos), self.base_of(next), rest) };
         self.extents().refs().release(self.extent, 1);
         self.extent = next;

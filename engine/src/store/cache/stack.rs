@@ -37,7 +37,7 @@ impl FreeStack {
         }
     }
 
-    /// Whoever pops the number sees what this thread did before.
+    /// The thread that pops the number sees what this thread did before.
     pub(crate) fn push(&self, number: u32, links: &[Link]) {
         let mut head = self.head.load(Ordering::Relaxed);
         loop {
@@ -124,7 +124,7 @@ mod loom_tests {
     use loom::sync::Arc;
     use loom::thread;
 
-    /// Two threads that pop and push back: nobody gets what another holds, and nothing is lost.
+    /// Two threads that pop and push back: neither gets a number that the other has, and none is lost.
     #[test]
     fn loom_a_number_is_held_by_one() {
         loom::model(|| {

@@ -3,24 +3,21 @@
 //! * A **shard** belongs to one receiving thread, and only that thread marks in it: on the way of a packet no
 //!   two cores write one cache line. [`DirtyBitmap::take`] reads the shards or-ed together.
 //! * Two **levels**: one bit per page, and one summary bit per 64-bit word of those. A scan reads the summary
-//!   whole and of the rest only what is dirty: 1 TiB of guest is 512 KiB of summary per shard.
+//!   whole and of the words only those that are dirty: 1 TiB of guest is 512 KiB of summary per shard.
 //! * Memory is touched by marking alone (a scan only reads), so what was never marked costs no memory.
 //!
 //! # Markers and takers
-//! [`DirtyBitmap::mark`] publishes with release and [`DirtyBitmap::take`] reads with acquire: who takes a bit
-//! sees the page's content as the marker left it. A mark that has returned before a take begins (by whatever
+//! [`DirtyBitmap::mark`] publishes with release and [`DirtyBitmap::take`] reads with acquire: the taker of a bit
+//! sees the page's content as its marker wrote it. A mark that has returned before a take begins (by whatever
 //! hand-over: a lock, a channel's SYNC) is in that take; one that runs beside a take is in that take or in the
 //! next, never lost. That last sentence is what the loom tests below check.
 #![forbid(unsafe_code)]
 
-use crate::store::commit::plan::Plan;
+use crate::store::commit::plan::{Plan, WORD_PAGES};
 use crate::store::memory::index;
 use crate::store::memory::words::zeroed_words;
 use crate::sync::{AtomicU64, Ordering};
 use crate::units::PageIndex;
-
-/// Pages that one word of a bitmap stands for.
-pub(crate) const WORD_PAGES: u64 = 64;
 
 /// Words that one word of the summary stands for.
 const SUMMARY_WORDS: usize = 64;

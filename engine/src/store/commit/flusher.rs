@@ -1,8 +1,8 @@
-//! The flush: dirty slots → RAM image, inside of a commit by the committing thread and parked helpers, or after it in
-//! small steps by whoever has nothing else to do.
+//! The flush copies dirty slots to the RAM image: inside a commit by the committing thread and parked helpers, or after it in
+//! small steps by threads that have nothing else to do.
 //!
-//! A [`Flush`] belongs to a store and is what its threads share; a [`Flusher`] is the helpers, which several stores
-//! share. WorkQueue go through the plan in address order, so that the threads stay near each other and each writes runs.
+//! A [`Flush`] belongs to a store, and its threads share it; a [`Flusher`] is the helpers, which several stores share. Threads take
+//! parts of the plan in address order, so that they stay near each other and each writes runs.
 #![forbid(unsafe_code)]
 
 use crate::canary::{self, Canary};
@@ -51,7 +51,7 @@ impl Default for FlushSizes {
 pub struct FlushReport {
     /// Pages copied to the RAM image.
     pub pages: u64,
-    /// Copies they were made in: consecutive pages of a block are one, within a thread's claim.
+    /// Copies made: consecutive pages of a block are one copy, within the part that a thread takes.
     pub runs: u64,
     /// Helpers that took part.
     pub helpers: usize,
@@ -59,10 +59,10 @@ pub struct FlushReport {
     pub busy: Duration,
 }
 
-/// What became of one step of a flush.
+/// The outcome of one step of a flush.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum FlushStep {
-    /// There was nothing to do: no flush is under way, or others do what is left.
+    /// There was nothing to do: no flush is in progress, or other threads are copying what is left.
     Nothing,
     /// Some pages were copied; there may be more.
     Some,
@@ -70,12 +70,12 @@ pub enum FlushStep {
     Last,
 }
 
-/// A store's flush in progress, or at rest.
+/// The flush of a store, in progress or idle.
 pub(crate) struct Flush {
     image: Arc<RamImage>,
     cache: Cache,
     round: RwLock<Round>,
-    /// Which words of the plan are claimed and done.
+    /// Which words of the plan are taken and done.
     queue: WorkQueue,
     /// Whether cores that do not receive from this primary may take part.
     help_allowed: AtomicBool,
@@ -83,7 +83,7 @@ pub(crate) struct Flush {
     failed: AtomicBool,
     runs: AtomicU64,
     busy_ns: AtomicU64,
-    /// Where it stands written that a flush has ended.
+    /// The record that says whether a flush has ended.
     durable: Option<Arc<DurableRecord>>,
     /// Called after the last part of a flush that was not done inside a commit.
     notify: OnceLock<Box<dyn Fn() + Send + Sync>>,
@@ -121,8 +121,8 @@ impl Flush {
         })
     }
 
-    /// Begins a flush of what `plan_it` puts into the plan, and says how many pages that is. The caller holds the store's
-    /// commit lock, and has settled the flush before, so there is one at a time.
+    /// Begins a flush of what `plan_it` puts into the plan, and returns how many pages that is. The caller holds the lock of the
+    /// commit record, and has finished the flush before, so there is one at a time.
     pub(crate) fn begin(&self, method: CopyMethod, plan_it: impl FnOnce(&mut Plan)) -> u64 {
         debug_assert!(!self.is_open(), "one flush after the other");
         let mut round = self.round.write().expect(NEVER_POISONED);
@@ -143,7 +143,7 @@ impl Flush {
         self.queue.is_open()
     }
 
-    /// Somebody waits for its end: lets other cores help if so much is left that they should. Says whether.
+    /// A caller is waiting for its end: lets other cores help if so much is left that they should. Returns whether it does.
     pub(crate) fn allow_help(&self) -> bool {
         if !self.is_open() {
             return false;
@@ -172,7 +172,7 @@ impl Flush {
         }
     }
 
-    /// What was done since the last beginning.
+    /// What was done since it began.
     pub(crate) fn report(&self) -> FlushReport {
         FlushReport {
             pages: 0,
@@ -248,20 +248,20 @@ impl Flush {
         }
         let round = self.round.read().expect(NEVER_POISONED);
         let entries = round.plan.len();
-        let Some(claim) = self.queue.take(words, entries) else {
+        let Some(taken) = self.queue.take(words, entries) else {
             return FlushStep::Nothing;
         };
         let started = Instant::now();
         let part = Part(&self.failed);
-        let first = claim.start + usize::from(canary::is_set(Canary::SkippedPage));
+        let first = taken.start + usize::from(canary::is_set(Canary::SkippedPage));
         let runs = self
             .cache
-            .flush(&round.plan, first..claim.end, &self.image, round.method);
+            .flush(&round.plan, first..taken.end, &self.image, round.method);
         drop(part);
         let busy = u64::try_from(started.elapsed().as_nanos()).unwrap_or(u64::MAX);
         self.runs.fetch_add(runs, Ordering::Relaxed);
         self.busy_ns.fetch_add(busy, Ordering::Relaxed);
-        if self.queue.finish(&claim, entries, || self.note_the_end()) {
+        if self.queue.finish(&taken, entries, || self.note_the_end()) {
             FlushStep::Last
         } else {
             FlushStep::Some
@@ -278,13 +278,13 @@ impl Flush {
         }
     }
 
-    /// One thread's part: claims words of the plan until none is left.
+    /// The part of one thread: takes words of the plan until none is left.
     fn work(&self) {
         while self.step(TAKE_WORDS) == FlushStep::Some {}
     }
 }
 
-/// A part of a flush that is being done: leaves word if it panics.
+/// A part of a flush that is being done: records a panic.
 struct Part<'a>(&'a AtomicBool);
 
 impl Drop for Part<'_> {
@@ -298,24 +298,24 @@ impl Drop for Part<'_> {
 /// Why a [`Flusher`] could not be made.
 #[derive(Debug, Error)]
 pub enum FlusherError {
-    /// The system gave no thread.
-    #[error("no thread for flush helper {helper}: {source}")]
+    /// The system refused a thread.
+    #[error("cannot start flush helper {helper}: {source}")]
     Spawn {
         /// Which, from 0.
         helper: usize,
-        /// What the system said.
+        /// The error of the system.
         source: std::io::Error,
     },
-    /// The core is not there, or not ours.
+    /// The core does not exist, or this process may not use it.
     #[error(
-        "flush helper {helper} cannot be pinned to core {core}: {source}; see `taskset -p $$` for the cores one may use"
+        "flush helper {helper} cannot be pinned to core {core}: {source}; see `taskset -p $$` for the cores that may be used"
     )]
     Pin {
         /// Which, from 0.
         helper: usize,
         /// The core asked for.
         core: usize,
-        /// What the system said.
+        /// The error of the system.
         source: std::io::Error,
     },
 }
@@ -332,7 +332,7 @@ impl Flusher {
     /// Starts `helpers` threads (none is fine), pinned to `cores` in turn where there are any.
     ///
     /// # Errors
-    /// If a thread cannot be had, or not be pinned. Those started before then end.
+    /// If a thread cannot be started or pinned. Those started before it end.
     pub fn new(method: CopyMethod, helpers: usize, cores: &[usize]) -> Result<Self, FlusherError> {
         let fork_join = Arc::new(ForkJoin::new());
         let mut flusher = Self {
@@ -353,7 +353,7 @@ impl Flusher {
         let life = move || {
             let ready = core.map_or(Ok(()), |core| pin(&[core]));
             let on = ready.is_ok();
-            // Nobody listens only if the thread that waits below is gone, and the process with it.
+            // Fails only if the thread that waits below is gone, and the process with it.
             let _ = started.send(ready);
             if on {
                 fork_join.help(|flush| flush.work());
@@ -375,7 +375,7 @@ impl Flusher {
         self.method
     }
 
-    /// Does all of `flush`, with the helpers where they are free; says how many came.
+    /// Does all of `flush`, with the helpers if they are free; returns how many took part.
     fn share(&self, flush: &Arc<Flush>) -> usize {
         let fork = match self.helpers.is_empty() {
             true => None,

@@ -1,26 +1,26 @@
-//! How one thread shares work with parked helpers and gets all of it back.
+//! How one thread shares work with parked helpers and waits until all of it is done.
 //!
-//! The owner **forks** a piece of work, does its own part, and **joins**: from then on no helper takes part, and it waits
-//! until everyone who joined has left. So once [`Fork::join`] returns, no helper works and none holds a
-//! clone of the work; what helpers wrote is visible to the owner. How the parts are claimed is the work's own matter.
+//! The owner **forks**: it offers a piece of work, does its own part, and **joins**. From then on no helper starts on it, and the
+//! owner waits for those that have. So after [`Fork::join`] no helper works and none has a clone of the work; what helpers wrote
+//! is visible to the owner. How the work is divided is up to the work.
 //!
-//! One fork stands at a time. An owner that finds another's gets `None` and does its work alone, which it could
-//! do anyhow: nobody ever waits for helpers.
+//! There is one fork at a time. An owner that finds another's gets `None` and does its work alone: no owner ever waits for
+//! helpers to become free.
 #![forbid(unsafe_code)]
 
 use crate::sync::{Condvar, Mutex};
 
 /// What the lock guards.
 struct Shared<W> {
-    /// The work on fork: taken away by the owner when it joins.
+    /// The work that is offered, until its owner joins.
     work: Option<W>,
-    /// Number of the fork, so that a helper joins each one once.
+    /// Number of the fork, so that a helper works on each one once.
     round: u64,
     /// From fork to the end of the join.
     taken: bool,
-    /// Helpers that have joined and not left.
+    /// Helpers that work on it.
     working: usize,
-    /// Helpers that have joined.
+    /// Helpers that have worked on it or do.
     joined: usize,
     /// A helper panicked in its part.
     failed: bool,
@@ -35,7 +35,7 @@ pub(crate) struct ForkJoin<W> {
     all_left: Condvar,
 }
 
-const NEVER_POISONED: &str = "nothing panics while it holds the shared's lock";
+const NEVER_POISONED: &str = "nothing panics while it holds this lock";
 
 impl<W: Clone> ForkJoin<W> {
     pub(crate) fn new() -> Self {
@@ -100,14 +100,14 @@ impl<W: Clone> ForkJoin<W> {
         }
     }
 
-    /// Sends the helpers home. They finish what they have joined.
+    /// Ends the helpers, after the work that they are doing.
     pub(crate) fn close(&self) {
         self.shared.lock().expect(NEVER_POISONED).closed = true;
         self.forked.notify_all();
     }
 }
 
-/// A helper's place at the shared: given up however its part ends.
+/// A helper's part in a fork, which ends with this however the helper's work ends.
 struct Joined<'a, W: Clone> {
     fork_join: &'a ForkJoin<W>,
     work: Option<W>,
@@ -115,7 +115,7 @@ struct Joined<'a, W: Clone> {
 
 impl<W: Clone> Drop for Joined<'_, W> {
     fn drop(&mut self) {
-        // First the clone, then the word that it is gone.
+        // The clone goes before the count says so.
         self.work = None;
         let mut shared = self.fork_join.shared.lock().expect(NEVER_POISONED);
         shared.working -= 1;
@@ -134,7 +134,7 @@ pub(crate) struct Fork<'a, W> {
 }
 
 impl<W> Fork<'_, W> {
-    /// Ends the fork and waits for those who joined; says how many did.
+    /// Ends the fork, waits for the helpers that work on it, and returns how many did.
     ///
     /// # Panics
     /// If one of them panicked, since its part is then not done.

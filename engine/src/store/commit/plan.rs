@@ -1,9 +1,11 @@
-//! What is to be flushed: a list of bitmap words in address order, read as runs of consecutive pages.
+//! What a flush has to copy: a list of bitmap words in address order, read as runs of consecutive pages.
 #![forbid(unsafe_code)]
 
-use crate::store::commit::bitmap::WORD_PAGES;
 use crate::units::{PageIndex, PageRun};
 use std::ops::Range;
+
+/// Pages that one word of a bitmap stands for.
+pub(crate) const WORD_PAGES: u64 = 64;
 
 /// The dirty pages of one word of the bitmap.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -27,7 +29,7 @@ impl Plan {
         self.pages = 0;
     }
 
-    /// Appends a word that lies behind all words so far.
+    /// Appends a word after all words so far.
     pub(crate) fn push(&mut self, index: u64, bits: u64) {
         debug_assert!(self.words.last().is_none_or(|last| last.index < index));
         if bits != 0 {
@@ -63,13 +65,13 @@ impl Plan {
 /// See [`Plan::runs`].
 pub(crate) struct Runs<'a> {
     words: &'a [DirtyWord],
-    /// First page of the word in hand, and what is left of its bits.
+    /// First page of the current word, and what is left of its bits.
     first_page: u64,
     bits: u64,
 }
 
 impl Runs<'_> {
-    /// Takes the next word in hand.
+    /// Makes the next word the current one.
     fn advance(&mut self) -> Option<()> {
         let (word, rest) = self.words.split_first()?;
         (self.first_page, self.bits) = (word.index * WORD_PAGES, word.bits);
@@ -77,7 +79,7 @@ impl Runs<'_> {
         Some(())
     }
 
-    /// The lowest run of the word in hand, which is not empty.
+    /// The lowest run of the current word, which is not empty.
     fn next_in_word(&mut self) -> PageRun {
         let skip = self.bits.trailing_zeros();
         let length = (self.bits >> skip).trailing_ones();

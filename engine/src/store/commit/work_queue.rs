@@ -1,4 +1,5 @@
-//! How the threads of a flush share a list of work: each queue the next few entries, and the last one to finish knows.
+//! How the threads of a flush share a list of work: each takes the next few entries, and the thread that finishes the last ones
+//! learns that they were the last.
 #![forbid(unsafe_code)]
 
 use crate::sync::{AtomicBool, AtomicUsize, Ordering};
@@ -6,7 +7,7 @@ use std::ops::Range;
 
 /// See the module. The number of entries is the list's own, given with every call.
 pub(crate) struct WorkQueue {
-    /// First entry that is not claimed.
+    /// First entry that is not taken.
     next: AtomicUsize,
     /// Entries that are done.
     done: AtomicUsize,
@@ -24,35 +25,35 @@ impl WorkQueue {
         }
     }
 
-    /// A new list of `entries` entries may be worked on. The one before is done, and nobody queue from this one yet.
+    /// Opens a new list of `entries` entries. The one before is done, and no thread takes from this one yet.
     pub(crate) fn open(&self, entries: usize) {
         self.next.store(0, Ordering::Relaxed);
         self.done.store(0, Ordering::Relaxed);
-        // Release: who finds it open finds the list, too.
+        // Release: a thread that finds it open also finds the list.
         self.open.store(entries > 0, Ordering::Release);
     }
 
-    /// Whether something is left to do, or being done. If not, whoever asks sees all that was done.
+    /// Whether something is left to do, or being done. If not, the caller sees all that was done.
     pub(crate) fn is_open(&self) -> bool {
         self.open.load(Ordering::Acquire)
     }
 
-    /// The next entries of the list, at most `count`; nobody else gets them.
+    /// Takes the next entries of the list, at most `count`; no other thread gets them.
     pub(crate) fn take(&self, count: usize, entries: usize) -> Option<Range<usize>> {
         let begin = self.next.fetch_add(count, Ordering::Relaxed);
         let end = entries.min(begin.saturating_add(count));
         (begin < end).then_some(begin..end)
     }
 
-    /// How many of them are claimed.
+    /// How many of them are taken.
     pub(crate) fn taken(&self, entries: usize) -> usize {
         self.next.load(Ordering::Relaxed).min(entries)
     }
 
-    /// A claim is done; true if it was the last. Then `all_done` is called, before anybody can see that the list is closed.
-    pub(crate) fn finish(&self, claim: &Range<usize>, entries: usize, all_done: impl FnOnce()) -> bool {
-        // Acquire and release: who closes the list has seen what all others did.
-        let done = self.done.fetch_add(claim.len(), Ordering::AcqRel) + claim.len();
+    /// Entries that were taken are done; returns whether they were the last. Then `all_done` is called before the list closes.
+    pub(crate) fn finish(&self, taken: &Range<usize>, entries: usize, all_done: impl FnOnce()) -> bool {
+        // Acquire and release: the thread that closes the list has seen what all others did.
+        let done = self.done.fetch_add(taken.len(), Ordering::AcqRel) + taken.len();
         if done == entries {
             all_done();
             self.open.store(false, Ordering::Release);
@@ -68,18 +69,18 @@ mod loom_tests {
     use loom::sync::Arc;
     use loom::thread;
 
-    /// Two threads do a list of three: every entry once, and who finds it closed sees every entry done.
+    /// Two threads do a list of three: every entry once, and a thread that finds it closed sees every entry done.
     #[test]
     fn loom_every_entry_is_done_once_and_seen() {
         const ENTRIES: usize = 3;
         fn work(queue: &WorkQueue, done: &[AtomicUsize]) -> usize {
             let mut last = 0;
-            while let Some(claim) = queue.take(2, ENTRIES) {
-                for entry in claim.clone() {
+            while let Some(taken) = queue.take(2, ENTRIES) {
+                for entry in taken.clone() {
                     let before = done[entry].load(Ordering::Relaxed);
                     done[entry].store(before + 1, Ordering::Relaxed);
                 }
-                last += usize::from(queue.finish(&claim, ENTRIES, || ()));
+                last += usize::from(queue.finish(&taken, ENTRIES, || ()));
             }
             last
         }

@@ -1,35 +1,35 @@
-//! What lets a checkpoint outlive its receiver: the commit record in a file of the RAM directory, beside the image.
+//! The commit record in a file of the RAM directory, beside the image: with it a checkpoint outlives its receiver.
 //!
 //! # How
 //! Image, slabs and the table of places (`pool.rs`) are files in memory, too: what a process has stored in them stays when it
-//! is killed, whenever that is. Only the order of its stores matters. A commit stores
+//! is killed, at any time. Only the order of its stores matters. A commit stores
 //!
 //! 1. the device state, in that one of two files that the checkpoint before does not use,
 //! 2. the checkpoint's number and the length of that, in the slot that the checkpoint before does not use,
-//! 3. **the state word**, which names the slot and says *flushing*: one aligned word, so it is there or not.
+//! 3. **the state word**, which names the slot and says *flushing*: one aligned word, so it is stored whole or not at all.
 //!
-//! All pages are in slots by then, and their places in the table, which holds nothing else: so between 3 and 4 the checkpoint
-//! is the image and, over it, what the table says. The flush copies a page, then clears its place; when all are cleared
+//! All pages are in slots by then, and their places in the table, which has nothing else. So between 3 and 4 the checkpoint is
+//! the image and, over it, the slots that the table names. The flush copies a page, then clears its place; when all are cleared
 //!
-//! 4. the state word says *flushing* no more: the checkpoint is the image alone.
+//! 4. the state word no longer says *flushing*: the checkpoint is the image alone.
 //!
-//! Only then is the primary told that it may send pages (CHECKPOINT_REPLY), so what stands in the table after 4 is of a
-//! checkpoint that is not complete, and is ignored. A kill anywhere leaves the checkpoint before 3, or the one behind it,
+//! Only then CHECKPOINT_REPLY allows the primary to send pages, so what the table has after 4 is of a checkpoint that is not
+//! complete, and is ignored. A kill anywhere leaves the checkpoint before 3, or the one behind it,
 //! whole. `recovery.rs` reads it.
 //!
-//! Reads that a kernel still has in hand when the process dies go to slots that no place names.
+//! Reads that the kernel completes after the process has died go to slots that no place names.
 //!
 //! # The files
 //! | name | content |
 //! |---|---|
-//! | `LABEL.~record` | magic, version, what follows from the guest; state word; two slots. Locked by whoever has the guest |
+//! | `LABEL.~record` | magic, version, what follows from the guest; state word; two slots. Locked by the process that has the guest |
 //! | `LABEL.~session` | what stays the same for the session, as its owner encodes it |
 //! | `LABEL.~device-0`, `-1` | device state of the last checkpoint or of the one before |
 //! | `LABEL.~places` | a word for each page |
 //! | `LABEL.~slab-N` | slots |
 //! | `LABEL.BLOCK` | the image |
 //!
-//! All numbers are words of 64 bits in this host's order: the files never leave it, nor its uptime.
+//! All numbers are words of 64 bits in this host's byte order: the files are used on this host only, until it restarts.
 #![forbid(unsafe_code)]
 
 use crate::canary::{self, Canary};
@@ -95,20 +95,20 @@ pub(crate) struct RecordedCheckpoint {
     pub(crate) is_given: bool,
 }
 
-/// What follows from the guest, for the one who finds a record.
+/// What a recovery must know of the guest to read its files.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct GuestShape {
     pub(crate) pages: u64,
     pub(crate) slab_extents: u64,
 }
 
-/// What was found of a guest.
+/// What files there are of a guest.
 pub(crate) enum Found {
     /// A checkpoint.
     Checkpoint(Box<DurableRecord>, GuestShape, RecordedCheckpoint),
     /// A record in which nothing is committed.
     Nothing,
-    /// A record that a living receiver has.
+    /// A record that a running receiver has locked.
     InUse,
     /// Files without a record.
     NoRecord,
@@ -144,7 +144,7 @@ impl Record {
         self.get(at::STATE)
     }
 
-    /// What comes before is there when this is.
+    /// Stores the state word after everything that was stored before.
     fn set_state(&self, state: u64) {
         copy::fence();
         self.0.word(at::STATE).store(state, Ordering::Release);
@@ -153,16 +153,16 @@ impl Record {
 }
 
 impl Record {
-    /// Whether its maker was killed before it had put the magic there, and so before anything was committed.
+    /// Whether its creator was killed before it stored the magic, and so before anything was committed.
     fn is_unfinished(&self) -> bool {
         self.get(at::MAGIC) == 0 && self.state() == 0
     }
 
-    /// What a record says that was found, if anything was committed.
+    /// The content of a record that was found: the guest's shape, and the checkpoint if anything was committed.
     fn read(&self, path: &Path) -> Result<(GuestShape, Option<RecordedCheckpoint>), StoreError> {
         let damaged = |what: &str| StoreError::damaged(path, what);
         if self.get(at::MAGIC) != MAGIC {
-            return Err(damaged("it is no commit record of a receiver"));
+            return Err(damaged("it is not a commit record of a receiver"));
         }
         let version = self.get(at::VERSION);
         if version != VERSION {
@@ -171,9 +171,7 @@ impl Record {
             )));
         }
         if self.get(at::CHECK) != self.head_check() {
-            return Err(damaged(
-                "its beginning is damaged: the checksum at byte 32 differs",
-            ));
+            return Err(damaged("its header is damaged: wrong checksum at byte 32"));
         }
         let shape = GuestShape {
             pages: self.get(at::PAGES),
@@ -184,15 +182,13 @@ impl Record {
             return Ok((shape, None));
         }
         if state & COMMITTED == 0 || state > SLOT | FLUSHING | GIVEN | COMMITTED {
-            return Err(damaged(&format!(
-                "its state word at byte 64 is {state:#x}, which none is"
-            )));
+            return Err(damaged(&format!("invalid state word {state:#x} at byte 64")));
         }
         let which = index(state & SLOT);
         let slot = at::SLOTS[which];
         if self.get(slot + at::SLOT_CHECK) != self.slot_check(slot) {
             return Err(damaged(&format!(
-                "its slot at byte {slot} is damaged: the checksum differs"
+                "its slot at byte {slot} is damaged: wrong checksum"
             )));
         }
         let recorded = RecordedCheckpoint {
@@ -222,11 +218,11 @@ impl Area {
         Ok(Self { file, memory })
     }
 
-    /// As it was left; it must not have lost memory that it had.
+    /// As it was written; it must not be shorter than it was.
     fn open(files: &RamFiles, name: &str) -> Result<Self, StoreError> {
         let path = files.path(name);
         let file = files.open(name)?;
-        let file = file.ok_or_else(|| StoreError::damaged(&path, "it is not there"))?;
+        let file = file.ok_or_else(|| StoreError::damaged(&path, "the file does not exist"))?;
         let memory = file.map_owned();
         let memory = memory.map_err(|errno| StoreError::file(&path, errno.into()))?;
         Ok(Self { file, memory })
@@ -237,7 +233,7 @@ impl Area {
             .ok()
             .filter(|bytes| *bytes <= self.memory.len());
         let Some(length) = length else {
-            let what = format!("{bytes} bytes should be in it, and it has {}", self.memory.len());
+            let what = format!("it should have {bytes} bytes, and has {}", self.memory.len());
             return Err(StoreError::damaged(&self.file.path, what));
         };
         let mut out = vec![0; length];
@@ -262,7 +258,7 @@ impl Area {
 struct Areas {
     session: Area,
     device: [Area; 2],
-    /// Why no checkpoint outlives this receiver any more, until somebody asks.
+    /// Why no checkpoint outlives this receiver any more, until it is taken.
     failed: Option<StoreError>,
 }
 
@@ -274,7 +270,7 @@ pub(crate) struct DurableRecord {
 }
 
 impl DurableRecord {
-    /// Opens what an earlier receiver has left, once its record is locked.
+    /// Opens the files of an earlier receiver, after locking its record.
     pub(crate) fn open(files: Arc<RamFiles>) -> Result<Found, StoreError> {
         let path = files.path(RECORD_FILE);
         let Some(file) = files.open(RECORD_FILE)? else {
@@ -307,14 +303,14 @@ impl DurableRecord {
         Ok(Found::Checkpoint(durable, shape, recorded))
     }
 
-    /// What [`Self::record_session`] was told.
+    /// What [`Self::record_session`] has written.
     pub(crate) fn session(&self) -> Result<Vec<u8>, StoreError> {
         let session = self.areas().session.read(self.record.get(at::SESSION_LENGTH))?;
         match u64::from(crc32c::crc32c(&session)) == self.record.get(at::SESSION_CHECK) {
             true => Ok(session),
             false => Err(StoreError::damaged(
                 &self.files.path(SESSION_FILE),
-                "it is damaged: its checksum differs",
+                "it is damaged: wrong checksum",
             )),
         }
     }
@@ -323,15 +319,14 @@ impl DurableRecord {
         self.areas().device[recorded.device_state].read(recorded.device_bytes)
     }
 
-    /// Makes the files, and the table of places in one of them. `area_bytes` is what is there for a device state before
-    /// more is taken.
+    /// Creates the files, and the table of places in one of them. `area_bytes` are allocated for a device state at first.
     pub(crate) fn create(
         files: Arc<RamFiles>,
         shape: GuestShape,
         area_bytes: u64,
     ) -> Result<(Self, Words), StoreError> {
         let file = files.create(RECORD_FILE, PAGE_BYTES)?;
-        // Nobody else knows it yet, but for one who looks through the directory.
+        // Another process can know the new file only by listing the directory.
         if !files.lock(&file)? {
             return Err(StoreError::RamFileExists(file.path));
         }
@@ -366,7 +361,7 @@ impl DurableRecord {
         self.areas.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// What stays the same for the session. To be said before the first commit.
+    /// Writes what stays the same for the session. To be called before the first commit.
     pub(crate) fn record_session(&self, session: &[u8]) {
         let mut areas = self.areas();
         if let Err(error) = areas.session.write(session) {
@@ -381,7 +376,7 @@ impl DurableRecord {
             .put(at::SESSION_CHECK, u64::from(crc32c::crc32c(session)));
     }
 
-    /// The checkpoint is committed, in image and slots together. From a failure on nothing is kept for a later receiver.
+    /// The checkpoint is committed, in image and slots together. After a failure nothing is kept for a later receiver.
     pub(crate) fn commit(&self, checkpoint: CheckpointId, device_state: &[u8]) {
         let mut areas = self.areas();
         let before = self.record.state();
@@ -394,7 +389,7 @@ impl DurableRecord {
             _ => 1 - index(before & SLOT),
         };
         if let Err(error) = areas.device[next].write(device_state) {
-            // An older checkpoint must never pass for the last one.
+            // An older checkpoint must never be taken for the last one.
             self.record.set_state(0);
             areas.failed = Some(error);
             return;
@@ -425,7 +420,7 @@ impl DurableRecord {
         self.record.set_state(state & !FLUSHING);
     }
 
-    /// Whether a guest may run on the image from now on, so that nobody may take it for a checkpoint.
+    /// Records whether a guest may run on the image from now on, so that it is not taken for a checkpoint.
     pub(crate) fn set_given(&self, given: bool) {
         let state = self.record.state();
         if state != 0 {
@@ -434,7 +429,7 @@ impl DurableRecord {
         }
     }
 
-    /// Why nothing is kept for a later receiver any more: once.
+    /// Why nothing is kept for a later receiver any more; returned once.
     pub(crate) fn take_failure(&self) -> Option<StoreError> {
         self.areas().failed.take()
     }
@@ -443,7 +438,7 @@ impl DurableRecord {
         &self.files
     }
 
-    /// Whether there is something for a later receiver.
+    /// Whether there is a checkpoint for a later receiver.
     pub(crate) fn has_checkpoint(&self) -> bool {
         self.record.state() != 0
     }

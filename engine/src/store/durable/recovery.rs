@@ -1,4 +1,4 @@
-//! What receivers have left in a RAM directory when they were killed, or ended: found, and made a store again.
+//! Recovery: finding the checkpoints of earlier receivers in a RAM directory, and making committed images of them.
 #![forbid(unsafe_code)]
 
 use crate::blocks::BlockTable;
@@ -23,27 +23,27 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
-/// The guests of which there are files in a directory, by the labels that their stores were given.
+/// The labels of the guests that have files in a directory, as given to [`Store::create`](crate::store::Store::create).
 ///
 /// # Errors
-/// If the directory is of no use as one.
+/// If it is not a RAM directory.
 pub fn labels_in(directory: &Path) -> Result<Vec<String>, StoreError> {
     Ok(RamDirectory::open(directory)?.labels()?.into_iter().collect())
 }
 
-/// What there is of a guest.
+/// What can be recovered of a guest.
 pub enum Recoverable {
     /// A checkpoint.
     Checkpoint(Box<RecoverableCheckpoint>),
-    /// Nothing was committed, so nothing was lost: its files were removed.
+    /// Nothing: no checkpoint was committed. Its files were removed.
     Nothing,
-    /// Another process has it.
+    /// Nothing now: another process has the guest.
     InUse,
-    /// Files that nothing is known of.
+    /// Unknown: there are files, but no commit record.
     Unknown,
 }
 
-/// A checkpoint that was found. It stays where it is until it is recovered.
+/// A checkpoint that was found. Its files stay as they are until it is recovered.
 pub struct RecoverableCheckpoint {
     durable: Box<DurableRecord>,
     shape: GuestShape,
@@ -53,10 +53,10 @@ pub struct RecoverableCheckpoint {
 }
 
 impl RecoverableCheckpoint {
-    /// Looks for it.
+    /// Looks for the checkpoint of one label.
     ///
     /// # Errors
-    /// If what is there is damaged; it stays as it is.
+    /// If its files are damaged; they stay as they are.
     pub fn find(directory: &Path, label: &str) -> Result<Recoverable, StoreError> {
         let files = Arc::new(RamFiles::new(RamDirectory::open(directory)?, label));
         files.keep(true);
@@ -90,12 +90,12 @@ impl RecoverableCheckpoint {
         committed.elapsed().unwrap_or_default()
     }
 
-    /// Whether it was given away, so that a guest may have changed it.
+    /// Whether it was given to a QEMU, so that a guest may have changed it.
     pub fn is_given(&self) -> bool {
         self.recorded.is_given
     }
 
-    /// What stays the same for the session, as [`Store::record_session`] was told.
+    /// What [`Store::record_session`](crate::store::Store::record_session) has written of the session.
     pub fn session(&self) -> &[u8] {
         &self.session
     }
@@ -142,7 +142,7 @@ impl RecoverableCheckpoint {
         ))
     }
 
-    /// Copies the pages that places name to the image.
+    /// Copies the pages whose places are not in the image to it.
     fn flush(&self, image: &RamImage, files: &RamFiles) -> Result<(), StoreError> {
         let path = files.path(PLACES_FILE);
         let damaged = |what: String| StoreError::damaged(&path, what);
@@ -157,9 +157,7 @@ impl RecoverableCheckpoint {
             let word = word.load(std::sync::atomic::Ordering::Acquire);
             let target = image.span(PageRun::one(PageIndex::new(page)));
             let place = Place::parse(word);
-            match place
-                .ok_or_else(|| damaged(format!("the place of page {page} is {word:#x}, which none is")))?
-            {
+            match place.ok_or_else(|| damaged(format!("page {page} has the invalid place {word:#x}")))? {
                 Place::Image => {}
                 Place::Zero => copy::zero(target),
                 Place::Slot(extent, offset) => {
@@ -168,7 +166,8 @@ impl RecoverableCheckpoint {
                         .checked_add(offset)
                         .filter(|_| offset <= EXTENT_BYTES - PAGE_BYTES);
                     let at = inside.filter(|at| at + PAGE_BYTES <= u64::try_from(slab.len()).unwrap_or(0));
-                    let at = at.ok_or_else(|| damaged(format!("page {page} lies beyond its slab")))?;
+                    let at =
+                        at.ok_or_else(|| damaged(format!("the place of page {page} is beyond its slab")))?;
                     copy::copy(target, slab.read_span(at, 1), copy::CopyMethod::Memcpy);
                 }
             }
@@ -202,7 +201,7 @@ impl RecoverableCheckpoint {
 fn open(files: &RamFiles, name: &str) -> Result<Mapping, StoreError> {
     let path = files.path(name);
     let file = files.open(name)?;
-    let file = file.ok_or_else(|| StoreError::damaged(&path, "it is not there"))?;
+    let file = file.ok_or_else(|| StoreError::damaged(&path, "the file does not exist"))?;
     file.map_owned()
         .map_err(|errno| StoreError::file(&path, errno.into()))
 }

@@ -1,7 +1,7 @@
-//! Huge pages: what the operator may ask for, what the host has, and the notes on every step down from the one to
-//! the other, and from other wishes.
+//! Huge pages: what an operator may ask for, what the host has, and the notes on every option that a store could not follow.
 #![forbid(unsafe_code)]
 
+use crate::host;
 use thiserror::Error;
 
 /// Bytes of a 2 MiB page.
@@ -10,26 +10,26 @@ pub(crate) const HUGE_2M: u64 = 2 << 20;
 /// Bytes of a 1 GiB page.
 pub(crate) const HUGE_1G: u64 = 1 << 30;
 
-/// Which pages guest memory is to be made of.
+/// Of which pages guest memory is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum HugePages {
-    /// 2 MiB pages of the host's pool.
+    /// 2 MiB pages of the host's huge page pool.
     Huge2M,
     /// 1 GiB pages for the RAM image, 2 MiB pages for the cache.
     Huge1G,
-    /// Transparent huge pages, as the kernel finds them.
+    /// Transparent huge pages, where the kernel finds them.
     Thp,
     /// Ordinary pages.
     Off,
 }
 
-/// A step down from what was asked for: the store works without it, but slower. Each names what mends it.
+/// An option that the store could not follow: it works without, but slower. Each names the remedy.
 #[derive(Clone, Debug, PartialEq, Eq, Error)]
 pub enum Fallback {
     /// The pool has too few pages for a RAM block.
     #[error(
-        "ram block {block} gets {got} because {needed} huge pages of {page_kib} KiB were not to be had ({reason}); \
-         for huge pages: {remedy}"
+        "ram block {block} gets {got}: cannot allocate {needed} huge pages of {page_kib} KiB ({reason}); for huge pages: \
+         {remedy}"
     )]
     Image {
         /// The block's name.
@@ -40,15 +40,15 @@ pub enum Fallback {
         page_kib: u64,
         /// What it gets instead.
         got: &'static str,
-        /// What the kernel said.
+        /// The error of the kernel.
         reason: String,
-        /// The command that mends it.
+        /// The command that gives the pool more pages.
         remedy: String,
     },
     /// The pool has too few pages for the cache.
     #[error(
-        "{slabs} of the {slabs_all} cache slabs get {got} because {needed} huge pages of 2048 KiB were not to be had \
-         ({reason}); for huge pages: {remedy}"
+        "{slabs} of the {slabs_all} cache slabs get {got}: cannot allocate {needed} huge pages of 2048 KiB ({reason}); for \
+         huge pages: {remedy}"
     )]
     Cache {
         /// Slabs without huge pages.
@@ -59,14 +59,14 @@ pub enum Fallback {
         needed: u64,
         /// What they get instead.
         got: &'static str,
-        /// What the kernel said.
+        /// The error of the kernel.
         reason: String,
-        /// The command that mends it.
+        /// The command that gives the pool more pages.
         remedy: String,
     },
-    /// There is a RAM directory, and a checkpoint in it would be lost with the receiver.
+    /// Checkpoints in this RAM directory do not outlive the receiver.
     #[error(
-        "its checkpoints do not outlive this receiver, though {directory} would let them, because {reason}; for that use \
+        "its checkpoints in {directory} do not outlive this receiver, because {reason}; for that use \
          --cache pool, and a tmpfs or a hugetlbfs of 2 MiB pages"
     )]
     NotDurable {
@@ -80,28 +80,28 @@ pub enum Fallback {
         "{what} gets ordinary pages because {file} says \"{setting}\"; for transparent huge pages: echo {wanted} > {file}"
     )]
     Transparent {
-        /// The memory meant.
+        /// Which memory.
         what: &'static str,
         /// The switch.
         file: &'static str,
-        /// How it stands.
+        /// Its setting.
         setting: String,
-        /// How it should stand.
+        /// The setting for transparent huge pages.
         wanted: &'static str,
     },
-    /// The kernel does not let memory be put on NUMA nodes.
+    /// The kernel refuses to bind memory to NUMA nodes.
     #[error("{what} lies where the kernel puts it, not on NUMA nodes {nodes:?} ({reason}); remedy: {remedy}")]
     Placement {
-        /// The memory meant.
+        /// Which memory.
         what: &'static str,
-        /// Where it should lie.
+        /// The nodes.
         nodes: Vec<usize>,
-        /// What the kernel said.
+        /// The error of the kernel.
         reason: String,
-        /// What mends it.
+        /// What allows it.
         remedy: &'static str,
     },
-    /// Memory that may be swapped out.
+    /// Memory that is not locked and may be swapped out.
     #[error(
         "{mib} MiB of guest memory are not locked ({reason}), so that this host may swap them out, and read them back \
          within a pause; remedy: ulimit -l unlimited (service: LimitMEMLOCK=infinity), or swapoff -a"
@@ -109,7 +109,7 @@ pub enum Fallback {
     Unlocked {
         /// How much.
         mib: usize,
-        /// What the kernel said.
+        /// The error of the kernel.
         reason: String,
     },
 }
@@ -120,19 +120,10 @@ const THP_PRIVATE: &str = "/sys/kernel/mm/transparent_hugepage/enabled";
 /// The same for shared memory.
 const THP_SHARED: &str = "/sys/kernel/mm/transparent_hugepage/shmem_enabled";
 
-/// A value of a file like `always [madvise] never`.
-fn chosen(text: &str) -> &str {
-    let after = text.split_once('[').map_or("", |(_, after)| after);
-    after.split_once(']').map_or("", |(chosen, _)| chosen)
-}
-
 /// Whether asking for transparent huge pages does anything: `Some` note where it does not.
 fn transparent(file: &'static str, what: &'static str, wanted: &'static str) -> Option<Fallback> {
-    let text = std::fs::read_to_string(file).unwrap_or_default();
-    let setting = match chosen(&text) {
-        "" => "nothing: the kernel has none".to_owned(),
-        setting => setting.to_owned(),
-    };
+    let setting = host::chosen_setting(file);
+    let setting = setting.unwrap_or_else(|| "nothing: the kernel has none".to_owned());
     let off = !matches!(
         &setting[..],
         "always" | "madvise" | "advise" | "within_size" | "force"
@@ -165,29 +156,15 @@ pub(crate) fn instead(transparent: &Option<Fallback>) -> &'static str {
 
 /// The command that gives the pool `needed` more pages of `page_kib` KiB than are free now.
 pub(crate) fn pool_remedy(page_kib: u64, needed: u64) -> String {
-    let directory = format!("/sys/kernel/mm/hugepages/hugepages-{page_kib}kB");
-    let read = |file: &str| -> u64 {
-        let text = std::fs::read_to_string(format!("{directory}/{file}")).unwrap_or_default();
-        text.trim().parse().unwrap_or(0)
-    };
-    if !std::fs::exists(&directory).unwrap_or(false) {
+    let pools = host::huge_page_pools();
+    let Some(pool) = pools.iter().find(|pool| pool.page_bytes >> 10 == page_kib) else {
         return format!("a kernel and processor with {page_kib} KiB pages");
-    }
-    let free = read("free_hugepages").saturating_sub(read("resv_hugepages"));
-    let total = read("nr_hugepages").saturating_sub(free) + needed;
+    };
+    let total = pool.pages.saturating_sub(pool.pages_free) + needed;
     match page_kib {
         2048 => format!("sysctl vm.nr_hugepages={total}"),
-        _ => format!("echo {total} > {directory}/nr_hugepages"),
+        _ => format!("echo {total} > /sys/kernel/mm/hugepages/hugepages-{page_kib}kB/nr_hugepages"),
     }
-}
-
-/// Size in bytes of this host's default huge pages, from the text of `/proc/meminfo`.
-fn default_size(meminfo: &str) -> Option<u64> {
-    let line = meminfo
-        .lines()
-        .find_map(|line| line.strip_prefix("Hugepagesize:"))?;
-    let kib: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
-    kib.checked_mul(1024)
 }
 
 /// Whether `hugepage-rs`, which takes this host's default huge pages, gives pages of 2 MiB.
@@ -196,8 +173,7 @@ fn default_size(meminfo: &str) -> Option<u64> {
 /// The reason why not: no huge pages at all (where that package would panic), or other ones (each slab's end
 /// would be rounded up to 1 GiB).
 pub(crate) fn default_is_2m() -> Result<(), String> {
-    let meminfo = std::fs::read_to_string("/proc/meminfo").unwrap_or_default();
-    match default_size(&meminfo) {
+    match host::default_huge_page_bytes() {
         Some(HUGE_2M) => Ok(()),
         Some(other) => Err(format!(
             "this host's default huge pages are of {} KiB",
@@ -210,19 +186,6 @@ pub(crate) fn default_is_2m() -> Result<(), String> {
 #[cfg(all(test, not(loom)))]
 mod tests {
     use super::*;
-
-    #[test]
-    fn kernel_texts_are_read() {
-        assert_eq!(chosen("always [madvise] never\n"), "madvise");
-        assert_eq!(chosen("always within_size advise [never] deny force\n"), "never");
-        assert_eq!(chosen(""), "");
-        assert_eq!(
-            default_size("HugePages_Surp: 0\nHugepagesize:       2048 kB\n"),
-            Some(HUGE_2M)
-        );
-        assert_eq!(default_size("Hugepagesize:    1048576 kB\n"), Some(HUGE_1G));
-        assert_eq!(default_size("MemTotal: 3 kB\n"), None);
-    }
 
     #[test]
     fn the_remedy_asks_for_enough() {

@@ -29,7 +29,7 @@ pub(crate) struct RamImage {
 
 impl RamImage {
     /// Maps the blocks of `table`; their memory is not yet populated. With `files` they are named files, but for blocks
-    /// smaller than a huge page of theirs, unless `all_named` says so: only the guest's main memory is ever mapped by a QEMU.
+    /// smaller than a huge page of theirs, unless `all_named` is set: a QEMU maps only the guest's main memory.
     ///
     /// # Errors
     /// Where a file cannot be made or mapped. Too few huge pages for a memfd are a fallback, noted in `notes`.
@@ -73,7 +73,7 @@ impl RamImage {
         Ok(image)
     }
 
-    /// Maps the blocks of `table` that an earlier receiver has left in files.
+    /// Maps the blocks of `table` in the files of an earlier receiver.
     pub(crate) fn map_existing(table: Arc<BlockTable>, files: &RamFiles) -> Result<Self, StoreError> {
         let mut image = Self {
             table: table.clone(),
@@ -83,7 +83,7 @@ impl RamImage {
         for ((_, block), name) in table.iter().zip(file_names(&table, &[])) {
             let path = files.path(&name);
             let file = files.open(&name)?;
-            let file = file.ok_or_else(|| StoreError::damaged(&path, "it is not there"))?;
+            let file = file.ok_or_else(|| StoreError::damaged(&path, "the file does not exist"))?;
             if file.length < block.used_length {
                 return Err(StoreError::damaged(&path, "it is shorter than its ram block"));
             }
@@ -105,7 +105,7 @@ impl RamImage {
                 }
             }
             Some(note) if asked == HugePages::Thp => notes.push(note),
-            // The notes on the pool have said "ordinary pages" already.
+            // The notes on the huge page pool say "ordinary pages" already.
             Some(_) => {}
         }
     }

@@ -36,7 +36,7 @@ pub(crate) struct Mapping {
     huge: bool,
 }
 
-/// Which NUMA nodes memory comes from. What a node has not left comes from the others: less near is better than none.
+/// Which NUMA nodes memory comes from. If a node has none left, memory comes from the others.
 pub(crate) enum Policy<'a> {
     /// This one.
     Prefer(usize),
@@ -44,8 +44,8 @@ pub(crate) enum Policy<'a> {
     Interleave(&'a [usize]),
 }
 
-// SAFETY: a Mapping owns its memory, which is not bound to a thread; it lends raw pointers only, and those
-// who read or write through them (`copy.rs`, the kernel) do it in ways that allow others to do so too.
+// SAFETY: a Mapping owns its memory, which is not bound to a thread; it lends raw pointers only, and what reads or writes
+// through them (`copy.rs`, the kernel) allows other threads to do so at the same time.
 unsafe impl Send for Mapping {}
 // SAFETY: as above: no method gives out a reference into the memory.
 unsafe impl Sync for Mapping {}
@@ -58,8 +58,8 @@ fn pages_only(length: u64) -> NonZeroUsize {
 const READ_WRITE: ProtFlags = ProtFlags::PROT_READ.union(ProtFlags::PROT_WRITE);
 
 impl Mapping {
-    /// The first `length` bytes of `file`, shared with whoever maps it too. Reserves what a hugetlb file needs.
-    /// `huge` says whether it is one.
+    /// The first `length` bytes of `file`, shared with other processes that map it. Reserves what a hugetlb file needs. `huge`
+    /// is whether it is one.
     pub(crate) fn shared(file: impl AsFd, length: u64, huge: bool) -> Result<Self, Errno> {
         let size = pages_only(length);
         // SAFETY: the kernel chooses the place, so that no memory in use is mapped over.
@@ -135,8 +135,7 @@ impl Mapping {
         self.advise(0, self.length, MmapAdvise::MADV_DONTFORK)
     }
 
-    /// Has the memory come from NUMA nodes of the caller's choice. To be called before it is populated; in a shared mapping
-    /// the choice stays with the file.
+    /// Binds the memory to NUMA nodes. To be called before it is populated; in a shared mapping the binding stays with the file.
     pub(crate) fn place_on(&self, policy: Policy<'_>) -> Result<(), Errno> {
         const WORD_BITS: usize = u64::BITS as usize;
         let (mode, nodes) = match &policy {
@@ -147,7 +146,7 @@ impl Mapping {
         for node in nodes {
             *mask.get_mut(node / WORD_BITS).ok_or(Errno::EINVAL)? |= 1 << (node % WORD_BITS);
         }
-        // The kernel reads one bit less than it is told.
+        // The kernel reads one bit less than this number.
         let bits = NODES_MAX + 1;
         // SAFETY: the range is this mapping, whose content no policy changes; the kernel reads NODES_MAX bits, all of the mask.
         let done = unsafe {
@@ -173,14 +172,14 @@ impl Mapping {
         unsafe { mman::mlock(self.base.cast(), self.length) }
     }
 
-    /// Gives the memory back to the host, that of a file too; it reads as zeros from then on. Private huge pages go back
-    /// from Linux 5.18 on, before that they stay until the mapping ends.
+    /// Returns the memory to the host, also that of a file; it reads as zeros from then on. Private huge pages are returned
+    /// from Linux 5.18 on; before that they stay until the mapping ends.
     pub(crate) fn give_back(&self) -> Result<(), Errno> {
         let advice = match self.origin {
             Origin::Private | Origin::HugepageRs(_) => MmapAdvise::MADV_DONTNEED,
             Origin::Shared => MmapAdvise::MADV_REMOVE,
         };
-        // What is locked is not given back.
+        // Locked memory is not returned.
         // SAFETY: the range is this mapping, whose content unlocking does not change.
         unsafe { mman::munlock(self.base.cast(), self.length)? };
         self.advise(0, self.length, advice)
@@ -191,7 +190,7 @@ impl Mapping {
         matches!(self.origin, Origin::Shared)
     }
 
-    /// The word at byte `offset`, aligned, for atomic access by everybody who maps it.
+    /// The word at byte `offset`, aligned, for atomic access by all threads and processes that map it.
     pub(crate) fn word(&self, offset: usize) -> &AtomicU64 {
         assert!(offset.is_multiple_of(size_of::<u64>()), "words are aligned");
         let word = self.bytes(offset, size_of::<u64>()).cast::<u64>();
@@ -245,8 +244,8 @@ impl Mapping {
 impl Drop for Mapping {
     fn drop(&mut self) {
         match self.origin {
-            // SAFETY: exactly what `mmap` gave; spans borrow the mapping, so none is left. Those who hold bare
-            // addresses (operations of a ring) have ended before, which the contract of `Store` demands.
+            // SAFETY: exactly what `mmap` gave; spans borrow the mapping, so none is left. Operations of a ring, which
+            // have addresses, have ended before: the contract of `Store` demands it.
             Origin::Private | Origin::Shared => unsafe {
                 let gone = mman::munmap(self.base.cast(), self.length);
                 debug_assert_eq!(gone, Ok(()));

@@ -5,7 +5,7 @@ use crate::host::has_swap;
 use crate::store::memory::huge::Fallback;
 use crate::store::memory::mapping::Mapping;
 
-/// Locks memory that is populated. Where the limit forbids it, and there is swap so that it matters, a note says so.
+/// Locks memory that is populated. Returns a note if the limit forbids it and the host has swap.
 pub(crate) fn lock<'a>(mappings: impl Iterator<Item = &'a Mapping>) -> Option<Fallback> {
     let mut unlocked_bytes = 0;
     let mut reason = None;

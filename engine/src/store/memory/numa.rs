@@ -1,6 +1,6 @@
-//! NumaNodes: the NUMA nodes that a store's memory lies on, one for the shards of each node.
+//! The NUMA nodes that a store's memory lies on: those of its shards.
 //!
-//! A store that is told of no nodes has one node, which is anywhere: nothing is asked of the kernel then.
+//! A store without nodes in its options has one node, which stands for all memory: the kernel is then not asked to bind any.
 #![forbid(unsafe_code)]
 
 use crate::store::memory::huge::Fallback;

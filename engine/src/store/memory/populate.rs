@@ -44,8 +44,8 @@ struct PageAligned;
 
 /// Whether this kernel has `MADV_POPULATE_WRITE` (Linux 5.14), which reports a lack of memory.
 pub(crate) fn can_populate() -> bool {
-    // Of zero bytes: the kernel looks at the advice and does nothing.
-    // SAFETY: as no byte is meant, there is none that could be harmed.
+    // Of zero bytes: the kernel checks the advice and does nothing.
+    // SAFETY: the range is empty.
     unsafe {
         mman::madvise(
             NonNull::<PageAligned>::dangling().cast(),
@@ -55,7 +55,7 @@ pub(crate) fn can_populate() -> bool {
     }
 }
 
-/// Gives all of `mappings` their memory, with several threads where the process may use several cores.
+/// Allocates the memory of all `mappings`, with several threads where the process may use several cores.
 ///
 /// # Errors
 /// `ENOMEM` or `EFAULT` where there is not enough of it.

@@ -1,4 +1,4 @@
-//! Files in the operator's RAM directory, on hugetlbfs or tmpfs: what they are named, and when they go.
+//! Files in the operator's RAM directory, on hugetlbfs or tmpfs: their names, and when they are removed.
 //!
 //! All files of a guest begin with its **label** and a dot. What follows is the name of a RAM block, or one with a `~` in
 //! front, which no block has (`file_names.rs`): those in which a checkpoint outlives its receiver (`record.rs`).
@@ -37,7 +37,7 @@ impl RamDirectory {
             TMPFS_MAGIC => None,
             _ => return Err(StoreError::RamDirectory(path.to_owned())),
         };
-        // A QEMU that is to map a file of it runs elsewhere.
+        // A QEMU that maps a file of it has another working directory.
         let path = path
             .canonicalize()
             .map_err(|error| StoreError::file(path, error))?;
@@ -49,7 +49,7 @@ impl RamDirectory {
         self.huge_page.is_none_or(|page| page <= HUGE_2M)
     }
 
-    /// The labels of the guests of which there are files. Names that are not text are nobody's here.
+    /// The labels of the guests that have files here. Names that are not text belong to other programs.
     pub(crate) fn labels(&self) -> Result<BTreeSet<String>, StoreError> {
         let failed = |error| StoreError::file(&self.path, error);
         let mut labels = BTreeSet::new();
@@ -63,13 +63,13 @@ impl RamDirectory {
     }
 }
 
-/// The files of one guest. They are removed with this, unless they are to be [kept](Self::keep).
+/// The files of one guest. They are removed when this is dropped, unless they are to be [kept](Self::keep).
 pub(crate) struct RamFiles {
     directory: RamDirectory,
     label: String,
     made: Mutex<Vec<PathBuf>>,
     kept: AtomicBool,
-    /// Tells other receivers that somebody has this guest: until its files are gone, where they go.
+    /// Shows other receivers that this process has the guest, until its files are removed.
     lock: OnceLock<Flock<OwnedFd>>,
 }
 
@@ -108,7 +108,7 @@ impl RamFiles {
             .read(true)
             .write(true)
             .create_new(true)
-            // The owner's alone: it holds a guest's secrets.
+            // Readable by its owner alone: it has a guest's secrets.
             .mode(0o600)
             .open(&path);
         let file = made.map_err(|error| match error.kind() {
@@ -128,7 +128,7 @@ impl RamFiles {
         })
     }
 
-    /// Opens a file that an earlier receiver has left, if it is there, with all of its length.
+    /// Opens a file of an earlier receiver, if it exists, with all of its length.
     ///
     /// # Errors
     /// If it is not a file of this user's.
@@ -137,7 +137,7 @@ impl RamFiles {
         let opened = File::options()
             .read(true)
             .write(true)
-            // Never through a link: the directory may be everybody's.
+            // Never through a link: other users may write to the directory.
             .custom_flags(OFlag::O_NOFOLLOW.bits() | OFlag::O_NONBLOCK.bits())
             .open(&path);
         let file = match opened {
@@ -146,7 +146,7 @@ impl RamFiles {
         };
         let about = file.metadata().map_err(|error| StoreError::file(&path, error))?;
         if !about.is_file() || about.uid() != nix::unistd::geteuid().as_raw() {
-            return Err(StoreError::damaged(&path, "it is not a file of this user's"));
+            return Err(StoreError::damaged(&path, "it is not a file of this user"));
         }
         self.made().push(path.clone());
         let granule = self.directory.huge_page.unwrap_or(PAGE_BYTES);
@@ -170,7 +170,7 @@ impl RamFiles {
         }
     }
 
-    /// Takes every file of this label for its own, to be removed with this.
+    /// Owns every file of this label, so that they are removed with this.
     pub(crate) fn own_all(&self) -> Result<(), StoreError> {
         let failed = |error| StoreError::file(&self.directory.path, error);
         let prefix = format!("{}.", self.label);
@@ -194,22 +194,22 @@ impl RamFiles {
         self.made().retain(|path| {
             let goes = path.as_os_str().as_encoded_bytes().starts_with(start);
             if goes {
-                // Gone already, or the directory is: either way there is nobody left to tell.
+                // It fails if the file or the directory is gone, which is what is wanted.
                 drop(std::fs::remove_file(path));
             }
             !goes
         });
     }
 
-    /// Takes the files' names away; what is mapped of them stays.
+    /// Removes the files' names; what is mapped of them stays.
     pub(crate) fn remove_all(&self) {
         for path in self.made().drain(..) {
-            // Gone already, or the directory is: either way there is nobody left to tell.
+            // It fails if the file or the directory is gone, which is what is wanted.
             drop(std::fs::remove_file(path));
         }
     }
 
-    /// Whether the files stay when this goes.
+    /// Whether the files stay when this is dropped.
     pub(crate) fn keep(&self, kept: bool) {
         self.kept.store(kept, Ordering::Relaxed);
     }
@@ -217,14 +217,14 @@ impl RamFiles {
 
 impl Drop for RamFiles {
     fn drop(&mut self) {
-        // A receiver that breaks down must not take a checkpoint with it.
+        // A receiver that panics must not remove a checkpoint.
         if !self.kept.load(Ordering::Relaxed) && !std::thread::panicking() {
             self.remove_all();
         }
     }
 }
 
-/// A file that is to be mapped, or is.
+/// A file to map.
 pub(crate) struct MemoryFile {
     pub(crate) path: PathBuf,
     file: OwnedFd,
@@ -235,7 +235,7 @@ pub(crate) struct MemoryFile {
 }
 
 impl MemoryFile {
-    /// Of memory without a name.
+    /// A file in memory without a name.
     pub(crate) fn unnamed(file: OwnedFd, length: u64, huge: bool) -> Self {
         Self {
             path: PathBuf::new(),
@@ -256,7 +256,7 @@ impl MemoryFile {
         Mapping::shared(&self.file, self.length, self.huge)
     }
 
-    /// Maps it once it owns its memory, which then is there whoever touches it when.
+    /// Allocates its memory, and maps it: touching it later cannot fail.
     pub(crate) fn map_owned(&self) -> Result<Mapping, Errno> {
         let signed = self.set_length()?;
         fallocate(&self.file, FallocateFlags::empty(), 0, signed)?;

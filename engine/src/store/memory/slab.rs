@@ -35,9 +35,9 @@ pub struct Slab {
     slot_bytes: u64,
     header_bytes: u64,
     node: NodeIndex,
-    /// Whether rings shall have it registered.
+    /// Whether rings should have it registered.
     wanted: AtomicBool,
-    /// Rings that have.
+    /// Rings that have it registered.
     registrations: AtomicU32,
 }
 
@@ -89,7 +89,7 @@ impl Slab {
         self.registrations.fetch_add(1, Ordering::AcqRel);
     }
 
-    /// A ring has forgotten it.
+    /// A ring has unregistered it.
     pub fn unregistered(&self) {
         self.registrations.fetch_sub(1, Ordering::AcqRel);
     }
@@ -108,7 +108,7 @@ impl Slab {
         &self.memory
     }
 
-    /// Whose it is.
+    /// The node it belongs to.
     pub(crate) fn node(&self) -> NodeIndex {
         self.node
     }
@@ -118,7 +118,7 @@ impl Slab {
         self.slot_bytes
     }
 
-    /// Gives the memory back to the host, as far as it takes it; else it goes with the slab.
+    /// Returns the memory to the host, where the kernel supports it; otherwise it is freed with the slab.
     pub(crate) fn give_back(&self) {
         let _ = self.memory.give_back();
     }
@@ -131,11 +131,11 @@ impl Slab {
     }
 }
 
-/// Where slabs get their memory: from the huge page pool until it is empty, and what comes after that.
+/// The source of slabs' memory: the huge page pool until it is empty, then ordinary memory.
 pub(crate) struct SlabMemory {
     asked: HugePages,
     nodes: NumaNodes,
-    /// Why the kernel would not put memory on its node.
+    /// Why the kernel refused to bind memory to its node.
     misplaced: Option<Errno>,
     transparent: Option<Fallback>,
     /// Why the pool gave nothing, and how many slabs and bytes went without.
