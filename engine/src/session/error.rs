@@ -53,7 +53,7 @@ pub enum Ending {
     /// After the initial state, before any checkpoint, from a primary that may not do COLO at all (spec §5).
     #[error(
         "the primary went away after its initial state and before any checkpoint. A plain migration, without the \
-         capability x-colo, ends like this: then its guest is stopped there (`cont` resumes it) and stored here \
+         capability x-colo, completes like this: then its guest is stopped there (`cont` resumes it) and stored here \
          (`colo-ring failover` starts it). If the migration was cancelled or lost instead, the guest may run there"
     )]
     PlainMigration,
