@@ -25,7 +25,7 @@ enum Command {
     /// Be the secondary: accept primaries and keep the last committed checkpoint of each
     ///
     /// One receiver holds many guests: each primary that migrates to it is a session. A lost primary's checkpoint
-    /// is kept until it is discarded or the receiver ends. What happens is told on standard error, the report at the
+    /// is kept until it is discarded or the receiver ends. Events are printed on standard error, the report at the
     /// end is printed on standard output. SIGINT and SIGTERM end it cleanly.
     #[command(
         after_help = "Example:\n  colo-ring receive --listen tcp:0.0.0.0:4444 --channels 4 \\\n      --control unix:/run/colo-ring.sock --hist /var/log/colo/guest1\n\nThe primary then needs, over QMP: x-colo, return-path and multifd on, multifd-channels 4,\nx-checkpoint-delay as wanted, and migrate to this address: see docs/primary.md."
@@ -52,7 +52,7 @@ enum Command {
     )]
     Failover(Box<failover::FailoverArgs>),
 
-    /// Print how a running receiver and its sessions stand
+    /// Print the state of a running receiver and its sessions
     #[command(after_help = "Example:\n  colo-ring status --control unix:/run/colo-ring.sock")]
     Status(status::StatusArgs),
 
@@ -101,7 +101,7 @@ enum Command {
 
     /// Make a capture file of a session that was recorded with tcpdump
     ///
-    /// Retransmissions and packets out of order are put right; what the recorder has lost cannot be, and is told with
+    /// Retransmissions and packets out of order are resolved; bytes that the recorder has lost are reported with
     /// connection and byte. The capture then holds what came before.
     #[command(
         after_help = "Example:\n  tcpdump -i any -s 0 -B 65536 -w session.pcap tcp port 4444\n  colo-ring import session.pcap --port 4444 --out session.cap\n  colo-ring replay session.cap --sink"
@@ -128,7 +128,7 @@ enum Command {
 
     /// Measure every backend, cache placement and commit mode with a synthetic primary on this machine alone
     ///
-    /// Needs no root, no huge pages and no QEMU; what is missing is told. Prints p50 and p99 of every phase, compares
+    /// Needs no root, no huge pages and no QEMU; it prints what is missing. Prints p50 and p99 of every phase, compares
     /// what the primary waits for, and writes a page of plots. Primary and receiver share the machine's cores, so the
     /// figures compare receivers and are not those of two hosts.
     #[command(
@@ -139,7 +139,7 @@ enum Command {
     /// Print what is in a capture, an interval log, a measured run or a receiver's report
     ///
     /// An overview, or with --kind everything of a kind, one by one, with its place in the file or stream. A file that
-    /// ends early is shown up to there; damage is told with its place.
+    /// ends early is shown up to there; damage is reported with its offset.
     #[command(
         after_help = "Example:\n  colo-ring inspect session.cap --kind packets --channel 0 --checkpoint 1..3\n  colo-ring inspect /var/log/colo/guest1.pause.hlog"
     )]
@@ -154,7 +154,7 @@ enum Command {
     )]
     Compare(compare::CompareArgs),
 
-    /// Say what this machine lacks, what that means, and the command that mends it
+    /// Print what this machine lacks, what that means, and the command that fixes it
     ///
     /// Everything is tried or read, nothing is changed. Exit code 0 if a receiver works here, 1 if something
     /// essential is missing.

@@ -34,7 +34,7 @@ impl Conversation {
     /// Connects to the receiver at `address`.
     ///
     /// # Errors
-    /// If there is no receiver, or it belongs to somebody else.
+    /// If there is no receiver, or another process owns it.
     pub fn open(address: &ControlAddress) -> Result<Self, CommandError> {
         let stream = UnixStream::connect(&address.0).map_err(|error| {
             let hint = match error.kind() {

@@ -19,5 +19,6 @@ pub mod run_file;
 mod session_text;
 mod signals;
 pub mod streams;
+mod units;
 
 pub use cli::main;

@@ -2,8 +2,7 @@
 
 use clap::ValueEnum;
 use colo_ring::host::parse_core_list;
-use colo_ring::ring::BackendKind;
-use colo_ring::store::{self, CacheKind, CommitMode};
+use colo_ring::store::CacheKind;
 use serde::{Serialize, Serializer};
 use std::fmt;
 use std::path::PathBuf;
@@ -14,7 +13,7 @@ use thiserror::Error;
 #[derive(Clone, Debug, PartialEq, Eq, Error)]
 pub enum OptionError {
     /// Something else than a UNIX socket where only that will do.
-    #[error("'{0}' is no UNIX socket; write unix:PATH")]
+    #[error("invalid UNIX socket address '{0}': write unix:PATH")]
     NotUnix(String),
     /// A size that is none.
     #[error(
@@ -101,38 +100,6 @@ impl CoreList {
     }
 }
 
-/// How bytes are received.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Backend {
-    /// One io_uring per core
-    Uring,
-    /// One epoll per core, for hosts without io_uring
-    Epoll,
-    /// A thread per channel, as QEMU does it: the baseline to compare with
-    Threads,
-}
-
-impl Backend {
-    /// Every backend.
-    pub const ALL: [Self; 3] = [Self::Uring, Self::Epoll, Self::Threads];
-
-    /// The name on the command line and in reports.
-    pub const fn name(self) -> &'static str {
-        match self {
-            Self::Uring => "uring",
-            Self::Epoll => "epoll",
-            Self::Threads => "threads",
-        }
-    }
-}
-
-impl fmt::Display for Backend {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.pad(self.name())
-    }
-}
-
 /// A switch.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize)]
 #[serde(rename_all = "lowercase")]
@@ -153,45 +120,6 @@ pub enum Cache {
     Mirror,
 }
 
-/// When a checkpoint's pages are copied to the RAM image.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Commit {
-    /// After the primary goes on: the checkpoint is committed by its record
-    Deferred,
-    /// Before the primary goes on
-    Sync,
-}
-
-/// What guest memory is made of.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize)]
-pub enum HugePages {
-    /// The pool of 2 MiB pages
-    #[value(name = "2M")]
-    #[serde(rename = "2M")]
-    TwoMiB,
-    /// The pool of 1 GiB pages
-    #[value(name = "1G")]
-    #[serde(rename = "1G")]
-    OneGiB,
-    /// Ordinary pages that the kernel may join
-    #[serde(rename = "thp")]
-    Thp,
-    /// Ordinary pages
-    #[serde(rename = "off")]
-    Off,
-}
-
-impl From<Backend> for BackendKind {
-    fn from(value: Backend) -> Self {
-        match value {
-            Backend::Uring => Self::Uring,
-            Backend::Epoll => Self::Epoll,
-            Backend::Threads => Self::Threads,
-        }
-    }
-}
-
 impl Cache {
     /// As the engine has it; `pool_max` is the pool's limit.
     pub fn kind(self, pool_max: Option<Size>) -> CacheKind {
@@ -204,29 +132,11 @@ impl Cache {
     }
 }
 
-impl From<Commit> for CommitMode {
-    fn from(value: Commit) -> Self {
-        match value {
-            Commit::Deferred => Self::Deferred,
-            Commit::Sync => Self::Sync,
-        }
-    }
-}
-
-impl From<HugePages> for store::HugePages {
-    fn from(value: HugePages) -> Self {
-        match value {
-            HugePages::TwoMiB => Self::Huge2M,
-            HugePages::OneGiB => Self::Huge1G,
-            HugePages::Thp => Self::Thp,
-            HugePages::Off => Self::Off,
-        }
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
+    use colo_ring::ring::BackendKind;
+    use colo_ring::store::{CommitMode, HugePages};
 
     #[test]
     fn a_control_address_is_a_unix_socket() {
@@ -275,14 +185,18 @@ mod tests {
 
     #[test]
     fn names_agree_between_the_command_line_and_reports() {
-        for backend in Backend::ALL {
-            let typed = backend.to_possible_value().unwrap();
-            assert_eq!(typed.get_name(), backend.name());
-            assert_eq!(serde_json::to_value(backend).unwrap(), backend.name());
+        fn agree<T: ValueEnum + Serialize>() {
+            for value in T::value_variants() {
+                let typed = value.to_possible_value().unwrap();
+                assert_eq!(serde_json::to_value(value).unwrap(), typed.get_name());
+            }
         }
-        for size in HugePages::value_variants() {
-            let typed = size.to_possible_value().unwrap();
-            assert_eq!(serde_json::to_value(size).unwrap(), typed.get_name());
+        agree::<BackendKind>();
+        agree::<CommitMode>();
+        agree::<HugePages>();
+        agree::<Cache>();
+        for backend in BackendKind::ALL {
+            assert_eq!(serde_json::to_value(backend).unwrap(), backend.name());
         }
     }
 }

@@ -1,6 +1,7 @@
 //! What the command prints: results on standard output, everything else on standard error.
 
 use serde::Serialize;
+use std::fmt::Display;
 use std::io::{self, BufWriter, IsTerminal, StdoutLock, Write};
 use std::process::ExitCode;
 use thiserror::Error;
@@ -20,10 +21,15 @@ pub enum CommandError {
 }
 
 impl CommandError {
+    /// A failure, in its own words.
+    pub fn failed(error: impl Display) -> Self {
+        Self::Failed(error.to_string())
+    }
+
     /// Tells it on standard error, and returns the exit code that belongs to it.
     pub fn report(&self) -> ExitCode {
         match self {
-            // Whoever read the output has had enough of it.
+            // The reader of the output has closed it.
             Self::Output(error) if error.kind() == io::ErrorKind::BrokenPipe => return ExitCode::SUCCESS,
             _ => tell(&format!("colo-ring: {self}")),
         }
@@ -59,7 +65,7 @@ pub fn print_json(value: &impl Serialize) -> Result<(), CommandError> {
     print(&text)
 }
 
-/// The line at the bottom of a terminal that shows how things stand. Without a terminal there is none.
+/// The line at the bottom of a terminal that shows progress. Without a terminal there is none.
 pub struct ProgressLine {
     shown: bool,
     terminal: bool,
@@ -74,7 +80,7 @@ impl ProgressLine {
         }
     }
 
-    /// Whether anybody sees it, so that what it would show need not be found out otherwise.
+    /// Whether it is visible: otherwise its content need not be computed.
     pub fn is_shown(&self) -> bool {
         self.terminal
     }
@@ -92,7 +98,7 @@ impl ProgressLine {
         self.show(&bar(done, all, next));
     }
 
-    /// Takes the line away, before something else is told.
+    /// Takes the line away, before another line is printed.
     pub fn clear(&mut self) {
         if std::mem::take(&mut self.shown) {
             let _ = write!(io::stderr(), "\r\x1b[K");

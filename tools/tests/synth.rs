@@ -417,7 +417,7 @@ fn wrong_options_are_refused_with_what_would_do() {
         ("--to host", "use tcp:HOST:PORT or unix:PATH"),
         ("--to tcp:127.0.0.1:1 --pages many", "lognormal:MEDIAN,SIGMA"),
         ("--to tcp:127.0.0.1:1 --pattern hotset:2,2", "shares from 0 to 1"),
-        ("--to tcp:127.0.0.1:1 --pages 1G", "is no number of pages"),
+        ("--to tcp:127.0.0.1:1 --pages 1G", "invalid number of pages"),
         (
             "--to tcp:127.0.0.1:1 --ram 1M --pages 257",
             "not more than the guest's RAM",

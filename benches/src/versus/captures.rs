@@ -3,9 +3,8 @@
 use super::process::Child;
 use super::secondary::report;
 use super::shape::Shape;
-use colo_ring_tests::lab::{
-    Address, Backend, Lab, LabError, Protection, Qemu, Receiver, ReceiverOptions, Transport,
-};
+use colo_ring::ring::BackendKind;
+use colo_ring_tests::lab::{Address, Lab, LabError, Protection, Qemu, Receiver, ReceiverOptions, Transport};
 use std::ffi::OsStr;
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -112,7 +111,7 @@ impl<'a> Captures<'a> {
         );
         let options = ReceiverOptions {
             channels: shape.channels,
-            backend: Backend::Uring,
+            backend: BackendKind::Uring,
             once: true,
             extra: Vec::new(),
         };

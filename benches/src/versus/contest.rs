@@ -71,7 +71,7 @@ pub struct CellResult {
     pub turns: Vec<Turns>,
 }
 
-/// Measures one cell of the plan. `progress` is told what is being done.
+/// Measures one cell of the plan. `progress` is called with what is being done.
 ///
 /// # Errors
 /// Only when interrupted: a secondary that fails is out of the cell, and its result says why.

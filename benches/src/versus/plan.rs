@@ -63,7 +63,7 @@ impl Plan {
     }
 
     /// The secondaries in the order of one round: each round begins with another one, and every other round goes
-    /// backwards, so that nobody always follows the same one.
+    /// backwards, so that none always follows the same one.
     #[must_use]
     pub fn order(&self, round: u64) -> Vec<&Secondary> {
         let mut order: Vec<_> = self.secondaries.iter().collect();

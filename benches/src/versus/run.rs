@@ -136,7 +136,7 @@ fn warm_up(plan: &Plan, play: &dyn Play) -> Result<(), LabError> {
             round: 0,
             checkpoints: WARM_UP_CHECKPOINTS,
         };
-        // Who fails here fails in its first turn, too, and is told of there.
+        // What fails here fails in its first turn, too, and is reported there.
         if let Err(LabError::Interrupted) = play.session(&turn) {
             return Err(LabError::Interrupted);
         }

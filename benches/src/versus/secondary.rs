@@ -226,7 +226,7 @@ impl RingOptions {
                     .flatten(),
             );
         }
-        let backend = colo_ring_tests::lab::Backend::ALL
+        let backend = colo_ring::ring::BackendKind::ALL
             .into_iter()
             .find(|backend| backend.name() == self.backend)
             .expect("the laboratory knows every backend");
@@ -328,7 +328,7 @@ impl Running {
         }
     }
 
-    /// Ends it after its session. A receiver tells what it has flushed.
+    /// Ends it after its session. A receiver reports what it has flushed.
     ///
     /// # Errors
     /// When a receiver does not end or reports nothing.

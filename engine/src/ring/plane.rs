@@ -7,6 +7,7 @@ use super::uring::{RingFeatures, RingUnavailable, UringBackend};
 use super::wake::{Semaphore, Waker};
 use super::{Connection, ReceiveStyle, Tenant, threads};
 use crate::host::pin;
+use serde::{Deserialize, Serialize};
 use std::cell::Cell;
 use std::io;
 use std::sync::atomic::Ordering;
@@ -15,17 +16,28 @@ use std::thread::{self, JoinHandle};
 use thiserror::Error;
 
 /// How bytes are received.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "cli", derive(clap::ValueEnum))]
+#[serde(rename_all = "lowercase")]
 pub enum BackendKind {
-    /// One io_uring per core.
+    /// One io_uring per core
     Uring,
-    /// One epoll per core.
+    /// One epoll per core, for hosts without io_uring
     Epoll,
-    /// One thread per connection.
+    /// A thread per channel, as QEMU does it: the baseline to compare with
     Threads,
 }
 
+impl std::fmt::Display for BackendKind {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.pad(self.name())
+    }
+}
+
 impl BackendKind {
+    /// Every backend.
+    pub const ALL: [Self; 3] = [Self::Uring, Self::Epoll, Self::Threads];
+
     /// As on the command line.
     pub fn name(self) -> &'static str {
         match self {

@@ -2,6 +2,7 @@
 #![forbid(unsafe_code)]
 
 use crate::store::{DirtyBitmap, HugePages};
+use serde::{Deserialize, Serialize};
 use std::path::PathBuf;
 use std::sync::Arc;
 
@@ -19,12 +20,17 @@ pub enum CacheKind {
 }
 
 /// When dirty slots are copied to the RAM image.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "cli", derive(clap::ValueEnum))]
+#[serde(rename_all = "lowercase")]
 pub enum CommitMode {
-    /// After the commit, while the primary runs: the checkpoint is committed by its record alone, and is whole in image and
-    /// slots together.
+    /// After the primary goes on: the checkpoint is committed by its record
+    ///
+    /// It is whole in image and slots together.
     Deferred,
-    /// Inside of the commit: the image is complete when it returns.
+    /// Before the primary goes on
+    ///
+    /// The image is complete when the commit returns.
     Sync,
 }
 

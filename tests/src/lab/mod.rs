@@ -42,7 +42,7 @@ pub use protect::{Protection, ZeroPageDetection};
 pub use qemu::{Devices, Machine, Qemu};
 pub use qmp::{Event, Qmp};
 pub use ram::SavedRam;
-pub use receiver::{Backend, Dump, Receiver, ReceiverOptions, command_under_test};
+pub use receiver::{Dump, Receiver, ReceiverOptions, command_under_test};
 pub use recorder::Recorder;
 pub use secondary::{Secondary, Way};
 pub use settings::HostSetting;

@@ -6,6 +6,7 @@ use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 
+use colo_ring::ring::BackendKind;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use serde::Deserialize;
@@ -13,39 +14,13 @@ use serde_json::Value;
 
 use super::{Address, Lab, LabError, wait_for};
 
-/// The receive backends.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Backend {
-    /// io_uring.
-    Uring,
-    /// epoll.
-    Epoll,
-    /// A thread per channel, as QEMU does it.
-    Threads,
-}
-
-impl Backend {
-    /// All of them.
-    pub const ALL: [Self; 3] = [Self::Uring, Self::Epoll, Self::Threads];
-
-    /// Its name on the command line.
-    #[must_use]
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::Uring => "uring",
-            Self::Epoll => "epoll",
-            Self::Threads => "threads",
-        }
-    }
-}
-
 /// How a receiver is started.
 #[derive(Clone, Debug)]
 pub struct ReceiverOptions {
     /// multifd channels; 0 = plain.
     pub channels: u8,
     /// Receive backend.
-    pub backend: Backend,
+    pub backend: BackendKind,
     /// `--once`: it ends after its first session.
     pub once: bool,
     /// Further arguments.

@@ -1,13 +1,14 @@
 //! A receiver from which guests are resumed: its images are files, its sessions end in fresh QEMUs.
 
 use crate::HANG_LIMIT;
+use colo_ring::ring::BackendKind;
 use std::path::PathBuf;
 
 use serde_json::Value;
 
 use super::{
-    Address, Backend, Lab, LabError, Machine, Protection, Qemu, Receiver, ReceiverOptions, SharedDirectory,
-    Transport, protect_by_command, wait_for,
+    Address, Lab, LabError, Machine, Protection, Qemu, Receiver, ReceiverOptions, SharedDirectory, Transport,
+    protect_by_command, wait_for,
 };
 
 /// How the guest's memory gets to the fresh QEMU.
@@ -66,7 +67,7 @@ impl Secondary {
     fn options(channels: u8, ram: &SharedDirectory) -> ReceiverOptions {
         ReceiverOptions {
             channels,
-            backend: Backend::Uring,
+            backend: BackendKind::Uring,
             once: false,
             extra: vec!["--ram-dir".into(), ram.path().display().to_string()],
         }

@@ -1,9 +1,10 @@
 //! A real QEMU 11.1 primary, recorded on its way to a secondary: neither side notices, and the file holds the session.
 
+use colo_ring::ring::BackendKind;
 use colo_ring_tests::HANG_LIMIT;
 use colo_ring_tests::lab::{
-    Address, Backend, Guest, Lab, LabError, Machine, Protection, Qemu, Receiver, ReceiverOptions, Recorder,
-    TestGuest, Transport, experiment,
+    Address, Guest, Lab, LabError, Machine, Protection, Qemu, Receiver, ReceiverOptions, Recorder, TestGuest,
+    Transport, experiment,
 };
 use colo_ring_tools::streams::Streams;
 
@@ -53,7 +54,7 @@ fn median_pause_us(primary: &mut Qemu) -> u64 {
 fn through_to_the_receiver(channels: u8, transport: Transport) {
     let options = ReceiverOptions {
         channels,
-        backend: Backend::Uring,
+        backend: BackendKind::Uring,
         once: true,
         extra: Vec::new(),
     };

@@ -1,13 +1,14 @@
 //! Two guests in one receiver: the death of one, and a stranger at the port, do not touch the other; and the dead one's
 //! last checkpoint stays.
 
+use colo_ring::ring::BackendKind;
 use colo_ring_tests::HANG_LIMIT;
 use std::io::Write;
 use std::net::TcpStream;
 
 use colo_ring_tests::lab::{
-    Address, Backend, Dump, Guest, Lab, LabError, Machine, Protection, Qemu, Receiver, ReceiverOptions,
-    TestGuest, Transport, check_test_guest_image, experiment,
+    Address, Dump, Guest, Lab, LabError, Machine, Protection, Qemu, Receiver, ReceiverOptions, TestGuest,
+    Transport, check_test_guest_image, experiment,
 };
 
 const CHANNELS: u8 = 2;
@@ -19,7 +20,7 @@ fn a_guest_that_dies_leaves_the_other_and_its_own_checkpoint() {
         let address = Address::free(lab, Transport::Tcp)?;
         let options = ReceiverOptions {
             channels: CHANNELS,
-            backend: Backend::Uring,
+            backend: BackendKind::Uring,
             once: false,
             extra: Vec::new(),
         };

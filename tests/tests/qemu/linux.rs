@@ -2,11 +2,12 @@
 //! while. `COLO_RING_LINUX_SECONDS` makes it as long as one likes; 30 s otherwise.
 
 use colo_ring::host;
+use colo_ring::ring::BackendKind;
 use colo_ring_tests::HANG_LIMIT;
 use std::time::{Duration, Instant};
 
 use colo_ring_tests::lab::{
-    Address, Backend, Distribution, Guest, LinuxGuest, Machine, Protection, Qemu, Receiver, ReceiverOptions,
+    Address, Distribution, Guest, LinuxGuest, Machine, Protection, Qemu, Receiver, ReceiverOptions,
     Transport, experiment,
 };
 
@@ -30,7 +31,7 @@ fn linux_guest_is_protected_while_it_writes() {
         let address = Address::free(lab, Transport::Tcp)?;
         let options = ReceiverOptions {
             channels: CHANNELS,
-            backend: Backend::Uring,
+            backend: BackendKind::Uring,
             once: true,
             extra: Vec::new(),
         };

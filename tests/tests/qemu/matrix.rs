@@ -4,9 +4,10 @@
 //! Every value of every dimension (multifd 1, 2, 4, 16, plain; pc, q35, pc-i440fx-8.0, two CPUs with many devices;
 //! zero-page detection; TCP, UNIX) meets every backend at least once.
 
+use colo_ring::ring::BackendKind;
 use colo_ring_tests::HANG_LIMIT;
 use colo_ring_tests::lab::{
-    Address, Backend, Content, Dump, Guest, Lab, LabError, Machine, Pattern, Protection, Qemu, Receiver,
+    Address, Content, Dump, Guest, Lab, LabError, Machine, Pattern, Protection, Qemu, Receiver,
     ReceiverOptions, TestGuest, Transport, ZeroPageDetection, check_test_guest_image, experiment,
 };
 
@@ -14,7 +15,7 @@ const CHECKPOINTS_MIN: usize = 20;
 const MEMORY_MIB: u32 = 128;
 
 struct Case {
-    backend: Backend,
+    backend: BackendKind,
     machine: &'static str,
     channels: u8,
     transport: Transport,
@@ -130,7 +131,7 @@ macro_rules! cases {
         $(#[test]
         fn $name() {
             Case {
-                backend: Backend::$backend,
+                backend: BackendKind::$backend,
                 machine: $machine,
                 channels: $channels,
                 transport: Transport::$transport,

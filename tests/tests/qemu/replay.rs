@@ -1,14 +1,15 @@
 //! A real QEMU 11.1 primary's session, recorded, then played without it: a fresh receiver comes to hold the same, bit
 //! for bit, and a fresh QEMU takes it for its primary.
 
+use colo_ring::ring::BackendKind;
 use colo_ring_tests::HANG_LIMIT;
 use std::fs;
 use std::path::PathBuf;
 
 use colo_ring_tests::command::run;
 use colo_ring_tests::lab::{
-    Address, Backend, Dump, Guest, Lab, LabError, Machine, Protection, Qemu, Receiver, ReceiverOptions,
-    Recorder, TestGuest, Transport, experiment,
+    Address, Dump, Guest, Lab, LabError, Machine, Protection, Qemu, Receiver, ReceiverOptions, Recorder,
+    TestGuest, Transport, experiment,
 };
 use serde_json::Value;
 
@@ -22,7 +23,7 @@ fn receiver(lab: &Lab, channels: u8) -> Result<(Address, Receiver), LabError> {
     let address = Address::free(lab, Transport::Tcp)?;
     let options = ReceiverOptions {
         channels,
-        backend: Backend::Uring,
+        backend: BackendKind::Uring,
         once: false,
         extra: Vec::new(),
     };

@@ -1,11 +1,12 @@
 //! A checkpoint that is still on its way cannot be seen: whatever moment the primary is frozen at, a dump is the memory
 //! of the last complete checkpoint.
 
+use colo_ring::ring::BackendKind;
 use colo_ring_tests::HANG_LIMIT;
 use std::time::Duration;
 
 use colo_ring_tests::lab::{
-    Address, Backend, Guest, Lab, LabError, Machine, Protection, Qemu, Receiver, ReceiverOptions, TestGuest,
+    Address, Guest, Lab, LabError, Machine, Protection, Qemu, Receiver, ReceiverOptions, TestGuest,
     Transport, check_test_guest_image, experiment,
 };
 
@@ -16,20 +17,20 @@ const UNCOMMITTED_MIN: u32 = 3;
 
 #[test]
 fn uring_never_shows_a_torn_checkpoint() {
-    experiment(|lab| body(lab, Backend::Uring));
+    experiment(|lab| body(lab, BackendKind::Uring));
 }
 
 #[test]
 fn epoll_never_shows_a_torn_checkpoint() {
-    experiment(|lab| body(lab, Backend::Epoll));
+    experiment(|lab| body(lab, BackendKind::Epoll));
 }
 
 #[test]
 fn threads_never_shows_a_torn_checkpoint() {
-    experiment(|lab| body(lab, Backend::Threads));
+    experiment(|lab| body(lab, BackendKind::Threads));
 }
 
-fn body(lab: &Lab, backend: Backend) -> Result<(), LabError> {
+fn body(lab: &Lab, backend: BackendKind) -> Result<(), LabError> {
     // More than 40 MiB a checkpoint, so that the transfer is most of the pause.
     let load = TestGuest::random(40_000, 96);
     let address = Address::free(lab, Transport::Tcp)?;

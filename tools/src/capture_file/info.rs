@@ -15,7 +15,7 @@ pub struct CaptureInfo {
     pub primary: Option<String>,
     /// The secondary, likewise.
     pub secondary: Option<String>,
-    /// multifd channels, where the recorder was told.
+    /// multifd channels, where the recorder knows.
     pub channels: Option<u8>,
     /// The options it was recorded with.
     pub options: serde_json::Value,

@@ -200,7 +200,7 @@ impl<R: Read + Seek> CaptureReader<R> {
         if self.order.is_finished() {
             return match header.len() {
                 0 => Ok(Err(None)),
-                _ => Err(self.damaged("it stands behind the end of the capture".to_owned())),
+                _ => Err(self.damaged("it follows the end of the capture".to_owned())),
             };
         }
         let Ok(header) = <[u8; block::HEADER_LEN]>::try_from(&header[..]) else {

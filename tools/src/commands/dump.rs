@@ -23,7 +23,7 @@ pub struct DumpArgs {
     #[arg(long, value_name = "DIR")]
     out: PathBuf,
 
-    /// Print what was written as JSON, as it also stands in DIR/checkpoint.json
+    /// Print what was written as JSON, as in DIR/checkpoint.json
     #[arg(long)]
     json: bool,
 }

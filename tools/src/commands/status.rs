@@ -1,4 +1,4 @@
-//! `colo-ring status`: how a running receiver and its sessions stand.
+//! `colo-ring status`: the state of a running receiver and its sessions.
 
 use crate::control::ask;
 use crate::options::{ControlAddress, Size};
@@ -21,7 +21,7 @@ pub struct StatusArgs {
     json: bool,
 }
 
-/// Prints how a receiver and its sessions stand.
+/// Prints the state of a receiver and its sessions.
 ///
 /// # Errors
 /// If the receiver does not answer.

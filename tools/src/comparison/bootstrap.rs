@@ -1,7 +1,7 @@
 //! Ratios of figures, each with the interval that the ratio of other samples would lie in 95 times of 100.
 //!
 //! The percentile bootstrap: both runs are resampled many times, and the middle 95 % of the ratios are the interval.
-//! What is resampled is told by [`Resampling`]: rounds where there are enough of them, because checkpoints of one
+//! [`Resampling`] names what is resampled: rounds where there are enough of them, because checkpoints of one
 //! round share what disturbed it; else blocks of consecutive checkpoints; else, from a histogram, single values.
 //! Where the runs were alternated (the same rounds in both), the same rounds are drawn for both.
 

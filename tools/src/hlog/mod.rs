@@ -1,4 +1,4 @@
-//! Reading HdrHistogram interval logs, whoever wrote them.
+//! Reading HdrHistogram interval logs of any writer.
 //!
 //! The `hdrhistogram` crate decodes the histograms. Lines are taken apart here, because the crate's own iterator
 //! refuses what other tools write: blank lines, numbers without a fraction, a last line without its end. A file is

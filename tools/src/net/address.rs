@@ -13,7 +13,7 @@ pub struct AddressError(String);
 /// A secondary's address, written as QEMU's `migrate` command writes it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Address {
-    /// `tcp:HOST:PORT`; an IPv6 host stands in brackets.
+    /// `tcp:HOST:PORT`; an IPv6 host is in brackets.
     Tcp(String),
     /// `unix:PATH`.
     Unix(PathBuf),

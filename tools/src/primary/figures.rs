@@ -2,6 +2,7 @@
 
 use super::CheckpointReport;
 use crate::run_file::Checkpoint;
+use crate::units::nanoseconds;
 use colo_ring::metrics::{SIGNIFICANT_DIGITS, display_nanoseconds};
 use hdrhistogram::Histogram;
 use serde::Serialize;
@@ -150,9 +151,4 @@ impl PhaseFigures {
 
 fn mean(sum: u128, count: u64) -> u64 {
     u64::try_from(sum / u128::from(count.max(1))).unwrap_or(u64::MAX)
-}
-
-/// 584 years at most.
-fn nanoseconds(duration: Duration) -> u64 {
-    u64::try_from(duration.as_nanos()).unwrap_or(u64::MAX)
 }

@@ -56,7 +56,7 @@ impl Packet {
     }
 }
 
-/// What a channel's thread is told.
+/// A request to a channel's thread.
 enum Job {
     Send(Packet),
     /// Answered when everything before it has been written.
@@ -188,7 +188,7 @@ fn send_packets(mut line: Line, queue: &Receiver<Job>, ram: &SharedRam) -> io::R
     while let Ok(job) = queue.recv() {
         match job {
             Job::Send(packet) => send_packet(&mut line, &packet, ram)?,
-            // Whoever asked waits for it.
+            // The requester waits for it.
             Job::Report(report) => drop(report.send(())),
         }
     }

@@ -12,13 +12,13 @@ use thiserror::Error;
 pub enum ShapeError {
     /// Not a number of pages.
     #[error(
-        "'{0}' is no number of pages; write N, uniform:LOW-HIGH, normal:MEAN,DEVIATION, \
+        "invalid number of pages '{0}': write N, uniform:LOW-HIGH, normal:MEAN,DEVIATION, \
          lognormal:MEDIAN,SIGMA or exponential:MEAN"
     )]
     Distribution(String),
     /// Not a pattern.
     #[error(
-        "'{0}' is no pattern; write random, sequential, runs:N or hotset:PAGES,WRITES (shares from 0 to 1)"
+        "invalid pattern '{0}': write random, sequential, runs:N or hotset:PAGES,WRITES (shares from 0 to 1)"
     )]
     Pattern(String),
 }

@@ -25,7 +25,7 @@ pub(crate) fn socket_path(text: &str) -> Result<PathBuf, String> {
 /// How long QEMU may take to answer a command.
 const REPLY_LIMIT: Duration = Duration::from_secs(60);
 
-/// How long the greeting may take: QEMU sends it at once, unless somebody else is connected.
+/// How long the greeting may take: QEMU sends it at once, unless another client is connected.
 const GREETING_LIMIT: Duration = Duration::from_secs(10);
 
 /// How long to wait between attempts to connect.
@@ -68,7 +68,7 @@ impl fmt::Display for Version {
 /// Why QEMU's monitor could not be used.
 #[derive(Debug, Error)]
 pub enum QmpError {
-    /// Nobody listens there.
+    /// No process listens there.
     #[error(
         "cannot connect to QEMU's monitor {}: {source}; QEMU needs -qmp unix:{},server=on,wait=off",
         .path.display(), .path.display()
@@ -101,7 +101,7 @@ pub enum QmpError {
         description: String,
     },
     /// The connection ended.
-    #[error("QEMU closed its monitor at {command}: it has ended, or was told to")]
+    #[error("QEMU closed its monitor at {command}: it has ended, or another client has ended it")]
     Closed {
         /// The command that was not answered.
         command: String,
@@ -154,10 +154,10 @@ pub struct Qmp {
 }
 
 impl Qmp {
-    /// Connects, as soon as somebody listens, reads the greeting and leaves the negotiation mode.
+    /// Connects, as soon as a QEMU listens, reads the greeting and leaves the negotiation mode.
     ///
     /// # Errors
-    /// When nobody listens at `path` within `limit`, or no QEMU greets there.
+    /// When no process listens at `path` within `limit`, or no QEMU greets there.
     pub fn connect(path: &Path, limit: Duration) -> Result<Self, QmpError> {
         let began = Instant::now();
         let writer = loop {
@@ -294,7 +294,7 @@ fn read_all(reader: UnixStream, collected: &Collected, replies: &mpsc::Sender<Va
             return Some(String::from_utf8_lossy(&line).chars().take(60).collect());
         };
         let Some(event) = parse_event(&message) else {
-            // Whoever asked may be gone.
+            // The requester may be gone.
             if replies.send(message).is_err() {
                 return None;
             }

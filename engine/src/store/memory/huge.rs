@@ -2,6 +2,7 @@
 #![forbid(unsafe_code)]
 
 use crate::host;
+use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
 /// Bytes of a 2 MiB page.
@@ -11,15 +12,24 @@ pub(crate) const HUGE_2M: u64 = 2 << 20;
 pub(crate) const HUGE_1G: u64 = 1 << 30;
 
 /// Of which pages guest memory is.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "cli", derive(clap::ValueEnum))]
 pub enum HugePages {
-    /// 2 MiB pages of the host's huge page pool.
+    /// The pool of 2 MiB pages
+    #[cfg_attr(feature = "cli", value(name = "2M"))]
+    #[serde(rename = "2M")]
     Huge2M,
-    /// 1 GiB pages for the RAM image, 2 MiB pages for the cache.
+    /// The pool of 1 GiB pages
+    ///
+    /// For the RAM image; the cache takes 2 MiB pages.
+    #[cfg_attr(feature = "cli", value(name = "1G"))]
+    #[serde(rename = "1G")]
     Huge1G,
-    /// Transparent huge pages, where the kernel finds them.
+    /// Ordinary pages that the kernel may join
+    #[serde(rename = "thp")]
     Thp,
-    /// Ordinary pages.
+    /// Ordinary pages
+    #[serde(rename = "off")]
     Off,
 }
 

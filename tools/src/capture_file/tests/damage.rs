@@ -125,7 +125,7 @@ fn nothing_may_follow_the_end() {
         file.extend_from_slice(&more);
         let error = read(&file).unwrap().error.expect("something follows").to_string();
         assert!(
-            error.contains(&format!("byte {end}: it stands behind the end")),
+            error.contains(&format!("byte {end}: it follows the end")),
             "{error}"
         );
     }

@@ -138,7 +138,7 @@ impl Delays {
         }
     }
 
-    /// Bytes have gone through. To be told in the order in which they were forwarded.
+    /// Bytes have gone through. To be called in the order in which they were forwarded.
     pub fn passed(&mut self, passed: &Passed<'_>) {
         if self.given_up.is_some() {
             return;
@@ -180,7 +180,7 @@ impl Delays {
         }
     }
 
-    /// Whether the guest is protected: READY has gone through. Where that cannot be told, it may be.
+    /// Whether the guest is protected: READY has gone through. Where that is not known, it may be.
     pub fn is_protected(&self) -> bool {
         self.answers.ready || self.given_up.is_some()
     }

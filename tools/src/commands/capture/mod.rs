@@ -7,7 +7,7 @@
 //! ```
 //!
 //! Whatever becomes of the recording, forwarding goes on: a guest's connection is ended by the guest's host, by the
-//! secondary, or by whoever ends this process, and by nothing else.
+//! secondary, or by the end of this process, and by nothing else.
 
 mod delay;
 mod pair;
@@ -120,22 +120,22 @@ pub fn run(args: &CaptureArgs) -> Result<ExitCode, CommandError> {
     let (wish, wished) = watch::channel(Wish::Record);
     signals::on_each(move || ask_for_the_end(&wish))?;
     signals::survive_file_limit()?;
-    let listener = Listener::bind(&args.listen).map_err(failed)?;
+    let listener = Listener::bind(&args.listen).map_err(CommandError::failed)?;
     let described = args.described(&listener);
-    let writer = args.create(&described).map_err(failed)?;
-    let recorder = Recorder::start(writer, args.queue.0, args.when_behind).map_err(failed)?;
+    let writer = args.create(&described).map_err(CommandError::failed)?;
+    let recorder = Recorder::start(writer, args.queue.0, args.when_behind).map_err(CommandError::failed)?;
     tell(&format!("listening on {}", listener.address()));
 
     let progress = Arc::new(Progress::default());
     let (to, of_thread) = (args.to.clone(), progress.clone());
     let thread = std::thread::Builder::new().name("capture".to_owned());
     let thread = thread.spawn(move || proxy::run(listener, to, recorder, of_thread, wished));
-    let thread = thread.map_err(failed)?;
+    let thread = thread.map_err(CommandError::failed)?;
     show(&progress, || thread.is_finished());
     let outcome = thread
         .join()
-        .map_err(|_| failed("the thread that forwards has panicked"))?
-        .map_err(failed)?;
+        .map_err(|_| CommandError::failed("the thread that forwards has panicked"))?
+        .map_err(CommandError::failed)?;
     report(args, &described, &outcome)
 }
 
@@ -145,7 +145,7 @@ fn ask_for_the_end(wish: &watch::Sender<Wish>) -> bool {
     let next = match now {
         Wish::Record => {
             tell(
-                "the recording is ended; open connections go on through this process until they end, or until the next signal",
+                "the recording is ended; open connections continue through this process until they end, or until the next signal",
             );
             Wish::StopRecording
         }
@@ -160,11 +160,7 @@ fn ask_for_the_end(wish: &watch::Sender<Wish>) -> bool {
     true
 }
 
-fn failed(error: impl std::fmt::Display) -> CommandError {
-    CommandError::Failed(error.to_string())
-}
-
-/// Shows how things stand until it is over.
+/// Shows progress until the session is over.
 fn show(progress: &Progress, is_over: impl Fn() -> bool) {
     const REFRESH: Duration = Duration::from_millis(100);
     let mut line = ProgressLine::new(true);
@@ -227,7 +223,7 @@ fn report(args: &CaptureArgs, described: &Described, outcome: &Outcome) -> Resul
         print(&render(&report))?;
     }
     if !outcome.had_primary {
-        return Err(failed(
+        return Err(CommandError::failed(
             "no primary was here: nothing connected that sent a migration stream",
         ));
     }

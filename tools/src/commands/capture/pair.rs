@@ -39,7 +39,7 @@ pub(super) async fn run(session: Rc<Session>, accepted: Accepted, mut wish: watc
         let secondary = connected
             .and_then(|socket| Stream::new(socket, matches!(session.to, Address::Tcp(_)), session.uring));
         if secondary.is_err() {
-            // As if nobody had listened, as far as that can still be said.
+            // As if no process had listened, as far as that is still possible.
             primary.reset_on_close();
         }
         Ok((primary, secondary?))

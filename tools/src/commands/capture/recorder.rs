@@ -95,7 +95,7 @@ impl Recorder {
     /// Starts the thread that writes to `writer`. Times count from now.
     ///
     /// # Errors
-    /// If there is no thread to be had.
+    /// If no thread can be started.
     pub fn start(
         writer: CaptureWriter<File>,
         queue_bytes_max: u64,
@@ -266,7 +266,7 @@ fn write_all(
         }
         Ok(early.map(|(_, reason)| reason))
     });
-    // Handed in from now on it is dropped, and nobody waits for room.
+    // Handed in from now on it is dropped, and no writer waits for room.
     shared.ended.store(true, Ordering::Relaxed);
     shared.room.notify_waiters();
     let written = writer.totals();

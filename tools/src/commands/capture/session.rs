@@ -56,7 +56,7 @@ pub struct Connection {
     first: Vec<u8>,
 }
 
-/// How things stand, for another thread to show.
+/// Progress, for another thread to show.
 #[derive(Debug, Default)]
 pub struct Progress {
     /// Bytes to the secondary.

@@ -1,26 +1,27 @@
 //! What the demo measures, and a receiver of each kind at work.
 
-use super::{DemoArgs, failed};
+use super::DemoArgs;
 use crate::net::Address;
-use crate::options::{Backend, Cache, Commit, HugePages};
+use crate::options::Cache;
 use crate::output::CommandError;
 use crate::primary::{Distribution, Figures, PhaseFigures, SynthOptions, SynthPrimary, Version};
 use crate::run_file::{Checkpoint, Clock, RunFile};
 use clap::ValueEnum;
 use colo_ring::metrics::Summary;
 use colo_ring::receiver::{Event, ListenAddress, Receiver, ReceiverOptions, Request, Response, StatusReport};
-use colo_ring::store::StoreOptions;
+use colo_ring::ring::BackendKind;
+use colo_ring::store::{CommitMode, HugePages, StoreOptions};
 use serde::Serialize;
 use std::collections::BTreeSet;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant, SystemTime};
 
 /// The ways to receive: a name, the backend, and whether it reads into registered buffers.
-const WAYS: [(&str, Backend, bool); 4] = [
-    ("uring", Backend::Uring, true),
-    ("recvmsg", Backend::Uring, false),
-    ("epoll", Backend::Epoll, false),
-    ("threads", Backend::Threads, false),
+const WAYS: [(&str, BackendKind, bool); 4] = [
+    ("uring", BackendKind::Uring, true),
+    ("recvmsg", BackendKind::Uring, false),
+    ("epoll", BackendKind::Epoll, false),
+    ("threads", BackendKind::Threads, false),
 ];
 
 /// What is measured: a way to receive, a cache placement and a commit mode.
@@ -28,17 +29,17 @@ const WAYS: [(&str, Backend, bool); 4] = [
 pub(super) struct Variant {
     /// `uring` receives into registered buffers, `recvmsg` is `uring` without them; then cache and commit.
     pub(super) name: String,
-    backend: Backend,
+    backend: BackendKind,
     registered: bool,
     cache: Cache,
-    commit: Commit,
+    commit: CommitMode,
 }
 
 impl Variant {
     /// Every combination of what the options of `receive` offer.
     pub(super) fn all() -> Vec<Self> {
         let placements = Cache::value_variants().iter().flat_map(|&cache| {
-            Commit::value_variants()
+            CommitMode::value_variants()
                 .iter()
                 .map(move |&commit| (cache, commit))
         });
@@ -108,15 +109,15 @@ impl Contestant {
             listen: vec![ListenAddress::Tcp(([127, 0, 0, 1], 0).into())],
             channels: args.channels,
             cores: cores.to_vec(),
-            backend: backend.into(),
+            backend,
             registered: variant.registered,
             store: StoreOptions {
-                hugepages: HugePages::TwoMiB.into(),
+                hugepages: HugePages::Huge2M,
                 cache: variant.cache.kind(None),
-                commit: variant.commit.into(),
+                commit: variant.commit,
                 ..StoreOptions::default()
             },
-            // Nobody else connects, and an ended session's memory is given up at once; a guest has small blocks too.
+            // No other primary connects, and an ended session's memory is given up at once; a guest has small blocks too.
             ram_limit_bytes: args.ram.0.saturating_mul(2),
             hist: None,
             described: serde_json::Value::Null,
@@ -128,7 +129,7 @@ impl Contestant {
         let collected = warnings.clone();
         let collect = move |event| {
             if let Event::Warning(text) = event {
-                // The same in every session is told once.
+                // What is the same in every session is printed once.
                 let session = text.strip_prefix("session ");
                 let text = session
                     .and_then(|rest| rest.split_once(": "))
@@ -136,15 +137,18 @@ impl Contestant {
                 collected.add(text.to_owned());
             }
         };
-        let receiver = Receiver::start(options, collect).map_err(failed)?;
-        let address = receiver.addresses()[0].to_string().parse().map_err(failed)?;
+        let receiver = Receiver::start(options, collect).map_err(CommandError::failed)?;
+        let address = receiver.addresses()[0]
+            .to_string()
+            .parse()
+            .map_err(CommandError::failed)?;
         if status(&receiver)?.backend != backend.name() {
             warnings.add(format!("{backend} is not available here and was not measured"));
             receiver.stop_handle().stop();
-            receiver.wait().map_err(failed)?;
+            receiver.wait().map_err(CommandError::failed)?;
             return Ok(None);
         }
-        let described = serde_json::to_value(&variant).map_err(failed)?;
+        let described = serde_json::to_value(&variant).map_err(CommandError::failed)?;
         Ok(Some(Self {
             run: RunFile::new(
                 &variant.name,
@@ -179,9 +183,9 @@ impl Contestant {
             seed: u64::from(round) + 1,
             ..SynthOptions::new(Version::V11_1)
         };
-        let mut primary = SynthPrimary::connect(&self.address, &options).map_err(failed)?;
+        let mut primary = SynthPrimary::connect(&self.address, &options).map_err(CommandError::failed)?;
         for _ in 0..args.checkpoints {
-            let report = primary.checkpoint().map_err(failed)?;
+            let report = primary.checkpoint().map_err(CommandError::failed)?;
             self.figures.record(&report);
             self.run.checkpoints.push(Checkpoint {
                 round,
@@ -189,7 +193,7 @@ impl Contestant {
                 ..self.figures.checkpoint(&report)
             });
         }
-        primary.close().map_err(failed)?;
+        primary.close().map_err(CommandError::failed)?;
         self.discard()
     }
 
@@ -220,7 +224,7 @@ impl Contestant {
     /// Ends the receiver.
     pub(super) fn finish(self) -> Result<(VariantReport, RunFile), CommandError> {
         self.receiver.stop_handle().stop();
-        let outcome = self.receiver.wait().map_err(failed)?;
+        let outcome = self.receiver.wait().map_err(CommandError::failed)?;
         let report = VariantReport {
             variant: self.variant,
             receiver: outcome.report.total,
@@ -248,7 +252,7 @@ mod tests {
     fn every_cache_and_commit_mode_is_measured_with_every_way_to_receive() {
         let variants = Variant::all();
         let names: BTreeSet<_> = variants.iter().map(|variant| variant.name.clone()).collect();
-        let placements = Cache::value_variants().len() * Commit::value_variants().len();
+        let placements = Cache::value_variants().len() * CommitMode::value_variants().len();
         assert_eq!((variants.len(), names.len()), (4 * placements, 4 * placements));
         assert!(names.contains(super::super::BASELINE), "{names:?}");
     }

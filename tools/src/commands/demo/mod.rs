@@ -76,7 +76,7 @@ struct DemoReport<'a> {
     variants: Vec<VariantReport>,
     /// The primary's `loaded` of all variants, with intervals.
     comparison: Comparison<'a>,
-    /// What was asked for and not to be had.
+    /// What was asked for and is not available.
     warnings: BTreeSet<String>,
 }
 
@@ -102,7 +102,7 @@ pub fn run(args: &DemoArgs) -> Result<ExitCode, CommandError> {
             phases: phases.iter().map(|phase| (*phase).to_owned()).collect(),
             ..comparison::Options::default()
         };
-        comparison::report(&runs, options).map_err(failed)
+        comparison::report(&runs, options).map_err(CommandError::failed)
     };
     let report = DemoReport {
         schema: "colo-ring.demo",
@@ -134,7 +134,7 @@ pub fn run(args: &DemoArgs) -> Result<ExitCode, CommandError> {
             print(&format!("page: {}\n", page.display()))?;
         }
     }
-    // The figures are told in any case.
+    // The figures are printed in any case.
     written.transpose()?;
     Ok(ExitCode::SUCCESS)
 }
@@ -221,8 +221,4 @@ fn milliseconds(nanoseconds: u64) -> String {
         ms if ms >= 0.9995 => format!("{ms:.2}"),
         ms => format!("{ms:.3}"),
     }
-}
-
-fn failed(error: impl std::fmt::Display) -> CommandError {
-    CommandError::Failed(error.to_string())
 }

@@ -1,4 +1,4 @@
-//! `colo-ring doctor`: what this machine lacks, what that means, and the command that mends it.
+//! `colo-ring doctor`: what this machine lacks, what that means, and the command that fixes it.
 
 use crate::options::Size;
 use crate::output::{CommandError, print, print_json};
@@ -17,7 +17,7 @@ pub struct DoctorArgs {
     json: bool,
 }
 
-/// How well a thing stands.
+/// The outcome of a check.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum State {
@@ -34,14 +34,15 @@ pub enum State {
 pub struct Check {
     /// What was looked at.
     pub item: &'static str,
-    /// How it stands.
+    /// Its outcome.
     pub state: State,
     /// What was seen.
     pub seen: String,
     /// What that means for a receiver; empty if all is well.
     pub meaning: String,
-    /// The command that mends it; none if there is nothing to mend, or no command does.
-    pub mend: Option<String>,
+    /// The command that fixes it; none if nothing is wrong, or no command does.
+    #[serde(rename = "mend")]
+    pub remedy: Option<String>,
 }
 
 #[derive(Serialize)]
@@ -108,8 +109,8 @@ fn render(checks: &[Check]) -> String {
         if !check.meaning.is_empty() {
             line(&mut text, "", "", &check.meaning);
         }
-        if let Some(command) = &check.mend {
-            line(&mut text, "", "", &format!("mend: {command}"));
+        if let Some(command) = &check.remedy {
+            line(&mut text, "", "", &format!("fix: {command}"));
         }
     }
     let bad = |state| checks.iter().filter(|check| check.state == state).count();
@@ -132,25 +133,25 @@ impl Check {
             state: State::Ok,
             seen,
             meaning: String::new(),
-            mend: None,
+            remedy: None,
         }
     }
 
-    fn warn(item: &'static str, seen: impl Into<String>, meaning: &str, mend: Option<&str>) -> Self {
-        let (seen, meaning, mend) = (seen.into(), meaning.to_owned(), mend.map(str::to_owned));
+    fn warn(item: &'static str, seen: impl Into<String>, meaning: &str, remedy: Option<&str>) -> Self {
+        let (seen, meaning, remedy) = (seen.into(), meaning.to_owned(), remedy.map(str::to_owned));
         Self {
             item,
             state: State::Warn,
             seen,
             meaning,
-            mend,
+            remedy,
         }
     }
 
-    fn missing(item: &'static str, seen: impl Into<String>, meaning: &str, mend: Option<&str>) -> Self {
+    fn missing(item: &'static str, seen: impl Into<String>, meaning: &str, remedy: Option<&str>) -> Self {
         Self {
             state: State::Missing,
-            ..Self::warn(item, seen, meaning, mend)
+            ..Self::warn(item, seen, meaning, remedy)
         }
     }
 }
@@ -270,10 +271,12 @@ fn huge_pages(host: &HostReport) -> Vec<Check> {
         ),
     };
     let mut checks = vec![two];
-    // Nobody needs them who does not ask for them with --hugepages 1G.
+    // They are only used with --hugepages 1G.
     checks.extend(pool(GIB).map(|pool| Check::ok("1 GiB huge pages", pool_seen(pool))));
-    let thp = |item, choice: &Option<String>, meaning, mend| match choice.as_deref() {
-        Some("never" | "deny") => Check::warn(item, choice.clone().unwrap_or_default(), meaning, Some(mend)),
+    let thp = |item, choice: &Option<String>, meaning, remedy| match choice.as_deref() {
+        Some("never" | "deny") => {
+            Check::warn(item, choice.clone().unwrap_or_default(), meaning, Some(remedy))
+        }
         Some(choice) => Check::ok(item, choice),
         None => Check::warn(item, "not in this kernel", meaning, None),
     };

@@ -60,7 +60,7 @@ fn good() -> Probe {
     Probe { host, ring }
 }
 
-/// The checks that are not ok, as `item: mend`.
+/// The checks that are not ok, as `item: remedy`.
 fn complaints(probe: &Probe) -> Vec<(&'static str, State, String)> {
     let bad = checks(probe).into_iter().filter(|check| check.state != State::Ok);
     bad.map(|check| {
@@ -69,19 +69,19 @@ fn complaints(probe: &Probe) -> Vec<(&'static str, State, String)> {
             "{} says nothing of what it means",
             check.item
         );
-        (check.item, check.state, check.mend.unwrap_or_default())
+        (check.item, check.state, check.remedy.unwrap_or_default())
     })
     .collect()
 }
 
 /// Spoils one thing of the good machine and expects exactly one complaint about it.
-fn expect(item: &str, state: State, mend: &str, spoil: impl FnOnce(&mut Probe)) {
+fn expect(item: &str, state: State, remedy: &str, spoil: impl FnOnce(&mut Probe)) {
     let mut probe = good();
     spoil(&mut probe);
     match complaints(&probe).as_slice() {
         [(seen, seen_state, command)] => {
             assert_eq!((*seen, *seen_state), (item, state));
-            assert!(command.contains(mend), "{item}: {command}");
+            assert!(command.contains(remedy), "{item}: {command}");
         }
         other => panic!("{item}: {other:?}"),
     }

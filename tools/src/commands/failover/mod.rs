@@ -21,7 +21,7 @@ use started::Started;
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode, Stdio};
 use std::str::FromStr;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 use waiting::{RunDirectory, Waiting};
 
 /// Options of `colo-ring failover`.
@@ -116,7 +116,7 @@ struct Claim {
 /// Gives a session's last committed checkpoint to a QEMU, and returns once the guest runs there.
 ///
 /// # Errors
-/// If it is not to be had, does not fit, or does not start: what the checkpoint's state is then, is told.
+/// If it is not available, does not fit, or does not start; the error names the state of the checkpoint then.
 pub fn run(args: &FailoverArgs) -> Result<ExitCode, CommandError> {
     let began = Instant::now();
     let started = Started::default();
@@ -230,7 +230,7 @@ impl Claim {
     }
 }
 
-/// How a checkpoint stands after its claim was given up.
+/// The state of a checkpoint after its claim was given up.
 #[derive(Deserialize)]
 struct Released {
     promotion: Option<String>,
@@ -273,7 +273,7 @@ fn resume(
     let session = args.session;
     if let Err(error) = claim.conversation.ask::<Value>(&Request::Promoted { session }) {
         tell(&format!(
-            "warning: the guest runs, but the receiver was not told: {error}"
+            "warning: the guest runs, but the receiver does not know it: {error}"
         ));
     }
     times.give_up = began.elapsed();
@@ -373,7 +373,7 @@ fn fence(args: &FailoverArgs, claim: &Claim, times: &mut Times) -> Result<(), Co
     )))
 }
 
-/// Writes the stream for somebody else to start the guest from.
+/// Writes the stream from which another program starts the guest.
 fn write_only(
     args: &FailoverArgs,
     claim: &mut Claim,
@@ -399,11 +399,6 @@ fn write_only(
         Ok(restored) => Ok(Outcome::written(name, restored)),
         Err(error) => Err(claim.release(false, &error.to_string())),
     }
-}
-
-/// Nanoseconds, for reports.
-fn nanoseconds(duration: Duration) -> u64 {
-    u64::try_from(duration.as_nanos()).unwrap_or(u64::MAX)
 }
 
 /// A path for people.

@@ -19,7 +19,7 @@ pub(super) fn to_stdout<T: Send>(
     std::thread::scope(|scope| {
         let feeding = scope.spawn(|| {
             let fed = feed(format!("unix:{}", socket.display()));
-            // If the receiver refused, nobody has connected, and the copying below still waits.
+            // If the receiver refused, no connection was made, and the copying below still waits.
             drop(std::os::unix::net::UnixStream::connect(socket));
             fed
         });

@@ -1,8 +1,9 @@
-//! What a failover tells.
+//! What a failover reports.
 
 use super::waiting::Waiting;
-use super::{FailoverArgs, nanoseconds, shown};
+use super::{FailoverArgs, shown};
 use crate::output::{CommandError, print, print_json, tell};
+use crate::units::nanoseconds;
 use colo_ring::host::Machine;
 use colo_ring::metrics::display_nanoseconds;
 use colo_ring::receiver::{ClaimedCheckpoint, RestoreReport};
@@ -212,7 +213,7 @@ fn words(
             let does = if status == "running" {
                 "runs".to_owned()
             } else {
-                format!("stands ({status})")
+                format!("stopped ({status})")
             };
             let qemu = outcome.qemu.as_deref().unwrap_or_default();
             format!(

@@ -55,7 +55,7 @@ impl Started {
         Ok(child)
     }
 
-    /// That QEMU is no more, or its id is about to be somebody else's.
+    /// That QEMU is no more, or its id may be reused.
     pub(super) fn forget(&self) {
         if let Stage::Revocable { qemu, .. } = &mut *self.stage() {
             *qemu = None;
@@ -81,7 +81,7 @@ impl Started {
         if let Some(directory) = directory {
             let _ = fs::remove_dir_all(directory);
         }
-        tell("interrupted: `colo-ring status` says how the checkpoint stands");
+        tell("interrupted: `colo-ring status` shows the state of the checkpoint");
         std::process::exit(1);
     }
 }

@@ -86,7 +86,7 @@ pub(super) struct Waiting {
     child: Option<Child>,
     started: Started,
     directory: RunDirectory,
-    /// Whether it holds the guest, once it is loaded, until it is told to let it run.
+    /// Whether it holds the guest, once it is loaded, until `cont`.
     holds: bool,
 }
 

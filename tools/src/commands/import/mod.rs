@@ -98,7 +98,7 @@ pub(crate) enum ImportError {
     /// Bytes of a connection were not recorded.
     #[error(
         "connection {connection} ({label}), {direction}: bytes {begin} to {end} were not recorded, so nothing behind them \
-         can be used: tcpdump tells how many packets it dropped, and -B 65536 gives it a larger buffer; what came before \
+         can be used: tcpdump prints how many packets it dropped, and -B 65536 gives it a larger buffer; what came before \
          is in the capture"
     )]
     Missing {

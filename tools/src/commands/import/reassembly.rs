@@ -162,7 +162,7 @@ mod tests {
     }
 
     #[test]
-    fn retransmissions_and_disorder_are_mended() {
+    fn retransmissions_and_disorder_are_resolved() {
         let mut direction = begun(u32::MAX - 2);
         let mut out = Vec::new();
         take(&mut direction, u32::MAX - 2, b"ab", &mut out);

@@ -1,6 +1,6 @@
 //! `colo-ring inspect`: what is in a file: a capture, an interval log, a measured run or a receiver's report.
 //!
-//! What a file is, its first bytes tell. Whatever is damaged in it is told with its place; a file that ends early is
+//! A file's kind follows from its first bytes. Damage is reported with its offset; a file that ends early is
 //! shown up to there.
 
 mod capture;
@@ -20,7 +20,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 use std::str::FromStr;
 
-/// Name of the schema of all that `inspect --json` prints; the key `file_kind` tells what else is there.
+/// Name of the schema of all that `inspect --json` prints; the key `file_kind` names the rest of the keys.
 const SCHEMA: &str = "colo-ring.inspect";
 /// Its version.
 const SCHEMA_VERSION: u32 = 1;

@@ -7,7 +7,7 @@ use crate::run_file::{self, Checkpoint, RunFile, read_bounded};
 use colo_ring::metrics::{self, Report, display_nanoseconds};
 use serde::{Deserialize, Serialize};
 
-/// The part that tells what else is there.
+/// The part that names the rest of the keys.
 #[derive(Deserialize)]
 struct Head {
     schema: String,

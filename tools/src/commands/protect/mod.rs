@@ -98,13 +98,13 @@ pub fn run(args: &ProtectArgs) -> Result<ExitCode, CommandError> {
         // Without a receiver the watching is over.
         let _ = wish.send(());
     })?;
-    let mut qmp = Qmp::connect(&args.qmp, CONNECT_LIMIT).map_err(failed)?;
+    let mut qmp = Qmp::connect(&args.qmp, CONNECT_LIMIT).map_err(CommandError::failed)?;
     check_can_begin(&mut qmp)?;
     let changed = set_capabilities(&mut qmp, args.channels, args.xbzrle)?;
     // Those that COLO needs are no news.
     let news = changed.iter().filter(|change| change.ends_with(" off"));
     news.for_each(|change| tell(&format!("switched on the primary: {change}")));
-    set_parameters(&mut qmp, args, compression).map_err(failed)?;
+    set_parameters(&mut qmp, args, compression).map_err(CommandError::failed)?;
     let began = Instant::now();
     let migrate = qmp.execute("migrate", &json!({"uri": args.to.to_string()}));
     migrate.map_err(|error| not_started(&error))?;
@@ -170,7 +170,7 @@ impl ProtectArgs {
 /// Refuses a primary that cannot be protected, before anything is changed on it.
 fn check_can_begin(qmp: &mut Qmp) -> Result<(), CommandError> {
     let version = qmp.version();
-    let mut ask = |command: &str| qmp.execute(command, &json!({})).map_err(failed);
+    let mut ask = |command: &str| qmp.execute(command, &json!({})).map_err(CommandError::failed);
     let runs = ask("query-status")?;
     match runs["status"].as_str().unwrap_or("unknown") {
         "inmigrate" => return refuse("this QEMU waits for a guest itself (-incoming)"),
@@ -253,7 +253,9 @@ fn watch(qmp: &mut Qmp, args: &ProtectArgs, wished: &mpsc::Receiver<()>) -> Resu
     let limit = args.wait.map(Duration::from_secs);
     let mut line = ProgressLine::new(!args.json);
     loop {
-        let state = qmp.execute("query-migrate", &json!({})).map_err(failed)?;
+        let state = qmp
+            .execute("query-migrate", &json!({}))
+            .map_err(CommandError::failed)?;
         if let Some(exit) = qmp.events().iter().find(|event| event.name == "COLO_EXIT") {
             let reason = exit.data["reason"].as_str().unwrap_or("unknown").to_owned();
             return Err(left(qmp, &format!("it left COLO again ({reason})"), &args.to));
@@ -288,7 +290,9 @@ fn watch(qmp: &mut Qmp, args: &ProtectArgs, wished: &mpsc::Receiver<()>) -> Resu
 }
 
 fn runs(qmp: &mut Qmp) -> Result<bool, CommandError> {
-    let status = qmp.execute("query-status", &json!({})).map_err(failed)?;
+    let status = qmp
+        .execute("query-status", &json!({}))
+        .map_err(CommandError::failed)?;
     Ok(status["status"] == "running")
 }
 
@@ -296,7 +300,7 @@ fn runs(qmp: &mut Qmp) -> Result<bool, CommandError> {
 fn guest_state(qmp: &mut Qmp) -> String {
     match qmp.execute("query-status", &json!({})) {
         Ok(status) if status["status"] == "running" => "runs".to_owned(),
-        Ok(status) => format!("stands ({})", status["status"].as_str().unwrap_or("unknown")),
+        Ok(status) => format!("stopped ({})", status["status"].as_str().unwrap_or("unknown")),
         Err(error) => format!("is in an unknown state ({error})"),
     }
 }
@@ -306,12 +310,14 @@ fn left(qmp: &mut Qmp, what: &str, to: &Address) -> CommandError {
     let hint = if what.contains("Connection refused") || what.contains("No such file") {
         format!("is a receiver listening on {to}?")
     } else {
-        format!("the receiver at {to} has told the reason where it runs.")
+        format!("the receiver at {to} has printed the reason where it runs.")
     };
     let then = match guest_state(qmp).as_str() {
         "runs" => "the guest runs on, unprotected".to_owned(),
-        "stands (colo)" => "the guest stands: `x-colo-lost-heartbeat` lets it run on".to_owned(),
-        "stands (postmigrate)" => "the guest stands, handed over: `cont` lets it go on here".to_owned(),
+        "stopped (colo)" => "the guest is stopped: `x-colo-lost-heartbeat` lets it continue".to_owned(),
+        "stopped (postmigrate)" => {
+            "the guest is stopped, handed over: `cont` lets it continue here".to_owned()
+        }
         other => format!("the guest {other}"),
     };
     CommandError::Failed(format!("{what}; {hint} On the primary {then}"))
@@ -334,10 +340,6 @@ fn progress(state: &Value) -> String {
 
 fn refuse(why: &str) -> Result<(), CommandError> {
     Err(CommandError::Failed(why.to_owned()))
-}
-
-fn failed(error: QmpError) -> CommandError {
-    CommandError::Failed(error.to_string())
 }
 
 #[cfg(test)]

@@ -117,8 +117,7 @@ pub(super) fn set_capabilities(
     channels: u8,
     xbzrle: bool,
 ) -> Result<Vec<String>, CommandError> {
-    let failed = |error: QmpError| CommandError::Failed(error.to_string());
-    let known = capabilities(qmp).map_err(failed)?;
+    let known = capabilities(qmp).map_err(CommandError::failed)?;
     check_known(&known, channels, xbzrle, qmp.version())?;
     let attempts = return_paths(qmp.version());
     for (attempt, return_path) in attempts.iter().enumerate() {
@@ -135,7 +134,7 @@ pub(super) fn set_capabilities(
             Err(error) => {
                 let about_it = error.refusal().is_some_and(|said| said.contains("return-path"));
                 if !about_it || attempt + 1 == attempts.len() {
-                    return Err(failed(error));
+                    return Err(CommandError::failed(error));
                 }
             }
         }

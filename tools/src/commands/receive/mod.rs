@@ -3,7 +3,7 @@
 mod on_loss;
 
 use crate::cores::{cores_of_node, default_cores};
-use crate::options::{Backend, Cache, Commit, ControlAddress, CoreList, HugePages, Size, Switch};
+use crate::options::{Cache, ControlAddress, CoreList, Size, Switch};
 use crate::output::{CommandError, ProgressLine, print, print_json, tell};
 use crate::{session_text, signals};
 use clap::Args;
@@ -13,7 +13,8 @@ use colo_ring::net::HostWatch;
 use colo_ring::receiver::{
     Event, ListenAddress, Outcome, Receiver, ReceiverOptions, Request, Response, SessionStatus, StatusReport,
 };
-use colo_ring::store::StoreOptions;
+use colo_ring::ring::BackendKind;
+use colo_ring::store::{CommitMode, HugePages, StoreOptions};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use on_loss::OnLoss;
 use serde::Serialize;
@@ -44,8 +45,8 @@ pub struct ReceiveArgs {
     numa_node: Option<usize>,
 
     /// How to receive; without io_uring on this host, epoll takes its place with a warning
-    #[arg(long, value_enum, default_value_t = Backend::Uring)]
-    backend: Backend,
+    #[arg(long, value_enum, default_value_t = BackendKind::Uring)]
+    backend: BackendKind,
 
     /// Receive into registered buffers (uring only)
     #[arg(long, value_enum, default_value_t = Switch::On)]
@@ -61,11 +62,11 @@ pub struct ReceiveArgs {
     pool_max: Option<Size>,
 
     /// When pages are copied to the RAM image
-    #[arg(long, value_enum, default_value_t = Commit::Deferred)]
-    commit: Commit,
+    #[arg(long, value_enum, default_value_t = CommitMode::Deferred)]
+    commit: CommitMode,
 
     /// What guest memory is made of; what this host lacks is replaced, with a warning
-    #[arg(long, value_enum, default_value_t = HugePages::TwoMiB)]
+    #[arg(long, value_enum, default_value_t = HugePages::Huge2M)]
     hugepages: HugePages,
 
     /// Directory for guests' memory in files, on hugetlbfs or tmpfs: the last committed checkpoint is there for the next
@@ -119,11 +120,11 @@ struct Described {
     channels: u8,
     cores: Vec<usize>,
     placement: Placement,
-    backend: Backend,
+    backend: BackendKind,
     registered: bool,
     cache: Cache,
     pool_max_bytes: Option<u64>,
-    commit: Commit,
+    commit: CommitMode,
     hugepages: HugePages,
     ram_dir: Option<PathBuf>,
     ram_limit_bytes: u64,
@@ -152,7 +153,7 @@ fn raise_open_files() {
     }
 }
 
-/// Receives until it is told to end.
+/// Receives until a signal ends it, or --once does.
 ///
 /// # Errors
 /// If it cannot start or go on.
@@ -172,13 +173,13 @@ pub fn run(args: ReceiveArgs) -> Result<ExitCode, CommandError> {
             on_loss.session_ended(status);
         }
     };
-    let receiver = Receiver::start(options, told).map_err(failed)?;
+    let receiver = Receiver::start(options, told).map_err(CommandError::failed)?;
     for address in receiver.addresses() {
         tell(&format!("listening on {address}"));
     }
     tell(&format!("receiving on {}", receiver.placement()));
     watch(&receiver, &wished);
-    let outcome = receiver.wait().map_err(failed)?;
+    let outcome = receiver.wait().map_err(CommandError::failed)?;
     if json {
         print_json(&ReceiveReport {
             schema: "colo-ring.receive",
@@ -246,13 +247,13 @@ impl ReceiveArgs {
             listen: self.listen,
             channels: self.channels,
             cores,
-            backend: self.backend.into(),
+            backend: self.backend,
             registered: self.registered == Switch::On,
             store: StoreOptions {
-                hugepages: self.hugepages.into(),
+                hugepages: self.hugepages,
                 ram_dir: self.ram_dir,
                 cache: self.cache.kind(self.pool_max),
-                commit: self.commit.into(),
+                commit: self.commit,
                 ..StoreOptions::default()
             },
             ram_limit_bytes,
@@ -268,7 +269,7 @@ impl ReceiveArgs {
     }
 }
 
-/// Shows how things stand until the receiver has ended; tells it to end when that is wished.
+/// Shows progress until the receiver has ended; stops it when a signal asks for that.
 fn watch(receiver: &Receiver, wished: &mpsc::Receiver<()>) {
     const REFRESH: Duration = Duration::from_millis(250);
     let mut line = ProgressLine::new(true);
@@ -341,10 +342,6 @@ fn render(outcome: &Outcome, hist: Option<&PathBuf>) -> String {
 
 fn was_protected(session: &SessionStatus) -> bool {
     session.checkpoint.is_some() && session.orderly == Some(true)
-}
-
-fn failed(error: impl std::fmt::Display) -> CommandError {
-    CommandError::Failed(error.to_string())
 }
 
 #[cfg(test)]

@@ -7,7 +7,7 @@ use std::process::{Command, Stdio};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-/// Most hooks at a time: whoever can connect can end a session, and each takes a process.
+/// Most hooks at a time: any peer can end a session, and each takes a process.
 const HOOKS_MAX: usize = 64;
 
 /// The command to run.

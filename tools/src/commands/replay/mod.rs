@@ -150,7 +150,7 @@ impl ReplayArgs {
     /// Checkpoints of a session.
     fn checkpoints_wanted(&self, captured: u64) -> Result<u64, CommandError> {
         if captured == 0 {
-            return Err(failed(format!(
+            return Err(CommandError::failed(format!(
                 "{} has no complete checkpoint",
                 self.file.display()
             )));
@@ -168,8 +168,8 @@ pub fn run(args: &ReplayArgs) -> Result<ExitCode, CommandError> {
     let stop = Arc::new(AtomicBool::new(false));
     let wish = stop.clone();
     signals::on_end(move || wish.store(true, Ordering::Relaxed))?;
-    let streams =
-        Streams::load(&args.file).map_err(|error| failed(format!("{}: {error}", args.file.display())))?;
+    let streams = Streams::load(&args.file)
+        .map_err(|error| CommandError::failed(format!("{}: {error}", args.file.display())))?;
     for note in &streams.notes {
         tell(&format!("{}: {note}", args.file.display()));
     }
@@ -200,7 +200,10 @@ pub fn run(args: &ReplayArgs) -> Result<ExitCode, CommandError> {
         },
         pace: args.pace(),
         wanted,
-        secondary: pid.map(Secondary::find).transpose().map_err(failed)?,
+        secondary: pid
+            .map(Secondary::find)
+            .transpose()
+            .map_err(CommandError::failed)?,
         stop: &stop,
         line: ProgressLine::new(!args.json),
         measured: Measured::default(),
@@ -216,7 +219,7 @@ pub fn run(args: &ReplayArgs) -> Result<ExitCode, CommandError> {
         report
             .run
             .write(prefix)
-            .map_err(|error| failed(error.to_string()))?;
+            .map_err(|error| CommandError::failed(error.to_string()))?;
     }
     if args.json {
         print_json(&report)?;
@@ -225,7 +228,7 @@ pub fn run(args: &ReplayArgs) -> Result<ExitCode, CommandError> {
     }
     match report.error {
         None => Ok(ExitCode::SUCCESS),
-        Some(error) => Err(failed(error)),
+        Some(error) => Err(CommandError::failed(error)),
     }
 }
 
@@ -242,8 +245,4 @@ fn sender_cores(args: &ReplayArgs, channels: usize) -> Result<(usize, Vec<usize>
             Ok((cores.len(), cores.clone()))
         }
     }
-}
-
-fn failed(what: impl std::fmt::Display) -> CommandError {
-    CommandError::Failed(what.to_string())
 }

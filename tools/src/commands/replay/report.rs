@@ -5,6 +5,7 @@ use super::session::Measured;
 use crate::output::table;
 use crate::run_file::{Checkpoint, Clock, RunFile, SecondaryUse};
 use crate::streams::Streams;
+use crate::units::nanoseconds;
 use colo_ring::metrics::display_nanoseconds;
 use serde::Serialize;
 use std::collections::BTreeMap;
@@ -64,10 +65,6 @@ struct ReplayShare {
     /// Processor time of the threads that send pages, precopy included: in this program, and in the kernel's sending.
     senders_user_ns: u64,
     senders_system_ns: u64,
-}
-
-fn nanoseconds(duration: Duration) -> u64 {
-    u64::try_from(duration.as_nanos()).unwrap_or(u64::MAX)
 }
 
 impl Report {

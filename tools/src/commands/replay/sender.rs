@@ -15,7 +15,7 @@ use std::os::fd::AsFd;
 use std::sync::mpsc::{Receiver, Sender};
 use std::time::{Duration, Instant};
 
-/// What a thread is told to write.
+/// A request to a thread to write.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Job {
     pub part: Part,
@@ -64,7 +64,7 @@ impl Line {
 pub(super) struct PacketSender<'a> {
     pub streams: &'a Streams,
     pub lines: Vec<Line>,
-    /// The main channel: shut down when this side fails, so that nobody waits there for an answer.
+    /// The main channel: shut down when this side fails, so that no reader waits there for an answer.
     pub main: Socket,
     pub patience: Duration,
 }

@@ -1,6 +1,5 @@
 //! A sink of this replay's own, in a process of its own.
 
-use super::failed;
 use crate::net::Address;
 use crate::output::CommandError;
 use std::io::{BufRead, BufReader, Read};
@@ -16,8 +15,8 @@ pub(super) struct SinkProcess {
 impl SinkProcess {
     /// Starts it for this many sessions and waits until it listens.
     pub fn start(channels: usize, sessions: u32) -> Result<Self, CommandError> {
-        let program =
-            std::env::current_exe().map_err(|error| failed(format!("cannot start a sink: {error}")))?;
+        let program = std::env::current_exe()
+            .map_err(|error| CommandError::failed(format!("cannot start a sink: {error}")))?;
         let mut child = Command::new(program)
             .args(["sink", "--listen", "tcp:127.0.0.1:0"])
             .args([
@@ -32,12 +31,12 @@ impl SinkProcess {
             .stdout(Stdio::null())
             .stderr(Stdio::piped())
             .spawn()
-            .map_err(|error| failed(format!("cannot start a sink: {error}")))?;
+            .map_err(|error| CommandError::failed(format!("cannot start a sink: {error}")))?;
         let mut said = BufReader::new(
             child
                 .stderr
                 .take()
-                .ok_or_else(|| failed("a sink without a voice"))?,
+                .ok_or_else(|| CommandError::failed("the sink has no standard error"))?,
         );
         let mut first = String::new();
         let read = said.read_line(&mut first);
@@ -48,7 +47,7 @@ impl SinkProcess {
         let (Ok(_), Some(address)) = (read, address) else {
             let _ = child.kill();
             let _ = child.wait();
-            return Err(failed(format!("the sink does not listen: {first}")));
+            return Err(CommandError::failed(format!("the sink does not listen: {first}")));
         };
         // What it says of its sessions is of no interest, but must not fill the pipe.
         let drain = move || {

@@ -203,7 +203,7 @@ struct Command<'a> {
 impl Command<'_> {
     fn live(self, address: &Address) -> Result<ExitCode, CommandError> {
         let started = SystemTime::now();
-        let mut primary = SynthPrimary::connect(address, &self.options).map_err(failed)?;
+        let mut primary = SynthPrimary::connect(address, &self.options).map_err(CommandError::failed)?;
         let name = self.args.name.clone().unwrap_or_else(|| address.to_string());
         let mut run = RunFile::new(&name, "synth", self.echo()?, Clock::Primary, started);
         let mut figures = Figures::new(self.schedule() == Schedule::OpenLoop);
@@ -219,9 +219,9 @@ impl Command<'_> {
         if let Some(prefix) = &self.args.run {
             run.notes.clone_from(&warnings);
             run.notes.extend(ended.as_ref().err().map(ToString::to_string));
-            run.write(prefix).map_err(failed)?;
+            run.write(prefix).map_err(CommandError::failed)?;
         }
-        ended.map_err(failed)?;
+        ended.map_err(CommandError::failed)?;
         let report = LiveReport {
             schema: SCHEMA,
             schema_version: SCHEMA_VERSION,
@@ -253,15 +253,15 @@ impl Command<'_> {
         let mut info = CaptureInfo::now("synth", self.echo()?);
         info.primary = Some(format!("synthetic QEMU {}", self.options.version));
         info.channels = Some(self.options.channels);
-        let writer = CaptureWriter::create(path, &info, self.args.compress).map_err(failed)?;
+        let writer = CaptureWriter::create(path, &info, self.args.compress).map_err(CommandError::failed)?;
         let mut figures = Figures::new(false);
         let record = || {
             let mut primary = SynthPrimary::record(writer, &self.options)?;
             self.take(&mut primary, &mut figures, |_, _| {})?;
             primary.close()
         };
-        record().map_err(failed)?;
-        let length = std::fs::metadata(path).map_err(failed)?.len();
+        record().map_err(CommandError::failed)?;
+        let length = std::fs::metadata(path).map_err(CommandError::failed)?.len();
         let report = CaptureReport {
             schema: SCHEMA,
             schema_version: SCHEMA_VERSION,
@@ -344,7 +344,7 @@ impl Command<'_> {
     }
 
     fn echo(&self) -> Result<serde_json::Value, CommandError> {
-        serde_json::to_value(self.described()).map_err(failed)
+        serde_json::to_value(self.described()).map_err(CommandError::failed)
     }
 
     /// What a reader of the figures must know.
@@ -362,15 +362,11 @@ impl Command<'_> {
         {
             warnings.push(format!(
                 "this side was late by {} on average and {} at most, its pages not ready or its timer late: no latency \
-                 contains that, but the load was less than asked for; fewer --pages or a longer --interval mends it",
+                 contains that, but the load was less than asked for; use fewer --pages or a longer --interval",
                 display_nanoseconds(delay.mean_ns),
                 display_nanoseconds(delay.max_ns)
             ));
         }
         warnings
     }
-}
-
-fn failed(error: impl std::fmt::Display) -> CommandError {
-    CommandError::Failed(error.to_string())
 }

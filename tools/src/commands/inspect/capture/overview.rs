@@ -1,0 +1,153 @@
+//! The connections as they are in the file, read record by record.
+
+use super::{time, time_or_dash};
+use crate::capture_file::{
+    CaptureError, CaptureInfo, CaptureReader, ConnectionId, Direction, EndKind, Event, Record,
+};
+use crate::output::{printable, table};
+use crate::units::nanoseconds;
+use serde::Serialize;
+use std::path::Path;
+
+/// Letters of a label that are kept: there may be 65536 connections.
+const LABEL_MAX: usize = 120;
+
+/// What is in the file, without a look at what it means.
+#[derive(Serialize)]
+pub(super) struct Overview {
+    info: CaptureInfo,
+    records: u64,
+    connections: Vec<ConnectionOverview>,
+    finished: bool,
+    torn: Option<String>,
+}
+
+#[derive(Serialize)]
+struct ConnectionOverview {
+    connection: ConnectionId,
+    label: String,
+    opened_ns: u64,
+    to_secondary: DirectionOverview,
+    to_primary: DirectionOverview,
+}
+
+#[derive(Default, Serialize)]
+struct DirectionOverview {
+    bytes: u64,
+    records: u64,
+    first_ns: Option<u64>,
+    last_ns: Option<u64>,
+    end: Option<EndKind>,
+}
+
+impl Overview {
+    pub(super) fn read(path: &Path) -> Result<Self, CaptureError> {
+        let mut reader = CaptureReader::open(path)?;
+        let mut overview = Self {
+            info: reader.info().clone(),
+            records: 0,
+            connections: Vec::new(),
+            finished: false,
+            torn: None,
+        };
+        while let Some(record) = reader.next()? {
+            overview.take(&record);
+        }
+        overview.torn = reader.is_torn().map(|tear| tear.to_string());
+        Ok(overview)
+    }
+
+    fn take(&mut self, record: &Record<'_>) {
+        self.records += 1;
+        let at_ns = nanoseconds(record.at);
+        match record.event {
+            Event::Open { connection, label } => self.connections.push(ConnectionOverview {
+                connection,
+                label: label.chars().take(LABEL_MAX).collect(),
+                opened_ns: at_ns,
+                to_secondary: DirectionOverview::default(),
+                to_primary: DirectionOverview::default(),
+            }),
+            Event::Data {
+                connection,
+                direction,
+                bytes,
+            } => {
+                if let Some(side) = self.side(connection, direction) {
+                    side.bytes += bytes.len() as u64;
+                    side.records += 1;
+                    side.first_ns.get_or_insert(at_ns);
+                    side.last_ns = Some(at_ns);
+                }
+            }
+            Event::End {
+                connection,
+                direction,
+                how,
+            } => {
+                if let Some(side) = self.side(connection, direction) {
+                    side.end = Some(how);
+                }
+            }
+            Event::Note(_) => {}
+            Event::Finish(_) => self.finished = true,
+        }
+    }
+
+    /// The reader has checked that it was opened.
+    fn side(&mut self, connection: ConnectionId, direction: Direction) -> Option<&mut DirectionOverview> {
+        let connection = self.connections.get_mut(usize::from(connection.0))?;
+        Some(match direction {
+            Direction::ToSecondary => &mut connection.to_secondary,
+            Direction::ToPrimary => &mut connection.to_primary,
+        })
+    }
+
+    pub(super) fn render(&self) -> String {
+        let info = &self.info;
+        let or_unknown =
+            |side: &Option<String>| side.as_deref().map_or_else(|| "unknown".to_owned(), printable);
+        let mut text = format!(
+            "a capture ({}), {} records; primary {}, secondary {}\nmachine: {}\noptions: {}\n",
+            printable(&info.captured),
+            self.records,
+            or_unknown(&info.primary),
+            or_unknown(&info.secondary),
+            printable(&info.machine.to_string()),
+            printable(&info.options.to_string()),
+        );
+        if let Some(torn) = &self.torn {
+            text.push_str(&format!("it ends early, {torn}\n"));
+        }
+        text.push('\n');
+        let head = [
+            "connection",
+            "opened",
+            "to secondary",
+            "last",
+            "end",
+            "to primary",
+            "last",
+            "end",
+            "label",
+        ];
+        let mut rows = vec![head.map(str::to_owned).to_vec()];
+        for connection in &self.connections {
+            let side = |side: &DirectionOverview| {
+                let end = match side.end {
+                    None => "open",
+                    Some(EndKind::Eof) => "eof",
+                    Some(EndKind::Reset) => "reset",
+                };
+                [side.bytes.to_string(), time_or_dash(side.last_ns), end.to_owned()]
+            };
+            let mut row = vec![connection.connection.to_string(), time(connection.opened_ns)];
+            row.extend(side(&connection.to_secondary));
+            row.extend(side(&connection.to_primary));
+            row.push(printable(&connection.label));
+            rows.push(row);
+        }
+        text.push_str(&table(&rows));
+        text
+    }
+}
