@@ -37,8 +37,8 @@
 //!
 //! # Folders
 //! `memory` maps, copies and places memory; `cache` decides where slots are; `commit` has the dirty pages and the flush;
-//! `durable` lets a checkpoint outlive the process. Each uses only those before it, except that the cache reads the plan of a
-//! flush.
+//! `durable` lets a checkpoint outlive the process. Each uses only those before it, with two exceptions: the cache reads the
+//! plan of a flush, and a flush writes its end to the durable record.
 
 mod cache;
 mod checkpoint_view;
@@ -56,7 +56,7 @@ mod receive;
 mod tests;
 
 pub use cache::extents::{PoolTask, PoolUse};
-pub use cache::landing::Landing;
+pub use cache::landing::{Landing, Phase};
 pub use cache::pool_buffer::PoolBuffer;
 pub use checkpoint_view::CheckpointView;
 pub use commit::bitmap::DirtyBitmap;
@@ -88,15 +88,6 @@ use memory::slab;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::time::Duration;
-
-/// Where received pages go.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Phase {
-    /// To the RAM image, and from there to the cache.
-    Precopy,
-    /// To the cache, until they are committed.
-    Colo,
-}
 
 /// The receiving side of one guest's memory: what a session receives and commits. See the module.
 pub struct Store {

@@ -1,13 +1,21 @@
 //! Where the pages of one packet are to land.
 #![forbid(unsafe_code)]
 
-use crate::store::Phase;
 use crate::store::cache::cursor::Cursor;
 use crate::store::memory::index;
 use crate::store::memory::slab::{HEADER_BYTES, Slab, SlabId};
 use crate::store::memory::span::LandingRun;
 use crate::store::memory::span::PageSpan;
 use crate::units::{ChannelId, PACKET_PAGES, PageIndex};
+
+/// Where received pages go.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Phase {
+    /// To the RAM image, and from there to the cache.
+    Precopy,
+    /// To the cache, until they are committed.
+    Colo,
+}
 
 /// The landing places of a packet's normal pages, in the packet's order: filled by [`crate::store::Store::place`], handed to
 /// the kernel, then given back to [`crate::store::Store::landed`]. A channel owns one and uses it for all its packets:
