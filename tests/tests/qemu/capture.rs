@@ -10,9 +10,13 @@ use colo_ring_tools::streams::Streams;
 
 const CHECKPOINTS_MIN: usize = 15;
 
-/// How many times as long as without the recorder the primary's pause may be at the median. Without quick acknowledgements
+/// How many times as long as without the recorder the primary's pause may be at the lower quartile. Without quick acknowledgements
 /// or with Nagle's algorithm, on either side, it would be 40 ms more, ten times as long.
 const PAUSE_RATIO_MAX: u64 = 5;
+
+/// The two sessions are one after the other, and other processes can slow down one of them: so they are repeated where the
+/// ratio does not hold. A delayed acknowledgement is in every one.
+const ATTEMPTS: usize = 3;
 
 fn load() -> TestGuest {
     TestGuest::random(2000, 48)
@@ -44,34 +48,59 @@ fn check_recording(recorder: &mut Recorder, channels: u8, checkpoints: usize) ->
     Ok(())
 }
 
-/// The primary's pause at the median.
-fn median_pause_us(primary: &mut Qemu) -> u64 {
+/// The primary's pause at the lower quartile.
+fn pause_us(primary: &mut Qemu) -> u64 {
     let mut pauses = primary.pauses_us();
     pauses.sort_unstable();
-    pauses[pauses.len() / 2]
+    pauses[pauses.len() / 4]
 }
 
 fn through_to_the_receiver(channels: u8, transport: Transport) {
-    let options = ReceiverOptions {
+    for attempt in 1..=ATTEMPTS {
+        let direct_us = directly(channels, transport);
+        let recorded_us = recorded(channels, transport);
+        println!("the primary's pause: {recorded_us} µs; without the recorder {direct_us} µs");
+        if recorded_us <= PAUSE_RATIO_MAX * direct_us {
+            break;
+        }
+        assert!(
+            attempt < ATTEMPTS,
+            "{recorded_us} µs, without the recorder {direct_us} µs"
+        );
+    }
+}
+
+fn options(channels: u8) -> ReceiverOptions {
+    ReceiverOptions {
         channels,
         backend: BackendKind::Uring,
         once: true,
         extra: Vec::new(),
-    };
+    }
+}
+
+/// The primary's pause without the recorder.
+fn directly(channels: u8, transport: Transport) -> u64 {
     let mut direct_us = 0;
     experiment(|lab| {
         let back = Address::free(lab, transport)?;
-        let mut receiver = Receiver::start(lab, &back, &options)?;
+        let mut receiver = Receiver::start(lab, &back, &options(channels))?;
         let mut primary = primary(lab)?;
         primary.protect(&back, &protection(channels))?;
         primary.wait_checkpoints(CHECKPOINTS_MIN, HANG_LIMIT)?;
-        direct_us = median_pause_us(&mut primary);
+        direct_us = pause_us(&mut primary);
         drop(primary);
         receiver.wait_exit().map(drop)
     });
+    direct_us
+}
+
+/// The primary's pause with the recorder, whose file is checked.
+fn recorded(channels: u8, transport: Transport) -> u64 {
+    let mut recorded_us = 0;
     experiment(|lab| {
         let (front, back) = (Address::free(lab, transport)?, Address::free(lab, transport)?);
-        let mut receiver = Receiver::start(lab, &back, &options)?;
+        let mut receiver = Receiver::start(lab, &back, &options(channels))?;
         let mut recorder = Recorder::start(lab, &front, &back)?;
         let mut primary = primary(lab)?;
         primary.protect(&front, &protection(channels))?;
@@ -82,17 +111,12 @@ fn through_to_the_receiver(channels: u8, transport: Transport) {
         primary.check_guest()?;
         let checkpoints = primary.checkpoints()?;
         assert_eq!(dump.checkpoint(), u64::try_from(checkpoints).expect("a count"));
-        let median_us = median_pause_us(&mut primary);
-        println!("the primary's pause at the median: {median_us} µs; without the recorder {direct_us} µs");
-        assert!(
-            median_us <= PAUSE_RATIO_MAX * direct_us,
-            "{median_us} µs, without the recorder {direct_us} µs"
-        );
-
+        recorded_us = pause_us(&mut primary);
         drop(primary);
         receiver.wait_exit()?;
         check_recording(&mut recorder, channels, checkpoints)
     });
+    recorded_us
 }
 
 #[test]
