@@ -84,7 +84,7 @@ fn the_way_it_fails_and_what_the_guest_does_are_told() {
         (
             closed,
             "running",
-            ["Broken pipe", "told the reason where it runs"],
+            ["Broken pipe", "printed the reason where it runs"],
         ),
         (
             json!({"status": "completed"}),
