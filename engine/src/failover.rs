@@ -3,7 +3,7 @@
 //! Two forms. The **complete** stream has everything and suits any QEMU with the same machine. The **shared** one leaves
 //! the main memory out: the fresh QEMU has mapped the image's file already (capability `x-ignore-shared`).
 //!
-//! Nothing is held but a buffer of `BUFFER_BYTES`, whatever the guest's size.
+//! Memory use is one buffer of `BUFFER_BYTES`, independent of the guest's size.
 #![forbid(unsafe_code)]
 
 use crate::blocks::BlockTable;
@@ -17,28 +17,28 @@ use serde::{Deserialize, Serialize};
 use std::io::{self, Write};
 use thiserror::Error;
 
-/// The capability of the fresh QEMU that makes it take its main memory from a shared file.
+/// The capability with which the fresh QEMU uses the shared file that it has mapped as its main memory.
 pub const IGNORE_SHARED: &str = "x-ignore-shared";
 
 /// Bytes that are written at a time.
 const BUFFER_BYTES: usize = 256 << 10;
 
-/// A vmdesc that describes nothing: the fresh QEMU expects one and does not read it.
+/// A vmdesc without content: the fresh QEMU expects one and does not read it.
 const EMPTY_VMDESC: &[u8] = b"{}";
 
 /// Where the guest's main memory comes from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Form {
-    /// From the stream, like everything.
+    /// From the stream, like everything else.
     Complete,
     /// The fresh QEMU has mapped this block's file; the others are in the stream.
     Shared(BlockId),
 }
 
-/// What a stream held.
+/// What a stream contained.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct StreamReport {
-    /// All its bytes.
+    /// Its length in bytes.
     pub bytes: u64,
     /// Pages with content.
     pub pages: u64,
@@ -50,9 +50,9 @@ pub struct StreamReport {
 #[derive(Debug, Error)]
 #[error("{source}")]
 pub struct StreamError {
-    /// What the system said.
+    /// The error of the system.
     pub source: io::Error,
-    /// Whether all was written that a QEMU needs to run the guest. If not, the guest does not run from it.
+    /// Whether all was written that a QEMU needs to run the guest. If not, no guest runs from it.
     pub complete: bool,
 }
 
@@ -66,10 +66,10 @@ impl From<io::Error> for StreamError {
 /// Writes the stream of a checkpoint. `read` fills in a page of it.
 ///
 /// # Errors
-/// Those of `out`: the fresh QEMU went away, or a disk is full.
+/// Those of `out`: the fresh QEMU closed the connection, or a disk is full.
 ///
 /// # Panics
-/// If `record.header` is no header, which a session never has.
+/// If `record.header` is not a valid header; that of a session always is.
 pub fn write_stream(
     record: &SessionRecord,
     device_state: &[u8],
@@ -91,7 +91,7 @@ pub fn write_stream(
     end_ram(&mut writer.buffer, record.ram_section);
     writer.bytes(device_state)?;
     writer.flush()?;
-    // From here on the guest may run: QEMU does without a vmdesc, if need be.
+    // From here on the guest may run: QEMU can do without a vmdesc.
     let length = u32::try_from(EMPTY_VMDESC.len()).expect("two bytes");
     Section::VmDescription { length }.encode(&mut writer.buffer);
     writer.buffer.extend_from_slice(EMPTY_VMDESC);
@@ -123,9 +123,9 @@ fn end_ram(out: &mut Vec<u8>, id: u32) {
     encode_footer(out, id);
 }
 
-/// The header with the capability that the fresh QEMU has. A primary that said that it has none is not repeated.
+/// The header with the capability that the fresh QEMU has, in place of those that the primary had.
 fn header_ignoring_shared(out: &mut Vec<u8>, header: &[u8]) {
-    // The parser wants to see that no subsection follows.
+    // The parser needs the byte that follows the header, to see that no subsection does.
     let mut with_next = header.to_vec();
     with_next.push(0);
     let parsed = StreamHeader::parse(&with_next).ok().flatten();

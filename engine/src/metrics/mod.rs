@@ -1,4 +1,4 @@
-//! What a checkpoint cost, phase by phase: measured where it happens, kept as histograms, written as interval logs.
+//! Measurements of checkpoints, by phase: taken on the cores, kept as histograms, written as interval logs.
 //!
 //! The cores make one [`CheckpointSample`] per checkpoint and push it to the [`SampleQueue`], which neither
 //! allocates nor blocks. The control thread alone owns the [`Recorder`]: it drains the queue, keeps the histograms

@@ -1,7 +1,7 @@
-//! The keeper of all histograms: total, per session, and of the running interval.
+//! All histograms: total, per session, and of the running interval.
 //!
 //! Owned by the control thread. It is drained often, writes an interval about once a second, and writes the report
-//! at the end. An error of a file never loses a figure held in memory: the caller may go on without the file.
+//! at the end. An error of a file loses no figure in memory: the caller may go on without the file.
 
 use super::files::{with_suffix, write_json};
 use super::log::IntervalLog;
@@ -22,7 +22,7 @@ pub const SCHEMA_VERSION: u32 = 1;
 /// Ended sessions whose figures are kept for the report; of older ones only the total remains.
 pub const SESSIONS_KEPT: usize = 1024;
 
-/// Length of an interval in the logs, as far as [`Recorder::tick`] is called often enough.
+/// Length of an interval in the logs: how often [`Recorder::write_interval`] is to be called.
 pub const INTERVAL: Duration = Duration::from_secs(1);
 
 /// Why measurements could not be written.
@@ -36,7 +36,7 @@ pub enum MetricsError {
     Create {
         /// The file.
         path: PathBuf,
-        /// What the system said.
+        /// The error of the system.
         source: std::io::Error,
     },
     /// A file could not be written.
@@ -44,7 +44,7 @@ pub enum MetricsError {
     Write {
         /// The file.
         path: PathBuf,
-        /// What the system said.
+        /// The error of the system.
         source: std::io::Error,
     },
 }
@@ -136,7 +136,7 @@ impl Recorder {
         })
     }
 
-    /// Takes everything that waits in the queue.
+    /// Records all samples in the queue.
     pub fn drain(&mut self, queue: &SampleQueue) {
         while let Some(sample) = queue.pop() {
             self.record(&sample);
@@ -144,7 +144,7 @@ impl Recorder {
         self.dropped = queue.dropped();
     }
 
-    /// Takes one checkpoint.
+    /// Records one checkpoint.
     pub fn record(&mut self, sample: &CheckpointSample) {
         self.total.record(sample);
         self.sessions.entry(sample.session).or_default().record(sample);
@@ -185,17 +185,6 @@ impl Recorder {
         self.dropped
     }
 
-    /// Ends the running interval at `now` if it is [`INTERVAL`] old, see [`Self::write_interval`].
-    ///
-    /// # Errors
-    /// As there.
-    pub fn tick(&mut self, now: Duration) -> Result<(), MetricsError> {
-        if now.saturating_sub(self.interval_start) < INTERVAL {
-            return Ok(());
-        }
-        self.write_interval(now)
-    }
-
     /// Ends the running interval at `now` (since the receiver's start) and appends it to the logs: one line per
     /// phase and session that had a checkpoint in it.
     ///
@@ -221,7 +210,7 @@ impl Recorder {
                 let tag = format!("session-{session}");
                 log.add(Some(&tag), accumulator.histogram(*phase), start, length)
             });
-            // Every log is tried, so that one that fails does not take the others with it.
+            // Every log is written, also after an error of another one.
             result = result.and(added.and(log.append()));
         }
         result

@@ -1,10 +1,9 @@
-//! Which connections make up a session (spec §2).
+//! Assembles connections to sessions (spec §2).
 //!
-//! Nothing on the main channel names its guest, and the UUID in the init packets is often zero. What is sure: all
+//! Nothing on the main channel identifies its guest, and the UUID in the init packets is often zero. What is certain: all
 //! connections of a session come to one listener from one origin (an IP address, or a process on a UNIX socket), the
-//! multifd channels carry one UUID, and a primary connects its main channel first. Where that leaves a choice,
-//! nothing is guessed, because a guest with another guest's pages would be worse than none: the connections are
-//! refused, with a way out.
+//! multifd channels carry one UUID, and a primary connects its main channel first. Where that is ambiguous, the
+//! connections are refused with a remedy, because a guest must never get another guest's pages.
 
 use crate::net::Peer;
 use crate::units::ChannelId;
@@ -12,7 +11,7 @@ use crate::wire::multifd::Init;
 use std::time::{Duration, Instant};
 use thiserror::Error;
 
-/// What the first bytes of a connection said.
+/// The kind of a connection, by its first bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Identity {
     Main,
@@ -31,14 +30,14 @@ pub(super) struct Complete<S> {
     pub(super) channels: Vec<S>,
 }
 
-/// What became of connections.
+/// Connections that wait no longer.
 #[derive(Debug)]
-pub(super) enum Outcome<S> {
+pub(super) enum Assembly<S> {
     Complete(Complete<S>),
     Refused(Vec<S>, Refusal),
 }
 
-/// Why connections were refused.
+/// Why connections are refused.
 #[derive(Clone, Debug, PartialEq, Eq, Error)]
 pub(super) enum Refusal {
     #[error("{channel} connected, but only channels 0 to {} are expected: make --channels and the primary's multifd-channels equal", .expected - 1)]
@@ -50,7 +49,7 @@ pub(super) enum Refusal {
     #[error("{0} connected twice")]
     Twice(ChannelId),
     #[error(
-        "two primaries of one host connect to one listener at the same time, and nothing tells their main channels apart: start them one after the other, or give each a --listen address of its own"
+        "two primaries of one host connect to one listener at the same time, and their main channels cannot be told apart: start them one after the other, or give each a --listen address of its own"
     )]
     Ambiguous,
     #[error("closed by the primary before all connections of its session were here")]
@@ -72,7 +71,7 @@ struct Set<S> {
     since: Instant,
 }
 
-struct Held<S> {
+struct Waiting<S> {
     arrival: Arrival,
     peer: Peer,
     init: Init,
@@ -85,9 +84,9 @@ pub(super) struct Assembler<S> {
     channels: u8,
     deadline: Duration,
     next: u64,
-    /// Accepted, but their first bytes have not come: any of them may be a main channel.
+    /// Accepted, but their first bytes have not arrived: any of them may be a main channel.
     unidentified: Vec<(Arrival, Peer)>,
-    held: Vec<Held<S>>,
+    waiting: Vec<Waiting<S>>,
     sets: Vec<Set<S>>,
 }
 
@@ -98,7 +97,7 @@ impl<S> Assembler<S> {
             deadline,
             next: 0,
             unidentified: Vec::new(),
-            held: Vec::new(),
+            waiting: Vec::new(),
             sets: Vec::new(),
         }
     }
@@ -110,7 +109,7 @@ impl<S> Assembler<S> {
             .iter()
             .map(|set| set.channels.iter().flatten().count() + 1)
             .sum::<usize>();
-        self.unidentified.len() + self.held.len() + in_sets
+        self.unidentified.len() + self.waiting.len() + in_sets
     }
 
     /// A connection was accepted.
@@ -122,12 +121,12 @@ impl<S> Assembler<S> {
     }
 
     /// An accepted connection will not be identified.
-    pub(super) fn given_up(&mut self, arrival: Arrival) -> Vec<Outcome<S>> {
+    pub(super) fn given_up(&mut self, arrival: Arrival) -> Vec<Assembly<S>> {
         self.unidentified.retain(|(other, _)| *other != arrival);
-        self.place_held()
+        self.place_waiting()
     }
 
-    /// An accepted connection has said what it is.
+    /// An accepted connection was identified.
     pub(super) fn identified(
         &mut self,
         arrival: Arrival,
@@ -135,38 +134,38 @@ impl<S> Assembler<S> {
         identity: Identity,
         connection: S,
         now: Instant,
-    ) -> Vec<Outcome<S>> {
+    ) -> Vec<Assembly<S>> {
         self.unidentified.retain(|(other, _)| *other != arrival);
         let mut outcomes = Vec::new();
         match identity {
             Identity::Main => outcomes.extend(self.add_main(peer, connection, now)),
             Identity::Multifd(_) if self.channels == 0 => {
-                outcomes.push(Outcome::Refused(vec![connection], Refusal::Plain));
+                outcomes.push(Assembly::Refused(vec![connection], Refusal::Plain));
             }
             Identity::Multifd(Init { channel, .. }) if channel.0 >= self.channels => {
                 let refusal = Refusal::ChannelTooHigh {
                     channel,
                     expected: self.channels,
                 };
-                outcomes.push(Outcome::Refused(vec![connection], refusal));
+                outcomes.push(Assembly::Refused(vec![connection], refusal));
             }
             Identity::Multifd(init) => {
-                self.held.push(Held {
+                self.waiting.push(Waiting {
                     arrival,
                     peer,
                     init,
                     connection,
                     since: now,
                 });
-                self.held.sort_by_key(|held| held.arrival);
+                self.waiting.sort_by_key(|channel| channel.arrival);
             }
         }
-        outcomes.append(&mut self.place_held());
+        outcomes.append(&mut self.place_waiting());
         outcomes
     }
 
     /// Refuses what has waited too long.
-    pub(super) fn expire(&mut self, now: Instant) -> Vec<Outcome<S>> {
+    pub(super) fn expire(&mut self, now: Instant) -> Vec<Assembly<S>> {
         let (deadline, expected) = (self.deadline, self.channels);
         let late = |since: Instant| now.saturating_duration_since(since) > deadline;
         let sets = self.sets.extract_if(.., |set| late(set.since)).map(|set| {
@@ -177,35 +176,41 @@ impl<S> Assembler<S> {
                 expected,
                 deadline,
             };
-            Outcome::Refused(set.connections(), refusal)
+            Assembly::Refused(set.connections(), refusal)
         });
         let mut outcomes: Vec<_> = sets.collect();
-        outcomes.extend(self.held.extract_if(.., |held| late(held.since)).map(|held| {
-            let refusal = Refusal::Deadline {
-                main: false,
-                present: 1,
-                expected,
-                deadline,
-            };
-            Outcome::Refused(vec![held.connection], refusal)
-        }));
+        outcomes.extend(
+            self.waiting
+                .extract_if(.., |channel| late(channel.since))
+                .map(|channel| {
+                    let refusal = Refusal::Deadline {
+                        main: false,
+                        present: 1,
+                        expected,
+                        deadline,
+                    };
+                    Assembly::Refused(vec![channel.connection], refusal)
+                }),
+        );
         outcomes
     }
 
     /// Refuses what has ended while it waited: its primary died while it connected, and may already be back.
-    pub(super) fn expel(&mut self, is_gone: impl Fn(&S) -> bool) -> Vec<Outcome<S>> {
+    pub(super) fn expel(&mut self, is_gone: impl Fn(&S) -> bool) -> Vec<Assembly<S>> {
         let sets = self.sets.extract_if(.., |set| {
             let mut connections = set.main.iter().chain(set.channels.iter().flatten());
             connections.any(&is_gone)
         });
-        let held = self.held.extract_if(.., |held| is_gone(&held.connection));
+        let waiting = self
+            .waiting
+            .extract_if(.., |channel| is_gone(&channel.connection));
         sets.map(Set::connections)
-            .chain(held.map(|held| vec![held.connection]))
-            .map(|connections| Outcome::Refused(connections, Refusal::Gone))
+            .chain(waiting.map(|channel| vec![channel.connection]))
+            .map(|connections| Assembly::Refused(connections, Refusal::Gone))
             .collect()
     }
 
-    fn add_main(&mut self, peer: Peer, connection: S, now: Instant) -> Option<Outcome<S>> {
+    fn add_main(&mut self, peer: Peer, connection: S, now: Instant) -> Option<Assembly<S>> {
         let mut without_main = (0..self.sets.len())
             .filter(|&position| self.sets[position].peer == peer && self.sets[position].main.is_none());
         match (without_main.next(), without_main.next()) {
@@ -229,38 +234,38 @@ impl<S> Assembler<S> {
     }
 
     /// Places channels, oldest first, until one has to wait.
-    fn place_held(&mut self) -> Vec<Outcome<S>> {
+    fn place_waiting(&mut self) -> Vec<Assembly<S>> {
         let mut outcomes = Vec::new();
         let mut position = 0;
-        while position < self.held.len() {
-            let held = &self.held[position];
+        while position < self.waiting.len() {
+            let channel = &self.waiting[position];
             let known = self
                 .sets
                 .iter()
-                .any(|set| set.peer == held.peer && set.uuid == Some(held.init.uuid));
-            // A connection that came before it and has not spoken may be the main channel of this one's guest.
+                .any(|set| set.peer == channel.peer && set.uuid == Some(channel.init.uuid));
+            // An earlier connection that is not identified may be the main channel of the same guest.
             let older = self
                 .unidentified
                 .iter()
-                .any(|(a, peer)| *a < held.arrival && *peer == held.peer);
+                .any(|(a, peer)| *a < channel.arrival && *peer == channel.peer);
             if !known && older {
                 position += 1;
                 continue;
             }
-            let held = self.held.remove(position);
-            outcomes.extend(self.add_channel(held));
+            let channel = self.waiting.remove(position);
+            outcomes.extend(self.add_channel(channel));
         }
         outcomes
     }
 
-    fn add_channel(&mut self, held: Held<S>) -> Option<Outcome<S>> {
-        let Held {
+    fn add_channel(&mut self, channel: Waiting<S>) -> Option<Assembly<S>> {
+        let Waiting {
             peer,
             init,
             connection,
             since,
             ..
-        } = held;
+        } = channel;
         let of_peer = |set: &Set<S>| set.peer == peer;
         let known = self
             .sets
@@ -288,13 +293,13 @@ impl<S> Assembler<S> {
         set.uuid = Some(init.uuid);
         let place = &mut set.channels[usize::from(init.channel.0)];
         if place.is_some() {
-            return Some(Outcome::Refused(vec![connection], Refusal::Twice(init.channel)));
+            return Some(Assembly::Refused(vec![connection], Refusal::Twice(init.channel)));
         }
         *place = Some(connection);
         self.take_if_complete(position)
     }
 
-    fn refuse_ambiguous(&mut self, peer: Peer, connection: S) -> Outcome<S> {
+    fn refuse_ambiguous(&mut self, peer: Peer, connection: S) -> Assembly<S> {
         let involved = |set: &mut Set<S>| set.peer == peer && (set.main.is_none() || set.uuid.is_none());
         let mut connections: Vec<S> = self
             .sets
@@ -302,10 +307,10 @@ impl<S> Assembler<S> {
             .flat_map(|set| set.connections())
             .collect();
         connections.push(connection);
-        Outcome::Refused(connections, Refusal::Ambiguous)
+        Assembly::Refused(connections, Refusal::Ambiguous)
     }
 
-    fn take_if_complete(&mut self, position: usize) -> Option<Outcome<S>> {
+    fn take_if_complete(&mut self, position: usize) -> Option<Assembly<S>> {
         let set = &self.sets[position];
         if set.main.is_none() || set.channels.iter().any(Option::is_none) {
             return None;
@@ -313,7 +318,7 @@ impl<S> Assembler<S> {
         let set = self.sets.remove(position);
         let channels = set.channels.into_iter().flatten().collect();
         set.main
-            .map(|main| Outcome::Complete(Complete { main, channels }))
+            .map(|main| Assembly::Complete(Complete { main, channels }))
     }
 }
 
@@ -356,11 +361,11 @@ mod tests {
             arrival: Arrival,
             identity: Identity,
             name: &'static str,
-        ) -> Vec<Outcome<&'static str>> {
+        ) -> Vec<Assembly<&'static str>> {
             self.assembler.identified(arrival, PEER, identity, name, self.now)
         }
 
-        fn come(&mut self, identity: Identity, name: &'static str) -> Vec<Outcome<&'static str>> {
+        fn come(&mut self, identity: Identity, name: &'static str) -> Vec<Assembly<&'static str>> {
             let arrival = self.assembler.accepted(PEER);
             self.say(arrival, identity, name)
         }
@@ -373,16 +378,16 @@ mod tests {
         })
     }
 
-    fn complete(outcomes: &[Outcome<&'static str>]) -> Vec<&'static str> {
+    fn complete(outcomes: &[Assembly<&'static str>]) -> Vec<&'static str> {
         match outcomes {
-            [Outcome::Complete(complete)] => [&[complete.main], &complete.channels[..]].concat(),
+            [Assembly::Complete(complete)] => [&[complete.main], &complete.channels[..]].concat(),
             other => panic!("{other:?}"),
         }
     }
 
-    fn refused(outcomes: &[Outcome<&'static str>]) -> (Vec<&'static str>, Refusal) {
+    fn refused(outcomes: &[Assembly<&'static str>]) -> (Vec<&'static str>, Refusal) {
         match outcomes {
-            [Outcome::Refused(connections, refusal)] => (connections.clone(), refusal.clone()),
+            [Assembly::Refused(connections, refusal)] => (connections.clone(), refusal.clone()),
             other => panic!("{other:?}"),
         }
     }

@@ -1,4 +1,4 @@
-//! The receiver: listeners, sessions, their cores and their memory, put together.
+//! The receiver: listeners, sessions, their cores and their memory.
 //!
 //! ```text
 //!  control thread (tokio)                                         data plane (a thread per core, or per connection)
@@ -62,10 +62,10 @@ use std::thread::JoinHandle;
 use thiserror::Error;
 use tokio::sync::{Notify, mpsc, oneshot};
 
-/// What happens in a receiver, for the person who watches it.
+/// What happens in a receiver, for its operator.
 #[derive(Debug)]
 pub enum Event {
-    /// Something is not as it was asked for, or a connection was refused.
+    /// Something is not as requested, or a connection was refused.
     Warning(String),
     /// Something worth knowing.
     Note(String),
@@ -92,7 +92,7 @@ pub enum ReceiverError {
     /// No core was given.
     #[error("no core to receive on: give --cores")]
     NoCore,
-    /// An address is not to be had.
+    /// An address cannot be listened on.
     #[error(transparent)]
     Listen(#[from] ListenError),
     /// The data plane did not start.
@@ -109,7 +109,7 @@ pub enum ReceiverError {
     Control {
         /// Its path.
         path: PathBuf,
-        /// What the system said.
+        /// The error of the system.
         source: std::io::Error,
     },
     /// The control thread.
@@ -117,7 +117,7 @@ pub enum ReceiverError {
     Thread(std::io::Error),
 }
 
-/// What a receiver leaves when it has ended.
+/// The result of a receiver that has ended.
 #[derive(Debug)]
 pub struct Outcome {
     /// All sessions it had (of very many, the last ones), in their order.
@@ -135,7 +135,7 @@ pub struct Receiver {
     thread: JoinHandle<Result<Outcome, ReceiverError>>,
 }
 
-/// Ends a receiver from elsewhere.
+/// Ends a receiver from another thread.
 #[derive(Clone, Debug)]
 pub struct StopHandle(Arc<Notify>);
 
@@ -219,7 +219,7 @@ impl Receiver {
         &self.placement
     }
 
-    /// For ending it from a signal's thread.
+    /// To end it from a signal handler's thread.
     pub fn stop_handle(&self) -> StopHandle {
         StopHandle(self.stop.clone())
     }

@@ -23,8 +23,8 @@ use thiserror::Error;
 pub enum PromotionError {
     /// It was given away, and what became of it is unknown.
     #[error(
-        "its checkpoint was given to {0} before, and nobody has said whether a guest runs from it. If one does, \
-         `colo-ring discard` ends this; if you have made sure that none does or ever did, --retry gives it again"
+        "its checkpoint was given to {0} before, and it is unknown whether a guest runs from it. If one does, \
+         `colo-ring discard` ends this; if you have made sure that none does or ever did, --retry restores it again"
     )]
     Unreported(String),
     /// Another client has claimed it.
@@ -160,13 +160,13 @@ impl Promotion {
     }
 
     /// For the status; none if no promotion was tried.
-    pub(super) fn words(&self) -> Option<String> {
+    pub(super) fn description(&self) -> Option<String> {
         match self {
             Self::Here => None,
             Self::Claimed(_) => Some("a failover is under way".to_owned()),
             Self::Given { by: Some(_), to } => Some(format!("it was given to {to}, which is loading it")),
             Self::Given { by: None, to } => Some(format!(
-                "it was given to {to}; nobody has said whether a guest runs from it"
+                "it was given to {to}; it is unknown whether a guest runs from it"
             )),
             Self::Promoted => Some("it was promoted: its guest runs elsewhere".to_owned()),
         }

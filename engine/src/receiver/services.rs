@@ -1,4 +1,4 @@
-//! What a session uses of the receiver around it.
+//! What a session uses of the receiver that it belongs to.
 
 use super::guest_memory::{GuestMemory, MemoryError};
 use crate::blocks::BlockTable;

@@ -195,7 +195,7 @@ impl SessionStatus {
                 Promotion::Promoted => SessionState::Promoted,
                 _ => self.state,
             },
-            promotion: promotion.words(),
+            promotion: promotion.description(),
             machine: Some(checkpoint.record.machine_type.clone()),
             checkpoint: number.map(|id| id.0),
             checkpoint_age_ms: number.map(|_| u64::try_from(age).unwrap_or(u64::MAX)),

@@ -105,22 +105,6 @@ fn intervals_come_back_by_phase_and_session() {
 }
 
 #[test]
-fn ticks_write_once_an_interval() {
-    let scratch = tempfile::tempdir().unwrap();
-    let prefix = scratch.path().join("run");
-    let mut recorder = Recorder::start(Some(&prefix), run()).unwrap();
-    for tick in 1..=25 {
-        recorder.record(&sample(1, tick, Duration::from_millis(1)));
-        recorder
-            .tick(INTERVAL / 10 * u32::try_from(tick).unwrap())
-            .unwrap();
-    }
-    let (intervals, _) = read_log(&log_of(&prefix, Phase::Reply));
-    let counts: Vec<_> = intervals.iter().map(|i| i.histogram.len()).collect();
-    assert_eq!(counts, [10, 10]);
-}
-
-#[test]
 fn a_log_cut_anywhere_is_readable_up_to_the_cut() {
     let scratch = tempfile::tempdir().unwrap();
     let prefix = scratch.path().join("run");

@@ -17,7 +17,7 @@ use super::kept_checkpoint::KeptCheckpoint;
 use super::services::Services;
 use super::{Events, Outcome, ReceiverError, ReceiverOptions};
 use crate::host::Placement;
-use crate::metrics::Recorder;
+use crate::metrics::{self, Recorder};
 use crate::net::Listener;
 use crate::ring::Plane;
 use state::ControlState;
@@ -27,13 +27,10 @@ use std::time::Duration;
 use tokio::sync::{Notify, mpsc};
 use tokio::task::JoinSet;
 
-/// How often deadlines are looked at and samples taken.
+/// How often deadlines are checked and samples recorded.
 const TICK: Duration = Duration::from_millis(200);
 
-/// Length of an interval in the interval logs.
-const LOG_INTERVAL: Duration = Duration::from_secs(1);
-
-/// What the receiver was started with and what it has made of it.
+/// The parts of a receiver that its control thread owns.
 pub(super) struct ControlContext {
     pub(super) options: ReceiverOptions,
     pub(super) placement: Placement,
@@ -53,16 +50,16 @@ pub(super) struct ControlInputs {
     pub(super) stop: Arc<Notify>,
 }
 
-/// Runs until it is told to stop, or, with `once`, until the first session has ended.
+/// Runs until the receiver is stopped or, with `once`, until the first session has ended.
 pub(super) async fn run(
     context: ControlContext,
     listeners: Vec<Rc<Listener>>,
     mut inputs: ControlInputs,
 ) -> Result<Outcome, ReceiverError> {
-    let (tell_accepted, mut accepted) = mpsc::channel(64);
+    let (accepted_sender, mut accepted) = mpsc::channel(64);
     let accepting: Vec<_> = (listeners.iter().enumerate())
         .map(|(position, listener)| {
-            let listener = listener.clone().accept_all(position, tell_accepted.clone());
+            let listener = listener.clone().accept_all(position, accepted_sender.clone());
             tokio::task::spawn_local(listener)
         })
         .collect();
@@ -80,12 +77,12 @@ pub(super) async fn run(
     };
     state.take_recovered();
     let mut tick = tokio::time::interval(TICK);
-    let mut interval = tokio::time::interval(LOG_INTERVAL);
+    let mut interval = tokio::time::interval(metrics::INTERVAL);
     loop {
         tokio::select! {
             Some(connection) = accepted.recv() => state.accept(connection),
             Some(Ok(result)) = state.identifying.join_next() => state.identify(result),
-            Some(client_event) = inputs.client_events.recv() => state.handle_client_event(client_event, &listeners),
+            Some(event) = inputs.client_events.recv() => state.handle_client_event(event, &listeners),
             () = inputs.changed.notified() => state.reap_ended_sessions(),
             _ = tick.tick() => state.tick(),
             _ = interval.tick() => state.log_interval(),

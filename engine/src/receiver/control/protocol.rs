@@ -1,30 +1,30 @@
 //! The control socket's protocol: a client sends requests, one JSON object a line, and gets a response line for each.
 //!
-//! | request | answer |
+//! | request | response |
 //! |---|---|
 //! | `{"command":"status"}` | a [`StatusReport`] |
 //! | `{"command":"dump","session":1,"directory":"/absolute"}` | the checkpoint's number and the files written |
-//! | `{"command":"discard","session":1}` | an ended session's checkpoint and memory are given up |
-//! | `{"command":"claim","session":1,"force":false,"retry":false}` | what a failover must know: a [`ClaimedCheckpoint`] |
+//! | `{"command":"discard","session":1}` | an ended session's checkpoint was discarded, and its memory released |
+//! | `{"command":"claim","session":1,"force":false,"retry":false}` | the checkpoint is claimed: a [`ClaimedCheckpoint`] |
 //! | `{"command":"feed","session":1,"to":"unix:/q","shared":"pc.ram","keep":null}` | the checkpoint was written: a [`RestoreReport`] |
-//! | `{"command":"release","session":1,"may_have_run":false}` | the failover did not succeed |
-//! | `{"command":"promoted","session":1}` | a guest runs from it; memory is given up |
+//! | `{"command":"release","session":1,"may_have_run":false}` | the claim was released: the failover has failed |
+//! | `{"command":"promoted","session":1}` | the memory was released: a guest runs from the checkpoint |
 //!
-//! The last four belong together, in one conversation: a claim ends with it (`promotion.rs`).
+//! The last four are sent over one connection: a claim ends with it (`promotion.rs`).
 //!
-//! Answers are `{"ok":true,"answer":…}` or `{"ok":false,"error":"…"}`. The socket is its owner's alone (mode 0600):
-//! who can speak here can read the guests' memory.
+//! A response is `{"ok":true,"answer":…}` or `{"ok":false,"error":"…"}`. Only its owner may connect to the socket (mode
+//! 0600), because a client can read the guests' memory.
 #![forbid(unsafe_code)]
 
 use crate::receiver::{Dumped, GuestBlock, RestoreReport, RestoreRequest, StatusReport};
 use serde::{Deserialize, Serialize};
 use std::path::PathBuf;
 
-/// What can be asked.
+/// A request.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "command", rename_all = "lowercase")]
 pub enum Request {
-    /// Everything about the receiver and its sessions.
+    /// Report the state of the receiver and its sessions.
     Status,
     /// Write the last committed checkpoint of a session to files.
     Dump {
@@ -33,38 +33,38 @@ pub enum Request {
         /// An existing directory, absolute, since the receiver may run elsewhere.
         directory: PathBuf,
     },
-    /// Give up what an ended session left.
+    /// Discard the checkpoint of an ended session.
     Discard {
         /// The session's number.
         session: u32,
     },
-    /// Claim a session's last committed checkpoint for a failover. It ends with the conversation.
+    /// Claim a session's last committed checkpoint for a failover. The claim ends with the client's connection.
     Claim {
         /// The session's number.
         session: u32,
         /// Also if its primary is connected; the session is then ended by [`Request::Restore`].
         force: bool,
-        /// Also if it was given away before and nobody has client_event what became of it.
+        /// Also if it was given away before with unknown result.
         retry: bool,
     },
-    /// Give the claimed checkpoint away.
+    /// Restore the claimed checkpoint.
     #[serde(rename = "feed")]
     Restore(RestoreRequest),
-    /// Give the claim up.
+    /// Release the claim: the failover has failed.
     Release {
         /// The session's number.
         session: u32,
-        /// Whether a guest may have run from what was given.
+        /// Whether a guest may have run from the checkpoint.
         may_have_run: bool,
     },
-    /// A guest runs from what was given.
+    /// Release the memory: a guest runs from the checkpoint.
     Promoted {
         /// The session's number.
         session: u32,
     },
 }
 
-/// What a failover must know of a checkpoint before it touches anything.
+/// A claimed checkpoint: what a failover needs to know before it changes anything.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ClaimedCheckpoint {
     /// The session.
@@ -84,7 +84,7 @@ pub struct ClaimedCheckpoint {
     pub blocks: Vec<GuestBlock>,
 }
 
-/// What is answered.
+/// A response.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(untagged)]
 pub enum Response {
@@ -94,7 +94,7 @@ pub enum Response {
     Dumped(Dumped),
     /// To [`Request::Discard`].
     Discarded {
-        /// The session whose memory was given up.
+        /// The session whose memory was released.
         discarded: u32,
     },
     /// To [`Request::Claim`].
@@ -105,7 +105,7 @@ pub enum Response {
     Released {
         /// The session.
         released: u32,
-        /// What is still to be client_event of its checkpoint; nothing if it is there as before.
+        /// What became of its checkpoint; none if it is as before the claim.
         promotion: Option<String>,
     },
     /// To [`Request::Promoted`].

@@ -195,7 +195,7 @@ impl ControlState {
         }
         Ok(Response::Released {
             released: session,
-            promotion: promotion.words(),
+            promotion: promotion.description(),
         })
     }
 

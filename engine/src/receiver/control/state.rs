@@ -2,14 +2,14 @@
 
 use super::ControlContext;
 use crate::net::{AcceptError, Accepted};
-use crate::receiver::assemble::{Arrival, Assembler, Complete, Identity, Outcome};
+use crate::receiver::assemble::{Arrival, Assembler, Assembly, Complete, Identity};
 use crate::receiver::attach::{DrivingCores, NewSession, attach};
 use crate::receiver::end::SessionEnd;
 use crate::receiver::identify::{IdentifyError, PENDING_MAX, identify};
 use crate::receiver::kept_checkpoint::KeptCheckpoint;
 use crate::receiver::live_session::LiveSession;
 use crate::receiver::status::SessionStatus;
-use crate::receiver::{Event, Outcome as ReceiverOutcome, ReceiverError};
+use crate::receiver::{Event, Outcome, ReceiverError};
 use crate::ring::{Connection, Driver, Plane, Tenant, Waker};
 use crate::session::SessionLimits;
 use crate::wire::vmdesc::EndFinder;
@@ -115,7 +115,7 @@ impl ControlState {
     pub(super) fn identify(&mut self, (arrival, accepted, result): Identified) {
         let gone = self.assembler.expel(Accepted::is_gone);
         self.carry_out(gone);
-        let outcomes = match result {
+        let assemblies = match result {
             Ok(identity) => {
                 let peer = accepted.peer;
                 self.assembler
@@ -126,14 +126,14 @@ impl ControlState {
                 self.assembler.given_up(arrival)
             }
         };
-        self.carry_out(outcomes);
+        self.carry_out(assemblies);
     }
 
-    fn carry_out(&mut self, outcomes: Vec<Outcome<Accepted>>) {
-        for outcome in outcomes {
-            match outcome {
-                Outcome::Complete(complete) => self.begin(complete),
-                Outcome::Refused(connections, refusal) => {
+    fn carry_out(&mut self, assemblies: Vec<Assembly<Accepted>>) {
+        for assembly in assemblies {
+            match assembly {
+                Assembly::Complete(complete) => self.begin(complete),
+                Assembly::Refused(connections, refusal) => {
                     let from: Vec<_> = connections.iter().map(|c| c.from.as_str()).collect();
                     self.warn(format!("{}: closed: {refusal}", from.join(" and ")));
                 }
@@ -277,8 +277,8 @@ impl ControlState {
 
     pub(super) fn tick(&mut self) {
         let now = Instant::now();
-        let outcomes = self.assembler.expire(now);
-        self.carry_out(outcomes);
+        let assemblies = self.assembler.expire(now);
+        self.carry_out(assemblies);
         self.context.recorder.drain(self.context.services.samples());
         for live in &mut self.live {
             if !live.session.memory_asked.load(Ordering::Relaxed) && now - live.began > BLOCK_LIST_WITHIN {
@@ -342,7 +342,7 @@ impl ControlState {
     }
 
     /// Ends the receiver, when its sessions have ended.
-    pub(super) async fn close(mut self) -> Result<ReceiverOutcome, ReceiverError> {
+    pub(super) async fn close(mut self) -> Result<Outcome, ReceiverError> {
         // Only then are checkpoints whole in their images.
         while self.releasing.join_next().await.is_some() {}
         let mut sessions = std::mem::take(&mut self.past);
@@ -356,7 +356,7 @@ impl ControlState {
         let uptime = self.uptime();
         self.context.plane.stop();
         let report = self.context.recorder.finish(uptime)?;
-        Ok(ReceiverOutcome { sessions, report })
+        Ok(Outcome { sessions, report })
     }
 }
 
