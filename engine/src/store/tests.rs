@@ -313,10 +313,10 @@ fn two_threads_write_one_page(kind: (CacheKind, CommitMode)) {
     assert_eq!((image_stamp(&store, 6), image_stamp(&store, 8)), (0, 0));
 }
 
-/// A dump that ended a flush told nobody, and the main channel waited for ever before it answered the next request: found by
+/// A dump that ended a flush did not notify, and the main channel waited for ever before it answered the next request: found by
 /// the simulation (seed 269843797330736 of its day).
 #[test]
-fn whoever_ends_a_flush_tells_the_one_who_waits() {
+fn the_end_of_a_flush_is_notified() {
     let store = store_of((CacheKind::Mirror, CommitMode::Deferred), &BLOCKS);
     let told = Arc::new(AtomicU64::new(0));
     let tell = told.clone();
@@ -339,9 +339,9 @@ fn whoever_ends_a_flush_tells_the_one_who_waits() {
     assert_eq!((store.is_flushing(), told.load(Ordering::Relaxed)), (false, 2));
 }
 
-/// Other cores take part in a flush only when somebody waits for its end, and only where much is left.
+/// Other cores take part in a flush only when a caller waits for its end, and only where much is left.
 #[test]
-fn nobody_helps_with_a_flush_uninvited() {
+fn no_core_helps_with_a_flush_before_that_is_allowed() {
     let store = store_of((CacheKind::Pool { max: None }, CommitMode::Deferred), &BLOCKS);
     store.begin_colo();
     let commit = |checkpoint, pages| {
@@ -369,7 +369,7 @@ fn nobody_helps_with_a_flush_uninvited() {
 
 /// Who asks for the checkpoint's number, as a status does, does not wait for a commit or a dump.
 #[test]
-fn the_committed_number_waits_for_nobody() {
+fn the_committed_number_is_readable_during_a_commit() {
     let store = store(&BLOCKS);
     assert_eq!(store.committed().checkpoint(), None);
     store.begin_colo();
@@ -386,8 +386,8 @@ fn the_committed_number_waits_for_nobody() {
     assert_eq!(asked, Ok(Some(CheckpointId(0))));
 }
 
-/// A commit that panicked may have torn the image, so that there is no checkpoint any more; and nobody who only asks
-/// for it panics as well.
+/// A commit that panicked may have torn the image, so that there is no checkpoint any more; but a caller that only asks
+/// for it does not panic.
 #[test]
 fn a_commit_that_panicked_leaves_no_checkpoint() {
     let store = store(&BLOCKS);

@@ -35,7 +35,7 @@ fn extents_are_taken_near_first_and_return_home() {
             .map(|_| extents.take(NodeIndex(node)).unwrap())
             .collect();
         assert!(taken.iter().all(|extent| home_of(&extents, *extent) == node));
-        // Whoever gives them back.
+        // Any thread may release them.
         taken
             .into_iter()
             .for_each(|extent| extents.refs().release(extent, 1));
@@ -71,7 +71,7 @@ fn who_borrows_grows_next() {
 }
 
 #[test]
-fn growth_in_haste_is_near() {
+fn inline_growth_is_near() {
     let extents = two_homes();
     for _ in 0..2 * SLAB_EXTENTS {
         extents.take(NodeIndex(0)).unwrap();

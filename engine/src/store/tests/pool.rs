@@ -49,7 +49,7 @@ fn a_packet_lands_in_one_piece_with_the_next_header_behind_it() {
 }
 
 #[test]
-fn it_grows_in_haste_and_ahead_and_loses_nothing() {
+fn it_grows_inline_and_ahead_and_loses_nothing() {
     let store = pool();
     let mut landing = Landing::default();
     let before = free_of(&store);
@@ -161,7 +161,7 @@ fn pages_stay_where_a_window_received_them() {
 
 /// Two channels that carry the same pages at the same time: each page is one or the other, and no slot is lost.
 #[test]
-fn superseded_slots_are_given_back_by_whoever_supersedes_them() {
+fn superseded_slots_are_released() {
     let store = Arc::new(pool());
     let channel = |shard: usize| {
         let store = store.clone();
