@@ -73,6 +73,14 @@ pub(super) struct Lease {
 }
 
 impl Lease {
+    /// Another part of the same budget, which ends by itself.
+    ///
+    /// # Errors
+    /// If the limit does not allow it.
+    pub(super) fn beside(&self, bytes: u64) -> Result<Self, BudgetError> {
+        self.budget.take(bytes)
+    }
+
     /// Takes `more` bytes besides.
     ///
     /// # Errors

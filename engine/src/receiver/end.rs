@@ -1,5 +1,6 @@
 //! How a session ended.
 
+use super::budget::BudgetError;
 use super::guest_memory::MemoryError;
 use crate::session::{self, Ending, GateClosed, SessionError};
 use crate::store::StoreError;
@@ -111,6 +112,12 @@ impl From<WireError> for ChannelError {
 impl From<GateClosed> for ChannelError {
     fn from(error: GateClosed) -> Self {
         session::ChannelError::from(error).into()
+    }
+}
+
+impl From<BudgetError> for ChannelError {
+    fn from(error: BudgetError) -> Self {
+        Self::NoMemory(error.to_string())
     }
 }
 

@@ -40,7 +40,7 @@ pub(super) struct Budgets {
 
 /// A guest's parts of the limits, held as long as its session or its checkpoint exists.
 pub(super) struct MemoryLeases {
-    _ram: Lease,
+    ram: Lease,
     device_state: Lease,
 }
 
@@ -55,13 +55,21 @@ impl Budgets {
         device_state_bytes: u64,
     ) -> Result<Arc<MemoryLeases>, BudgetError> {
         Ok(Arc::new(MemoryLeases {
-            _ram: self.ram.take(ram_bytes)?,
+            ram: self.ram.take(ram_bytes)?,
             device_state: self.device_states.take(device_state_bytes)?,
         }))
     }
 }
 
 impl MemoryLeases {
+    /// Takes `bytes` of the RAM's budget for something that ends with the session.
+    ///
+    /// # Errors
+    /// If the limit does not allow it.
+    pub(super) fn beside_ram(&self, bytes: u64) -> Result<Lease, BudgetError> {
+        self.ram.beside(bytes)
+    }
+
     /// Takes more for the device state.
     ///
     /// # Errors

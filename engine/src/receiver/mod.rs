@@ -12,6 +12,7 @@ mod assemble;
 mod attach;
 mod budget;
 mod checkpoints;
+mod compressed;
 mod control;
 mod dump;
 mod end;

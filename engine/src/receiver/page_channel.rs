@@ -1,8 +1,10 @@
 //! A multifd channel: packets in, pages into the guest's memory, a stop at every SYNC (spec §8, §10).
 //!
 //! The protocol is [`MultifdChannel`]'s. Here its actions become receives: one receive takes a packet's payload, each
-//! page to its place, and the next packet's header behind it; the pages are marked when the receive has completed.
+//! page to its place, and the next packet's header behind it; the pages are marked when the receive has completed. A
+//! compressed payload takes the way of [`Compressed`].
 
+use super::compressed::Compressed;
 use super::end::{ChannelError, SessionEnd};
 use super::live_session::LiveSession;
 use crate::canary::{self, Canary};
@@ -10,6 +12,7 @@ use crate::ring::{Connection, Loss, Move, ReceivePlan, ReceiveStyle, StreamBuffe
 use crate::session::{MultifdChannel, PacketAction, Ticket};
 use crate::store::{Landing, Store};
 use crate::units::{ChannelId, PAGE_SIZE};
+use crate::wire::codec::Method;
 use crate::wire::multifd::{self, HEADER_LEN, PacketHeader, PageList, START_LEN};
 use std::io::ErrorKind;
 use std::ops::ControlFlow;
@@ -17,11 +20,16 @@ use std::os::fd::RawFd;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
+/// How much more work a byte of compressed payload is than one that is only received.
+const COMPRESSED_WORK: u64 = 16;
+
 /// What is being received.
 #[derive(Clone, Copy, Debug)]
 enum State {
     Header,
     Payload(NextHeader),
+    /// So many bytes of a compressed payload.
+    Compressed(u32),
     /// Nothing, until the channel is released.
     AtSync(Ticket),
 }
@@ -71,6 +79,8 @@ struct Pages {
     landing: Box<Landing>,
     normal: Box<PageList>,
     zero: Box<PageList>,
+    /// From the first compressed packet on.
+    compressed: Option<Box<Compressed>>,
 }
 
 impl PageChannel {
@@ -109,6 +119,9 @@ impl PageChannel {
                 (true, Some(pages)) => pages.packet(link),
             },
             (State::Payload(next), Some(pages)) if link.plan.remaining() == 0 => pages.landed(link, next),
+            (State::Compressed(length), Some(pages)) if link.plan.remaining() == 0 => {
+                pages.decode(link, length)
+            }
             _ => Ok(()),
         }
     }
@@ -150,6 +163,13 @@ impl Link {
         self.plan.push(space, want);
     }
 
+    /// Begins the plan of a payload.
+    fn begin_plan(&mut self) {
+        self.plan.clear();
+        self.plan.bulk = self.protocol.pages_since_sync() >= self.style.bulk_from_pages;
+        self.plan.wait_all = !self.plan.bulk;
+    }
+
     fn arrive(&mut self) {
         let traffic = self.protocol.take_traffic();
         let counters = &self.guest.counters;
@@ -166,6 +186,10 @@ impl Link {
     }
 }
 
+fn length_of(payload: u32) -> usize {
+    usize::try_from(payload).expect("addresses have 64 bits")
+}
+
 fn decode(header: &StreamBuffer) -> Result<PacketHeader<'_>, ChannelError> {
     let bytes = header.bytes().first_chunk::<HEADER_LEN>();
     Ok(PacketHeader::decode(bytes.expect("called with a whole header"))?)
@@ -178,6 +202,7 @@ impl Pages {
             landing: Box::new(Landing::of(channel)),
             normal: Box::default(),
             zero: Box::default(),
+            compressed: None,
         }
     }
 
@@ -195,6 +220,9 @@ impl Pages {
         link.header.consume(HEADER_LEN);
         match action {
             PacketAction::Place { then_header, .. } => return self.plan_payload(link, then_header),
+            PacketAction::Decode { method, payload_len } => {
+                return self.plan_compressed(link, method, payload_len);
+            }
             PacketAction::Zero => {
                 let next = self.end_packet(link);
                 self.go_on(link, next);
@@ -207,10 +235,8 @@ impl Pages {
     fn plan_payload(&mut self, link: &mut Link, then_header: bool) -> Result<(), ChannelError> {
         self.store
             .place(link.shard, self.normal.as_slice(), &mut self.landing)?;
+        link.begin_plan();
         let plan = &mut link.plan;
-        plan.clear();
-        plan.bulk = link.protocol.pages_since_sync() >= link.style.bulk_from_pages;
-        plan.wait_all = !plan.bulk;
         for run in self.landing.runs() {
             if link.style.merge_adjacent {
                 plan.push(run.address, run.length);
@@ -237,9 +263,33 @@ impl Pages {
         Ok(())
     }
 
+    fn plan_compressed(&mut self, link: &mut Link, method: Method, length: u32) -> Result<(), ChannelError> {
+        let compressed = match &mut self.compressed {
+            Some(compressed) => compressed,
+            none => none.insert(Box::new(Compressed::open(method, &link.guest)?)),
+        };
+        link.begin_plan();
+        link.plan.push(compressed.space(), length_of(length));
+        link.state = State::Compressed(length);
+        Ok(())
+    }
+
+    /// A compressed payload has arrived. The next header is received apart: to decode is much more work than that, and
+    /// begins earlier so.
+    fn decode(&mut self, link: &mut Link, length: u32) -> Result<(), ChannelError> {
+        let compressed = self.compressed.as_mut().expect("the payload went there");
+        compressed.received(length_of(length), &self.store, link.shard, self.normal.as_slice())?;
+        self.after_payload(link, NextHeader::Apart)
+    }
+
     /// The payload has arrived, and the next header if it was received with it.
     fn landed(&mut self, link: &mut Link, next_header: NextHeader) -> Result<(), ChannelError> {
         self.store.landed(link.shard, &mut self.landing);
+        self.after_payload(link, next_header)
+    }
+
+    /// The payload's pages are applied.
+    fn after_payload(&mut self, link: &mut Link, next_header: NextHeader) -> Result<(), ChannelError> {
         let action = self.end_packet(link);
         match next_header {
             NextHeader::Apart => {
@@ -290,7 +340,7 @@ impl Connection for PageChannel {
     fn plan(&mut self) -> Option<&mut ReceivePlan> {
         match self.link.state {
             State::AtSync(_) => return None,
-            State::Payload(_) => {}
+            State::Payload(_) | State::Compressed(..) => {}
             State::Header => self.link.plan_header(),
         }
         Some(&mut self.link.plan)
@@ -350,12 +400,15 @@ impl Connection for PageChannel {
 
     fn moves_to(&self) -> Option<Move> {
         let offload = self.link.style.offload;
+        let is_compressed = self
+            .pages
+            .as_ref()
+            .is_some_and(|pages| pages.compressed.is_some());
         let (core, from_queued) = match self.link.state {
             State::AtSync(_) => (self.cores.home, 0),
-            _ if self.link.protocol.pages_since_sync() >= offload.from_pages => {
-                (self.cores.away, offload.from_queued)
-            }
-            _ => return None,
+            _ if self.link.protocol.pages_since_sync() < offload.from_pages => return None,
+            _ if is_compressed => (self.cores.away, offload.from_queued / COMPRESSED_WORK),
+            _ => (self.cores.away, offload.from_queued),
         };
         Some(Move { core, from_queued })
     }

@@ -12,15 +12,19 @@
 //!
 //! The driver reads a header, calls [`MultifdChannel::on_header`], and carries out the action before it reads on:
 //!
-//! * [`PacketAction::Zero`] and [`PacketAction::Place`]: apply the packet's pages, then call
+//! * [`PacketAction::Zero`], [`PacketAction::Place`] and [`PacketAction::Decode`]: apply the packet's pages, then call
 //!   [`MultifdChannel::on_pages`] and carry out what that returns;
 //! * [`PacketAction::Arrive`]: report the sync point and read nothing more until the main channel has released the
 //!   channel; then call [`MultifdChannel::on_release`].
 //!
-//! How a payload becomes pages is the action's variant. A compressed payload will be one more: its bytes go to a
-//! buffer, and the channel's decoder, which lives as long as the channel, turns them into the normal pages.
+//! How a payload becomes pages is the action's variant. The method of the first packet with a payload is the channel's
+//! for the whole session (spec §9), because its decoder is: the driver opens one [`Decoder`] then and keeps it as long as
+//! the channel.
+//!
+//! [`Decoder`]: crate::wire::codec::Decoder
 
 use super::ChannelError;
+use crate::wire::codec::Method;
 use crate::wire::multifd::{HEADER_LEN, INIT_LEN, PacketHeader};
 
 /// What the driver does next.
@@ -38,6 +42,13 @@ pub enum PacketAction {
         /// Whether the next header may be received together with the payload. Not at a SYNC: nothing follows it
         /// before the release.
         then_header: bool,
+    },
+    /// Set the packet's zero pages, if any, to zero, and receive its payload, which decodes to the normal pages.
+    Decode {
+        /// How it is compressed: the same in all packets of the channel.
+        method: Method,
+        /// Bytes of payload.
+        payload_len: u32,
     },
     /// The channel has reached a sync point.
     Arrive,
@@ -74,6 +85,8 @@ enum Stage {
 #[derive(Debug)]
 pub struct MultifdChannel {
     stage: Stage,
+    /// Of the first payload, and so of all.
+    method: Option<Method>,
     packets: u64,
     position: u64,
     since_sync: ChannelTraffic,
@@ -83,6 +96,7 @@ impl Default for MultifdChannel {
     fn default() -> Self {
         Self {
             stage: Stage::First,
+            method: None,
             packets: 0,
             position: INIT_LEN as u64,
             since_sync: ChannelTraffic::default(),
@@ -94,7 +108,8 @@ impl MultifdChannel {
     /// The next packet's header was read.
     ///
     /// # Errors
-    /// If it is the channel's first packet and not a SYNC without pages (spec §8.2).
+    /// If it is the channel's first packet and not a SYNC without pages (spec §8.2), or its payload is compressed by
+    /// another method than the payloads before it.
     ///
     /// # Panics
     /// If the last action was not carried out.
@@ -117,13 +132,30 @@ impl MultifdChannel {
             // Without SYNC it means nothing: QEMU 7.2 sends such packets after a SYNC with pages (spec §8.5).
             return Ok(self.end_packet(packet));
         }
+        let action = if payload_len == 0 {
+            PacketAction::Zero
+        } else {
+            match self.pin(header.method())? {
+                Method::None => PacketAction::Place {
+                    payload_len,
+                    then_header: !sync,
+                },
+                method => PacketAction::Decode { method, payload_len },
+            }
+        };
         self.stage = Stage::Pages(packet);
-        Ok(match payload_len {
-            0 => PacketAction::Zero,
-            _ => PacketAction::Place {
-                payload_len,
-                then_header: !sync,
-            },
+        Ok(action)
+    }
+
+    /// The method of a packet with a payload.
+    fn pin(&mut self, seen: Method) -> Result<Method, ChannelError> {
+        let pinned = *self.method.get_or_insert(seen);
+        if pinned == seen {
+            return Ok(pinned);
+        }
+        Err(ChannelError::OtherMethod {
+            seen: seen.name(),
+            pinned: pinned.name(),
         })
     }
 
@@ -285,6 +317,36 @@ mod tests {
         let before = channel.position();
         assert_eq!(header(&mut channel, &stale), Ok(PacketAction::ReadHeader));
         assert_eq!(channel.position() - before, HEADER_LEN as u64);
+    }
+
+    #[test]
+    fn a_compressed_payload_is_decoded_by_the_method_of_the_first() {
+        let mut channel = open();
+        let compressed = |method, payload_len| PacketFields {
+            method,
+            payload_len,
+            ..packet(false, 2, 1)
+        };
+        for payload_len in [1, 1 << 20] {
+            let decode = PacketAction::Decode {
+                method: Method::Zstd,
+                payload_len,
+            };
+            let action = header(&mut channel, &compressed(Method::Zstd, payload_len));
+            assert_eq!(action, Ok(decode));
+            assert_eq!(channel.on_pages(), PacketAction::ReadHeader);
+            // Without a payload a packet has no method, whatever its flags say.
+            let zero = PacketFields {
+                method: Method::Zlib,
+                ..packet(false, 0, 3)
+            };
+            assert_eq!(header(&mut channel, &zero), Ok(PacketAction::Zero));
+            channel.on_pages();
+        }
+        for fields in [compressed(Method::Zlib, 5), packet(false, 2, 0)] {
+            let error = header(&mut channel, &fields).unwrap_err();
+            assert!(error.to_string().contains("zstd"), "{error}");
+        }
     }
 
     #[test]

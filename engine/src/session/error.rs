@@ -30,6 +30,14 @@ pub enum ChannelError {
     /// Every channel begins with a SYNC without pages (spec §8.2).
     #[error("the channel's first packet is not a SYNC without pages")]
     NoFirstSync,
+    /// The method changes within a channel (spec §9).
+    #[error("a payload compressed with {seen}, where those before it were compressed with {pinned}")]
+    OtherMethod {
+        /// The packet's method.
+        seen: &'static str,
+        /// That of the channel's first payload.
+        pinned: &'static str,
+    },
     /// Pages after the last sync of a round (spec §10, quiet channels).
     #[error("pages after the last sync of a checkpoint, before the next one was answered")]
     GateClosed,

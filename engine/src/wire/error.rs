@@ -71,6 +71,16 @@ pub enum WireError {
         /// The repeated offset.
         offset: u64,
     },
+    /// A compressed payload that does not decode to its packet's pages (spec §9).
+    #[error("the {method} payload is damaged at its byte {at}: {reason}")]
+    Payload {
+        /// The compression method.
+        method: &'static str,
+        /// Offset in the payload up to which it was read.
+        at: u64,
+        /// What is wrong.
+        reason: &'static str,
+    },
     /// An XBZRLE delta that does not fit its page or itself (spec §7.4).
     #[error("a bad XBZRLE delta: {0}")]
     Xbzrle(&'static str),

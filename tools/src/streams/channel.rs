@@ -99,7 +99,7 @@ impl Channel {
                         *last = number;
                     }
                 }
-                PacketAction::Zero | PacketAction::Place { .. } => {
+                PacketAction::Zero | PacketAction::Place { .. } | PacketAction::Decode { .. } => {
                     if protocol.on_pages() == PacketAction::Arrive {
                         self.syncs.push(number);
                         protocol.on_release();

@@ -10,6 +10,7 @@ use super::rng::Rng;
 use super::session::Intruder;
 use crate::blocks::BlockTable;
 use crate::units::PACKET_PAGES;
+use crate::wire::codec::{Encoder, Method};
 use crate::wire::colo::Message;
 use crate::wire::ram::encode_block_list;
 use crate::wire::stream::{Command, SECTION_EOF, Section, StreamHeader, encode_footer};
@@ -41,6 +42,8 @@ pub(super) struct Kind {
     per_round: bool,
     zero_pages: ZeroPages,
     xbzrle: bool,
+    /// How payloads of multifd channels are compressed.
+    method: Method,
     in_order: bool,
     packet_pages: usize,
     pub(super) checkpoints: u64,
@@ -56,6 +59,7 @@ impl Kind {
             per_round: version != Version::V7_2 && !rng.one_in(3),
             zero_pages: rng.pick(&zeros),
             xbzrle: rng.one_in(2),
+            method: rng.pick(&[Method::None, Method::None, Method::Zlib, Method::Zstd]),
             in_order: rng.one_in(2),
             packet_pages: rng.any_size(PACKET_PAGES),
             checkpoints: rng.any_size(6) as u64,
@@ -130,6 +134,8 @@ pub(super) struct Primary {
     /// The main channel, then the multifd channels.
     pub(super) streams: Vec<Stream>,
     expected: VecDeque<u8>,
+    /// One for each multifd channel, where payloads are compressed.
+    encoders: Vec<Encoder>,
     /// Packets of the current round, by channel.
     queued: Vec<Vec<Packet>>,
     /// Where the last SYNC of each channel ended.
@@ -151,6 +157,9 @@ impl Primary {
             acknowledged: 0,
             streams: (0..=kind.channels).map(|_| Stream::default()).collect(),
             expected: VecDeque::new(),
+            encoders: (0..kind.channels)
+                .filter_map(|_| Encoder::new(kind.method, 1))
+                .collect(),
             queued: vec![Vec::new(); kind.channels],
             synced_at: vec![0; kind.channels],
             packets: 0,

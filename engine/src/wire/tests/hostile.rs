@@ -303,9 +303,34 @@ fn packet_counts_and_sizes() {
         refused(decode(be32(20, size)), "expected 8192");
     }
     for (bits, method) in [(2, "zlib"), (4, "zstd"), (8, "qpl"), (16, "uadk"), (32, "qatzip")] {
-        refused(decode(be32(8, bits)), method);
-        refused(decode(be32(8, bits)), "multifd-compression to none");
-        // Without normal pages there is nothing to unpack, and any size is a stale one.
+        // The length is checked against the method; without normal pages any is a stale one.
+        if method == "qatzip" {
+            refused(decode(be32(8, bits)), "multifd-compression to zstd");
+        } else {
+            decode(be32(8, bits)).unwrap();
+        }
+        let both = |size: u32| {
+            decode(|bytes| {
+                be32(8, bits)(bytes);
+                be32(20, size)(bytes);
+            })
+        };
+        refused(
+            both(0),
+            if method == "qatzip" {
+                method
+            } else {
+                "payload size"
+            },
+        );
+        refused(
+            both((1 << 20) + 1),
+            if method == "qatzip" {
+                method
+            } else {
+                "payload size"
+            },
+        );
         let mut empty = packet(be32(8, bits));
         empty[16..20].fill(0);
         let header = PacketHeader::decode(&empty).unwrap();

@@ -199,7 +199,7 @@ impl Channel {
             let action = self.protocol.on_header(&packet).map_err(io::Error::other)?;
             begin += HEADER_LEN;
             match action {
-                PacketAction::Zero | PacketAction::Place { .. } => {
+                PacketAction::Zero | PacketAction::Place { .. } | PacketAction::Decode { .. } => {
                     (self.skip, self.is_in_packet) = (packet.payload_len().into(), true);
                 }
                 PacketAction::ReadHeader | PacketAction::Arrive => syncs += self.end_packet(action),

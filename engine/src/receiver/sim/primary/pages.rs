@@ -4,7 +4,6 @@ use super::super::memory::{Content, PAGE, is_zero};
 use super::super::rng::Rng;
 use super::{Packet, Primary, RAM_SECTION, Version, ZeroPages};
 use crate::units::PACKET_PAGES;
-use crate::wire::codec::Method;
 use crate::wire::multifd::{HEADER_LEN, PacketFields, raw_payload_len};
 use crate::wire::ram::{BlockRef, RamRecord};
 use crate::wire::stream::encode_footer;
@@ -147,12 +146,21 @@ impl Primary {
     pub(super) fn packet(&mut self, channel: usize, packet: &Packet, sync: bool) {
         let name = &self.memory.blocks[packet.block].0;
         let normal: Vec<u64> = packet.normal.iter().map(|(offset, _)| *offset).collect();
+        let pages = packet
+            .normal
+            .iter()
+            .flat_map(|(_, content)| content.iter().copied());
+        let mut payload: Vec<u8> = pages.collect();
+        if let (Some(encoder), false) = (self.encoders.get_mut(channel), payload.is_empty()) {
+            let pages = std::mem::take(&mut payload);
+            encoder.encode(&pages, &mut payload);
+        }
         let mut header = [0; HEADER_LEN];
         PacketFields {
             sync,
-            method: Method::None,
+            method: self.kind.method,
             pages_alloc: u32::try_from(PACKET_PAGES).expect("128"),
-            payload_len: raw_payload_len(normal.len()),
+            payload_len: u32::try_from(payload.len()).expect("at most 1 MiB"),
             packet_num: self.packets,
             block: name.as_bytes(),
             normal: &normal,
@@ -162,10 +170,7 @@ impl Primary {
         self.packets += 1;
         self.streams[channel + 1].put(|out| {
             out.extend_from_slice(&header);
-            packet
-                .normal
-                .iter()
-                .for_each(|(_, content)| out.extend_from_slice(&content[..]));
+            out.extend_from_slice(&payload);
         });
     }
 
