@@ -123,6 +123,7 @@ impl<'a> Captures<'a> {
             channels: shape.channels,
             checkpoint_delay_ms: u32::try_from(shape.delay().as_millis()).unwrap_or(u32::MAX),
             zero_page_detection: None,
+            compression: None,
         };
         primary.end_precopy_early()?;
         primary.protect(&before, &protection)?;

@@ -51,6 +51,7 @@ pub fn pauses_us(
         channels: cell.shape.channels,
         checkpoint_delay_ms: u32::try_from(cell.spacing.as_millis()).unwrap_or(u32::MAX),
         zero_page_detection: None,
+        compression: None,
     };
     primary.end_precopy_early()?;
     primary.protect(running.address(), &protection)?;

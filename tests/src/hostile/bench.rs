@@ -7,6 +7,7 @@ use colo_ring::receiver::{
 };
 use colo_ring::ring::BackendKind;
 use colo_ring::store::{HugePages, StoreOptions};
+use colo_ring::wire::codec::Method;
 use colo_ring_tools::primary::{Distribution, SynthOptions, SynthPrimary, Version};
 use std::net::SocketAddr;
 use std::sync::mpsc;
@@ -118,6 +119,12 @@ impl Bench {
     /// A hostile primary's session with one committed checkpoint, and its number.
     pub fn protected(&mut self) -> (u32, HostilePrimary) {
         let primary = HostilePrimary::protected(self.address, self.channels);
+        (self.began(), primary)
+    }
+
+    /// The same from a primary that compresses.
+    pub fn protected_with(&mut self, method: Method) -> (u32, HostilePrimary) {
+        let primary = HostilePrimary::protected_with(self.address, self.channels, method);
         (self.began(), primary)
     }
 

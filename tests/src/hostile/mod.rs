@@ -9,7 +9,7 @@ pub mod bench;
 use crate::HANG_LIMIT;
 use colo_ring::blocks::BlockTable;
 use colo_ring::units::{ChannelId, PAGE_SIZE};
-use colo_ring::wire::codec::Method;
+use colo_ring::wire::codec::{Encoder, Method};
 use colo_ring::wire::colo::Message;
 use colo_ring::wire::multifd::{HEADER_LEN, INIT_LEN, Init, PacketFields, raw_payload_len};
 use colo_ring::wire::ram::{BlockRef, RamRecord, encode_block_list};
@@ -64,6 +64,8 @@ pub struct HostilePrimary {
     pub main: Link,
     /// The multifd channels in the order of their ids.
     pub channels: Vec<Link>,
+    /// What compresses the pages of each channel; none without compression.
+    pub encoders: Vec<Encoder>,
     image: Vec<Vec<u8>>,
     device_state: Vec<u8>,
 }
@@ -187,6 +189,7 @@ impl HostilePrimary {
         Self {
             main,
             channels: channels.collect(),
+            encoders: Vec::new(),
             image: image.collect(),
             device_state: Vec::new(),
         }
@@ -195,7 +198,14 @@ impl HostilePrimary {
     /// A session whose precopy is complete and which has committed one checkpoint: every page has a content.
     #[must_use]
     pub fn protected(address: SocketAddr, channels: u8) -> Self {
+        Self::protected_with(address, channels, Method::None)
+    }
+
+    /// The same from a primary that compresses.
+    #[must_use]
+    pub fn protected_with(address: SocketAddr, channels: u8, method: Method) -> Self {
         let mut primary = Self::connect(address, channels);
+        primary.encoders = (0..channels).filter_map(|_| Encoder::new(method, 1)).collect();
         primary.precopy();
         primary.checkpoint(&[(0, 1, 0x11), (0, 2, 0x12), (0, 3, 0x13), (1, 7, 0x17)]);
         primary
@@ -261,11 +271,23 @@ impl HostilePrimary {
             for page in 0..bytes / PAGE {
                 let fill = u8::try_from(0x80 | page).expect("few pages");
                 let position = usize::try_from(page).expect("few pages") % self.channels.len();
-                let packet = packet(name, &[(page * PAGE, fill)], &[]);
-                self.channels[position].send_packet(&packet);
+                self.send_page(position, name, page, fill);
                 self.put(block, page, fill);
             }
         }
+    }
+
+    /// A packet of one page.
+    fn send_page(&mut self, channel: usize, name: &str, page: u64, fill: u8) {
+        let packet = match self.encoders.get_mut(channel) {
+            None => packet(name, &[(page * PAGE, fill)], &[]),
+            Some(encoder) => {
+                let mut payload = Vec::new();
+                encoder.encode(&[fill; PAGE_SIZE], &mut payload);
+                compressed_packet(encoder.method(), name, &[page * PAGE], &payload)
+            }
+        };
+        self.channels[channel].send_packet(&packet);
     }
 
     fn put(&mut self, block: usize, page: u64, fill: u8) {
@@ -308,8 +330,8 @@ impl HostilePrimary {
         let mut records = Vec::new();
         for &(block, page, fill) in pages {
             let (name, _) = BLOCKS[block];
-            if let Some(channel) = self.channels.first_mut() {
-                channel.send_packet(&packet(name, &[(page * PAGE, fill)], &[]));
+            if !self.channels.is_empty() {
+                self.send_page(0, name, page, fill);
             } else {
                 records.extend(page_record(BlockRef::Named(name.as_bytes()), page * PAGE, fill));
             }
@@ -379,6 +401,24 @@ pub fn packet(block: &str, normal: &[(u64, u8)], zero: &[u64]) -> Vec<u8> {
         bytes.extend_from_slice(&[*fill; PAGE_SIZE]);
     }
     bytes
+}
+
+/// A packet of pages of one block with a payload of any bytes, said to be compressed by this method.
+#[must_use]
+pub fn compressed_packet(method: Method, block: &str, offsets: &[u64], payload: &[u8]) -> Vec<u8> {
+    let mut header = [0; HEADER_LEN];
+    PacketFields {
+        sync: false,
+        method,
+        pages_alloc: 128,
+        payload_len: u32::try_from(payload.len()).unwrap_or(u32::MAX),
+        packet_num: 1,
+        block: block.as_bytes(),
+        normal: offsets,
+        zero: &[],
+    }
+    .encode(&mut header);
+    [&header[..], payload].concat()
 }
 
 /// A SYNC without pages.

@@ -38,7 +38,7 @@ pub use host_guest::{HostGuest, HostKernel, NumaMap};
 pub use image::check_test_guest_image;
 pub use kills::{Kills, Moment, check_continues, failover_runs};
 pub use network::{Address, Transport};
-pub use protect::{Protection, ZeroPageDetection};
+pub use protect::{Compression, Protection, ZeroPageDetection};
 pub use qemu::{Devices, Machine, Qemu};
 pub use qmp::{Event, Qmp};
 pub use ram::SavedRam;

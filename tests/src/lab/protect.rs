@@ -23,6 +23,17 @@ pub struct Protection {
     pub checkpoint_delay_ms: u32,
     /// `zero-page-detection`; the machine type's default where not given.
     pub zero_page_detection: Option<ZeroPageDetection>,
+    /// How multifd channels compress pages; not at all where not given.
+    pub compression: Option<Compression>,
+}
+
+/// QEMU's `multifd-compression` with its level.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Compression {
+    /// zlib: levels 0 to 9.
+    Zlib(u8),
+    /// zstd: levels 1 to 20.
+    Zstd(u8),
 }
 
 /// QEMU's `zero-page-detection`.
@@ -57,6 +68,17 @@ impl Qemu {
             "x-checkpoint-delay": protection.checkpoint_delay_ms,
             "max-bandwidth": 100_000_000_000_u64,
         });
+        match protection.compression {
+            None => {}
+            Some(Compression::Zlib(level)) => {
+                parameters["multifd-compression"] = "zlib".into();
+                parameters["multifd-zlib-level"] = level.into();
+            }
+            Some(Compression::Zstd(level)) => {
+                parameters["multifd-compression"] = "zstd".into();
+                parameters["multifd-zstd-level"] = level.into();
+            }
+        }
         if let Some(detection) = protection.zero_page_detection {
             parameters["zero-page-detection"] = detection.qmp_name().into();
         }

@@ -116,6 +116,7 @@ impl Secondary {
             channels: self.channels,
             checkpoint_delay_ms,
             zero_page_detection: None,
+            compression: None,
         };
         primary.protect(&self.address, &protection)
     }

@@ -3,6 +3,7 @@
 //! The outcome is the same every time: a message that says where and what, the session over at once, the last committed
 //! checkpoint untouched, the guest beside it undisturbed, the receiver ready for the next.
 
+mod compressed;
 mod connections;
 mod cuts;
 mod main_channel;

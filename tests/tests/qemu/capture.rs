@@ -33,6 +33,7 @@ fn protection(channels: u8) -> Protection {
         channels,
         checkpoint_delay_ms: 150,
         zero_page_detection: None,
+        compression: None,
     }
 }
 

@@ -32,6 +32,7 @@ fn a_guest_that_dies_leaves_the_other_and_its_own_checkpoint() {
                 channels: CHANNELS,
                 checkpoint_delay_ms: 200,
                 zero_page_detection: None,
+                compression: None,
             };
             primary.protect(&address, &protection)?;
         }

@@ -125,6 +125,7 @@ fn qemu_protects_itself_with_its_own_secondary() {
                 channels: 4,
                 checkpoint_delay_ms: 200,
                 zero_page_detection: None,
+                compression: None,
             },
         )?;
         primary.wait_checkpoints(5, HANG_LIMIT)?;

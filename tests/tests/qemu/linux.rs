@@ -42,6 +42,7 @@ fn linux_guest_is_protected_while_it_writes() {
             channels: CHANNELS,
             checkpoint_delay_ms: 300,
             zero_page_detection: None,
+            compression: None,
         };
         primary.protect(&address, &protection)?;
 

@@ -2,6 +2,7 @@
 //! whole engine. Run it with `--test-threads=1`: guests and latencies disturb each other.
 
 mod capture;
+mod compression;
 mod failover;
 mod failover_interrupted;
 mod failover_linux;

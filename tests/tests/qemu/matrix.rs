@@ -75,6 +75,7 @@ impl Case {
                 channels: self.channels,
                 checkpoint_delay_ms: 150,
                 zero_page_detection: Some(self.zero_pages),
+                compression: None,
             },
         )?;
 

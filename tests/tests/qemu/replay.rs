@@ -49,6 +49,7 @@ fn recorded(lab: &Lab, channels: u8) -> Result<Recorded, LabError> {
         channels,
         checkpoint_delay_ms: 150,
         zero_page_detection: None,
+        compression: None,
     };
     primary.protect(&front, &protection)?;
     primary.wait_checkpoints(CHECKPOINTS_MIN, HANG_LIMIT)?;

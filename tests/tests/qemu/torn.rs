@@ -51,6 +51,7 @@ fn body(lab: &Lab, backend: BackendKind) -> Result<(), LabError> {
         channels: CHANNELS,
         checkpoint_delay_ms: 400,
         zero_page_detection: None,
+        compression: None,
     };
     primary.protect(&address, &protection)?;
     primary.wait_checkpoints(2, HANG_LIMIT)?;
