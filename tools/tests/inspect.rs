@@ -97,6 +97,49 @@ fn everything_in_a_capture_is_listed_once() {
 }
 
 #[test]
+fn compression_is_shown_for_each_channel_and_checkpoint() {
+    let scratch = Scratch::new();
+    let path = scratch.file("zstd.cap");
+    let shape = "--ram 4M --checkpoints 3 --pages 200 --channels 2 --zero 0.5 --ratio 4 --compression zstd";
+    let args: Vec<_> = ["synth", "--out", &path]
+        .into_iter()
+        .chain(shape.split(' '))
+        .collect();
+    assert_eq!(run(&args).0, Some(0));
+    let is_about_4 = |item: &Value| {
+        let ratio = item["ratio"].as_f64().unwrap();
+        assert!((3.4..4.6).contains(&ratio), "{item}");
+    };
+    let session = &json(&["inspect", &path])["session"];
+    assert_eq!(session["compression"], "zstd");
+    is_about_4(session);
+    for channel in list(session, "channels") {
+        assert_eq!(channel["method"], "zstd");
+        is_about_4(channel);
+    }
+    let checkpoints = json(&["inspect", &path, "--kind", "checkpoints"]);
+    let checkpoints = list(&checkpoints, "checkpoints");
+    checkpoints.iter().for_each(is_about_4);
+    assert_eq!(
+        sum(checkpoints, "payload_bytes"),
+        session["payload_bytes"].as_u64().unwrap()
+    );
+    let text = output(&["inspect", &path]);
+    assert!(
+        text.contains("pages by zstd") && text.contains("; zstd: "),
+        "{text}"
+    );
+
+    let plain = capture(&scratch, "0", "100", "11.1");
+    let session = &json(&["inspect", &plain])["session"];
+    assert_eq!(
+        (&session["compression"], &session["ratio"]),
+        (&"none".into(), &1.0.into())
+    );
+    assert!(!output(&["inspect", &plain]).contains("pages by"));
+}
+
+#[test]
 fn filters_leave_what_was_asked_for() {
     let scratch = Scratch::new();
     let path = capture(&scratch, "2", "100", "11.1");

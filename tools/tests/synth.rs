@@ -7,6 +7,7 @@ use colo_ring_tests::command::Scratch;
 use colo_ring_tools::capture_file::{
     CaptureInfo, CaptureReader, CaptureWriter, Compression, Direction, Event, Record,
 };
+use colo_ring_tools::page_compression::{CompressionArgs, CompressionMethod};
 use colo_ring_tools::primary::{
     CheckpointReport, Content, Distribution, Pattern, SynthOptions, SynthPrimary, Version,
 };
@@ -254,6 +255,79 @@ fn a_capture_that_is_replayed_leaves_the_primary_s_memory() {
     }
 }
 
+/// One stream per channel, live and in a capture: what is committed is the primary's memory, by each way.
+#[test]
+fn compressed_sessions_leave_the_primary_s_memory() {
+    for (version, compression, level, channels) in [
+        (Version::V11_1, CompressionMethod::Zstd, 1, 2),
+        (Version::V11_1, CompressionMethod::Zlib, 6, 1),
+        (Version::V10_0, CompressionMethod::Zlib, 1, 3),
+        (Version::V7_2, CompressionMethod::Zstd, 3, 2),
+    ] {
+        let args = CompressionArgs {
+            compression,
+            compression_level: Some(level),
+        };
+        let options = SynthOptions {
+            channels,
+            content: Content::Ratio(3.0),
+            compression: args.check(channels).unwrap(),
+            ..options(version)
+        };
+        let what = format!("{version}, {}, {channels} channels", options.compression);
+        let secondary = Secondary::start(channels);
+        let scratch = tempfile::tempdir().unwrap();
+        let path = scratch.path().join("session.cap");
+        let (model_of_capture, reports) = capture(&path, &options, 5);
+        let page_bytes: u64 = reports
+            .iter()
+            .map(|report| 4096 * (report.pages - report.zero_pages))
+            .sum();
+        let payload_bytes: u64 = reports.iter().map(|report| report.payload_bytes).sum();
+        // 7.2 sends some pages twice.
+        let ratio = page_bytes as f64 / payload_bytes as f64;
+        assert!((2.4..3.6).contains(&ratio), "{what}: {ratio}");
+        let streams = Streams::load(&path).unwrap();
+        assert_eq!(streams.notes, Vec::<String>::new(), "{what}");
+        assert_eq!(streams.compression(), compression.name());
+        for (seen, report) in streams.checkpoints.iter().zip(&reports) {
+            assert_eq!(seen.payload_bytes, report.payload_bytes, "{what}");
+            assert!(
+                seen.bytes.abs_diff(report.bytes) <= 5,
+                "{what}: {seen:?} {report:?}"
+            );
+        }
+        let again = streams.again().unwrap_err().to_string();
+        assert!(again.contains("compressed"), "{again}");
+        let played = play(&path, &secondary.address());
+        assert!(secondary.committed() == model_of_capture, "{what}");
+        drop(played);
+        secondary.end();
+
+        let secondary = Secondary::start(channels);
+        let replay = Command::new(env!("CARGO_BIN_EXE_colo-ring"))
+            .args(["replay", "--pace", "max", "--json", "--to", &secondary.address()])
+            .arg(&path)
+            .output()
+            .unwrap();
+        assert!(replay.status.success(), "{what}: {}", said(&replay));
+        let replayed: Value = serde_json::from_slice(&replay.stdout).unwrap();
+        assert_eq!(replayed["capture"]["compression"], compression.name());
+        assert!(secondary.committed() == model_of_capture, "{what}");
+        secondary.end();
+
+        let secondary = Secondary::start(channels);
+        let mut primary = SynthPrimary::connect(&secondary.address().parse().unwrap(), &options).unwrap();
+        let live: Vec<_> = (0..5).map(|_| primary.checkpoint().unwrap()).collect();
+        assert!(secondary.committed() == model_of_capture, "{what}");
+        for (live, recorded) in live.iter().zip(&reports) {
+            assert_eq!(live.payload_bytes, recorded.payload_bytes, "{what}");
+        }
+        primary.close().unwrap();
+        secondary.end();
+    }
+}
+
 #[test]
 fn a_capture_is_read_as_the_session_that_it_is() {
     let scratch = Scratch::new();
@@ -427,6 +501,16 @@ fn wrong_options_are_refused_with_what_would_do() {
         ("--to tcp:127.0.0.1:1 --zero 1.5", "between 0 and 1"),
         ("--to tcp:127.0.0.1:1 --zero NaN", "between 0 and 1"),
         ("--to tcp:127.0.0.1:1 --pace max --closed-loop", "cannot be used"),
+        ("--to tcp:127.0.0.1:1 --ratio 17", "between 1 and 16"),
+        ("--to tcp:127.0.0.1:1 --ratio 2 --content text", "cannot be used"),
+        (
+            "--to tcp:127.0.0.1:1 --channels 0 --compression zstd",
+            "--channels is 0",
+        ),
+        (
+            "--to tcp:127.0.0.1:1 --compression zlib --compression-level 10",
+            "0 to 9",
+        ),
     ] {
         let output = synth(&args.split_ascii_whitespace().collect::<Vec<_>>());
         assert_eq!(output.status.code(), Some(2), "{args}: {}", said(&output));

@@ -80,7 +80,9 @@ fn runs(comparison: &Comparison) -> Markup {
                     }
                 }
                 tbody {
-                    @for (index, run) in comparison.runs.iter().enumerate() { (run_row(index, run)) }
+                    @for (index, run) in comparison.runs.iter().enumerate() {
+                        (run_row(index, run, &comparison.label(run.name)))
+                    }
                 }
             }
         }
@@ -89,7 +91,7 @@ fn runs(comparison: &Comparison) -> Markup {
     }
 }
 
-fn run_row(index: usize, run: &RunInfo) -> Markup {
+fn run_row(index: usize, run: &RunInfo, label: &str) -> Markup {
     let clock = match run.clock {
         Some(Clock::Primary) => "primary’s",
         Some(Clock::Receiver) => "receiver’s",
@@ -103,7 +105,7 @@ fn run_row(index: usize, run: &RunInfo) -> Markup {
     });
     html! {
         tr {
-            th scope="row" { (sign(index)) (run.name) }
+            th scope="row" { (sign(index)) (label) }
             td { (clock) }
             td.number { (run.checkpoints) }
             td.number { (run.dropped) }

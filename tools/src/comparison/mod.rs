@@ -74,6 +74,7 @@ struct RunInfo<'a> {
     files: &'a [PathBuf],
     command: Option<&'a str>,
     options: &'a serde_json::Value,
+    compression: Option<&'a str>,
     machine: Option<&'a Machine>,
     clock: Option<Clock>,
     secondary: Option<SecondaryUse>,
@@ -122,6 +123,18 @@ pub struct Row {
 }
 
 impl Comparison<'_> {
+    /// A run's name as tables have it: with its compression where any of the runs has one.
+    fn label(&self, name: &str) -> String {
+        let compressed = |run: &RunInfo| run.compression.is_some_and(|method| method != "none");
+        let run = self.runs.iter().find(|run| run.name == name);
+        let compression = run.and_then(|run| run.compression);
+        match compression.filter(|_| self.runs.iter().any(compressed)) {
+            None => name.to_owned(),
+            Some("none") => format!("{name} (not compressed)"),
+            Some(method) => format!("{name} ({method})"),
+        }
+    }
+
     /// One phase of one run, if that has it.
     pub fn row(&self, phase: &str, run: &str) -> Option<&Row> {
         let phase = self.phases.iter().find(|compared| compared.phase == phase)?;
@@ -195,6 +208,7 @@ fn run_info(run: &Run) -> RunInfo<'_> {
         files: &run.files,
         command: run.command.as_deref(),
         options: &run.options,
+        compression: run.compression.as_deref(),
         machine: run.machine.as_ref(),
         clock: run.clock,
         secondary: run.secondary,

@@ -104,6 +104,7 @@ pub struct Run {
     pub(super) files: Vec<PathBuf>,
     pub(super) command: Option<String>,
     pub(super) options: serde_json::Value,
+    pub(super) compression: Option<String>,
     pub(super) machine: Option<Machine>,
     pub(super) clock: Option<Clock>,
     pub(super) secondary: Option<SecondaryUse>,
@@ -133,6 +134,7 @@ impl From<RunFile> for Run {
             files: Vec::new(),
             command: Some(file.command),
             options: file.options,
+            compression: file.compression,
             machine: Some(file.machine),
             clock: Some(file.clock),
             secondary: file.secondary,
@@ -241,6 +243,7 @@ impl Run {
             files: Vec::new(),
             command: None,
             options: serde_json::Value::Null,
+            compression: None,
             machine: None,
             clock: None,
             secondary: None,
@@ -276,6 +279,9 @@ impl Run {
         let cannot = |why| CompareError::Merge(self.name.clone(), why);
         if self.clock != other.clock {
             return Err(cannot("one is of the primary's clock, one of the receiver's"));
+        }
+        if self.compression != other.compression {
+            return Err(cannot("their pages were compressed in different ways"));
         }
         if self.machine.as_ref().map(|machine| &machine.cpu_model)
             != other.machine.as_ref().map(|machine| &machine.cpu_model)

@@ -23,7 +23,7 @@ impl Comparison<'_> {
         let head = ["n", "mean", "p50", "p90", "p99", "p99.9", "max"].map(str::to_owned);
         let mut rows = vec![[vec![phase.phase.clone()], head.to_vec()].concat()];
         for row in &phase.rows {
-            let cells = [vec![row.run.clone(), row.count.to_string()], figures(row)].concat();
+            let cells = [vec![self.label(&row.run), row.count.to_string()], figures(row)].concat();
             rows.push(cells);
             let Some(ratios) = row.ratios else { continue };
             let line = |name: &str, cell: fn(&Ratio) -> String| {

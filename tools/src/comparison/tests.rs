@@ -123,6 +123,38 @@ fn rounds_of_one_name_are_added_up_only_when_asked() {
 }
 
 #[test]
+fn runs_are_named_with_their_compression_where_one_has_it() {
+    let mut runs = [
+        run("raw", 1, spread),
+        run("packed", 1, spread),
+        run("unknown", 1, spread),
+    ];
+    runs[0].compression = Some("none".to_owned());
+    let table = |runs: &[Run]| report(runs, Options::default()).unwrap().table();
+    assert!(!table(&runs).contains("not compressed"));
+    runs[1].compression = Some("zstd level 3".to_owned());
+    let text = table(&runs);
+    for label in ["raw (not compressed) ", "packed (zstd level 3) ", "unknown "] {
+        assert!(text.contains(label), "{label}: {text}");
+    }
+    let page = html::page(&report(&runs, Options::default()).unwrap());
+    assert!(page.contains("packed (zstd level 3)"));
+    let two = [
+        runs[0].clone(),
+        Run {
+            name: "raw".to_owned(),
+            ..runs[1].clone()
+        },
+    ];
+    assert!(
+        gather(two.to_vec(), true)
+            .unwrap_err()
+            .to_string()
+            .contains("compressed in different ways")
+    );
+}
+
+#[test]
 fn a_page_needs_nothing_else_and_escapes_what_comes_from_files() {
     let evil = "</title><script>alert(1)</script>\"'&";
     let mut runs = [run(evil, 1, spread), run("b", 1, |n| spread(n) * 50)];

@@ -2,6 +2,7 @@
 
 use super::Content;
 use super::rng::Rng;
+use super::shape::round;
 use colo_ring::units::PAGE_SIZE;
 use std::io::Write;
 
@@ -96,9 +97,37 @@ pub(super) fn fill(page: &mut [u8; PAGE_SIZE], content: Content, stamp: u64, num
             }
         }
         Content::Text => return text(page, &mut rng, number, version),
+        Content::Ratio(ratio) => compressible_to(page, &mut rng, ratio),
     }
     page[..8].copy_from_slice(&number.to_le_bytes());
     page[8..16].copy_from_slice(&version.to_le_bytes());
+}
+
+/// Fills a page with what compresses to about the `ratio`th part: random bytes as many as that, less what both methods
+/// need to describe the zeros between them. More random bytes stand in more places, as in memory of programs.
+fn compressible_to(page: &mut [u8; PAGE_SIZE], rng: &mut Rng, ratio: f64) {
+    let compressed = PAGE_SIZE as f64 / ratio;
+    // Runs of zeros, and the bytes by which each is described.
+    let (runs, described) = match ratio {
+        ..=1.0 => (1, 0.0),
+        ..=4.0 => (32, 2.0),
+        _ => (8, 5.0),
+    };
+    let run = PAGE_SIZE / runs;
+    let random = round(compressed / runs as f64 - described);
+    let random = usize::try_from(random).unwrap_or(run).clamp(2, run);
+    page.fill(0);
+    for (number, part) in page.chunks_exact_mut(run).enumerate() {
+        let mut bytes = 0;
+        // The page's number and version stand before the first of them.
+        let begin = if number == 0 && random + 16 <= run { 16 } else { 0 };
+        for (position, byte) in part[begin..begin + random].iter_mut().enumerate() {
+            if position % 8 == 0 {
+                bytes = rng.next();
+            }
+            *byte = bytes.to_le_bytes()[position % 8];
+        }
+    }
 }
 
 fn text(page: &mut [u8; PAGE_SIZE], rng: &mut Rng, number: u64, version: u64) {
@@ -125,6 +154,7 @@ fn text(page: &mut [u8; PAGE_SIZE], rng: &mut Rng, number: u64, version: u64) {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use colo_ring::wire::codec::{Encoder, Method};
 
     fn page(content: Content, stamp: u64, number: u64, version: u64) -> [u8; PAGE_SIZE] {
         let mut page = [0xaa; PAGE_SIZE];
@@ -134,7 +164,14 @@ mod tests {
 
     #[test]
     fn pages_follow_from_their_parameters_and_differ_by_each() {
-        for content in [Content::Random, Content::Compressible, Content::Text] {
+        for content in [
+            Content::Random,
+            Content::Compressible,
+            Content::Text,
+            Content::Ratio(1.0),
+            Content::Ratio(2.0),
+            Content::Ratio(16.0),
+        ] {
             let one = page(content, 1, 2, 3);
             assert_eq!(one, page(content, 1, 2, 3));
             for other in [
@@ -149,6 +186,27 @@ mod tests {
             let other = page(content, 4, 2, 3);
             for (a, b) in one.chunks(PAGE_SIZE / 8).zip(other.chunks(PAGE_SIZE / 8)) {
                 assert_ne!(a, b, "{content:?}");
+            }
+        }
+    }
+
+    /// Both methods at QEMU's level, as one stream over packets.
+    #[test]
+    fn a_ratio_is_about_what_comes_out() {
+        for method in [Method::Zlib, Method::Zstd] {
+            for ratio in [1.0, 1.3, 2.0, 3.0, 4.0, 6.0, 10.0, 16.0] {
+                let mut encoder = Encoder::new(method, 1).unwrap();
+                let mut payload = Vec::new();
+                for packet in 0..2 {
+                    let pages = (0..128)
+                        .map(|number| page(Content::Ratio(ratio), number + 128 * packet, number, packet));
+                    encoder.encode(&pages.collect::<Vec<_>>().concat(), &mut payload);
+                }
+                let seen = (2 * 128 * PAGE_SIZE) as f64 / payload.len() as f64;
+                assert!(
+                    (seen / ratio - 1.0).abs() < 0.2,
+                    "{method:?}: {seen} instead of {ratio}"
+                );
             }
         }
     }

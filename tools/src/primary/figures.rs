@@ -31,6 +31,7 @@ pub(crate) struct Figures {
     pub(crate) pages: u64,
     pub(crate) zero_pages: u64,
     pub(crate) bytes: u64,
+    pub(crate) payload_bytes: u64,
     /// See [`CheckpointReport::own_delay`].
     own_delay: Duration,
     own_delay_max: Duration,
@@ -68,6 +69,7 @@ impl Figures {
             pages: 0,
             zero_pages: 0,
             bytes: 0,
+            payload_bytes: 0,
             own_delay: Duration::ZERO,
             own_delay_max: Duration::ZERO,
         }
@@ -86,6 +88,7 @@ impl Figures {
         self.pages += report.pages - report.zero_pages;
         self.zero_pages += report.zero_pages;
         self.bytes += report.bytes;
+        self.payload_bytes += report.payload_bytes;
         self.own_delay += report.own_delay;
         self.own_delay_max = self.own_delay_max.max(report.own_delay);
     }

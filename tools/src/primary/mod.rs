@@ -56,6 +56,8 @@ pub struct CheckpointReport {
     pub vmstate_bytes: u64,
     /// Bytes written on all channels, framing and device state included.
     pub bytes: u64,
+    /// Those of them that hold the content of pages, compressed or not.
+    pub payload_bytes: u64,
     /// When it ended, since CHECKPOINT_READY was read.
     pub end: Duration,
     /// CHECKPOINT_REQUEST written to CHECKPOINT_REPLY read.

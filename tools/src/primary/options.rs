@@ -1,6 +1,8 @@
 //! The session to be made, as options.
 
+use super::shape::RATIOS;
 use super::{Content, Distribution, Pattern, SynthError};
+use crate::page_compression::PageCompression;
 use clap::ValueEnum;
 use colo_ring::units::PAGE_BYTES;
 use serde::{Serialize, Serializer};
@@ -71,6 +73,8 @@ pub struct SynthOptions {
     pub pattern: Pattern,
     /// What they hold.
     pub content: Content,
+    /// How the multifd channels compress pages.
+    pub compression: PageCompression,
     /// From when one checkpoint is due to when the next one is; zero: each begins as soon as the last one has ended.
     pub interval: Duration,
     /// Whether a checkpoint that takes longer than the interval moves those after it, instead of making them wait.
@@ -103,6 +107,7 @@ impl SynthOptions {
             zero_share: 0.1,
             pattern: Pattern::Random,
             content: Content::Random,
+            compression: PageCompression::default(),
             interval: Duration::from_millis(100),
             closed_loop: false,
             checkpoints: 20,
@@ -139,6 +144,14 @@ impl SynthOptions {
             return Err(SynthError::Options(
                 "the pages of a checkpoint must be a distribution, and not more than the guest's RAM has",
             ));
+        }
+        if self.compression.is_some() && self.channels == 0 {
+            return Err(SynthError::Options(
+                "pages are compressed on multifd channels only, and there are none",
+            ));
+        }
+        if !self.content.is_possible() {
+            return Err(SynthError::Options(RATIOS));
         }
         if !self.pattern.is_possible() {
             return Err(SynthError::Options(

@@ -4,10 +4,12 @@
 use super::guest::GuestRam;
 use super::link::{Destination, Line};
 use super::{SynthError, SynthOptions};
-use colo_ring::units::{ChannelId, PAGE_BYTES};
-use colo_ring::wire::codec::Method;
+use crate::page_compression::PageCompression;
+use colo_ring::units::ChannelId;
+use colo_ring::wire::codec::{Encoder, Method};
 use colo_ring::wire::multifd::{HEADER_LEN, Init, PacketFields};
 use std::io::{self, IoSlice};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 use std::thread::JoinHandle;
@@ -40,7 +42,8 @@ impl SharedRam {
 pub(super) struct Packet {
     pub(super) sync: bool,
     pub(super) pages_alloc: u32,
-    /// As announced: QEMU 7.2 leaves a stale one in packets without pages, and nothing follows them.
+    /// As announced for pages that are not compressed: QEMU 7.2 leaves a stale one in packets without pages, and
+    /// nothing follows them.
     pub(super) payload_len: u32,
     pub(super) packet_num: u64,
     /// Position in the block list; `None` leaves the name empty.
@@ -49,11 +52,13 @@ pub(super) struct Packet {
     pub(super) zero: Vec<u64>,
 }
 
-impl Packet {
-    /// Its length on the wire. What `payload_len` announces does not always follow.
-    fn bytes(&self) -> u64 {
-        HEADER_LEN as u64 + self.normal.len() as u64 * PAGE_BYTES
-    }
+/// What a channel has written so far.
+#[derive(Default)]
+struct Written {
+    /// Bytes of all packets.
+    bytes: AtomicU64,
+    /// Those of them that are payload.
+    payload: AtomicU64,
 }
 
 /// A request to a channel's thread.
@@ -68,8 +73,7 @@ pub(super) struct Channel {
     id: u8,
     line: Line,
     sender: Sender,
-    /// Bytes of all packets so far.
-    bytes: u64,
+    written: Arc<Written>,
 }
 
 enum Sender {
@@ -77,7 +81,7 @@ enum Sender {
         jobs: SyncSender<Job>,
         thread: JoinHandle<io::Result<()>>,
     },
-    Recording(SharedRam),
+    Recording(Box<PacketWriter>),
     Finished,
 }
 
@@ -92,17 +96,19 @@ impl Channel {
         let mut line = destination.open(&name(id), options.patience)?;
         let channel = ChannelId(id);
         let uuid = options.uuid;
+        let written = Arc::new(Written::default());
         let start = || {
             line.set_nodelay()?;
             line.write_parts(&mut [IoSlice::new(&Init { uuid, channel }.encode())])?;
+            let (own, compression, count) = (line.try_clone()?, options.compression, written.clone());
+            let writer = move || PacketWriter::new(own, ram, compression, count);
             if let Destination::Recording(_) = destination {
-                return Ok(Sender::Recording(ram));
+                return Ok(Sender::Recording(Box::new(writer())));
             }
-            let own = line.try_clone()?;
             let (jobs, queue) = sync_channel(QUEUE_PACKETS);
             let thread = std::thread::Builder::new()
                 .name(format!("synth-{id}"))
-                .spawn(move || send_packets(own, &queue, &ram))?;
+                .spawn(move || send_packets(writer(), &queue))?;
             Ok(Sender::Thread { jobs, thread })
         };
         let sender = start().map_err(|source| io_error(id, "starting", source))?;
@@ -110,23 +116,28 @@ impl Channel {
             id,
             line,
             sender,
-            bytes: 0,
+            written,
         })
     }
 
     /// Queues a packet; waits while the queue is full.
     pub(super) fn send(&mut self, packet: Packet) -> Result<(), SynthError> {
-        self.bytes += packet.bytes();
-        match &self.sender {
-            Sender::Recording(ram) => send_packet(&mut self.line, &packet, ram)
+        match &mut self.sender {
+            Sender::Recording(writer) => writer
+                .write(&packet)
                 .map_err(|source| io_error(self.id, "sending a packet", source)),
             Sender::Thread { .. } | Sender::Finished => self.tell(Job::Send(packet)),
         }
     }
 
-    /// Bytes of all packets so far.
+    /// Bytes of all packets that were written so far. Once the secondary has answered for a packet, it is among them.
     pub(super) fn bytes(&self) -> u64 {
-        self.bytes
+        self.written.bytes.load(Ordering::Acquire)
+    }
+
+    /// Those of them that are payload.
+    pub(super) fn payload_bytes(&self) -> u64 {
+        self.written.payload.load(Ordering::Acquire)
     }
 
     /// Waits until all queued packets have been written.
@@ -184,10 +195,10 @@ fn io_error(id: u8, doing: &'static str, source: io::Error) -> SynthError {
     SynthError::io(&name(id), doing, source)
 }
 
-fn send_packets(mut line: Line, queue: &Receiver<Job>, ram: &SharedRam) -> io::Result<()> {
+fn send_packets(mut writer: PacketWriter, queue: &Receiver<Job>) -> io::Result<()> {
     while let Ok(job) = queue.recv() {
         match job {
-            Job::Send(packet) => send_packet(&mut line, &packet, ram)?,
+            Job::Send(packet) => writer.write(&packet)?,
             // The requester waits for it.
             Job::Report(report) => drop(report.send(())),
         }
@@ -195,30 +206,83 @@ fn send_packets(mut line: Line, queue: &Receiver<Job>, ram: &SharedRam) -> io::R
     Ok(())
 }
 
-fn send_packet(line: &mut Line, packet: &Packet, ram: &SharedRam) -> io::Result<()> {
-    let ram = ram.read();
-    let table = ram.table();
-    let block = packet.block.and_then(|block| table.iter().nth(block));
-    let mut header = [0; HEADER_LEN];
-    PacketFields {
-        sync: packet.sync,
-        method: Method::None,
-        pages_alloc: packet.pages_alloc,
-        payload_len: packet.payload_len,
-        packet_num: packet.packet_num,
-        block: block.map_or(b"", |(_, block)| &block.name),
-        normal: &packet.normal,
-        zero: &packet.zero,
+/// Writes the packets of one channel, compressed in one stream if they are to be.
+struct PacketWriter {
+    line: Line,
+    ram: SharedRam,
+    method: Method,
+    /// None where pages are not compressed.
+    encoder: Option<Encoder>,
+    /// A packet's pages, and what they are compressed to.
+    pages: Vec<u8>,
+    payload: Vec<u8>,
+    written: Arc<Written>,
+}
+
+impl PacketWriter {
+    fn new(line: Line, ram: SharedRam, compression: PageCompression, written: Arc<Written>) -> Self {
+        let method = compression.method.method();
+        Self {
+            line,
+            ram,
+            method,
+            encoder: compression
+                .level
+                .and_then(|level| Encoder::new(method, level.into())),
+            pages: Vec::new(),
+            payload: Vec::new(),
+            written,
+        }
     }
-    .encode(&mut header);
-    let pages = packet
-        .normal
-        .iter()
-        .flat_map(|&offset| packet.block.map(|block| ram.page(block, offset)));
-    let header = [&header[..]].into_iter();
-    let mut parts: Vec<_> = header
-        .chain(pages.map(|page| &page[..]))
-        .map(IoSlice::new)
-        .collect();
-    line.write_parts(&mut parts)
+
+    fn write(&mut self, packet: &Packet) -> io::Result<()> {
+        let ram = self.ram.read();
+        let table = ram.table();
+        let block = packet.block.and_then(|block| table.iter().nth(block));
+        let pages = packet
+            .normal
+            .iter()
+            .flat_map(|&offset| packet.block.map(|block| ram.page(block, offset)));
+        let mut payload_len = packet.payload_len;
+        if let Some(encoder) = &mut self.encoder {
+            if !packet.normal.is_empty() {
+                self.pages.clear();
+                pages.clone().for_each(|page| self.pages.extend_from_slice(page));
+                self.payload.clear();
+                encoder.encode(&self.pages, &mut self.payload);
+            }
+            // A stale length is that of the payload before.
+            if payload_len > 0 {
+                payload_len = u32::try_from(self.payload.len()).map_err(io::Error::other)?;
+            }
+        }
+        let mut header = [0; HEADER_LEN];
+        PacketFields {
+            sync: packet.sync,
+            // A SYNC without pages carries none.
+            method: match packet.normal.len() + packet.zero.len() {
+                0 => Method::None,
+                _ => self.method,
+            },
+            pages_alloc: packet.pages_alloc,
+            payload_len,
+            packet_num: packet.packet_num,
+            block: block.map_or(b"", |(_, block)| &block.name),
+            normal: &packet.normal,
+            zero: &packet.zero,
+        }
+        .encode(&mut header);
+        let mut parts = vec![IoSlice::new(&header)];
+        match &self.encoder {
+            None => parts.extend(pages.map(|page| IoSlice::new(page))),
+            Some(_) if packet.normal.is_empty() => {}
+            Some(_) => parts.push(IoSlice::new(&self.payload)),
+        }
+        let payload_bytes: u64 = parts[1..].iter().map(|part| part.len() as u64).sum();
+        // Before it is written, so that whatever the secondary answers for is counted.
+        let bytes = HEADER_LEN as u64 + payload_bytes;
+        self.written.bytes.fetch_add(bytes, Ordering::Release);
+        self.written.payload.fetch_add(payload_bytes, Ordering::Release);
+        self.line.write_parts(&mut parts)
+    }
 }

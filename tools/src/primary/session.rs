@@ -8,7 +8,7 @@ use super::sender::{Channel, Packet, SharedRam};
 use super::{CheckpointReport, SyncMode, SynthError, SynthOptions, Version, device};
 use crate::capture_file::CaptureWriter;
 use crate::net::Address;
-use colo_ring::units::PACKET_PAGES;
+use colo_ring::units::{PACKET_PAGES, PAGE_BYTES};
 use colo_ring::wire::colo::Message;
 use colo_ring::wire::multifd::raw_payload_len;
 use colo_ring::wire::ram::{BlockRef, RamRecord, encode_block_list};
@@ -54,6 +54,8 @@ pub struct SynthPrimary {
     scan_from: (usize, u64),
     next_channel: usize,
     packets: u64,
+    /// Bytes of page content on the main channel.
+    main_payload: u64,
     /// Looking like 7.2: each channel's newest packet, not sent until it is known whether a SYNC follows.
     held: Vec<Option<Packet>>,
     checkpoints: u64,
@@ -103,6 +105,7 @@ impl SynthPrimary {
             scan_from: (0, 0),
             next_channel: 0,
             packets: 0,
+            main_payload: 0,
             checkpoints: 0,
             schedule: Schedule::new(Duration::ZERO, options.interval, options.closed_loop),
             clock,
@@ -158,7 +161,7 @@ impl SynthPrimary {
         let due = self.schedule.next(self.since_ready());
         self.clock.wait_until(self.precopy + due);
 
-        let written = self.written();
+        let (written, payload) = (self.written(), self.payload());
         let begin = self.since_ready();
         let own_delay = self.schedule.begin(begin);
         self.say(Message::CheckpointRequest)?;
@@ -177,6 +180,7 @@ impl SynthPrimary {
             zero_pages: dirty.iter().filter(|page| page.zero).count() as u64,
             vmstate_bytes,
             bytes: self.written() - written,
+            payload_bytes: self.payload() - payload,
             end,
             reply: replied - begin,
             received: waited + (received - sent),
@@ -206,6 +210,11 @@ impl SynthPrimary {
     /// Bytes written on all channels so far.
     fn written(&self) -> u64 {
         self.main.written() + self.channels.iter().map(Channel::bytes).sum::<u64>()
+    }
+
+    /// Bytes of page content among them.
+    fn payload(&self) -> u64 {
+        self.main_payload + self.channels.iter().map(Channel::payload_bytes).sum::<u64>()
     }
 
     /// Ends the session as a primary that is killed does: by closing its connections. A capture is finished.
@@ -440,6 +449,7 @@ impl SynthPrimary {
         let record = if page.zero {
             RamRecord::Zero { block, offset }
         } else {
+            self.main_payload += PAGE_BYTES;
             let content = ram.page(page.block, offset);
             RamRecord::Page {
                 block,

@@ -228,8 +228,11 @@ impl Serialize for Pattern {
     }
 }
 
+/// What is wrong with a ratio.
+pub(super) const RATIOS: &str = "a ratio of compression is between 1 and 16";
+
 /// What a page that is not zero holds. No two are equal, nor are two versions of one.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, ValueEnum, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Content {
     /// Bytes that nothing can compress
@@ -238,15 +241,28 @@ pub enum Content {
     Compressible,
     /// Lines of words
     Text,
+    /// What zlib and zstd make about so many times smaller
+    #[value(skip)]
+    Ratio(f64),
+}
+
+impl Content {
+    pub(super) fn is_possible(self) -> bool {
+        match self {
+            Self::Random | Self::Compressible | Self::Text => true,
+            Self::Ratio(ratio) => (1.0..=16.0).contains(&ratio),
+        }
+    }
 }
 
 impl fmt::Display for Content {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.pad(match self {
-            Self::Random => "random",
-            Self::Compressible => "compressible",
-            Self::Text => "text",
-        })
+        match self {
+            Self::Random => f.pad("random"),
+            Self::Compressible => f.pad("compressible"),
+            Self::Text => f.pad("text"),
+            Self::Ratio(ratio) => write!(f, "compressible {ratio} to 1"),
+        }
     }
 }
 

@@ -46,6 +46,10 @@ pub struct RunFile {
     pub command: String,
     /// Its options.
     pub options: serde_json::Value,
+    /// How the session made its pages smaller: `none`, a method with its level where that is known (`zstd level 3`),
+    /// or `xbzrle`. None where nothing is known of it.
+    #[serde(default)]
+    pub compression: Option<String>,
     /// Where it ran.
     pub machine: Machine,
     /// Whose clock measured.
@@ -163,6 +167,7 @@ impl RunFile {
             started_unix_ms: u64::try_from(since_epoch.as_millis()).unwrap_or(u64::MAX),
             command: command.to_owned(),
             options,
+            compression: None,
             machine: Machine::read(),
             clock,
             secondary: None,
@@ -237,6 +242,7 @@ impl RunFile {
             ));
         }
         check_name(&self.name)?;
+        self.compression.as_deref().map_or(Ok(()), check_name)?;
         let phases = self.phases();
         if phases.len() > PHASES_MAX {
             return Err(format!("{} phases: at most {PHASES_MAX} can be", phases.len()));

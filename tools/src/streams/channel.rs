@@ -162,6 +162,11 @@ impl Channel {
         &self.connection.to_secondary.bytes()[..INIT_LEN]
     }
 
+    /// The payload of a packet.
+    pub fn payload(&self, number: usize) -> &[u8] {
+        &self.packet_bytes(number)[HEADER_LEN..]
+    }
+
     /// The bytes of a packet.
     pub fn packet_bytes(&self, number: usize) -> &[u8] {
         let begin = number

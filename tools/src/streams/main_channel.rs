@@ -54,6 +54,8 @@ pub(super) struct MainCheckpoint {
     pub pages: u64,
     /// Zero pages on this channel.
     pub zero_pages: u64,
+    /// Bytes of content of its pages: deltas count as long as they are.
+    pub payload_bytes: u64,
     /// Whether there are deltas among them, which depend on what the secondary holds.
     pub has_deltas: bool,
     /// Its first page record.
@@ -197,9 +199,13 @@ impl<'a> Reader<'a> {
         };
         match page.content {
             PageContent::Zero => current.zero_pages += 1,
-            PageContent::Bytes(_) => current.pages += 1,
-            PageContent::Xbzrle(_) => {
+            PageContent::Bytes(bytes) => {
                 current.pages += 1;
+                current.payload_bytes += bytes.len() as u64;
+            }
+            PageContent::Xbzrle(delta) => {
+                current.pages += 1;
+                current.payload_bytes += delta.len() as u64;
                 current.has_deltas = true;
             }
         }
@@ -237,6 +243,7 @@ impl<'a> Reader<'a> {
                     markers: 0,
                     pages: 0,
                     zero_pages: 0,
+                    payload_bytes: 0,
                     has_deltas: false,
                     first_page: None,
                     last_block: None,

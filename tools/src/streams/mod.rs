@@ -113,6 +113,8 @@ pub struct Checkpoint {
     pub zero_pages: u64,
     /// Bytes that the primary sends for it, on all connections.
     pub bytes: u64,
+    /// Those of them that hold the content of pages, compressed or not.
+    pub payload_bytes: u64,
     /// When the request came, since the start of the capture.
     pub at: Duration,
 }
@@ -274,6 +276,7 @@ impl Streams {
                 syncs: on_main.markers - markers,
                 pages: on_main.pages,
                 zero_pages: on_main.zero_pages,
+                payload_bytes: on_main.payload_bytes,
                 bytes: (on_main.request.len() + on_main.transfer.len()) as u64,
                 at: self
                     .main
@@ -287,6 +290,7 @@ impl Streams {
                     checkpoint.pages += u64::from(packet.normal);
                     checkpoint.zero_pages += u64::from(packet.zero);
                     checkpoint.bytes += channel.packet_bytes(number).len() as u64;
+                    checkpoint.payload_bytes += channel.payload(number).len() as u64;
                 }
             }
             markers = on_main.markers;
@@ -307,6 +311,17 @@ impl Streams {
     /// How pages are compressed; `None` if no channel carries a page with content.
     pub fn method(&self) -> Option<Method> {
         self.channels.iter().find_map(Channel::method)
+    }
+
+    /// How the session makes its pages smaller, as far as it shows: the method of the multifd channels, `xbzrle`, or
+    /// `none`.
+    pub fn compression(&self) -> &'static str {
+        let has_deltas = self.on_main.iter().any(|checkpoint| checkpoint.has_deltas);
+        match self.method() {
+            Some(method) => method.name(),
+            None if has_deltas => "xbzrle",
+            None => Method::None.name(),
+        }
     }
 
     /// When precopy began, since the start of the capture.

@@ -43,6 +43,7 @@ struct CaptureSummary {
     ram_bytes: u64,
     checkpoints: usize,
     bytes_per_checkpoint_mean: u64,
+    compression: &'static str,
 }
 
 #[derive(Debug, Serialize)]
@@ -83,6 +84,7 @@ impl Report {
         let options = serde_json::to_value(args).unwrap_or_default();
         let mut run = RunFile::new(&name, "replay", options.clone(), Clock::Primary, measured.started);
         run.secondary = secondary;
+        run.compression = Some(streams.compression().to_owned());
         run.notes = notes(args, streams, &measured, is_again);
         run.notes
             .extend(error.as_ref().map(|error| format!("it ended early: {error}")));
@@ -188,6 +190,7 @@ impl CaptureSummary {
             ram_bytes: streams.blocks.total_bytes(),
             checkpoints,
             bytes_per_checkpoint_mean: bytes / (checkpoints as u64).max(1),
+            compression: streams.compression(),
         }
     }
 }
@@ -238,11 +241,15 @@ impl fmt::Display for Report {
         writeln!(f, "{}", self.machine)?;
         writeln!(
             f,
-            "{}: {}, {} channels, {:.1} MiB a checkpoint; {} checkpoints in {} sessions\n",
+            "{}: {}, {} channels, {:.1} MiB a checkpoint{}; {} checkpoints in {} sessions\n",
             self.name,
             capture.machine_type,
             capture.channels,
             capture.bytes_per_checkpoint_mean as f64 / f64::from(1 << 20),
+            match capture.compression {
+                "none" => String::new(),
+                method => format!(" ({method})"),
+            },
             self.checkpoints,
             self.sessions
         )?;

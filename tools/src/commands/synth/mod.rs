@@ -6,6 +6,7 @@ use crate::capture_file::{CaptureInfo, CaptureWriter, Compression};
 use crate::net::Address;
 use crate::options::Size;
 use crate::output::{CommandError, ProgressLine, mebibytes, print, print_json, tell};
+use crate::page_compression::CompressionArgs;
 use crate::primary::{
     CheckpointReport, Content, Distribution, Figures, Pattern, Preset, SynthError, SynthOptions,
     SynthPrimary, Version,
@@ -15,7 +16,8 @@ use crate::signals;
 use clap::{ArgGroup, Args, ValueEnum};
 use colo_ring::host::Machine;
 use colo_ring::metrics::display_nanoseconds;
-use report::{CaptureReport, Described, LiveReport, SCHEMA, SCHEMA_VERSION, Schedule};
+use colo_ring::units::PAGE_BYTES;
+use report::{CaptureReport, Described, LiveReport, SCHEMA, SCHEMA_VERSION, Schedule, compressed};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -42,7 +44,7 @@ pub struct SynthArgs {
     #[arg(long, value_name = "FILE", conflicts_with = "run")]
     out: Option<PathBuf>,
 
-    /// Compression of the capture
+    /// Compression of the capture file's blocks, whatever the session's pages are compressed with
     #[arg(long, value_enum, default_value_t = Compression::None, requires = "out")]
     compress: Compression,
 
@@ -75,6 +77,13 @@ pub struct SynthArgs {
     /// What the other pages hold [default: random]
     #[arg(long, value_enum)]
     content: Option<Content>,
+
+    /// Pages that zlib and zstd make about so many times smaller, 1 to 16, instead of --content
+    #[arg(long, value_name = "R", conflicts_with = "content")]
+    ratio: Option<f64>,
+
+    #[command(flatten)]
+    compression: CompressionArgs,
 
     /// Milliseconds from when one checkpoint is due to when the next one is; 0 is --pace max [default: 100]
     #[arg(long, value_name = "MS")]
@@ -130,7 +139,7 @@ fn run_name(name: &str) -> Result<String, String> {
 /// # Errors
 /// If the options contradict themselves, or the session or a file fails.
 pub fn run(args: &SynthArgs) -> Result<ExitCode, CommandError> {
-    let options = args.options();
+    let options = args.options().map_err(CommandError::Usage)?;
     let refused = |error: SynthError| CommandError::Usage(error.to_string());
     options.check().map_err(refused)?;
     let machine = Machine::read();
@@ -163,7 +172,7 @@ pub fn run(args: &SynthArgs) -> Result<ExitCode, CommandError> {
 }
 
 impl SynthArgs {
-    fn options(&self) -> SynthOptions {
+    fn options(&self) -> Result<SynthOptions, String> {
         let base = match self.preset {
             Some(preset) => preset.options(self.qemu),
             None => SynthOptions {
@@ -175,19 +184,22 @@ impl SynthArgs {
             Some(Pace::Max) => Some(Duration::ZERO),
             None => self.interval.map(Duration::from_millis),
         };
-        SynthOptions {
+        let channels = self.channels.unwrap_or(base.channels);
+        let content = self.ratio.map(Content::Ratio).or(self.content);
+        Ok(SynthOptions {
             ram_bytes: self.ram.map_or(base.ram_bytes, |size| size.0),
-            channels: self.channels.unwrap_or(base.channels),
+            channels,
+            compression: self.compression.check(channels)?,
             dirty_pages: self.pages.unwrap_or(base.dirty_pages),
             pattern: self.pattern.unwrap_or(base.pattern),
             zero_share: self.zero.unwrap_or(base.zero_share),
-            content: self.content.unwrap_or(base.content),
+            content: content.unwrap_or(base.content),
             interval: interval.unwrap_or(base.interval),
             checkpoints: self.checkpoints.unwrap_or(base.checkpoints),
             closed_loop: self.closed_loop,
             seed: self.seed,
             ..base
-        }
+        })
     }
 }
 
@@ -206,6 +218,7 @@ impl Command<'_> {
         let mut primary = SynthPrimary::connect(address, &self.options).map_err(CommandError::failed)?;
         let name = self.args.name.clone().unwrap_or_else(|| address.to_string());
         let mut run = RunFile::new(&name, "synth", self.echo()?, Clock::Primary, started);
+        run.compression = Some(self.options.compression.to_string());
         let mut figures = Figures::new(self.schedule() == Schedule::OpenLoop);
         let taken = self.take(&mut primary, &mut figures, |figures, report| {
             if self.args.run.is_some() {
@@ -233,6 +246,8 @@ impl Command<'_> {
             pages: figures.pages,
             zero_pages: figures.zero_pages,
             bytes: figures.bytes,
+            page_bytes: figures.pages * PAGE_BYTES,
+            payload_bytes: figures.payload_bytes,
             phases: figures.phases(),
             own_delay: figures.own_delay(),
             warnings,
@@ -272,18 +287,21 @@ impl Command<'_> {
             pages: figures.pages,
             zero_pages: figures.zero_pages,
             bytes: figures.bytes,
+            page_bytes: figures.pages * PAGE_BYTES,
+            payload_bytes: figures.payload_bytes,
         };
         if self.args.json {
             print_json(&report)?;
         } else {
             print(&format!(
-                "{}: {}\n{} checkpoints: {} pages, {} zero pages, {:.1} MiB on the wire; the file has {:.1} MiB\n",
+                "{}: {}\n{} checkpoints: {} pages, {} zero pages, {:.1} MiB on the wire{}; the file has {:.1} MiB\n",
                 path.display(),
                 report.options,
                 report.checkpoints,
                 report.pages,
                 report.zero_pages,
                 mebibytes(report.bytes),
+                compressed(&report.options, report.page_bytes, report.payload_bytes),
                 mebibytes(length),
             ))?;
         }
@@ -335,6 +353,7 @@ impl Command<'_> {
             pattern: options.pattern,
             zero_share: options.zero_share,
             content: options.content,
+            compression: options.compression,
             interval_ms: options.interval.as_millis(),
             schedule: self.schedule(),
             checkpoints: options.checkpoints,

@@ -2,6 +2,7 @@
 
 use crate::options::Size;
 use crate::output::{mebibytes, table};
+use crate::page_compression::PageCompression;
 use crate::primary::{Content, Distribution, OwnDelay, Pattern, PhaseFigures, Preset, Version};
 use colo_ring::host::Machine;
 use colo_ring::metrics::{display_nanoseconds, with_suffix};
@@ -28,6 +29,8 @@ pub(super) struct Described {
     pub(super) pattern: Pattern,
     pub(super) zero_share: f64,
     pub(super) content: Content,
+    #[serde(flatten)]
+    pub(super) compression: PageCompression,
     pub(super) interval_ms: u128,
     pub(super) schedule: Schedule,
     pub(super) checkpoints: u64,
@@ -48,6 +51,9 @@ pub(super) struct LiveReport {
     pub(super) pages: u64,
     pub(super) zero_pages: u64,
     pub(super) bytes: u64,
+    /// Content of pages, before it was compressed and on the wire.
+    pub(super) page_bytes: u64,
+    pub(super) payload_bytes: u64,
     pub(super) phases: Vec<PhaseFigures>,
     pub(super) own_delay: OwnDelay,
     pub(super) warnings: Vec<String>,
@@ -65,6 +71,9 @@ pub(super) struct CaptureReport<'a> {
     pub(super) pages: u64,
     pub(super) zero_pages: u64,
     pub(super) bytes: u64,
+    /// Content of pages, before it was compressed and on the wire.
+    pub(super) page_bytes: u64,
+    pub(super) payload_bytes: u64,
 }
 
 pub(super) const SCHEMA: &str = "colo-ring.synth";
@@ -83,6 +92,9 @@ impl fmt::Display for Described {
             self.zero_share * 100.0,
             self.content,
         )?;
+        if self.compression.is_some() {
+            write!(f, "compressed with {}; ", self.compression)?;
+        }
         match self.schedule {
             Schedule::OpenLoop => write!(f, "every {} ms, open loop", self.interval_ms)?,
             Schedule::ClosedLoop => write!(f, "every {} ms, closed loop", self.interval_ms)?,
@@ -90,6 +102,19 @@ impl fmt::Display for Described {
         }
         write!(f, "; seed {}", self.seed)
     }
+}
+
+/// How much compression has made of the pages, in words that follow the bytes on the wire.
+pub(super) fn compressed(options: &Described, page_bytes: u64, payload_bytes: u64) -> String {
+    if !options.compression.is_some() {
+        return String::new();
+    }
+    format!(
+        ", {:.1} MiB of pages in {:.1} MiB of payload ({:.2} to 1)",
+        mebibytes(page_bytes),
+        mebibytes(payload_bytes),
+        page_bytes as f64 / payload_bytes.max(1) as f64
+    )
 }
 
 impl LiveReport {
@@ -112,7 +137,7 @@ impl LiveReport {
             }
         };
         let mut text = format!(
-            "{}\n{}: {}\nprecopy in {}\n\n{}\n{} pages, {} zero pages, {:.1} MiB\nreply: REQUEST to REPLY. {counted}\n",
+            "{}\n{}: {}\nprecopy in {}\n\n{}\n{} pages, {} zero pages, {:.1} MiB{}\nreply: REQUEST to REPLY. {counted}\n",
             self.machine,
             self.to,
             self.options,
@@ -121,6 +146,7 @@ impl LiveReport {
             self.pages,
             self.zero_pages,
             mebibytes(self.bytes),
+            compressed(&self.options, self.page_bytes, self.payload_bytes),
         );
         if let Some(prefix) = run {
             text.push_str(&format!("run: {}\n", with_suffix(prefix, ".run.json").display()));

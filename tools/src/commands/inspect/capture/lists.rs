@@ -2,10 +2,12 @@
 
 use super::super::elements::{self, Element};
 use super::super::{ChannelFilter, InspectArgs};
+use super::session::ratio;
 use super::{duration_or_dash, number_or_dash, time};
 use crate::output::{CommandError, Lines, printable, tell};
 use crate::streams::{Channel, Packet, Streams};
 use crate::units::nanoseconds;
+use colo_ring::units::PAGE_BYTES;
 use colo_ring::wire::multifd::{HEADER_LEN, PacketHeader};
 use serde::Serialize;
 use std::time::Duration;
@@ -22,6 +24,9 @@ pub(super) struct CheckpointItem {
     pub(super) pages: u64,
     pub(super) zero_pages: u64,
     pub(super) bytes: u64,
+    /// Content of its pages on the wire, and how many times larger it is in memory.
+    pub(super) payload_bytes: u64,
+    pub(super) ratio: Option<f64>,
     pub(super) device_state_bytes: usize,
     pub(super) syncs: u64,
     /// From VMSTATE_SEND.
@@ -77,6 +82,8 @@ pub(super) fn checkpoint_items(streams: &Streams) -> Vec<CheckpointItem> {
             pages: checkpoint.pages,
             zero_pages: checkpoint.zero_pages,
             bytes: checkpoint.bytes,
+            payload_bytes: checkpoint.payload_bytes,
+            ratio: ratio(checkpoint.pages * PAGE_BYTES, checkpoint.payload_bytes),
             device_state_bytes: checkpoint.device_state.len(),
             syncs: checkpoint.syncs,
             received_ns: since(answers.and_then(|answers| answers.received)),
@@ -88,8 +95,8 @@ pub(super) fn checkpoint_items(streams: &Streams) -> Vec<CheckpointItem> {
 
 pub(super) fn list_checkpoints(args: &InspectArgs, streams: &Streams) -> Result<(), CommandError> {
     let mut lines = Lines::new(args.json, &args.inspection("capture", ()), "checkpoints")?;
-    let head = "checkpoint|at|gap|main byte|pages|zero|bytes|device state|syncs|received|loaded";
-    lines.head(head, &[10, 11, 9, 12, 8, 8, 12, 12, 5, 9, 9])?;
+    let head = "checkpoint|at|gap|main byte|pages|zero|bytes|ratio|device state|syncs|received|loaded";
+    lines.head(head, &[10, 11, 9, 12, 8, 8, 12, 6, 12, 5, 9, 9])?;
     for item in checkpoint_items(streams) {
         if !args.wants_checkpoint(Some(item.checkpoint)) {
             continue;
@@ -103,6 +110,8 @@ pub(super) fn list_checkpoints(args: &InspectArgs, streams: &Streams) -> Result<
                 item.pages.to_string(),
                 item.zero_pages.to_string(),
                 item.bytes.to_string(),
+                item.ratio
+                    .map_or_else(|| "-".to_owned(), |ratio| format!("{ratio:.2}")),
                 item.device_state_bytes.to_string(),
                 item.syncs.to_string(),
                 duration_or_dash(item.received_ns),

@@ -5,7 +5,10 @@ use super::lists::{CheckpointItem, checkpoint_items};
 use crate::capture_file::ConnectionId;
 use crate::output::printable;
 use crate::streams::{Channel, Streams};
+use colo_ring::units::PAGE_BYTES;
+use colo_ring::wire::codec::Method;
 use serde::Serialize;
+use std::fmt;
 
 /// The session in it.
 #[derive(Serialize)]
@@ -15,9 +18,12 @@ pub(super) struct SessionOverview {
     channels: Vec<ChannelOverview>,
     blocks: Vec<BlockOverview>,
     checkpoints: usize,
+    compression: &'static str,
     pages: u64,
     zero_pages: u64,
     bytes: u64,
+    payload_bytes: u64,
+    ratio: Option<f64>,
     /// Durations that half of the checkpoints exceed, by the capture's clock.
     interval_p50_ns: Option<u64>,
     loaded_p50_ns: Option<u64>,
@@ -30,6 +36,21 @@ struct ChannelOverview {
     connection: ConnectionId,
     packets: usize,
     syncs: u64,
+    /// Of the pages of all its packets, precopy included.
+    #[serde(flatten)]
+    content: PageBytes,
+}
+
+/// What compression has made of pages.
+#[derive(Serialize)]
+struct PageBytes {
+    /// How pages are compressed; none where there is no page with content.
+    method: Option<&'static str>,
+    /// Content of pages, before compression and on the wire.
+    page_bytes: u64,
+    payload_bytes: u64,
+    /// Of the two; none without pages.
+    ratio: Option<f64>,
 }
 
 #[derive(Serialize)]
@@ -45,9 +66,11 @@ impl SessionOverview {
             connection: channel.connection.id,
             packets: channel.packets().len(),
             syncs: channel.syncs(),
+            content: PageBytes::of(channel),
         };
         let items = checkpoint_items(streams);
         let sum = |value: fn(&CheckpointItem) -> u64| items.iter().map(value).sum();
+        let (pages, payload_bytes) = (sum(|item| item.pages), sum(|item| item.payload_bytes));
         Self {
             machine_type: streams.machine_type.clone(),
             main: streams.main.id,
@@ -61,9 +84,12 @@ impl SessionOverview {
                 })
                 .collect(),
             checkpoints: items.len(),
-            pages: sum(|item| item.pages),
+            compression: streams.compression(),
+            pages,
             zero_pages: sum(|item| item.zero_pages),
             bytes: sum(|item| item.bytes),
+            payload_bytes,
+            ratio: ratio(pages * PAGE_BYTES, payload_bytes),
             interval_p50_ns: median(items.iter().filter_map(|item| item.gap_ns)),
             loaded_p50_ns: median(items.iter().filter_map(|item| item.loaded_ns)),
             notes: streams.notes.clone(),
@@ -79,8 +105,8 @@ impl SessionOverview {
         );
         for channel in &self.channels {
             text.push_str(&format!(
-                "  channel {} on connection {}: {} packets, {} syncs\n",
-                channel.channel, channel.connection, channel.packets, channel.syncs
+                "  channel {} on connection {}: {} packets, {} syncs{}\n",
+                channel.channel, channel.connection, channel.packets, channel.syncs, channel.content
             ));
         }
         for block in &self.blocks {
@@ -91,11 +117,16 @@ impl SessionOverview {
             ));
         }
         text.push_str(&format!(
-            "{} checkpoints with {} pages, {} zero pages, {} bytes; medians: interval {}, loaded {}\n",
+            "{} checkpoints with {} pages, {} zero pages, {} bytes{}; medians: interval {}, loaded {}\n",
             self.checkpoints,
             self.pages,
             self.zero_pages,
             self.bytes,
+            match self.ratio {
+                Some(ratio) if self.compression != Method::None.name() =>
+                    format!(", pages by {} {ratio:.2} to 1", self.compression),
+                _ => String::new(),
+            },
             duration_or_dash(self.interval_p50_ns),
             duration_or_dash(self.loaded_p50_ns),
         ));
@@ -104,6 +135,46 @@ impl SessionOverview {
         }
         text
     }
+}
+
+impl PageBytes {
+    fn of(channel: &Channel) -> Self {
+        let pages: u64 = channel
+            .packets()
+            .iter()
+            .map(|packet| u64::from(packet.normal))
+            .sum();
+        let payloads = (0..channel.packets().len()).map(|number| channel.payload(number).len() as u64);
+        let payload_bytes = payloads.sum();
+        Self {
+            method: channel.method().map(Method::name),
+            page_bytes: pages * PAGE_BYTES,
+            payload_bytes,
+            ratio: ratio(pages * PAGE_BYTES, payload_bytes),
+        }
+    }
+}
+
+/// In words that follow others; none where nothing is compressed.
+impl fmt::Display for PageBytes {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let (Some(method), Some(ratio)) = (self.method, self.ratio) else {
+            return Ok(());
+        };
+        if method == Method::None.name() {
+            return Ok(());
+        }
+        let (pages, payload) = (self.page_bytes, self.payload_bytes);
+        write!(
+            f,
+            "; {method}: {pages} bytes of pages in {payload}, {ratio:.2} to 1"
+        )
+    }
+}
+
+/// How many times larger pages are than their content on the wire.
+pub(super) fn ratio(page_bytes: u64, payload_bytes: u64) -> Option<f64> {
+    (payload_bytes > 0).then(|| page_bytes as f64 / payload_bytes as f64)
 }
 
 fn median(values: impl Iterator<Item = u64>) -> Option<u64> {
