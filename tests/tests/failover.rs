@@ -329,7 +329,7 @@ fn what_fails_leaves_the_checkpoint_there() {
         ("tcp:127.0.0.1:1", None, "cannot connect to"),
         ("file:relative", None, "not an absolute path"),
         ("file:/nonexistent/stream", None, "No such file"),
-        ("fd:3", None, "is no place for a stream"),
+        ("fd:3", None, "is no destination of a stream"),
         (
             "file:/nonexistent/stream",
             Some("pc.rom"),
