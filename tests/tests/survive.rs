@@ -241,7 +241,7 @@ fn what_cannot_be_used_is_told() {
     let before = directory.files();
     let receiver = directory.start(&[]);
     receiver.wait_for_log("session-4.* cannot be used and stay as they are: there is no commit record");
-    receiver.wait_for_log("it is no commit record of a receiver");
+    receiver.wait_for_log("it is not a commit record of a receiver");
     receiver.wait_for_log("session-6.* cannot be used");
     assert_eq!(directory.files(), before);
     let session = receiver.protect();
@@ -254,5 +254,5 @@ fn a_mirror_says_that_it_does_not_last() {
     let directory = RamDirectory::new();
     let receiver = directory.start(&["--cache", "mirror"]);
     let _ = receiver.protect();
-    receiver.wait_for_log("its checkpoints do not outlive this receiver");
+    receiver.wait_for_log("do not outlive this receiver");
 }
