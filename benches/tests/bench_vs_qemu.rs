@@ -157,6 +157,44 @@ fn a_receiver_of_another_build_takes_turns_beside_it() {
 }
 
 #[test]
+fn compressed_sessions_are_measured_beside_the_decoders_alone() {
+    let _turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
+    let scratch = Scratch::new();
+    let args = "--synth --captures 5M-zstd,5M-zlib --spacings 0 --secondaries uring --n 16 --rounds 2 --keep-disturbed";
+    let args: Vec<_> = args.split_whitespace().collect();
+    let output = bench(&scratch, &args).output().expect("the program");
+    assert!(output.status.success(), "{}", said(&output));
+    let out = PathBuf::from(scratch.file("out"));
+    let results = json(&out.join("results.json"));
+    for (cell, method) in results["cells"]
+        .as_array()
+        .expect("a list")
+        .iter()
+        .zip(["zstd", "zlib"])
+    {
+        assert_eq!(cell["capture"], format!("5 MiB, {method} level 1"));
+        let secondaries = cell["secondaries"].as_array().expect("a list");
+        let decoders = secondaries.last().expect("some");
+        assert_eq!(decoders["secondary"], "decoders");
+        assert!(
+            decoders["cpu_s_per_gib"].as_f64().expect("a number") > 0.0,
+            "{decoders}"
+        );
+        for secondary in secondaries {
+            assert_eq!(secondary["checkpoints"], 16, "{secondary}");
+            assert!(secondary["phases"][0]["p50_ns"].as_u64().expect("a number") > 0);
+        }
+        let run = json(&out.join(format!("5M-{method}-every-0ms/decoders.run.json")));
+        assert_eq!(run["compression"], method);
+    }
+    let table = fs::read_to_string(out.join("table.txt")).expect("a table");
+    assert!(
+        table.contains("loaded p50 to the decoders alone: colo-ring "),
+        "{table}"
+    );
+}
+
+#[test]
 fn what_it_would_do_is_told_and_nonsense_is_refused() {
     let scratch = Scratch::new();
     let output = bench(&scratch, &["--dry-run"]).output().expect("the program");

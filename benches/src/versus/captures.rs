@@ -13,6 +13,8 @@ use std::time::Duration;
 /// Raised when captures are made differently, so that older ones are made anew.
 const RECIPE: u32 = 1;
 const ATTEMPTS: u32 = 3;
+/// Checkpoints of a capture: the test guest's are far apart, and an emulated primary compresses slowly.
+const CAPTURE_LIMIT: Duration = Duration::from_secs(600);
 const LIMIT: Duration = Duration::from_secs(120);
 /// All of a synthetic guest's memory goes through its precopy.
 const SYNTH_RAM: &str = "256M";
@@ -123,11 +125,11 @@ impl<'a> Captures<'a> {
             channels: shape.channels,
             checkpoint_delay_ms: u32::try_from(shape.delay().as_millis()).unwrap_or(u32::MAX),
             zero_page_detection: None,
-            compression: None,
+            compression: shape.compression,
         };
         primary.end_precopy_early()?;
         primary.protect(&before, &protection)?;
-        primary.wait_checkpoints(shape.captured_checkpoints(), LIMIT)?;
+        primary.wait_checkpoints(shape.captured_checkpoints(), CAPTURE_LIMIT)?;
         primary.check_guest()?;
         // Between two checkpoints, as one has just ended: the capture ends with a whole one.
         drop(primary);
@@ -174,6 +176,17 @@ impl<'a> Captures<'a> {
             ("--interval", shape.delay().as_millis().to_string()),
             ("--out", out.display().to_string()),
         ];
+        let compressed = shape.compression.map(|compression| {
+            let (method, level) = compression.method_and_level();
+            // As the test guest's pages are.
+            [
+                ("--ratio", "3".to_owned()),
+                ("--compression", method.to_owned()),
+                ("--compression-level", level.to_string()),
+            ]
+        });
+        let options = options.into_iter().chain(compressed.into_iter().flatten());
+        let options: Vec<_> = options.collect();
         let words = options.iter().flat_map(|(name, value)| [*name, value]);
         Child::start(["synth"].into_iter().chain(words), &self.lab.file("synth.log"))?.wait(LIMIT)
     }

@@ -67,7 +67,7 @@ pub struct Turns {
 pub struct CellResult {
     /// Which.
     pub cell: Cell,
-    /// Every secondary of the plan, in its order.
+    /// Every secondary of the plan that takes part, in its order.
     pub turns: Vec<Turns>,
 }
 
@@ -81,14 +81,15 @@ pub fn measure(
     play: &dyn Play,
     mut progress: impl FnMut(&str),
 ) -> Result<CellResult, LabError> {
-    let mut all: Vec<_> = plan.secondaries.iter().map(Turns::new).collect();
-    let rounds_max = plan.rounds + plan.rounds.div_ceil(EXTRA_ROUNDS_DIVISOR);
+    let mut all: Vec<_> = plan.secondaries_in(cell).map(Turns::new).collect();
+    let rounds = plan.rounds_in(cell);
+    let rounds_max = rounds + rounds.div_ceil(EXTRA_ROUNDS_DIVISOR);
     let lacks = |turns: &Turns| turns.failed.is_none() && turns.checkpoints() < plan.checkpoints;
     for round in 0..rounds_max {
-        if round >= plan.rounds && !all.iter().any(lacks) {
+        if round >= rounds && !all.iter().any(lacks) {
             break;
         }
-        for secondary in plan.order(round) {
+        for secondary in plan.order(cell, round) {
             let turns = all.iter_mut().find(|turns| turns.secondary == *secondary);
             let turns = turns.expect("every secondary has its turns");
             if turns.failed.is_some() {
@@ -104,7 +105,7 @@ pub fn measure(
                 secondary,
                 cell,
                 round,
-                checkpoints: plan.session_checkpoints() + WARM_UP_CHECKPOINTS,
+                checkpoints: plan.session_checkpoints_in(cell) + WARM_UP_CHECKPOINTS,
             };
             match play.session(&turn) {
                 Ok(session) => turns.add(session, round, plan.keep_disturbed),

@@ -7,6 +7,7 @@
 
 mod captures;
 mod contest;
+mod decoders;
 mod figures;
 mod live;
 mod memory;

@@ -20,7 +20,9 @@ const ROUNDS: u64 = 6;
 /// What to measure, and how.
 #[derive(Clone, Debug, Args, Serialize)]
 pub struct Options {
-    /// Captures: names like 30M-plain, loads (idle, 5M, 30M, 160M) or modes (multifd-4, plain) [default: all eight]
+    /// Captures: names like 30M-plain, loads (idle, 5M, 30M, 160M) or modes (multifd-4, plain) [default: all eight
+    /// of these]; compressed at level 1: 5M-zstd, 40M-zstd, 5M-zlib, 40M-zlib, or zstd and zlib. Beside these the
+    /// decoders alone take turns, on two threads and in memory
     #[arg(long, value_name = "LIST", value_delimiter = ',')]
     captures: Vec<String>,
 
@@ -129,6 +131,10 @@ impl Options {
         } else {
             self.cells()?
         };
+        if cells.iter().any(|cell| cell.shape.compression.is_some()) {
+            // The last, as some cells do without.
+            secondaries.push(Secondary::decoders());
+        }
         let (checkpoints, rounds) = if self.quick { QUICK } else { (CHECKPOINTS, ROUNDS) };
         let checkpoints = self.n.unwrap_or(checkpoints);
         Ok(Plan {
@@ -194,7 +200,8 @@ impl Options {
 }
 
 fn known_captures() -> String {
-    format!("there are {}", Shape::ALL.map(|shape| shape.name()).join(", "))
+    let names: Vec<_> = Shape::every().map(|shape| shape.name()).collect();
+    format!("there are {}", names.join(", "))
 }
 
 fn known_secondaries() -> String {
@@ -272,6 +279,17 @@ mod tests {
                 .all(|one| one.name.starts_with("epoll"))
         );
         assert_eq!((plan.checkpoints, plan.rounds), (1, 1));
+    }
+
+    #[test]
+    fn beside_compressed_sessions_stand_the_decoders() {
+        let plan = plan("--captures zstd,5M-zlib --spacings 0 --secondaries qemu").unwrap();
+        let cells: Vec<_> = plan.cells.iter().map(Cell::name).collect();
+        assert_eq!(
+            cells,
+            ["5M-zstd-every-0ms", "40M-zstd-every-0ms", "5M-zlib-every-0ms"]
+        );
+        assert!(plan.secondaries.last().unwrap().is_decoders());
     }
 
     #[test]

@@ -62,11 +62,34 @@ impl Plan {
         self.checkpoints.div_ceil(self.rounds)
     }
 
+    /// Measured checkpoints of one session in that cell: no more than the capture has where it cannot be repeated.
+    #[must_use]
+    pub fn session_checkpoints_in(&self, cell: Cell) -> u64 {
+        let captured = cell.shape.captured_checkpoints() as u64;
+        match cell.shape.compression {
+            None => self.session_checkpoints(),
+            Some(_) => self.session_checkpoints().min(captured - WARM_UP_CHECKPOINTS),
+        }
+    }
+
+    /// Sessions of each secondary in that cell.
+    #[must_use]
+    pub fn rounds_in(&self, cell: Cell) -> u64 {
+        let needed = self.checkpoints.div_ceil(self.session_checkpoints_in(cell));
+        self.rounds.max(needed)
+    }
+
+    /// Who takes turns in that cell.
+    pub fn secondaries_in(&self, cell: Cell) -> impl Iterator<Item = &Secondary> {
+        let takes_part = move |one: &&Secondary| cell.shape.compression.is_some() || !one.is_decoders();
+        self.secondaries.iter().filter(takes_part)
+    }
+
     /// The secondaries in the order of one round: each round begins with another one, and every other round goes
     /// backwards, so that none always follows the same one.
     #[must_use]
-    pub fn order(&self, round: u64) -> Vec<&Secondary> {
-        let mut order: Vec<_> = self.secondaries.iter().collect();
+    pub fn order(&self, cell: Cell, round: u64) -> Vec<&Secondary> {
+        let mut order: Vec<_> = self.secondaries_in(cell).collect();
         let count = u64::try_from(order.len()).unwrap_or(1).max(1);
         order.rotate_left(usize::try_from(round % count).unwrap_or(0));
         if round % 2 == 1 {
@@ -81,7 +104,7 @@ impl Plan {
         let turns = self
             .cells
             .iter()
-            .flat_map(|cell| self.secondaries.iter().map(move |one| (cell, one)));
+            .flat_map(|cell| self.secondaries_in(*cell).map(move |one| (cell, one)));
         turns
             .map(|(cell, secondary)| self.estimate_of(*cell, secondary))
             .sum()
@@ -100,8 +123,9 @@ impl Plan {
         let checkpoint = Duration::from_micros(500) + Duration::from_micros(500) * mib + stalls;
         // Start, precopy, reading of the capture, end.
         let around = Duration::from_millis(1500) + Duration::from_millis(15) * mib;
-        let checkpoints = u32::try_from(self.session_checkpoints() + WARM_UP_CHECKPOINTS).unwrap_or(u32::MAX);
-        let rounds = u32::try_from(self.rounds).unwrap_or(u32::MAX);
+        let checkpoints =
+            u32::try_from(self.session_checkpoints_in(cell) + WARM_UP_CHECKPOINTS).unwrap_or(u32::MAX);
+        let rounds = u32::try_from(self.rounds_in(cell)).unwrap_or(u32::MAX);
         (around + checkpoint.max(cell.spacing) * checkpoints) * rounds
     }
 }
@@ -128,17 +152,37 @@ mod tests {
         let plan = plan(6);
         let count = plan.secondaries.len();
         let first: Vec<_> = (0..count as u64)
-            .map(|round| &plan.order(round)[0].name)
+            .map(|round| &plan.order(plan.cells[0], round)[0].name)
             .collect();
         let mut followers = std::collections::BTreeSet::new();
         for round in 0..count as u64 {
-            let order = plan.order(round);
+            let order = plan.order(plan.cells[0], round);
             assert_eq!(order.len(), count);
             let qemu = order.iter().position(|one| one.is_qemu()).unwrap();
             followers.insert(&order[(qemu + 1) % count].name);
         }
         assert!(first.iter().collect::<std::collections::BTreeSet<_>>().len() > 1);
         assert!(followers.len() > 1, "{followers:?}");
+    }
+
+    #[test]
+    fn a_compressed_capture_is_not_repeated() {
+        let compressed = Cell {
+            shape: Shape::COMPRESSED[0],
+            spacing: Duration::ZERO,
+        };
+        let mut plan = plan(2);
+        plan.secondaries.push(Secondary::decoders());
+        assert_eq!(plan.session_checkpoints_in(plan.cells[0]), 150);
+        assert_eq!(
+            (
+                plan.session_checkpoints_in(compressed),
+                plan.rounds_in(compressed)
+            ),
+            (53, 6)
+        );
+        let decode = |cell| plan.secondaries_in(cell).filter(|one| one.is_decoders()).count();
+        assert_eq!((decode(plan.cells[0]), decode(compressed)), (0, 1));
     }
 
     #[test]

@@ -2,6 +2,7 @@
 
 use super::captures::Captures;
 use super::contest::{Play, Session, TurnOf};
+use super::decoders;
 use super::process::Child;
 use super::secondary::StartOptions;
 use colo_ring::metrics::with_suffix;
@@ -38,8 +39,11 @@ impl Play for Replays<'_> {
 
     fn session(&self, turn: &TurnOf<'_>) -> Result<Session, LabError> {
         let prefix = session_prefix(self.out, turn)?;
-        let running = turn.secondary.start(&self.start, turn.cell.shape)?;
         let capture = self.captures.file(turn.cell.shape);
+        if turn.secondary.is_decoders() {
+            return decoders::session(&capture, turn, &prefix);
+        }
+        let running = turn.secondary.start(&self.start, turn.cell.shape)?;
         let pace = match turn.cell.spacing.as_millis() {
             0 => vec!["--pace".to_owned(), "max".to_owned()],
             // A secondary that needs longer than the spacing is measured, too.

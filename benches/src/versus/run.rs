@@ -128,7 +128,7 @@ fn warm_up(plan: &Plan, play: &dyn Play) -> Result<(), LabError> {
         return Ok(());
     };
     let mut line = ProgressLine::new(true);
-    for secondary in &plan.secondaries {
+    for secondary in plan.secondaries_in(*cell) {
         line.show(&format!("warming up: {}", secondary.name));
         let turn = TurnOf {
             secondary,

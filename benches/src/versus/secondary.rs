@@ -32,6 +32,9 @@ pub struct Secondary {
     other_build: Option<PathBuf>,
 }
 
+/// The name of the decoders alone.
+pub(super) const DECODERS: &str = "decoders";
+
 /// Ends the name of a secondary of another build.
 const OTHER: &str = "@other";
 
@@ -40,6 +43,8 @@ enum Kind {
     Qemu,
     Sink,
     Ring(RingOptions),
+    /// No secondary: see [`super::decoders`].
+    Decoders,
 }
 
 /// The options of `colo-ring receive` that are compared, as they are typed.
@@ -120,6 +125,22 @@ impl Secondary {
         }
     }
 
+    /// The decoders alone, in this process: the limit of every secondary of sessions that are compressed.
+    #[must_use]
+    pub fn decoders() -> Self {
+        Self {
+            name: DECODERS.to_owned(),
+            kind: Kind::Decoders,
+            other_build: None,
+        }
+    }
+
+    /// Whether it is the decoders alone.
+    #[must_use]
+    pub fn is_decoders(&self) -> bool {
+        self.kind == Kind::Decoders
+    }
+
     /// The same receiver of another build, `NAME@other`. None if it is no receiver.
     #[must_use]
     pub fn of_other_build(&self, command: &Path) -> Option<Self> {
@@ -154,7 +175,7 @@ impl Secondary {
     pub fn title(&self, qemu: &str) -> String {
         match &self.kind {
             Kind::Qemu => qemu.to_owned(),
-            Kind::Sink => self.name.clone(),
+            Kind::Sink | Kind::Decoders => self.name.clone(),
             Kind::Ring(_) => format!("colo-ring {}", self.name),
         }
     }
@@ -181,10 +202,19 @@ impl Secondary {
                 let mut machine = shape.machine(shape.delay(), 100);
                 machine.prealloc = true;
                 let mut qemu = Qemu::start_incoming(lab, "own-secondary", &machine)?;
+                if let Some(compression) = shape.compression {
+                    qemu.expect_compression(compression)?;
+                }
                 qemu.be_secondary(&address, shape.channels)?;
                 Process::Qemu(qemu)
             }
             Kind::Sink => Process::Sink(start_sink(lab, &address, shape)?),
+            Kind::Decoders => {
+                return Err(LabError::Ended {
+                    what: "the decoders alone".into(),
+                    detail: "they take no session of a primary".into(),
+                });
+            }
             Kind::Ring(options) => {
                 let command = self.other_build.clone().map_or_else(command_under_test, Ok)?;
                 Process::Ring(options.start(command, lab, &address, shape, cores)?)

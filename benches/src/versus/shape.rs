@@ -1,6 +1,6 @@
 //! What the captured sessions are like: how much a checkpoint carries, and how.
 
-use colo_ring_tests::lab::{Guest, Machine, TestGuest};
+use colo_ring_tests::lab::{Compression, Content, Guest, Machine, TestGuest};
 use std::fmt;
 use std::time::Duration;
 
@@ -17,10 +17,23 @@ pub struct Shape {
     pub mib: u32,
     /// multifd channels; 0 is plain mode.
     pub channels: u8,
+    /// How the channels compress.
+    pub compression: Option<Compression>,
 }
 
+/// Channels of sessions that are compressed.
+const COMPRESSED_CHANNELS: u8 = 4;
+
 impl Shape {
-    /// Those that are measured.
+    /// Those that are measured when asked for: their pages compress to about a third.
+    pub const COMPRESSED: [Self; 4] = [
+        Self::compressed(5, Compression::Zstd(1)),
+        Self::compressed(40, Compression::Zstd(1)),
+        Self::compressed(5, Compression::Zlib(1)),
+        Self::compressed(40, Compression::Zlib(1)),
+    ];
+
+    /// Those that are measured unless others are asked for.
     pub const ALL: [Self; 8] = [
         Self::new(0, 4),
         Self::new(5, 4),
@@ -35,14 +48,36 @@ impl Shape {
     /// A kind.
     #[must_use]
     pub const fn new(mib: u32, channels: u8) -> Self {
-        Self { mib, channels }
+        Self {
+            mib,
+            channels,
+            compression: None,
+        }
     }
 
-    /// Those that a word names: a whole name like `30M-plain`, a load like `30M`, or a mode like `plain`.
+    /// A kind whose channels compress.
+    #[must_use]
+    pub const fn compressed(mib: u32, compression: Compression) -> Self {
+        Self {
+            compression: Some(compression),
+            ..Self::new(mib, COMPRESSED_CHANNELS)
+        }
+    }
+
+    /// All there are.
+    pub fn every() -> impl Iterator<Item = Self> {
+        Self::ALL.into_iter().chain(Self::COMPRESSED)
+    }
+
+    /// Those that a word names: a whole name like `30M-plain`, a load like `30M` of sessions that are not compressed,
+    /// or a mode like `plain` or `zstd`.
     #[must_use]
     pub fn named(word: &str) -> Vec<Self> {
-        let meant = |shape: &Self| [shape.name(), shape.load(), shape.mode()].contains(&word.to_owned());
-        Self::ALL.into_iter().filter(meant).collect()
+        let meant = |shape: &Self| {
+            let is_load = shape.compression.is_none() && shape.load() == word;
+            is_load || shape.name() == word || shape.mode() == word
+        };
+        Self::every().filter(meant).collect()
     }
 
     /// Its name in options and files.
@@ -63,9 +98,10 @@ impl Shape {
     /// How it carries it.
     #[must_use]
     pub fn mode(&self) -> String {
-        match self.channels {
-            0 => "plain".to_owned(),
-            channels => format!("multifd-{channels}"),
+        match (self.compression, self.channels) {
+            (Some(compression), _) => compression.method_and_level().0.to_owned(),
+            (None, 0) => "plain".to_owned(),
+            (None, channels) => format!("multifd-{channels}"),
         }
     }
 
@@ -75,10 +111,12 @@ impl Shape {
         u64::from(self.mib * PAGES_PER_MIB)
     }
 
-    /// Checkpoints to capture: replays repeat them. Few where they are large, as a replay holds them in memory.
+    /// Checkpoints to capture: replays repeat them, but those that are compressed, in one stream for the session. Few
+    /// where they are large, as a replay holds them in memory.
     #[must_use]
     pub fn captured_checkpoints(&self) -> usize {
         match self.mib {
+            _ if self.compression.is_some() => 56,
             0..=9 => 10,
             10..=99 => 8,
             _ => 4,
@@ -107,6 +145,10 @@ impl Shape {
                 TestGuest {
                     rate_pages_per_s: u32::try_from(rate).unwrap_or(u32::MAX),
                     region_mib: REGION_MIB,
+                    content: match self.compression {
+                        None => Content::Incompressible,
+                        Some(_) => Content::Compressible,
+                    },
                     ..TestGuest::idle()
                 }
             }
@@ -120,6 +162,10 @@ impl fmt::Display for Shape {
         match self.mib {
             0 => write!(f, "idle, {}", self.mode()),
             mib => write!(f, "{mib} MiB, {}", self.mode()),
+        }?;
+        match self.compression {
+            None => Ok(()),
+            Some(compression) => write!(f, " level {}", compression.method_and_level().1),
         }
     }
 }
@@ -147,9 +193,12 @@ mod tests {
         assert_eq!(Shape::named("idle"), [Shape::new(0, 4), Shape::new(0, 0)]);
         assert_eq!(Shape::named("plain").len(), 4);
         assert_eq!(Shape::named("3M"), []);
-        for shape in Shape::ALL {
+        assert_eq!(Shape::named("zstd").len(), 2);
+        assert_eq!(Shape::named("5M").len(), 2, "without those that are compressed");
+        for shape in Shape::every() {
             assert_eq!(Shape::named(&shape.name()), [shape]);
         }
+        assert_eq!(Shape::named("40M-zlib")[0].to_string(), "40 MiB, zlib level 1");
     }
 
     #[test]

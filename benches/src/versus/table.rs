@@ -2,6 +2,7 @@
 
 use super::figures::{CellFigures, SecondaryFigures};
 use super::memory::CopySpeed;
+use super::secondary::DECODERS;
 use colo_ring_tools::comparison::{Ratio, Row};
 use colo_ring_tools::output::table;
 
@@ -29,12 +30,29 @@ pub fn cell(cell: &CellFigures, copy: &CopySpeed) -> String {
             }
         }
     }
+    text.push_str(&to_decoders(cell));
     for figures in &cell.secondaries {
         if let Some(reason) = &figures.failed {
             text.push_str(&format!("{} FAILED: {}\n", figures.name, reason.trim_end()));
         }
     }
     text
+}
+
+/// How far each is from the decoders alone, by the median of the first phase.
+fn to_decoders(cell: &CellFigures) -> String {
+    let p50 = |one: &SecondaryFigures| Some(one.phases.first()?.as_ref()?.p50_ns as f64);
+    let decoders = cell.secondaries.iter().find(|one| one.secondary == DECODERS);
+    let Some(limit) = decoders.and_then(p50).filter(|limit| *limit > 0.0) else {
+        return String::new();
+    };
+    let others = cell.secondaries.iter().filter(|one| one.secondary != DECODERS);
+    let ratios = others.filter_map(|one| Some(format!("{} {}", one.name, digits(p50(one)? / limit))));
+    let phase = cell.phases.first().copied().unwrap_or_default();
+    format!(
+        "{phase} p50 to the decoders alone: {}\n",
+        ratios.collect::<Vec<_>>().join(", ")
+    )
 }
 
 /// For each spacing a table of the ratios of all cells: medians of the first phase, to QEMU's own secondary.
@@ -45,7 +63,9 @@ pub fn overview(cells: &[CellFigures]) -> String {
     let mut text = String::new();
     for spacing in spacings {
         let cells: Vec<_> = cells.iter().filter(|cell| cell.spacing_ms == spacing).collect();
-        let Some(first) = cells.first() else { continue };
+        // The decoders alone come last, and not in every cell.
+        let most = cells.iter().max_by_key(|cell| cell.secondaries.len());
+        let Some(first) = most else { continue };
         let mut rows = vec![vec![String::new()]];
         rows[0].extend(cells.iter().map(|cell| cell.capture.replace(", ", " ")));
         for (position, figures) in first.secondaries.iter().enumerate() {
@@ -168,6 +188,7 @@ pub const LEGEND: &str = "\
 loaded, received: VMSTATE_SEND to VMSTATE_LOADED and to VMSTATE_RECEIVED, by the primary's clock. stopped: the guest's STOP to RESUME.
 ratio: to QEMU's own secondary, with its 95 % interval by resampling of the rounds. * is the maximum: p99 needs 100 checkpoints to be more.
 CPU: of the secondary's process after precopy, what it does between checkpoints included: for a checkpoint, and for a GiB of guest pages.
+decoders: the payloads of a compressed session decoded in memory by two threads, and nothing else done.
 flush: guest pages copied to the RAM image, and that in percent of what one thread and two threads can copy here.
 dropped: checkpoints left out, as other processes had the processor.
 Over TCP a checkpoint with QEMU's own secondary waits once or twice 40 ms for a delayed acknowledgement; --no-stalls and --unix compare without that.

@@ -28,12 +28,29 @@ pub struct Protection {
 }
 
 /// QEMU's `multifd-compression` with its level.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Compression {
     /// zlib: levels 0 to 9.
     Zlib(u8),
     /// zstd: levels 1 to 20.
     Zstd(u8),
+}
+
+impl Compression {
+    /// The method's name as QEMU has it, and the level.
+    #[must_use]
+    pub fn method_and_level(self) -> (&'static str, u8) {
+        match self {
+            Self::Zlib(level) => ("zlib", level),
+            Self::Zstd(level) => ("zstd", level),
+        }
+    }
+
+    fn add_to(self, parameters: &mut serde_json::Value) {
+        let (method, level) = self.method_and_level();
+        parameters["multifd-compression"] = method.into();
+        parameters[format!("multifd-{method}-level")] = level.into();
+    }
 }
 
 /// QEMU's `zero-page-detection`.
@@ -68,16 +85,8 @@ impl Qemu {
             "x-checkpoint-delay": protection.checkpoint_delay_ms,
             "max-bandwidth": 100_000_000_000_u64,
         });
-        match protection.compression {
-            None => {}
-            Some(Compression::Zlib(level)) => {
-                parameters["multifd-compression"] = "zlib".into();
-                parameters["multifd-zlib-level"] = level.into();
-            }
-            Some(Compression::Zstd(level)) => {
-                parameters["multifd-compression"] = "zstd".into();
-                parameters["multifd-zstd-level"] = level.into();
-            }
+        if let Some(compression) = protection.compression {
+            compression.add_to(&mut parameters);
         }
         if let Some(detection) = protection.zero_page_detection {
             parameters["zero-page-detection"] = detection.qmp_name().into();
@@ -119,6 +128,17 @@ impl Qemu {
         self.set_channels(channels)?;
         self.qmp()
             .execute("migrate-incoming", &json!({"uri": address.to_string()}))?;
+        Ok(())
+    }
+
+    /// Has a secondary expect what a primary of that compression sends: before [`Self::be_secondary`].
+    ///
+    /// # Errors
+    /// When QEMU refuses it.
+    pub fn expect_compression(&mut self, compression: Compression) -> Result<(), LabError> {
+        let mut parameters = json!({});
+        compression.add_to(&mut parameters);
+        self.qmp().execute("migrate-set-parameters", &parameters)?;
         Ok(())
     }
 
