@@ -11,5 +11,6 @@ mod lab;
 mod linux;
 mod matrix;
 mod numa;
+mod protect;
 mod replay;
 mod torn;
