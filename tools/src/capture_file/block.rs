@@ -9,6 +9,34 @@ pub(super) const HEADER_LEN: usize = 20;
 /// Bytes of the header that its own checksum covers.
 const CHECKED_LEN: usize = 16;
 
+/// Ties a block to everything before it: the checksum of a block's header continues the checksum before it, which is
+/// that of the previous block's header, or of the file's header. So a whole block that is missing, repeated, moved or
+/// from another capture does not fit, although its own bytes are right.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Chain {
+    /// Version 1: each header is checked alone.
+    Unlinked,
+    /// The checksum before the next block.
+    After(u32),
+}
+
+impl Chain {
+    fn checksum(self, fields: &[u8]) -> u32 {
+        match self {
+            Self::Unlinked => crc32c::crc32c(fields),
+            Self::After(previous) => crc32c::crc32c_append(previous, fields),
+        }
+    }
+
+    /// The chain behind a block whose header has this checksum.
+    fn then(self, checksum: u32) -> Self {
+        match self {
+            Self::Unlinked => Self::Unlinked,
+            Self::After(_) => Self::After(checksum),
+        }
+    }
+}
+
 /// How the records of a block stand in the file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Kind {
@@ -41,7 +69,8 @@ impl Header {
         }
     }
 
-    pub(super) fn encode(&self) -> [u8; HEADER_LEN] {
+    /// As bytes, at this place of the chain, which goes on behind them.
+    pub(super) fn encode(&self, chain: &mut Chain) -> [u8; HEADER_LEN] {
         let length = |length: usize| {
             u32::try_from(length)
                 .expect("a length within the format's limits")
@@ -55,17 +84,20 @@ impl Header {
         bytes[4..8].copy_from_slice(&length(self.stored_len));
         bytes[8..12].copy_from_slice(&length(self.raw_len));
         bytes[12..16].copy_from_slice(&self.checksum.to_le_bytes());
-        let own = crc32c::crc32c(&bytes[..CHECKED_LEN]);
+        let own = chain.checksum(&bytes[..CHECKED_LEN]);
         bytes[CHECKED_LEN..].copy_from_slice(&own.to_le_bytes());
+        *chain = chain.then(own);
         bytes
     }
 
+    /// Returns the header and the chain behind its block.
+    ///
     /// # Errors
     /// What is wrong with it. Lengths are within the limits otherwise.
-    pub(super) fn decode(bytes: &[u8; HEADER_LEN]) -> Result<Self, String> {
+    pub(super) fn decode(bytes: &[u8; HEADER_LEN], chain: Chain) -> Result<(Self, Chain), String> {
         let (words, _) = bytes.as_chunks::<4>();
         let word = |place: usize| u32::from_le_bytes(words[place]);
-        if crc32c::crc32c(&bytes[..CHECKED_LEN]) != word(4) {
+        if chain.checksum(&bytes[..CHECKED_LEN]) != word(4) {
             return Err("the checksum of its header is wrong".to_owned());
         }
         let kind = match words[0] {
@@ -90,11 +122,12 @@ impl Header {
                 "it claims {stored_len} bytes for {raw_len} bytes of records"
             ));
         }
-        Ok(Self {
+        let header = Self {
             kind,
             stored_len,
             raw_len,
             checksum: word(3),
-        })
+        };
+        Ok((header, chain.then(word(4))))
     }
 }

@@ -1,6 +1,6 @@
 //! What can be wrong with a capture.
 
-use super::{FORMAT_VERSION, OrderError};
+use super::{FORMAT_VERSION, OLDEST_VERSION, OrderError};
 use std::io;
 use std::path::PathBuf;
 use thiserror::Error;
@@ -43,7 +43,7 @@ pub enum CaptureError {
     Foreign(&'static str),
     /// It was written by a later version.
     #[error(
-        "format version {0} is not known, only {FORMAT_VERSION}: read it with the version that wrote it, or a later one"
+        "format version {0} is not known, only {OLDEST_VERSION} to {FORMAT_VERSION}: read it with the version that wrote it, or a later one"
     )]
     Version(u16),
     /// The header is damaged or cut short.

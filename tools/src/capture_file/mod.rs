@@ -48,8 +48,12 @@ use std::time::Duration;
 /// both kinds of line end and an end-of-file character are in it.
 pub const MAGIC: [u8; 8] = *b"\x89CLR\r\n\x1a\n";
 
-/// The version of the format that is written, and the only one that is read.
-pub const FORMAT_VERSION: u16 = 1;
+/// The version of the format that is written.
+pub const FORMAT_VERSION: u16 = 2;
+
+/// The oldest version that is read. Its blocks are not chained: a whole block that is missing is noticed only by the
+/// records behind it, or not at all.
+pub const OLDEST_VERSION: u16 = 1;
 
 /// Most bytes of the information in the header.
 pub const INFO_MAX: usize = 64 << 10;

@@ -1,8 +1,11 @@
 //! Reading a capture, whole or while it grows.
 
-use super::block::{self, Header, Kind};
+use super::block::{self, Chain, Header, Kind};
 use super::order::Order;
-use super::{BLOCK_MAX, CaptureError, CaptureInfo, FORMAT_VERSION, INFO_MAX, MAGIC, Record, Totals, record};
+use super::{
+    BLOCK_MAX, CaptureError, CaptureInfo, FORMAT_VERSION, INFO_MAX, MAGIC, OLDEST_VERSION, Record, Totals,
+    record,
+};
 use std::fmt;
 use std::fs::File;
 use std::io::{self, BufRead, BufReader, Read, Seek, SeekFrom};
@@ -23,6 +26,8 @@ pub struct CaptureReader<R: Read + Seek = File> {
     block_at: u64,
     /// Where the next block begins.
     next_at: u64,
+    /// Before the next block.
+    chain: Chain,
     /// The file stands elsewhere: the last attempt to read that block did not give one.
     read_again: bool,
     /// The records of one block, and how many bytes of them were read.
@@ -98,12 +103,13 @@ impl<R: Read + Seek> CaptureReader<R> {
     /// See [`CaptureReader::open`].
     pub fn new(file: R) -> Result<Self, CaptureError> {
         let mut file = BufReader::new(file);
-        let (info, header_len) = read_header(&mut file)?;
+        let (info, header_len, chain) = read_header(&mut file)?;
         Ok(Self {
             file,
             info,
             block_at: 0,
             next_at: header_len,
+            chain,
             read_again: false,
             records: Vec::new(),
             position: 0,
@@ -169,8 +175,8 @@ impl<R: Read + Seek> CaptureReader<R> {
             let position = self.file.seek(SeekFrom::Start(self.next_at));
             position.map_err(|source| self.read_error(source))?;
         }
-        let header = match self.read_block_header()? {
-            Ok(header) => header,
+        let (header, chain) = match self.read_block_header()? {
+            Ok(read) => read,
             Err(tear) => {
                 self.tear = tear;
                 return Ok(false);
@@ -187,12 +193,14 @@ impl<R: Read + Seek> CaptureReader<R> {
             Kind::Zstd => self.inflate(&header).map_err(|what| self.damaged(what))?,
         }
         self.next_at += (block::HEADER_LEN + header.stored_len) as u64;
+        self.chain = chain;
         self.read_again = false;
         Ok(true)
     }
 
-    /// The header of the next block, or why there is none: nothing where the capture is finished.
-    fn read_block_header(&mut self) -> Result<Result<Header, Option<TearReason>>, CaptureError> {
+    /// The header of the next block and the chain behind it, or why there is none: nothing where the capture is
+    /// finished.
+    fn read_block_header(&mut self) -> Result<Result<(Header, Chain), Option<TearReason>>, CaptureError> {
         let mut header = Vec::with_capacity(block::HEADER_LEN);
         let mut part = self.file.by_ref().take(block::HEADER_LEN as u64);
         part.read_to_end(&mut header)
@@ -211,8 +219,8 @@ impl<R: Read + Seek> CaptureReader<R> {
                 },
             })));
         };
-        match Header::decode(&header) {
-            Ok(header) => Ok(Ok(header)),
+        match Header::decode(&header, self.chain) {
+            Ok(decoded) => Ok(Ok(decoded)),
             Err(_) if self.only_zeros_left()? => Ok(Err(Some(if header == [0; block::HEADER_LEN] {
                 TearReason::Zeros
             } else {
@@ -298,7 +306,8 @@ impl<R: Read + Seek> CaptureReader<R> {
     }
 }
 
-fn read_header(file: &mut impl Read) -> Result<(CaptureInfo, u64), CaptureError> {
+/// What the header says, its length, and the chain behind it.
+fn read_header(file: &mut impl Read) -> Result<(CaptureInfo, u64, Chain), CaptureError> {
     let cut = || CaptureError::Header("it is cut short".to_owned());
     let header = |what: &str| CaptureError::Header(what.to_owned());
     let mut bytes = Vec::new();
@@ -308,7 +317,7 @@ fn read_header(file: &mut impl Read) -> Result<(CaptureInfo, u64), CaptureError>
     }
     let prefix: &[u8; PREFIX_LEN] = bytes.as_slice().try_into().map_err(|_| cut())?;
     let version = u16::from_le_bytes([prefix[8], prefix[9]]);
-    if version != FORMAT_VERSION {
+    if !(OLDEST_VERSION..=FORMAT_VERSION).contains(&version) {
         return Err(CaptureError::Version(version));
     }
     if prefix[10..12] != [0, 0] {
@@ -325,12 +334,17 @@ fn read_header(file: &mut impl Read) -> Result<(CaptureInfo, u64), CaptureError>
     if bytes.len() < whole {
         return Err(cut());
     }
-    if crc32c::crc32c(checked).to_le_bytes() != *checksum {
+    let checksum = u32::from_le_bytes(*checksum);
+    if crc32c::crc32c(checked) != checksum {
         return Err(header("its checksum is wrong"));
     }
+    let chain = match version {
+        1 => Chain::Unlinked,
+        _ => Chain::After(checksum),
+    };
     let info = serde_json::from_slice(&checked[PREFIX_LEN..]);
     let info = info.map_err(|error| header(&format!("the information in it: {error}")))?;
-    Ok((info, whole as u64))
+    Ok((info, whole as u64, chain))
 }
 
 /// Reads until `bytes` has this length or the file ends.

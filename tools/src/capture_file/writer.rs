@@ -1,6 +1,6 @@
 //! Writing a capture.
 
-use super::block::{self, Kind};
+use super::block::{self, Chain, Kind};
 use super::order::{Order, Totals};
 use super::{
     BLOCK_MAX, CaptureError, CaptureInfo, DATA_MAX, Event, FORMAT_VERSION, INFO_MAX, MAGIC, OrderError,
@@ -45,6 +45,8 @@ pub struct CaptureWriter<W: Write = File> {
     records: Vec<u8>,
     /// Where a block is put together, header and content.
     block: Vec<u8>,
+    /// Behind the last block that was put together.
+    chain: Chain,
     order: Order,
     /// What was recorded when the last block was written.
     written: Totals,
@@ -90,12 +92,13 @@ impl<W: Write> CaptureWriter<W> {
             compressor,
             records: Vec::with_capacity(BLOCK_TARGET + record::HEADER_LEN + DATA_MAX),
             block: Vec::new(),
+            chain: Chain::Unlinked,
             order: Order::default(),
             written: Totals::default(),
             last_at: Duration::ZERO,
             failed: false,
         };
-        encode_header(&mut writer.block, info)?;
+        writer.chain = Chain::After(encode_header(&mut writer.block, info)?);
         writer.write_block()?;
         Ok(writer)
     }
@@ -154,7 +157,8 @@ impl<W: Write> CaptureWriter<W> {
             self.block.extend_from_slice(&self.records);
         }
         let (header, content) = self.block.split_at_mut(block::HEADER_LEN);
-        header.copy_from_slice(&block::Header::new(kind, content, raw_len).encode());
+        let fields = block::Header::new(kind, content, raw_len);
+        header.copy_from_slice(&fields.encode(&mut self.chain));
         self.records.clear();
         self.write_block()?;
         self.written = self.order.totals();
@@ -216,7 +220,8 @@ fn compress(compressor: &mut Compressor<'_>, records: &[u8], block: &mut Vec<u8>
     }
 }
 
-fn encode_header(out: &mut Vec<u8>, info: &CaptureInfo) -> Result<(), CaptureError> {
+/// Appends the header to `out`, which is empty. Returns its checksum.
+fn encode_header(out: &mut Vec<u8>, info: &CaptureInfo) -> Result<u32, CaptureError> {
     let text = serde_json::to_vec(info).map_err(|error| CaptureError::Header(error.to_string()))?;
     let too_long = || CaptureError::TooLong {
         what: "the information in the header",
@@ -233,6 +238,7 @@ fn encode_header(out: &mut Vec<u8>, info: &CaptureInfo) -> Result<(), CaptureErr
     out.extend_from_slice(&[0, 0]);
     out.extend_from_slice(&length.to_le_bytes());
     out.extend_from_slice(&text);
-    out.extend_from_slice(&crc32c::crc32c(out).to_le_bytes());
-    Ok(())
+    let checksum = crc32c::crc32c(out);
+    out.extend_from_slice(&checksum.to_le_bytes());
+    Ok(checksum)
 }

@@ -1,20 +1,9 @@
-use super::block::{self, Header, Kind};
+use super::block::{self, Chain, Header, Kind};
 use super::*;
+use rand::rngs::Xoshiro256PlusPlus;
+use rand::{RngExt, SeedableRng};
 use std::fs::OpenOptions;
 use std::io::Write;
-
-/// Where each block of a file begins, and where the file ends.
-fn blocks(file: &[u8]) -> Vec<usize> {
-    let length =
-        |at: usize| usize::try_from(u32::from_le_bytes(file[at..at + 4].try_into().unwrap())).unwrap();
-    let mut at = 16 + length(12) + 4;
-    let mut begins = vec![at];
-    while at < file.len() {
-        at += block::HEADER_LEN + length(at + 4);
-        begins.push(at);
-    }
-    begins
-}
 
 /// Cut at every byte, a file reads up to its last whole block and says where it is torn.
 #[test]
@@ -158,29 +147,42 @@ fn other_files_are_named() {
 #[test]
 fn a_later_version_is_told() {
     let mut file = write(&session(), Compression::None, false);
-    file[8] = 2;
+    file[8] = 3;
     let error = read(&file).err().expect("a later version").to_string();
-    assert!(error.contains("format version 2"), "{error}");
+    assert!(error.contains("format version 3"), "{error}");
 }
 
-fn with_block(header: &[u8], content: &[u8]) -> Vec<u8> {
+/// A file with one block, whose header has these fields and the right checksum.
+fn with_fields(fields: &[u8; 16], content: &[u8]) -> Vec<u8> {
     let mut file = Vec::new();
     CaptureWriter::new(&mut file, &info(), Compression::None).unwrap();
-    file.extend_from_slice(header);
+    let checksum = crc32c::crc32c_append(end_of_header(&file), fields);
+    file.extend_from_slice(fields);
+    file.extend_from_slice(&checksum.to_le_bytes());
     file.extend_from_slice(content);
     file
+}
+
+/// A file with one block, of this content.
+fn with_block(kind: Kind, content: &[u8], raw_len: usize) -> Vec<u8> {
+    let mut any = Chain::Unlinked;
+    let header = Header::new(kind, content, raw_len).encode(&mut any);
+    with_fields(header.first_chunk().unwrap(), content)
+}
+
+/// The checksum of a file's header, which is all of the file.
+fn end_of_header(file: &[u8]) -> u32 {
+    u32::from_le_bytes(*file.last_chunk().unwrap())
 }
 
 /// Lengths with right checksums that no writer of ours makes: refused, and no memory taken for them.
 #[test]
 fn hostile_lengths_are_refused() {
-    let header = |kind, stored: u32, raw: u32| {
-        let mut bytes = [0; block::HEADER_LEN];
+    let fields = |kind, stored: u32, raw: u32| {
+        let mut bytes = [0; 16];
         bytes[0] = kind;
         bytes[4..8].copy_from_slice(&stored.to_le_bytes());
         bytes[8..12].copy_from_slice(&raw.to_le_bytes());
-        let own = crc32c::crc32c(&bytes[..16]);
-        bytes[16..].copy_from_slice(&own.to_le_bytes());
         bytes
     };
     for (kind, stored, raw) in [
@@ -195,12 +197,13 @@ fn hostile_lengths_are_refused() {
         (2, 100, 100),
         (255, 100, 100),
     ] {
-        let file = with_block(&header(kind, stored, raw), b"behind it");
+        let file = with_fields(&fields(kind, stored, raw), b"behind it");
         let back = read(&file).unwrap();
-        assert!(back.error.is_some(), "{kind} {stored} {raw}");
+        let error = back.error.expect("a hostile header").to_string();
+        assert!(!error.contains("checksum"), "{kind} {stored} {raw}: {error}");
     }
     // A length within the limit takes no more memory than the file has bytes.
-    let file = with_block(&header(0, 4 << 20, 4 << 20), b"short");
+    let file = with_fields(&fields(0, 4 << 20, 4 << 20), b"short");
     let mut reader = CaptureReader::new(Cursor::new(&file)).unwrap();
     assert!(reader.next().unwrap().is_none());
     let present = (block::HEADER_LEN + 5) as u64;
@@ -226,8 +229,7 @@ fn hostile_lengths_are_refused() {
 fn a_bomb_does_not_go_off() {
     let bomb = zstd::bulk::compress(&vec![0; 256 << 20], 1).unwrap();
     assert!(bomb.len() < BLOCK_MAX);
-    let header = Header::new(Kind::Zstd, &bomb, BLOCK_MAX);
-    let file = with_block(&header.encode(), &bomb);
+    let file = with_block(Kind::Zstd, &bomb, BLOCK_MAX);
     let mut reader = CaptureReader::new(Cursor::new(&file)).unwrap();
     let error = reader.next().unwrap_err().to_string();
     assert!(error.contains("cannot be decompressed"), "{error}");
@@ -237,8 +239,7 @@ fn a_bomb_does_not_go_off() {
         (zstd::bulk::compress(&[7; 5000], 1).unwrap(), 4000),
         (vec![1; 50], 100),
     ] {
-        let header = Header::new(Kind::Zstd, &content, raw_len);
-        let back = read(&with_block(&header.encode(), &content)).unwrap();
+        let back = read(&with_block(Kind::Zstd, &content, raw_len)).unwrap();
         assert!(back.error.is_some() && back.records.is_empty());
     }
 }
@@ -273,8 +274,7 @@ fn wrong_records_are_refused() {
         ("inside a record", [open.clone(), vec![2; 19]].concat()),
         ("inside a record", open[..open.len() - 1].to_vec()),
     ] {
-        let header = Header::new(Kind::Stored, &content, content.len());
-        let back = read(&with_block(&header.encode(), &content)).unwrap();
+        let back = read(&with_block(Kind::Stored, &content, content.len())).unwrap();
         let error = back.error.expect(name).to_string();
         assert!(error.contains(name), "{name}: {error}");
     }
@@ -315,35 +315,106 @@ fn mutated_files_do_no_harm() {
         .flat_map(|compression| [true, false].map(|each| write(&session(), compression, each)))
         .collect();
     for seed in 1..=ROUNDS {
-        let mut random = Mutator(seed);
+        let mut random = Mutator(Xoshiro256PlusPlus::seed_from_u64(seed));
         let original = &originals[random.below(originals.len())];
         let mut file = original.clone();
         for _ in 0..=random.below(4) {
             random.mutate(&mut file);
         }
-        let Ok(back) = read(&file) else { continue };
-        let whole = read(original).unwrap().records;
-        // Checksums cover every byte, so what is read at all is what was written.
-        assert!(
-            back.records.len() <= whole.len() && back.records == whole[..back.records.len()],
-            "seed {seed}: {:?}",
-            back.records
-        );
-        let complete = back.error.is_none() && back.tear.is_none();
-        assert_eq!(complete, file == *original, "seed {seed}");
+        compare_mutated(seed, original, &file);
     }
 }
 
-/// A linear congruential generator; each seed is a run that can be repeated.
-struct Mutator(u64);
+/// The same with whole blocks, of which each is right alone, and then with the end cut off.
+#[test]
+fn rearranged_blocks_do_no_harm() {
+    const ROUNDS: u64 = 5_000;
+    let originals =
+        [Compression::None, Compression::Zstd].map(|compression| write(&session(), compression, true));
+    for seed in 1..=ROUNDS {
+        let mut random = Mutator(Xoshiro256PlusPlus::seed_from_u64(seed));
+        let original = &originals[random.below(originals.len())];
+        let mut file = original.clone();
+        for _ in 0..=random.below(3) {
+            random.rearrange(&mut file);
+        }
+        if random.below(2) == 0 {
+            let begins = blocks(&file);
+            file.truncate(begins[random.below(begins.len())]);
+        }
+        compare_mutated(seed, original, &file);
+    }
+}
+
+/// A mutated file reads up to the first difference at most, and is whole only where there is none.
+fn compare_mutated(seed: u64, original: &[u8], file: &[u8]) {
+    let Ok(back) = read(file) else { return };
+    let whole = read(original).unwrap().records;
+    // Checksums cover every byte and the order of the blocks, so what is read at all is what was written.
+    assert!(
+        back.records.len() <= whole.len() && back.records == whole[..back.records.len()],
+        "seed {seed}: {:?}",
+        back.records
+    );
+    let complete = back.error.is_none() && back.tear.is_none();
+    assert_eq!(complete, file == original, "seed {seed}");
+}
+
+/// A block that is right but at the wrong place is damage there, whatever follows: one that is missing, repeated,
+/// exchanged with its neighbour, or of another capture of the same length.
+#[test]
+fn blocks_fit_only_their_place() {
+    for compression in [Compression::None, Compression::Zstd] {
+        let file = write(&session(), compression, true);
+        let whole = read(&file).unwrap().events();
+        let begins = blocks(&file);
+        let other = {
+            let mut other = Vec::new();
+            let info = CaptureInfo {
+                created_unix_ns: info().created_unix_ns + 1,
+                ..info()
+            };
+            let mut writer = CaptureWriter::new(&mut other, &info, compression).unwrap();
+            for (event, at) in session().iter().zip(0..) {
+                writer.write(Duration::from_micros(at), event.event()).unwrap();
+                writer.flush().unwrap();
+            }
+            writer.finish().unwrap();
+            other
+        };
+        assert_eq!(other.len(), file.len());
+        let block = |which: usize| &file[begins[which]..begins[which + 1]];
+        for which in 0..begins.len() - 2 {
+            let (before, after) = (&file[..begins[which]], &file[begins[which + 1]..]);
+            let next = block(which + 1);
+            let missing = [before, after].concat();
+            let exchanged = [before, next, block(which), &after[next.len()..]].concat();
+            let repeated = [before, block(which), block(which), after].concat();
+            let foreign = [before, &other[begins[which]..begins[which + 1]], after].concat();
+            for (name, damaged, read_blocks) in [
+                ("missing", missing, which),
+                ("exchanged", exchanged, which),
+                ("repeated", repeated, which + 1),
+                ("foreign", foreign, which),
+            ] {
+                let back = read(&damaged).unwrap();
+                assert_eq!(back.events(), whole[..read_blocks], "{name} {which}");
+                let error = back.error.expect("damage").to_string();
+                let offset = begins[read_blocks];
+                let expected = format!("the block at byte {offset}: the checksum of its header");
+                assert!(error.contains(&expected), "{name} {which}: {error}");
+            }
+        }
+    }
+}
+
+/// Damages a file at random; each seed is a run that can be repeated.
+struct Mutator(Xoshiro256PlusPlus);
 
 impl Mutator {
+    /// A number below `limit`, or 0.
     fn below(&mut self, limit: usize) -> usize {
-        self.0 = self
-            .0
-            .wrapping_mul(6_364_136_223_846_793_005)
-            .wrapping_add(1_442_695_040_888_963_407);
-        usize::try_from(self.0 >> 33).unwrap() % limit.max(1)
+        self.0.random_range(0..limit.max(1))
     }
 
     fn mutate(&mut self, file: &mut Vec<u8>) {
@@ -358,17 +429,30 @@ impl Mutator {
                 let place = self.below(file.len());
                 file.splice(place..place, piece);
             }
-            4 => {
-                let byte = u8::try_from(self.below(256)).unwrap();
-                file[at..to].fill(byte);
-            }
+            4 => file[at..to].fill(self.0.random()),
             _ => {
-                let length = self.below(32);
-                let bytes: Vec<u8> = (0..length)
-                    .map(|_| u8::try_from(self.below(256)).unwrap())
-                    .collect();
+                let mut bytes = vec![0; self.below(32)];
+                self.0.fill(&mut bytes[..]);
                 file.splice(at..at, bytes);
             }
         }
+    }
+
+    /// Like [`Self::mutate`], but removes, moves, repeats or exchanges whole blocks.
+    fn rearrange(&mut self, file: &mut Vec<u8>) {
+        let begins = blocks(file);
+        let mut pieces: Vec<_> = begins
+            .windows(2)
+            .map(|ends| file[ends[0]..ends[1]].to_vec())
+            .collect();
+        let (from, to) = (self.below(pieces.len()), self.below(pieces.len()));
+        match self.below(4) {
+            0 => drop(pieces.remove(from)),
+            1 => pieces.insert(to, pieces[from].clone()),
+            2 => pieces.swap(from, to),
+            _ => pieces[to] = pieces[from].clone(),
+        }
+        file.truncate(begins[0]);
+        file.extend(pieces.concat());
     }
 }

@@ -4,6 +4,7 @@ mod damage;
 mod round_trip;
 
 use super::*;
+use colo_ring::host::Machine;
 use std::io::Cursor;
 
 /// An event that owns what it has.
@@ -57,12 +58,53 @@ impl Owned {
     }
 }
 
+/// The same on every machine and at every time, so that a file's bytes follow from its events.
 fn info() -> CaptureInfo {
     CaptureInfo {
+        captured: "test".to_owned(),
+        created_unix_ns: 1_700_000_000_000_000_000,
         primary: Some("made up".to_owned()),
+        secondary: None,
         channels: Some(2),
-        ..CaptureInfo::now("test", serde_json::json!({"seed": 1}))
+        options: serde_json::json!({"seed": 1}),
+        machine: Machine {
+            cpu_model: "made up".to_owned(),
+            cores_online: 4,
+            cores_allowed: 2,
+            kernel: "6.1".to_owned(),
+            memory_bytes: 1 << 33,
+            congestion_control: "cubic".to_owned(),
+        },
     }
+}
+
+/// Where each block of a file begins, and where the file ends.
+fn blocks(file: &[u8]) -> Vec<usize> {
+    let length =
+        |at: usize| usize::try_from(u32::from_le_bytes(file[at..at + 4].try_into().unwrap())).unwrap();
+    let mut at = 16 + length(12) + 4;
+    let mut begins = vec![at];
+    while at < file.len() {
+        at += block::HEADER_LEN + length(at + 4);
+        begins.push(at);
+    }
+    begins
+}
+
+/// The same file in version 1.
+fn as_version_1(file: &[u8]) -> Vec<u8> {
+    let mut old = file.to_vec();
+    let begins = blocks(file);
+    old[8] = 1;
+    let mut seal = |from: usize, to: usize| {
+        let checksum = crc32c::crc32c(&old[from..to]);
+        old[to..to + 4].copy_from_slice(&checksum.to_le_bytes());
+    };
+    seal(0, begins[0] - 4);
+    for begin in &begins[..begins.len() - 1] {
+        seal(*begin, begin + block::HEADER_LEN - 4);
+    }
+    old
 }
 
 /// Events at 0, 1, 2 … µs, each in a block of its own where `blocks` says so.

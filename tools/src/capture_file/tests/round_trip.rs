@@ -1,5 +1,7 @@
 use super::*;
 use proptest::prelude::*;
+use rand::rngs::Xoshiro256PlusPlus;
+use rand::{RngExt, SeedableRng};
 use std::io::{self, Write};
 
 const COMPRESSIONS: [Compression; 2] = [Compression::None, Compression::Zstd];
@@ -74,12 +76,8 @@ fn the_header_says_what_was_captured() {
 /// and when it does not.
 #[test]
 fn long_data_is_split() {
-    let mut seed = 1_u64;
-    let mut random = || {
-        seed = seed.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
-        seed.to_be_bytes()[0]
-    };
-    let noise: Vec<u8> = (0..3 * DATA_MAX + 7).map(|_| random()).collect();
+    let mut noise = vec![0; 3 * DATA_MAX + 7];
+    Xoshiro256PlusPlus::seed_from_u64(1).fill(&mut noise[..]);
     for (bytes, compressible) in [(vec![7; 3 * DATA_MAX + 7], true), (noise, false)] {
         for compression in COMPRESSIONS {
             let events = [
@@ -99,6 +97,18 @@ fn long_data_is_split() {
                 }
             }
             assert!(seen == bytes, "the data is not what it was");
+        }
+    }
+}
+
+#[test]
+fn version_1_is_read() {
+    for compression in COMPRESSIONS {
+        for each in [true, false] {
+            let file = write(&session(), compression, each);
+            let (new, old) = (read(&file).unwrap(), read(&as_version_1(&file)).unwrap());
+            assert!(old.error.is_none() && old.tear.is_none());
+            assert_eq!(old.records, new.records);
         }
     }
 }
