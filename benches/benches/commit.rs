@@ -7,7 +7,9 @@
 use colo_ring::host::Machine;
 use colo_ring::store::{CopyMethod, Flusher, HugePages, Store, StoreOptions};
 use colo_ring::units::{CheckpointId, PAGE_SIZE};
-use colo_ring_benches::{Numbers, guest, random_pages};
+use colo_ring_benches::{guest, random_pages};
+use rand::SeedableRng;
+use rand::rngs::Xoshiro256PlusPlus;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -34,7 +36,7 @@ fn main() {
     for bytes in DEVICE_STATES {
         let stores = [None, Some(directory.clone())].map(store);
         let mut times = [const { Vec::new() }; 2];
-        let mut numbers = Numbers::new(3);
+        let mut numbers = Xoshiro256PlusPlus::seed_from_u64(3);
         for round in 0..ROUNDS {
             for turn in 0..2 {
                 let way = usize::from((round + turn).is_multiple_of(2));
@@ -73,7 +75,7 @@ fn commit(
     store: &Store,
     checkpoint: u64,
     bytes: usize,
-    numbers: &mut Numbers,
+    numbers: &mut Xoshiro256PlusPlus,
     flusher: &Flusher,
 ) -> Duration {
     for page in random_pages(store.table(), DIRTY_PAGES, numbers) {

@@ -7,7 +7,9 @@
 use colo_ring::host::Machine;
 use colo_ring::store::{DirtyBitmap, Plan};
 use colo_ring::units::{PACKET_PAGES, PageIndex};
-use colo_ring_benches::{Numbers, guest, median, random_pages};
+use colo_ring_benches::{guest, median, random_pages};
+use rand::SeedableRng;
+use rand::rngs::Xoshiro256PlusPlus;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Instant;
 
@@ -58,7 +60,7 @@ impl Timing {
 /// All bitmaps in turn, each round with other pages.
 fn compare(pages: u64, dirty: usize) -> [(&'static str, Timing); 4] {
     let table = guest(pages);
-    let mut numbers = Numbers::new(7);
+    let mut numbers = Xoshiro256PlusPlus::seed_from_u64(7);
     let (flat, one, four) = (
         Flat::new(pages),
         DirtyBitmap::new(pages, 1),

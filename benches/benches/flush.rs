@@ -9,7 +9,9 @@
 use colo_ring::host::Machine;
 use colo_ring::store::{CacheKind, CommitMode, CopyMethod, Flusher, HugePages, Store, StoreOptions};
 use colo_ring::units::{CheckpointId, PAGE_SIZE};
-use colo_ring_benches::{Numbers, guest, median, random_pages};
+use colo_ring_benches::{guest, median, random_pages};
+use rand::SeedableRng;
+use rand::rngs::Xoshiro256PlusPlus;
 use std::hint::black_box;
 use std::sync::Arc;
 use std::time::Instant;
@@ -39,7 +41,7 @@ fn main() {
     store.begin_colo();
     let mut bench = Bench {
         store,
-        numbers: Numbers::new(3),
+        numbers: Xoshiro256PlusPlus::seed_from_u64(3),
         evict: vec![1; EVICT_BYTES],
         checkpoint: 0,
     };
@@ -55,7 +57,7 @@ fn main() {
 
 struct Bench {
     store: Store,
-    numbers: Numbers,
+    numbers: Xoshiro256PlusPlus,
     evict: Vec<u8>,
     checkpoint: u64,
 }

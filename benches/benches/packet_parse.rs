@@ -8,7 +8,8 @@ use colo_ring::host::Machine;
 use colo_ring::units::{PACKET_PAGES, PAGE_BYTES};
 use colo_ring::wire::codec::Method;
 use colo_ring::wire::multifd::{HEADER_LEN, PacketFields, PacketHeader, PageList, raw_payload_len};
-use colo_ring_benches::Numbers;
+use rand::rngs::Xoshiro256PlusPlus;
+use rand::{RngExt, SeedableRng};
 use std::hint::black_box;
 use std::time::Instant;
 
@@ -75,11 +76,11 @@ fn table() -> BlockTable {
 }
 
 fn packets(normal: usize, zero: usize) -> Vec<[u8; HEADER_LEN]> {
-    let mut numbers = Numbers::new(1);
+    let mut numbers = Xoshiro256PlusPlus::seed_from_u64(1);
     let mut packet = || {
         let mut pages = Vec::with_capacity(PACKET_PAGES);
         while pages.len() < normal + zero {
-            let offset = numbers.below(RAM_PAGES) * PAGE_BYTES;
+            let offset = numbers.random_range(0..RAM_PAGES) * PAGE_BYTES;
             if !pages.contains(&offset) {
                 pages.push(offset);
             }

@@ -1,6 +1,8 @@
 //! Kills at random instants, of primaries and of receivers, and what must be true of the guests that are resumed then.
 
 use crate::HANG_LIMIT;
+use rand::rngs::Xoshiro256PlusPlus;
+use rand::{RngExt, SeedableRng};
 use std::collections::hash_map::RandomState;
 use std::fs;
 use std::hash::{BuildHasher, Hasher};
@@ -64,7 +66,7 @@ struct Protected {
 pub struct Kills<'a> {
     lab: &'a Lab,
     machine: &'a Machine,
-    random: u64,
+    random: Xoshiro256PlusPlus,
     resumed: u32,
 }
 
@@ -84,7 +86,7 @@ impl<'a> Kills<'a> {
         Self {
             lab,
             machine,
-            random: seed,
+            random: Xoshiro256PlusPlus::seed_from_u64(seed),
             resumed: 0,
         }
     }
@@ -187,15 +189,10 @@ impl<'a> Kills<'a> {
         format!("resumed{}", self.resumed)
     }
 
-    /// A random time below a limit: a step of the generator `SplitMix64`.
+    /// A random time below a limit.
     fn below(&mut self, limit: Duration) -> Duration {
-        self.random = self.random.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut mixed = self.random;
-        mixed = (mixed ^ (mixed >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        mixed = (mixed ^ (mixed >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        mixed ^= mixed >> 31;
         let limit = u64::try_from(limit.as_micros()).expect("a short time").max(1);
-        Duration::from_micros(mixed % limit)
+        Duration::from_micros(self.random.random_range(0..limit))
     }
 
     fn protect(&self, secondary: &Secondary, mut primary: Qemu) -> Result<(u64, Protected), LabError> {

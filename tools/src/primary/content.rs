@@ -1,9 +1,10 @@
 //! What a page holds.
 
 use super::Content;
-use super::rng::Rng;
 use super::shape::round;
 use colo_ring::units::PAGE_SIZE;
+use rand::rngs::Xoshiro256PlusPlus;
+use rand::{Rng, SeedableRng};
 use std::io::Write;
 
 /// Where [`Content::Compressible`] begins again.
@@ -81,19 +82,13 @@ const WORDS: [&str; 64] = [
 /// every other, whatever the stamp. So a page that is missing, old, in the wrong place or made of two versions does
 /// not compare equal.
 pub(super) fn fill(page: &mut [u8; PAGE_SIZE], content: Content, stamp: u64, number: u64, version: u64) {
-    let mut rng = Rng::new(stamp);
+    let mut rng = Xoshiro256PlusPlus::seed_from_u64(stamp);
     match content {
-        Content::Random => {
-            for word in page.as_chunks_mut().0 {
-                *word = rng.next().to_le_bytes();
-            }
-        }
+        Content::Random => rng.fill_bytes(page),
         Content::Compressible => {
             page.fill(0);
             for line in page.as_chunks_mut::<LINE_BYTES>().0 {
-                for word in line[..LINE_BYTES / 4].as_chunks_mut().0 {
-                    *word = rng.next().to_le_bytes();
-                }
+                rng.fill_bytes(&mut line[..LINE_BYTES / 4]);
             }
         }
         Content::Text => return text(page, &mut rng, number, version),
@@ -105,7 +100,7 @@ pub(super) fn fill(page: &mut [u8; PAGE_SIZE], content: Content, stamp: u64, num
 
 /// Fills a page with what compresses to about the `ratio`th part: random bytes as many as that, less what both methods
 /// need to describe the zeros between them. More random bytes stand in more places, as in memory of programs.
-fn compressible_to(page: &mut [u8; PAGE_SIZE], rng: &mut Rng, ratio: f64) {
+fn compressible_to(page: &mut [u8; PAGE_SIZE], rng: &mut Xoshiro256PlusPlus, ratio: f64) {
     let compressed = PAGE_SIZE as f64 / ratio;
     // Runs of zeros, and the bytes by which each is described.
     let (runs, described) = match ratio {
@@ -118,25 +113,19 @@ fn compressible_to(page: &mut [u8; PAGE_SIZE], rng: &mut Rng, ratio: f64) {
     let random = usize::try_from(random).unwrap_or(run).clamp(2, run);
     page.fill(0);
     for (number, part) in page.chunks_exact_mut(run).enumerate() {
-        let mut bytes = 0;
         // The page's number and version stand before the first of them.
         let begin = if number == 0 && random + 16 <= run { 16 } else { 0 };
-        for (position, byte) in part[begin..begin + random].iter_mut().enumerate() {
-            if position % 8 == 0 {
-                bytes = rng.next();
-            }
-            *byte = bytes.to_le_bytes()[position % 8];
-        }
+        rng.fill_bytes(&mut part[begin..begin + random]);
     }
 }
 
-fn text(page: &mut [u8; PAGE_SIZE], rng: &mut Rng, number: u64, version: u64) {
+fn text(page: &mut [u8; PAGE_SIZE], rng: &mut Xoshiro256PlusPlus, number: u64, version: u64) {
     let mut rest = &mut page[..];
     writeln!(rest, "page {number} version {version}").expect("a page has room for two numbers");
     let mut choices = 0;
     for position in 0.. {
         if position % 10 == 0 {
-            choices = rng.next();
+            choices = rng.next_u64();
         }
         let word = WORDS[usize::try_from(choices & 63).expect("six bits")].as_bytes();
         choices >>= 6;

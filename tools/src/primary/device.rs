@@ -1,8 +1,9 @@
 //! Device state that no QEMU could load, but that has the form of the real one: sections of a few kinds, and a
 //! vmdesc that describes them exactly (spec §11.2).
 
-use super::rng::Rng;
 use colo_ring::wire::stream::{SECTION_EOF, Section, encode_footer};
+use rand::rngs::Xoshiro256PlusPlus;
+use rand::{Rng, SeedableRng};
 use std::fmt::Write;
 
 /// Sections with their instances and body lengths: the total is near that of a PC without devices, 13 KB.
@@ -24,7 +25,7 @@ const VERSION: u32 = 3;
 
 /// The state as of one moment, with its EOF byte. `moment` decides the content, so that no two are equal.
 pub(super) fn state(moment: u64) -> Vec<u8> {
-    let mut rng = Rng::new(moment);
+    let mut rng = Xoshiro256PlusPlus::seed_from_u64(moment);
     let mut out = Vec::new();
     for (id, (name, instance, length)) in (FIRST_ID..).zip(DEVICES) {
         let (idstr, version) = (name.as_bytes(), VERSION);
@@ -39,7 +40,7 @@ pub(super) fn state(moment: u64) -> Vec<u8> {
         out.extend_from_slice(&moment.to_be_bytes());
         while out.len() < end {
             // Bytes of all values, and runs of zeros as real devices have them.
-            let word = rng.next();
+            let word = rng.next_u64();
             out.extend_from_slice(&if word.is_multiple_of(4) { word } else { 0 }.to_be_bytes());
         }
         out.truncate(end);

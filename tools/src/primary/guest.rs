@@ -1,10 +1,11 @@
 //! The guest's memory: what it holds, which pages are dirty, which are zero.
 
-use super::rng::Rng;
 use super::shape::round;
 use super::{Content, Distribution, Pattern, SynthOptions, content};
 use colo_ring::blocks::BlockTable;
 use colo_ring::units::{PAGE_BYTES, PAGE_SIZE};
+use rand::rngs::Xoshiro256PlusPlus;
+use rand::{RngExt, SeedableRng};
 use std::ops::Deref;
 use std::sync::RwLockReadGuard;
 
@@ -96,11 +97,11 @@ impl HotSet {
     }
 
     /// A clean hot page in the share `writes` of cases, as long as there is one; otherwise any page.
-    fn choose(&self, rng: &mut Rng, writes: f64, dirty: &PageSet) -> u64 {
-        if !rng.chance(writes) || self.clean == 0 {
-            return rng.below(self.pages);
+    fn choose(&self, rng: &mut Xoshiro256PlusPlus, writes: f64, dirty: &PageSet) -> u64 {
+        if !rng.random_bool(writes) || self.clean == 0 {
+            return rng.random_range(0..self.pages);
         }
-        let mut number = rng.below(self.hot);
+        let mut number = rng.random_range(0..self.hot);
         while dirty.contains(self.page(number)) {
             number = (number + 1) % self.hot;
         }
@@ -128,7 +129,7 @@ pub(super) struct GuestRam {
     zero: PageSet,
     content: Content,
     versions: u64,
-    rng: Rng,
+    rng: Xoshiro256PlusPlus,
     /// Where [`Pattern::Sequential`] goes on.
     next_page: u64,
 }
@@ -150,7 +151,7 @@ impl GuestRam {
             zero: PageSet::full(table.total_pages()),
             content: options.content,
             versions: 0,
-            rng: Rng::new(options.seed),
+            rng: Xoshiro256PlusPlus::seed_from_u64(options.seed),
             next_page: 0,
             table,
         };
@@ -187,8 +188,8 @@ impl GuestRam {
         let mut left = count;
         while left > 0 {
             let (first, length) = match pattern {
-                Pattern::Random => (self.rng.below(dirty.pages), 1),
-                Pattern::Runs(length) => (self.rng.below(dirty.pages), length.min(left)),
+                Pattern::Random => (self.rng.random_range(0..dirty.pages), 1),
+                Pattern::Runs(length) => (self.rng.random_range(0..dirty.pages), length.min(left)),
                 Pattern::Sequential => (self.next_page, left),
                 Pattern::HotSet { writes, .. } => (hot.choose(&mut self.rng, writes, &dirty), 1),
             };
@@ -210,10 +211,10 @@ impl GuestRam {
 
     /// Gives a page new content, which is zero in that share of cases.
     fn write(&mut self, page: u64, zero_share: f64) {
-        let zero = self.rng.chance(zero_share);
+        let zero = self.rng.random_bool(zero_share);
         self.zero.set(page, zero);
         self.versions += 1;
-        let (stamp, kind, version) = (self.rng.next(), self.content, self.versions);
+        let (stamp, kind, version) = (self.rng.random(), self.content, self.versions);
         let Page { block, offset, .. } = self.locate(page);
         let bytes: &mut [u8; PAGE_SIZE] = self.blocks[block][index(offset)..]
             .first_chunk_mut()

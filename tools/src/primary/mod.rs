@@ -19,7 +19,6 @@ mod link;
 mod options;
 mod preset;
 mod recording;
-mod rng;
 mod schedule;
 mod sender;
 mod session;

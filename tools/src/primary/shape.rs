@@ -1,7 +1,9 @@
 //! What the guest does to its memory, as values of options: how many pages, which, and what they hold.
 
-use super::rng::Rng;
 use clap::ValueEnum;
+use rand::RngExt;
+use rand::rngs::Xoshiro256PlusPlus;
+use rand_distr::{Exp1, StandardNormal};
 use serde::{Serialize, Serializer};
 use std::fmt;
 use std::str::FromStr;
@@ -79,13 +81,14 @@ impl Distribution {
     }
 
     /// One number, at most `most`.
-    pub(super) fn draw(self, rng: &mut Rng, most: u64) -> u64 {
+    pub(super) fn draw(self, rng: &mut Xoshiro256PlusPlus, most: u64) -> u64 {
+        let normal = |rng: &mut Xoshiro256PlusPlus| rng.sample::<f64, _>(StandardNormal);
         let drawn = match self {
             Self::Fixed(pages) => return pages.min(most),
-            Self::Uniform { low, high } => return (low + rng.below(high - low + 1)).min(most),
-            Self::Normal { mean, deviation } => mean as f64 + deviation * rng.normal(),
-            Self::LogNormal { median, sigma } => median as f64 * (sigma * rng.normal()).exp(),
-            Self::Exponential { mean } => -(1.0 - rng.unit()).ln() * mean as f64,
+            Self::Uniform { low, high } => return rng.random_range(low..=high).min(most),
+            Self::Normal { mean, deviation } => mean as f64 + deviation * normal(rng),
+            Self::LogNormal { median, sigma } => median as f64 * (sigma * normal(rng)).exp(),
+            Self::Exponential { mean } => rng.sample::<f64, _>(Exp1) * mean as f64,
         };
         round(drawn).min(most)
     }
@@ -269,13 +272,14 @@ impl fmt::Display for Content {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use rand::SeedableRng;
 
     const GUEST_PAGES: u64 = 1 << 20;
     const DRAWS: u32 = 20_000;
 
     /// Mean, standard deviation and median of many draws.
     fn figures(distribution: Distribution) -> (f64, f64, f64) {
-        let mut rng = Rng::new(42);
+        let mut rng = Xoshiro256PlusPlus::seed_from_u64(42);
         let mut drawn: Vec<_> = (0..DRAWS)
             .map(|_| distribution.draw(&mut rng, GUEST_PAGES) as f64)
             .collect();
@@ -315,7 +319,7 @@ mod tests {
 
     #[test]
     fn draws_stay_between_nothing_and_the_guest() {
-        let mut rng = Rng::new(1);
+        let mut rng = Xoshiro256PlusPlus::seed_from_u64(1);
         for text in [
             "normal:100,1000",
             "lognormal:100,3",

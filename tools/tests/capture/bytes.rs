@@ -6,6 +6,8 @@ use colo_ring_tools::capture_file::EndKind;
 use colo_ring_tools::net::Address;
 use nix::libc;
 use nix::sys::socket::{setsockopt, sockopt::Linger};
+use rand::rngs::Xoshiro256PlusPlus;
+use rand::{RngExt, SeedableRng};
 use std::io::{ErrorKind, Read, Write};
 use std::net::{Shutdown, TcpListener, TcpStream};
 use std::os::unix::net::{UnixListener, UnixStream};
@@ -99,21 +101,14 @@ impl Server {
 
 /// Bytes that no other seed gives, with pauses in them: (bytes, length of each write).
 fn noise(seed: u64) -> (Vec<u8>, Vec<usize>) {
-    let mut state = seed;
-    let mut next = || {
-        state = state
-            .wrapping_mul(6_364_136_223_846_793_005)
-            .wrapping_add(1_442_695_040_888_963_407);
-        state >> 33
-    };
-    let bytes: Vec<u8> = (0..LENGTH / 4)
-        .flat_map(|_| u32::try_from(next()).unwrap().to_le_bytes())
-        .collect();
+    let mut random = Xoshiro256PlusPlus::seed_from_u64(seed);
+    let mut bytes = vec![0; LENGTH];
+    random.fill(&mut bytes[..]);
     let mut cuts = Vec::new();
     let mut left = bytes.len();
     while left > 0 {
-        let most = if next() % 2 == 0 { 9 } else { 300_000 };
-        let length = usize::try_from(next()).unwrap() % most + 1;
+        let most = if random.random() { 9 } else { 300_000 };
+        let length = random.random_range(1..=most);
         cuts.push(length.min(left));
         left -= length.min(left);
     }

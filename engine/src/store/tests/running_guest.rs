@@ -2,6 +2,8 @@
 
 use super::*;
 use crate::blocks::BlockTable;
+use rand::rngs::Xoshiro256PlusPlus;
+use rand::{RngExt, SeedableRng};
 
 #[test]
 fn the_pages_that_the_guest_dirtied_are_restored() {
@@ -19,11 +21,8 @@ fn the_pages_that_the_guest_dirtied_are_restored() {
     }
     store.begin_colo();
     let mut landing = Landing::default();
-    let mut state = 1u64;
-    let mut random = |below: u64| {
-        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
-        (state >> 33) % below
-    };
+    let mut generator = Xoshiro256PlusPlus::seed_from_u64(1);
+    let mut random = |below: u64| generator.random_range(0..below);
     for checkpoint in 0..50 {
         store.commit(CheckpointId(checkpoint), &mut Vec::new(), &alone());
         for (at, stamp) in (0..).zip(&primary) {
