@@ -91,7 +91,10 @@ fn it_measures_and_leaves_tables_pages_and_runs() {
             .expect("measured");
         secondary["phases"][0]["p50_ns"].as_u64().expect("a number")
     };
-    assert!(p50("sink") < p50("qemu"), "who keeps nothing is faster: {table}");
+    assert!(
+        p50("sink") < p50("qemu"),
+        "the sink is faster, because it keeps nothing: {table}"
+    );
     let sessions = files(&out.join("idle-multifd-4-every-0ms/sessions"));
     assert!(
         sessions

@@ -1,4 +1,4 @@
-//! How long an idle primary's guest stands still at a checkpoint: multifd-4 over TCP, 300 ms interval, `colo-ring`
+//! How long an idle primary's guest is paused at a checkpoint: multifd-4 over TCP, 300 ms interval, `colo-ring`
 //! and QEMU's own secondary alternately.
 
 use colo_ring::host;

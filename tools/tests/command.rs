@@ -266,7 +266,7 @@ fn the_demo_measures_every_variant_or_says_why_not() {
         assert!(text.contains(variant["name"].as_str().unwrap()));
     }
 
-    // For people, and where the page cannot be written: the figures are told all the same.
+    // For people, and where the page cannot be written: the figures are printed all the same.
     let nowhere: Vec<_> = small
         .iter()
         .map(|arg| {

@@ -167,7 +167,7 @@ fn the_logs_of_one_run_can_be_given_one_by_one() {
     let compared = json(&["compare", &pause, &commit]);
     assert_eq!(compared["runs"].as_array().unwrap().len(), 1);
     assert_eq!(compared["phases"].as_array().unwrap().len(), 2);
-    // Cut in the middle of its last line: what is whole is used, and that is told.
+    // Cut in the middle of its last line: what is whole is used, with a warning.
     let log = std::fs::read(&pause).unwrap();
     std::fs::write(&pause, &log[..log.len() - 10]).unwrap();
     let (code, table, said) = run(&["compare", &pause]);

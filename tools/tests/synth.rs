@@ -516,7 +516,7 @@ fn wrong_options_are_refused_with_what_would_do() {
         assert_eq!(output.status.code(), Some(2), "{args}: {}", said(&output));
         assert!(said(&output).contains(part), "{args}: {}", said(&output));
     }
-    let nobody = synth(&["--to", "unix:/nonexistent/socket", "--ram", "1M", "--pages", "1"]);
-    assert_eq!(nobody.status.code(), Some(1));
-    assert!(said(&nobody).contains("is the secondary listening there?"));
+    let absent = synth(&["--to", "unix:/nonexistent/socket", "--ram", "1M", "--pages", "1"]);
+    assert_eq!(absent.status.code(), Some(1));
+    assert!(said(&absent).contains("is the secondary listening there?"));
 }

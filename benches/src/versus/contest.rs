@@ -23,7 +23,7 @@ pub trait Play {
 /// Whose turn it is.
 #[derive(Clone, Copy, Debug)]
 pub struct TurnOf<'a> {
-    /// Who.
+    /// The secondary.
     pub secondary: &'a Secondary,
     /// In which cell.
     pub cell: Cell,
@@ -45,7 +45,7 @@ pub struct Session {
 /// What one secondary did in one cell.
 #[derive(Debug)]
 pub struct Turns {
-    /// Who.
+    /// The secondary.
     pub secondary: Secondary,
     /// Its undisturbed checkpoints of all rounds, without warm-up; none before the first session. Processor time is
     /// these checkpoints' share of that of the whole sessions.

@@ -68,7 +68,7 @@ impl CellFigures {
         let comparison = report(&runs, options)?;
         let row = |phase: &str, turns: &Turns| {
             let row = comparison.row(phase, &turns.run.as_ref()?.name)?;
-            // Without QEMU the first run stands in for it, and no ratio to that is of interest.
+            // Without QEMU the first run replaces it, and no ratio to that is of interest.
             let ratios = row.ratios.filter(|_| baseline.is_some());
             Some(Row {
                 ratios,

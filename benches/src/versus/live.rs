@@ -1,4 +1,4 @@
-//! A live primary: how long its guest stands still, by its own STOP and RESUME events.
+//! A live primary: how long its guest is paused, by its own STOP and RESUME events.
 
 use super::contest::{Play, Session, TurnOf};
 use super::plan::Cell;

@@ -30,12 +30,12 @@ pub struct Options {
     #[arg(long, value_name = "LIST", value_delimiter = ',', default_value = "0,100")]
     spacings: Vec<u64>,
 
-    /// Who takes turns: usual (with --live QEMU's own and the default of colo-ring), qemu, sink, all, names like uring-pool-deferred or their beginnings (uring, epoll)
+    /// The secondaries that take turns: usual (with --live QEMU's own and the default of colo-ring), qemu, sink, all, names like uring-pool-deferred or their beginnings (uring, epoll)
     #[arg(long, value_name = "LIST", value_delimiter = ',', default_value = "usual")]
     secondaries: Vec<String>,
 
     /// The colo-ring of another build: beside each receiver of this one, the same of that takes turns as NAME@other, and
-    /// the ratio to it stands below the table
+    /// the ratio to it is printed below the table
     #[arg(long, value_name = "FILE")]
     other_build: Option<PathBuf>,
 

@@ -22,7 +22,7 @@ pub struct Cell {
 pub struct Plan {
     /// In this order.
     pub cells: Vec<Cell>,
-    /// Who takes turns.
+    /// The secondaries that take turns.
     pub secondaries: Vec<Secondary>,
     /// Undisturbed checkpoints wanted of each secondary in each cell.
     pub checkpoints: u64,

@@ -61,7 +61,7 @@ impl<'a> Results<'a> {
         })
     }
 
-    /// Where the machine stands, in lines.
+    /// The conditions on the machine, in lines.
     #[must_use]
     pub fn conditions(&self) -> String {
         let qemu = self

@@ -37,7 +37,7 @@ impl Chain {
     }
 }
 
-/// How the records of a block stand in the file.
+/// How the records of a block are stored in the file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Kind {
     /// As they are.
@@ -54,7 +54,7 @@ pub(super) struct Header {
     pub(super) stored_len: usize,
     /// Bytes of its records.
     pub(super) raw_len: usize,
-    /// Of the content as it stands in the file.
+    /// Of the content as it is stored.
     pub(super) checksum: u32,
 }
 

@@ -4,7 +4,7 @@ use colo_ring::host::Machine;
 use serde::{Deserialize, Serialize};
 use std::time::{SystemTime, UNIX_EPOCH};
 
-/// Where a capture comes from. It stands in the header as JSON; keys that are not known are skipped when it is read.
+/// Where a capture comes from. The header has it as JSON; unknown keys are skipped when it is read.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct CaptureInfo {
     /// What recorded it: `proxy`, `synth`, `pcap`.
@@ -26,7 +26,7 @@ pub struct CaptureInfo {
 impl CaptureInfo {
     /// A capture that begins now on this machine. The sides and the channels are not known yet.
     pub fn now(captured: &str, options: serde_json::Value) -> Self {
-        // A clock before 1970 is as good as none.
+        // A clock before 1970 is not set: 0.
         let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
         Self {
             captured: captured.to_owned(),

@@ -118,7 +118,7 @@ pub enum Event<'a> {
     Open {
         /// Its number: the next one.
         connection: ConnectionId,
-        /// Where it came from, for people.
+        /// Where it came from, as text for readers.
         label: &'a str,
     },
     /// Bytes went over a connection.

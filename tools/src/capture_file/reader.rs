@@ -28,12 +28,12 @@ pub struct CaptureReader<R: Read + Seek = File> {
     next_at: u64,
     /// Before the next block.
     chain: Chain,
-    /// The file stands elsewhere: the last attempt to read that block did not give one.
+    /// The file must be positioned again: the last attempt to read that block did not give one.
     read_again: bool,
     /// The records of one block, and how many bytes of them were read.
     records: Vec<u8>,
     position: usize,
-    /// The content of a block as it stands in the file.
+    /// The content of a block as it is stored.
     stored: Vec<u8>,
     decompressor: Option<Decompressor<'static>>,
     order: Order,

@@ -34,7 +34,7 @@ pub enum Compression {
 /// A capture that is being written.
 ///
 /// Records are collected to blocks. Each block is one write, so what was flushed can be read whatever becomes of the
-/// writer. After a failed write nothing more is written: what stands in the file stays readable up to there. A
+/// writer. After a failed write nothing more is written: the file stays readable up to there. A
 /// writer that is dropped without [`Self::finish`] leaves out what was not flushed.
 pub struct CaptureWriter<W: Write = File> {
     out: W,
@@ -176,7 +176,7 @@ impl<W: Write> CaptureWriter<W> {
         Ok(totals)
     }
 
-    /// What stands in the file so far; what is not flushed is left out.
+    /// What the file contains so far, without what is not flushed.
     pub fn totals(&self) -> Totals {
         self.written
     }

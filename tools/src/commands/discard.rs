@@ -24,7 +24,7 @@ pub struct DiscardArgs {
     json: bool,
 }
 
-/// Has the receiver give up what an ended session left.
+/// Makes the receiver release the checkpoint and the memory of an ended session.
 ///
 /// # Errors
 /// If the receiver does not answer or refuses.

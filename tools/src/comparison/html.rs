@@ -285,7 +285,7 @@ fn method(comparison: &Comparison) -> Markup {
             h2 { "How to read this" }
             @if comparison.runs.len() > 1 && !ways.is_empty() {
                 p {
-                    "Below each figure stands its ratio to " (comparison.baseline) " and the 95 % interval of that \
+                    "Below each figure is its ratio to " (comparison.baseline) " and the 95 % interval of that \
                      ratio: both runs were resampled " (comparison.options.resamples) " times (percentile bootstrap of "
                     (ways.into_iter().collect::<Vec<_>>().join("; ")) "; seed " (comparison.options.seed) "). Where the \
                      interval includes 1, no difference is shown, which does not mean that there is none. Of runs that \

@@ -24,7 +24,7 @@ pub(super) fn escape(text: &str) -> String {
     escaped
 }
 
-/// Where a text stands against its point.
+/// On which side of its point a text is.
 #[derive(Clone, Copy)]
 pub(super) enum Anchor {
     Start,
@@ -183,7 +183,7 @@ impl Axis {
         self.from + part * (self.to - self.from)
     }
 
-    /// Where ticks are and what stands at them: about `count`.
+    /// Positions and labels of the ticks: about `count`.
     pub(super) fn ticks(&self, count: usize) -> Vec<(f64, String)> {
         let values = match self.logarithmic {
             true => self.logarithmic_ticks(count),

@@ -81,7 +81,7 @@ pub enum LineError {
     Number {
         /// Which of the three.
         field: &'static str,
-        /// What stands there.
+        /// The text.
         text: String,
     },
     /// The histogram.
@@ -137,7 +137,7 @@ pub struct Interval {
     pub offset: u64,
     /// What it belongs to.
     pub tag: Option<String>,
-    /// Its start in seconds, since [`Entry::BaseTime`] or, in logs that say so by large numbers, since 1970.
+    /// Its start in seconds, since [`Entry::BaseTime`] or, in logs with numbers that large, since 1970.
     pub start_s: f64,
     /// Its length in seconds.
     pub length_s: f64,

@@ -1,4 +1,4 @@
-//! One histogram, as it stands encoded in a line: base64 over zlib over HdrHistogram's V2 encoding.
+//! One histogram as a line encodes it: base64 over zlib over HdrHistogram's V2 encoding.
 //!
 //! The `hdrhistogram` crate decodes it, but it allocates what the header claims and computes with what the counts
 //! claim. Both are checked here before it sees them.
@@ -60,7 +60,7 @@ pub enum PayloadError {
     Decode(#[from] hdrhistogram::serialization::DeserializeError),
 }
 
-/// Decodes what stands in the last field of an interval.
+/// Decodes the last field of an interval.
 pub(super) fn decode(text: &str) -> Result<Histogram<u64>, PayloadError> {
     let padding = GeneralPurposeConfig::new().with_decode_padding_mode(DecodePaddingMode::Indifferent);
     let bytes = GeneralPurpose::new(&alphabet::STANDARD, padding).decode(text)?;

@@ -167,7 +167,7 @@ fn the_widest_histogram_is_read() {
     assert_eq!(collect(line.as_bytes()).unwrap().total.len(), 3);
 }
 
-/// Whatever stands in a file, it is read or refused.
+/// Whatever a file contains, it is read or refused.
 #[test]
 fn damaged_logs_never_panic() {
     let good = ours();

@@ -20,7 +20,7 @@ pub enum Preset {
 }
 
 impl Preset {
-    /// The options that it stands for.
+    /// Its options.
     pub fn options(self, version: Version) -> SynthOptions {
         let base = SynthOptions {
             ram_bytes: 1 << 30,

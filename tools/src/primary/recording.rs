@@ -1,6 +1,6 @@
-//! A session that goes into a capture file instead of to a secondary: what a secondary would answer is recorded, too.
+//! A session that goes into a capture file instead of to a secondary: the answers of a secondary are recorded, too.
 //!
-//! Time is that of the schedule. It stands still within a checkpoint and during precopy, so that one set of options
+//! Time is that of the schedule. It does not advance within a checkpoint and during precopy, so that one set of options
 //! makes one sequence of records.
 
 use super::SynthError;

@@ -74,8 +74,8 @@ impl SynthPrimary {
         Self::begin(&Destination::Secondary(address), options)
     }
 
-    /// Writes the session to a capture, together with what a secondary answers, and goes through precopy. Checkpoints
-    /// stand there when they are due; each of their reports has no durations, for there is nobody to measure.
+    /// Writes the session to a capture, together with the answers of a secondary, and goes through precopy. Checkpoints
+    /// are recorded at the times when they are due; their reports have no durations, because no secondary is measured.
     ///
     /// # Errors
     /// See [`SynthError`].

@@ -294,7 +294,7 @@ fn read_all(reader: UnixStream, collected: &Collected, replies: &mpsc::Sender<Va
             return Some(String::from_utf8_lossy(&line).chars().take(60).collect());
         };
         let Some(event) = parse_event(&message) else {
-            // The requester may be gone.
+            // The requester may have ended.
             if replies.send(message).is_err() {
                 return None;
             }

@@ -1,4 +1,4 @@
-//! A monitor that answers as it is told to, and the client at it.
+//! A monitor with scripted answers, and the client connected to it.
 
 use super::*;
 use std::os::unix::net::UnixListener;
@@ -119,10 +119,10 @@ fn events_are_waited_for() {
 
 #[test]
 fn what_is_no_monitor_is_told() {
-    let nobody = Qmp::connect(Path::new("/nonexistent/qmp"), Duration::ZERO).unwrap_err();
+    let absent = Qmp::connect(Path::new("/nonexistent/qmp"), Duration::ZERO).unwrap_err();
     assert!(
-        nobody.to_string().contains("-qmp unix:/nonexistent/qmp"),
-        "{nobody}"
+        absent.to_string().contains("-qmp unix:/nonexistent/qmp"),
+        "{absent}"
     );
     for (text, says_what) in [
         (

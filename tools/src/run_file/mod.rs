@@ -27,7 +27,7 @@ pub const FILE_BYTES_MAX: u64 = 256 << 20;
 /// Different phases in one run at most: each is a file.
 pub const PHASES_MAX: usize = 32;
 
-/// Characters of a run's name at most: it stands in tables.
+/// Characters of a run's name at most: tables show it.
 pub const NAME_CHARS_MAX: usize = 100;
 
 /// A measured run.
@@ -37,7 +37,7 @@ pub struct RunFile {
     pub schema: String,
     /// See [`SCHEMA_VERSION`].
     pub schema_version: u32,
-    /// What stands in tables: `colo-ring uring pool`, `QEMU 11.1.3`, `sink`. Runs of one name are rounds of one
+    /// The name in tables: `colo-ring uring pool`, `QEMU 11.1.3`, `sink`. Runs of one name are rounds of one
     /// measurement.
     pub name: String,
     /// When it began, in milliseconds since 1970.

@@ -118,7 +118,7 @@ fn a_run_that_could_not_be_read_is_not_written() {
     assert_eq!(std::fs::read_dir(scratch.path()).unwrap().count(), 0);
 }
 
-/// Whatever stands in a file, it is read or refused.
+/// Whatever a file contains, it is read or refused.
 #[test]
 fn damaged_runs_never_panic() {
     use rand::rngs::Xoshiro256PlusPlus;

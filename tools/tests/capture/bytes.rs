@@ -286,7 +286,7 @@ fn a_reset_is_passed_on() {
     }
 }
 
-/// As without us: who goes on sending to one that has closed altogether is reset.
+/// As without the recorder: a side that sends to one that has closed both ways is reset.
 #[test]
 fn sending_to_one_that_has_gone_ends_in_a_reset() {
     let scratch = Scratch::new();

@@ -1,4 +1,4 @@
-//! `colo-ring capture` as its users run it: what goes in comes out, what went through stands in the file, and nothing that
+//! `colo-ring capture` as its users run it: what goes in comes out, the file has what went through, and nothing that
 //! befalls the recording befalls the session.
 
 mod bytes;

@@ -1,6 +1,6 @@
 //! By how much forwarding lengthened each checkpoint.
 //!
-//! The guest stands still until LOADED is back, so two stretches of a checkpoint count, and the secondary's own work
+//! The guest is paused until LOADED is back, so two stretches of a checkpoint count, and the secondary's own work
 //! between them does not:
 //!
 //! * **to the secondary**: it cannot be done before the checkpoint's last byte is there, on whichever connection. So:

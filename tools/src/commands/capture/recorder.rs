@@ -1,7 +1,7 @@
 //! The recording, off the way of what is recorded: a queue that takes at once, and a thread that writes the capture.
 //!
-//! The queue is bounded in bytes. A disk that is too slow, full or gone ends the recording with what is there; nobody
-//! who hands something in ever fails by it.
+//! The queue is bounded in bytes. A disk that is too slow, full or gone ends the recording with what is there; the
+//! producer does not fail by it.
 
 use crate::capture_file::{CaptureError, CaptureWriter, ConnectionId, Direction, EndKind, Event, Totals};
 use crate::output::tell;
@@ -77,7 +77,7 @@ pub struct Recorder {
     started: Instant,
     queue_bytes_max: u64,
     when_behind: WhenBehind,
-    /// The guest is protected: who holds its connection up makes its pauses longer.
+    /// The guest is protected: a connection that waits makes its pauses longer.
     guest_protected: Cell<bool>,
     thread: JoinHandle<Recorded>,
 }

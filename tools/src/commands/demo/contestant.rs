@@ -197,7 +197,7 @@ impl Contestant {
         self.discard()
     }
 
-    /// Waits until the receiver has noticed the end, and gives up what it keeps.
+    /// Waits until the receiver has noticed the end, and makes it release what it keeps.
     fn discard(&self) -> Result<(), CommandError> {
         const PATIENCE: Duration = Duration::from_secs(10);
         let started = Instant::now();

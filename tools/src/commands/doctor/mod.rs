@@ -332,10 +332,11 @@ fn locked_memory(host: &HostReport) -> Check {
 
 fn registered_buffers(host: &HostReport, registration: &RegistrationReport) -> Check {
     const ITEM: &str = "registered buffers";
-    const MEND: &str = "ulimit -l unlimited   (service: LimitMEMLOCK=infinity; docker: --ulimit memlock=-1)";
+    const REMEDY: &str =
+        "ulimit -l unlimited   (service: LimitMEMLOCK=infinity; docker: --ulimit memlock=-1)";
     const MEANING: &str = "the cache of a guest with more RAM cannot be registered: RECVMSG is used instead";
     if let Err(error) = &registration.small {
-        return Check::warn(ITEM, format!("refused: {error}"), MEANING, Some(MEND));
+        return Check::warn(ITEM, format!("refused: {error}"), MEANING, Some(REMEDY));
     }
     let Some(limit) = host.memory.memlock_limit_bytes else {
         return Check::ok(ITEM, "RLIMIT_MEMLOCK is unlimited");
@@ -345,7 +346,7 @@ fn registered_buffers(host: &HostReport, registration: &RegistrationReport) -> C
         Some(true) => Check::ok(ITEM, format!("{seen}, but does not bind this process")),
         // Too large to be tried, so what is left is what the kernel goes by.
         None if host.memory.cap_ipc_lock => Check::ok(ITEM, format!("{seen}; CAP_IPC_LOCK lifts it")),
-        Some(false) | None => Check::warn(ITEM, seen, MEANING, Some(MEND)),
+        Some(false) | None => Check::warn(ITEM, seen, MEANING, Some(REMEDY)),
     }
 }
 

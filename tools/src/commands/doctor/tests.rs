@@ -74,10 +74,10 @@ fn complaints(probe: &Probe) -> Vec<(&'static str, State, String)> {
     .collect()
 }
 
-/// Spoils one thing of the good machine and expects exactly one complaint about it.
-fn expect(item: &str, state: State, remedy: &str, spoil: impl FnOnce(&mut Probe)) {
+/// Changes one thing of the good machine and expects exactly one complaint about it.
+fn expect(item: &str, state: State, remedy: &str, change: impl FnOnce(&mut Probe)) {
     let mut probe = good();
-    spoil(&mut probe);
+    change(&mut probe);
     match complaints(&probe).as_slice() {
         [(seen, seen_state, command)] => {
             assert_eq!((*seen, *seen_state), (item, state));

@@ -137,7 +137,7 @@ impl Outcome {
     }
 }
 
-/// Tells it to people or machines. With the stream on standard output only standard error is left.
+/// Prints it, as text or as JSON. With the stream on standard output only standard error is left.
 pub(super) fn print_outcome(
     args: &FailoverArgs,
     claimed: &ClaimedCheckpoint,
@@ -228,9 +228,9 @@ fn words(
     };
     match outcome.way {
         "shared" => text.push_str(&format!(
-            "its memory is the receiver's file, which the guest consumes and the receiver gives up; {kibibytes} KiB were sent\n"
+            "its memory is the receiver's file, which the guest consumes and the receiver releases; {kibibytes} KiB were sent\n"
         )),
-        "stream" => text.push_str(&format!("its memory was sent: {kibibytes} KiB; the receiver gives its own up\n")),
+        "stream" => text.push_str(&format!("its memory was sent: {kibibytes} KiB; the receiver releases its own copy\n")),
         _ => {}
     }
     if let Some(kept) = args.keep()? {

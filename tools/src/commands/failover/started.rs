@@ -45,7 +45,7 @@ impl Started {
         }
     }
 
-    /// Starts a QEMU. There is no instant at which it runs and a signal does not know of it.
+    /// Starts a QEMU. From its first instant on a signal handler finds it.
     pub(super) fn spawn(&self, command: &mut Command) -> std::io::Result<Child> {
         let mut stage = self.stage();
         let child = command.spawn()?;

@@ -27,7 +27,7 @@ const LOAD_LIMIT: Duration = Duration::from_secs(60);
 /// How long a QEMU that has closed the stream may take to end.
 const FAIL_LIMIT: Duration = Duration::from_secs(1);
 
-/// How often QEMU is asked for what no event tells.
+/// How often QEMU is asked for states that no event reports.
 const POLL: Duration = Duration::from_millis(20);
 
 /// The same where no event is to come, because it holds the guest.

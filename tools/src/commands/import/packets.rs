@@ -236,7 +236,7 @@ fn segment(
 
 /// Cuts a packet into its layers; None if it is not IP.
 fn slice<'a>(packet: &Packet<'a>) -> Result<Option<LaxSlicedPacket<'a>>, ImportError> {
-    /// Where the protocol stands in Linux's cooked headers, and how long they are.
+    /// The protocol's offset in Linux's cooked headers, and their length.
     const COOKED: (usize, usize) = (14, 16);
     const COOKED_2: (usize, usize) = (0, 20);
     /// Length of the address family before packets of BSD's loopback.

@@ -43,7 +43,7 @@ impl Reassembly {
     /// Takes a segment and gives to `deliver` what is next in order. A direction whose begin was not seen takes nothing.
     ///
     /// # Errors
-    /// What `deliver` says; and [`Reassembly::missing`] tells when too much waits.
+    /// That of `deliver`; and [`Reassembly::missing`] if too much waits.
     pub(super) fn take<E>(
         &mut self,
         sequence: u32,

@@ -8,7 +8,7 @@ use std::collections::HashMap;
 use std::net::SocketAddr;
 use std::time::Duration;
 
-/// Makes the capture, when the first connection tells when the session began and between whom it is.
+/// Makes the capture once the first connection shows when the session began and which addresses it is between.
 pub(super) trait Create:
     FnMut(Duration, String, String) -> Result<CaptureWriter, ImportError>
 {

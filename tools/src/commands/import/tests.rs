@@ -296,7 +296,7 @@ fn disorder_and_repetition_are_put_right() {
         // No data overtakes its handshake, which takes a round trip.
         let (handshakes, mut data): (Vec<_>, Vec<_>) =
             segments.into_iter().partition(|sent| sent.flags.contains('S'));
-        // Who sends slowly has gaps between the segments that change places.
+        // A slow sender leaves gaps between the segments that change places.
         let span = |some: &[Sent]| {
             let times = some.iter().map(|sent| sent.at);
             times.clone().max().unwrap() - times.min().unwrap()

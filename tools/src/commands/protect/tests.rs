@@ -1,4 +1,4 @@
-//! A primary that answers as it is told to: what is set on it, and what is said when it cannot be protected.
+//! A primary with scripted answers: the settings that it receives, and the errors where it cannot be protected.
 
 use super::*;
 use crate::page_compression::CompressionMethod;

@@ -167,13 +167,13 @@ pub fn run(args: ReceiveArgs) -> Result<ExitCode, CommandError> {
         let _ = wish.send(());
     })?;
     raise_open_files();
-    let told = move |event: Event| {
+    let on_event = move |event: Event| {
         tell(&describe(&event));
         if let (Some(on_loss), Event::Ended(status)) = (&on_loss, &event) {
             on_loss.session_ended(status);
         }
     };
-    let receiver = Receiver::start(options, told).map_err(CommandError::failed)?;
+    let receiver = Receiver::start(options, on_event).map_err(CommandError::failed)?;
     for address in receiver.addresses() {
         tell(&format!("listening on {address}"));
     }

@@ -222,7 +222,7 @@ impl<'a> Player<'a> {
         })
     }
 
-    /// Writes VMSTATE_SEND, tells the threads, and writes the rest. Returns the time that was not spent in writes.
+    /// Writes VMSTATE_SEND, notifies the threads, and writes the rest. Returns the time that was not spent in writes.
     fn transfer(
         &mut self,
         number: usize,
@@ -252,7 +252,7 @@ impl<'a> Player<'a> {
             due,
             paced_from,
         };
-        // A thread that is gone has failed before; its reason is found when the part ends.
+        // A thread that has ended has failed before; its reason is found when the part ends.
         for thread in &self.threads {
             let _ = thread.jobs.send(job);
         }

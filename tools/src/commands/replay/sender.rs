@@ -1,7 +1,7 @@
 //! The multifd channels' side of a replay: threads that write packets, each for a group of channels.
 //!
 //! A thread writes to its channels in turn, a packet in one write as the primary does, never waiting for one channel
-//! while another takes bytes. What it waits for is told apart: time in `write` and in `poll` is the kernel's and the
+//! while another takes bytes. Its waiting times are separated: time in `write` and in `poll` is the kernel's and the
 //! secondary's, all other time from the moment the packets were due is this side's own.
 
 use super::player::Part;

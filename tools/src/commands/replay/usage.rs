@@ -193,8 +193,8 @@ mod tests {
         let ms = Duration::from_millis;
         assert_eq!(disturbance(ms(30), ms(10)), None);
         assert_eq!(disturbance(ms(50), ms(250)), None);
-        let told = disturbance(ms(125), ms(250)).unwrap();
-        assert_eq!(told, "other processes used 50 % of a core");
+        let text = disturbance(ms(125), ms(250)).unwrap();
+        assert_eq!(text, "other processes used 50 % of a core");
     }
 
     #[test]

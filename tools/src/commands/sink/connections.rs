@@ -83,7 +83,7 @@ impl Listener {
 impl Drop for Listener {
     fn drop(&mut self) {
         if let Self::Unix(_, ListenAddress::Unix(path)) = self {
-            // It fails only if the file is already gone.
+            // It fails only if the file does not exist any more.
             let _ = std::fs::remove_file(path);
         }
     }

@@ -222,8 +222,8 @@ fn a_secondary_that_goes_away_or_errs_is_named() {
         SynthError::Unexpected { .. }
     ));
     assert!(matches!(answered(Some(&[9; 4])), SynthError::Unexpected { .. }));
-    let nobody = Address::Unix("/nonexistent/socket".into());
-    assert!(matches!(run(&nobody, &options), Err(SynthError::Connect { .. })));
+    let absent = Address::Unix("/nonexistent/socket".into());
+    assert!(matches!(run(&absent, &options), Err(SynthError::Connect { .. })));
 }
 
 #[test]
@@ -247,11 +247,11 @@ fn a_session_over_tcp() {
 
 #[test]
 fn bad_options_are_refused() {
-    let nobody = Address::Unix("/nonexistent/socket".into());
+    let absent = Address::Unix("/nonexistent/socket".into());
     let bad = |change: fn(&mut SynthOptions)| {
         let mut options = small(Version::V11_1);
         change(&mut options);
-        matches!(run(&nobody, &options), Err(SynthError::Options(_)))
+        matches!(run(&absent, &options), Err(SynthError::Options(_)))
     };
     assert!(!bad(|_| ()));
     assert!(bad(|options| options.ram_bytes = 4097));
