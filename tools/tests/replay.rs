@@ -460,7 +460,7 @@ fn what_cannot_be_played_is_refused() {
     refused(&[&nothing, "--sink"], 1, "this is no capture");
     refused(&[&scratch.file("missing"), "--sink"], 1, "No such file");
     refused(&[&nothing], 2, "--to");
-    refused(&[&nothing, "--to", "4444"], 2, "is no address");
+    refused(&[&nothing, "--to", "4444"], 2, "invalid address");
     refused(&[&nothing, "--sink", "--interval", "0"], 2, "0");
     refused(&[&nothing, "--sink", "--closed-loop"], 2, "--interval");
     refused(&[&nothing, "--sink", "--cores", ""], 2, "no core");

@@ -79,7 +79,7 @@ impl Plan {
         self.rounds.max(needed)
     }
 
-    /// Who takes turns in that cell.
+    /// The secondaries that take turns in that cell.
     pub fn secondaries_in(&self, cell: Cell) -> impl Iterator<Item = &Secondary> {
         let takes_part = move |one: &&Secondary| cell.shape.compression.is_some() || !one.is_decoders();
         self.secondaries.iter().filter(takes_part)
