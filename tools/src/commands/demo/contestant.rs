@@ -4,7 +4,8 @@ use super::DemoArgs;
 use crate::net::Address;
 use crate::options::Cache;
 use crate::output::CommandError;
-use crate::primary::{Distribution, Figures, PhaseFigures, SynthOptions, SynthPrimary, Version};
+use crate::page_compression::{CompressionArgs, CompressionMethod, PageCompression};
+use crate::primary::{Content, Distribution, Figures, PhaseFigures, SynthOptions, SynthPrimary, Version};
 use crate::run_file::{Checkpoint, Clock, RunFile};
 use clap::ValueEnum;
 use colo_ring::metrics::Summary;
@@ -24,6 +25,12 @@ const WAYS: [(&str, BackendKind, bool); 4] = [
     ("threads", BackendKind::Threads, false),
 ];
 
+/// Room for the decoders of a session's channels.
+const DECODERS_BYTES: u64 = 64 << 20;
+
+/// How pages compress in sessions that do.
+const RATIO: f64 = 3.0;
+
 /// What is measured: a way to receive, a cache placement and a commit mode.
 #[derive(Clone, Debug, Serialize)]
 pub(super) struct Variant {
@@ -33,6 +40,8 @@ pub(super) struct Variant {
     registered: bool,
     cache: Cache,
     commit: CommitMode,
+    #[serde(flatten)]
+    compression: PageCompression,
 }
 
 impl Variant {
@@ -51,8 +60,30 @@ impl Variant {
                     registered,
                     cache,
                     commit,
+                    compression: PageCompression::default(),
                 })
             })
+            .collect()
+    }
+
+    /// The first of all with each method of compression.
+    pub(super) fn compressed() -> Vec<Self> {
+        let with = |method: &CompressionMethod| {
+            let args = CompressionArgs {
+                compression: *method,
+                compression_level: None,
+            };
+            let compression = args.check(1).ok().filter(|compression| compression.is_some())?;
+            let first = Self::all().into_iter().next()?;
+            Some(Self {
+                name: format!("{} {}", first.name, method.name()),
+                compression,
+                ..first
+            })
+        };
+        CompressionMethod::value_variants()
+            .iter()
+            .filter_map(with)
             .collect()
     }
 }
@@ -117,8 +148,9 @@ impl Contestant {
                 commit: variant.commit,
                 ..StoreOptions::default()
             },
-            // No other primary connects, and an ended session's memory is given up at once; a guest has small blocks too.
-            ram_limit_bytes: args.ram.0.saturating_mul(2),
+            // No other primary connects, and an ended session's memory is given up at once; a guest has small blocks, too, and
+            // its channels may have decoders.
+            ram_limit_bytes: args.ram.0.saturating_mul(2).saturating_add(DECODERS_BYTES),
             hist: None,
             described: serde_json::Value::Null,
             control: None,
@@ -149,14 +181,16 @@ impl Contestant {
             return Ok(None);
         }
         let described = serde_json::to_value(&variant).map_err(CommandError::failed)?;
+        let mut run = RunFile::new(
+            &variant.name,
+            "demo",
+            described,
+            Clock::Primary,
+            SystemTime::now(),
+        );
+        run.compression = Some(variant.compression.to_string());
         Ok(Some(Self {
-            run: RunFile::new(
-                &variant.name,
-                "demo",
-                described,
-                Clock::Primary,
-                SystemTime::now(),
-            ),
+            run,
             figures: Figures::new(args.interval > 0),
             variant,
             receiver,
@@ -179,6 +213,11 @@ impl Contestant {
             ram_bytes: args.ram.0,
             channels: args.channels,
             dirty_pages: Distribution::Fixed(args.pages),
+            compression: self.variant.compression,
+            content: match self.variant.compression.is_some() {
+                true => Content::Ratio(RATIO),
+                false => Content::Random,
+            },
             interval: Duration::from_millis(args.interval),
             seed: u64::from(round) + 1,
             ..SynthOptions::new(Version::V11_1)
@@ -255,5 +294,13 @@ mod tests {
         let placements = Cache::value_variants().len() * CommitMode::value_variants().len();
         assert_eq!((variants.len(), names.len()), (4 * placements, 4 * placements));
         assert!(names.contains(super::super::BASELINE), "{names:?}");
+        let compressed: Vec<_> = Variant::compressed().into_iter().map(|one| one.name).collect();
+        assert_eq!(
+            compressed,
+            [
+                format!("{} zlib", variants[0].name),
+                format!("{} zstd", variants[0].name)
+            ]
+        );
     }
 }

@@ -54,6 +54,10 @@ pub struct DemoArgs {
     #[arg(long, value_name = "N", default_value_t = 6, value_parser = clap::value_parser!(u32).range(1..))]
     rounds: u32,
 
+    /// Also sessions that compress, with zstd and with zlib, and whose pages compress about 3 to 1
+    #[arg(long)]
+    all: bool,
+
     /// Write the page of plots there, in place of what is there [default: colo-ring-demo.html in this directory; none
     /// with --json]
     #[arg(long, value_name = "FILE")]
@@ -146,7 +150,10 @@ fn measure(
     warnings: &Warnings,
 ) -> Result<Vec<(VariantReport, crate::run_file::RunFile)>, CommandError> {
     let mut contestants = Vec::new();
-    for variant in Variant::all() {
+    let compressed = Variant::compressed().into_iter();
+    // Without channels there is nothing that compresses.
+    let compressed = compressed.filter(|_| args.all && args.channels > 0);
+    for variant in Variant::all().into_iter().chain(compressed) {
         contestants.extend(Contestant::start(variant, args, cores, warnings)?);
     }
     if contestants.is_empty() {
