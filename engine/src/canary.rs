@@ -32,6 +32,12 @@ pub(crate) enum Canary {
     OneDeviceState,
     /// A channel that has ended is not counted out.
     LostLeave,
+    /// A checkpoint request is answered while the flush is in progress.
+    EarlyReply,
+    /// The main channel takes a flush for finished that is in progress.
+    EarlyFlushEnd,
+    /// The gate opens while the flush is in progress, before the answer.
+    EarlyGate,
 }
 
 #[cfg(test)]

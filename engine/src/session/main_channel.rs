@@ -25,6 +25,7 @@ use super::limits::{PINGS_MAX, SessionLimits};
 use super::ram_records::{Continued, SyncMode};
 use super::record::SessionRecord;
 use crate::blocks::BlockTable;
+use crate::canary::{self, Canary};
 use crate::units::CheckpointId;
 use crate::wire::WireError;
 use crate::wire::colo::{self, Message};
@@ -441,6 +442,10 @@ impl Session {
         }
         self.colo_seen = true;
         if expected == Message::CheckpointRequest {
+            if canary::is_set(Canary::EarlyReply) {
+                self.stage = Stage::OpenGate;
+                return Ok((consumed, Action::Continue));
+            }
             self.stage = Stage::Flushing;
             return Ok((consumed, Action::FinishFlush));
         }

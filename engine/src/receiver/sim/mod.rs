@@ -14,6 +14,9 @@
 //! * Is it the last one acknowledged, or one behind it whose acknowledgement is on its way?
 //! * Is the image, page by page, that checkpoint's memory, and the device state its device state?
 //!
+//! The guests are small, so in some runs a core takes a step of a flush only now and then: with large guests, the primary asks
+//! for the next checkpoint long before the flush of the last one has finished.
+//!
 //! Now and then, most of all while a flush is under way, it asks as a failover does ([`crate::store::CheckpointView`]) or
 //! dumps to files.
 //!

@@ -362,9 +362,15 @@ impl Primary {
         self.wait_for(Stage::WaitLoaded, &[&RECEIVED, &LOADED]);
     }
 
-    /// Sends a page behind the last sync of the checkpoint that is on its way, if one is, on a channel.
+    /// Sends a page on a channel, after the last sync of the checkpoint that is on its way, or before the answer to the
+    /// request for the next.
     pub(super) fn intrude(&mut self, rng: &mut Rng) -> Option<Intruder> {
-        if !matches!(self.stage, Stage::WaitReady | Stage::WaitLoaded) || self.kind.channels == 0 {
+        let state = match self.stage {
+            Stage::WaitReady | Stage::WaitLoaded => self.snapshots.len() - 1,
+            Stage::WaitReply => self.snapshots.len(),
+            _ => return None,
+        };
+        if self.kind.channels == 0 {
             return None;
         }
         let page = rng.below(self.memory.pages.len());
@@ -379,7 +385,7 @@ impl Primary {
         };
         let channel = rng.below(self.kind.channels);
         self.packet(channel, &packet, false);
-        Some(Intruder::new(channel, self.snapshots.len() - 1, page, content))
+        Some(Intruder::new(channel, state, page, content))
     }
 
     fn take_snapshot(&mut self, device_state: Vec<u8>) {

@@ -37,10 +37,12 @@ pub(super) struct SimSession {
     samples: usize,
 }
 
-/// A page sent behind the last sync of a checkpoint, before the next one. It may come before the receiver can know that; then
-/// it belongs to that checkpoint. Else the session must end by it.
+/// A page sent between the last sync of a checkpoint and CHECKPOINT_REPLY. It may arrive before the receiver can know that, and
+/// then belongs to that checkpoint; or, if it was sent after the request, after the gate was opened, and then belongs to the
+/// next. Else the session must end by it.
 pub(super) struct Intruder {
     pub(super) channel: usize,
+    /// The only state that it may belong to.
     pub(super) state: usize,
     pub(super) page: usize,
     pub(super) content: Content,

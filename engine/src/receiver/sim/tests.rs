@@ -95,6 +95,9 @@ fn canaries_do_not_survive() {
         (Canary::SkippedPage, 10),
         (Canary::StaleDeviceState, 10),
         (Canary::LostLeave, 10),
+        (Canary::EarlyReply, 100),
+        (Canary::EarlyFlushEnd, 100),
+        (Canary::EarlyGate, 500),
     ];
     find_all(&canaries, false);
 }
@@ -106,7 +109,7 @@ fn canaries_do_not_survive_a_kill() {
         &[
             (Canary::EndlessFlush, 100),
             (Canary::EarlyFlushed, 500),
-            (Canary::OneDeviceState, 100),
+            (Canary::OneDeviceState, 500),
         ],
         true,
     );

@@ -3,6 +3,7 @@
 mod connect;
 mod faults;
 mod services;
+mod slow_flush;
 
 use super::Tally;
 use super::death::Death;
@@ -61,6 +62,8 @@ pub(super) struct World {
     wait_all: bool,
     /// In how many tries a core does work that can wait.
     laziness: usize,
+    /// In how many turns a core takes a step of a flush, once.
+    flush_turns: usize,
     /// Nothing was found to do at random.
     is_idle: bool,
     /// In how many steps somebody asks for the checkpoint while it is being flushed, once: that ends the flush.
@@ -124,6 +127,7 @@ impl World {
             dump_at: rng.one_in(16).then(|| rng.any_size(STEPS_USUAL) as u64),
             wait_all: rng.one_in(2),
             laziness: rng.pick(&[1, 20]),
+            flush_turns: rng.pick(&[1, 10, 40]),
             is_idle: false,
             flush_looks: rng.pick(&[4, 100]),
             piece_bytes,

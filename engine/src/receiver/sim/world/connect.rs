@@ -1,15 +1,19 @@
 //! The beginning of a session: a primary has connected all its channels.
 
 use super::super::primary::{Kind, Primary};
+use super::super::rng::Rng;
 use super::super::session::SimSession;
 use super::World;
+use super::slow_flush::{Attached, SlowFlush};
 use crate::receiver::attach::{DrivingCores, NewSession, attach};
 use crate::ring::sim::{SimCore, Wire};
 use crate::ring::{Connection, ReceiveStyle, Tenant, Waker};
 use crate::session::SessionLimits;
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
+use std::cell::RefCell;
 use std::io;
 use std::os::fd::AsRawFd;
+use std::sync::Arc;
 
 impl World {
     /// A primary connects all its channels.
@@ -48,8 +52,12 @@ impl World {
         let cores = SimCores {
             cores: &self.cores,
             is_threads: self.is_threads,
+            guest: Attached::default(),
+            flush_turns: self.flush_turns,
+            rng: RefCell::new(Rng::new(self.rng.next())),
         };
         let guest = attach(new, self.services.clone(), &cores);
+        cores.guest.set(Arc::downgrade(&guest)).expect("attached once");
         let session = SimSession::new(guest, primary, peers, wires, no_memory);
         self.sessions.push(session);
         self.tally.sessions += 1;
@@ -60,6 +68,9 @@ impl World {
 struct SimCores<'a> {
     cores: &'a [SimCore],
     is_threads: bool,
+    guest: Attached,
+    flush_turns: usize,
+    rng: RefCell<Rng>,
 }
 
 impl DrivingCores for SimCores<'_> {
@@ -89,7 +100,12 @@ impl DrivingCores for SimCores<'_> {
     }
 
     fn admit(&self, driver: &usize, tenant: Box<dyn Tenant>) -> io::Result<()> {
-        self.cores[*driver].admit(tenant);
+        self.cores[*driver].admit(Box::new(SlowFlush {
+            presence: tenant,
+            guest: self.guest.clone(),
+            turns: self.flush_turns,
+            rng: Rng::new(self.rng.borrow_mut().next()),
+        }));
         Ok(())
     }
 

@@ -1,5 +1,6 @@
 //! What is done to sessions, and what somebody asks of them meanwhile.
 
+use super::super::primary::Stage;
 use super::World;
 use crate::receiver::end::SessionEnd;
 use crate::ring::sim::StreamEnd;
@@ -20,19 +21,26 @@ pub(super) enum Fault {
     Rubbish,
     /// A channel brings a page after the last sync of a checkpoint.
     Intrude,
+    /// A channel brings a page before the answer to a request.
+    Hasten,
     /// The operator stops it.
     Stop,
 }
 
-pub(super) const FAULTS: [Fault; 7] = [
+pub(super) const FAULTS: [Fault; 8] = [
     Fault::Cut,
     Fault::Reset,
     Fault::Kill,
     Fault::Rubbish,
     Fault::Intrude,
     Fault::Intrude,
+    Fault::Hasten,
     Fault::Stop,
 ];
+
+fn is_intrusion(fault: Fault) -> bool {
+    matches!(fault, Fault::Intrude | Fault::Hasten)
+}
 
 impl World {
     /// What happens to a session at this step, if anything.
@@ -40,7 +48,7 @@ impl World {
         let now = self.tally.steps;
         while let Some(position) = self.faults.iter().position(|(at, ..)| *at <= now) {
             let (_, session, fault) = self.faults.swap_remove(position);
-            if fault == Fault::Intrude && !self.intrude(session) {
+            if !self.may_happen(session, fault) || (is_intrusion(fault) && !self.intrude(session)) {
                 self.faults.push((now + 1, session, fault));
                 break;
             }
@@ -91,12 +99,24 @@ impl World {
             }
             Fault::Rubbish => self.spoil(number, connection),
             // It has done it already.
-            Fault::Intrude => {}
+            Fault::Intrude | Fault::Hasten => {}
             Fault::Stop => session.guest.finish(SessionEnd::Stopped),
         }
     }
 
-    /// Lets a channel bring a page that it should not; false if now is no time for it.
+    /// Whether now is the time for it.
+    fn may_happen(&mut self, number: usize, fault: Fault) -> bool {
+        let session = &self.sessions[number];
+        match (fault, session.primary.stage) {
+            (Fault::Intrude, stage) => matches!(stage, Stage::WaitReady | Stage::WaitLoaded),
+            // The first request never finds a flush in progress.
+            (Fault::Hasten, Stage::WaitReply) => session.is_flushing() || self.rng.one_in(100),
+            (Fault::Hasten, _) => false,
+            _ => true,
+        }
+    }
+
+    /// Lets a channel bring a page that it should not; false if there is no channel.
     fn intrude(&mut self, number: usize) -> bool {
         let session = &mut self.sessions[number];
         let intruder = session.primary.intrude(&mut self.rng);
