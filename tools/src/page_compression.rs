@@ -5,6 +5,7 @@ use colo_ring::wire::codec::Method;
 use serde::Serialize;
 use std::fmt;
 use std::ops::RangeInclusive;
+use thiserror::Error;
 
 /// The level where none is given: that of QEMU for every method.
 const LEVEL_DEFAULT: u8 = 1;
@@ -59,6 +60,30 @@ pub struct CompressionArgs {
     pub compression_level: Option<u8>,
 }
 
+/// Options of compression that do not go together.
+#[derive(Debug, Error)]
+pub enum CompressionArgsError {
+    /// A level of no method.
+    #[error("--compression-level needs --compression zlib or zstd")]
+    NoMethod,
+    /// A session without multifd channels.
+    #[error(
+        "--compression {} needs multifd channels, and --channels is 0: QEMU compresses pages on these only", .0.name()
+    )]
+    NoChannels(CompressionMethod),
+    /// A level that the method does not have.
+    #[error(
+        "--compression-level {level}: {} has the levels {} to {}",
+        .method.name(), .method.levels().start(), .method.levels().end()
+    )]
+    Level {
+        /// The method.
+        method: CompressionMethod,
+        /// The level.
+        level: u8,
+    },
+}
+
 /// A method with its level.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
 pub struct PageCompression {
@@ -75,28 +100,20 @@ impl CompressionArgs {
     ///
     /// # Errors
     /// If the options do not go together.
-    pub fn check(self, channels: u8) -> Result<PageCompression, String> {
+    pub fn check(self, channels: u8) -> Result<PageCompression, CompressionArgsError> {
         let method = self.compression;
         if method == CompressionMethod::None {
             return match self.compression_level {
                 None => Ok(PageCompression::default()),
-                Some(_) => Err("--compression-level needs --compression zlib or zstd".to_owned()),
+                Some(_) => Err(CompressionArgsError::NoMethod),
             };
         }
-        let name = method.name();
         if channels == 0 {
-            return Err(format!(
-                "--compression {name} needs multifd channels, and --channels is 0: QEMU compresses pages on these only"
-            ));
+            return Err(CompressionArgsError::NoChannels(method));
         }
         let level = self.compression_level.unwrap_or(LEVEL_DEFAULT);
-        let levels = method.levels();
-        if !levels.contains(&level) {
-            return Err(format!(
-                "--compression-level {level}: {name} has the levels {} to {}",
-                levels.start(),
-                levels.end()
-            ));
+        if !method.levels().contains(&level) {
+            return Err(CompressionArgsError::Level { method, level });
         }
         Ok(PageCompression {
             method,
@@ -130,7 +147,8 @@ mod tests {
             compression,
             compression_level: level,
         };
-        args.check(channels).map(|checked| checked.to_string())
+        let checked = args.check(channels).map_err(|error| error.to_string())?;
+        Ok(checked.to_string())
     }
 
     #[test]

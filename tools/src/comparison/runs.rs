@@ -2,7 +2,9 @@
 
 use super::distribution::{Distribution, Point};
 use crate::hlog::{HlogError, Log, add_values};
-use crate::run_file::{self, Clock, RunFile, RunFileError, SecondaryUse, check_name, read_bounded};
+use crate::run_file::{
+    self, Clock, RunFile, RunFileError, RunNameError, SecondaryUse, check_name, read_bounded,
+};
 use clap::ValueEnum;
 use colo_ring::host::Machine;
 use colo_ring::metrics::{self, Phase, Report, with_suffix};
@@ -35,12 +37,12 @@ pub enum CompareError {
         /// What it says.
         schema: String,
     },
-    /// A name that cannot stand in a table.
-    #[error("{0}")]
-    Name(String),
+    /// A name that cannot be in a table.
+    #[error(transparent)]
+    Name(#[from] RunNameError),
     /// Two runs of one name.
     #[error(
-        "two runs are named {0:?}: tell them apart by NAME=FILE, or add them up as rounds of one measurement with --merge"
+        "two runs are named {0:?}: distinguish them by NAME=FILE, or add them up as rounds of one measurement with --merge"
     )]
     SameName(String),
     /// Runs that cannot be one.
@@ -171,7 +173,7 @@ impl Run {
         if let Some((name, _)) = named {
             name.clone_into(&mut run.name);
         }
-        check_name(&run.name).map_err(CompareError::Name)?;
+        check_name(&run.name)?;
         run.files.push(path.to_owned());
         Ok(run)
     }

@@ -112,6 +112,13 @@ pub struct Checkpoint {
     pub disturbed: Option<String>,
 }
 
+/// A text that cannot be the name of a run.
+#[derive(Debug, Error)]
+#[error(
+    "{0:.200?} cannot be a run's name: it has 1 to {NAME_CHARS_MAX} characters, none of them a control character"
+)]
+pub struct RunNameError(String);
+
 /// Why a run file could not be written or read.
 #[derive(Debug, Error)]
 pub enum RunFileError {
@@ -241,8 +248,12 @@ impl RunFile {
                 self.schema_version
             ));
         }
-        check_name(&self.name)?;
-        self.compression.as_deref().map_or(Ok(()), check_name)?;
+        for name in [Some(&self.name), self.compression.as_ref()]
+            .into_iter()
+            .flatten()
+        {
+            check_name(name).map_err(|error| error.to_string())?;
+        }
         let phases = self.phases();
         if phases.len() > PHASES_MAX {
             return Err(format!("{} phases: at most {PHASES_MAX} can be", phases.len()));
@@ -308,12 +319,10 @@ fn histogram_of<'a>(checkpoints: impl Iterator<Item = &'a Checkpoint>, phase: &s
 /// Whether this can be the name of a run.
 ///
 /// # Errors
-/// What is wrong with it.
-pub fn check_name(name: &str) -> Result<(), String> {
+/// If it cannot.
+pub fn check_name(name: &str) -> Result<(), RunNameError> {
     if name.is_empty() || name.chars().count() > NAME_CHARS_MAX || name.chars().any(char::is_control) {
-        return Err(format!(
-            "{name:.200?} cannot be a run's name: it has 1 to {NAME_CHARS_MAX} characters, none of them a control character"
-        ));
+        return Err(RunNameError(name.to_owned()));
     }
     Ok(())
 }

@@ -154,7 +154,8 @@ impl ProtectArgs {
                 self.channels
             ));
         }
-        self.compression.check(self.channels)
+        let checked = self.compression.check(self.channels);
+        checked.map_err(|error| error.to_string())
     }
 
     /// What makes pages smaller, in words that follow others.

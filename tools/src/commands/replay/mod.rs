@@ -11,7 +11,7 @@ mod usage;
 use crate::net::Address;
 use crate::options::CoreList;
 use crate::output::{CommandError, ProgressLine, print, print_json, tell};
-use crate::run_file::check_name;
+use crate::run_file::{RunNameError, check_name};
 use crate::signals;
 use crate::streams::Streams;
 use clap::{Args, ValueEnum};
@@ -131,7 +131,7 @@ fn as_text<S: serde::Serializer>(address: &Option<Address>, serializer: S) -> Re
     }
 }
 
-fn named(text: &str) -> Result<String, String> {
+fn named(text: &str) -> Result<String, RunNameError> {
     check_name(text).map(|()| text.to_owned())
 }
 

@@ -6,12 +6,12 @@ use crate::capture_file::{CaptureInfo, CaptureWriter, Compression};
 use crate::net::Address;
 use crate::options::Size;
 use crate::output::{CommandError, ProgressLine, mebibytes, print, print_json, tell};
-use crate::page_compression::CompressionArgs;
+use crate::page_compression::{CompressionArgs, CompressionArgsError};
 use crate::primary::{
     CheckpointReport, Content, Distribution, Figures, Pattern, Preset, SynthError, SynthOptions,
     SynthPrimary, Version,
 };
-use crate::run_file::{Clock, RunFile, check_name};
+use crate::run_file::{Clock, RunFile, RunNameError, check_name};
 use crate::signals;
 use clap::{ArgGroup, Args, ValueEnum};
 use colo_ring::host::Machine;
@@ -130,7 +130,7 @@ pub enum Pace {
     Max,
 }
 
-fn run_name(name: &str) -> Result<String, String> {
+fn run_name(name: &str) -> Result<String, RunNameError> {
     check_name(name).map(|()| name.to_owned())
 }
 
@@ -139,7 +139,9 @@ fn run_name(name: &str) -> Result<String, String> {
 /// # Errors
 /// If the options contradict themselves, or the session or a file fails.
 pub fn run(args: &SynthArgs) -> Result<ExitCode, CommandError> {
-    let options = args.options().map_err(CommandError::Usage)?;
+    let options = args
+        .options()
+        .map_err(|error| CommandError::Usage(error.to_string()))?;
     let refused = |error: SynthError| CommandError::Usage(error.to_string());
     options.check().map_err(refused)?;
     let machine = Machine::read();
@@ -172,7 +174,7 @@ pub fn run(args: &SynthArgs) -> Result<ExitCode, CommandError> {
 }
 
 impl SynthArgs {
-    fn options(&self) -> Result<SynthOptions, String> {
+    fn options(&self) -> Result<SynthOptions, CompressionArgsError> {
         let base = match self.preset {
             Some(preset) => preset.options(self.qemu),
             None => SynthOptions {
