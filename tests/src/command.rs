@@ -112,23 +112,27 @@ impl Ended {
 }
 
 impl RunningReceiver {
-    /// Starts it by this command line, to which what every test needs is added, and waits until it listens.
+    /// Starts it by this command line, to which what every test needs is added, for two channels, and waits until it
+    /// listens.
     ///
     /// # Panics
     /// If it does not.
     #[must_use]
-    pub fn start(mut command: Command, args: &[&str]) -> Self {
+    pub fn start(command: Command, args: &[&str]) -> Self {
+        Self::with_channels(command, 2, args)
+    }
+
+    /// Like [`Self::start`], for so many channels.
+    ///
+    /// # Panics
+    /// If it does not listen.
+    #[must_use]
+    pub fn with_channels(mut command: Command, channels: u8, args: &[&str]) -> Self {
         let scratch = Scratch::new();
         let file = |name: &str| File::create(scratch.file(name)).expect("a file");
         let mut process = command
-            .args([
-                "receive",
-                "--listen",
-                "tcp:127.0.0.1:0",
-                "--channels",
-                "2",
-                "--json",
-            ])
+            .args(["receive", "--listen", "tcp:127.0.0.1:0", "--json"])
+            .args(["--channels", &channels.to_string()])
             .args(["--control", &format!("unix:{}", scratch.file("control"))])
             .args(["--hist", &scratch.file("hist")])
             .args(args)
@@ -155,6 +159,12 @@ impl RunningReceiver {
     #[must_use]
     pub fn address(&self) -> &Address {
         &self.address
+    }
+
+    /// Its process id.
+    #[must_use]
+    pub fn pid(&self) -> u32 {
+        self.process.id()
     }
 
     /// What it has logged so far.

@@ -1,7 +1,7 @@
 //! `colo-ring replay` as its users run it: a session of the synthetic primary is recorded on its way to a receiver, and
 //! played to others.
 
-use colo_ring_tests::command::Scratch;
+use colo_ring_tests::command::{RunningReceiver, Scratch};
 use colo_ring_tools::capture_file::{
     CaptureInfo, CaptureWriter, Compression, ConnectionId, Direction, Event,
 };
@@ -36,22 +36,17 @@ fn json(output: &Output) -> Value {
     serde_json::from_slice(&output.stdout).unwrap_or_else(|error| panic!("{error}: {}", said(output)))
 }
 
-/// A secondary in a process of its own, killed when dropped.
-struct Secondary {
+/// `colo-ring sink` in a process of its own, killed when dropped.
+struct Sink {
     process: Child,
     address: String,
-    control: String,
 }
 
-impl Secondary {
-    fn start(scratch: &Scratch, name: &str, args: &[&str]) -> Self {
-        let control = format!("unix:{}", scratch.file(&format!("{name}.control")));
-        let mut command = command();
-        command.args(args).args(["--listen", "tcp:127.0.0.1:0"]);
-        if args[0] == "receive" {
-            command.args(["--hugepages", "off", "--control", &control]);
-        }
-        let mut process = command
+impl Sink {
+    fn start(args: &[&str]) -> Self {
+        let mut process = command()
+            .args(["sink", "--listen", "tcp:127.0.0.1:0"])
+            .args(args)
             .stdin(Stdio::null())
             .stdout(Stdio::null())
             .stderr(Stdio::piped())
@@ -68,50 +63,35 @@ impl Secondary {
             );
         }
         std::thread::spawn(move || stderr.read_to_end(&mut Vec::new()));
-        Self {
-            process,
-            address: line.trim_start_matches("listening on ").trim().to_owned(),
-            control,
-        }
-    }
-
-    fn receiver(scratch: &Scratch, name: &str, channels: u8) -> Self {
-        Self::start(scratch, name, &["receive", "--channels", &channels.to_string()])
-    }
-
-    /// What is committed of its newest session: the blocks' content by name, the device state, the checkpoint's number.
-    fn dump(&self, scratch: &Scratch, name: &str) -> (BTreeMap<String, Vec<u8>>, Vec<u8>, u64) {
-        let status = json(&run(&["status", "--control", &self.control, "--json"]));
-        let session = status["sessions"].as_array().unwrap().last().unwrap()["session"].to_string();
-        let out = scratch.file(name);
-        let dump = run(&[
-            "dump",
-            "--control",
-            &self.control,
-            "--session",
-            &session,
-            "--out",
-            &out,
-            "--json",
-        ]);
-        assert!(dump.status.success(), "{}", said(&dump));
-        let dump = json(&dump);
-        let read = |file: &Value| std::fs::read(Path::new(&out).join(file.as_str().unwrap())).unwrap();
-        let blocks = dump["blocks"].as_array().unwrap().iter();
-        let blocks = blocks.map(|block| (block["name"].as_str().unwrap().to_owned(), read(&block["file"])));
-        (
-            blocks.collect(),
-            read(&dump["device_state_file"]),
-            dump["checkpoint"].as_u64().unwrap(),
-        )
+        let address = line.trim_start_matches("listening on ").trim().to_owned();
+        Self { process, address }
     }
 }
 
-impl Drop for Secondary {
+impl Drop for Sink {
     fn drop(&mut self) {
         let _ = self.process.kill();
         let _ = self.process.wait();
     }
+}
+
+fn receiver(channels: u8) -> RunningReceiver {
+    RunningReceiver::with_channels(command(), channels, &["--hugepages", "off"])
+}
+
+/// What is committed of its newest session: the blocks' content by name, the device state, the checkpoint's number.
+fn dump(receiver: &RunningReceiver) -> (BTreeMap<String, Vec<u8>>, Vec<u8>, u64) {
+    let status = receiver.status();
+    let newest = status["sessions"].as_array().unwrap().last().unwrap();
+    let (dumped, read) = receiver.dump(newest["session"].as_u64().unwrap());
+    let read = |file: &Value| read(file.as_str().unwrap());
+    let blocks = dumped["blocks"].as_array().unwrap().iter();
+    let blocks = blocks.map(|block| (block["name"].as_str().unwrap().to_owned(), read(&block["file"])));
+    (
+        blocks.collect(),
+        read(&dumped["device_state_file"]),
+        dumped["checkpoint"].as_u64().unwrap(),
+    )
 }
 
 type Recorder = Arc<Mutex<(CaptureWriter<File>, Instant)>>;
@@ -150,8 +130,8 @@ fn relay(
 type Held = (BTreeMap<String, Vec<u8>>, Vec<u8>);
 
 /// Records a session to `path`, and returns what the primary had at its end.
-fn recorded(scratch: &Scratch, options: &SynthOptions, path: &str) -> Held {
-    let live = Secondary::receiver(scratch, "live", options.channels);
+fn recorded(options: &SynthOptions, path: &str) -> Held {
+    let live = receiver(options.channels);
     let info = CaptureInfo::now("test", Value::Null);
     let writer = CaptureWriter::create(path.as_ref(), &info, Compression::Zstd).unwrap();
     let recorder = Arc::new(Mutex::new((writer, Instant::now())));
@@ -174,7 +154,7 @@ fn recorded(scratch: &Scratch, options: &SynthOptions, path: &str) -> Held {
         });
         for number in 0..=u16::from(options.channels) {
             let near = listener.accept().unwrap().0;
-            let far = TcpStream::connect(live.address.trim_start_matches("tcp:")).unwrap();
+            let far = TcpStream::connect(live.address().to_string().trim_start_matches("tcp:")).unwrap();
             let connection = ConnectionId(number);
             record(
                 &recorder,
@@ -192,7 +172,7 @@ fn recorded(scratch: &Scratch, options: &SynthOptions, path: &str) -> Held {
     });
     let (writer, _) = Arc::into_inner(recorder).unwrap().into_inner().unwrap();
     writer.finish().unwrap();
-    let (blocks, device_state, checkpoint) = live.dump(scratch, "live.dump");
+    let (blocks, device_state, checkpoint) = dump(&live);
     assert_eq!(checkpoint, CHECKPOINTS);
     assert!(
         (&blocks, &device_state) == (&held.0, &held.1),
@@ -222,9 +202,9 @@ fn a_replay_leaves_what_the_session_left() {
     ] {
         let scratch = Scratch::new();
         let file = scratch.file("session.cap");
-        let held = recorded(&scratch, &guest(version, channels), &file);
-        let receiver = Secondary::receiver(&scratch, "again", channels);
-        let pid = receiver.process.id().to_string();
+        let held = recorded(&guest(version, channels), &file);
+        let receiver = receiver(channels);
+        let pid = receiver.pid().to_string();
         let paces: [(&[&str], u64); 4] = [
             (&[], CHECKPOINTS),
             (&["--pace", "max", "--loop", "3"], 3 * CHECKPOINTS),
@@ -237,7 +217,7 @@ fn a_replay_leaves_what_the_session_left() {
                 "replay",
                 &file,
                 "--to",
-                &receiver.address,
+                &receiver.address().to_string(),
                 "--json",
                 "--pid",
                 &pid,
@@ -252,7 +232,7 @@ fn a_replay_leaves_what_the_session_left() {
             assert!(report["secondary"]["rss_bytes_max"].as_u64().unwrap() > 8 << 20);
             let share = report["replay_share"]["share"].as_f64().unwrap();
             assert!(0.0 < share && share <= 1.0, "{share}");
-            let (blocks, device_state, checkpoint) = receiver.dump(&scratch, &format!("dump-{number}"));
+            let (blocks, device_state, checkpoint) = dump(&receiver);
             assert_eq!(checkpoint, *checkpoints);
             if checkpoints % CHECKPOINTS == 0 {
                 assert!(
@@ -281,13 +261,13 @@ fn a_replay_leaves_what_the_session_left() {
 fn sessions_in_a_row_and_a_sink() {
     let scratch = Scratch::new();
     let file = scratch.file("session.cap");
-    let held = recorded(&scratch, &guest(Version::V11_1, 2), &file);
-    let receiver = Secondary::receiver(&scratch, "again", 2);
+    let held = recorded(&guest(Version::V11_1, 2), &file);
+    let receiver = receiver(2);
     let output = run(&[
         "replay",
         &file,
         "--to",
-        &receiver.address,
+        &receiver.address().to_string(),
         "--pace",
         "max",
         "--repeat",
@@ -300,7 +280,7 @@ fn sessions_in_a_row_and_a_sink() {
         (&report["sessions"], &report["checkpoints"]),
         (&3.into(), &(3 * CHECKPOINTS).into())
     );
-    let (blocks, device_state, _) = receiver.dump(&scratch, "dump");
+    let (blocks, device_state, _) = dump(&receiver);
     assert!(blocks == held.0 && device_state == held.1);
 
     let output = run(&["replay", &file, "--sink", "--pace", "max", "--checkpoints", "50"]);
@@ -312,7 +292,7 @@ fn sessions_in_a_row_and_a_sink() {
         "{table}"
     );
 
-    let sink = Secondary::start(&scratch, "sink", &["sink", "--channels", "2", "--cores", "0-1"]);
+    let sink = Sink::start(&["--channels", "2", "--cores", "0-1"]);
     let output = run(&[
         "replay",
         &file,
@@ -332,11 +312,11 @@ fn sessions_in_a_row_and_a_sink() {
 fn a_secondary_that_fails_is_told_and_what_was_measured_is_kept() {
     let scratch = Scratch::new();
     let file = scratch.file("session.cap");
-    recorded(&scratch, &guest(Version::V11_1, 2), &file);
+    recorded(&guest(Version::V11_1, 2), &file);
     let out = scratch.file("run");
 
     // It dies after a while.
-    let mut sink = Secondary::start(&scratch, "sink", &["sink", "--channels", "2"]);
+    let mut sink = Sink::start(&["--channels", "2"]);
     let replay = command()
         .args([
             "replay",
@@ -395,9 +375,16 @@ fn a_secondary_that_fails_is_told_and_what_was_measured_is_kept() {
         said(&output)
     );
 
-    let other = ["receive", "--channels", "1", "--accept-timeout", "1"];
-    let receiver = Secondary::start(&scratch, "other", &other);
-    let output = run(&["replay", &file, "--to", &receiver.address, "--patience", "20"]);
+    let other = ["--hugepages", "off", "--accept-timeout", "1"];
+    let receiver = RunningReceiver::with_channels(command(), 1, &other);
+    let output = run(&[
+        "replay",
+        &file,
+        "--to",
+        &receiver.address().to_string(),
+        "--patience",
+        "20",
+    ]);
     assert_eq!(output.status.code(), Some(1), "{}", said(&output));
 
     let output = run(&["replay", &file, "--to", "tcp:127.0.0.1:1"]);
