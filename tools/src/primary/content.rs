@@ -81,7 +81,7 @@ const WORDS: [&str; 64] = [
 /// Fills a page. Every byte that is random follows from `stamp`; the page's number and version make it differ from
 /// every other, whatever the stamp. So a page that is missing, old, in the wrong place or made of two versions does
 /// not compare equal.
-pub(super) fn fill(page: &mut [u8; PAGE_SIZE], content: Content, stamp: u64, number: u64, version: u64) {
+pub fn fill(page: &mut [u8; PAGE_SIZE], content: Content, stamp: u64, number: u64, version: u64) {
     let mut rng = Xoshiro256PlusPlus::seed_from_u64(stamp);
     match content {
         Content::Random => rng.fill_bytes(page),

@@ -26,6 +26,7 @@ mod shape;
 #[cfg(test)]
 mod tests;
 
+pub use content::fill as fill_page;
 pub(crate) use figures::{Figures, OwnDelay, PhaseFigures};
 pub use guest::Image;
 pub(crate) use link::{Answer, MainLink};
