@@ -1,5 +1,4 @@
 //! What the micro-benchmarks beside `src/` share, and the comparison with QEMU's own secondary.
-#![forbid(unsafe_code)]
 
 pub mod versus;
 

@@ -1,7 +1,6 @@
 //! Deliberate breaks, each of which the simulation must find: a simulation that never fails proves nothing.
 //!
 //! In every build but a test's there are none: [`is_set`] is a constant no.
-#![forbid(unsafe_code)]
 
 /// A break of one promise.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -4,7 +4,6 @@
 //! the main memory out: the fresh QEMU has mapped the image's file already (capability `x-ignore-shared`).
 //!
 //! Memory use is one buffer of `BUFFER_BYTES`, independent of the guest's size.
-#![forbid(unsafe_code)]
 
 use crate::blocks::BlockTable;
 use crate::session::SessionRecord;

@@ -1,7 +1,6 @@
 //! Instants at which the simulation may kill the receiver: between any two stores whose order a later receiver relies on.
 //!
 //! In every build but a test's there are none: [`here`] does nothing.
-#![forbid(unsafe_code)]
 
 #[cfg(test)]
 type Hook = Box<dyn FnMut()>;

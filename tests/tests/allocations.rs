@@ -2,6 +2,7 @@
 //!
 //! The receiver and the synthetic primary run in this process; what counts is the thread, by the names that the data
 //! plane gives its own.
+#![expect(unsafe_code, reason = "a global allocator that counts")]
 
 use colo_ring::receiver::{Event, Receiver, ReceiverOptions};
 use colo_ring::ring::BackendKind;

@@ -1,6 +1,5 @@
 //! The command `colo-ring` as a library: `commands` has one file or folder a subcommand, everything beside it is what they
 //! share, and what tests and benches use.
-#![forbid(unsafe_code)]
 
 pub mod capture_file;
 mod cli;

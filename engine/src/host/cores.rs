@@ -1,5 +1,4 @@
 //! Cores: which exist, which this process may use, and lists of them as on the command line and in sysfs.
-#![forbid(unsafe_code)]
 
 use nix::sched::{CpuSet, sched_getaffinity, sched_setaffinity};
 use nix::unistd::Pid;

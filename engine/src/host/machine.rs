@@ -1,5 +1,4 @@
 //! The machine, as measurements describe it.
-#![forbid(unsafe_code)]
 
 use super::{cores, memory, network, proc};
 use serde::{Deserialize, Serialize};

@@ -1,5 +1,4 @@
 //! Memory, huge pages, and how much memory this process may pin.
-#![forbid(unsafe_code)]
 
 use super::{OsError, proc};
 use nix::sys::memfd::{MFdFlags, memfd_create};

@@ -1,5 +1,4 @@
 //! The TCP settings that decide how fast a checkpoint is received.
-#![forbid(unsafe_code)]
 
 use super::proc;
 use serde::Serialize;

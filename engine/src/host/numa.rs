@@ -2,7 +2,6 @@
 //!
 //! All of it comes from `devices/system/node` in sysfs. A kernel without NUMA has no such directory, and one on a machine
 //! with one memory has one node: neither needs a placement, and none is made.
-#![forbid(unsafe_code)]
 
 use super::cores::parse_core_list;
 use super::proc;

@@ -1,5 +1,4 @@
 //! An error of the kernel, as a value that can be compared and serialized.
-#![forbid(unsafe_code)]
 
 use serde::Serialize;
 use std::io;

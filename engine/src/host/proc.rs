@@ -1,5 +1,4 @@
 //! Single values of /proc and /sys.
-#![forbid(unsafe_code)]
 
 use std::path::Path;
 

@@ -1,5 +1,4 @@
 //! Addresses to listen on.
-#![forbid(unsafe_code)]
 
 use std::fmt;
 use std::net::SocketAddr;

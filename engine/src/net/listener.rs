@@ -1,5 +1,4 @@
 //! Accepting connections: one task a listener.
-#![forbid(unsafe_code)]
 
 use super::ListenAddress;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};

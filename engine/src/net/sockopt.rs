@@ -1,4 +1,5 @@
 //! Socket options that nix does not have.
+#![expect(unsafe_code, reason = "a socket option that nix does not have")]
 
 use std::os::fd::RawFd;
 

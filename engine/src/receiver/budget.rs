@@ -1,5 +1,4 @@
 //! How much the receiver holds for all guests together: of RAM, and of device state.
-#![forbid(unsafe_code)]
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};

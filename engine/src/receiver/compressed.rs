@@ -4,7 +4,6 @@
 //! What a channel needs for it is made when its first compressed packet is announced, and charged to the budget of RAM:
 //! the payload's buffer at once, the decoder's memory when the first payload has told how much that is. A payload is
 //! decoded into the thread's own [`PageBuffer`], so a packet that is damaged changes no page.
-#![forbid(unsafe_code)]
 
 use super::budget::Lease;
 use super::end::ChannelError;

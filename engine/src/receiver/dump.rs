@@ -2,7 +2,6 @@
 //!
 //! `checkpoint.json` names the others: a file for every RAM block, the device state, and what is constant for the
 //! session (spec §15): the stream's header with its configuration, and the vmdesc.
-#![forbid(unsafe_code)]
 
 use super::kept_checkpoint::KeptCheckpoint;
 use crate::store::{RESERVED_FILES, StoreError};

@@ -1,5 +1,4 @@
 //! A guest's memory and its share of the receiver's limits.
-#![forbid(unsafe_code)]
 
 use super::budget::{Budget, BudgetError, Lease};
 use crate::store::{Store, StoreError};

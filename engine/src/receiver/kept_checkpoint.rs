@@ -2,7 +2,6 @@
 //!
 //! A session makes it with its first commit and commits to its image until it ends. A session of an earlier receiver is
 //! recovered as a kept checkpoint alone.
-#![forbid(unsafe_code)]
 
 use super::guest_memory::MemoryLeases;
 use super::promotion::Promotion;

@@ -1,5 +1,4 @@
 //! A guest's presence on a core: its cache slabs, for the core's ring to register, and its part of the deferred flush.
-#![forbid(unsafe_code)]
 
 use super::live_session::LiveSession;
 use crate::ring::{Region, Tenant};

@@ -14,7 +14,6 @@
 //! A claim belongs to a client of the control socket and ends with its connection, so that a killed failover does not
 //! block the next. Once the whole stream has been written a guest may run from it, and only the operator can know that
 //! none does.
-#![forbid(unsafe_code)]
 
 use thiserror::Error;
 

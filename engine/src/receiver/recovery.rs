@@ -1,5 +1,4 @@
 //! Recovers the checkpoints of earlier receivers from the RAM directory.
-#![forbid(unsafe_code)]
 
 use super::budget::BudgetError;
 use super::guest_memory::Budgets;

@@ -1,6 +1,5 @@
 //! Restores a session's last committed checkpoint to a fresh QEMU, or to a file, as an incoming migration stream. The
 //! receiver writes the stream, because the memory is its own.
-#![forbid(unsafe_code)]
 
 use super::end::SessionEnd;
 use super::kept_checkpoint::KeptCheckpoint;

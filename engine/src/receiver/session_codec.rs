@@ -1,5 +1,4 @@
 //! A session as it is written to the RAM directory with its first checkpoint: texts and numbers one after the other.
-#![forbid(unsafe_code)]
 
 use crate::blocks::{BLOCKS_MAX, BlockListError, BlockTable};
 use crate::session::SessionRecord;

@@ -1,5 +1,4 @@
 //! The status of the receiver and its sessions.
-#![forbid(unsafe_code)]
 
 use super::end::SessionEnd;
 use super::kept_checkpoint::KeptCheckpoint;

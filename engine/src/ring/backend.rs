@@ -1,5 +1,4 @@
 //! What a core needs from the kernel.
-#![forbid(unsafe_code)]
 
 use super::{ReceivePlan, Region};
 use std::io;

@@ -1,5 +1,4 @@
 //! A connection, as the data plane sees it.
-#![forbid(unsafe_code)]
 
 use super::ReceivePlan;
 use std::io;

@@ -4,7 +4,6 @@
 //! that receive has completed, whatever happens to the session meanwhile. If a core ends before that, because its backend
 //! has failed or a panic unwinds, the connection is leaked ([`Slots`]). Nothing is allocated here once all connections are
 //! attached.
-#![forbid(unsafe_code)]
 
 use super::backend::{Backend, Completion, Wait};
 use super::slots::{Slot, Slots};

@@ -1,6 +1,10 @@
 //! The backend `epoll`: readiness and recvmsg, for hosts without io_uring.
 //!
 //! A receive is tried at once when it is posted; only where nothing has arrived does it wait for the socket.
+#![expect(
+    unsafe_code,
+    reason = "a plan is kept by address while its receive is pending"
+)]
 
 use super::backend::{Backend, Completion, Wait};
 use super::receive::{self, receive};

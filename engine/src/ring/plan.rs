@@ -5,6 +5,7 @@
 //! (its own buffers, and the store by an `Arc`) and is not dropped while a receive is posted. Pages of guest memory are an
 //! exception to "nothing but the kernel", as `store::memory::copy` explains. A plan never moves while it is posted: it is
 //! boxed.
+#![expect(unsafe_code, reason = "a plan has raw addresses and crosses threads")]
 
 /// Most pieces of a plan: the pages of one packet, and the header of the next.
 pub const PIECES_MAX: usize = crate::units::PACKET_PAGES + 2;

@@ -1,5 +1,4 @@
 //! Starts a backend on its cores, and hands connections and tenants to it.
-#![forbid(unsafe_code)]
 
 use super::core::{Arrival, Core, CoreHandle, Warn};
 use super::epoll::EpollBackend;

@@ -1,4 +1,5 @@
 //! recvmsg(2) into a plan, for the backends that call it themselves.
+#![expect(unsafe_code, reason = "the kernel writes to the places of a plan")]
 
 use super::plan::ReceivePlan;
 use std::io;

@@ -2,7 +2,6 @@
 //!
 //! As many consecutive buffer indices are reserved as the tenant can ever have regions; region `n` is buffer `first + n`.
 //! The registered regions are always the first `count` ones.
-#![forbid(unsafe_code)]
 
 use super::backend::Backend;
 use super::core::Warn;

@@ -4,6 +4,7 @@
 //! Each connection has a real descriptor, whose other end the simulation holds. Answers and shutdowns go through it, received
 //! bytes do not: they are *sent* when the model primary writes them, *arrived* when the simulated network has delivered
 //! them here, and *taken* when they were put where the connection's plan says.
+#![expect(unsafe_code, reason = "simulated receives write to the places of a plan")]
 
 use super::backend::{Backend, Completion, Wait};
 use super::core::{Arrival, Core, CoreHandle};

@@ -4,7 +4,6 @@
 //! the connection holds. So a slot with a posted receive never gives its connection away, and the table, when it is
 //! dropped, leaks such connections instead of dropping them: on every path on which a core ends, also while a panic
 //! unwinds.
-#![forbid(unsafe_code)]
 
 use super::Connection;
 

@@ -1,5 +1,4 @@
 //! How connections shape their plans: what a backend is good at.
-#![forbid(unsafe_code)]
 
 /// See the module's documentation.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

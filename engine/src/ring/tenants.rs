@@ -3,7 +3,6 @@
 //! Contract: a tenant stays at least until the last of its connections has left the core, and its regions stay registered
 //! until then, so a connection that is handed over to this core finds them registered. It is removed when its session has
 //! ended and no connection of it is left here; its regions are taken out of the ring before it is dropped.
-#![forbid(unsafe_code)]
 
 use super::backend::Backend;
 use super::core::Warn;

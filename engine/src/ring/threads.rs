@@ -1,7 +1,6 @@
 //! The backend `threads`: a thread per connection with blocking receives and a semaphore hand-over at each sync.
 //!
 //! QEMU's own secondary works like this; it is the baseline that the other backends are compared with.
-#![forbid(unsafe_code)]
 
 use super::receive::receive;
 use super::{Connection, Loss, Semaphore, Tenant};

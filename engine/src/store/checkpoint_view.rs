@@ -1,5 +1,4 @@
 //! A read view of the last committed checkpoint, which a failover sends to a QEMU.
-#![forbid(unsafe_code)]
 
 use crate::store::committed::{CommitRecord, CommittedImage};
 use crate::store::memory::copy;

@@ -9,7 +9,6 @@
 //! After a deferred commit, part of the checkpoint is still in cache slots. As long as the session has not ended, the image
 //! holds that flush, so that everything that reads the image ([`CommittedImage::dump`],
 //! [`CommittedImage::checkpoint_view`]) can finish it first.
-#![forbid(unsafe_code)]
 
 use crate::blocks::BlockTable;
 use crate::canary::{self, Canary};

@@ -1,5 +1,4 @@
 //! Making a store: the image, the files of its checkpoints, and the cache, with all memory populated.
-#![forbid(unsafe_code)]
 
 use super::{CacheKind, CommitMode, Fallback, Store, StoreError, StoreOptions};
 use crate::blocks::BlockTable;

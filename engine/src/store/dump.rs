@@ -4,7 +4,6 @@
 //! the next ones copy those again; the last one copies the pages that remain under the lock of the commit record, together with
 //! the device state. So a commit waits for the little that changed during the last unlocked pass, not for the guest's whole RAM,
 //! and the dump is of one checkpoint: the one committed at the end.
-#![forbid(unsafe_code)]
 
 use crate::blocks::BlockTable;
 use crate::store::commit::bitmap::DirtyBitmap;

@@ -1,5 +1,4 @@
 //! The errors of guest memory.
-#![forbid(unsafe_code)]
 
 use crate::blocks::RamBlock;
 use nix::errno::Errno;

@@ -1,5 +1,4 @@
 //! The options of a store: the placement of its cache, when it flushes, and of what pages its memory is.
-#![forbid(unsafe_code)]
 
 use crate::store::{DirtyBitmap, HugePages};
 use serde::{Deserialize, Serialize};

@@ -1,6 +1,5 @@
 //! Receiving pages: where they land, and how they are recorded after they have landed. See the module above for what callers
 //! must ensure.
-#![forbid(unsafe_code)]
 
 use crate::canary::{self, Canary};
 use crate::store::memory::copy;

@@ -15,7 +15,6 @@
 //! number is checked here against spec §21 before it is returned. What takes the session's state (is this message
 //! expected now, is the channel id below N) is not checked here. Encoders exist for every type: for tests, for the
 //! synthetic primary and for the stream that restarts a guest.
-#![forbid(unsafe_code)]
 
 pub mod codec;
 pub mod colo;

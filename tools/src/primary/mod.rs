@@ -9,7 +9,6 @@
 //!
 //! The guest is changed between checkpoints only. So whenever [`SynthPrimary::checkpoint`] has returned, the model
 //! is what the secondary must have committed, see [`SynthPrimary::image`].
-#![forbid(unsafe_code)]
 
 mod content;
 mod device;

@@ -1,5 +1,4 @@
 //! Why a request to the receiver fails.
-#![forbid(unsafe_code)]
 
 use crate::receiver::dump::DumpError;
 use crate::receiver::promotion::PromotionError;

@@ -1,5 +1,4 @@
 //! Serves the control socket: one task a client.
-#![forbid(unsafe_code)]
 
 use super::error::RequestError;
 use super::protocol::{Request, Response};

@@ -13,6 +13,10 @@
 //! | EXT_ARG: a wait with a timeout | 5.11 | while bytes gather in a socket, its core polls |
 //! | sparse buffer table | 5.19 | no registered buffers |
 //! | READV_FIXED: a scattered packet in one registered read | 6.15 | READ_FIXED for one run, RECVMSG for several |
+#![expect(
+    unsafe_code,
+    reason = "submission entries carry addresses that the kernel uses later"
+)]
 
 mod report;
 mod setup;

@@ -1,4 +1,5 @@
 //! What io_uring offers to this process, found out by trying.
+#![expect(unsafe_code, reason = "the probe registers a buffer by address")]
 
 use super::setup::{RingUnavailable, SetupLevel, set_up};
 use crate::host::OsError;

@@ -1,5 +1,4 @@
 //! The position in an extent from which its holder fills it: that of a channel's landing, or of a receiving thread.
-#![forbid(unsafe_code)]
 
 use crate::store::StoreError;
 use crate::store::cache::extent_refs::ExtentId;

@@ -2,7 +2,6 @@
 //!
 //! An extent's count is the number of pages that have their content in it, and one more while a cursor or a buffer holds it.
 //! The thread that brings a count to 0 frees the extent. A slab **retires** by keeping its extents back as they become free.
-#![deny(unsafe_code)]
 
 use crate::store::cache::stack::{FreeStack, Link};
 use crate::store::memory::index;

@@ -7,7 +7,6 @@
 //!
 //! Every NUMA node of the receiving threads (`numa.rs`) has slabs and a free list of its own. An extent stays with its node. A
 //! thread that finds the list of its node empty borrows from another's, and the node is then the next to get a slab.
-#![forbid(unsafe_code)]
 
 use crate::store::StoreError;
 use crate::store::cache::extent_refs::{ExtentId, ExtentRefs};

@@ -1,5 +1,4 @@
 //! Where the pages of one packet are to land.
-#![forbid(unsafe_code)]
 
 use crate::store::cache::cursor::Cursor;
 use crate::store::memory::index;

@@ -1,5 +1,4 @@
 //! The placement `mirror`: a slot for every page of the guest.
-#![forbid(unsafe_code)]
 
 use crate::store::StoreError;
 use crate::store::cache::landing::Landing;

@@ -5,7 +5,6 @@
 //!
 //! A page has **newest content** in the cache from its arrival until it is flushed, or dropped because it was not committed;
 //! a mirror has the newest content of every page at all times.
-#![deny(unsafe_code)]
 
 pub(crate) mod cursor;
 pub(crate) mod extent_refs;

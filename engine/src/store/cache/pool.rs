@@ -7,7 +7,6 @@
 //! in an extent, or that it is all zeros. Arrivals exchange the word; the content that it named before is superseded and its
 //! slot released. Between a commit and the next CHECKPOINT_REPLY the words are those of
 //! the committed checkpoint, which the flush takes one by one; no page may arrive then (`session::Rendezvous`, the gate).
-#![forbid(unsafe_code)]
 
 use crate::killpoint;
 use crate::store::StoreError;

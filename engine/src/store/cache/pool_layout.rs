@@ -1,5 +1,4 @@
 //! How large a pool may become, and in slabs of which size, for a guest of so many pages.
-#![forbid(unsafe_code)]
 
 use crate::store::cache::extents::{EXTENT_BYTES, EXTENT_SLOTS};
 use crate::store::memory::index;

@@ -3,7 +3,6 @@
 //! It links through an array that its owner has, one link for every number there can be, so that several stacks may
 //! share one: a number is on one stack at most. The head carries a counter beside the number, so that a head
 //! that was popped and pushed again between a thread's look and its exchange is noticed.
-#![forbid(unsafe_code)]
 
 use crate::store::memory::index;
 use crate::sync::{AtomicU32, AtomicU64, Ordering};

@@ -11,7 +11,6 @@
 //! sees the page's content as its marker wrote it. A mark that has returned before a take begins (by whatever
 //! hand-over: a lock, a channel's SYNC) is in that take; one that runs beside a take is in that take or in the
 //! next, never lost. That last sentence is what the loom tests below check.
-#![forbid(unsafe_code)]
 
 use crate::store::commit::plan::{Plan, WORD_PAGES};
 use crate::store::memory::index;

@@ -3,7 +3,6 @@
 //!
 //! A [`Flush`] belongs to a store, and its threads share it; a [`Flusher`] is the helpers, which several stores share. Threads take
 //! parts of the plan in address order, so that they stay near each other and each writes runs.
-#![forbid(unsafe_code)]
 
 use crate::canary::{self, Canary};
 use crate::host::pin;

@@ -6,7 +6,6 @@
 //!
 //! There is one fork at a time. An owner that finds another's gets `None` and does its work alone: no owner ever waits for
 //! helpers to become free.
-#![forbid(unsafe_code)]
 
 use crate::sync::{Condvar, Mutex};
 

@@ -1,5 +1,4 @@
 //! What a commit takes and how it is flushed: dirty pages, the plan made of them, and the threads that copy them.
-#![forbid(unsafe_code)]
 
 pub(crate) mod bitmap;
 pub(crate) mod flusher;

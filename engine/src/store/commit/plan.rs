@@ -1,5 +1,4 @@
 //! What a flush has to copy: a list of bitmap words in address order, read as runs of consecutive pages.
-#![forbid(unsafe_code)]
 
 use crate::units::{PageIndex, PageRun};
 use std::ops::Range;

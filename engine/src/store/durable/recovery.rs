@@ -1,5 +1,4 @@
 //! Recovery: finding the checkpoints of earlier receivers in a RAM directory, and making committed images of them.
-#![forbid(unsafe_code)]
 
 use crate::blocks::BlockTable;
 use crate::killpoint;

@@ -21,6 +21,10 @@
 //! # Order
 //! A release does not order non-temporal stores: after [`CopyMethod::NonTemporal`], [`fence`] must be called before another
 //! thread is notified.
+#![expect(
+    unsafe_code,
+    reason = "guest memory is copied by address, with vector instructions"
+)]
 
 use crate::store::memory::mapping::Mapping;
 use crate::store::memory::span::{PageSpan, ReadSpan};

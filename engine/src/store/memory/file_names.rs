@@ -1,5 +1,4 @@
 //! File names for RAM blocks, whose own names are bytes of the primary's choice.
-#![forbid(unsafe_code)]
 
 use crate::blocks::BlockTable;
 use std::collections::HashSet;

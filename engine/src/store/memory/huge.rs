@@ -1,5 +1,4 @@
 //! Huge pages: what an operator may ask for, what the host has, and the notes on every option that a store could not follow.
-#![forbid(unsafe_code)]
 
 use crate::host;
 use serde::{Deserialize, Serialize};

@@ -2,7 +2,6 @@
 //!
 //! Byte `o` of a block is byte `o` of its file. The files are memfds, or named files in a directory of the
 //! operator's choice, on hugetlbfs or tmpfs.
-#![forbid(unsafe_code)]
 
 use crate::blocks::{BlockTable, RamBlock};
 use crate::store::StoreError;

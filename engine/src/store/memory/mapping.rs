@@ -7,6 +7,7 @@
 //!
 //! Memory is populated before it is used (`populate.rs`): a lack of it is an error when the guest arrives, never a SIGBUS
 //! later.
+#![expect(unsafe_code, reason = "mmap and what belongs to it")]
 
 use crate::host::NODES_MAX;
 use crate::store::memory::index;

@@ -1,5 +1,4 @@
 //! Keeping guest memory in RAM: a page that was swapped out would be read back within a pause.
-#![forbid(unsafe_code)]
 
 use crate::host::has_swap;
 use crate::store::memory::huge::Fallback;

@@ -1,7 +1,6 @@
 //! The NUMA nodes that a store's memory lies on: those of its shards.
 //!
 //! A store without nodes in its options has one node, which stands for all memory: the kernel is then not asked to bind any.
-#![forbid(unsafe_code)]
 
 use crate::store::memory::huge::Fallback;
 use crate::store::memory::mapping::Mapping;

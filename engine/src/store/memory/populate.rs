@@ -1,4 +1,5 @@
 //! Populating: allocating the memory of mappings before it is used.
+#![expect(unsafe_code, reason = "madvise on mapped memory")]
 
 use crate::store::memory::mapping::Mapping;
 use crate::units::PAGE_SIZE;

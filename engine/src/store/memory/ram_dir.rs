@@ -2,7 +2,6 @@
 //!
 //! All files of a guest begin with its **label** and a dot. What follows is the name of a RAM block, or one with a `~` in
 //! front, which no block has (`file_names.rs`): those in which a checkpoint outlives its receiver (`record.rs`).
-#![forbid(unsafe_code)]
 
 use crate::store::StoreError;
 use crate::store::memory::huge::HUGE_2M;

@@ -1,5 +1,4 @@
 //! The memory that slots lie in: slabs, each of which a ring registers as one buffer.
-#![forbid(unsafe_code)]
 
 use crate::store::StoreError;
 use crate::store::memory::huge::{self, Fallback, HUGE_2M, HugePages};

@@ -2,6 +2,7 @@
 //!
 //! What a copy may assume of its operands is in their types: a [`PageSpan`] is aligned, not empty, and may be written; a
 //! [`ReadSpan`] is not empty, may begin at any address, and may only be read.
+#![expect(unsafe_code, reason = "addresses within a mapping")]
 
 use crate::store::memory::index;
 use crate::store::memory::mapping::Mapping;

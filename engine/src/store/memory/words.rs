@@ -1,4 +1,5 @@
 //! Words that several threads, or a later process, use as atomics: in a box or in a mapping.
+#![expect(unsafe_code, reason = "atomic words in mapped memory")]
 
 use crate::store::memory::mapping::Mapping;
 use std::ptr::NonNull;
