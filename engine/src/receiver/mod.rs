@@ -3,7 +3,7 @@
 //! ```text
 //!  control thread (tokio)                                         data plane (a thread per core, or per connection)
 //!  ┌────────────────────────────────────────────────┐             ┌──────────────────────────────────────────┐
-//!  │ accept ─► identify ─► assemble ─► begin session ├ connections ─►  MainChannel: session ─► store.commit     │
+//!  │ accept ─► identify ─► assemble ─► begin session ├── sockets ──►  MainChannel: session ─► store.commit     │
 //!  │ status, dump, histograms, deadlines             ◄─ samples ────┤  PageChannel: packet ─► slots ─► dirty   │
 //!  └────────────────────────────────────────────────┘             └──────────────────────────────────────────┘
 //! ```
