@@ -1,10 +1,10 @@
 //! The data plane: moves bytes from sockets to the places that connections name. It does not know what the bytes mean.
 //!
-//! A [`Connection`] is one socket. One thread at a time drives it, in a fixed cycle: the backend asks for a
-//! [`ReceivePlan`], receives into it, reports how many bytes came, and so on. A connection without a plan is *parked* until
-//! its [`Waker`] is woken.
+//! A `Connection` is one socket. One thread at a time drives it, in a fixed cycle: the backend asks for a
+//! `ReceivePlan`, receives into it, reports how many bytes came, and so on. A connection without a plan is *parked* until
+//! its `Waker` is woken.
 //!
-//! A [`Tenant`] is one guest's presence on one core: the memory that the core's ring registers as buffers for all
+//! A `Tenant` is one guest's presence on one core: the memory that the core's ring registers as buffers for all
 //! connections of that guest, and the guest's background work. Tenants are admitted before the connections that belong to
 //! them, on every core that may drive one.
 //!

@@ -209,13 +209,20 @@ impl ControlState {
                 Some(checkpoint) => {
                     let checkpoint = checkpoint.clone();
                     self.kept.push(Kept { checkpoint, status });
-                    if let Some(store) = store {
-                        self.releasing.spawn_blocking(move || store.drop_uncommitted());
-                    }
+                    // With the session: its memory is credited to the budget when it is free, and never freed here.
+                    self.releasing.spawn_blocking(move || {
+                        if let Some(store) = store {
+                            store.drop_uncommitted();
+                        }
+                        drop(session);
+                    });
                 }
                 None => {
                     self.remember(status);
-                    self.releasing.spawn_blocking(move || drop(store));
+                    self.releasing.spawn_blocking(move || {
+                        drop(store);
+                        drop(session);
+                    });
                 }
             }
         }

@@ -6,7 +6,7 @@
 //! decoding thread and stays in its processor's cache; from there the pages are copied to where they belong. A decoder
 //! never sees guest memory, so a packet that is damaged changes no page.
 //!
-//! **Bounds.** A payload's length is checked by [`guard`] before a byte of it is read. A decoder writes at most one
+//! **Bounds.** A payload's length is checked by `guard` before a byte of it is read. A decoder writes at most one
 //! page more than the packet announces, and its memory is bounded by [`memory_bytes`], which a budget can be charged
 //! with before the decoder is used.
 
@@ -105,7 +105,7 @@ impl Method {
 }
 
 /// Memory that the decoder of a channel takes, of which the first payload tells: at most this much until the session
-/// ends. None of it is taken before [`Decoder::decode`].
+/// ends. What grows with the stream, a window of zstd, is not taken before [`Decoder::decode`].
 ///
 /// # Errors
 /// If the payload cannot begin a stream of that method.
