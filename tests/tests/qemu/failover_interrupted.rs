@@ -260,7 +260,8 @@ impl<'a> Sweep<'a> {
             "{:?} {:?}: took {took:?}, gives after {give:?}; {interrupted} interrupted, {ran} ran",
             self.target, self.way
         );
-        assert!(interrupted >= early, "{interrupted} were interrupted");
+        // At least the one at once: how many others there are depends on how long the first attempt took.
+        assert!(interrupted > 0, "none was interrupted");
         assert_eq!(self.secondary.files(), 0, "images are given up");
         Ok(())
     }
