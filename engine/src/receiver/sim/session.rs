@@ -185,7 +185,7 @@ impl SimSession {
             .map_err(|error| error.to_string())?;
         let left = match left {
             Recoverable::Checkpoint(left) => left,
-            Recoverable::InUse => return Err("somebody has it".to_owned()),
+            Recoverable::InUse => return Err("another process uses it".to_owned()),
             Recoverable::Nothing | Recoverable::Unknown => {
                 return match before {
                     0 => Ok(()),
