@@ -1,7 +1,7 @@
 """Interval logs with the Python HdrHistogram (PyPI: hdrhistogram).
 
     python.py write LOG          writes the log that every tool here writes
-    python.py read LOG           prints what is in a log, as `interval TAG COUNT MEAN MIN MAX` and a total;
+    python.py read LOG           prints what is in a log, as `interval TAG COUNT SUM MIN MAX` and a total;
                                  no percentiles, because libraries round their ranks differently
 """
 
@@ -30,8 +30,9 @@ def write(path):
 
 
 def figures(histogram):
-    mean = histogram.get_mean_value() if histogram.get_total_count() else 0
-    figures = [histogram.get_total_count(), f"{mean:.0f}", histogram.get_min_value(), histogram.get_max_value()]
+    # The sum and not the mean: a mean that ends in a half may be rounded either way.
+    sum_ns = round(histogram.get_mean_value() * histogram.get_total_count()) if histogram.get_total_count() else 0
+    figures = [histogram.get_total_count(), sum_ns, histogram.get_min_value(), histogram.get_max_value()]
     return " ".join(str(figure) for figure in figures)
 
 
