@@ -9,7 +9,7 @@ pub(crate) enum Canary {
     EarlySync,
     /// A channel may write while a commit is under way or done.
     OpenGate,
-    /// A channel that arrives last at a sync wakes nobody.
+    /// A channel that arrives last at a sync does not wake the main channel.
     LostWake,
     /// The last page of a packet is not marked dirty.
     LostMark,
@@ -17,7 +17,7 @@ pub(crate) enum Canary {
     EarlyImage,
     /// A checkpoint is acknowledged before its device state is here.
     EarlyAcknowledge,
-    /// Who settles a flush does not tell the one who waits for it.
+    /// The thread that ends a flush does not wake the main channel, which waits for that.
     SilentFlushEnd,
     /// A flush leaves out a page.
     SkippedPage,
@@ -30,7 +30,7 @@ pub(crate) enum Canary {
     /// A commit writes the device state over that of the checkpoint before.
     OneDeviceState,
     /// A channel that has ended is not counted out.
-    LostLeave,
+    LostPart,
     /// A checkpoint request is answered while the flush is in progress.
     EarlyReply,
     /// The main channel takes a flush for finished that is in progress.

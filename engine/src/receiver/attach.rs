@@ -1,11 +1,11 @@
 //! Attaches a session to the cores that drive it: the main channel and every multifd channel as a connection, and the
-//! guest's presence on each core that may drive one of them.
+//! guest as a tenant of each core that may drive one of them.
 
 use super::live_session::{ChannelSocket, LiveSession};
 use super::main_channel::MainChannel;
 use super::page_channel::{Cores, PageChannel};
-use super::presence::{FlushPart, Presence};
 use super::services::Services;
+use super::tenant::{FlushPart, GuestTenant};
 use crate::receiver::end::SessionEnd;
 use crate::ring::{Connection, ReceiveStyle, Tenant, Waker};
 use crate::session::SessionLimits;
@@ -96,10 +96,10 @@ pub(super) fn attach<D: DrivingCores>(
             session.finish(SessionEnd::NotDriven(error));
         }
     };
-    let presence = |part| Presence::new(session.clone(), part);
-    attached(cores.admit(&main_driver, presence(FlushPart::Main)));
+    let tenant = |part| GuestTenant::new(session.clone(), part);
+    attached(cores.admit(&main_driver, tenant(FlushPart::Main)));
     for driver in &helpers {
-        attached(cores.admit(driver, presence(FlushPart::Help)));
+        attached(cores.admit(driver, tenant(FlushPart::Help)));
     }
     // A shard for every thread that receives: a core's, or a connection's own.
     let has_threads = cores.driving_cores() == 0;
@@ -122,13 +122,13 @@ pub(super) fn attach<D: DrivingCores>(
     for (driver, channel) in drivers.iter().zip(0..new.limits.channels) {
         let shard = shard(driver, usize::from(channel) + 1);
         let home = cores.core(driver);
-        let away = (home + usize::from(channel)) % cores.cores();
+        let offload = (home + usize::from(channel)) % cores.cores();
         let channel = PageChannel::new(
             session.clone(),
             ChannelId(channel),
             shard,
             style,
-            Cores { home, away },
+            Cores { home, offload },
         );
         attached(cores.attach(driver, Box::new(channel)));
     }

@@ -15,7 +15,7 @@ use std::sync::atomic::Ordering;
 
 /// One guest's checkpoints, from the moment its memory is there.
 pub(super) struct Checkpoints {
-    guest: Arc<LiveSession>,
+    session: Arc<LiveSession>,
     store: Arc<Store>,
     /// The last checkpoint's, until its flush has finished.
     sample: Option<CheckpointSample>,
@@ -41,9 +41,9 @@ impl From<StoreError> for PageError {
 }
 
 impl Checkpoints {
-    pub(super) fn new(guest: Arc<LiveSession>, store: Arc<Store>) -> Self {
+    pub(super) fn new(session: Arc<LiveSession>, store: Arc<Store>) -> Self {
         Self {
-            guest,
+            session,
             store,
             sample: None,
             pool: PoolPolicy::default(),
@@ -56,7 +56,7 @@ impl Checkpoints {
 
     /// Applies a page that came on the main channel. `shard` is the calling thread's.
     pub(super) fn apply(&self, buffer: &MainBuffer, shard: usize, page: Page<'_>) -> Result<(), PageError> {
-        let counters = &self.guest.counters;
+        let counters = &self.session.counters;
         match page.content {
             PageContent::Zero => {
                 self.store.zero(shard, page.page);
@@ -78,27 +78,27 @@ impl Checkpoints {
         Ok(())
     }
 
-    /// Commits what the session has received.
-    pub(super) fn commit(&self, checkpoint: CheckpointId, session: &mut Session) {
-        let guest = &self.guest;
-        if let Some(record) = session.record()
-            && guest.keep_checkpoint(record)
+    /// Commits what was received.
+    pub(super) fn commit(&self, checkpoint: CheckpointId, protocol: &mut Session) {
+        let session = &self.session;
+        if let Some(record) = protocol.record()
+            && session.keep_checkpoint(record)
         {
-            self.store.record_session(|| encode(&guest.peer, record));
+            self.store.record_session(|| encode(&session.peer, record));
         }
         if checkpoint == CheckpointId(0) {
             let unseen = self.store.unseen_pages();
             if unseen > 0 {
-                guest.services.warn(format!(
+                session.services.warn(format!(
                     "session {}: {unseen} pages were never sent in precopy; they are taken as zero",
-                    guest.id
+                    session.id
                 ));
             }
             self.store.begin_colo();
         }
-        let flusher = guest.services.flusher();
-        self.store.commit(checkpoint, session.device_state(), flusher);
-        session.committed();
+        let flusher = session.services.flusher();
+        self.store.commit(checkpoint, protocol.device_state(), flusher);
+        protocol.committed();
     }
 
     /// A checkpoint is acknowledged, and the primary's guest runs again: work that was deferred begins now. `measure`
@@ -108,12 +108,12 @@ impl Checkpoints {
         self.sample = Some(measure(checkpoint));
         self.is_flushed();
         if let Some(error) = self.store.take_failure() {
-            self.guest.services.warn(format!(
+            self.session.services.warn(format!(
                 "session {}: checkpoints from {checkpoint} on are lost when this receiver ends: {error}",
-                self.guest.id
+                self.session.id
             ));
         }
-        self.pool.after_checkpoint(&self.guest, &self.store);
+        self.pool.after_checkpoint(&self.session, &self.store);
     }
 
     /// Whether the last checkpoint's flush has finished; then its sample is delivered.
@@ -128,7 +128,7 @@ impl Checkpoints {
     /// The primary waits for the flush: lets other cores help.
     pub(super) fn hurry_flush(&self) {
         if self.store.allow_flush_help() {
-            self.guest.wake_helpers();
+            self.session.wake_helpers();
         }
     }
 
@@ -142,7 +142,7 @@ impl Checkpoints {
     fn deliver_sample(&mut self) {
         if let Some(sample) = self.sample.take() {
             let flush = self.store.flush_time();
-            let samples = self.guest.services.samples();
+            let samples = self.session.services.samples();
             samples.push(CheckpointSample { flush, ..sample });
         }
     }

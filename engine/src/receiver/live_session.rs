@@ -1,8 +1,8 @@
 //! A session while its primary is connected: what its main channel, its multifd channels and the control thread share.
 //!
 //! It ends once, for one reason: the thread that finds the reason records it, shuts all sockets down and wakes all drivers.
-//! Its connections and presences then leave one by one. After the last one, nothing writes to the guest's memory any more, and the control
-//! thread may drop what was not committed.
+//! Its connections and tenants are then dropped one by one. After the last one, nothing writes to the guest's memory any
+//! more, and the control thread may drop what was not committed.
 
 use super::budget::{BudgetError, Lease};
 use super::end::SessionEnd;
@@ -61,7 +61,7 @@ pub(super) struct LiveSession {
     checkpoint: OnceLock<Arc<KeptCheckpoint>>,
     end: OnceLock<SessionEnd>,
     channel_lost: AtomicBool,
-    /// Connections, and cores that it is present on, that have not left.
+    /// Connections and tenants that are not dropped yet.
     parts: AtomicUsize,
 }
 
@@ -241,14 +241,14 @@ impl LiveSession {
         self.channel_lost.load(Ordering::Acquire)
     }
 
-    /// A connection or a presence is gone.
-    pub(super) fn leave(&self) {
+    /// A connection or a tenant was dropped.
+    pub(super) fn part_dropped(&self) {
         if self.parts.fetch_sub(1, Ordering::AcqRel) == 1 {
             self.services.notify_control();
         }
     }
 
-    /// Whether all connections and presences are gone: nothing is received any more.
+    /// Whether all connections and tenants are dropped: nothing is received any more.
     pub(super) fn is_over(&self) -> bool {
         self.parts.load(Ordering::Acquire) == 0
     }

@@ -33,8 +33,8 @@ enum Waiting {
 }
 
 pub(super) struct MainChannel {
-    guest: Arc<LiveSession>,
-    session: Session,
+    session: Arc<LiveSession>,
+    protocol: Session,
     /// None up to the answer to [`Action::Memory`].
     checkpoints: Option<Checkpoints>,
     shard: usize,
@@ -56,7 +56,7 @@ pub(super) struct MainChannel {
 impl MainChannel {
     /// The channel, of which `first` was already read.
     pub(super) fn new(
-        guest: Arc<LiveSession>,
+        session: Arc<LiveSession>,
         limits: SessionLimits,
         shard: usize,
         style: ReceiveStyle,
@@ -64,8 +64,8 @@ impl MainChannel {
         first: &[u8],
     ) -> Self {
         Self {
-            guest,
-            session: Session::new(limits),
+            session,
+            protocol: Session::new(limits),
             checkpoints: None,
             shard,
             style,
@@ -84,7 +84,7 @@ impl MainChannel {
     /// Steps the session until it waits for something.
     fn drive(&mut self) -> Result<(), SessionEnd> {
         while self.is_wait_over()? {
-            let (consumed, action) = self.session.step(self.buffer.bytes())?;
+            let (consumed, action) = self.protocol.step(self.buffer.bytes())?;
             self.buffer.consume(consumed);
             match (action, &mut self.checkpoints) {
                 (Action::Continue, _) => {}
@@ -97,8 +97,8 @@ impl MainChannel {
                     let applied = checkpoints.apply(&self.buffer, self.shard, page);
                     applied.map_err(|error| match error {
                         PageError::Wire(error) => {
-                            let position = self.session.position() - consumed as u64;
-                            SessionEnd::from(self.session.error_at(position, error))
+                            let position = self.protocol.position() - consumed as u64;
+                            SessionEnd::from(self.protocol.error_at(position, error))
                         }
                         PageError::Store(error) => error.into(),
                     })?;
@@ -109,19 +109,19 @@ impl MainChannel {
                 (Action::RamComplete, _) => self.ram_complete()?,
                 (Action::Commit(checkpoint), Some(checkpoints)) => {
                     self.timeline.everything_here();
-                    checkpoints.commit(checkpoint, &mut self.session);
+                    checkpoints.commit(checkpoint, &mut self.protocol);
                 }
                 (Action::FinishFlush, Some(checkpoints)) => {
                     self.timeline.requested();
                     self.waiting = Waiting::Flush;
                     if canary::is_set(Canary::EarlyGate) {
-                        self.guest.rendezvous.open_gate();
+                        self.session.rendezvous.open_gate();
                     }
                     if checkpoints.store().is_flushing() {
                         checkpoints.hurry_flush();
                     }
                 }
-                (Action::OpenGate, _) => self.guest.rendezvous.open_gate(),
+                (Action::OpenGate, _) => self.session.rendezvous.open_gate(),
                 (Action::Send(outbound), _) => self.send(outbound)?,
                 (Action::Page(_) | Action::Commit(_) | Action::FinishFlush, None) => {
                     unreachable!("the session asks for memory first")
@@ -136,27 +136,27 @@ impl MainChannel {
         match self.waiting {
             Waiting::Bytes => {}
             Waiting::Memory => {
-                let Some(store) = self.guest.store() else {
+                let Some(store) = self.session.store() else {
                     return Ok(false);
                 };
-                self.checkpoints = Some(Checkpoints::new(self.guest.clone(), store.clone()));
+                self.checkpoints = Some(Checkpoints::new(self.session.clone(), store.clone()));
             }
             Waiting::Sync => {
-                if !self.guest.rendezvous.all_arrived() {
-                    if self.guest.is_channel_lost() {
-                        return Err(SessionEnd::PrimaryLost(self.session.ending()));
+                if !self.session.rendezvous.all_arrived() {
+                    if self.session.is_channel_lost() {
+                        return Err(SessionEnd::PrimaryLost(self.protocol.ending()));
                     }
                     return Ok(false);
                 }
-                self.guest.rendezvous.release();
-                self.guest.wake_channels();
+                self.session.rendezvous.release();
+                self.session.wake_channels();
             }
             Waiting::Flush => {
                 let is_flushed = self.checkpoints.as_mut().is_none_or(Checkpoints::is_flushed);
                 if !is_flushed && !canary::is_set(Canary::EarlyFlushEnd) {
                     return Ok(false);
                 }
-                self.session.flush_finished();
+                self.protocol.flush_finished();
             }
         }
         self.waiting = Waiting::Bytes;
@@ -165,27 +165,27 @@ impl MainChannel {
 
     fn make_memory(&mut self, table: Arc<BlockTable>) -> Result<(), SessionEnd> {
         self.waiting = Waiting::Memory;
-        self.guest.memory_asked.store(true, Ordering::Relaxed);
-        let guest = self.guest.clone();
+        self.session.memory_asked.store(true, Ordering::Relaxed);
+        let session = self.session.clone();
         // In the background: touching a large guest's memory takes seconds, and this thread drives other guests too.
         let make = move || {
-            let make = || guest.services.make_memory(guest.id, table);
+            let make = || session.services.make_memory(session.id, table);
             // The main channel waits for the result, also if there is a panic.
             let made = catch_unwind(AssertUnwindSafe(make));
-            guest.memory_made(made.unwrap_or(Err(MemoryError::Panicked)));
+            session.memory_made(made.unwrap_or(Err(MemoryError::Panicked)));
         };
-        let started = self.guest.services.run_in_background(Box::new(make));
+        let started = self.session.services.run_in_background(Box::new(make));
         started.map_err(|error| MemoryError::Thread(error).into())
     }
 
     fn ram_complete(&mut self) -> Result<(), SessionEnd> {
         self.timeline.ram_complete();
         self.pages = 0;
-        self.guest
+        self.session
             .rendezvous
             .close_gate()
             .map_err(|channel| SessionEnd::NotQuiet { channel })?;
-        if canary::is_set(Canary::EarlyAcknowledge) && self.session.record().is_some() {
+        if canary::is_set(Canary::EarlyAcknowledge) && self.protocol.record().is_some() {
             self.send(Outbound::Loaded)?;
         }
         Ok(())
@@ -195,20 +195,20 @@ impl MainChannel {
         outbound.encode(&mut self.outbound);
         let flags = MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_NOSIGNAL;
         // The socket's buffer holds thousands of messages and the primary waits for each: a full one is its fault.
-        match send(self.guest.main_fd(), &self.outbound, flags) {
+        match send(self.session.main_fd(), &self.outbound, flags) {
             Ok(sent) if sent == self.outbound.len() => {}
             Ok(_) => return Err(SessionEnd::Answer(io::ErrorKind::WriteZero.into())),
             Err(nix::errno::Errno::EPIPE | nix::errno::Errno::ECONNRESET) => {
-                return Err(SessionEnd::PrimaryLost(self.session.ending()));
+                return Err(SessionEnd::PrimaryLost(self.protocol.ending()));
             }
             Err(error) => return Err(SessionEnd::Answer(error.into())),
         }
-        let (guest, timeline) = (&self.guest, &mut self.timeline);
+        let (session, timeline) = (&self.session, &mut self.timeline);
         match (outbound, &mut self.checkpoints) {
             (Outbound::Reply, _) => timeline.reply_sent(),
-            (Outbound::Ready { .. }, _) => timeline.ready_sent(guest),
+            (Outbound::Ready { .. }, _) => timeline.ready_sent(session),
             (Outbound::Loaded, Some(checkpoints)) => {
-                checkpoints.acknowledged(|checkpoint| timeline.loaded_sent(guest, checkpoint));
+                checkpoints.acknowledged(|checkpoint| timeline.loaded_sent(session, checkpoint));
             }
             (Outbound::Pong(_) | Outbound::Loaded, _) => {}
         }
@@ -218,9 +218,9 @@ impl MainChannel {
     /// Device state grows by what arrives. It is taken from the budget like RAM: once for this buffer, and once for the
     /// committed one that it is exchanged with.
     fn account(&mut self) -> Result<(), SessionEnd> {
-        let bytes = self.session.buffered_bytes() * 2;
+        let bytes = self.protocol.buffered_bytes() * 2;
         if bytes > self.device_state_bytes {
-            self.guest
+            self.session
                 .grow_device_state(bytes - self.device_state_bytes)
                 .map_err(MemoryError::from)?;
             self.device_state_bytes = bytes;
@@ -230,12 +230,12 @@ impl MainChannel {
 
     /// For the control thread, which has a clock: see [`Session::looks_suppressed`].
     fn note_suppressed(&self) {
-        let position = if self.session.looks_suppressed() {
-            self.session.position()
+        let position = if self.protocol.looks_suppressed() {
+            self.protocol.position()
         } else {
             0
         };
-        self.guest.suppressed_at.store(position, Ordering::Relaxed);
+        self.session.suppressed_at.store(position, Ordering::Relaxed);
     }
 
     /// Plans the next receive. False if there is no room for it.
@@ -260,7 +260,7 @@ impl MainChannel {
         match result {
             Ok(()) => ControlFlow::Continue(()),
             Err(end) => {
-                self.guest.finish(end);
+                self.session.finish(end);
                 ControlFlow::Break(())
             }
         }
@@ -269,11 +269,11 @@ impl MainChannel {
 
 impl Connection for MainChannel {
     fn fd(&self) -> RawFd {
-        self.guest.main_fd()
+        self.session.main_fd()
     }
 
     fn tenant(&self) -> u64 {
-        u64::from(self.guest.id)
+        u64::from(self.session.id)
     }
 
     fn plan(&mut self) -> Option<&mut ReceivePlan> {
@@ -284,7 +284,7 @@ impl Connection for MainChannel {
             Ok(true) => Some(&mut self.plan),
             Ok(false) => None,
             Err(error) => {
-                self.guest.finish(error.into());
+                self.session.finish(error.into());
                 None
             }
         }
@@ -293,21 +293,21 @@ impl Connection for MainChannel {
     fn received(&mut self, bytes: usize) -> ControlFlow<()> {
         self.timeline.bytes_came();
         self.buffer.fill(bytes);
-        self.guest
+        self.session
             .counters
             .bytes
             .fetch_add(bytes as u64, Ordering::Relaxed);
         let flow = self.resume();
         if self.is_tcp {
             // The kernel goes back to delayed acknowledgements by itself; the primary's next small write would wait.
-            quick_ack(self.guest.main_fd());
+            quick_ack(self.session.main_fd());
         }
         flow
     }
 
     fn lost(&mut self, loss: Loss) {
-        let ending = self.session.ending();
-        self.guest.finish(match loss {
+        let ending = self.protocol.ending();
+        self.session.finish(match loss {
             Loss::Error(error) if error.kind() != io::ErrorKind::ConnectionReset => {
                 SessionEnd::Broken { error, ending }
             }
@@ -316,7 +316,7 @@ impl Connection for MainChannel {
     }
 
     fn resume(&mut self) -> ControlFlow<()> {
-        if self.guest.end().is_some() {
+        if self.session.end().is_some() {
             return ControlFlow::Break(());
         }
         if let Some(checkpoints) = &mut self.checkpoints {
@@ -336,6 +336,6 @@ impl Drop for MainChannel {
     fn drop(&mut self) {
         // The guest's memory is in use no more once the last connection has left.
         self.checkpoints = None;
-        self.guest.leave();
+        self.session.part_dropped();
     }
 }

@@ -25,7 +25,6 @@ mod main_channel;
 mod options;
 mod page_channel;
 mod pool_policy;
-mod presence;
 mod promotion;
 mod recovery;
 mod restore;
@@ -35,6 +34,7 @@ mod session_codec;
 mod sim;
 mod start;
 mod status;
+mod tenant;
 mod timeline;
 
 pub use budget::BudgetError;

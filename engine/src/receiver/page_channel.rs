@@ -38,7 +38,7 @@ enum State {
 #[derive(Clone, Copy, Debug)]
 enum NextHeader {
     /// It is received on its own.
-    Apart,
+    Separate,
     /// The channel's own buffer.
     InBuffer,
     /// Behind the pages, in their slab: one read cannot leave its registered buffer.
@@ -48,10 +48,10 @@ enum NextHeader {
 /// The cores that drive a channel: positions among the plane's.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Cores {
-    /// Beside the main channel, where it meets it at syncs.
+    /// The home core, which drives the main channel too.
     pub(super) home: usize,
-    /// While it carries much.
-    pub(super) away: usize,
+    /// Drives it while the home core falls behind.
+    pub(super) offload: usize,
 }
 
 pub(super) struct PageChannel {
@@ -63,7 +63,7 @@ pub(super) struct PageChannel {
 
 /// The channel's connection and its place in the protocol.
 struct Link {
-    guest: Arc<LiveSession>,
+    session: Arc<LiveSession>,
     id: ChannelId,
     shard: usize,
     style: ReceiveStyle,
@@ -86,14 +86,14 @@ struct Pages {
 impl PageChannel {
     /// The channel after its init packet.
     pub(super) fn new(
-        guest: Arc<LiveSession>,
+        session: Arc<LiveSession>,
         id: ChannelId,
         shard: usize,
         style: ReceiveStyle,
         cores: Cores,
     ) -> Self {
         let link = Link {
-            guest,
+            session,
             id,
             shard,
             style,
@@ -172,16 +172,16 @@ impl Link {
 
     fn arrive(&mut self) {
         let traffic = self.protocol.take_traffic();
-        let counters = &self.guest.counters;
+        let counters = &self.session.counters;
         counters.pages.fetch_add(traffic.pages, Ordering::Relaxed);
         counters
             .zero_pages
             .fetch_add(traffic.zero_pages, Ordering::Relaxed);
         counters.bytes.fetch_add(traffic.bytes, Ordering::Relaxed);
-        let (ticket, last) = self.guest.rendezvous.arrive();
+        let (ticket, last) = self.session.rendezvous.arrive();
         self.state = State::AtSync(ticket);
         if (last || self.style.wake_each) && !canary::is_set(Canary::LostWake) {
-            self.guest.wake_main();
+            self.session.wake_main();
         }
     }
 }
@@ -212,7 +212,7 @@ impl Pages {
         let action = link.protocol.on_header(&header)?;
         if header.has_pages() {
             header.resolve(self.store.table(), &mut self.normal, &mut self.zero)?;
-            link.guest.rendezvous.begin_packet(link.id)?;
+            link.session.rendezvous.begin_packet(link.id)?;
             for &page in self.zero.as_slice() {
                 self.store.zero(link.shard, page);
             }
@@ -247,7 +247,7 @@ impl Pages {
             }
         }
         let next_header = match self.landing.header() {
-            _ if !then_header || !link.style.chain_header => NextHeader::Apart,
+            _ if !then_header || !link.style.chain_header => NextHeader::Separate,
             Some(place) => {
                 plan.push(place, HEADER_LEN);
                 NextHeader::InSlab
@@ -266,7 +266,7 @@ impl Pages {
     fn plan_compressed(&mut self, link: &mut Link, method: Method, length: u32) -> Result<(), ChannelError> {
         let compressed = match &mut self.compressed {
             Some(compressed) => compressed,
-            none => none.insert(Box::new(Compressed::open(method, &link.guest)?)),
+            none => none.insert(Box::new(Compressed::open(method, &link.session)?)),
         };
         link.begin_plan();
         link.plan.push(compressed.space(), length_of(length));
@@ -274,12 +274,12 @@ impl Pages {
         Ok(())
     }
 
-    /// A compressed payload has arrived. The next header is received apart: to decode is much more work than that, and
+    /// A compressed payload has arrived. The next header is received separately: to decode is much more work than that, and
     /// begins earlier so.
     fn decode(&mut self, link: &mut Link, length: u32) -> Result<(), ChannelError> {
         let compressed = self.compressed.as_mut().expect("the payload went there");
         compressed.received(length_of(length), &self.store, link.shard, self.normal.as_slice())?;
-        self.after_payload(link, NextHeader::Apart)
+        self.after_payload(link, NextHeader::Separate)
     }
 
     /// The payload has arrived, and the next header if it was received with it.
@@ -292,7 +292,7 @@ impl Pages {
     fn after_payload(&mut self, link: &mut Link, next_header: NextHeader) -> Result<(), ChannelError> {
         let action = self.end_packet(link);
         match next_header {
-            NextHeader::Apart => {
+            NextHeader::Separate => {
                 self.go_on(link, action);
                 return Ok(());
             }
@@ -307,7 +307,7 @@ impl Pages {
     }
 
     fn end_packet(&self, link: &mut Link) -> PacketAction {
-        link.guest.rendezvous.end_packet(link.id);
+        link.session.rendezvous.end_packet(link.id);
         link.protocol.on_pages()
     }
 
@@ -330,11 +330,11 @@ impl Drop for Pages {
 
 impl Connection for PageChannel {
     fn fd(&self) -> RawFd {
-        self.link.guest.channel_fd(self.link.id)
+        self.link.session.channel_fd(self.link.id)
     }
 
     fn tenant(&self) -> u64 {
-        u64::from(self.link.guest.id)
+        u64::from(self.link.session.id)
     }
 
     fn plan(&mut self) -> Option<&mut ReceivePlan> {
@@ -347,14 +347,14 @@ impl Connection for PageChannel {
     }
 
     fn received(&mut self, bytes: usize) -> ControlFlow<()> {
-        if self.link.guest.end().is_some() {
+        if self.link.session.end().is_some() {
             return ControlFlow::Break(());
         }
         let Err(error) = self.step(bytes) else {
             return ControlFlow::Continue(());
         };
         let link = &self.link;
-        link.guest.finish(SessionEnd::Channel {
+        link.session.finish(SessionEnd::Channel {
             channel: link.id,
             packet: link.protocol.packets(),
             position: link.protocol.position(),
@@ -364,31 +364,34 @@ impl Connection for PageChannel {
     }
 
     fn lost(&mut self, loss: Loss) {
-        let (guest, id) = (&self.link.guest, self.link.id);
+        let (session, id) = (&self.link.session, self.link.id);
         if let Loss::Error(error) = loss
             && error.kind() != ErrorKind::ConnectionReset
-            && guest.end().is_none()
+            && session.end().is_none()
         {
             // The main channel's end decides how the session ends; this is the cause.
-            guest
+            session
                 .services
-                .warn(format!("session {}: {id}: {error}", guest.id));
+                .warn(format!("session {}: {id}: {error}", session.id));
         }
-        guest.channel_ended();
+        session.channel_ended();
     }
 
     fn resume(&mut self) -> ControlFlow<()> {
         let link = &mut self.link;
-        if link.guest.end().is_some() {
+        if link.session.end().is_some() {
             return ControlFlow::Break(());
         }
         if let State::AtSync(ticket) = link.state
-            && link.guest.rendezvous.is_released(ticket)
+            && link.session.rendezvous.is_released(ticket)
         {
             link.protocol.on_release();
             link.state = State::Header;
             if self.pages.is_none() {
-                self.pages = link.guest.store().map(|store| Pages::new(store.clone(), link.id));
+                self.pages = link
+                    .session
+                    .store()
+                    .map(|store| Pages::new(store.clone(), link.id));
             }
         }
         ControlFlow::Continue(())
@@ -407,8 +410,8 @@ impl Connection for PageChannel {
         let (core, from_queued) = match self.link.state {
             State::AtSync(_) => (self.cores.home, 0),
             _ if self.link.protocol.pages_since_sync() < offload.from_pages => return None,
-            _ if is_compressed => (self.cores.away, offload.from_queued / COMPRESSED_WORK),
-            _ => (self.cores.away, offload.from_queued),
+            _ if is_compressed => (self.cores.offload, offload.from_queued / COMPRESSED_WORK),
+            _ => (self.cores.offload, offload.from_queued),
         };
         Some(Move { core, from_queued })
     }
@@ -418,8 +421,8 @@ impl Drop for PageChannel {
     fn drop(&mut self) {
         // The guest's memory is in use no more once the last connection has left.
         self.pages = None;
-        if !canary::is_set(Canary::LostLeave) {
-            self.link.guest.leave();
+        if !canary::is_set(Canary::LostPart) {
+            self.link.session.part_dropped();
         }
     }
 }

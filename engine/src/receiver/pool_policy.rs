@@ -13,7 +13,7 @@ pub(super) struct PoolPolicy {
 
 impl PoolPolicy {
     /// A checkpoint is acknowledged: warns if its pages had to wait for new slabs, and starts what the pool needs.
-    pub(super) fn after_checkpoint(&mut self, guest: &Arc<LiveSession>, store: &Arc<Store>) {
+    pub(super) fn after_checkpoint(&mut self, session: &Arc<LiveSession>, store: &Arc<Store>) {
         let task = store.pool_task();
         let inline_growth = store.pool_use().map_or(0, |pool| pool.inline_growth);
         if inline_growth > self.inline_growth {
@@ -21,23 +21,23 @@ impl PoolPolicy {
                 PoolTask::Grow => "",
                 PoolTask::Nothing | PoolTask::Shrink => ". A larger --pool-max avoids that",
             };
-            guest.services.warn(format!(
+            session.services.warn(format!(
                 "session {}: the page pool was {} slabs too small for a checkpoint; receiving waited while they were \
                  added, which made the checkpoint slower{advice}",
-                guest.id,
+                session.id,
                 inline_growth - self.inline_growth,
             ));
             self.inline_growth = inline_growth;
         }
-        if task != PoolTask::Nothing && !guest.growing.swap(true, Ordering::AcqRel) {
-            resize(guest.clone(), store.clone(), task);
+        if task != PoolTask::Nothing && !session.growing.swap(true, Ordering::AcqRel) {
+            resize(session.clone(), store.clone(), task);
         }
     }
 }
 
 /// Resizes the pool in the background, because it takes milliseconds. Without a thread for it the pool stays as it is.
-fn resize(guest: Arc<LiveSession>, store: Arc<Store>, task: PoolTask) {
-    let services = guest.services.clone();
+fn resize(session: Arc<LiveSession>, store: Arc<Store>, task: PoolTask) {
+    let services = session.services.clone();
     let resize = move || {
         let done = match task {
             PoolTask::Grow => store.grow(),
@@ -47,9 +47,9 @@ fn resize(guest: Arc<LiveSession>, store: Arc<Store>, task: PoolTask) {
             }
         };
         if let Err(error) = done {
-            guest.services.warn(format!("session {}: {error}", guest.id));
+            session.services.warn(format!("session {}: {error}", session.id));
         }
-        guest.growing.store(false, Ordering::Release);
+        session.growing.store(false, Ordering::Release);
     };
     let _ = services.run_in_background(Box::new(resize));
 }

@@ -15,9 +15,9 @@ struct Totals {
 }
 
 impl Totals {
-    fn of(guest: &LiveSession) -> Self {
+    fn of(session: &LiveSession) -> Self {
         let read = |counter: &std::sync::atomic::AtomicU64| counter.load(Ordering::Relaxed);
-        let counters = &guest.counters;
+        let counters = &session.counters;
         Self {
             pages: read(&counters.pages),
             zero_pages: read(&counters.zero_pages),
@@ -78,22 +78,26 @@ impl Timeline {
     }
 
     /// The initial state is committed: what is counted from here on belongs to checkpoints.
-    pub(super) fn ready_sent(&mut self, guest: &LiveSession) {
-        self.before = Totals::of(guest);
-        guest.note_commit(Duration::ZERO);
+    pub(super) fn ready_sent(&mut self, session: &LiveSession) {
+        self.before = Totals::of(session);
+        session.note_commit(Duration::ZERO);
     }
 
     /// The checkpoint is over, but for its flush, which is not in the sample.
-    pub(super) fn loaded_sent(&mut self, guest: &LiveSession, checkpoint: CheckpointId) -> CheckpointSample {
+    pub(super) fn loaded_sent(
+        &mut self,
+        session: &LiveSession,
+        checkpoint: CheckpointId,
+    ) -> CheckpointSample {
         let now = Instant::now();
-        let totals = Totals::of(guest);
+        let totals = Totals::of(session);
         let before = std::mem::replace(&mut self.before, totals);
         let pause = now - self.reply_sent;
-        guest.note_commit(pause);
+        session.note_commit(pause);
         CheckpointSample {
-            session: guest.id,
+            session: session.id,
             checkpoint: checkpoint.0,
-            end: now - guest.services.started(),
+            end: now - session.services.started(),
             reply: self.reply_sent - self.requested,
             transfer: self.ram_complete - self.transfer_begins,
             vmstate: self.everything_here - self.ram_complete,

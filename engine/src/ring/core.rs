@@ -181,7 +181,7 @@ impl<B: Backend> Core<B> {
     }
 
     fn attach(&mut self, connection: Box<dyn Connection>) {
-        let tenant = self.tenants.join(connection.tenant());
+        let tenant = self.tenants.attach(connection.tenant());
         let index = self.slots.insert(connection, tenant);
         if let Some(slot) = self.slots.get_mut(index) {
             slot.connection.attached(self.position);
@@ -312,7 +312,7 @@ impl<B: Backend> Core<B> {
         let slot = self.slots.take(index)?;
         self.backend.forget(index, slot.connection.fd());
         if let Some(tenant) = slot.tenant {
-            self.tenants.leave(tenant, &mut self.backend);
+            self.tenants.detach(tenant, &mut self.backend);
         }
         Some(slot)
     }

@@ -80,15 +80,15 @@ impl Tenants {
     }
 
     /// A connection of that guest comes to this core. None if the guest is not present: its session has ended.
-    pub(super) fn join(&mut self, id: u64) -> Option<usize> {
+    pub(super) fn attach(&mut self, id: u64) -> Option<usize> {
         let of_guest = |entry: &Option<Entry>| entry.as_ref().is_some_and(|entry| entry.tenant.id() == id);
         let index = self.entries.iter().position(of_guest)?;
         self.entries[index].as_mut()?.connections += 1;
         Some(index)
     }
 
-    /// A connection of that tenant leaves this core; nothing is posted on it.
-    pub(super) fn leave(&mut self, index: usize, backend: &mut impl Backend) {
+    /// A connection of that tenant is taken off this core; nothing is posted on it.
+    pub(super) fn detach(&mut self, index: usize, backend: &mut impl Backend) {
         if let Some(entry) = &mut self.entries[index] {
             entry.connections -= 1;
         }

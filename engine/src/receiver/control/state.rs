@@ -37,7 +37,7 @@ const SESSIONS_MAX: usize = 256;
 /// Ended sessions without a checkpoint that stay in reports.
 const ENDED_KEPT: usize = 1024;
 
-/// A session whose connections and presences have not all left.
+/// A session whose connections and tenants are not all dropped.
 pub(super) struct Live {
     pub(super) session: Arc<LiveSession>,
     /// The core that drives its main channel: a position among the plane's cores.
@@ -181,13 +181,13 @@ impl ControlState {
         });
     }
 
-    /// The core that is home to the fewest running guests: the first such in the order that was asked for.
+    /// The core that is the home core of the fewest live sessions: the first such in the order that was asked for.
     fn quietest_core(&self) -> usize {
-        let homes: Vec<_> = self.live.iter().map(|live| live.home_core).collect();
-        quietest(self.context.options.cores.len(), &homes)
+        let home_cores: Vec<_> = self.live.iter().map(|live| live.home_core).collect();
+        quietest(self.context.options.cores.len(), &home_cores)
     }
 
-    /// Takes the sessions whose connections and presences have all left off the live ones: nothing writes to their memory any more.
+    /// Takes the sessions whose connections and tenants are all dropped off the live ones: nothing writes to their memory any more.
     pub(super) fn reap_ended_sessions(&mut self) {
         while let Some(position) = self.live.iter().position(|live| live.session.is_over()) {
             let session = self.live.remove(position).session;
@@ -328,7 +328,7 @@ impl ControlState {
                 changed.notified().await;
             }
         };
-        // Connections of a ring that has failed never leave.
+        // Connections of a ring that has failed are never dropped.
         if tokio::time::timeout(END_TIMEOUT, all_over).await.is_err() {
             self.warn(format!("some connections did not end within {END_TIMEOUT:?}"));
         }
@@ -399,9 +399,9 @@ impl DrivingCores for Plane {
     }
 }
 
-/// The first of the cores that fewest of these homes are at.
-fn quietest(cores: usize, homes: &[usize]) -> usize {
-    let guests = |core: &usize| homes.iter().filter(|home| *home == core).count();
+/// The first of the cores that the fewest sessions have as their home core.
+fn quietest(cores: usize, home_cores: &[usize]) -> usize {
+    let guests = |core: &usize| home_cores.iter().filter(|home| *home == core).count();
     (0..cores).min_by_key(guests).unwrap_or(0)
 }
 

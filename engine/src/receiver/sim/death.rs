@@ -63,17 +63,17 @@ fn copy_file(from: &Path, to: &Path) -> std::io::Result<()> {
 /// See the module.
 pub(super) struct Death {
     directory: Directory,
-    left: Rc<RefCell<Option<Directory>>>,
+    killed: Rc<RefCell<Option<Directory>>>,
 }
 
 impl Death {
     /// Comes to the receiver of this thread.
     pub(super) fn new(seed: u64) -> Self {
         let directory = Directory::new();
-        let left = Rc::new(RefCell::new(None));
+        let killed = Rc::new(RefCell::new(None));
         let mut rng = Rng::new(seed);
         let (mut kills, mut wait) = (0, rng.range(1, INSTANTS));
-        let (living, dead) = (directory.path().to_owned(), left.clone());
+        let (living, dead) = (directory.path().to_owned(), killed.clone());
         killpoint::set(Some(Box::new(move || {
             wait = wait.saturating_sub(1);
             if wait > 0 || kills == KILLS || dead.borrow().is_some() {
@@ -83,7 +83,7 @@ impl Death {
             wait = rng.range(1, INSTANTS);
             *dead.borrow_mut() = Some(Directory::like(&living));
         })));
-        Self { directory, left }
+        Self { directory, killed }
     }
 
     /// Where the receiver's files are.
@@ -91,9 +91,9 @@ impl Death {
         self.directory.path()
     }
 
-    /// What it has left, if it was killed since this was asked.
-    pub(super) fn left(&mut self) -> Option<Directory> {
-        self.left.take()
+    /// The files of a receiver that was killed since the last call.
+    pub(super) fn take_files(&mut self) -> Option<Directory> {
+        self.killed.take()
     }
 }
 

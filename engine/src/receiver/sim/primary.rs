@@ -193,7 +193,7 @@ impl Primary {
     ///
     /// # Errors
     /// If they are not what it waits for.
-    pub(super) fn hear(&mut self, bytes: &[u8]) -> Result<(), String> {
+    pub(super) fn read_answers(&mut self, bytes: &[u8]) -> Result<(), String> {
         for byte in bytes {
             match self.expected.pop_front() {
                 Some(expected) if expected == *byte => {}

@@ -19,7 +19,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 pub(super) struct SimSession {
-    pub(super) guest: Arc<LiveSession>,
+    pub(super) live: Arc<LiveSession>,
     pub(super) primary: Primary,
     /// The other ends of the descriptors; the main channel's first.
     pub(super) peers: Vec<OwnedFd>,
@@ -29,7 +29,7 @@ pub(super) struct SimSession {
     pub(super) genuine: Vec<usize>,
     /// Whether something was done to it, so that it need not come to its end.
     pub(super) is_touched: bool,
-    /// All connections and presences have left, and what was not committed is dropped.
+    /// All connections and tenants are dropped, and what was not committed is dropped.
     pub(super) is_over: bool,
     /// A packet that the primary should not have sent.
     pub(super) intruder: Option<Intruder>,
@@ -64,7 +64,7 @@ impl Intruder {
 
 impl SimSession {
     pub(super) fn new(
-        guest: Arc<LiveSession>,
+        live: Arc<LiveSession>,
         primary: Primary,
         peers: Vec<OwnedFd>,
         wires: std::ops::Range<usize>,
@@ -72,7 +72,7 @@ impl SimSession {
     ) -> Self {
         Self {
             genuine: vec![usize::MAX; peers.len()],
-            guest,
+            live,
             primary,
             peers,
             wires,
@@ -101,11 +101,11 @@ impl SimSession {
     }
 
     /// Reads answers; whether there were any.
-    pub(super) fn hear(&mut self) -> Result<bool, String> {
+    pub(super) fn read_answers(&mut self) -> Result<bool, String> {
         let mut bytes = [0; 64];
         match recv(self.peers[0].as_raw_fd(), &mut bytes, MsgFlags::MSG_DONTWAIT) {
             Ok(0) | Err(Errno::EAGAIN | Errno::ECONNRESET) => Ok(false),
-            Ok(count) => self.primary.hear(&bytes[..count]).map(|()| true),
+            Ok(count) => self.primary.read_answers(&bytes[..count]).map(|()| true),
             Err(errno) => Err(format!("reading answers: {errno}")),
         }
     }
@@ -124,7 +124,7 @@ impl SimSession {
     pub(super) fn check(&mut self, net: &Network) -> Result<(), String> {
         let delivered = self.delivered(&net.wires[self.wires.clone()]);
         let acknowledged = self.primary.acknowledged;
-        let store = self.guest.store();
+        let store = self.live.store();
         let committed = store.and_then(|store| store.committed().checkpoint());
         let committed = committed.map_or(0, |id| usize::try_from(id.0).expect("few") + 1);
         if committed < acknowledged {
@@ -158,21 +158,21 @@ impl SimSession {
 
     /// What a failover would find now: the checkpoint that is committed.
     pub(super) fn recover(&self) -> Result<(), String> {
-        let held = self
-            .guest
+        let view = self
+            .live
             .checkpoint()
             .and_then(|checkpoint| checkpoint.image.checkpoint_view());
-        match (self.committed.checked_sub(1), held) {
+        match (self.committed.checked_sub(1), view) {
             (None, None) => Ok(()),
-            (Some(state), Some(held)) if held.checkpoint().0 == state as u64 => {
-                let read = |page, content: &mut _| held.read(page, content);
-                self.compare(read, held.device_state())
+            (Some(state), Some(view)) if view.checkpoint().0 == state as u64 => {
+                let read = |page, content: &mut _| view.read(page, content);
+                self.compare(read, view.device_state())
                     .map_err(|error| format!("in a failover: {error}"))
             }
-            (state, held) => {
-                let held = held.map(|held| held.checkpoint());
+            (state, view) => {
+                let view = view.map(|view| view.checkpoint());
                 Err(format!(
-                    "a failover finds {held:?} where state {state:?} is committed"
+                    "a failover finds {view:?} where state {state:?} is committed"
                 ))
             }
         }
@@ -181,10 +181,10 @@ impl SimSession {
     /// What the next receiver finds in a directory, where `before` states were committed before the step in which this one
     /// was killed.
     pub(super) fn found(&self, directory: &Path, before: u64) -> Result<(), String> {
-        let left = RecoverableCheckpoint::find(directory, &label(self.guest.id))
+        let files = RecoverableCheckpoint::find(directory, &label(self.live.id))
             .map_err(|error| error.to_string())?;
-        let left = match left {
-            Recoverable::Checkpoint(left) => left,
+        let files = match files {
+            Recoverable::Checkpoint(files) => files,
             Recoverable::InUse => return Err("another process uses it".to_owned()),
             Recoverable::Nothing | Recoverable::Unknown => {
                 return match before {
@@ -193,31 +193,26 @@ impl SimSession {
                 };
             }
         };
-        let StoredSession { peer, record } = decode(left.session()).map_err(|error| error.to_string())?;
-        let committed = left
+        let StoredSession { peer, record } = decode(files.session()).map_err(|error| error.to_string())?;
+        let committed = files
             .recover(record.blocks.clone())
             .map_err(|error| error.to_string())?;
-        let held = committed.checkpoint_view().ok_or("nothing was recovered")?;
-        let state = held.checkpoint().0;
+        let view = committed.checkpoint_view().ok_or("nothing was recovered")?;
+        let state = view.checkpoint().0;
         if state + 1 < before || state >= self.committed as u64 {
             return Err(format!(
                 "state {state} is found where between {before} and {} were committed",
                 self.committed
             ));
         }
-        if peer != self.guest.peer
-            || self
-                .guest
-                .checkpoint()
-                .is_none_or(|known| *known.record != record)
-        {
+        if peer != self.live.peer || self.live.checkpoint().is_none_or(|known| *known.record != record) {
             return Err("what is found is of another session".to_owned());
         }
         let state = usize::try_from(state).expect("few");
         self.compare_with(
             state,
-            |page, content: &mut _| held.read(page, content),
-            held.device_state(),
+            |page, content: &mut _| view.read(page, content),
+            view.device_state(),
         )
     }
 
@@ -228,7 +223,7 @@ impl SimSession {
         };
         let wire = &net.wires[self.wires.start + 1 + intruder.channel];
         let is_through = wire.taken == wire.sent.len() && net.held().1 == 0 && !wire.is_filling();
-        self.primary.may_act() && (is_through || self.guest.end().is_some())
+        self.primary.may_act() && (is_through || self.live.end().is_some())
     }
 
     /// Whether a page may have this content though it is not the snapshot's.
@@ -297,7 +292,7 @@ impl SimSession {
 
     /// Dumps the committed checkpoint and compares the files.
     pub(super) fn dump(&self, directory: &Path) -> Result<(), String> {
-        let checkpoint = self.guest.checkpoint().ok_or("nothing to dump")?;
+        let checkpoint = self.live.checkpoint().ok_or("nothing to dump")?;
         let dumped = dump::dump(checkpoint, directory).map_err(|error| error.to_string())?;
         let snapshot = &self.primary.snapshots[self.committed - 1];
         if dumped.checkpoint != self.committed as u64 - 1 {
@@ -322,7 +317,7 @@ impl SimSession {
 
     /// Whether what is committed is still on its way to the image.
     pub(super) fn is_flushing(&self) -> bool {
-        self.guest.store().is_some_and(|store| store.is_flushing())
+        self.live.store().is_some_and(|store| store.is_flushing())
     }
 
     /// Whether something is committed that could be dumped.
@@ -336,7 +331,7 @@ impl SimSession {
 
     /// How it ended, in a word.
     pub(super) fn end(&self) -> &'static str {
-        match self.guest.end() {
+        match self.live.end() {
             None => "not",
             Some(SessionEnd::PrimaryLost(_)) => "primary lost",
             Some(SessionEnd::Broken { .. }) => "broken",
@@ -353,13 +348,13 @@ impl SimSession {
         }
     }
 
-    /// What the control thread does when all connections and presences have left.
-    pub(super) fn settle(&mut self) -> Result<bool, String> {
-        if self.is_over || !self.guest.is_over() {
+    /// What the control thread does when all connections and tenants are dropped.
+    pub(super) fn finish_if_over(&mut self) -> Result<bool, String> {
+        if self.is_over || !self.live.is_over() {
             return Ok(false);
         }
         self.is_over = true;
-        let end = self.guest.end().map(ToString::to_string);
+        let end = self.live.end().map(ToString::to_string);
         let end = end.ok_or("all connections have left a session that has not ended")?;
         if !self.is_touched && self.primary.stage != Stage::Done {
             return Err(format!("the session has ended by itself: {end}"));
@@ -371,7 +366,7 @@ impl SimSession {
             ));
         }
         self.recover()?;
-        if let Some(store) = self.guest.store() {
+        if let Some(store) = self.live.store() {
             store.drop_uncommitted();
             if store.dirty_pages() > 0 {
                 return Err("what was not committed was not dropped".to_owned());

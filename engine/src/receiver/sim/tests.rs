@@ -94,7 +94,7 @@ fn canaries_do_not_survive() {
         (Canary::SilentFlushEnd, 500),
         (Canary::SkippedPage, 10),
         (Canary::StaleDeviceState, 10),
-        (Canary::LostLeave, 10),
+        (Canary::LostPart, 10),
         (Canary::EarlyReply, 100),
         (Canary::EarlyFlushEnd, 100),
         (Canary::EarlyGate, 500),

@@ -66,7 +66,7 @@ pub(super) struct World {
     flush_turns: usize,
     /// Nothing was found to do at random.
     is_idle: bool,
-    /// In how many steps somebody asks for the checkpoint while it is being flushed, once: that ends the flush.
+    /// In one of how many steps the checkpoint is read while its flush is in progress, which ends the flush.
     flush_looks: usize,
     /// Most bytes that arrive, or are received, in one step.
     piece_bytes: usize,
@@ -209,11 +209,11 @@ impl World {
             self.tally.untouched += u64::from(!session.is_touched);
             self.tally.commits += session.commits();
             *self.tally.ends.entry(session.end()).or_default() += 1;
-            let guest = Arc::downgrade(&session.guest);
-            let store = session.guest.store().map(Arc::downgrade);
+            let live = Arc::downgrade(&session.live);
+            let store = session.live.store().map(Arc::downgrade);
             drop(session);
-            if guest.strong_count() > 0 || store.is_some_and(|store| store.strong_count() > 0) {
-                return Err(format!("somebody still holds session {number}"));
+            if live.strong_count() > 0 || store.is_some_and(|store| store.strong_count() > 0) {
+                return Err(format!("session {number} is still referenced"));
             }
         }
         if !self.cores.iter().all(SimCore::is_empty) {
@@ -257,21 +257,21 @@ impl World {
         }
         for session in &mut self.sessions {
             session.check(&self.net.borrow())?;
-            session.settle()?;
+            session.finish_if_over()?;
         }
-        self.look_at_what_is_left(&before)?;
+        self.check_after_kill(&before)?;
         Ok(true)
     }
 
     /// If the receiver was killed in this step, before which so many states were committed: what does the next one find?
-    fn look_at_what_is_left(&mut self, before: &[u64]) -> Result<(), String> {
-        let Some(left) = self.death.as_mut().and_then(Death::left) else {
+    fn check_after_kill(&mut self, before: &[u64]) -> Result<(), String> {
+        let Some(files) = self.death.as_mut().and_then(Death::take_files) else {
             return Ok(());
         };
         self.tally.kills += 1;
         self.note(|| "the receiver was killed in this step".to_owned());
         for (session, before) in self.sessions.iter().zip(before) {
-            let found = session.found(left.path(), *before);
+            let found = session.found(files.path(), *before);
             found.map_err(|error| format!("after a kill: {error}"))?;
         }
         Ok(())
@@ -356,23 +356,23 @@ impl World {
         Ok(true)
     }
 
-    /// The primary hears answers, or does what comes next.
+    /// The primary reads answers, or does what comes next.
     fn go_on(&mut self, number: usize) -> Result<bool, String> {
         let session = &mut self.sessions[number];
         let before = session.primary.stage;
-        let heard = session
-            .hear()
+        let answered = session
+            .read_answers()
             .map_err(|error| format!("session {number}: {error}"))?;
-        let acts = !heard && session.may_act(&self.net.borrow());
+        let acts = !answered && session.may_act(&self.net.borrow());
         if acts {
             session.primary.act(&mut self.rng);
             session.send(&mut self.net.borrow_mut());
         }
         let after = self.sessions[number].primary.stage;
-        if heard || acts {
+        if answered || acts {
             self.note(|| format!("session {number}: the primary goes from {before:?} to {after:?}"));
         }
-        Ok(heard || acts)
+        Ok(answered || acts)
     }
 
     /// Makes a guest's memory.

@@ -52,13 +52,14 @@ impl World {
         let cores = SimCores {
             cores: &self.cores,
             is_threads: self.is_threads,
-            guest: Attached::default(),
+            session: Attached::default(),
             flush_turns: self.flush_turns,
             rng: RefCell::new(Rng::new(self.rng.next())),
         };
-        let guest = attach(new, self.services.clone(), &cores);
-        cores.guest.set(Arc::downgrade(&guest)).expect("attached once");
-        let session = SimSession::new(guest, primary, peers, wires, no_memory);
+        let session = attach(new, self.services.clone(), &cores);
+        let weak = Arc::downgrade(&session);
+        cores.session.set(weak).expect("attached once");
+        let session = SimSession::new(session, primary, peers, wires, no_memory);
         self.sessions.push(session);
         self.tally.sessions += 1;
     }
@@ -68,7 +69,7 @@ impl World {
 struct SimCores<'a> {
     cores: &'a [SimCore],
     is_threads: bool,
-    guest: Attached,
+    session: Attached,
     flush_turns: usize,
     rng: RefCell<Rng>,
 }
@@ -101,8 +102,8 @@ impl DrivingCores for SimCores<'_> {
 
     fn admit(&self, driver: &usize, tenant: Box<dyn Tenant>) -> io::Result<()> {
         self.cores[*driver].admit(Box::new(SlowFlush {
-            presence: tenant,
-            guest: self.guest.clone(),
+            tenant,
+            session: self.session.clone(),
             turns: self.flush_turns,
             rng: Rng::new(self.rng.borrow_mut().next()),
         }));

@@ -1,4 +1,4 @@
-//! What is done to sessions, and what somebody asks of them meanwhile.
+//! Faults of sessions, and requests to them.
 
 use super::super::primary::Stage;
 use super::World;
@@ -100,7 +100,7 @@ impl World {
             Fault::Rubbish => self.spoil(number, connection),
             // It has done it already.
             Fault::Intrude | Fault::Hasten => {}
-            Fault::Stop => session.guest.finish(SessionEnd::Stopped),
+            Fault::Stop => session.live.finish(SessionEnd::Stopped),
         }
     }
 

@@ -1,4 +1,4 @@
-//! A guest's presence on a core: its cache slabs, for the core's ring to register, and its part of the deferred flush.
+//! A guest as the tenant of a core: its cache slabs, for the core's ring to register, and its part of the deferred flush.
 
 use super::live_session::LiveSession;
 use crate::ring::{Region, Tenant};
@@ -14,33 +14,33 @@ pub(super) enum FlushPart {
     Help,
 }
 
-pub(super) struct Presence {
-    guest: Arc<LiveSession>,
+pub(super) struct GuestTenant {
+    session: Arc<LiveSession>,
     part: FlushPart,
 }
 
-impl Presence {
-    pub(super) fn new(guest: Arc<LiveSession>, part: FlushPart) -> Box<Self> {
-        Box::new(Self { guest, part })
+impl GuestTenant {
+    pub(super) fn new(session: Arc<LiveSession>, part: FlushPart) -> Box<Self> {
+        Box::new(Self { session, part })
     }
 }
 
-impl Tenant for Presence {
+impl Tenant for GuestTenant {
     fn id(&self) -> u64 {
-        u64::from(self.guest.id)
+        u64::from(self.session.id)
     }
 
     fn region_limit(&self) -> usize {
-        self.guest.store().map_or(0, |store| store.slab_limit())
+        self.session.store().map_or(0, |store| store.slab_limit())
     }
 
     fn region(&self, position: u16) -> Option<&dyn Region> {
-        let slab = self.guest.store()?.slab(usize::from(position))?;
+        let slab = self.session.store()?.slab(usize::from(position))?;
         Some(slab)
     }
 
     fn background(&mut self) -> bool {
-        let step = self.guest.store().map(|store| match self.part {
+        let step = self.session.store().map(|store| match self.part {
             FlushPart::Main => store.flush_step(),
             FlushPart::Help => store.help_flush(),
         });
@@ -48,13 +48,13 @@ impl Tenant for Presence {
     }
 
     fn has_ended(&self) -> bool {
-        self.guest.end().is_some()
+        self.session.end().is_some()
     }
 }
 
-impl Drop for Presence {
+impl Drop for GuestTenant {
     fn drop(&mut self) {
-        self.guest.leave();
+        self.session.part_dropped();
     }
 }
 
