@@ -2,7 +2,7 @@
 
 use crate::commands::{
     capture, compare, demo, discard, doctor, dump, failover, import, inspect, protect, receive, replay, sink,
-    status, synth,
+    status, synth, unprotect,
 };
 use clap::{Parser, Subcommand};
 use std::process::ExitCode;
@@ -34,12 +34,21 @@ enum Command {
 
     /// Put a running QEMU under the protection of a receiver, over QMP
     ///
-    /// Sets what COLO needs, switches off what it cannot have (and says so), starts the migration and waits until the
-    /// guest is protected. Ctrl-C ends the waiting, not the migration, and says how the primary is left.
+    /// Mirrors every disk that the guest can write to (receive --disks), sets what COLO needs, switches off what it cannot
+    /// have (and says so), starts the migration and waits until the guest is protected. Ctrl-C gives up while disks are
+    /// copied; later it ends the waiting, not the migration, and says how the primary is left.
     #[command(
-        after_help = "Example:\n  colo-ring protect --qmp /run/guest1.qmp --to tcp:192.0.2.2:4444 --channels 4 --interval 300"
+        after_help = "Example:\n  colo-ring protect --qmp /run/guest1.qmp --to tcp:192.0.2.2:4444 --channels 4 --interval 300\n  colo-ring protect --qmp /run/guest1.qmp --to tcp:192.0.2.2:4444 --disk drive0=web3-root --disk drive1=web3-data"
     )]
-    Protect(protect::ProtectArgs),
+    Protect(Box<protect::ProtectArgs>),
+
+    /// End the protection of a running QEMU, over QMP: its guest runs on, alone
+    ///
+    /// For a receiver that is lost as well as for one that is not needed any more. Ends COLO (or a first copy that is not
+    /// finished), cancels the mirrors of the guest's disks and removes them. A connection that hangs is cut first, so
+    /// that a guest that stands still for a checkpoint runs again.
+    #[command(after_help = "Example:\n  colo-ring unprotect --qmp /run/guest1.qmp")]
+    Unprotect(unprotect::UnprotectArgs),
 
     /// Resume a lost primary's guest from its last committed checkpoint, in a fresh QEMU
     ///
@@ -170,6 +179,7 @@ pub fn main() -> ExitCode {
     let result = match cli.command {
         Command::Receive(args) => receive::run(*args),
         Command::Protect(args) => protect::run(&args),
+        Command::Unprotect(args) => unprotect::run(&args),
         Command::Failover(args) => failover::run(&args),
         Command::Status(args) => status::run(&args),
         Command::Dump(args) => dump::run(&args),

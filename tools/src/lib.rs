@@ -7,6 +7,7 @@ pub mod commands;
 pub mod comparison;
 mod control;
 mod cores;
+mod guest_disks;
 pub mod hlog;
 pub mod net;
 pub mod options;

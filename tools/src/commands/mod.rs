@@ -15,3 +15,4 @@ pub mod replay;
 pub mod sink;
 pub mod status;
 pub mod synth;
+pub mod unprotect;

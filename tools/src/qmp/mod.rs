@@ -1,5 +1,8 @@
 //! A client of QEMU's monitor (QMP): commands one at a time, events collected as they come.
 //!
+//! Every command has a number, which its reply repeats: a reply that comes after its command was given up is dropped.
+//! Where QEMU offers it, some commands go out of band, past one that hangs.
+//!
 //! A thread reads; it ends when QEMU closes the connection. A line is at most `LINE_MAX` bytes and at most
 //! `EVENTS_MAX` events are kept, so that whatever listens at the path cannot fill this process's memory.
 
@@ -107,10 +110,12 @@ pub enum QmpError {
         command: String,
     },
     /// QEMU does not answer.
-    #[error("QEMU did not answer {command} within {REPLY_LIMIT:?}")]
+    #[error("QEMU did not answer {command} within {limit:?}")]
     Timeout {
         /// The command.
         command: String,
+        /// How long it was waited for.
+        limit: Duration,
     },
 }
 
@@ -151,6 +156,8 @@ pub struct Qmp {
     replies: Receiver<Value>,
     collected: Arc<Collected>,
     version: Version,
+    out_of_band: bool,
+    commands: u64,
 }
 
 impl Qmp {
@@ -205,14 +212,22 @@ impl Qmp {
                 .map_or_else(|| greeting.to_string(), str::to_owned);
             return Err(QmpError::NotQmp { path: owned, said });
         };
+        let offered = greeting["QMP"]["capabilities"].as_array();
+        let out_of_band = offered.is_some_and(|list| list.iter().any(|one| one == "oob"));
         let mut qmp = Self {
             path: owned,
             writer,
             replies,
             collected,
             version,
+            out_of_band,
+            commands: 0,
         };
-        qmp.execute("qmp_capabilities", &json!({}))?;
+        let enabled = match out_of_band {
+            true => json!({"enable": ["oob"]}),
+            false => json!({}),
+        };
+        qmp.execute("qmp_capabilities", &enabled)?;
         Ok(qmp)
     }
 
@@ -233,19 +248,65 @@ impl Qmp {
     /// # Errors
     /// [`QmpError::Refused`] with QEMU's own words; [`QmpError::Closed`] when QEMU is gone.
     pub fn execute(&mut self, command: &str, arguments: &Value) -> Result<Value, QmpError> {
+        self.run("execute", command, arguments, REPLY_LIMIT)
+    }
+
+    /// The same, given up after `limit`: QEMU answers nothing while a checkpoint hangs.
+    ///
+    /// # Errors
+    /// As of [`Self::execute`], and [`QmpError::Timeout`]; QEMU may still run the command later.
+    pub fn execute_within(
+        &mut self,
+        command: &str,
+        arguments: &Value,
+        limit: Duration,
+    ) -> Result<Value, QmpError> {
+        self.run("execute", command, arguments, limit)
+    }
+
+    /// Runs a command past those that are not answered yet, where QEMU offers that. Few commands can be run so.
+    ///
+    /// # Errors
+    /// As of [`Self::execute_within`].
+    pub fn execute_out_of_band(
+        &mut self,
+        command: &str,
+        arguments: &Value,
+        limit: Duration,
+    ) -> Result<Value, QmpError> {
+        let verb = if self.out_of_band { "exec-oob" } else { "execute" };
+        self.run(verb, command, arguments, limit)
+    }
+
+    fn run(
+        &mut self,
+        verb: &str,
+        command: &str,
+        arguments: &Value,
+        limit: Duration,
+    ) -> Result<Value, QmpError> {
         let closed = || QmpError::Closed {
             command: command.to_owned(),
         };
-        let line = json!({"execute": command, "arguments": arguments}).to_string();
+        self.commands += 1;
+        let number = self.commands;
+        let line = json!({verb: command, "arguments": arguments, "id": number}).to_string();
         self.writer.write_all(line.as_bytes()).map_err(|_| closed())?;
-        let mut reply = match self.replies.recv_timeout(REPLY_LIMIT) {
-            Ok(reply) => reply,
-            Err(RecvTimeoutError::Timeout) => {
-                return Err(QmpError::Timeout {
-                    command: command.to_owned(),
-                });
+        let deadline = Instant::now() + limit;
+        let mut reply = loop {
+            match self
+                .replies
+                .recv_timeout(deadline.saturating_duration_since(Instant::now()))
+            {
+                // One without a number is to something that was not understood.
+                Ok(reply) if reply["id"].as_u64().is_none_or(|id| id == number) => break reply,
+                Ok(_) => {}
+                Err(RecvTimeoutError::Timeout) => {
+                    let command = command.to_owned();
+                    return Err(QmpError::Timeout { command, limit });
+                }
+                Err(RecvTimeoutError::Disconnected) => return Err(closed()),
             }
-            Err(RecvTimeoutError::Disconnected) => return Err(closed()),
         };
         if let Some(error) = reply.get("error") {
             let description = error["desc"].as_str().unwrap_or("it did not say why");

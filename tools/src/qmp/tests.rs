@@ -42,9 +42,12 @@ pub(crate) fn monitor(version: (u64, u64, u64), mut answers: Answers) -> SocketP
                 "qmp_capabilities" => Ok(json!({})),
                 _ => answers(command, &request["arguments"]),
             };
+            let id = &request["id"];
             let line = match answer {
-                Ok(value) => json!({"return": value}),
-                Err(description) => json!({"error": {"class": "GenericError", "desc": description}}),
+                Ok(value) => json!({"return": value, "id": id}),
+                Err(description) => {
+                    json!({"error": {"class": "GenericError", "desc": description}, "id": id})
+                }
             };
             // The client may have seen enough.
             let _ = writeln!(stream, "{line}");

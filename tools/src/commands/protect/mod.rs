@@ -1,7 +1,9 @@
 //! `colo-ring protect`: puts a running QEMU under the protection of a receiver, over QMP.
 
+mod disks;
 mod settings;
 
+use crate::guest_disks::{self, Mirrors};
 use crate::net::Address;
 use crate::options::Size;
 use crate::output::{CommandError, ProgressLine, print, print_json, tell};
@@ -10,9 +12,10 @@ use crate::qmp::{Qmp, QmpError, socket_path};
 use crate::signals;
 use clap::Args;
 use colo_ring::host::Machine;
+use disks::{DiskArgs, DiskPlan, DiskReport, give_up};
 use serde::Serialize;
 use serde_json::{Value, json};
-use settings::{set_capabilities, stops_under_tcg};
+use settings::{Wanted, set_capabilities, stops_under_tcg};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::mpsc::{self, RecvTimeoutError};
@@ -54,9 +57,13 @@ pub struct ProtectArgs {
     #[arg(long, value_name = "SIZE", default_value = "10G")]
     bandwidth: Size,
 
-    /// Give up watching after so many seconds; the migration goes on. 0 starts it only [default: no limit]
+    /// Give up watching after so many seconds; the migration goes on. 0 starts it only. The first copy of disks comes
+    /// before, and is always waited for [default: no limit]
     #[arg(long, value_name = "SECONDS")]
     wait: Option<u64>,
+
+    #[command(flatten)]
+    disks: DiskArgs,
 
     /// Print the result as JSON (schema colo-ring.protect, version 1)
     #[arg(long)]
@@ -84,6 +91,8 @@ struct ProtectReport<'a> {
     ram_bytes: Option<u64>,
     transferred_bytes: Option<u64>,
     elapsed_ms: u64,
+    #[serde(flatten)]
+    disks: DiskReport,
     machine: Machine,
 }
 
@@ -100,15 +109,27 @@ pub fn run(args: &ProtectArgs) -> Result<ExitCode, CommandError> {
     })?;
     let mut qmp = Qmp::connect(&args.qmp, CONNECT_LIMIT).map_err(CommandError::failed)?;
     check_can_begin(&mut qmp)?;
-    let changed = set_capabilities(&mut qmp, args.channels, args.xbzrle)?;
+    let plan = DiskPlan::make(&mut qmp, &args.disks, &args.to)?;
+    plan.tell_what_is_left();
+    let changed = set_capabilities(
+        &mut qmp,
+        Wanted {
+            channels: args.channels,
+            xbzrle: args.xbzrle,
+            uuid: plan.needs_uuid(),
+        },
+    )?;
     // Those that COLO needs are no news.
     let news = changed.iter().filter(|change| change.ends_with(" off"));
     news.for_each(|change| tell(&format!("switched on the primary: {change}")));
     set_parameters(&mut qmp, args, compression).map_err(CommandError::failed)?;
     let began = Instant::now();
+    let mirrors = plan.mirror(&mut qmp, &args.disks, &wished, !args.json)?;
+    let copying = began.elapsed();
+    let began = Instant::now();
     let migrate = qmp.execute("migrate", &json!({"uri": args.to.to_string()}));
-    migrate.map_err(|error| not_started(&error))?;
-    let state = watch(&mut qmp, args, &wished)?;
+    migrate.map_err(|error| not_started(&mut qmp, &error))?;
+    let state = watch(&mut qmp, args, &mirrors, &wished)?;
     let report = ProtectReport {
         schema: "colo-ring.protect",
         schema_version: 1,
@@ -125,6 +146,7 @@ pub fn run(args: &ProtectArgs) -> Result<ExitCode, CommandError> {
         ram_bytes: state["ram"]["total"].as_u64(),
         transferred_bytes: state["ram"]["transferred"].as_u64(),
         elapsed_ms: u64::try_from(began.elapsed().as_millis()).unwrap_or(u64::MAX),
+        disks: plan.report(&args.disks, copying),
         machine: Machine::read(),
     };
     if args.json {
@@ -138,6 +160,7 @@ pub fn run(args: &ProtectArgs) -> Result<ExitCode, CommandError> {
             args.modes(compression),
             began.elapsed().as_secs_f64()
         ))?;
+        print(&report.disks.lines())?;
     } else {
         print(&format!("started: the migration is in state {}\n", report.status))?;
     }
@@ -221,14 +244,14 @@ fn check_blockers(migration: &Value) -> Result<(), CommandError> {
     )))
 }
 
-fn not_started(error: &QmpError) -> CommandError {
+fn not_started(qmp: &mut Qmp, error: &QmpError) -> CommandError {
     let hint = match error.refusal() {
         Some(said) if said.contains("non-migratable") || said.contains("does not support live migration") => {
             "; remove what is named and try again"
         }
         _ => "",
     };
-    CommandError::Failed(format!("{error}{hint}; the guest runs on, unprotected"))
+    CommandError::Failed(format!("{error}{hint}; {}", give_up(qmp)))
 }
 
 fn set_parameters(qmp: &mut Qmp, args: &ProtectArgs, compression: PageCompression) -> Result<(), QmpError> {
@@ -249,7 +272,12 @@ fn set_parameters(qmp: &mut Qmp, args: &ProtectArgs, compression: PageCompressio
 }
 
 /// Watches the migration until the guest is protected. Returns QEMU's last word on it.
-fn watch(qmp: &mut Qmp, args: &ProtectArgs, wished: &mpsc::Receiver<()>) -> Result<Value, CommandError> {
+fn watch(
+    qmp: &mut Qmp,
+    args: &ProtectArgs,
+    mirrors: &Mirrors,
+    wished: &mpsc::Receiver<()>,
+) -> Result<Value, CommandError> {
     let began = Instant::now();
     let limit = args.wait.map(Duration::from_secs);
     let mut line = ProgressLine::new(!args.json);
@@ -261,6 +289,7 @@ fn watch(qmp: &mut Qmp, args: &ProtectArgs, wished: &mpsc::Receiver<()>) -> Resu
             let reason = exit.data["reason"].as_str().unwrap_or("unknown").to_owned();
             return Err(left(qmp, &format!("it left COLO again ({reason})"), &args.to));
         }
+        check_mirrors(qmp, mirrors, status_of(&state))?;
         match status_of(&state) {
             "colo" if runs(qmp)? => return Ok(state),
             "failed" | "cancelled" | "completed" => {
@@ -288,6 +317,22 @@ fn watch(qmp: &mut Qmp, args: &ProtectArgs, wished: &mpsc::Receiver<()>) -> Resu
             guest_state(qmp)
         )));
     }
+}
+
+/// Memory without its disks is no protection: if a mirror has ended, so does the migration.
+fn check_mirrors(qmp: &mut Qmp, mirrors: &Mirrors, status: &str) -> Result<(), CommandError> {
+    let Err(lost) = (!mirrors.is_empty()).then(|| mirrors.state(qmp)).transpose() else {
+        return Ok(());
+    };
+    let end = match status {
+        "colo" => "x-colo-lost-heartbeat",
+        _ => "migrate_cancel",
+    };
+    let ended = match qmp.execute(end, &json!({})) {
+        Ok(_) => String::new(),
+        Err(error) => format!("; the migration goes on: {error}"),
+    };
+    Err(CommandError::Failed(format!("{lost}{ended}; {}", give_up(qmp))))
 }
 
 fn runs(qmp: &mut Qmp) -> Result<bool, CommandError> {
@@ -321,7 +366,12 @@ fn left(qmp: &mut Qmp, what: &str, to: &Address) -> CommandError {
         }
         other => format!("the guest {other}"),
     };
-    CommandError::Failed(format!("{what}; {hint} On the primary {then}"))
+    let mirrors = match guest_disks::remove_all(qmp) {
+        Ok(0) => String::new(),
+        Ok(_) => "; its disks are no longer mirrored".to_owned(),
+        Err(error) => format!("; the mirrors of its disks cannot be removed: {error}"),
+    };
+    CommandError::Failed(format!("{what}; {hint} On the primary {then}{mirrors}"))
 }
 
 fn status_of(migration: &Value) -> &str {

@@ -50,6 +50,16 @@ fn return_paths(version: Version) -> &'static [bool] {
     }
 }
 
+/// What the capabilities are to be for.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Wanted {
+    /// multifd channels; 0 = without.
+    pub(super) channels: u8,
+    pub(super) xbzrle: bool,
+    /// Whether the stream carries the guest's UUID.
+    pub(super) uuid: bool,
+}
+
 /// What is on and off at the moment.
 fn capabilities(qmp: &mut Qmp) -> Result<Vec<(String, bool)>, QmpError> {
     let listed = qmp.execute("query-migrate-capabilities", &json!({}))?;
@@ -65,12 +75,19 @@ fn capabilities(qmp: &mut Qmp) -> Result<Vec<(String, bool)>, QmpError> {
 }
 
 /// The capabilities that must change, for one of the values of return-path.
-fn changes(known: &[(String, bool)], channels: u8, xbzrle: bool, return_path: bool) -> Vec<(&str, bool)> {
+fn changes(known: &[(String, bool)], for_: Wanted, return_path: bool) -> Vec<(&str, bool)> {
+    let Wanted {
+        channels,
+        xbzrle,
+        uuid,
+    } = for_;
     let wanted = |name: &str| match name {
         "x-colo" => Some(true),
         "return-path" => Some(return_path),
         "multifd" => Some(channels > 0),
         "xbzrle" if channels > 0 => Some(false),
+        // Where it is on for something else it stays.
+        "validate-uuid" => uuid.then_some(true),
         // In plain mode it can be received: what is not asked for is left as it is.
         "xbzrle" => xbzrle.then_some(true),
         _ => OFF.contains(&name).then_some(false),
@@ -114,14 +131,13 @@ fn check_known(
 /// If QEMU lacks one or refuses.
 pub(super) fn set_capabilities(
     qmp: &mut Qmp,
-    channels: u8,
-    xbzrle: bool,
+    wanted: Wanted,
 ) -> Result<Vec<String>, CommandError> {
     let known = capabilities(qmp).map_err(CommandError::failed)?;
-    check_known(&known, channels, xbzrle, qmp.version())?;
+    check_known(&known, wanted.channels, wanted.xbzrle, qmp.version())?;
     let attempts = return_paths(qmp.version());
     for (attempt, return_path) in attempts.iter().enumerate() {
-        let changes = changes(&known, channels, xbzrle, *return_path);
+        let changes = changes(&known, wanted, *return_path);
         let list: Vec<Value> = (changes.iter())
             .map(|(name, state)| json!({"capability": name, "state": state}))
             .collect();
@@ -159,11 +175,30 @@ mod tests {
         names.map(|name| (name.to_owned(), on.contains(&name))).to_vec()
     }
 
+    fn plain(channels: u8, xbzrle: bool) -> Wanted {
+        Wanted {
+            channels,
+            xbzrle,
+            uuid: false,
+        }
+    }
+
+    #[test]
+    fn the_uuid_is_sent_where_it_is_wanted() {
+        let known = [("validate-uuid".to_owned(), false)];
+        assert_eq!(changes(&known, plain(4, false), true), []);
+        let wanted = Wanted {
+            uuid: true,
+            ..plain(4, false)
+        };
+        assert_eq!(changes(&known, wanted, true), [("validate-uuid", true)]);
+    }
+
     #[test]
     fn what_hinders_is_switched_off_and_the_rest_is_left() {
         let all = ["multifd", "xbzrle", "x-ignore-shared", "events", "auto-converge"];
         assert_eq!(
-            changes(&known(&all), 4, false, true),
+            changes(&known(&all), plain(4, false), true),
             [
                 ("x-colo", true),
                 ("return-path", true),
@@ -172,11 +207,11 @@ mod tests {
             ]
         );
         assert_eq!(
-            changes(&known(&all), 0, false, false),
+            changes(&known(&all), plain(0, false), false),
             [("x-colo", true), ("multifd", false), ("x-ignore-shared", false)]
         );
         assert_eq!(
-            changes(&known(&["x-colo", "return-path", "multifd"]), 1, false, true),
+            changes(&known(&["x-colo", "return-path", "multifd"]), plain(1, false), true),
             []
         );
     }
@@ -184,10 +219,10 @@ mod tests {
     #[test]
     fn xbzrle_is_switched_on_where_it_is_asked_for() {
         let ready = known(&["x-colo", "return-path"]);
-        assert_eq!(changes(&ready, 0, true, true), [("xbzrle", true)]);
-        assert_eq!(changes(&ready, 0, false, true), []);
+        assert_eq!(changes(&ready, plain(0, true), true), [("xbzrle", true)]);
+        assert_eq!(changes(&ready, plain(0, false), true), []);
         let on = known(&["x-colo", "return-path", "xbzrle"]);
-        assert_eq!(changes(&on, 0, true, true), []);
+        assert_eq!(changes(&on, plain(0, true), true), []);
         let without = [("x-colo".to_owned(), true)];
         let version = Version {
             major: 11,

@@ -15,6 +15,7 @@ fn args(path: &SocketPath) -> ProtectArgs {
         interval: 300,
         bandwidth: Size(10 << 30),
         wait: None,
+        disks: DiskArgs::default(),
         json: true,
     }
 }
@@ -94,7 +95,7 @@ fn the_way_it_fails_and_what_the_guest_does_are_told() {
     ] {
         let path = primary((11, 1, 3), status, migration, true);
         let (_wish, wished) = mpsc::channel();
-        let error = watch(&mut connect(&path), &args(&path), &wished)
+        let error = watch(&mut connect(&path), &args(&path), &Mirrors::default(), &wished)
             .unwrap_err()
             .to_string();
         for part in says {
@@ -110,7 +111,7 @@ fn an_interrupted_watch_says_how_the_primary_is_left() {
     let path = primary((11, 1, 3), "running", migration.clone(), true);
     let (wish, wished) = mpsc::channel();
     wish.send(()).unwrap();
-    let error = watch(&mut connect(&path), &args(&path), &wished)
+    let error = watch(&mut connect(&path), &args(&path), &Mirrors::default(), &wished)
         .unwrap_err()
         .to_string();
     assert!(
@@ -126,7 +127,7 @@ fn an_interrupted_watch_says_how_the_primary_is_left() {
         wait: Some(0),
         ..args(&path)
     };
-    let state = watch(&mut connect(&path), &limited, &wished).unwrap();
+    let state = watch(&mut connect(&path), &limited, &Mirrors::default(), &wished).unwrap();
     assert_eq!(status_of(&state), "active");
 }
 
@@ -150,7 +151,14 @@ fn return_path_is_switched_on_where_it_is_demanded() {
         other => Err(format!("{other}: not now")),
     });
     let path = monitor((10, 2, 0), answers);
-    let changed = set_capabilities(&mut connect(&path), 2, false).unwrap();
+    let changed = set_capabilities(
+        &mut connect(&path),
+        Wanted {
+            channels: 2,
+            xbzrle: false,
+            uuid: false,
+        },
+    ).unwrap();
     assert_eq!(
         changed,
         ["x-colo on", "return-path on", "multifd on", "x-ignore-shared off"]

@@ -1,0 +1,400 @@
+//! The guest's disks: which are mirrored to the receiver, and their first copy.
+
+use crate::guest_disks::{self, DiskUse, GuestDisk, Mirror, MirrorError, MirrorState, Mirrors, remove_all};
+use crate::net::Address;
+use crate::options::Size;
+use crate::output::{CommandError, ProgressLine, mebibytes, tell};
+use crate::qmp::Qmp;
+use clap::{Args, ValueEnum};
+use serde::Serialize;
+use serde_json::json;
+use std::collections::HashSet;
+use std::path::PathBuf;
+use std::str::FromStr;
+use std::sync::mpsc::{self, RecvTimeoutError};
+use std::time::{Duration, Instant};
+
+/// The port that is the NBD protocol's own.
+const NBD_PORT: u16 = 10809;
+
+/// How often QEMU is asked how far the copies are.
+const POLL: Duration = Duration::from_millis(100);
+
+/// Longest name of an export that is made up here, in bytes.
+const NAME_MAX: usize = 128;
+
+/// Options of `colo-ring protect` about disks.
+#[derive(Debug, Default, Args)]
+pub struct DiskArgs {
+    /// A disk to protect, and the receiver's name for it: NAME.raw in its --disks directory. DISK is the id of its
+    /// -drive, device or node. Repeatable [default: every disk that the guest can write to, as GUEST-DISK]
+    #[arg(long, value_name = "DISK[=NAME]", conflicts_with = "no_disks")]
+    disk: Vec<DiskName>,
+
+    /// Where the receiver serves disks, as the primary reaches it [default: port 10809 of --to's host, or --to's path
+    /// with .nbd behind it]
+    #[arg(long, value_name = "ADDRESS")]
+    disk_to: Option<Address>,
+
+    /// What is copied before the guest is protected
+    #[arg(long, value_enum, default_value_t, value_name = "WHAT")]
+    disk_sync: DiskSync,
+
+    /// Protect the guest's memory alone: after a failover its disks are ahead of it, unless something else keeps them
+    #[arg(long)]
+    no_disks: bool,
+}
+
+/// What is copied at first.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum DiskSync {
+    /// Everything
+    #[default]
+    Full,
+    /// Nothing: you know that the receiver's copies equal the guest's disks now
+    None,
+}
+
+/// `DISK` or `DISK=NAME`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct DiskName {
+    disk: String,
+    export: Option<String>,
+}
+
+impl FromStr for DiskName {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let (disk, export) = match text.split_once('=') {
+            Some((disk, export)) => (disk, Some(export)),
+            None => (text, None),
+        };
+        if disk.is_empty() || export.is_some_and(|name| !is_export_name(name)) {
+            return Err(
+                "write DISK or DISK=NAME, NAME of letters, digits, '-', '_' and '.', not beginning with '.'".to_owned(),
+            );
+        }
+        Ok(Self {
+            disk: disk.to_owned(),
+            export: export.map(str::to_owned),
+        })
+    }
+}
+
+fn is_export_name(name: &str) -> bool {
+    !name.is_empty() && !name.starts_with('.') && name.bytes().all(is_name_byte)
+}
+
+fn is_name_byte(byte: u8) -> bool {
+    byte.is_ascii_alphanumeric() || matches!(byte, b'-' | b'_' | b'.')
+}
+
+/// A mirrored disk, in a report.
+#[derive(Debug, Serialize)]
+struct MirroredDisk {
+    disk: String,
+    export: String,
+    bytes: u64,
+    file: String,
+}
+
+/// Disks, in a report.
+#[derive(Debug, Serialize)]
+pub(super) struct DiskReport {
+    disk_to: Option<String>,
+    disk_sync: DiskSync,
+    disks: Vec<MirroredDisk>,
+    /// Disks that the guest can write to and that are not protected.
+    unprotected_disks: Vec<String>,
+    read_only_disks: Vec<String>,
+    disk_copy_ms: u64,
+}
+
+/// What is to be done with the guest's disks.
+#[derive(Debug)]
+pub(super) struct DiskPlan {
+    wanted: Vec<Mirror>,
+    /// Writable, and left alone.
+    unprotected: Vec<GuestDisk>,
+    read_only: Vec<GuestDisk>,
+    to: Address,
+    /// The guest's, where it has one.
+    uuid: Option<String>,
+}
+
+impl DiskPlan {
+    /// Finds the guest's disks and decides about each; changes nothing.
+    ///
+    /// # Errors
+    /// If QEMU does not answer, or a disk that is asked for is not there.
+    pub(super) fn make(qmp: &mut Qmp, args: &DiskArgs, receiver: &Address) -> Result<Self, CommandError> {
+        let disks = guest_disks::list(qmp).map_err(CommandError::failed)?;
+        let mut ask = |command: &str| qmp.execute(command, &json!({})).map_err(CommandError::failed);
+        let guest = ask("query-name")?["name"].as_str().map(str::to_owned);
+        let uuid = ask("query-uuid")?["UUID"].as_str().map(str::to_owned);
+        // Without one, QEMU says zeroes.
+        let uuid = uuid.filter(|uuid| uuid.bytes().any(|byte| byte != b'0' && byte != b'-'));
+        let wanted = match args.disk.is_empty() {
+            false => named_disks(&disks, &args.disk, guest.as_deref())?,
+            true if args.no_disks => Vec::new(),
+            true => {
+                let writable = disks.iter().filter(|disk| disk.use_ == DiskUse::Writable);
+                writable
+                    .map(|disk| mirror(disk, None, guest.as_deref()))
+                    .collect()
+            }
+        };
+        check_distinct(&wanted)?;
+        let of_use = |use_: DiskUse| disks.iter().filter(move |disk| disk.use_ == use_).cloned();
+        let is_wanted = |disk: &GuestDisk| wanted.iter().any(|mirror| mirror.disk.node == disk.node);
+        let unprotected = of_use(DiskUse::Writable).filter(|disk| !is_wanted(disk));
+        Ok(Self {
+            unprotected: unprotected.collect(),
+            read_only: of_use(DiskUse::ReadOnly).collect(),
+            to: args.disk_to.clone().unwrap_or_else(|| default_address(receiver)),
+            wanted,
+            uuid,
+        })
+    }
+
+    /// Whether the stream is to carry the guest's UUID, by which the receiver knows whose disks are whose.
+    pub(super) fn needs_uuid(&self) -> bool {
+        self.uuid.is_some() && !self.wanted.is_empty()
+    }
+
+    /// Says what is left alone, and what that means.
+    pub(super) fn tell_what_is_left(&self) {
+        for disk in &self.read_only {
+            tell(&format!(
+                "disk {} is read-only and left alone: a fresh QEMU needs the same {}",
+                disk.name, disk.file
+            ));
+        }
+        if self.unprotected.is_empty() {
+            return;
+        }
+        let names: Vec<_> = self.unprotected.iter().map(describe).collect();
+        tell(&format!(
+            "WARNING: not protected: {}\n\
+             WARNING: after a failover a disk that is not protected is ahead of the guest's memory, which destroys file \
+             systems. Only the receiver's copy (--disk) or storage that goes back with the checkpoint prevents that",
+            names.join(", ")
+        ));
+    }
+
+    /// Mirrors what is to be mirrored, and waits until all of it is copied. When it fails or is interrupted, nothing of it is left
+    /// in QEMU.
+    ///
+    /// # Errors
+    /// With QEMU's reason; the guest runs on as it did.
+    pub(super) fn mirror(
+        &self,
+        qmp: &mut Qmp,
+        args: &DiskArgs,
+        wished: &mpsc::Receiver<()>,
+        shows: bool,
+    ) -> Result<Mirrors, CommandError> {
+        if self.wanted.is_empty() {
+            return Ok(Mirrors::default());
+        }
+        let mut attempt = || {
+            if remove_all(qmp)? > 0 {
+                tell("removed what an earlier protection has left: mirrors of disks to another receiver");
+            }
+            let mirrors = Mirrors::connect(qmp, &self.to, self.uuid.as_deref(), self.wanted.clone())?;
+            mirrors.start(qmp, args.disk_sync == DiskSync::Full)?;
+            Ok(mirrors)
+        };
+        let copied = attempt().map_err(|error: MirrorError| error.to_string());
+        let copied = copied.and_then(|mirrors| {
+            let is_copied = wait_synced(qmp, &mirrors, wished, shows);
+            is_copied.map(|()| mirrors)
+        });
+        copied.map_err(|why| CommandError::Failed(format!("{why}; {}", give_up(qmp))))
+    }
+
+    /// For the report.
+    pub(super) fn report(&self, args: &DiskArgs, copying: Duration) -> DiskReport {
+        let names = |disks: &[GuestDisk]| disks.iter().map(|disk| disk.name.clone()).collect();
+        DiskReport {
+            disk_to: (!self.wanted.is_empty()).then(|| self.to.to_string()),
+            disk_sync: args.disk_sync,
+            disks: (self.wanted.iter())
+                .map(|mirror| MirroredDisk {
+                    disk: mirror.disk.name.clone(),
+                    export: mirror.export.clone(),
+                    bytes: mirror.disk.bytes,
+                    file: mirror.disk.file.clone(),
+                })
+                .collect(),
+            unprotected_disks: names(&self.unprotected),
+            read_only_disks: names(&self.read_only),
+            disk_copy_ms: u64::try_from(copying.as_millis()).unwrap_or(u64::MAX),
+        }
+    }
+}
+
+impl DiskReport {
+    /// A line for each disk.
+    pub(super) fn lines(&self) -> String {
+        let line = |disk: &MirroredDisk| {
+            let (name, export, to) = (&disk.disk, &disk.export, self.disk_to.as_deref().unwrap_or_default());
+            format!("disk {name} ({}) is mirrored to {export} at {to}\n", size(disk.bytes))
+        };
+        self.disks.iter().map(line).collect()
+    }
+}
+
+/// Ends all mirrors, and says how the guest is left then.
+pub(super) fn give_up(qmp: &mut Qmp) -> String {
+    match remove_all(qmp) {
+        Ok(_) => "the guest runs on, unprotected, and its disks are no longer mirrored".to_owned(),
+        Err(error) => format!("the guest runs on, unprotected; its mirrors cannot be removed: {error}"),
+    }
+}
+
+/// Waits until everything is copied, showing how far it is.
+fn wait_synced(
+    qmp: &mut Qmp,
+    mirrors: &Mirrors,
+    wished: &mpsc::Receiver<()>,
+    shows: bool,
+) -> Result<(), String> {
+    let began = Instant::now();
+    let mut line = ProgressLine::new(shows);
+    loop {
+        let state = mirrors.state(qmp).map_err(|error| error.to_string())?;
+        if state.is_synced {
+            return Ok(());
+        }
+        line.show(&progress(state, began.elapsed()));
+        match wished.recv_timeout(POLL) {
+            Ok(()) => {
+                let done = mebibytes(state.done);
+                return Err(format!("interrupted after {done:.0} MiB of its disks were copied"));
+            }
+            Err(RecvTimeoutError::Timeout) => {}
+            // Nobody can interrupt it.
+            Err(RecvTimeoutError::Disconnected) => std::thread::sleep(POLL),
+        }
+    }
+}
+
+/// How far the copies are, how fast, and how long the rest takes at that rate.
+fn progress(state: MirrorState, since: Duration) -> String {
+    const WIDTH: u64 = 20;
+    let MirrorState { done, all, .. } = state;
+    let all = all.max(1);
+    let full = usize::try_from(WIDTH * done.min(all) / all).unwrap_or(0);
+    let rate = mebibytes(done) / since.as_secs_f64().max(0.1);
+    let left = match done {
+        0 => "?".to_owned(),
+        _ => format!("{:.0} s", mebibytes(all.saturating_sub(done)) / rate),
+    };
+    format!(
+        "disks [{:<20}] {:.0} of {:.0} MiB, {rate:.0} MiB/s, {left} left",
+        "=".repeat(full),
+        mebibytes(done),
+        mebibytes(all),
+    )
+}
+
+/// The disks that the operator names.
+fn named_disks(
+    disks: &[GuestDisk],
+    names: &[DiskName],
+    guest: Option<&str>,
+) -> Result<Vec<Mirror>, CommandError> {
+    let found = names.iter().map(|name| {
+        let mut called = disks.iter().filter(|disk| disk.is_called(&name.disk));
+        let Some(disk) = called.next() else {
+            let known: Vec<_> = disks.iter().map(describe).collect();
+            let known = match known.is_empty() {
+                true => "it has none".to_owned(),
+                false => format!("it has {}", known.join(", ")),
+            };
+            return Err(format!("the guest has no disk {}: {known}", name.disk));
+        };
+        match disk.use_ {
+            DiskUse::Writable => Ok(mirror(disk, name.export.clone(), guest)),
+            DiskUse::ReadOnly => Err(format!(
+                "disk {} is read-only: there is nothing to protect, leave it out",
+                name.disk
+            )),
+            DiskUse::Flash => Err(format!(
+                "disk {} is firmware's flash memory, which the checkpoint has as RAM: leave it out",
+                name.disk
+            )),
+        }
+    });
+    found.collect::<Result<_, _>>().map_err(CommandError::Failed)
+}
+
+fn mirror(disk: &GuestDisk, export: Option<String>, guest: Option<&str>) -> Mirror {
+    let named = || {
+        let name = match guest {
+            Some(guest) => format!("{guest}-{}", disk.name),
+            None => disk.name.clone(),
+        };
+        export_name(&name)
+    };
+    Mirror {
+        export: export.unwrap_or_else(named),
+        disk: disk.clone(),
+    }
+}
+
+/// A name with what is not allowed in that of an export replaced.
+fn export_name(name: &str) -> String {
+    let letter = |letter: char| match u8::try_from(letter) {
+        Ok(byte) if is_name_byte(byte) => letter,
+        _ => '-',
+    };
+    let name: String = name.chars().map(letter).take(NAME_MAX).collect();
+    match name.strip_prefix('.') {
+        Some(rest) => format!("-{rest}"),
+        None => name,
+    }
+}
+
+/// Two disks on one export would overwrite each other.
+fn check_distinct(wanted: &[Mirror]) -> Result<(), CommandError> {
+    let (mut exports, mut nodes) = (HashSet::new(), HashSet::new());
+    for mirror in wanted {
+        if !exports.insert(&mirror.export) || !nodes.insert(&mirror.disk.node) {
+            return Err(CommandError::Usage(format!(
+                "disk {} as {}: that disk or that name is there twice; name each once: --disk DISK=NAME",
+                mirror.disk.name, mirror.export
+            )));
+        }
+    }
+    Ok(())
+}
+
+/// Where a receiver serves disks if nothing else is said.
+fn default_address(receiver: &Address) -> Address {
+    match receiver {
+        Address::Tcp(host_port) => {
+            let host = host_port.rsplit_once(':').map_or(host_port.as_str(), |(host, _)| host);
+            Address::Tcp(format!("{host}:{NBD_PORT}"))
+        }
+        Address::Unix(path) => {
+            let mut name = path.clone().into_os_string();
+            name.push(".nbd");
+            Address::Unix(PathBuf::from(name))
+        }
+    }
+}
+
+fn describe(disk: &GuestDisk) -> String {
+    format!("{} ({}, {})", disk.name, disk.file, size(disk.bytes))
+}
+
+fn size(bytes: u64) -> String {
+    Size(bytes).to_string()
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,196 @@
+//! Which disks are mirrored under which name, and what is refused.
+
+use super::*;
+use crate::qmp::tests::{Answers, SocketPath, monitor};
+use serde_json::Value;
+use std::sync::{Arc, Mutex};
+
+fn entry(device: &str, node: &str, read_only: bool) -> Value {
+    json!({
+        "device": device, "qdev": device, "inserted":
+        {"node-name": node, "ro": read_only, "file": format!("{device}.raw"), "image": {"virtual-size": 1 << 30}},
+    })
+}
+
+/// What a QEMU was asked to do.
+type Commands = Arc<Mutex<Vec<String>>>;
+
+/// A guest with two writable disks and a CD. `refuses` names a command that QEMU refuses; the mirrors are ready at once.
+fn guest(name: Option<&'static str>, uuid: &'static str, refuses: &'static str) -> (SocketPath, Commands) {
+    let done = Commands::default();
+    let seen = done.clone();
+    let answers: Answers = Box::new(move |command, arguments| {
+        if !command.starts_with("query") && command != "qom-get" {
+            let what = ["node-name", "job-id", "id"].map(|key| arguments[key].as_str());
+            let what = what.into_iter().flatten().next().unwrap_or("");
+            seen.lock().unwrap().push(format!("{command} {what}"));
+        }
+        if command == refuses {
+            return Err(format!("{command}: no"));
+        }
+        let done = seen.lock().unwrap();
+        let named = |verb: &str| -> Vec<String> {
+            let with = done.iter().filter_map(|line| line.strip_prefix(verb));
+            with.map(str::to_owned).collect()
+        };
+        match command {
+            "query-block" => Ok(json!([
+                entry("vda", "n0", false),
+                entry("cd0", "n1", true),
+                entry("vdb", "n2", false)
+            ])),
+            "query-name" => Ok(name.map_or(json!({}), |name| json!({"name": name}))),
+            "query-uuid" => Ok(json!({"UUID": uuid})),
+            "query-named-block-nodes" => {
+                let removed = named("blockdev-del ");
+                let nodes = named("blockdev-add ");
+                let nodes = nodes.iter().filter(|node| !removed.contains(node));
+                Ok(nodes
+                    .map(|node| json!({"node-name": node, "image": {"virtual-size": 1 << 30}}))
+                    .collect())
+            }
+            "query-block-jobs" => {
+                let ended = named("job-cancel ");
+                let jobs = named("blockdev-mirror ");
+                let jobs = jobs.iter().filter(|job| !ended.contains(job));
+                Ok(jobs
+                    .map(|job| json!({"device": job, "offset": 9, "len": 9, "ready": true, "actively-synced": true}))
+                    .collect())
+            }
+            "qom-get" => Ok(json!("virtio-blk-device")),
+            _ => Ok(json!({})),
+        }
+    });
+    (monitor((11, 1, 3), answers), done)
+}
+
+const NO_UUID: &str = "00000000-0000-0000-0000-000000000000";
+const UUID: &str = "11111111-2222-3333-4444-555555555555";
+
+fn connect(path: &SocketPath) -> Qmp {
+    Qmp::connect(&path.0, Duration::from_secs(5)).unwrap()
+}
+
+fn plan(path: &SocketPath, args: &DiskArgs) -> Result<DiskPlan, CommandError> {
+    DiskPlan::make(&mut connect(path), args, &"tcp:192.0.2.2:4444".parse().unwrap())
+}
+
+fn exports(plan: &DiskPlan) -> Vec<(&str, &str)> {
+    let pairs = plan.wanted.iter();
+    pairs
+        .map(|mirror| (mirror.disk.name.as_str(), mirror.export.as_str()))
+        .collect()
+}
+
+fn disks(names: &[&str]) -> DiskArgs {
+    DiskArgs {
+        disk: names.iter().map(|name| name.parse().unwrap()).collect(),
+        ..DiskArgs::default()
+    }
+}
+
+#[test]
+fn every_writable_disk_is_mirrored_by_default() {
+    let made = plan(&guest(Some("web 3"), UUID, "").0, &disks(&[])).unwrap();
+    assert_eq!(exports(&made), [("vda", "web-3-vda"), ("vdb", "web-3-vdb")]);
+    assert!(made.needs_uuid() && made.unprotected.is_empty());
+    assert_eq!(made.read_only[0].name, "cd0");
+    assert_eq!(made.to.to_string(), "tcp:192.0.2.2:10809");
+    let made = plan(&guest(None, NO_UUID, "").0, &disks(&[])).unwrap();
+    assert_eq!(exports(&made), [("vda", "vda"), ("vdb", "vdb")]);
+    assert!(!made.needs_uuid());
+}
+
+#[test]
+fn disks_are_named_by_the_operator_and_the_rest_is_unprotected() {
+    let made = plan(&guest(None, UUID, "").0, &disks(&["n2=web3-root"])).unwrap();
+    assert_eq!(exports(&made), [("vdb", "web3-root")]);
+    assert_eq!(made.unprotected[0].name, "vda");
+    let none = DiskArgs {
+        no_disks: true,
+        ..DiskArgs::default()
+    };
+    let made = plan(&guest(None, UUID, "").0, &none).unwrap();
+    assert!(made.wanted.is_empty() && !made.needs_uuid());
+    assert_eq!(made.unprotected.len(), 2);
+    for (names, says) in [
+        (&["vdc"][..], "it has vda (vda.raw, 1G), cd0 (cd0.raw, 1G), vdb"),
+        (&["cd0"], "read-only"),
+        (&["vda=x", "vdb=x"], "twice"),
+        (&["vda=x", "n0=y"], "twice"),
+    ] {
+        let refused = plan(&guest(None, UUID, "").0, &disks(names)).unwrap_err();
+        assert!(refused.to_string().contains(says), "{refused}");
+    }
+    for text in ["", "=x", "vda=", "vda=a/b", "vda=.x", "vda=a@b"] {
+        assert!(text.parse::<DiskName>().is_err(), "{text}");
+    }
+}
+
+#[test]
+fn names_that_are_made_up_are_valid() {
+    for (name, export) in [("a/b#c", "a-b-c"), (".x", "-x"), ("straße", "stra-e")] {
+        assert_eq!(export_name(name), export);
+        assert!(is_export_name(export));
+    }
+    assert_eq!(export_name(&"x".repeat(500)).len(), NAME_MAX);
+}
+
+#[test]
+fn the_address_follows_the_receivers() {
+    for (receiver, disks) in [
+        ("tcp:[::1]:4444", "tcp:[::1]:10809"),
+        ("unix:/run/colo.sock", "unix:/run/colo.sock.nbd"),
+    ] {
+        assert_eq!(default_address(&receiver.parse().unwrap()).to_string(), disks);
+    }
+}
+
+#[test]
+fn mirrors_are_started_node_before_job() {
+    let (path, done) = guest(None, UUID, "");
+    let made = plan_and_mirror(&path).unwrap();
+    assert_eq!(made.iter().count(), 2);
+    let expected = [
+        "blockdev-add colo-ring-nbd0",
+        "blockdev-add colo-ring-nbd1",
+        "blockdev-mirror colo-ring-disk0",
+        "blockdev-mirror colo-ring-disk1",
+    ];
+    assert_eq!(*done.lock().unwrap(), expected);
+}
+
+#[test]
+fn what_fails_leaves_nothing_behind() {
+    let (path, done) = guest(None, UUID, "blockdev-mirror");
+    let error = plan_and_mirror(&path).unwrap_err().to_string();
+    assert!(error.contains("blockdev-mirror: no; the guest runs on, unprotected"), "{error}");
+    let done = done.lock().unwrap().clone();
+    assert_eq!(done.last().unwrap(), "blockdev-del colo-ring-nbd1");
+    let (path, _) = guest(None, UUID, "blockdev-add");
+    let error = plan_and_mirror(&path).unwrap_err().to_string();
+    assert!(error.contains("truncate --size 1073741824 vda.raw"), "{error}");
+}
+
+/// One connection, as the monitor takes one client.
+fn plan_and_mirror(path: &SocketPath) -> Result<Mirrors, CommandError> {
+    let (_wish, wished) = mpsc::channel();
+    let mut qmp = connect(path);
+    let args = disks(&[]);
+    let plan = DiskPlan::make(&mut qmp, &args, &"unix:/run/r".parse().unwrap())?;
+    plan.mirror(&mut qmp, &args, &wished, false)
+}
+
+#[test]
+fn progress_names_the_rate_and_the_time_left() {
+    let state = MirrorState {
+        done: 512 << 20,
+        all: 1 << 30,
+        is_synced: false,
+    };
+    assert_eq!(
+        progress(state, Duration::from_secs(4)),
+        "disks [==========          ] 512 of 1024 MiB, 128 MiB/s, 4 s left"
+    );
+    assert!(progress(MirrorState::default(), Duration::ZERO).ends_with("? left"));
+}

@@ -1,0 +1,224 @@
+//! `colo-ring unprotect`: ends a QEMU's protection; its guest runs on.
+
+use crate::guest_disks::{is_mirrors_connection, remove_all};
+use crate::output::{CommandError, print, print_json, tell};
+use crate::qmp::{Qmp, QmpError, socket_path};
+use clap::Args;
+use colo_ring::host::Machine;
+use serde::Serialize;
+use serde_json::{Value, json};
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::time::{Duration, Instant};
+
+/// How long the monitor's socket may take to be there.
+const CONNECT_LIMIT: Duration = Duration::from_secs(2);
+
+/// How long QEMU may be silent, or in COLO, before the connections to its receiver are cut.
+const SILENCE_LIMIT: Duration = Duration::from_secs(3);
+
+/// How long it may take then.
+const END_LIMIT: Duration = Duration::from_secs(60);
+
+const POLL: Duration = Duration::from_millis(20);
+
+/// Options of `colo-ring unprotect`.
+#[derive(Debug, Args)]
+pub struct UnprotectArgs {
+    /// QMP socket of the primary
+    #[arg(long, value_name = "PATH", value_parser = socket_path)]
+    qmp: PathBuf,
+
+    /// Print the result as JSON (schema colo-ring.unprotect, version 1)
+    #[arg(long)]
+    json: bool,
+}
+
+#[derive(Serialize)]
+struct UnprotectReport<'a> {
+    schema: &'static str,
+    schema_version: u32,
+    qemu: String,
+    qmp: &'a Path,
+    /// QEMU's word for the migration before.
+    before: String,
+    /// Whether connections had to be cut because QEMU did not answer or did not leave COLO.
+    cut: bool,
+    disks_released: usize,
+    /// QEMU's word for what the guest does now.
+    status: String,
+    elapsed_ms: u64,
+    machine: Machine,
+}
+
+/// Ends the protection, and returns once the guest runs alone.
+///
+/// # Errors
+/// If QEMU does not answer, or does not end it; the error says what is left.
+pub fn run(args: &UnprotectArgs) -> Result<ExitCode, CommandError> {
+    let mut qmp = Qmp::connect(&args.qmp, CONNECT_LIMIT).map_err(CommandError::failed)?;
+    let began = Instant::now();
+    let (before, cut) = end_migration(&mut qmp)?;
+    let disks_released = remove_all(&mut qmp).map_err(|error| {
+        CommandError::Failed(format!(
+            "the guest is no longer protected, but mirrors of its disks are left: {error}"
+        ))
+    })?;
+    let report = UnprotectReport {
+        schema: "colo-ring.unprotect",
+        schema_version: 1,
+        qemu: qmp.version().to_string(),
+        qmp: &args.qmp,
+        before,
+        cut,
+        disks_released,
+        status: guest_status(&mut qmp).map_err(CommandError::failed)?,
+        elapsed_ms: u64::try_from(began.elapsed().as_millis()).unwrap_or(u64::MAX),
+        machine: Machine::read(),
+    };
+    if args.json {
+        print_json(&report)?;
+    } else {
+        print(&words(&report))?;
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+fn words(report: &UnprotectReport) -> String {
+    let ended = match &*report.before {
+        "colo" => "protection has ended",
+        "none" | "completed" | "failed" | "cancelled" => "it was not protected",
+        _ => "the first copy was cancelled",
+    };
+    let guest = match &*report.status {
+        "running" => "the guest runs".to_owned(),
+        other => format!("the guest is stopped ({other}): QMP `cont` lets it continue"),
+    };
+    let disks = match report.disks_released {
+        0 => String::new(),
+        1 => "; 1 disk is no longer mirrored".to_owned(),
+        many => format!("; {many} disks are no longer mirrored"),
+    };
+    format!("{ended}; {guest}{disks}\n")
+}
+
+/// Ends COLO, or a migration on the way to it. Returns QEMU's word for what it was, and whether connections were cut.
+fn end_migration(qmp: &mut Qmp) -> Result<(String, bool), CommandError> {
+    let asked = qmp.execute_within("query-migrate", &json!({}), SILENCE_LIMIT);
+    let (state, mut is_cut) = match asked {
+        Ok(state) => (state, false),
+        Err(QmpError::Timeout { .. }) => {
+            tell("QEMU does not answer, a checkpoint hangs: cutting its connections to the receiver");
+            cut_connections(qmp)?;
+            let state = qmp.execute("query-migrate", &json!({}));
+            (state.map_err(CommandError::failed)?, true)
+        }
+        Err(error) => return Err(CommandError::failed(error)),
+    };
+    let before = status_of(&state).to_owned();
+    let end = match &*before {
+        "none" | "completed" | "failed" | "cancelled" => return Ok((before, is_cut)),
+        "colo" => "x-colo-lost-heartbeat",
+        _ => "migrate_cancel",
+    };
+    match qmp.execute_within(end, &json!({}), SILENCE_LIMIT) {
+        // It may have ended by itself; and what is not answered is run once the connections are cut.
+        Ok(_) | Err(QmpError::Refused { .. } | QmpError::Timeout { .. }) => {}
+        Err(error) => return Err(CommandError::failed(error)),
+    }
+    let since = Instant::now();
+    loop {
+        match has_ended(qmp) {
+            Ok(true) => return Ok((before, is_cut)),
+            Ok(false) | Err(QmpError::Timeout { .. }) => {}
+            Err(error) => return Err(CommandError::failed(error)),
+        }
+        if !is_cut && since.elapsed() > SILENCE_LIMIT {
+            tell("QEMU does not leave the migration: cutting its connections to the receiver");
+            cut_connections(qmp)?;
+            is_cut = true;
+        }
+        if since.elapsed() > END_LIMIT {
+            return Err(CommandError::Failed(format!(
+                "QEMU has not ended the migration {END_LIMIT:?} after {end}; `query-migrate` and `query-status` show its \
+                 state. Its disks are still mirrored"
+            )));
+        }
+        std::thread::sleep(POLL);
+    }
+}
+
+/// Whether neither the migration nor a checkpoint holds the guest.
+fn has_ended(qmp: &mut Qmp) -> Result<bool, QmpError> {
+    let state = qmp.execute_within("query-migrate", &json!({}), SILENCE_LIMIT)?;
+    let is_over = matches!(status_of(&state), "none" | "completed" | "failed" | "cancelled");
+    Ok(is_over && guest_status(qmp)? != "colo")
+}
+
+fn guest_status(qmp: &mut Qmp) -> Result<String, QmpError> {
+    let status = qmp.execute_within("query-status", &json!({}), SILENCE_LIMIT)?;
+    Ok(status["status"].as_str().unwrap_or("unknown").to_owned())
+}
+
+/// Cuts what QEMU may wait for: the migration's connections and those of the mirrors.
+fn cut_connections(qmp: &mut Qmp) -> Result<(), CommandError> {
+    let known = qmp.execute_out_of_band("query-yank", &json!({}), SILENCE_LIMIT);
+    let known = known.map_err(CommandError::failed)?;
+    let is_ours = |instance: &&Value| instance["type"] == "migration" || is_mirrors_connection(instance);
+    let instances: Vec<_> = (known.as_array().into_iter().flatten())
+        .filter(is_ours)
+        .collect();
+    if instances.is_empty() {
+        return Ok(());
+    }
+    let cut = qmp.execute_out_of_band("yank", &json!({"instances": instances}), SILENCE_LIMIT);
+    cut.map(drop).map_err(CommandError::failed)
+}
+
+fn status_of(migration: &Value) -> &str {
+    migration["status"].as_str().unwrap_or("none")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::qmp::tests::{Answers, monitor};
+    use std::sync::{Arc, Mutex};
+
+    /// Ends the protection of a QEMU in that state; returns the report's parts and the commands that it was given.
+    fn ended(state: &'static str) -> ((String, bool), Vec<String>) {
+        let done = Arc::new(Mutex::new(Vec::new()));
+        let seen = done.clone();
+        let answers: Answers = Box::new(move |command, _| {
+            let mut seen = seen.lock().unwrap();
+            if !command.starts_with("query") {
+                seen.push(command.to_owned());
+            }
+            match command {
+                "query-migrate" if seen.is_empty() => Ok(json!({"status": state})),
+                "query-migrate" => Ok(json!({"status": "completed"})),
+                "query-status" => Ok(json!({"status": "running"})),
+                _ => Ok(json!({})),
+            }
+        });
+        let path = monitor((11, 1, 3), answers);
+        let mut qmp = Qmp::connect(&path.0, Duration::from_secs(5)).unwrap();
+        let result = end_migration(&mut qmp).unwrap();
+        let done = done.lock().unwrap().clone();
+        (result, done)
+    }
+
+    #[test]
+    fn each_state_has_its_end() {
+        for (state, command) in [
+            ("colo", Some("x-colo-lost-heartbeat")),
+            ("active", Some("migrate_cancel")),
+            ("none", None),
+            ("completed", None),
+        ] {
+            let ((before, is_cut), done) = ended(state);
+            assert_eq!((before.as_str(), is_cut), (state, false));
+            assert_eq!(done, command.map(str::to_owned).into_iter().collect::<Vec<_>>());
+        }
+    }
+}
