@@ -165,9 +165,7 @@ fn cut_connections(qmp: &mut Qmp) -> Result<(), CommandError> {
     let known = qmp.execute_out_of_band("query-yank", &json!({}), SILENCE_LIMIT);
     let known = known.map_err(CommandError::failed)?;
     let is_ours = |instance: &&Value| instance["type"] == "migration" || is_mirrors_connection(instance);
-    let instances: Vec<_> = (known.as_array().into_iter().flatten())
-        .filter(is_ours)
-        .collect();
+    let instances: Vec<_> = (known.as_array().into_iter().flatten()).filter(is_ours).collect();
     if instances.is_empty() {
         return Ok(());
     }

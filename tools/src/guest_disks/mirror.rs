@@ -300,7 +300,10 @@ fn node_bytes(qmp: &mut Qmp, node: &str) -> Result<u64, MirrorError> {
 }
 
 fn not_connected(error: QmpError, mirror: &Mirror, to: &Address) -> MirrorError {
-    let QmpError::Refused { description: said, .. } = error else {
+    let QmpError::Refused {
+        description: said, ..
+    } = error
+    else {
         return error.into();
     };
     let (disk, export, bytes) = (mirror.disk.name.clone(), &mirror.export, mirror.disk.bytes);

@@ -15,11 +15,21 @@ fn entry(device: &str, qdev: &str, node: &str, read_only: bool) -> Value {
 fn a_disk_is_called_by_its_drive_its_device_or_its_node() {
     let cases = [
         (
-            entry("virtio0", "/machine/peripheral-anon/device[3]/virtio-backend", "#block134", false),
+            entry(
+                "virtio0",
+                "/machine/peripheral-anon/device[3]/virtio-backend",
+                "#block134",
+                false,
+            ),
             "virtio0",
         ),
         (
-            entry("rodisk", "/machine/peripheral/vro/virtio-backend", "#block374", true),
+            entry(
+                "rodisk",
+                "/machine/peripheral/vro/virtio-backend",
+                "#block374",
+                true,
+            ),
             "rodisk",
         ),
         (entry("", "sdx", "n2", false), "sdx"),

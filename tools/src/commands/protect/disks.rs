@@ -20,8 +20,8 @@ const NBD_PORT: u16 = 10809;
 /// How often QEMU is asked how far the copies are.
 const POLL: Duration = Duration::from_millis(100);
 
-/// Longest name of an export that is made up here, in bytes.
-const NAME_MAX: usize = 128;
+/// Longest name of an export, in bytes.
+const NAME_MAX: usize = 64;
 
 /// Options of `colo-ring protect` about disks.
 #[derive(Debug, Default, Args)]
@@ -73,7 +73,8 @@ impl FromStr for DiskName {
         };
         if disk.is_empty() || export.is_some_and(|name| !is_export_name(name)) {
             return Err(
-                "write DISK or DISK=NAME, NAME of letters, digits, '-', '_' and '.', not beginning with '.'".to_owned(),
+                "write DISK or DISK=NAME, NAME of letters, digits, '-', '_' and '.', not beginning with '.'"
+                    .to_owned(),
             );
         }
         Ok(Self {
@@ -240,8 +241,15 @@ impl DiskReport {
     /// A line for each disk.
     pub(super) fn lines(&self) -> String {
         let line = |disk: &MirroredDisk| {
-            let (name, export, to) = (&disk.disk, &disk.export, self.disk_to.as_deref().unwrap_or_default());
-            format!("disk {name} ({}) is mirrored to {export} at {to}\n", size(disk.bytes))
+            let (name, export, to) = (
+                &disk.disk,
+                &disk.export,
+                self.disk_to.as_deref().unwrap_or_default(),
+            );
+            format!(
+                "disk {name} ({}) is mirrored to {export} at {to}\n",
+                size(disk.bytes)
+            )
         };
         self.disks.iter().map(line).collect()
     }
@@ -250,6 +258,7 @@ impl DiskReport {
 /// Ends all mirrors, and says how the guest is left then.
 pub(super) fn give_up(qmp: &mut Qmp) -> String {
     match remove_all(qmp) {
+        Ok(0) => "the guest runs on, unprotected".to_owned(),
         Ok(_) => "the guest runs on, unprotected, and its disks are no longer mirrored".to_owned(),
         Err(error) => format!("the guest runs on, unprotected; its mirrors cannot be removed: {error}"),
     }
@@ -273,7 +282,9 @@ fn wait_synced(
         match wished.recv_timeout(POLL) {
             Ok(()) => {
                 let done = mebibytes(state.done);
-                return Err(format!("interrupted after {done:.0} MiB of its disks were copied"));
+                return Err(format!(
+                    "interrupted after {done:.0} MiB of its disks were copied"
+                ));
             }
             Err(RecvTimeoutError::Timeout) => {}
             // Nobody can interrupt it.
@@ -377,7 +388,9 @@ fn check_distinct(wanted: &[Mirror]) -> Result<(), CommandError> {
 fn default_address(receiver: &Address) -> Address {
     match receiver {
         Address::Tcp(host_port) => {
-            let host = host_port.rsplit_once(':').map_or(host_port.as_str(), |(host, _)| host);
+            let host = host_port
+                .rsplit_once(':')
+                .map_or(host_port.as_str(), |(host, _)| host);
             Address::Tcp(format!("{host}:{NBD_PORT}"))
         }
         Address::Unix(path) => {

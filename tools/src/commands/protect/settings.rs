@@ -129,10 +129,7 @@ fn check_known(
 ///
 /// # Errors
 /// If QEMU lacks one or refuses.
-pub(super) fn set_capabilities(
-    qmp: &mut Qmp,
-    wanted: Wanted,
-) -> Result<Vec<String>, CommandError> {
+pub(super) fn set_capabilities(qmp: &mut Qmp, wanted: Wanted) -> Result<Vec<String>, CommandError> {
     let known = capabilities(qmp).map_err(CommandError::failed)?;
     check_known(&known, wanted.channels, wanted.xbzrle, qmp.version())?;
     let attempts = return_paths(qmp.version());
@@ -211,7 +208,11 @@ mod tests {
             [("x-colo", true), ("multifd", false), ("x-ignore-shared", false)]
         );
         assert_eq!(
-            changes(&known(&["x-colo", "return-path", "multifd"]), plain(1, false), true),
+            changes(
+                &known(&["x-colo", "return-path", "multifd"]),
+                plain(1, false),
+                true
+            ),
             []
         );
     }

@@ -158,7 +158,8 @@ fn return_path_is_switched_on_where_it_is_demanded() {
             xbzrle: false,
             uuid: false,
         },
-    ).unwrap();
+    )
+    .unwrap();
     assert_eq!(
         changed,
         ["x-colo on", "return-path on", "multifd on", "x-ignore-shared off"]

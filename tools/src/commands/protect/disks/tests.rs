@@ -164,7 +164,10 @@ fn mirrors_are_started_node_before_job() {
 fn what_fails_leaves_nothing_behind() {
     let (path, done) = guest(None, UUID, "blockdev-mirror");
     let error = plan_and_mirror(&path).unwrap_err().to_string();
-    assert!(error.contains("blockdev-mirror: no; the guest runs on, unprotected"), "{error}");
+    assert!(
+        error.contains("blockdev-mirror: no; the guest runs on, unprotected"),
+        "{error}"
+    );
     let done = done.lock().unwrap().clone();
     assert_eq!(done.last().unwrap(), "blockdev-del colo-ring-nbd1");
     let (path, _) = guest(None, UUID, "blockdev-add");
