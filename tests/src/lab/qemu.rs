@@ -349,7 +349,10 @@ impl Qemu {
     }
 
     /// Sets migration capabilities on.
-    pub(super) fn enable(&mut self, capabilities: &[&str]) -> Result<(), LabError> {
+    ///
+    /// # Errors
+    /// When QEMU refuses one.
+    pub fn enable(&mut self, capabilities: &[&str]) -> Result<(), LabError> {
         let list: Vec<Value> = capabilities
             .iter()
             .map(|name| json!({"capability": name, "state": true}))

@@ -14,3 +14,4 @@ mod numa;
 mod protect;
 mod replay;
 mod torn;
+mod xbzrle;
