@@ -6,61 +6,16 @@
 //! attached.
 
 use super::backend::{Backend, Completion, Wait};
+use super::inbox::{Arrival, CoreHandle, Inbox, Refused, guarded};
 use super::slots::{Slot, Slots};
-use super::tenants::{Tenant, Tenants};
+use super::tenants::Tenants;
 use super::wake::CoreWake;
 use super::{Connection, Loss};
-use crossbeam_queue::ArrayQueue;
 use std::io;
 use std::ops::ControlFlow;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
-
-/// Connections and tenants that can wait for their core at the same time: all of a large host.
-const INBOX_MAX: usize = 4096;
-
-/// What comes to a core.
-pub(super) enum Arrival {
-    Tenant(Box<dyn Tenant>),
-    Connection(Box<dyn Connection>),
-}
-
-/// What other threads hold of a core.
-pub(super) struct Inbox {
-    /// With a fixed capacity, so that a hand-over allocates nothing.
-    pub arrivals: ArrayQueue<Arrival>,
-    pub stop: AtomicBool,
-    /// Whether the core has failed and drives nothing any more.
-    failed: AtomicBool,
-}
-
-impl Default for Inbox {
-    fn default() -> Self {
-        Self {
-            arrivals: ArrayQueue::new(INBOX_MAX),
-            stop: AtomicBool::new(false),
-            failed: AtomicBool::new(false),
-        }
-    }
-}
-
-/// A core as other threads see it: its inbox, and how to wake it.
-#[derive(Clone)]
-pub(super) struct CoreHandle {
-    pub inbox: Arc<Inbox>,
-    pub wake: Arc<CoreWake>,
-}
-
-impl CoreHandle {
-    pub(super) fn new() -> io::Result<Self> {
-        Ok(Self {
-            inbox: Arc::default(),
-            wake: Arc::new(CoreWake::new()?),
-        })
-    }
-}
 
 /// Takes a message for the operator.
 pub(super) type Warn = Arc<dyn Fn(String) + Send + Sync>;
@@ -77,6 +32,8 @@ pub(super) struct Core<B> {
     done: Vec<Completion>,
     /// Whether there is something to do without waiting for it.
     busy: bool,
+    /// Whether a parked connection is here only because the core that it waits for had no room for it.
+    retry: bool,
     /// Since when bytes gather in sockets, if they do in any.
     coalescing_since: Option<Instant>,
     warn: Warn,
@@ -92,6 +49,7 @@ impl<B: Backend> Core<B> {
             tenants: Tenants::default(),
             done: Vec::with_capacity(256),
             busy: false,
+            retry: false,
             coalescing_since: None,
             warn,
         }
@@ -106,7 +64,10 @@ impl<B: Backend> Core<B> {
         self.wake().adopt();
         loop {
             let failure = match catch_unwind(AssertUnwindSafe(|| self.drive())) {
-                Ok(Ok(())) => return Ok(()),
+                Ok(Ok(())) => {
+                    self.inbox().close(|| io::Error::other("the receiver ends"));
+                    return Ok(());
+                }
                 Ok(Err(error)) => error,
                 Err(_) => match self.close_all() {
                     Ok(()) => continue,
@@ -129,7 +90,7 @@ impl<B: Backend> Core<B> {
     fn drive(&mut self) -> io::Result<()> {
         loop {
             self.turn()?;
-            let stop = self.inbox().stop.load(Ordering::Acquire) && self.inbox().arrivals.is_empty();
+            let stop = self.inbox().stops() && self.inbox().is_empty();
             if stop && self.is_empty() {
                 return Ok(());
             }
@@ -150,23 +111,30 @@ impl<B: Backend> Core<B> {
             self.completed(completion);
         }
         if woken {
-            while let Some(arrival) = self.inbox().arrivals.pop() {
-                match arrival {
-                    Arrival::Tenant(tenant) => self.tenants.admit(tenant),
-                    Arrival::Connection(connection) => self.attach(connection),
-                }
-            }
+            self.take_arrivals();
         }
+        woken |= std::mem::take(&mut self.retry);
         while woken || self.wake().take_own() {
             woken = false;
             self.resume_all();
         }
         self.end_coalescing();
-        self.busy = self.tenants.register_one(&mut self.backend, &self.warn);
+        self.busy = self.tenants.register_one(&mut self.backend, &self.warn) || self.retry;
         if idle || !self.busy {
             self.busy |= self.tenants.background_one();
         }
         Ok(())
+    }
+
+    fn take_arrivals(&mut self) {
+        while let Some(arrival) = self.inbox().pop() {
+            match arrival {
+                Arrival::Tenant(tenant) => self.tenants.admit(tenant),
+                Arrival::Connection(connection) => {
+                    self.attach(connection);
+                }
+            }
+        }
     }
 
     /// Whether it has something to do without being woken for it.
@@ -180,13 +148,15 @@ impl<B: Backend> Core<B> {
         self.slots.is_empty() && self.tenants.is_empty()
     }
 
-    fn attach(&mut self, connection: Box<dyn Connection>) {
+    /// Whether a receive was posted.
+    fn attach(&mut self, connection: Box<dyn Connection>) -> bool {
         let tenant = self.tenants.attach(connection.tenant());
         let index = self.slots.insert(connection, tenant);
         if let Some(slot) = self.slots.get_mut(index) {
             slot.connection.attached(self.position);
         }
         self.post(index);
+        self.slots.get_mut(index).is_some_and(|slot| slot.posted)
     }
 
     fn completed(&mut self, completion: Completion) {
@@ -250,20 +220,21 @@ impl<B: Backend> Core<B> {
         let is_other = wanted.core != self.position;
         let is_behind =
             || wanted.from_queued == 0 || self.backend.queued(slot.connection.fd()) >= wanted.from_queued;
-        let has_failed = || self.cores[wanted.core].inbox.failed.load(Ordering::Acquire);
-        (is_other && is_behind() && !has_failed()).then_some(wanted.core)
+        let has_ended = || self.cores[wanted.core].inbox.is_closed();
+        (is_other && is_behind() && !has_ended()).then_some(wanted.core)
     }
 
-    /// Another core drives the connection from now on; if that has no room for it, this one goes on.
+    /// Another core drives the connection from now on; if that cannot take it, this one goes on.
     fn hand_over(&mut self, index: usize, core: usize) {
         let Some(slot) = self.detach(index) else {
             return;
         };
-        let other = &self.cores[core];
-        match other.inbox.arrivals.push(Arrival::Connection(slot.connection)) {
-            Ok(()) => other.wake.wake(),
-            Err(Arrival::Connection(connection)) => self.attach(connection),
-            Err(Arrival::Tenant(_)) => unreachable!("a connection was pushed"),
+        let refused = self.cores[core].push(Arrival::Connection(slot.connection));
+        if let Err(Refused::Full(Arrival::Connection(connection))) = refused {
+            // A parked connection is woken on that core, not on this one.
+            self.retry |= !self.attach(connection);
+        } else if let Err(Refused::Closed(Arrival::Connection(connection))) = refused {
+            self.attach(connection);
         }
     }
 
@@ -322,16 +293,8 @@ impl<B: Backend> Core<B> {
     fn abandon(&mut self, error: &io::Error) {
         let failure = || Loss::Error(io::Error::new(error.kind(), error.to_string()));
         let lose = |connection: &mut dyn Connection| drop(guarded(|| connection.lost(failure())));
-        self.inbox().failed.store(true, Ordering::Release);
-        while let Some(arrival) = self.inbox().arrivals.pop() {
-            let _ = match arrival {
-                Arrival::Tenant(tenant) => guarded(|| drop(tenant)),
-                Arrival::Connection(mut connection) => {
-                    lose(&mut *connection);
-                    guarded(|| drop(connection))
-                }
-            };
-        }
+        self.inbox()
+            .close(|| io::Error::new(error.kind(), error.to_string()));
         for index in 0..self.slots.len() {
             if let Some(slot) = self.slots.get_mut(index)
                 && !slot.closing
@@ -365,12 +328,6 @@ impl<B: Backend> Core<B> {
         }
         result.and(guarded(|| self.tenants.close_all(&mut self.backend)))
     }
-}
-
-/// Calls something that may panic, where more must be done after it.
-fn guarded(call: impl FnOnce()) -> io::Result<()> {
-    let done = catch_unwind(AssertUnwindSafe(call));
-    done.map_err(|_| io::Error::other("a receiving thread panicked repeatedly"))
 }
 
 #[cfg(all(test, not(loom), not(miri)))]

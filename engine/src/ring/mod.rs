@@ -20,6 +20,7 @@ mod backend;
 mod connection;
 mod core;
 mod epoll;
+mod inbox;
 mod plan;
 mod plane;
 mod receive;

@@ -1,7 +1,8 @@
 //! Starts a backend on its cores, and hands connections and tenants to it.
 
-use super::core::{Arrival, Core, CoreHandle, Warn};
+use super::core::{Core, Warn};
 use super::epoll::EpollBackend;
+use super::inbox::{Arrival, CoreHandle};
 use super::uring::{RingFeatures, RingUnavailable, UringBackend};
 use super::wake::{Semaphore, Waker};
 use super::{Connection, ReceiveStyle, Tenant, threads};
@@ -9,7 +10,6 @@ use crate::host::pin;
 use serde::{Deserialize, Serialize};
 use std::cell::Cell;
 use std::io;
-use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, PoisonError, mpsc};
 use std::thread::{self, JoinHandle};
 use thiserror::Error;
@@ -230,21 +230,14 @@ impl Plane {
     }
 
     fn push(&self, driver: &Driver, arrival: Arrival) -> io::Result<()> {
-        let core = &self.cores[driver.core];
-        if core.thread.is_finished() {
-            return Err(io::Error::other("its core receives no more"));
-        }
-        let pushed = core.handle.inbox.arrivals.push(arrival);
-        pushed.map_err(|_| io::Error::other("too many connections wait for its core"))?;
-        core.handle.wake.wake();
-        Ok(())
+        let pushed = self.cores[driver.core].handle.push(arrival);
+        pushed.map_err(|refused| refused.error())
     }
 
     /// Waits until all connections have ended (their sockets must have been shut down), and ends the threads.
     pub fn stop(self) {
         for core in &self.cores {
-            core.handle.inbox.stop.store(true, Ordering::Release);
-            core.handle.wake.wake();
+            core.handle.stop();
         }
         let threads = self.threads.into_inner().unwrap_or_else(PoisonError::into_inner);
         for thread in self.cores.into_iter().map(|core| core.thread).chain(threads) {

@@ -7,7 +7,8 @@
 #![expect(unsafe_code, reason = "simulated receives write to the places of a plan")]
 
 use super::backend::{Backend, Completion, Wait};
-use super::core::{Arrival, Core, CoreHandle};
+use super::core::Core;
+use super::inbox::{Arrival, CoreHandle};
 use super::wake::{CoreWake, Waker};
 use super::{Connection, ReceivePlan, Region, Tenant};
 use nix::errno::Errno;
@@ -359,9 +360,8 @@ impl SimCore {
     }
 
     fn push(&self, arrival: Arrival) {
-        let pushed = self.handle.inbox.arrivals.push(arrival);
+        let pushed = self.handle.push(arrival);
         assert!(pushed.is_ok(), "a simulation has few connections");
-        self.waker().wake();
     }
 
     /// One turn of its loop, which does not wait.
@@ -389,6 +389,6 @@ impl SimCore {
 
     /// Whether it has neither connections nor tenants, and none is on its way.
     pub(crate) fn is_empty(&self) -> bool {
-        self.core.is_empty() && self.handle.inbox.arrivals.is_empty()
+        self.core.is_empty() && self.handle.inbox.is_empty()
     }
 }

@@ -2,16 +2,18 @@
 
 use super::*;
 use crate::ring::epoll::EpollBackend;
-use crate::ring::wake::Waker;
-use crate::ring::{ReceivePlan, Region};
+use crate::ring::{Move, ReceivePlan, Region, Tenant};
 use std::cell::{Cell, RefCell};
 use std::io::{Read, Write};
 use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::rc::Rc;
-use std::sync::atomic::AtomicUsize;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::thread;
 use std::time::Duration;
+
+/// After so long, a test hangs.
+const HANG: Duration = Duration::from_secs(300);
 
 /// Panics at the first byte that it receives; shuts its socket down when it is lost, as a session does.
 struct Fragile {
@@ -46,25 +48,23 @@ impl Connection for Fragile {
 
 #[test]
 fn no_primary_waits_for_a_thread_that_panicked() {
-    let (wake, inbox) = (Arc::new(CoreWake::new().unwrap()), Arc::new(Inbox::default()));
+    let handle = CoreHandle::new().unwrap();
     let mut peers = Vec::new();
     for _ in 0..2 {
         let (peer, socket) = UnixStream::pair().unwrap();
-        peer.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
+        peer.set_read_timeout(Some(HANG)).unwrap();
         let (plan, byte) = (ReceivePlan::new(), Box::new([0]));
         let connection: Box<dyn Connection> = Box::new(Fragile { socket, plan, byte });
-        assert!(inbox.arrivals.push(Arrival::Connection(connection)).is_ok());
+        assert!(handle.push(Arrival::Connection(connection)).is_ok());
         peers.push(peer);
     }
     let thread = {
-        let (wake, inbox) = (wake.clone(), inbox.clone());
+        let handle = handle.clone();
         thread::spawn(move || {
-            let epoll = EpollBackend::new(wake.clone()).unwrap();
-            let cores = Arc::new([CoreHandle { inbox, wake }]);
-            Core::new(epoll, cores, 0, Arc::new(|_| {})).run()
+            let epoll = EpollBackend::new(handle.wake.clone()).unwrap();
+            Core::new(epoll, Arc::new([handle]), 0, Arc::new(|_| {})).run()
         })
     };
-    Waker::Core(wake.clone()).wake();
     peers[0].write_all(&[7]).unwrap();
     for mut peer in peers {
         assert_eq!(
@@ -73,8 +73,7 @@ fn no_primary_waits_for_a_thread_that_panicked() {
             "the end of the connection"
         );
     }
-    inbox.stop.store(true, Ordering::Release);
-    Waker::Core(wake).wake();
+    handle.stop();
     thread.join().unwrap().unwrap();
 }
 
@@ -411,4 +410,89 @@ fn background_work_is_fair_to_all_tenants() {
     }
     let left: Vec<usize> = works.iter().map(|work| work.load(Ordering::Relaxed)).collect();
     assert_eq!(left, [6, 0, 6]);
+}
+
+/// Parked, until it is released: a channel at a sync, which its home core wakes.
+struct Parked {
+    home: usize,
+    drives: Arc<AtomicUsize>,
+}
+
+impl Connection for Parked {
+    fn fd(&self) -> RawFd {
+        -1
+    }
+    fn tenant(&self) -> u64 {
+        1
+    }
+    fn plan(&mut self) -> Option<&mut ReceivePlan> {
+        None
+    }
+    fn received(&mut self, _bytes: usize) -> ControlFlow<()> {
+        ControlFlow::Continue(())
+    }
+    fn lost(&mut self, _loss: Loss) {}
+    fn resume(&mut self) -> ControlFlow<()> {
+        ControlFlow::Continue(())
+    }
+    fn attached(&mut self, core: usize) {
+        self.drives.store(core, Ordering::Relaxed);
+    }
+    fn moves_to(&self) -> Option<Move> {
+        Some(Move {
+            core: self.home,
+            from_queued: 0,
+        })
+    }
+}
+
+/// A release wakes only the home core, so the connection must come there, however late there is room for it.
+#[test]
+fn a_parked_connection_reaches_its_home_core_though_there_was_no_room() {
+    let handles = [0, 1].map(|_| CoreHandle::with_capacity(1).unwrap());
+    let cores: Arc<[CoreHandle]> = Arc::new(handles);
+    let core = |position| Core::new(Scripted::default(), cores.clone(), position, Arc::new(|_| {}));
+    let (mut home, mut other) = (core(0), core(1));
+    let guest = |id| {
+        Box::new(Guest {
+            id,
+            ..Guest::default()
+        })
+    };
+    assert!(cores[0].push(Arrival::Tenant(guest(1))).is_ok());
+    let drives = Arc::new(AtomicUsize::new(1));
+    other.attach(Box::new(Parked {
+        home: 0,
+        drives: drives.clone(),
+    }));
+    // It has reached the sync.
+    other.resume_all();
+    assert!(!other.is_empty(), "the inbox of the home core is full");
+    for _ in 0..3 {
+        other.turn().unwrap();
+        assert!(other.is_busy(), "it must try again without being woken");
+    }
+    home.take_arrivals();
+    other.turn().unwrap();
+    assert!(other.is_empty() && !other.is_busy());
+    home.take_arrivals();
+    assert_eq!(drives.load(Ordering::Relaxed), 0);
+}
+
+/// A core that ends with its receiver takes no connection with it that another core is handing over.
+#[test]
+fn a_connection_stays_where_it_is_if_the_other_core_has_ended() {
+    let cores: Arc<[CoreHandle]> = Arc::new([0, 1].map(|_| CoreHandle::new().unwrap()));
+    let core = |position| Core::new(Scripted::default(), cores.clone(), position, Arc::new(|_| {}));
+    let mut other = core(1);
+    let drives = Arc::new(AtomicUsize::new(1));
+    other.attach(Box::new(Parked {
+        home: 0,
+        drives: drives.clone(),
+    }));
+    cores[0].stop();
+    core(0).run().unwrap();
+    other.resume_all();
+    assert!(!other.is_empty() && !other.is_busy());
+    assert_eq!(drives.load(Ordering::Relaxed), 1);
 }
