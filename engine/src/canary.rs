@@ -37,6 +37,14 @@ pub(crate) enum Canary {
     EarlyFlushEnd,
     /// The gate opens while the flush is in progress, before the answer.
     EarlyGate,
+    /// A disk takes writes after its epoch was cut.
+    LateCut,
+    /// The open epoch of a disk is applied when its session ends.
+    AppliedEarly,
+    /// A commit leaves out the last disk.
+    ForgottenDisk,
+    /// Applying a log leaves out a block.
+    SkippedBlock,
 }
 
 #[cfg(test)]

@@ -5,10 +5,12 @@
 
 pub mod blocks;
 mod canary;
+mod disk;
 pub mod failover;
 pub mod host;
 mod killpoint;
 pub mod metrics;
+pub mod nbd;
 pub mod net;
 pub mod receiver;
 pub mod ring;

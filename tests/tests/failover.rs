@@ -81,6 +81,7 @@ impl Bench {
                 ..StoreOptions::default()
             },
             ram_limit_bytes: 64 << 20,
+            disks: None,
             hist: None,
             described: Value::Null,
             control: Some(scratch.file("control").into()),

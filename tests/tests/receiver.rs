@@ -32,6 +32,7 @@ fn options(backend: BackendKind, channels: u8) -> ReceiverOptions {
             ..StoreOptions::default()
         },
         ram_limit_bytes: 1 << 30,
+        disks: None,
         hist: None,
         described: serde_json::Value::Null,
         control: None,

@@ -25,6 +25,7 @@ fn receiver() -> Receiver {
             ..StoreOptions::default()
         },
         ram_limit_bytes: 1 << 30,
+        disks: None,
         hist: None,
         described: Value::Null,
         control: None,

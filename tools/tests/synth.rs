@@ -47,6 +47,7 @@ impl Secondary {
                 ..StoreOptions::default()
             },
             ram_limit_bytes: 1 << 30,
+            disks: None,
             hist: None,
             described: Value::Null,
             control: None,

@@ -8,7 +8,7 @@ use nix::sys::socket::sockopt::{
 use nix::sys::socket::{Shutdown, getsockopt, setsockopt, shutdown};
 use std::io;
 use std::net::{IpAddr, TcpListener, TcpStream};
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::FileTypeExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
@@ -58,7 +58,7 @@ impl HostWatch {
 }
 
 /// Where a connection comes from.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Origin {
     /// A host.
     Host(IpAddr),
@@ -91,11 +91,16 @@ pub struct Accepted {
 impl Accepted {
     /// Whether the other end has closed it, even if not all that it sent was read.
     pub fn is_gone(&self) -> bool {
-        // nix has no name for it. A reset and an error are always reported.
-        let closed = PollFlags::from_bits_retain(libc::POLLRDHUP);
-        let mut ends = [PollFd::new(self.socket.as_fd(), closed)];
-        poll(&mut ends, PollTimeout::ZERO).is_ok_and(|ended| ended > 0)
+        is_gone(self.socket.as_fd())
     }
+}
+
+/// Whether the other end has closed a connection, even if not all that it sent was read.
+pub(crate) fn is_gone(socket: BorrowedFd<'_>) -> bool {
+    // nix has no name for it. A reset and an error are always reported.
+    let closed = PollFlags::from_bits_retain(libc::POLLRDHUP);
+    let mut ends = [PollFd::new(socket, closed)];
+    poll(&mut ends, PollTimeout::ZERO).is_ok_and(|ended| ended > 0)
 }
 
 /// A socket that listens.

@@ -9,5 +9,6 @@ mod listener;
 mod sockopt;
 
 pub use address::{AddressError, ListenAddress};
+pub(crate) use listener::is_gone;
 pub use listener::{AcceptError, Accepted, HostWatch, ListenError, Listener, Origin, Peer, bind_unix};
 pub use sockopt::quick_ack;

@@ -6,6 +6,7 @@ use super::main_channel::MainChannel;
 use super::page_channel::{Cores, PageChannel};
 use super::services::Services;
 use super::tenant::{FlushPart, GuestTenant};
+use crate::net::Origin;
 use crate::receiver::end::SessionEnd;
 use crate::ring::{Connection, ReceiveStyle, Tenant, Waker};
 use crate::session::SessionLimits;
@@ -52,6 +53,7 @@ pub(super) struct NewSession {
     pub(super) id: u32,
     /// Where its main channel comes from.
     pub(super) peer: String,
+    pub(super) origin: Origin,
     pub(super) is_tcp: bool,
     /// The main channel, of which the magic was read.
     pub(super) main: OwnedFd,
@@ -89,7 +91,7 @@ pub(super) fn attach<D: DrivingCores>(
         .map(|(channel, driver)| socket(channel, driver))
         .collect();
     let wakers = helpers.iter().map(|driver| cores.waker(driver)).collect();
-    let session = LiveSession::new(new.id, new.peer, services, main, channels, wakers);
+    let session = LiveSession::new(new.id, new.peer, new.origin, services, main, channels, wakers);
 
     let attached = |done: io::Result<()>| {
         if let Err(error) = done {

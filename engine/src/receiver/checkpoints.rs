@@ -1,6 +1,7 @@
 //! The guest's memory as its main channel uses it: pages that travel on that channel, the commit of each checkpoint, its
 //! flush, and what is measured of it.
 
+use super::end::SessionEnd;
 use super::live_session::LiveSession;
 use super::main_buffer::MainBuffer;
 use super::pool_policy::PoolPolicy;
@@ -78,13 +79,24 @@ impl Checkpoints {
         Ok(())
     }
 
-    /// Commits what was received.
-    pub(super) fn commit(&self, checkpoint: CheckpointId, protocol: &mut Session) {
+    /// Commits what the session has received.
+    ///
+    /// # Errors
+    /// If a disk of the guest is not whole. Then nothing is committed.
+    pub(super) fn commit(&self, checkpoint: CheckpointId, protocol: &mut Session) -> Result<(), SessionEnd> {
         let session = &self.session;
+        if let Some(record) = protocol.record().filter(|_| checkpoint == CheckpointId(0)) {
+            session.bind_disks(record)?;
+        }
+        if let Some(disks) = session.disks() {
+            disks.check_commit(checkpoint)?;
+        }
         if let Some(record) = protocol.record()
             && session.keep_checkpoint(record)
         {
-            self.store.record_session(|| encode(&session.peer, record));
+            let disks = session.disks().map_or_else(Vec::new, |disks| disks.stored());
+            self.store
+                .record_session(|| encode(&session.peer, record, &disks));
         }
         if checkpoint == CheckpointId(0) {
             let unseen = self.store.unseen_pages();
@@ -98,7 +110,22 @@ impl Checkpoints {
         }
         let flusher = session.services.flusher();
         self.store.commit(checkpoint, protocol.device_state(), flusher);
+        if let Some(disks) = session.disks() {
+            disks.commit(checkpoint);
+        }
         protocol.committed();
+        Ok(())
+    }
+
+    /// The primary has stopped its guest, and its disks have answered all writes of the epoch.
+    ///
+    /// # Errors
+    /// If a disk is not whole.
+    pub(super) fn cut_disks(&self, checkpoint: CheckpointId) -> Result<(), SessionEnd> {
+        match self.session.disks() {
+            Some(disks) => Ok(disks.cut(checkpoint)?),
+            None => Ok(()),
+        }
     }
 
     /// A checkpoint is acknowledged, and the primary's guest runs again: work that was deferred begins now. `measure`
@@ -106,6 +133,9 @@ impl Checkpoints {
     pub(super) fn acknowledged(&mut self, measure: impl FnOnce(CheckpointId) -> CheckpointSample) {
         let checkpoint = self.store.committed().checkpoint().unwrap_or(CheckpointId(0));
         self.sample = Some(measure(checkpoint));
+        if let Some(disks) = self.session.disks() {
+            disks.acknowledged();
+        }
         self.is_flushed();
         if let Some(error) = self.store.take_failure() {
             self.session.services.warn(format!(

@@ -2,10 +2,12 @@
 
 use super::budget::BudgetError;
 use super::guest_memory::MemoryError;
+use crate::disk::DiskError;
 use crate::session::{self, Ending, GateClosed, SessionError};
 use crate::store::StoreError;
 use crate::units::ChannelId;
 use crate::wire::WireError;
+use std::sync::Arc;
 use thiserror::Error;
 
 /// The one reason for which a session ended.
@@ -58,6 +60,9 @@ pub enum SessionEnd {
     /// A thread or core does not take a channel.
     #[error("a channel cannot be driven: {0}")]
     NotDriven(std::io::Error),
+    /// A disk of the guest is not whole any more.
+    #[error("{0}")]
+    Disk(Arc<DiskError>),
     /// Its checkpoint is given to a fresh QEMU, so nothing more is received from its primary.
     #[error("its checkpoint was claimed by a failover")]
     Promoted,
@@ -130,5 +135,11 @@ impl From<StoreError> for ChannelError {
 impl From<StoreError> for SessionEnd {
     fn from(error: StoreError) -> Self {
         Self::NoMemory(error.into())
+    }
+}
+
+impl From<Arc<DiskError>> for SessionEnd {
+    fn from(error: Arc<DiskError>) -> Self {
+        Self::Disk(error)
     }
 }

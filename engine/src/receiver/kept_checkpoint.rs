@@ -3,6 +3,7 @@
 //! A session makes it with its first commit and commits to its image until it ends. A session of an earlier receiver is
 //! recovered as a kept checkpoint alone.
 
+use super::disks::SessionDisks;
 use super::guest_memory::MemoryLeases;
 use super::promotion::Promotion;
 use crate::session::SessionRecord;
@@ -19,6 +20,7 @@ pub(super) struct KeptCheckpoint {
     /// Where the primary is or was.
     pub(super) peer: String,
     pub(super) image: Arc<CommittedImage>,
+    pub(super) disks: Arc<SessionDisks>,
     pub(super) record: Arc<SessionRecord>,
     promotion: Mutex<Promotion>,
     /// Nanoseconds from the receiver's start to the last commit; negative for an earlier receiver's.
@@ -32,6 +34,7 @@ impl KeptCheckpoint {
         session: u32,
         peer: String,
         image: Arc<CommittedImage>,
+        disks: Arc<SessionDisks>,
         record: Arc<SessionRecord>,
         leases: Arc<MemoryLeases>,
         uptime: Duration,
@@ -40,6 +43,7 @@ impl KeptCheckpoint {
             session,
             peer,
             image,
+            disks,
             record,
             promotion: Mutex::default(),
             committed_at_ns: AtomicI64::new(0),

@@ -5,16 +5,19 @@
 //! more, and the control thread may drop what was not committed.
 
 use super::budget::{BudgetError, Lease};
+use super::disks::SessionDisks;
 use super::end::SessionEnd;
 use super::guest_memory::{GuestMemory, MemoryError};
 use super::kept_checkpoint::KeptCheckpoint;
 use super::services::Services;
+use crate::net::{Origin, is_gone};
 use crate::ring::Waker;
 use crate::session::{Rendezvous, SessionRecord};
 use crate::store::Store;
 use crate::units::ChannelId;
+use crate::wire::stream::StreamHeader;
 use nix::sys::socket::{Shutdown, shutdown};
-use std::os::fd::{AsRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
@@ -43,6 +46,7 @@ pub(super) struct LiveSession {
     pub(super) id: u32,
     /// Where its main channel comes from.
     pub(super) peer: String,
+    pub(super) origin: Origin,
     pub(super) services: Arc<dyn Services>,
     pub(super) rendezvous: Rendezvous,
     pub(super) counters: Counters,
@@ -57,6 +61,8 @@ pub(super) struct LiveSession {
     /// Cores that help, beside that of the main channel.
     helpers: Vec<Waker>,
     memory: OnceLock<GuestMemory>,
+    /// Set just before the first commit, before the checkpoint.
+    disks: OnceLock<Arc<SessionDisks>>,
     /// Set just before the first commit.
     checkpoint: OnceLock<Arc<KeptCheckpoint>>,
     end: OnceLock<SessionEnd>,
@@ -71,6 +77,7 @@ impl LiveSession {
     pub(super) fn new(
         id: u32,
         peer: String,
+        origin: Origin,
         services: Arc<dyn Services>,
         main: ChannelSocket,
         channels: Vec<ChannelSocket>,
@@ -80,6 +87,7 @@ impl LiveSession {
         Arc::new(Self {
             id,
             peer,
+            origin,
             services,
             rendezvous: Rendezvous::new(count),
             counters: Counters::default(),
@@ -91,6 +99,7 @@ impl LiveSession {
             channels,
             helpers,
             memory: OnceLock::new(),
+            disks: OnceLock::new(),
             checkpoint: OnceLock::new(),
             end: OnceLock::new(),
             channel_lost: AtomicBool::new(false),
@@ -134,15 +143,40 @@ impl LiveSession {
         let Some(memory) = self.memory.get().filter(|_| self.checkpoint.get().is_none()) else {
             return false;
         };
+        let disks = self.disks.get().cloned().unwrap_or_default();
         let kept = KeptCheckpoint::new(
             self.id,
             self.peer.clone(),
             memory.store.committed().clone(),
+            disks,
             record.clone(),
             memory.leases.clone(),
             self.uptime(),
         );
         self.checkpoint.set(Arc::new(kept)).is_ok()
+    }
+
+    /// Binds the guest's disks, before its first commit.
+    ///
+    /// # Errors
+    /// If it is not clear which they are, or one of them is not ready.
+    pub(super) fn bind_disks(self: &Arc<Self>, record: &SessionRecord) -> Result<(), SessionEnd> {
+        let uuid = StreamHeader::parse_whole(&record.header).and_then(|header| header.uuid);
+        let bound = self.services.bind_disks(self, uuid);
+        let bound = bound.map_err(|error| SessionEnd::Disk(Arc::new(error)))?;
+        // Set once: there is one first commit.
+        let _ = self.disks.set(Arc::new(bound));
+        Ok(())
+    }
+
+    /// The guest's disks, from just before its first commit on.
+    pub(super) fn disks(&self) -> Option<&Arc<SessionDisks>> {
+        self.disks.get()
+    }
+
+    /// Whether the primary has closed its main connection, even if not all that it sent was read.
+    pub(super) fn is_primary_gone(&self) -> bool {
+        is_gone(self.main.socket.as_fd())
     }
 
     /// A checkpoint was acknowledged, after such a pause.

@@ -105,11 +105,19 @@ impl MainChannel {
                 }
                 (Action::Memory(table), _) => self.make_memory(table)?,
                 (Action::Marker, _) => self.waiting = Waiting::Sync,
-                (Action::TransferBegins, _) => self.timeline.transfer_begins(),
+                (Action::TransferBegins, checkpoints) => {
+                    self.timeline.transfer_begins();
+                    if let Some(checkpoints) = checkpoints {
+                        checkpoints
+                            .cut_disks(self.protocol.next_checkpoint())
+                            .map_err(|end| self.disk_lost(end))?;
+                    }
+                }
                 (Action::RamComplete, _) => self.ram_complete()?,
                 (Action::Commit(checkpoint), Some(checkpoints)) => {
                     self.timeline.everything_here();
-                    checkpoints.commit(checkpoint, &mut self.protocol);
+                    let committed = checkpoints.commit(checkpoint, &mut self.protocol);
+                    committed.map_err(|end| self.disk_lost(end))?;
                 }
                 (Action::FinishFlush, Some(checkpoints)) => {
                     self.timeline.requested();
@@ -129,6 +137,14 @@ impl MainChannel {
             }
         }
         Ok(())
+    }
+
+    /// The reason for the end of a session that has lost a disk: a primary that died has closed all of its connections.
+    fn disk_lost(&self, end: SessionEnd) -> SessionEnd {
+        match self.session.is_primary_gone() {
+            true => SessionEnd::PrimaryLost(self.protocol.ending()),
+            false => end,
+        }
     }
 
     /// Whether the session may be stepped; at a sync that is complete, the channels are released.

@@ -14,6 +14,7 @@ mod budget;
 mod checkpoints;
 mod compressed;
 mod control;
+mod disks;
 mod dump;
 mod end;
 mod guest_memory;
@@ -37,12 +38,14 @@ mod status;
 mod tenant;
 mod timeline;
 
+pub use crate::disk::DiskError;
 pub use budget::BudgetError;
 pub use control::{ClaimedCheckpoint, Request, RequestError, Response};
+pub use disks::{DiskState, DiskStatus, RestoredDisk, UnboundDisk};
 pub use dump::{DUMP_SCHEMA, DUMP_VERSION, DumpError, Dumped, DumpedBlock};
 pub use end::{ChannelError, SessionEnd};
 pub use guest_memory::MemoryError;
-pub use options::ReceiverOptions;
+pub use options::{DiskServing, ReceiverOptions};
 pub use promotion::PromotionError;
 pub use restore::{RestoreError, RestoreReport, RestoreRequest};
 pub use status::{GuestBlock, STATUS_SCHEMA, STATUS_VERSION, SessionState, SessionStatus, StatusReport};
@@ -102,6 +105,9 @@ pub enum ReceiverError {
     /// The helpers of the flush did not start.
     #[error(transparent)]
     Flusher(#[from] FlusherError),
+    /// Guests' disks cannot be served.
+    #[error("--disks: {0}")]
+    Disks(#[from] DiskError),
     /// Measurements cannot be written.
     #[error(transparent)]
     Metrics(#[from] MetricsError),
@@ -130,6 +136,7 @@ pub struct Outcome {
 /// A running receiver.
 pub struct Receiver {
     addresses: Vec<ListenAddress>,
+    disk_addresses: Vec<ListenAddress>,
     placement: Placement,
     stop: Arc<Notify>,
     ask: mpsc::Sender<ClientEvent>,
@@ -172,10 +179,17 @@ impl Receiver {
             .iter()
             .map(|listener| listener.address().clone())
             .collect();
+        let disk_listeners: Vec<Listener> = (options.disks.iter().flat_map(|disks| &disks.listen))
+            .map(|address| Ok(Listener::bind(address)?.watching(options.host_watch)))
+            .collect::<Result<_, ListenError>>()?;
+        let disk_addresses = disk_listeners
+            .iter()
+            .map(|listener| listener.address().clone())
+            .collect();
         let control = options.control.as_deref().map(bind_control).transpose()?;
         let changed = Arc::new(Notify::new());
         let placement = Topology::read().place(&options.cores);
-        let context = make_context(options, placement.clone(), events, &changed)?;
+        let context = make_context(options, placement.clone(), events, &changed, disk_listeners)?;
         let stop = Arc::new(Notify::new());
         let (ask, asked) = mpsc::channel(64);
         let inputs = ControlInputs {
@@ -203,6 +217,7 @@ impl Receiver {
         });
         Ok(Self {
             addresses,
+            disk_addresses,
             placement,
             stop,
             ask,
@@ -213,6 +228,11 @@ impl Receiver {
     /// Addresses with their real ports, in the order of the options.
     pub fn addresses(&self) -> &[ListenAddress] {
         &self.addresses
+    }
+
+    /// Addresses of the NBD server with their real ports, in the order of the options.
+    pub fn disk_addresses(&self) -> &[ListenAddress] {
+        &self.disk_addresses
     }
 
     /// On which NUMA nodes its cores are, and guests' memory is to lie.

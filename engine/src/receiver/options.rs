@@ -7,6 +7,17 @@ use crate::store::StoreOptions;
 use std::path::PathBuf;
 use std::time::Duration;
 
+/// Where guests' disks are, and where they are served.
+#[derive(Clone, Debug)]
+pub struct DiskServing {
+    /// The directory of their bases, `NAME.raw`.
+    pub directory: PathBuf,
+    /// Addresses of the NBD server, at least one.
+    pub listen: Vec<ListenAddress>,
+    /// Most bytes of one disk's log.
+    pub log_max_bytes: u64,
+}
+
 /// Everything a receiver is started with.
 #[derive(Clone, Debug)]
 pub struct ReceiverOptions {
@@ -20,6 +31,8 @@ pub struct ReceiverOptions {
     pub backend: BackendKind,
     /// Whether `uring` receives into registered buffers.
     pub registered: bool,
+    /// Guests' disks; none are served without.
+    pub disks: Option<DiskServing>,
     /// How guests' memory is made. Shards and their nodes are set by the receiver.
     pub store: StoreOptions,
     /// Most guest RAM to hold, over all guests together, in bytes.

@@ -1,11 +1,13 @@
 //! Recovers the checkpoints of earlier receivers from the RAM directory.
 
 use super::budget::BudgetError;
+use super::disks::SessionDisks;
 use super::guest_memory::Budgets;
 use super::kept_checkpoint::KeptCheckpoint;
 use super::session_codec::{DecodeError, StoredSession, decode};
 use super::{Event, Events};
-use crate::store::{Recoverable, RecoverableCheckpoint, StoreError, labels_in};
+use crate::disk::{self, DiskError, Settled, StoredDisk};
+use crate::store::{CommittedImage, Recoverable, RecoverableCheckpoint, StoreError, labels_in};
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Instant;
@@ -34,6 +36,9 @@ pub enum RecoveryError {
     /// The description of the session is damaged.
     #[error("the description of its session: {0}")]
     Session(#[from] DecodeError),
+    /// A disk is not what the checkpoint needs.
+    #[error(transparent)]
+    Disk(#[from] DiskError),
     /// This receiver's limits do not allow it.
     #[error(transparent)]
     Budget(#[from] BudgetError),
@@ -60,18 +65,57 @@ fn recover(
         Recoverable::Nothing => return Ok(Recovered::Nothing),
         Recoverable::Unknown => return Err(RecoveryError::NoRecord),
     };
-    let StoredSession { peer, record } = decode(found.session())?;
+    let StoredSession { peer, record, disks } = decode(found.session())?;
     let leases = budgets.take(record.blocks.total_bytes(), found.device_state_bytes() as u64 * 2)?;
     let (age, is_given) = (found.age(), found.is_given());
     let uptime = started.elapsed();
     let image = found.recover(record.blocks.clone())?;
-    let kept = KeptCheckpoint::new(session, peer, Arc::new(image), Arc::new(record), leases, uptime);
+    let disks = recover_disks(&disks, &image, is_given);
+    if disks.is_err() {
+        image.keep_files();
+    }
+    let disks = disks?;
+    let (image, record) = (Arc::new(image), Arc::new(record));
+    let kept = KeptCheckpoint::new(session, peer, image, Arc::new(disks), record, leases, uptime);
     kept.committed_at(uptime, age);
     if is_given {
         kept.promotion()
             .was_given("a QEMU by the receiver before this one");
     }
     Ok(Recovered::Checkpoint(kept))
+}
+
+/// Brings a guest's disks to the checkpoint of its image.
+fn recover_disks(
+    stored: &[StoredDisk],
+    image: &CommittedImage,
+    is_given: bool,
+) -> Result<SessionDisks, RecoveryError> {
+    let checkpoint = image.checkpoint().map_or(0, |checkpoint| checkpoint.0);
+    let files = image.files().ok_or(RecoveryError::NoRecord)?;
+    let recover = |disk: &StoredDisk| disk::recover(disk, files, checkpoint, is_given).map(Arc::new);
+    let disks = stored.iter().map(recover).collect::<Result<_, DiskError>>()?;
+    Ok(SessionDisks::new(disks, false))
+}
+
+/// Settles the disks that no recovered checkpoint needs, and reports on each.
+pub(super) fn settle_disks(directory: &Path, events: &Events) {
+    let settled = match disk::settle_orphans(directory) {
+        Ok(settled) => settled,
+        Err(error) => return events(Event::Warning(error.to_string())),
+    };
+    for (name, settled) in settled {
+        events(match settled {
+            Settled::At(checkpoint) => Event::Note(format!(
+                "disk {name} was left at checkpoint {checkpoint} of an earlier receiver, whose memory is lost: a guest finds it as \
+                 after a power failure"
+            )),
+            Settled::Unfinished => Event::Note(format!(
+                "disk {name}: its receiver ended before a checkpoint was committed; its content is incomplete until it is copied again"
+            )),
+            Settled::Stays(error) => Event::Warning(format!("disk {name} is not served: {error}")),
+        });
+    }
 }
 
 /// Recovers the checkpoints of all sessions in the RAM directory, and reports on each. Returns also the first number that no

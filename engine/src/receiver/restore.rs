@@ -1,10 +1,12 @@
 //! Restores a session's last committed checkpoint to a fresh QEMU, or to a file, as an incoming migration stream. The
 //! receiver writes the stream, because the memory is its own.
 
+use super::disks::RestoredDisk;
 use super::end::SessionEnd;
 use super::kept_checkpoint::KeptCheckpoint;
 use super::live_session::LiveSession;
 use super::promotion::ClientId;
+use crate::disk::DiskError;
 use crate::failover::{Form, StreamError, StreamReport, write_stream};
 use crate::session::SessionRecord;
 use crate::store::CheckpointView;
@@ -48,7 +50,10 @@ pub struct RestoreReport {
     pub checkpoint: u64,
     /// The stream.
     pub stream: StreamReport,
-    /// Nanoseconds for ending the session and locking the checkpoint.
+    /// The guest's disks; their bases are at the checkpoint.
+    #[serde(default)]
+    pub disks: Vec<RestoredDisk>,
+    /// Nanoseconds for ending the session, applying what is left of the disks' logs, and locking the checkpoint.
     pub hold_ns: u64,
     /// Nanoseconds for the copy that was asked for.
     pub keep_ns: u64,
@@ -65,6 +70,14 @@ pub enum RestoreError {
     /// There is no whole checkpoint.
     #[error("session {0} has no committed checkpoint")]
     NoCheckpoint(u32),
+    /// A disk is not at the checkpoint.
+    #[error("session {session}: {source}")]
+    Disk {
+        /// The session.
+        session: u32,
+        /// Which disk, and why.
+        source: DiskError,
+    },
     /// The shared block does not exist.
     #[error("session {session} has no ram block {name}")]
     NoBlock {
@@ -153,6 +166,12 @@ pub(super) fn restore(
     let view = checkpoint.image.checkpoint_view();
     let view = view.ok_or(RestoreError::NoCheckpoint(checkpoint.session))?;
     let record = &*checkpoint.record;
+    checkpoint.disks.end_session();
+    let disks = checkpoint.disks.restored(view.checkpoint());
+    let disks = disks.map_err(|source| RestoreError::Disk {
+        session: checkpoint.session,
+        source,
+    })?;
     let hold_ns = nanoseconds(began);
     let began = Instant::now();
     if let Some(path) = &request.keep {
@@ -173,6 +192,7 @@ pub(super) fn restore(
         session: checkpoint.session,
         checkpoint: view.checkpoint().0,
         stream: written?,
+        disks,
         hold_ns,
         keep_ns,
         write_ns: nanoseconds(began),

@@ -1,7 +1,10 @@
 //! What a session uses of the receiver that it belongs to.
 
+use super::disks::SessionDisks;
 use super::guest_memory::{GuestMemory, MemoryError};
+use super::live_session::LiveSession;
 use crate::blocks::BlockTable;
+use crate::disk::DiskError;
 use crate::metrics::SampleQueue;
 use crate::store::Flusher;
 use std::io;
@@ -27,6 +30,16 @@ pub(super) trait Services: Send + Sync {
     /// # Errors
     /// If a limit of the receiver or of the host does not allow it.
     fn make_memory(&self, session: u32, table: Arc<BlockTable>) -> Result<GuestMemory, MemoryError>;
+
+    /// Binds the disks of a session that commits for the first time. Does not wait.
+    ///
+    /// # Errors
+    /// If it is not clear which they are, or one of them is not ready.
+    fn bind_disks(
+        &self,
+        session: &Arc<LiveSession>,
+        uuid: Option<[u8; 16]>,
+    ) -> Result<SessionDisks, DiskError>;
 
     /// Does work on another thread.
     ///

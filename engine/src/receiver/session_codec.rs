@@ -1,6 +1,7 @@
 //! A session as it is written to the RAM directory with its first checkpoint: texts and numbers one after the other.
 
 use crate::blocks::{BLOCKS_MAX, BlockListError, BlockTable};
+use crate::disk::StoredDisk;
 use crate::session::SessionRecord;
 use crate::wire::stream::StreamHeader;
 use std::sync::Arc;
@@ -40,6 +41,7 @@ pub enum DecodeError {
 pub(super) struct StoredSession {
     pub(super) peer: String,
     pub(super) record: SessionRecord,
+    pub(super) disks: Vec<StoredDisk>,
 }
 
 fn put_bytes(out: &mut Vec<u8>, bytes: &[u8]) {
@@ -48,7 +50,7 @@ fn put_bytes(out: &mut Vec<u8>, bytes: &[u8]) {
 }
 
 /// Encodes a session.
-pub(super) fn encode(peer: &str, record: &SessionRecord) -> Vec<u8> {
+pub(super) fn encode(peer: &str, record: &SessionRecord, disks: &[StoredDisk]) -> Vec<u8> {
     let mut out = Vec::new();
     put_bytes(&mut out, peer.as_bytes());
     put_bytes(&mut out, record.machine_type.as_bytes());
@@ -59,6 +61,13 @@ pub(super) fn encode(peer: &str, record: &SessionRecord) -> Vec<u8> {
     for (_, block) in record.blocks.iter() {
         put_bytes(&mut out, &block.name);
         out.extend_from_slice(&block.used_length.to_le_bytes());
+    }
+    out.extend_from_slice(&(disks.len() as u64).to_le_bytes());
+    for disk in disks {
+        put_bytes(&mut out, disk.directory.as_bytes());
+        put_bytes(&mut out, disk.name.as_bytes());
+        out.extend_from_slice(&disk.log.to_le_bytes());
+        out.extend_from_slice(&disk.size.to_le_bytes());
     }
     out
 }
@@ -108,17 +117,21 @@ pub(super) fn decode(bytes: &[u8]) -> Result<StoredSession, DecodeError> {
         total = total.checked_add(length).ok_or(DecodeError::TooLong)?;
         blocks.push((name, length));
     }
+    let mut disks = Vec::new();
+    for _ in 0..rest.number()? {
+        disks.push(StoredDisk {
+            directory: rest.text()?,
+            name: rest.text()?,
+            log: rest.number()?,
+            size: rest.number()?,
+        });
+    }
     if !rest.0.is_empty() {
         return Err(DecodeError::Trailing(rest.0.len()));
     }
     let blocks = BlockTable::new(blocks, total)?;
     // A failover sends the header on: it must be valid.
-    let mut with_next = header.clone();
-    with_next.push(0);
-    match StreamHeader::parse(&with_next) {
-        Ok(Some(_)) => {}
-        _ => return Err(DecodeError::Header),
-    }
+    StreamHeader::parse_whole(&header).ok_or(DecodeError::Header)?;
     let record = SessionRecord {
         header,
         machine_type,
@@ -126,7 +139,7 @@ pub(super) fn decode(bytes: &[u8]) -> Result<StoredSession, DecodeError> {
         blocks: Arc::new(blocks),
         vmdesc,
     };
-    Ok(StoredSession { peer, record })
+    Ok(StoredSession { peer, record, disks })
 }
 
 #[cfg(all(test, not(loom)))]
@@ -159,19 +172,29 @@ mod tests {
         }
     }
 
+    fn disks() -> Vec<StoredDisk> {
+        let disk = |name: &str, log| StoredDisk {
+            directory: "/var/lib/disks".into(),
+            name: name.into(),
+            log,
+            size: 1 << 30,
+        };
+        vec![disk("root", 7), disk("data", u64::MAX)]
+    }
+
     #[test]
     fn decoding_reverses_encoding() {
-        let bytes = encode("tcp:10.0.0.1:5", &record());
+        let bytes = encode("tcp:10.0.0.1:5", &record(), &disks());
         let stored = decode(&bytes).unwrap();
         assert_eq!(
-            (stored.peer.as_str(), stored.record),
-            ("tcp:10.0.0.1:5", record())
+            (stored.peer.as_str(), stored.record, stored.disks),
+            ("tcp:10.0.0.1:5", record(), disks())
         );
     }
 
     #[test]
     fn damaged_bytes_do_not_panic() {
-        let bytes = encode("x", &record());
+        let bytes = encode("x", &record(), &disks());
         for length in 0..bytes.len() {
             decode(&bytes[..length]).unwrap_err();
         }

@@ -2,13 +2,17 @@
 
 use super::budget::Budget;
 use super::control::ControlContext;
+use super::disks::{DiskRegistry, DiskServer, ServerParts, SessionDisks};
 use super::guest_memory::{Budgets, GuestMemory, MemoryError};
-use super::recovery::{label, recover_all};
+use super::live_session::LiveSession;
+use super::recovery::{label, recover_all, settle_disks};
 use super::services::{Services, Work};
 use super::{Event, Events, ReceiverError, ReceiverOptions};
 use crate::blocks::BlockTable;
+use crate::disk::{DiskError, DiskOptions, RamShare, SEGMENT_BYTES};
 use crate::host::{Machine, Placement};
 use crate::metrics::{Recorder, RunDescription, SampleQueue};
+use crate::net::Listener;
 use crate::ring::{BackendKind, Plane, PlaneError, PlaneOptions};
 use crate::store::{CopyMethod, Flusher, Store, StoreOptions};
 use std::sync::Arc;
@@ -61,6 +65,7 @@ pub(super) fn make_context(
     placement: Placement,
     events: Arc<Events>,
     changed: &Arc<Notify>,
+    disk_listeners: Vec<Listener>,
 ) -> Result<ControlContext, ReceiverError> {
     let flusher = match options.backend {
         // The baseline flushes as QEMU does: one thread, memcpy.
@@ -79,6 +84,7 @@ pub(super) fn make_context(
         options: options.described.clone(),
         machine: Machine::read(),
     };
+    let disks = disk_registry(&mut options, &budgets, &events)?.map(Arc::new);
     let recorder = Recorder::start(options.hist.as_deref(), run)?;
     let services: Arc<dyn Services> = Arc::new(ReceiverServices {
         started: Instant::now(),
@@ -86,6 +92,7 @@ pub(super) fn make_context(
         flusher: Arc::new(flusher),
         store: store_options(&options, &placement),
         budgets: budgets.clone(),
+        disks: disks.clone(),
         changed: changed.clone(),
         events: events.clone(),
     });
@@ -93,6 +100,20 @@ pub(super) fn make_context(
         Some(directory) => recover_all(directory, services.started(), &budgets, &*events),
         None => (Vec::new(), 1),
     };
+    if let Some(disks) = &disks {
+        for checkpoint in &recovered.0 {
+            let all = checkpoint.disks.all().iter();
+            all.for_each(|disk| disks.adopt(disk, checkpoint.session));
+        }
+        settle_disks(disks.directory(), &*events);
+    }
+    let parts = disks.clone().map(|registry| ServerParts {
+        registry,
+        budget: budgets.ram.clone(),
+        deadline: options.identify_deadline,
+    });
+    let started = parts.map(|parts| DiskServer::start(parts, disk_listeners));
+    let disk_server = started.transpose().map_err(ReceiverError::Thread)?;
     // Last: its threads would not end if something else failed after it.
     let plane = start_plane(&mut options, &events)?;
     Ok(ControlContext {
@@ -103,8 +124,60 @@ pub(super) fn make_context(
         budget: budgets.ram,
         recorder,
         events,
+        disks,
+        disk_server,
         recovered,
     })
+}
+
+/// Part of `--ram-limit` that the logs of all disks may take; beyond that they lie beside the bases.
+const LOG_SHARE: u64 = 4;
+
+/// The registry of the operator's disks, whose directory is made absolute.
+fn disk_registry(
+    options: &mut ReceiverOptions,
+    budgets: &Budgets,
+    events: &Arc<Events>,
+) -> Result<Option<DiskRegistry>, ReceiverError> {
+    let Some(serving) = &mut options.disks else {
+        return Ok(None);
+    };
+    let directory = serving.directory.canonicalize();
+    serving.directory = directory.map_err(|source| DiskError::File {
+        path: serving.directory.clone(),
+        source,
+    })?;
+    let log = DiskOptions {
+        log_max: serving.log_max_bytes,
+        segment_bytes: SEGMENT_BYTES,
+    };
+    let share = LogShare {
+        ram: budgets.ram.clone(),
+        logs: Arc::new(Budget::new(
+            budgets.ram.limit() / LOG_SHARE,
+            "the disks' part of --ram-limit",
+        )),
+    };
+    let directory = serving.directory.clone();
+    Ok(Some(DiskRegistry::new(
+        directory,
+        log,
+        Arc::new(share),
+        events.clone(),
+    )))
+}
+
+/// The share of the memory that logs of disks may take.
+struct LogShare {
+    ram: Arc<Budget>,
+    logs: Arc<Budget>,
+}
+
+impl RamShare for LogShare {
+    fn take(&self, bytes: u64) -> Option<Box<dyn Send + Sync>> {
+        let leases = (self.logs.take(bytes).ok()?, self.ram.take(bytes).ok()?);
+        Some(Box::new(leases))
+    }
 }
 
 /// Most device state to hold over all guests, in bytes: two of the largest possible, each with the buffer for the next.
@@ -130,6 +203,7 @@ struct ReceiverServices {
     flusher: Arc<Flusher>,
     store: StoreOptions,
     budgets: Budgets,
+    disks: Option<Arc<DiskRegistry>>,
     changed: Arc<Notify>,
     events: Arc<Events>,
 }
@@ -159,6 +233,20 @@ impl Services for ReceiverServices {
             leases,
             fallbacks,
         })
+    }
+
+    fn bind_disks(
+        &self,
+        session: &Arc<LiveSession>,
+        uuid: Option<[u8; 16]>,
+    ) -> Result<SessionDisks, DiskError> {
+        let Some(disks) = &self.disks else {
+            return Ok(SessionDisks::default());
+        };
+        let durable = session.store().and_then(|store| store.committed().durable());
+        let ram = durable.map(|durable| durable.files());
+        let bound = disks.bind(session, uuid, ram)?;
+        Ok(SessionDisks::new(bound, ram.is_none()))
     }
 
     fn run_in_background(&self, work: Work) -> std::io::Result<()> {

@@ -1,5 +1,6 @@
 //! The status of the receiver and its sessions.
 
+use super::disks::{DiskStatus, UnboundDisk};
 use super::end::SessionEnd;
 use super::kept_checkpoint::KeptCheckpoint;
 use super::live_session::LiveSession;
@@ -42,6 +43,9 @@ pub struct StatusReport {
     pub ram_held_bytes: u64,
     /// See `--ram-limit`.
     pub ram_limit_bytes: u64,
+    /// Disks that are connected and that no session has taken yet.
+    #[serde(default)]
+    pub disks: Vec<UnboundDisk>,
     /// Running sessions and those whose checkpoint is kept.
     pub sessions: Vec<SessionStatus>,
 }
@@ -111,6 +115,9 @@ pub struct SessionStatus {
     /// The RAM blocks, once known.
     #[serde(default)]
     pub blocks: Vec<GuestBlock>,
+    /// The guest's disks, from the first commit on.
+    #[serde(default)]
+    pub disks: Vec<DiskStatus>,
     /// The last committed checkpoint; 0 is the state at the end of precopy.
     pub checkpoint: Option<u64>,
     /// Its age in milliseconds.
@@ -195,6 +202,7 @@ impl SessionStatus {
                 _ => self.state,
             },
             promotion: promotion.description(),
+            disks: checkpoint.disks.statuses(),
             machine: Some(checkpoint.record.machine_type.clone()),
             checkpoint: number.map(|id| id.0),
             checkpoint_age_ms: number.map(|_| u64::try_from(age).unwrap_or(u64::MAX)),
@@ -215,6 +223,7 @@ impl SessionStatus {
             machine: None,
             ram_bytes: None,
             blocks: Vec::new(),
+            disks: Vec::new(),
             checkpoint: None,
             checkpoint_age_ms: None,
             last_pause_ns: 0,

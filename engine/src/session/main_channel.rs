@@ -207,7 +207,8 @@ impl Session {
         }
     }
 
-    fn next_checkpoint(&self) -> CheckpointId {
+    /// The checkpoint after the last committed one.
+    pub(crate) fn next_checkpoint(&self) -> CheckpointId {
         CheckpointId(self.checkpoint.map_or(0, |last| last.0 + 1))
     }
 

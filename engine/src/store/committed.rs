@@ -173,6 +173,11 @@ impl CommittedImage {
         self.image.file(id)
     }
 
+    /// Its files in a RAM directory.
+    pub(crate) fn files(&self) -> Option<&Arc<RamFiles>> {
+        self.files.image.as_ref()
+    }
+
     pub(crate) fn durable(&self) -> Option<&Arc<DurableRecord>> {
         self.files.record.as_ref()
     }

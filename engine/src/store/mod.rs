@@ -48,7 +48,7 @@ mod create;
 mod dump;
 mod durable;
 mod error;
-mod memory;
+pub(crate) mod memory;
 mod options;
 mod receive;
 

@@ -117,6 +117,12 @@ impl StreamHeader {
         })
     }
 
+    /// Parses header and configuration that are here whole, without what follows; none if they are not valid.
+    pub fn parse_whole(bytes: &[u8]) -> Option<Self> {
+        let with_next = [bytes, &[0]].concat();
+        Self::parse(&with_next).ok().flatten().map(|(header, _)| header)
+    }
+
     fn subsection(&mut self, cursor: &mut Cursor<'_>) -> Result<(), Stop> {
         cursor.u8()?;
         let name = cursor.str8()?;

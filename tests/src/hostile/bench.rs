@@ -276,6 +276,7 @@ fn options(backend: BackendKind, channels: u8) -> ReceiverOptions {
         cores: colo_ring::host::allowed_cores().expect("cores to run on"),
         backend,
         registered: true,
+        disks: None,
         store: StoreOptions {
             hugepages: HugePages::Off,
             ..StoreOptions::default()

@@ -54,6 +54,7 @@ pub(crate) fn recorded(options: &SynthOptions) -> Vec<Connection> {
                 ..StoreOptions::default()
             },
             ram_limit_bytes: 1 << 30,
+            disks: None,
             hist: None,
             described: serde_json::Value::Null,
             control: None,

@@ -1,5 +1,6 @@
 //! Why a request to the receiver fails.
 
+use crate::disk::DiskError;
 use crate::receiver::dump::DumpError;
 use crate::receiver::promotion::PromotionError;
 use crate::receiver::restore::RestoreError;
@@ -8,6 +9,9 @@ use thiserror::Error;
 /// Why a request fails. Its text is the `error` of a response.
 #[derive(Debug, Error)]
 pub enum RequestError {
+    /// A disk's log cannot be applied.
+    #[error(transparent)]
+    Disk(#[from] DiskError),
     /// It is no request.
     #[error("not understood: {0}")]
     Syntax(#[from] serde_json::Error),

@@ -13,6 +13,7 @@ pub(super) use socket::{ClientEvent, PendingRequest, serve};
 
 use super::assemble::Assembler;
 use super::budget::Budget;
+use super::disks::{DiskRegistry, DiskServer};
 use super::kept_checkpoint::KeptCheckpoint;
 use super::services::Services;
 use super::{Events, Outcome, ReceiverError, ReceiverOptions};
@@ -39,6 +40,9 @@ pub(super) struct ControlContext {
     pub(super) budget: Arc<Budget>,
     pub(super) recorder: Recorder,
     pub(super) events: Arc<Events>,
+    /// The disks of all guests, where any are served.
+    pub(super) disks: Option<Arc<DiskRegistry>>,
+    pub(super) disk_server: Option<DiskServer>,
     /// Checkpoints of earlier receivers, and the first session number that none of them has.
     pub(super) recovered: (Vec<KeptCheckpoint>, u32),
 }

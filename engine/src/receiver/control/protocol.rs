@@ -15,7 +15,7 @@
 //! A response is `{"ok":true,"answer":…}` or `{"ok":false,"error":"…"}`. Only its owner may connect to the socket (mode
 //! 0600), because a client can read the guests' memory.
 
-use crate::receiver::{Dumped, GuestBlock, RestoreReport, RestoreRequest, StatusReport};
+use crate::receiver::{DiskStatus, Dumped, GuestBlock, RestoreReport, RestoreRequest, StatusReport};
 use serde::{Deserialize, Serialize};
 use std::path::PathBuf;
 
@@ -81,6 +81,9 @@ pub struct ClaimedCheckpoint {
     pub machine: String,
     /// The RAM blocks, in the primary's order.
     pub blocks: Vec<GuestBlock>,
+    /// The guest's disks. Their bases are at the checkpoint when it is restored.
+    #[serde(default)]
+    pub disks: Vec<DiskStatus>,
 }
 
 /// A response.

@@ -86,6 +86,11 @@ impl ControlState {
             uptime_ms: u64::try_from(self.uptime().as_millis()).unwrap_or(u64::MAX),
             ram_held_bytes: self.context.budget.held(),
             ram_limit_bytes: self.context.budget.limit(),
+            disks: self
+                .context
+                .disks
+                .as_ref()
+                .map_or_else(Vec::new, |disks| disks.unbound()),
             sessions: self.session_statuses(),
         }
     }
@@ -177,6 +182,7 @@ impl ControlState {
             end: status.end,
             machine: checkpoint.record.machine_type.clone(),
             blocks: status.blocks,
+            disks: status.disks,
         }))
     }
 
@@ -227,9 +233,12 @@ fn respond_in_background(
 /// Releases a checkpoint's memory, which takes seconds for a large guest, and responds then.
 fn release(kept: Kept, reply: Reply, response: Response) {
     respond_in_background(reply, move || {
+        // The bases are left at the checkpoint, as the session's end does.
+        kept.checkpoint.disks.drain()?;
         // Removed now, and not with the last reference to the image: the thread that ends the session may hold one, and a
         // receiver killed meanwhile would leave files of a session that the response says is gone.
         kept.checkpoint.image.remove_files();
+        kept.checkpoint.disks.remove_files();
         drop(kept);
         Ok(response)
     });

@@ -158,6 +158,7 @@ impl ControlState {
         let new = NewSession {
             id,
             peer: main.from,
+            origin: main.peer.origin,
             is_tcp: main.is_tcp,
             main: main.socket,
             channels: channels.into_iter().map(|channel| channel.socket).collect(),
@@ -172,6 +173,9 @@ impl ControlState {
             session: id,
             peer: new.peer.clone(),
         });
+        if let Some(disks) = &self.context.disks {
+            disks.session_began(id, new.origin);
+        }
         let session = attach(new, self.context.services.clone(), &self.context.plane);
         self.live.push(Live {
             session,
@@ -191,6 +195,12 @@ impl ControlState {
     pub(super) fn reap_ended_sessions(&mut self) {
         while let Some(position) = self.live.iter().position(|live| live.session.is_over()) {
             let session = self.live.remove(position).session;
+            if let Some(disks) = &self.context.disks {
+                disks.session_ended(session.id);
+            }
+            // What they have not committed is not needed any more, and applying what is goes on.
+            let disks = session.disks().cloned().unwrap_or_default();
+            disks.end_session();
             self.context.recorder.drain(self.context.services.samples());
             let summary = self.context.recorder.end_session(session.id);
             let status = SessionStatus::of(&session, summary);
@@ -214,6 +224,8 @@ impl ControlState {
                         if let Some(store) = store {
                             store.drop_uncommitted();
                         }
+                        // A base that cannot be written keeps its log, and says so when it is needed.
+                        let _ = disks.drain();
                         drop(session);
                     });
                 }
@@ -221,6 +233,7 @@ impl ControlState {
                     self.remember(status);
                     self.releasing.spawn_blocking(move || {
                         drop(store);
+                        drop(disks);
                         drop(session);
                     });
                 }
@@ -337,9 +350,12 @@ impl ControlState {
 
     /// Keeps a checkpoint's files in the RAM directory for the next receiver.
     fn keep_files(&self, checkpoint: &KeptCheckpoint) {
-        if checkpoint.image.keep_files()
-            && let Some(directory) = &self.context.options.store.ram_dir
-        {
+        if checkpoint.image.keep_files() {
+            checkpoint.disks.keep_files();
+        } else {
+            return;
+        }
+        if let Some(directory) = &self.context.options.store.ram_dir {
             let (session, directory) = (checkpoint.session, directory.display());
             (self.context.events)(Event::Note(format!(
                 "session {session}: its last checkpoint stays in {directory}; a receiver with this --ram-dir offers it \
@@ -350,6 +366,7 @@ impl ControlState {
 
     /// Ends the receiver, when its sessions have ended.
     pub(super) async fn close(mut self) -> Result<Outcome, ReceiverError> {
+        drop(self.context.disk_server.take());
         // Only then are checkpoints whole in their images.
         while self.releasing.join_next().await.is_some() {}
         let mut sessions = std::mem::take(&mut self.past);

@@ -193,7 +193,8 @@ impl SimSession {
                 };
             }
         };
-        let StoredSession { peer, record } = decode(files.session()).map_err(|error| error.to_string())?;
+        let StoredSession { peer, record, .. } =
+            decode(files.session()).map_err(|error| error.to_string())?;
         let committed = files
             .recover(record.blocks.clone())
             .map_err(|error| error.to_string())?;

@@ -53,7 +53,7 @@ pub(crate) const PLACES_FILE: &str = "~places";
 
 /// First word of a record, `\x89CLREC\r\n`, and the second, its version.
 const MAGIC: u64 = u64::from_be_bytes(*b"\x89CLREC\r\n");
-const VERSION: u64 = 1;
+const VERSION: u64 = 2;
 
 /// Where the words of a record are, in bytes.
 pub(crate) mod at {

@@ -92,6 +92,10 @@ impl RamFiles {
         self.directory.huge_page.is_none_or(|page| length >= page)
     }
 
+    pub(crate) fn directory(&self) -> &Path {
+        &self.directory.path
+    }
+
     pub(crate) fn path(&self, name: &str) -> PathBuf {
         self.directory.path.join(format!("{}.{name}", self.label))
     }

@@ -151,6 +151,7 @@ impl Contestant {
             // No other primary connects, and an ended session's memory is given up at once; a guest has small blocks, too, and
             // its channels may have decoders.
             ram_limit_bytes: args.ram.0.saturating_mul(2).saturating_add(DECODERS_BYTES),
+            disks: None,
             hist: None,
             described: serde_json::Value::Null,
             control: None,

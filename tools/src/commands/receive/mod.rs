@@ -11,7 +11,8 @@ use colo_ring::host::{Machine, Placement, Topology};
 use colo_ring::metrics::Report;
 use colo_ring::net::HostWatch;
 use colo_ring::receiver::{
-    Event, ListenAddress, Outcome, Receiver, ReceiverOptions, Request, Response, SessionStatus, StatusReport,
+    DiskServing, Event, ListenAddress, Outcome, Receiver, ReceiverOptions, Request, Response, SessionStatus,
+    StatusReport,
 };
 use colo_ring::ring::BackendKind;
 use colo_ring::store::{CommitMode, HugePages, StoreOptions};
@@ -74,6 +75,20 @@ pub struct ReceiveArgs {
     #[arg(long, value_name = "DIR")]
     ram_dir: Option<PathBuf>,
 
+    /// Directory of guests' disks: the base of the export NAME is DIR/NAME.raw, a raw file or a symbolic link to a block device. Their
+    /// primaries mirror them there over NBD, and what they write is committed with their checkpoints
+    #[arg(long, value_name = "DIR")]
+    disks: Option<PathBuf>,
+
+    /// Where to serve the disks: tcp:ADDRESS:PORT or unix:PATH; may be given several times [default: port 10809 of every
+    /// --listen tcp:ADDRESS:PORT, and PATH.nbd of every --listen unix:PATH]
+    #[arg(long, value_name = "ADDRESS", requires = "disks")]
+    nbd: Vec<ListenAddress>,
+
+    /// Most bytes that the log of one disk may take; a guest whose log is full waits until some of it is applied
+    #[arg(long, value_name = "SIZE", default_value = "4G", requires = "disks")]
+    disk_log_max: Size,
+
     /// Most guest RAM to hold, over all guests, like 6G [default: half of this host's memory]
     #[arg(long, value_name = "SIZE")]
     ram_limit: Option<Size>,
@@ -128,6 +143,9 @@ struct Described {
     hugepages: HugePages,
     ram_dir: Option<PathBuf>,
     ram_limit_bytes: u64,
+    disks: Option<PathBuf>,
+    nbd: Vec<String>,
+    disk_log_max_bytes: u64,
     once: bool,
     accept_timeout_s: u64,
     keepalive_s: u32,
@@ -177,6 +195,9 @@ pub fn run(args: ReceiveArgs) -> Result<ExitCode, CommandError> {
     for address in receiver.addresses() {
         tell(&format!("listening on {address}"));
     }
+    for address in receiver.disk_addresses() {
+        tell(&format!("serving disks on {address}"));
+    }
     tell(&format!("receiving on {}", receiver.placement()));
     watch(&receiver, &wished);
     let outcome = receiver.wait().map_err(CommandError::failed)?;
@@ -223,7 +244,23 @@ impl ReceiveArgs {
             (None, Some(node)) => cores_of_node(node, self.channels)?,
             (None, None) => default_cores(self.channels)?,
         };
+        let disks = self.disks.map(|directory| DiskServing {
+            directory,
+            listen: match self.nbd.is_empty() {
+                true => default_nbd(&self.listen),
+                false => self.nbd,
+            },
+            log_max_bytes: self.disk_log_max.0,
+        });
+        if self.disk_log_max.0 < DISK_LOG_MIN {
+            let text = "--disk-log-max must be at least 8M: a log has two segments of 4 MiB";
+            return Err(CommandError::Usage(text.to_owned()));
+        }
+        let nbd = disks.iter().flat_map(|disks| &disks.listen);
         let described = Described {
+            disks: disks.as_ref().map(|disks| disks.directory.clone()),
+            nbd: nbd.map(ToString::to_string).collect(),
+            disk_log_max_bytes: self.disk_log_max.0,
             listen: self.listen.iter().map(ToString::to_string).collect(),
             channels: self.channels,
             placement: Topology::read().place(&cores),
@@ -249,6 +286,7 @@ impl ReceiveArgs {
             cores,
             backend: self.backend,
             registered: self.registered == Switch::On,
+            disks,
             store: StoreOptions {
                 hugepages: self.hugepages,
                 ram_dir: self.ram_dir,
@@ -267,6 +305,35 @@ impl ReceiveArgs {
             },
         })
     }
+}
+
+/// The port that IANA has assigned to NBD.
+const NBD_PORT: u16 = 10809;
+
+/// Least bytes of a disk's log.
+const DISK_LOG_MIN: u64 = 8 << 20;
+
+/// Where disks are served if nothing is said: beside where primaries connect to.
+fn default_nbd(listen: &[ListenAddress]) -> Vec<ListenAddress> {
+    let mut addresses = Vec::new();
+    for address in listen {
+        let address = match address {
+            ListenAddress::Tcp(address) => {
+                let mut address = *address;
+                address.set_port(NBD_PORT);
+                ListenAddress::Tcp(address)
+            }
+            ListenAddress::Unix(path) => {
+                let mut path = path.clone().into_os_string();
+                path.push(".nbd");
+                ListenAddress::Unix(path.into())
+            }
+        };
+        if !addresses.contains(&address) {
+            addresses.push(address);
+        }
+    }
+    addresses
 }
 
 /// Shows progress until the receiver has ended; stops it when a signal asks for that.
@@ -393,6 +460,32 @@ mod tests {
     }
 
     #[test]
+    fn disks_are_served_beside_where_primaries_connect_to() {
+        let line = "--listen tcp:[::1]:4444 --listen unix:/tmp/x --disks /srv --disk-log-max 1G";
+        let disks = parse(&line.split_whitespace().collect::<Vec<_>>())
+            .unwrap()
+            .disks
+            .unwrap();
+        let listen: Vec<String> = disks.listen.iter().map(ToString::to_string).collect();
+        assert_eq!(listen, ["tcp:[::1]:10809", "unix:/tmp/x.nbd"]);
+        assert_eq!(
+            (disks.directory, disks.log_max_bytes),
+            (PathBuf::from("/srv"), 1 << 30)
+        );
+        let own = parse(&[
+            "--listen",
+            "tcp:[::1]:4444",
+            "--disks",
+            "/srv",
+            "--nbd",
+            "unix:/tmp/n",
+        ])
+        .unwrap();
+        assert_eq!(own.disks.unwrap().listen, [ListenAddress::Unix("/tmp/n".into())]);
+        assert!(parse(&["--listen", "unix:/tmp/x"]).unwrap().disks.is_none());
+    }
+
+    #[test]
     fn nonsense_is_refused() {
         for (words, hint) in [
             ("--listen 4444", "tcp:"),
@@ -402,6 +495,8 @@ mod tests {
             ("--listen unix:/tmp/x --numa-node 1023", "NUMA node"),
             ("--listen unix:/tmp/x --ram-limit 0", "--ram-limit"),
             ("--listen unix:/tmp/x --ram-limit 1.5G", "512M"),
+            ("--listen unix:/tmp/x --nbd unix:/tmp/n", "--disks"),
+            ("--listen unix:/tmp/x --disks /srv --disk-log-max 1M", "8M"),
             ("--listen unix:/tmp/x --accept-timeout 0", "0"),
             ("--listen unix:/tmp/x --user-timeout 2", "--keepalive"),
             ("--listen unix:/tmp/x --control /tmp/c", "unix:PATH"),

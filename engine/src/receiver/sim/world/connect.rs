@@ -5,6 +5,7 @@ use super::super::rng::Rng;
 use super::super::session::SimSession;
 use super::World;
 use super::slow_flush::{Attached, SlowFlush};
+use crate::net::Origin;
 use crate::receiver::attach::{DrivingCores, NewSession, attach};
 use crate::ring::sim::{SimCore, Wire};
 use crate::ring::{Connection, ReceiveStyle, Tenant, Waker};
@@ -39,6 +40,7 @@ impl World {
         let new = NewSession {
             id: u32::try_from(self.sessions.len()).expect("few"),
             peer: "model".into(),
+            origin: Origin::Process(1),
             is_tcp: false,
             main: sockets.remove(0),
             channels: sockets,

@@ -2,8 +2,11 @@
 
 use super::super::rng::Rng;
 use crate::blocks::BlockTable;
+use crate::disk::DiskError;
 use crate::metrics::SampleQueue;
+use crate::receiver::disks::SessionDisks;
 use crate::receiver::guest_memory::{Budgets, GuestMemory, MemoryError};
+use crate::receiver::live_session::LiveSession;
 use crate::receiver::recovery::label;
 use crate::receiver::services::{Services, Work};
 use crate::store::{
@@ -105,6 +108,10 @@ impl Services for SimServices {
             leases,
             fallbacks: Vec::new(),
         })
+    }
+
+    fn bind_disks(&self, _: &Arc<LiveSession>, _: Option<[u8; 16]>) -> Result<SessionDisks, DiskError> {
+        Ok(SessionDisks::default())
     }
 
     fn run_in_background(&self, work: Work) -> std::io::Result<()> {

@@ -1,0 +1,678 @@
+//! One disk: its base, the open epoch, and committed epochs that are not in the base yet.
+//!
+//! One connection writes, one write at a time; anyone reads. A session's main channel cuts and commits; a thread of its own applies
+//! (`apply.rs`). The lock is held for steps on the index only, never for I/O, so a commit waits for none.
+
+use super::DiskError;
+use super::base::Base;
+use super::epoch::{Content, Epoch, Part, Placed};
+use super::io::Stretch;
+use super::pool::{NoSegment, RamPlace, SegmentPool};
+use super::record::{DiskRecord, Ownership};
+use super::segment::Segment;
+use crate::canary::{self, Canary};
+use crate::nbd::request::NbdError;
+use std::collections::VecDeque;
+use std::path::Path;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+
+/// How disks keep their logs.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct DiskOptions {
+    /// Most bytes of one disk's log.
+    pub(crate) log_max: u64,
+    pub(crate) segment_bytes: u64,
+}
+
+/// Where a disk stands: see `mod.rs`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Phase {
+    Copying,
+    Open,
+    Cut,
+    Over,
+}
+
+/// What a session that takes a disk gives it.
+pub(crate) struct Binding {
+    pub(crate) owner: Ownership,
+    /// Where its log may lie in memory.
+    pub(crate) ram: Option<RamPlace>,
+    /// Called once, when the disk is lost to the session.
+    pub(crate) on_loss: Box<dyn Fn(Arc<DiskError>) + Send + Sync>,
+    /// Called once, when the log is full and the client has to wait.
+    pub(crate) on_full: Box<dyn Fn(String) + Send + Sync>,
+    /// Ends the connection.
+    pub(crate) hang_up: Box<dyn Fn() + Send + Sync>,
+}
+
+struct State {
+    phase: Phase,
+    open: Epoch,
+    committed: VecDeque<Arc<Epoch>>,
+    /// The last committed checkpoint.
+    epoch: Option<u64>,
+    /// A write has begun and not ended.
+    is_writing: bool,
+    is_connected: bool,
+    has_warned: bool,
+    loss: Option<Arc<DiskError>>,
+    apply_error: Option<String>,
+    binding: Option<Arc<Binding>>,
+}
+
+/// See the module.
+pub(crate) struct Disk {
+    name: String,
+    base: Base,
+    record: DiskRecord,
+    pub(super) pool: SegmentPool,
+    state: Mutex<State>,
+    /// A committed epoch, room in the log, or an end.
+    changed: Condvar,
+    /// Between the cut of an epoch and its acknowledgement: the primary's guest stands still.
+    is_cut: AtomicBool,
+    written: AtomicU64,
+}
+
+/// Figures for the status.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct DiskFigures {
+    pub(crate) log_bytes: u64,
+    pub(crate) lag_bytes: u64,
+    pub(crate) lag_epochs: usize,
+    pub(crate) epoch: Option<u64>,
+    pub(crate) is_lost: bool,
+    pub(crate) written_bytes: u64,
+}
+
+/// Where the data of a write goes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum WriteTarget {
+    /// To the base.
+    Base,
+    /// To the places of the [`Wanted`].
+    Log,
+}
+
+/// A write that has begun. Used again for the next one.
+#[derive(Default)]
+pub(crate) struct Wanted {
+    checkpoint: u64,
+    placed: Vec<Placed>,
+    segments: Vec<Arc<Segment>>,
+}
+
+impl Wanted {
+    /// The places, in order.
+    pub(crate) fn stretches(&self) -> impl Iterator<Item = Stretch<'_>> {
+        self.placed.iter().zip(&self.segments).map(|(placed, segment)| {
+            let Content::Data { place, .. } = placed.part.content else {
+                unreachable!("only data is placed");
+            };
+            Stretch {
+                segment,
+                place,
+                // At most a segment's.
+                length: usize::try_from(placed.part.length).unwrap_or(0),
+            }
+        })
+    }
+
+    /// Lets go of the places.
+    pub(crate) fn clear(&mut self) {
+        self.placed.clear();
+        self.segments.clear();
+    }
+}
+
+/// A piece of a range that is read.
+pub(crate) struct Piece {
+    pub(crate) offset: u64,
+    pub(crate) length: u64,
+    pub(crate) source: Source,
+}
+
+/// Where its content is.
+pub(crate) enum Source {
+    Segment(Arc<Segment>, usize),
+    Zero,
+    Base,
+}
+
+impl Disk {
+    /// Opens a disk for a connection.
+    ///
+    /// # Errors
+    /// If its base cannot be used, or it belongs to someone else.
+    pub(crate) fn open(directory: &Path, name: &str, options: DiskOptions) -> Result<Self, DiskError> {
+        let base = Base::open(&super::path_of(directory, name))?;
+        let record = DiskRecord::claim(directory, name, base.size())?;
+        super::recovery::remove_logs(directory, name)?;
+        let pool = SegmentPool::new(directory, name, options.segment_bytes, options.log_max);
+        Ok(Self::new(name, base, record, pool, Phase::Copying))
+    }
+
+    /// A disk of an earlier receiver, whose base is at a checkpoint.
+    pub(super) fn recovered(
+        directory: &Path,
+        name: &str,
+        base: Base,
+        record: DiskRecord,
+        checkpoint: u64,
+    ) -> Self {
+        let pool = SegmentPool::new(directory, name, super::segment::SEGMENT_BYTES, 0);
+        let disk = Self::new(name, base, record, pool, Phase::Over);
+        disk.state().epoch = Some(checkpoint);
+        disk
+    }
+
+    fn new(name: &str, base: Base, record: DiskRecord, pool: SegmentPool, phase: Phase) -> Self {
+        let state = State {
+            phase,
+            open: Epoch::new(record.log(), 0),
+            committed: VecDeque::new(),
+            epoch: None,
+            is_writing: false,
+            is_connected: phase == Phase::Copying,
+            has_warned: false,
+            loss: None,
+            apply_error: None,
+            binding: None,
+        };
+        Self {
+            name: name.to_owned(),
+            base,
+            record,
+            pool,
+            state: Mutex::new(state),
+            changed: Condvar::new(),
+            is_cut: AtomicBool::new(false),
+            written: AtomicU64::new(0),
+        }
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        // What panicked has lost the disk (`connection.rs`), so its state decides nothing any more.
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(crate) fn name(&self) -> &str {
+        &self.name
+    }
+
+    pub(crate) fn base(&self) -> &Base {
+        &self.base
+    }
+
+    pub(crate) fn log(&self) -> u64 {
+        self.record.log()
+    }
+
+    pub(crate) fn figures(&self) -> DiskFigures {
+        let state = self.state();
+        DiskFigures {
+            log_bytes: self.pool.bytes(),
+            lag_bytes: state.committed.iter().map(|epoch| epoch.bytes()).sum(),
+            lag_epochs: state.committed.len(),
+            epoch: state.epoch,
+            is_lost: !state.is_connected || state.loss.is_some(),
+            written_bytes: self.written.load(Ordering::Relaxed),
+        }
+    }
+
+    /// Whether no session has taken it yet.
+    pub(crate) fn is_copying(&self) -> bool {
+        self.state().phase == Phase::Copying
+    }
+
+    // --- a session -------------------------------------------------------------------------------------------------
+
+    /// A session takes the disk: its writes go to the log from now on, and commit with checkpoint 1.
+    ///
+    /// # Errors
+    /// If a write is under way or the connection is gone.
+    pub(crate) fn bind(&self, binding: Binding) -> Result<(), DiskError> {
+        let mut state = self.state();
+        if state.is_writing {
+            return Err(self.unfinished(0));
+        }
+        if !state.is_connected {
+            return Err(DiskError::ConnectionLost {
+                disk: self.name.clone(),
+                reason: "before checkpoint 0".to_owned(),
+            });
+        }
+        self.record.bind(&binding.owner);
+        let mut binding = binding;
+        if let Some(ram) = binding.ram.take() {
+            self.pool.use_ram(ram);
+        }
+        state.binding = Some(Arc::new(binding));
+        state.open = Epoch::new(self.record.log(), 1);
+        state.phase = Phase::Open;
+        Ok(())
+    }
+
+    fn unfinished(&self, checkpoint: u64) -> DiskError {
+        DiskError::Unfinished {
+            disk: self.name.clone(),
+            checkpoint,
+        }
+    }
+
+    /// The epoch of `checkpoint` is complete: the primary has stopped its guest.
+    ///
+    /// # Errors
+    /// If it is not.
+    pub(crate) fn cut(&self, checkpoint: u64) -> Result<(), Arc<DiskError>> {
+        let mut state = self.state();
+        if let Some(loss) = &state.loss {
+            return Err(loss.clone());
+        }
+        if state.is_writing {
+            return Err(Arc::new(self.unfinished(checkpoint)));
+        }
+        self.check_epoch(&state, checkpoint)?;
+        if !canary::is_set(Canary::LateCut) {
+            state.phase = Phase::Cut;
+        }
+        self.is_cut.store(true, Ordering::Relaxed);
+        Ok(())
+    }
+
+    fn check_epoch(&self, state: &State, checkpoint: u64) -> Result<(), Arc<DiskError>> {
+        match state.phase {
+            Phase::Open | Phase::Cut if state.open.checkpoint == checkpoint => Ok(()),
+            _ => Err(Arc::new(DiskError::OtherEpoch {
+                disk: self.name.clone(),
+                at: state.epoch,
+                checkpoint,
+            })),
+        }
+    }
+
+    /// Whether the epoch of `checkpoint` may be committed.
+    ///
+    /// # Errors
+    /// If it may not.
+    pub(crate) fn check_commit(&self, checkpoint: u64) -> Result<(), Arc<DiskError>> {
+        let state = self.state();
+        match &state.loss {
+            Some(loss) => Err(loss.clone()),
+            None => self.check_epoch(&state, checkpoint),
+        }
+    }
+
+    /// The record has committed `checkpoint`: what was cut is to be applied, and writes go to a new epoch. `is_leader`: its record has the word of
+    /// a session whose RAM has no record.
+    pub(crate) fn commit(&self, checkpoint: u64, is_leader: bool) {
+        if checkpoint == 0 {
+            self.record.set_needed();
+        }
+        if is_leader {
+            self.record.commit(checkpoint);
+        }
+        let mut state = self.state();
+        state.epoch = Some(checkpoint);
+        if checkpoint > 0 {
+            let next = Epoch::new(self.record.log(), checkpoint + 1);
+            let cut = std::mem::replace(&mut state.open, next);
+            if !cut.is_empty() {
+                state.committed.push_back(Arc::new(cut));
+            }
+        }
+        if state.phase == Phase::Cut {
+            state.phase = Phase::Open;
+        }
+    }
+
+    /// A checkpoint is acknowledged: its log is applied now.
+    pub(crate) fn acknowledged(&self) {
+        self.is_cut.store(false, Ordering::Relaxed);
+        self.changed.notify_all();
+    }
+
+    /// The session is over: what is not committed is dropped, and the connection ends.
+    pub(crate) fn end_session(&self) {
+        let mut state = self.state();
+        if state.phase == Phase::Over {
+            return;
+        }
+        state.phase = Phase::Over;
+        let log = self.record.log();
+        let open = std::mem::replace(&mut state.open, Epoch::new(log, 0));
+        if !canary::is_set(Canary::AppliedEarly) || open.is_empty() {
+            open.segments.iter().for_each(|segment| segment.free());
+            self.pool.put(open.segments);
+        } else {
+            state.committed.push_back(Arc::new(open));
+        }
+        let binding = state.binding.clone();
+        drop(state);
+        self.acknowledged();
+        if let Some(binding) = binding {
+            (binding.hang_up)();
+        }
+    }
+
+    /// Waits until all committed epochs are in the base.
+    ///
+    /// # Errors
+    /// If they cannot be written.
+    pub(crate) fn wait_drained(&self) -> Result<(), DiskError> {
+        let mut state = self.state();
+        while !state.committed.is_empty() {
+            if let Some(error) = &state.apply_error {
+                return Err(DiskError::Apply {
+                    disk: self.name.clone(),
+                    source: std::io::Error::other(error.clone()),
+                });
+            }
+            state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
+        }
+        Ok(())
+    }
+
+    /// Keeps the files for the next receiver: a checkpoint needs the disk.
+    pub(crate) fn keep_files(&self) {
+        self.record.keep();
+        self.pool.keep(true);
+    }
+
+    /// Removes the files of a disk that no checkpoint needs any more.
+    pub(crate) fn remove_files(&self) {
+        self.pool.keep(false);
+        self.pool.trim_all();
+        self.record.remove();
+    }
+
+    // --- the connection --------------------------------------------------------------------------------------------
+
+    /// Begins a write. Waits for room in the log.
+    ///
+    /// # Errors
+    /// What to answer; the session is ended.
+    pub(crate) fn begin_write(&self, part: (u64, u64), wanted: &mut Wanted) -> Result<WriteTarget, NbdError> {
+        let (offset, length) = part;
+        wanted.clear();
+        self.written.fetch_add(length, Ordering::Relaxed);
+        let mut state = self.writable()?;
+        state.is_writing = true;
+        if state.phase == Phase::Copying {
+            return Ok(WriteTarget::Base);
+        }
+        wanted.checkpoint = state.open.checkpoint;
+        while !state.open.place(offset, length, &mut wanted.placed) {
+            drop(state);
+            state = self.add_segment(wanted.checkpoint)?;
+        }
+        for placed in &wanted.placed {
+            if let Content::Data { segment, .. } = placed.part.content {
+                wanted.segments.push(state.open.segments[segment].clone());
+            }
+        }
+        Ok(WriteTarget::Log)
+    }
+
+    /// The state, if writes may come now.
+    fn writable(&self) -> Result<MutexGuard<'_, State>, NbdError> {
+        let state = self.state();
+        match state.phase {
+            _ if state.loss.is_some() => Err(NbdError::Shutdown),
+            Phase::Copying | Phase::Open => Ok(state),
+            Phase::Over => Err(NbdError::Shutdown),
+            Phase::Cut => {
+                let checkpoint = state.open.checkpoint;
+                drop(state);
+                self.lose(DiskError::LateWrite {
+                    disk: self.name.clone(),
+                    checkpoint,
+                });
+                Err(NbdError::Shutdown)
+            }
+        }
+    }
+
+    /// Gives the open epoch another segment, when there is room for one.
+    fn add_segment(&self, checkpoint: u64) -> Result<MutexGuard<'_, State>, NbdError> {
+        loop {
+            // Not under the lock: a new one takes milliseconds.
+            let no_segment = match self.pool.take() {
+                Ok(segment) => {
+                    let mut state = self.writable()?;
+                    if state.open.checkpoint != checkpoint {
+                        return Err(NbdError::Shutdown);
+                    }
+                    state.open.add(segment);
+                    return Ok(state);
+                }
+                Err(no_segment) => no_segment,
+            };
+            let mut state = self.writable()?;
+            // Applying may have made room meanwhile.
+            let has_room = match no_segment {
+                NoSegment::Full => self.pool.has_room(),
+                NoSegment::NoRoom(_) => self.pool.has_free(),
+            };
+            if has_room {
+                continue;
+            }
+            if state.committed.is_empty() || state.apply_error.is_some() {
+                drop(state);
+                let disk = self.name.clone();
+                self.lose(match no_segment {
+                    NoSegment::Full => DiskError::LogFull {
+                        disk,
+                        limit: self.pool.limit(),
+                    },
+                    NoSegment::NoRoom(source) => DiskError::NoRoom {
+                        disk,
+                        source: Box::new(source),
+                    },
+                });
+                return Err(NbdError::NoSpace);
+            }
+            let warning = (!std::mem::replace(&mut state.has_warned, true)).then(|| state.binding.clone());
+            if let Some(Some(binding)) = warning {
+                drop(state);
+                (binding.on_full)(self.name.clone());
+                state = self.state();
+            }
+            if !state.committed.is_empty() {
+                drop(self.changed.wait(state));
+            }
+        }
+    }
+
+    /// The data of a write has arrived.
+    ///
+    /// # Errors
+    /// If it came too late; the session is ended.
+    pub(crate) fn end_write(&self, target: WriteTarget, wanted: &Wanted) -> Result<(), NbdError> {
+        let mut state = self.writable()?;
+        state.is_writing = false;
+        if target == WriteTarget::Log {
+            if state.open.checkpoint != wanted.checkpoint {
+                return Err(NbdError::Shutdown);
+            }
+            state.open.written(&wanted.placed);
+        }
+        Ok(())
+    }
+
+    /// Makes a range zero.
+    ///
+    /// # Errors
+    /// What to answer.
+    pub(crate) fn zero(&self, offset: u64, length: u64, may_punch: bool, fast: bool) -> Result<(), NbdError> {
+        let mut state = self.writable()?;
+        if state.phase == Phase::Copying {
+            state.is_writing = true;
+            drop(state);
+            let zeroed = self.base.zero(offset, length, may_punch, fast);
+            self.state().is_writing = false;
+            return zeroed.map_err(|error| nbd_error(&error));
+        }
+        let checkpoint = state.open.checkpoint;
+        while !state.open.zero(offset, length, may_punch) {
+            drop(state);
+            state = self.add_segment(checkpoint)?;
+        }
+        Ok(())
+    }
+
+    /// Frees a range.
+    ///
+    /// # Errors
+    /// What to answer.
+    pub(crate) fn trim(&self, offset: u64, length: u64) -> Result<(), NbdError> {
+        if !self.is_copying() {
+            return self.zero(offset, length, true, true);
+        }
+        self.base.trim(offset, length).map_err(|error| nbd_error(&error))
+    }
+
+    /// Makes earlier writes durable. Those of a session's disk are with their commit.
+    ///
+    /// # Errors
+    /// What to answer.
+    pub(crate) fn flush(&self) -> Result<(), NbdError> {
+        match self.is_copying() {
+            true => self.base.sync().map_err(|error| nbd_error(&error)),
+            false => Ok(()),
+        }
+    }
+
+    /// The pieces of a range, in order: the newest content of each.
+    pub(crate) fn pieces(&self, offset: u64, length: u64, pieces: &mut Vec<Piece>) {
+        pieces.clear();
+        let state = self.state();
+        let mut open = vec![(offset, offset + length)];
+        let layers = std::iter::once(&state.open).chain(state.committed.iter().rev().map(|epoch| &**epoch));
+        for layer in layers.filter(|layer| !layer.is_empty()) {
+            let mut unknown = Vec::new();
+            for (from, to) in open {
+                layer.resolve(
+                    from,
+                    to,
+                    |part| pieces.push(piece(layer, part)),
+                    |from, to| unknown.push((from, to)),
+                );
+            }
+            open = unknown;
+        }
+        drop(state);
+        pieces.extend(open.iter().map(|(from, to)| Piece {
+            offset: *from,
+            length: to - from,
+            source: Source::Base,
+        }));
+        pieces.sort_unstable_by_key(|piece| piece.offset);
+    }
+
+    /// The connection has ended. Returns whether a session has lost the disk by it, which [`Self::lose`] is to report.
+    pub(crate) fn disconnected(&self) -> bool {
+        let mut state = self.state();
+        state.is_connected = false;
+        matches!(state.phase, Phase::Open | Phase::Cut) && state.loss.is_none()
+    }
+
+    /// No further epoch can be cut, though the session may not have ended yet.
+    pub(crate) fn note_loss(&self, error: DiskError) -> Arc<DiskError> {
+        let mut state = self.state();
+        let loss = state.loss.get_or_insert_with(|| Arc::new(error)).clone();
+        drop(state);
+        self.changed.notify_all();
+        loss
+    }
+
+    /// The disk is lost to its session, which ends by that.
+    pub(crate) fn lose(&self, error: DiskError) {
+        let loss = self.note_loss(error);
+        let binding = self.state().binding.clone();
+        if let Some(binding) = binding {
+            (binding.on_loss)(loss);
+        }
+    }
+
+    // --- applying: see apply.rs ------------------------------------------------------------------------------------
+
+    /// The oldest epoch that is committed and not in the base.
+    #[cfg(test)]
+    pub(super) fn oldest(&self) -> Option<Arc<Epoch>> {
+        self.state().committed.front().cloned()
+    }
+
+    /// Waits for an epoch to apply; none when there will be no more.
+    pub(super) fn wait_for_epoch(&self) -> Option<Arc<Epoch>> {
+        let mut state = self.state();
+        loop {
+            if state.apply_error.is_some() {
+                return None;
+            }
+            if let Some(epoch) = state.committed.front() {
+                return Some(epoch.clone());
+            }
+            if state.phase == Phase::Over {
+                return None;
+            }
+            state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+
+    /// The oldest epoch is in the base, and its segments are free.
+    pub(super) fn applied(&self, epoch: Arc<Epoch>) {
+        let mut state = self.state();
+        drop(state.committed.pop_front());
+        // The queue's was the other reference. Under the lock: who finds the queue empty finds the room, too.
+        let mut index = None;
+        match Arc::try_unwrap(epoch) {
+            Ok(mut epoch) => {
+                self.pool.put(std::mem::take(&mut epoch.segments));
+                index = Some(epoch);
+            }
+            Err(shared) => self.pool.put(shared.segments.clone()),
+        }
+        drop(state);
+        drop(index);
+        self.changed.notify_all();
+    }
+
+    /// The base cannot be written: nothing is applied any more.
+    pub(super) fn apply_failed(&self, error: std::io::Error) {
+        self.state().apply_error = Some(error.to_string());
+        // What is committed stays in its log.
+        self.keep_files();
+        self.lose(DiskError::Apply {
+            disk: self.name.clone(),
+            source: error,
+        });
+    }
+
+    /// Whether the primary's guest stands still for a checkpoint.
+    pub(super) fn is_cut(&self) -> bool {
+        self.is_cut.load(Ordering::Relaxed)
+    }
+}
+
+fn piece(epoch: &Epoch, part: Part) -> Piece {
+    Piece {
+        offset: part.offset,
+        length: part.length,
+        source: match part.content {
+            Content::Data { segment, place } => Source::Segment(epoch.segments[segment].clone(), place),
+            Content::Zero { .. } => Source::Zero,
+        },
+    }
+}
+
+/// An error of the system as the client understands it.
+pub(crate) fn nbd_error(error: &std::io::Error) -> NbdError {
+    match error.kind() {
+        std::io::ErrorKind::StorageFull | std::io::ErrorKind::QuotaExceeded => NbdError::NoSpace,
+        std::io::ErrorKind::Unsupported => NbdError::Unsupported,
+        _ => NbdError::Io,
+    }
+}

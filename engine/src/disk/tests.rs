@@ -1,0 +1,345 @@
+//! A disk with its epochs against an array of bytes; its files after a kill.
+
+use super::guest_disk::{Binding, Disk, DiskOptions, Piece, Source, Wanted, WriteTarget};
+use super::pool::{RamPlace, RamShare};
+use super::record::Ownership;
+use super::recovery::{Settled, StoredDisk, recover, settle_orphans};
+use super::{DiskError, apply, path_of};
+use crate::store::memory::ram_dir::{RamDirectory, RamFiles};
+use proptest::prelude::*;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex};
+
+const SIZE: usize = 256 << 10;
+const SEGMENT: u64 = 16 << 10;
+
+fn options(log_max: u64) -> DiskOptions {
+    DiskOptions {
+        log_max,
+        segment_bytes: SEGMENT,
+    }
+}
+
+/// A share of so many segments.
+struct Segments(Mutex<usize>);
+
+impl RamShare for Segments {
+    fn take(&self, _: u64) -> Option<Box<dyn Send + Sync>> {
+        let mut left = self.0.lock().unwrap();
+        *left = left.checked_sub(1)?;
+        Some(Box::new(()))
+    }
+}
+
+struct Bench {
+    bases: tempfile::TempDir,
+    ram: PathBuf,
+    losses: Arc<Mutex<Vec<String>>>,
+}
+
+impl Bench {
+    fn new() -> Self {
+        let below = if Path::new("/dev/shm").is_dir() {
+            "/dev/shm"
+        } else {
+            "/tmp"
+        };
+        let bases = tempfile::tempdir_in(below).unwrap();
+        let ram = bases.path().join("ram");
+        std::fs::create_dir(&ram).unwrap();
+        std::fs::write(path_of(bases.path(), "disk"), vec![0xee; SIZE]).unwrap();
+        Self {
+            bases,
+            ram,
+            losses: Arc::default(),
+        }
+    }
+
+    fn open(&self, log_max: u64) -> Disk {
+        Disk::open(self.bases.path(), "disk", options(log_max)).unwrap()
+    }
+
+    fn files(&self) -> Arc<RamFiles> {
+        let files = Arc::new(RamFiles::new(RamDirectory::open(&self.ram).unwrap(), "session-1"));
+        // As a kill leaves them: no destructor removes one.
+        files.keep(true);
+        files
+    }
+
+    /// A session takes the disk; so many segments are in memory.
+    fn bind(&self, disk: &Disk, segments_in_ram: Option<usize>) {
+        let losses = self.losses.clone();
+        let ram = segments_in_ram.map(|count| RamPlace {
+            files: self.files(),
+            share: Arc::new(Segments(Mutex::new(count))),
+        });
+        disk.bind(Binding {
+            owner: Ownership {
+                session: 1,
+                leader: "disk".into(),
+                ram_dir: ram.is_some().then(|| self.ram.display().to_string()),
+            },
+            ram,
+            on_loss: Box::new(move |error| losses.lock().unwrap().push(error.to_string())),
+            on_full: Box::new(|_| {}),
+            hang_up: Box::new(|| {}),
+        })
+        .unwrap();
+        disk.commit(0, segments_in_ram.is_none());
+    }
+
+    fn base(&self) -> Vec<u8> {
+        std::fs::read(path_of(self.bases.path(), "disk")).unwrap()
+    }
+
+    fn names(&self) -> Vec<String> {
+        let names = |directory: &Path| -> Vec<String> {
+            let entries = std::fs::read_dir(directory).unwrap();
+            entries
+                .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+                .filter(|name| name.contains('~'))
+                .collect()
+        };
+        [names(self.bases.path()), names(&self.ram)].concat()
+    }
+}
+
+fn write(disk: &Disk, offset: usize, bytes: &[u8]) -> bool {
+    let mut wanted = Wanted::default();
+    let Ok(target) = disk.begin_write((offset as u64, bytes.len() as u64), &mut wanted) else {
+        return false;
+    };
+    match target {
+        WriteTarget::Base => disk.base().write(bytes, offset as u64).unwrap(),
+        WriteTarget::Log => {
+            let mut rest = bytes;
+            for stretch in wanted.stretches() {
+                let (now, later) = rest.split_at(stretch.length);
+                stretch.segment.write(stretch.place, now);
+                rest = later;
+            }
+            assert!(rest.is_empty());
+        }
+    }
+    disk.end_write(target, &wanted).is_ok()
+}
+
+fn read(disk: &Disk, offset: usize, length: usize) -> Vec<u8> {
+    let mut pieces: Vec<Piece> = Vec::new();
+    disk.pieces(offset as u64, length as u64, &mut pieces);
+    let mut out = Vec::new();
+    for piece in pieces {
+        assert_eq!(piece.offset, (offset + out.len()) as u64);
+        let start = out.len();
+        out.resize(start + usize::try_from(piece.length).unwrap(), 0);
+        match piece.source {
+            Source::Segment(segment, place) => segment.read(place, &mut out[start..]),
+            Source::Zero => {}
+            Source::Base => disk.base().read(&mut out[start..], piece.offset).unwrap(),
+        }
+    }
+    assert_eq!(out.len(), length);
+    out
+}
+
+#[derive(Clone, Debug)]
+enum Step {
+    Write(usize, usize, u8),
+    Zero(usize, usize),
+    Checkpoint,
+    Apply,
+}
+
+fn step() -> impl Strategy<Value = Step> {
+    let length = prop_oneof![3 => Just(4096usize), 1 => 1..40_000usize];
+    prop_oneof![
+        8 => (0..SIZE / 512, length.clone(), any::<u8>()).prop_map(|(at, length, value)| Step::Write(at * 512, length, value)),
+        2 => (0..SIZE / 512, length).prop_map(|(at, length)| Step::Zero(at * 512, length)),
+        2 => Just(Step::Checkpoint),
+        2 => Just(Step::Apply),
+    ]
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(64))]
+
+    /// Reads see the newest data at any time; the base is at a checkpoint after the session; a later receiver finds the checkpoint that the
+    /// record names, whatever was applied before.
+    #[test]
+    fn a_disk_is_what_was_written(steps in proptest::collection::vec(step(), 1..60), in_ram in 0usize..6, is_killed: bool) {
+        let bench = Bench::new();
+        let disk = bench.open(1 << 30);
+        prop_assert!(write(&disk, 512, &[9; 1000]));
+        bench.bind(&disk, Some(in_ram));
+        let mut now = bench.base();
+        let (mut committed, mut checkpoint) = (now.clone(), 0);
+        for step in steps {
+            match step {
+                Step::Write(at, length, value) => {
+                    let length = length.min(SIZE - at);
+                    now[at..at + length].fill(value);
+                    prop_assert!(write(&disk, at, &vec![value; length]));
+                }
+                Step::Zero(at, length) => {
+                    let length = length.min(SIZE - at);
+                    now[at..at + length].fill(0);
+                    prop_assert!(disk.zero(at as u64, length as u64, true, true).is_ok());
+                }
+                Step::Checkpoint => {
+                    checkpoint += 1;
+                    disk.cut(checkpoint).unwrap();
+                    disk.check_commit(checkpoint).unwrap();
+                    disk.commit(checkpoint, false);
+                    committed.clone_from(&now);
+                }
+                Step::Apply => drop(apply::step(&disk)),
+            }
+            prop_assert!(read(&disk, 0, SIZE) == now);
+        }
+        prop_assert!(bench.losses.lock().unwrap().is_empty());
+        let stored = StoredDisk {
+            directory: bench.bases.path().to_str().unwrap().into(),
+            name: "disk".into(),
+            log: disk.log(),
+            size: SIZE as u64,
+        };
+        if is_killed {
+            disk.keep_files();
+            drop(disk);
+            let found = recover(&stored, &bench.files(), checkpoint, false).unwrap();
+            prop_assert!(bench.base() == committed);
+            prop_assert_eq!(found.figures().epoch, Some(checkpoint));
+            prop_assert_eq!(bench.names(), ["disk.~record"]);
+            found.remove_files();
+        } else {
+            disk.end_session();
+            while apply::step(&disk) {}
+            disk.wait_drained().unwrap();
+            prop_assert!(bench.base() == committed);
+            disk.remove_files();
+        }
+        prop_assert!(bench.names().is_empty(), "{:?}", bench.names());
+    }
+}
+
+#[test]
+fn a_write_after_the_cut_loses_the_disk() {
+    let bench = Bench::new();
+    let disk = bench.open(1 << 30);
+    bench.bind(&disk, Some(9));
+    assert!(write(&disk, 0, &[1; 4096]));
+    disk.cut(1).unwrap();
+    assert!(!write(&disk, 0, &[2; 4096]));
+    assert!(bench.losses.lock().unwrap()[0].contains("checkpoint 1"));
+    assert!(disk.check_commit(1).is_err());
+}
+
+#[test]
+fn a_write_that_is_not_complete_prevents_the_cut() {
+    let bench = Bench::new();
+    let disk = bench.open(1 << 30);
+    bench.bind(&disk, Some(9));
+    let mut wanted = Wanted::default();
+    assert_eq!(disk.begin_write((0, 4096), &mut wanted), Ok(WriteTarget::Log));
+    assert!(matches!(*disk.cut(1).unwrap_err(), DiskError::Unfinished { .. }));
+}
+
+#[test]
+fn a_lost_connection_prevents_the_next_checkpoint() {
+    let bench = Bench::new();
+    let disk = bench.open(1 << 30);
+    bench.bind(&disk, Some(9));
+    disk.cut(1).unwrap();
+    disk.commit(1, false);
+    assert!(disk.disconnected());
+    disk.note_loss(DiskError::ConnectionLost {
+        disk: "disk".into(),
+        reason: "a test".into(),
+    });
+    assert!(disk.cut(2).is_err());
+    assert!(!write(&disk, 0, &[1]));
+}
+
+#[test]
+fn a_full_log_waits_for_applying_and_is_an_error_in_one_epoch() {
+    let bench = Bench::new();
+    let disk = Arc::new(bench.open(4 * SEGMENT));
+    bench.bind(&disk, Some(9));
+    let applying = disk.clone();
+    let thread = std::thread::spawn(move || apply::run(&applying));
+    for checkpoint in 1..50 {
+        for block in 0..6 {
+            assert!(write(&disk, block * 4096, &[7; 4096]));
+        }
+        disk.cut(checkpoint).unwrap();
+        disk.commit(checkpoint, false);
+        disk.acknowledged();
+    }
+    let full = (0..SIZE / 4096).any(|block| !write(&disk, block * 4096, &[8; 4096]));
+    assert!(full);
+    assert!(bench.losses.lock().unwrap()[0].contains("--disk-log-max"));
+    disk.end_session();
+    thread.join().unwrap();
+    assert!(bench.base()[..6 * 4096].iter().all(|byte| *byte == 7));
+    assert!(bench.base()[6 * 4096..].iter().all(|byte| *byte == 0xee));
+}
+
+/// Without a RAM directory: the record of the first disk says what is committed.
+#[test]
+fn disks_without_memory_are_left_at_an_epoch() {
+    let bench = Bench::new();
+    let disk = bench.open(1 << 30);
+    bench.bind(&disk, None);
+    for checkpoint in 1..4 {
+        assert!(write(&disk, 0, &[u8::try_from(checkpoint).unwrap(); 10_000]));
+        disk.cut(checkpoint).unwrap();
+        disk.commit(checkpoint, true);
+    }
+    assert!(write(&disk, 0, &[99; 20_000]));
+    disk.keep_files();
+    drop(disk);
+    let refused = Disk::open(bench.bases.path(), "disk", options(1 << 30))
+        .err()
+        .unwrap();
+    assert!(matches!(refused, DiskError::Orphan { .. }));
+    let settled = settle_orphans(bench.bases.path()).unwrap();
+    assert!(matches!(settled[..], [(_, Settled::At(3))]));
+    assert!(bench.base()[..10_000].iter().all(|byte| *byte == 3));
+    assert!(bench.base()[10_000..].iter().all(|byte| *byte == 0xee));
+    assert!(bench.names().is_empty(), "{:?}", bench.names());
+    drop(bench.open(1 << 30));
+}
+
+#[test]
+fn a_disk_of_a_checkpoint_elsewhere_is_left_alone() {
+    let bench = Bench::new();
+    let disk = bench.open(1 << 30);
+    bench.bind(&disk, Some(9));
+    assert!(write(&disk, 0, &[1; 4096]));
+    disk.cut(1).unwrap();
+    disk.commit(1, false);
+    disk.keep_files();
+    drop(disk);
+    let settled = settle_orphans(bench.bases.path()).unwrap();
+    assert!(matches!(
+        settled[..],
+        [(_, Settled::Stays(DiskError::Orphan { .. }))]
+    ));
+    let refused = Disk::open(bench.bases.path(), "disk", options(1 << 30))
+        .err()
+        .unwrap();
+    assert!(refused.to_string().contains("--ram-dir"), "{refused}");
+    assert!(bench.base().iter().all(|byte| *byte == 0xee));
+}
+
+#[test]
+fn a_disk_has_one_receiver() {
+    let bench = Bench::new();
+    let disk = bench.open(1 << 30);
+    let refused = Disk::open(bench.bases.path(), "disk", options(1 << 30))
+        .err()
+        .unwrap();
+    assert!(matches!(refused, DiskError::OtherReceiver(_)));
+    drop(disk);
+    drop(bench.open(1 << 30));
+}

@@ -1,0 +1,12 @@
+//! Guests' disks in the receiver: the NBD server, which disk belongs to which session, and what a session does with its disks.
+
+mod connection;
+mod registry;
+mod server;
+mod session_disks;
+
+pub(super) use registry::DiskRegistry;
+pub use registry::UnboundDisk;
+pub(super) use server::{DiskServer, ServerParts};
+pub(super) use session_disks::SessionDisks;
+pub use session_disks::{DiskState, DiskStatus, RestoredDisk};

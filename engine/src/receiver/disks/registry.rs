@@ -1,0 +1,439 @@
+//! Which disks are connected, and whose they are.
+//!
+//! A disk exists as long as its connection, its session or its kept checkpoint does; the registry only knows of it. So that no guest gets
+//! another guest's disk, connections go to a session by UUID, or by origin where that is unique.
+
+use super::session_disks::DiskState;
+use crate::disk::{
+    Base, Binding, Disk, DiskError, DiskOptions, Ownership, RamPlace, RamShare, is_name, names_in, path_of,
+};
+use crate::net::Origin;
+use crate::receiver::end::SessionEnd;
+use crate::receiver::live_session::LiveSession;
+use crate::receiver::{Event, Events};
+use crate::store::memory::ram_dir::RamFiles;
+use nix::sys::socket::{Shutdown, shutdown};
+use serde::{Deserialize, Serialize};
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+
+/// Most exports that are listed.
+const NAMES_MAX: usize = 1024;
+
+/// A guest's UUID.
+pub(in crate::receiver) type Uuid = [u8; 16];
+
+/// A disk that no session has taken yet.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct UnboundDisk {
+    /// Its export's name.
+    pub name: String,
+    /// Its base, absolute.
+    pub base: PathBuf,
+    /// The size of the disk.
+    pub size_bytes: u64,
+    /// Always [`DiskState::Copying`].
+    pub state: DiskState,
+    /// Where its connection comes from.
+    pub from: String,
+    /// The UUID that its client gave.
+    pub uuid: Option<String>,
+    /// Bytes written since it was connected.
+    pub written_bytes: u64,
+}
+
+/// A client of a disk.
+pub(super) struct Client {
+    pub(super) from: String,
+    pub(super) origin: Origin,
+    pub(super) socket: Arc<OwnedFd>,
+}
+
+struct Entry {
+    disk: Weak<Disk>,
+    name: String,
+    client: Option<Client>,
+    uuid: Option<Uuid>,
+    session: Option<u32>,
+}
+
+/// A session that has not committed yet.
+struct Candidate {
+    session: u32,
+    origin: Origin,
+}
+
+#[derive(Default)]
+struct Known {
+    entries: Vec<Entry>,
+    /// Names of disks that are being opened.
+    opening: Vec<String>,
+    candidates: Vec<Candidate>,
+}
+
+/// See the module.
+pub(in crate::receiver) struct DiskRegistry {
+    directory: PathBuf,
+    options: DiskOptions,
+    share: Arc<dyn RamShare>,
+    events: Arc<Events>,
+    known: Mutex<Known>,
+}
+
+/// `NAME` or `NAME@UUID`, as a client asks for.
+fn parse(name: &str) -> Result<(&str, Option<Uuid>), String> {
+    let (name, uuid) = match name.split_once('@') {
+        None => (name, None),
+        Some((name, uuid)) => {
+            let parsed = parse_uuid(uuid).ok_or_else(|| format!("'{uuid}' is not a UUID"))?;
+            (name, Some(parsed))
+        }
+    };
+    match is_name(name) {
+        true => Ok((name, uuid)),
+        false => Err(format!(
+            "'{name}' is not a disk's name: 1 to 64 of A-Z a-z 0-9 . _ -, not beginning with a dot"
+        )),
+    }
+}
+
+fn parse_uuid(text: &str) -> Option<Uuid> {
+    let is_dash = |at: &usize| [8, 13, 18, 23].contains(at);
+    let bytes = text.as_bytes();
+    if bytes.len() != 36 || (0..36).any(|at| is_dash(&at) != (bytes[at] == b'-')) {
+        return None;
+    }
+    let digits: Vec<u8> = (0..36)
+        .filter(|at| !is_dash(at))
+        .map(|at| {
+            char::from(bytes[at])
+                .to_digit(16)
+                .and_then(|digit| u8::try_from(digit).ok())
+        })
+        .collect::<Option<_>>()?;
+    let mut uuid = [0; 16];
+    for (byte, pair) in uuid.iter_mut().zip(digits.chunks_exact(2)) {
+        *byte = pair[0] << 4 | pair[1];
+    }
+    Some(uuid)
+}
+
+fn format_uuid(uuid: &Uuid) -> String {
+    let mut text = String::new();
+    for (at, byte) in uuid.iter().enumerate() {
+        if [4, 6, 8, 10].contains(&at) {
+            text.push('-');
+        }
+        text.push_str(&format!("{byte:02x}"));
+    }
+    text
+}
+
+impl DiskRegistry {
+    /// The disks of a directory, absolute.
+    pub(in crate::receiver) fn new(
+        directory: PathBuf,
+        options: DiskOptions,
+        share: Arc<dyn RamShare>,
+        events: Arc<Events>,
+    ) -> Self {
+        Self {
+            directory,
+            options,
+            share,
+            events,
+            known: Mutex::default(),
+        }
+    }
+
+    fn known(&self) -> MutexGuard<'_, Known> {
+        // Nothing that panics is done under it.
+        let mut known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
+        known.entries.retain(|entry| entry.disk.strong_count() > 0);
+        known
+    }
+
+    pub(in crate::receiver) fn directory(&self) -> &Path {
+        &self.directory
+    }
+
+    pub(super) fn warn(&self, text: String) {
+        (self.events)(Event::Warning(text));
+    }
+
+    // --- clients ---------------------------------------------------------------------------------------------------
+
+    pub(super) fn names(&self) -> Vec<String> {
+        match names_in(&self.directory, NAMES_MAX) {
+            Ok(names) => names,
+            Err(error) => {
+                self.warn(format!("{}: {error}", self.directory.display()));
+                Vec::new()
+            }
+        }
+    }
+
+    /// The size of an export.
+    ///
+    /// # Errors
+    /// Why it cannot be had.
+    pub(super) fn size(&self, asked: &str) -> Result<u64, String> {
+        let (name, _) = parse(asked)?;
+        let disk = (self.known().entries.iter())
+            .find(|entry| entry.name == name)
+            .and_then(|entry| entry.disk.upgrade());
+        match disk {
+            Some(disk) => Ok(disk.base().size()),
+            None => {
+                let base = Base::open_shared(&path_of(&self.directory, name));
+                base.map(|base| base.size()).map_err(|error| error.to_string())
+            }
+        }
+    }
+
+    /// Opens a disk for a client.
+    ///
+    /// # Errors
+    /// Why it cannot be had.
+    pub(super) fn claim(&self, asked: &str, client: Client) -> Result<Arc<Disk>, String> {
+        let (name, uuid) = parse(asked)?;
+        let mut known = self.known();
+        if known.opening.iter().any(|opening| opening == name) {
+            return Err(format!("disk {name} is in use"));
+        }
+        if let Some(entry) = known.entries.iter().find(|entry| entry.name == name) {
+            return Err(match (&entry.client, entry.session) {
+                (_, Some(session)) => format!(
+                    "disk {name} belongs to the checkpoint of session {session}; `colo-ring discard --session {session}` gives that up \
+                     once the session has ended"
+                ),
+                (Some(client), None) => format!("disk {name} is in use by {}", client.from),
+                (None, None) => format!("disk {name} is in use"),
+            });
+        }
+        // Not under the lock: a session that commits takes it.
+        known.opening.push(name.to_owned());
+        drop(known);
+        let opened = Disk::open(&self.directory, name, self.options);
+        let mut known = self.known();
+        known.opening.retain(|opening| opening != name);
+        let disk = Arc::new(opened.map_err(|error| error.to_string())?);
+        known.entries.push(Entry {
+            disk: Arc::downgrade(&disk),
+            name: name.to_owned(),
+            client: Some(client),
+            uuid,
+            session: None,
+        });
+        Ok(disk)
+    }
+
+    /// Ends all connections.
+    pub(super) fn hang_up_all(&self) {
+        for entry in &self.known().entries {
+            if let Some(client) = &entry.client {
+                hang_up(&client.socket);
+            }
+        }
+    }
+
+    // --- sessions --------------------------------------------------------------------------------------------------
+
+    /// A session may take disks later.
+    pub(in crate::receiver) fn session_began(&self, session: u32, origin: Origin) {
+        self.known().candidates.push(Candidate { session, origin });
+    }
+
+    pub(in crate::receiver) fn session_ended(&self, session: u32) {
+        self.known()
+            .candidates
+            .retain(|candidate| candidate.session != session);
+    }
+
+    /// A recovered checkpoint has this disk.
+    pub(in crate::receiver) fn adopt(&self, disk: &Arc<Disk>, session: u32) {
+        self.known().entries.push(Entry {
+            disk: Arc::downgrade(disk),
+            name: disk.name().to_owned(),
+            client: None,
+            uuid: None,
+            session: Some(session),
+        });
+    }
+
+    /// Binds the disks of a session that commits for the first time. `ram` are the files of its RAM, where they outlive the process.
+    ///
+    /// # Errors
+    /// If it is not clear which they are, or one of them is not ready.
+    pub(in crate::receiver) fn bind(
+        &self,
+        session: &Arc<LiveSession>,
+        uuid: Option<Uuid>,
+        ram: Option<&Arc<RamFiles>>,
+    ) -> Result<Vec<Arc<Disk>>, DiskError> {
+        let mut known = self.known();
+        known
+            .candidates
+            .retain(|candidate| candidate.session != session.id);
+        let mut own = find_own(&known, session.origin, uuid)?;
+        own.sort_by(|one, other| known.entries[*one].name.cmp(&known.entries[*other].name));
+        let Some(first) = own.first() else {
+            return Ok(Vec::new());
+        };
+        let leader = known.entries[*first].name.clone();
+        let owner = Ownership {
+            session: u64::from(session.id),
+            leader,
+            ram_dir: ram.map(|files| files.directory().display().to_string()),
+        };
+        let mut disks: Vec<Arc<Disk>> = Vec::new();
+        for position in own {
+            let entry = &mut known.entries[position];
+            let Some(disk) = entry.disk.upgrade() else {
+                continue;
+            };
+            let bound = disk.bind(Binding {
+                owner: owner.clone(),
+                ram: ram.map(|files| RamPlace {
+                    files: files.clone(),
+                    share: self.share.clone(),
+                }),
+                on_loss: on_loss(session),
+                on_full: self.on_full(session.id),
+                hang_up: match &entry.client {
+                    Some(client) => {
+                        let socket = client.socket.clone();
+                        Box::new(move || hang_up(&socket))
+                    }
+                    None => Box::new(|| {}),
+                },
+            });
+            if let Err(error) = bound.and_then(|()| start_applying(&disk)) {
+                disks.iter().chain([&disk]).for_each(|disk| disk.end_session());
+                return Err(error);
+            }
+            entry.session = Some(session.id);
+            disks.push(disk);
+        }
+        Ok(disks)
+    }
+
+    fn on_full(&self, session: u32) -> Box<dyn Fn(String) + Send + Sync> {
+        let events = self.events.clone();
+        Box::new(move |disk| {
+            events(Event::Warning(format!(
+                "session {session}: the log of disk {disk} is full; its guest's writes wait until some of it is applied. If this lasts, \
+                 give more with --disk-log-max or a faster disk"
+            )));
+        })
+    }
+
+    pub(in crate::receiver) fn unbound(&self) -> Vec<UnboundDisk> {
+        let known = self.known();
+        let entries = known.entries.iter().filter(|entry| entry.session.is_none());
+        let status = |entry: &Entry| {
+            let (disk, client) = (entry.disk.upgrade()?, entry.client.as_ref()?);
+            Some(UnboundDisk {
+                name: entry.name.clone(),
+                base: disk.base().path().to_owned(),
+                size_bytes: disk.base().size(),
+                state: DiskState::Copying,
+                from: client.from.clone(),
+                uuid: entry.uuid.as_ref().map(format_uuid),
+                written_bytes: disk.figures().written_bytes,
+            })
+        };
+        entries.filter_map(status).collect()
+    }
+}
+
+/// The positions of a session's connections.
+fn find_own(known: &Known, origin: Origin, uuid: Option<Uuid>) -> Result<Vec<usize>, DiskError> {
+    let (mut own, mut uuids, mut by_origin) = (Vec::new(), Vec::new(), None);
+    for (position, entry) in known.entries.iter().enumerate() {
+        let Some(client) = entry.client.as_ref().filter(|_| entry.session.is_none()) else {
+            continue;
+        };
+        match (entry.uuid, uuid) {
+            (Some(one), Some(other)) if one == other => own.push(position),
+            (Some(_), Some(_)) => {}
+            (one, _) if client.origin == origin => {
+                own.push(position);
+                by_origin = Some(&entry.name);
+                uuids.extend(one);
+            }
+            _ => {}
+        }
+    }
+    let Some(name) = by_origin else {
+        return Ok(own);
+    };
+    let remedy =
+        "give each guest a -uuid, switch the capability validate-uuid on, and ask for exports as NAME@UUID";
+    if known
+        .candidates
+        .iter()
+        .any(|candidate| candidate.origin == origin)
+    {
+        return Err(DiskError::Ambiguous(format!(
+            "disk {name} could belong to another session that begins from the same host: {remedy}"
+        )));
+    }
+    uuids.sort_unstable();
+    uuids.dedup();
+    match uuids[..] {
+        [] | [_] => Ok(own),
+        _ => Err(DiskError::Ambiguous(format!(
+            "disks of several guests are connected from the same host, and this session's stream has no UUID: {remedy}"
+        ))),
+    }
+}
+
+fn on_loss(session: &Arc<LiveSession>) -> Box<dyn Fn(Arc<DiskError>) + Send + Sync> {
+    let session = Arc::downgrade(session);
+    Box::new(move |error| {
+        if let Some(session) = session.upgrade() {
+            session.finish(SessionEnd::Disk(error));
+        }
+    })
+}
+
+fn hang_up(socket: &OwnedFd) {
+    // It fails only where the peer has closed already.
+    let _ = shutdown(socket.as_raw_fd(), Shutdown::Both);
+}
+
+fn start_applying(disk: &Arc<Disk>) -> Result<(), DiskError> {
+    let own = disk.clone();
+    let thread = std::thread::Builder::new().name("disk-apply".into());
+    let started = thread.spawn(move || crate::disk::apply_all(&own));
+    started.map(drop).map_err(|source| DiskError::Thread {
+        disk: disk.name().to_owned(),
+        source,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn exports_are_named_with_or_without_a_uuid() {
+        let uuid = "0c5a1f00-0000-4000-8000-0000000000ff";
+        let asked = format!("web3-root@{uuid}");
+        let (name, parsed) = parse(&asked).unwrap();
+        assert_eq!(name, "web3-root");
+        assert_eq!(format_uuid(&parsed.unwrap()), uuid);
+        assert_eq!(parse("root"), Ok(("root", None)));
+        for wrong in [
+            "root@",
+            "root@0c5a",
+            "../root",
+            "",
+            "a@0c5a1f00-0000-4000-8000-0000000000fg",
+        ] {
+            assert!(parse(wrong).is_err(), "{wrong}");
+        }
+    }
+}
