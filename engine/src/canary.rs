@@ -45,6 +45,12 @@ pub(crate) enum Canary {
     ForgottenDisk,
     /// Applying a log leaves out a block.
     SkippedBlock,
+    /// A channel arrives at a sync while payloads of it are not decoded.
+    EarlyArrival,
+    /// A packet's zero pages are applied before the payloads of the packets before it.
+    EarlyZero,
+    /// A worker that decodes the payload a channel waits for does not wake the channel.
+    LostDecodeWake,
 }
 
 #[cfg(test)]

@@ -1,7 +1,7 @@
 //! What the targets have in common: an input is a channel's packets, each a count of pages, a length and a payload.
 
 use colo_ring::units::{PACKET_PAGES, PAGE_SIZE};
-use colo_ring::wire::codec::{Decoder, Method, PageBuffer, memory_bytes};
+use colo_ring::wire::codec::{Decoder, Method, PageBuffer, stream_bytes};
 use std::cell::RefCell;
 
 thread_local!(static BUFFER: RefCell<PageBuffer> = RefCell::default());
@@ -20,7 +20,7 @@ pub fn channel(method: Method, mut input: &[u8]) {
         if method.check_payload(normal, announced).is_err() {
             return;
         }
-        let _ = memory_bytes(method, payload);
+        let _ = stream_bytes(method, payload);
         BUFFER.with_borrow_mut(|buffer| match decoder.decode(payload, normal, buffer) {
             Ok(pages) => {
                 assert!(!failed, "a decoder that failed stays failed");

@@ -1,7 +1,7 @@
 //! A session while its primary is connected: what its main channel, its multifd channels and the control thread share.
 //!
 //! It ends once, for one reason: the thread that finds the reason records it, shuts all sockets down and wakes all drivers.
-//! Its connections and tenants are then dropped one by one. After the last one, nothing writes to the guest's memory any
+//! Its connections, tenants and decode queues are then dropped one by one. After the last one, nothing writes to the guest's memory any
 //! more, and the control thread may drop what was not committed.
 
 use super::budget::{BudgetError, Lease};
@@ -17,6 +17,7 @@ use crate::store::Store;
 use crate::units::ChannelId;
 use crate::wire::stream::StreamHeader;
 use nix::sys::socket::{Shutdown, shutdown};
+use std::ops::Deref;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, OnceLock};
@@ -67,7 +68,7 @@ pub(super) struct LiveSession {
     checkpoint: OnceLock<Arc<KeptCheckpoint>>,
     end: OnceLock<SessionEnd>,
     channel_lost: AtomicBool,
-    /// Connections and tenants that are not dropped yet.
+    /// Connections, tenants and queues of packets to decode that are not dropped yet.
     parts: AtomicUsize,
 }
 
@@ -220,6 +221,11 @@ impl LiveSession {
         self.main.waker.wake();
     }
 
+    /// Wakes the driver of a channel at its home core.
+    pub(super) fn wake_channel(&self, channel: ChannelId) {
+        self.channels[usize::from(channel.0)].waker.wake();
+    }
+
     /// Wakes the drivers of all channels, each once: the channels were released.
     pub(super) fn wake_channels(&self) {
         for (position, channel) in self.channels.iter().enumerate() {
@@ -275,7 +281,7 @@ impl LiveSession {
         self.channel_lost.load(Ordering::Acquire)
     }
 
-    /// A connection or a tenant was dropped.
+    /// A connection, a tenant or another [`SessionPart`] was dropped.
     pub(super) fn part_dropped(&self) {
         if self.parts.fetch_sub(1, Ordering::AcqRel) == 1 {
             self.services.notify_control();
@@ -285,5 +291,30 @@ impl LiveSession {
     /// Whether all connections and tenants are dropped: nothing is received any more.
     pub(super) fn is_over(&self) -> bool {
         self.parts.load(Ordering::Acquire) == 0
+    }
+}
+
+/// A part of a session beside its connections and tenants: the session is not over before it is dropped.
+pub(super) struct SessionPart(Arc<LiveSession>);
+
+impl SessionPart {
+    /// To be called by another part of the session.
+    pub(super) fn new(session: &Arc<LiveSession>) -> Self {
+        session.parts.fetch_add(1, Ordering::Relaxed);
+        Self(session.clone())
+    }
+}
+
+impl Deref for SessionPart {
+    type Target = LiveSession;
+
+    fn deref(&self) -> &LiveSession {
+        &self.0
+    }
+}
+
+impl Drop for SessionPart {
+    fn drop(&mut self) {
+        self.0.part_dropped();
     }
 }

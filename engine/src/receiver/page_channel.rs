@@ -2,10 +2,10 @@
 //!
 //! The protocol is [`MultifdChannel`]'s. Here its actions become receives: one receive takes a packet's payload, each
 //! page to its place, and the next packet's header behind it; the pages are marked when the receive has completed. A
-//! compressed payload takes the way of [`Compressed`].
+//! compressed payload goes to [`Compressed`], which applies it later, while the channel receives on.
 
-use super::compressed::Compressed;
-use super::end::{ChannelError, SessionEnd};
+use super::decode::{Compressed, PacketPlace};
+use super::end::ChannelError;
 use super::live_session::LiveSession;
 use crate::canary::{self, Canary};
 use crate::ring::{Connection, Loss, Move, ReceivePlan, ReceiveStyle, StreamBuffer};
@@ -30,6 +30,10 @@ enum State {
     Payload(NextHeader),
     /// So many bytes of a compressed payload.
     Compressed(u32),
+    /// Nothing, until there is room for the packet whose header is complete.
+    NoRoom,
+    /// Nothing, until all packets before a sync are applied.
+    Draining,
     /// Nothing, until the channel is released.
     AtSync(Ticket),
 }
@@ -120,10 +124,42 @@ impl PageChannel {
             },
             (State::Payload(next), Some(pages)) if link.plan.remaining() == 0 => pages.landed(link, next),
             (State::Compressed(length), Some(pages)) if link.plan.remaining() == 0 => {
-                pages.decode(link, length)
+                pages.payload_received(link, length)
             }
             _ => Ok(()),
         }
+    }
+
+    /// Goes on after packets were applied, or at a sync after the release.
+    fn go_on(&mut self) -> Result<(), ChannelError> {
+        let link = &mut self.link;
+        match (link.state, &mut self.pages) {
+            (State::NoRoom, Some(pages)) => return pages.packet(link),
+            (State::Draining, Some(pages)) => pages.arrive(link),
+            (State::AtSync(ticket), pages) if link.session.rendezvous.is_released(ticket) => {
+                link.protocol.on_release();
+                link.state = State::Header;
+                if pages.is_none() {
+                    let store = link.session.store();
+                    *pages = store.map(|store| Pages::new(store.clone(), link.id));
+                }
+            }
+            _ => {}
+        }
+        Ok(())
+    }
+
+    fn compressed(&self) -> Option<&Compressed> {
+        self.pages.as_ref()?.compressed.as_deref()
+    }
+
+    fn end_if_err(&self, result: Result<(), ChannelError>) -> ControlFlow<()> {
+        let Err(error) = result else {
+            return ControlFlow::Continue(());
+        };
+        let link = &self.link;
+        link.session.finish(link.place().error(link.id, error));
+        ControlFlow::Break(())
     }
 }
 
@@ -147,6 +183,14 @@ impl Link {
             _ => return Err(crate::session::ChannelError::NoFirstSync.into()),
         }
         Ok(())
+    }
+
+    /// Of the first packet that is not complete.
+    fn place(&self) -> PacketPlace {
+        PacketPlace {
+            packet: self.protocol.packets(),
+            position: self.protocol.position(),
+        }
     }
 
     fn plan_header(&mut self) {
@@ -195,6 +239,12 @@ fn decode(header: &StreamBuffer) -> Result<PacketHeader<'_>, ChannelError> {
     Ok(PacketHeader::decode(bytes.expect("called with a whole header"))?)
 }
 
+fn apply_zero(store: &Store, shard: usize, pages: &PageList) {
+    for &page in pages.as_slice() {
+        store.zero(shard, page);
+    }
+}
+
 impl Pages {
     fn new(store: Arc<Store>, channel: ChannelId) -> Self {
         Self {
@@ -206,29 +256,49 @@ impl Pages {
         }
     }
 
-    /// The next header is complete: applies the packet's zero pages, and receives or does what follows.
+    /// The next header is complete: receives or does what follows, once there is room for it.
     fn packet(&mut self, link: &mut Link) -> Result<(), ChannelError> {
+        if let Some(compressed) = &mut self.compressed
+            && !compressed.has_room()
+        {
+            link.state = State::NoRoom;
+            return Ok(());
+        }
         let header = decode(&link.header)?;
+        let place = link.place();
         let action = link.protocol.on_header(&header)?;
         if header.has_pages() {
             header.resolve(self.store.table(), &mut self.normal, &mut self.zero)?;
             link.session.rendezvous.begin_packet(link.id)?;
-            for &page in self.zero.as_slice() {
-                self.store.zero(link.shard, page);
-            }
         }
         link.header.consume(HEADER_LEN);
         match action {
-            PacketAction::Place { then_header, .. } => return self.plan_payload(link, then_header),
+            PacketAction::Place { then_header, .. } => {
+                apply_zero(&self.store, link.shard, &self.zero);
+                self.plan_payload(link, then_header)
+            }
             PacketAction::Decode { method, payload_len } => {
-                return self.plan_compressed(link, method, payload_len);
+                self.plan_compressed(link, place, method, payload_len)
             }
-            PacketAction::Zero => {
-                let next = self.end_packet(link);
-                self.go_on(link, next);
+            PacketAction::Zero => self.zero_packet(link, place),
+            PacketAction::ReadHeader | PacketAction::Arrive => {
+                self.go_on(link, action);
+                Ok(())
             }
-            PacketAction::ReadHeader | PacketAction::Arrive => self.go_on(link, action),
         }
+    }
+
+    /// A packet with zero pages alone: applied now, or behind the packets that are not applied yet.
+    fn zero_packet(&mut self, link: &mut Link, place: PacketPlace) -> Result<(), ChannelError> {
+        match &mut self.compressed {
+            Some(compressed) if !compressed.is_empty() && !canary::is_set(Canary::EarlyZero) => {
+                compressed.begin(place, &mut self.normal, &mut self.zero);
+                compressed.received(0, link.shard)?;
+            }
+            _ => apply_zero(&self.store, link.shard, &self.zero),
+        }
+        let next = self.end_packet(link);
+        self.go_on(link, next);
         Ok(())
     }
 
@@ -263,22 +333,36 @@ impl Pages {
         Ok(())
     }
 
-    fn plan_compressed(&mut self, link: &mut Link, method: Method, length: u32) -> Result<(), ChannelError> {
+    fn plan_compressed(
+        &mut self,
+        link: &mut Link,
+        place: PacketPlace,
+        method: Method,
+        length: u32,
+    ) -> Result<(), ChannelError> {
         let compressed = match &mut self.compressed {
             Some(compressed) => compressed,
-            none => none.insert(Box::new(Compressed::open(method, &link.session)?)),
+            none => {
+                let first = Compressed::open(method, &link.session, &self.store, link.id)?;
+                none.insert(Box::new(first))
+            }
         };
+        if canary::is_set(Canary::EarlyZero) {
+            let zero = std::mem::take(&mut *self.zero);
+            apply_zero(&self.store, link.shard, &zero);
+        }
+        let space = compressed.begin(place, &mut self.normal, &mut self.zero);
         link.begin_plan();
-        link.plan.push(compressed.space(), length_of(length));
+        link.plan.push(space, length_of(length));
         link.state = State::Compressed(length);
         Ok(())
     }
 
     /// A compressed payload has arrived. The next header is received separately: to decode is much more work than that, and
     /// begins earlier so.
-    fn decode(&mut self, link: &mut Link, length: u32) -> Result<(), ChannelError> {
+    fn payload_received(&mut self, link: &mut Link, length: u32) -> Result<(), ChannelError> {
         let compressed = self.compressed.as_mut().expect("the payload went there");
-        compressed.received(length_of(length), &self.store, link.shard, self.normal.as_slice())?;
+        compressed.received(length_of(length), link.shard)?;
         self.after_payload(link, NextHeader::Separate)
     }
 
@@ -306,19 +390,38 @@ impl Pages {
         self.packet(link)
     }
 
+    /// All of a packet was received. For the gate it ends when it is applied; if that is later, at the next sync.
     fn end_packet(&self, link: &mut Link) -> PacketAction {
-        link.session.rendezvous.end_packet(link.id);
+        if self
+            .compressed
+            .as_ref()
+            .is_none_or(|compressed| compressed.is_empty())
+        {
+            link.session.rendezvous.end_packet(link.id);
+        }
         link.protocol.on_pages()
     }
 
     /// After a packet.
     fn go_on(&mut self, link: &mut Link, action: PacketAction) {
         if action == PacketAction::Arrive {
-            self.store.idle_landing(&mut self.landing);
-            link.arrive();
+            self.arrive(link);
         } else {
             link.state = State::Header;
         }
+    }
+
+    /// A SYNC was read: the channel arrives as soon as all before it is applied.
+    fn arrive(&mut self, link: &mut Link) {
+        if let Some(compressed) = &self.compressed {
+            if !compressed.is_drained() {
+                link.state = State::Draining;
+                return;
+            }
+            link.session.rendezvous.end_packet(link.id);
+        }
+        self.store.idle_landing(&mut self.landing);
+        link.arrive();
     }
 }
 
@@ -339,7 +442,7 @@ impl Connection for PageChannel {
 
     fn plan(&mut self) -> Option<&mut ReceivePlan> {
         match self.link.state {
-            State::AtSync(_) => return None,
+            State::NoRoom | State::Draining | State::AtSync(_) => return None,
             State::Payload(_) | State::Compressed(..) => {}
             State::Header => self.link.plan_header(),
         }
@@ -350,17 +453,8 @@ impl Connection for PageChannel {
         if self.link.session.end().is_some() {
             return ControlFlow::Break(());
         }
-        let Err(error) = self.step(bytes) else {
-            return ControlFlow::Continue(());
-        };
-        let link = &self.link;
-        link.session.finish(SessionEnd::Channel {
-            channel: link.id,
-            packet: link.protocol.packets(),
-            position: link.protocol.position(),
-            error,
-        });
-        ControlFlow::Break(())
+        let result = self.step(bytes);
+        self.end_if_err(result)
     }
 
     fn lost(&mut self, loss: Loss) {
@@ -378,23 +472,11 @@ impl Connection for PageChannel {
     }
 
     fn resume(&mut self) -> ControlFlow<()> {
-        let link = &mut self.link;
-        if link.session.end().is_some() {
+        if self.link.session.end().is_some() {
             return ControlFlow::Break(());
         }
-        if let State::AtSync(ticket) = link.state
-            && link.session.rendezvous.is_released(ticket)
-        {
-            link.protocol.on_release();
-            link.state = State::Header;
-            if self.pages.is_none() {
-                self.pages = link
-                    .session
-                    .store()
-                    .map(|store| Pages::new(store.clone(), link.id));
-            }
-        }
-        ControlFlow::Continue(())
+        let result = self.go_on();
+        self.end_if_err(result)
     }
 
     fn attached(&mut self, core: usize) {
@@ -403,14 +485,12 @@ impl Connection for PageChannel {
 
     fn moves_to(&self) -> Option<Move> {
         let offload = self.link.style.offload;
-        let is_compressed = self
-            .pages
-            .as_ref()
-            .is_some_and(|pages| pages.compressed.is_some());
         let (core, from_queued) = match self.link.state {
+            // Its packets are decoded on any core. What waits in its socket waits for that.
+            _ if self.compressed().is_some_and(Compressed::has_workers) => (self.cores.home, 0),
             State::AtSync(_) => (self.cores.home, 0),
             _ if self.link.protocol.pages_since_sync() < offload.from_pages => return None,
-            _ if is_compressed => (self.cores.offload, offload.from_queued / COMPRESSED_WORK),
+            _ if self.compressed().is_some() => (self.cores.offload, offload.from_queued / COMPRESSED_WORK),
             _ => (self.cores.offload, offload.from_queued),
         };
         Some(Move { core, from_queued })

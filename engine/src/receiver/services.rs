@@ -1,5 +1,6 @@
 //! What a session uses of the receiver that it belongs to.
 
+use super::decode::Workers;
 use super::disks::SessionDisks;
 use super::guest_memory::{GuestMemory, MemoryError};
 use super::live_session::LiveSession;
@@ -24,6 +25,9 @@ pub(super) trait Services: Send + Sync {
 
     /// Flushes the checkpoints of all guests.
     fn flusher(&self) -> &Arc<Flusher>;
+
+    /// Decode compressed payloads of all guests.
+    fn workers(&self) -> &Arc<Workers>;
 
     /// Makes the memory of a session's guest. Called once a session, in the background.
     ///

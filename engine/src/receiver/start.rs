@@ -2,6 +2,7 @@
 
 use super::budget::Budget;
 use super::control::ControlContext;
+use super::decode::{WorkerThreads, Workers};
 use super::disks::{DiskRegistry, DiskServer, ServerParts, SessionDisks};
 use super::guest_memory::{Budgets, GuestMemory, MemoryError};
 use super::live_session::LiveSession;
@@ -86,11 +87,13 @@ pub(super) fn make_context(
     };
     let disks = disk_registry(&mut options, &budgets, &events)?.map(Arc::new);
     let recorder = Recorder::start(options.hist.as_deref(), run)?;
+    let workers = start_workers(&options, &*events);
     let services: Arc<dyn Services> = Arc::new(ReceiverServices {
         started: Instant::now(),
         samples: SampleQueue::new(),
         flusher: Arc::new(flusher),
-        store: store_options(&options, &placement),
+        store: store_options(&options, &placement, workers.workers().shards()),
+        workers: workers.workers().clone(),
         budgets: budgets.clone(),
         disks: disks.clone(),
         changed: changed.clone(),
@@ -121,6 +124,7 @@ pub(super) fn make_context(
         placement,
         services,
         plane,
+        workers,
         budget: budgets.ram,
         recorder,
         events,
@@ -183,13 +187,28 @@ impl RamShare for LogShare {
 /// Most device state to hold over all guests, in bytes: two of the largest possible, each with the buffer for the next.
 const DEVICE_STATES_MAX: u64 = 4 * crate::wire::limits::VMSTATE_MAX;
 
-/// How guests' memory is made.
-fn store_options(options: &ReceiverOptions, placement: &Placement) -> StoreOptions {
-    let mut store = options.store.clone();
-    store.shards = match options.backend {
-        BackendKind::Threads => usize::from(options.channels) + 1,
-        BackendKind::Uring | BackendKind::Epoll => options.cores.len(),
+/// Starts the workers that decode; without them channels do it themselves. In the baseline they always do, as QEMU's.
+fn start_workers(options: &ReceiverOptions, events: &Events) -> WorkerThreads {
+    let cores = match options.backend {
+        BackendKind::Threads => &[],
+        BackendKind::Uring | BackendKind::Epoll => &options.cores[..],
     };
+    WorkerThreads::start(cores, options.cores.len()).unwrap_or_else(|error| {
+        events(Event::Warning(format!(
+            "no threads to decode compressed pages, which the receiving cores do instead: {error}"
+        )));
+        WorkerThreads::none()
+    })
+}
+
+/// How guests' memory is made. `workers` have shards behind those of the receiving threads.
+fn store_options(options: &ReceiverOptions, placement: &Placement, workers: usize) -> StoreOptions {
+    let mut store = options.store.clone();
+    store.shards = workers
+        + match options.backend {
+            BackendKind::Threads => usize::from(options.channels) + 1,
+            BackendKind::Uring | BackendKind::Epoll => options.cores.len(),
+        };
     // Threads of the baseline run on any of the cores: their memory is spread evenly.
     let nodes = placement.memory_nodes();
     store.nodes = nodes.iter().copied().cycle().take(store.shards).collect();
@@ -202,6 +221,7 @@ struct ReceiverServices {
     samples: SampleQueue,
     flusher: Arc<Flusher>,
     store: StoreOptions,
+    workers: Arc<Workers>,
     budgets: Budgets,
     disks: Option<Arc<DiskRegistry>>,
     changed: Arc<Notify>,
@@ -219,6 +239,10 @@ impl Services for ReceiverServices {
 
     fn flusher(&self) -> &Arc<Flusher> {
         &self.flusher
+    }
+
+    fn workers(&self) -> &Arc<Workers> {
+        &self.workers
     }
 
     fn make_memory(&self, session: u32, table: Arc<BlockTable>) -> Result<GuestMemory, MemoryError> {

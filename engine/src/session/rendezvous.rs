@@ -89,17 +89,19 @@ impl Rendezvous {
     /// If the gate is closed: the packet must not be applied.
     pub fn begin_packet(&self, channel: ChannelId) -> Result<(), GateClosed> {
         let busy = &self.channels[usize::from(channel.0)].busy;
+        // Only the channel's driver writes it. It is set while pages of an earlier packet are still to be applied.
+        let was_busy = busy.load(Ordering::Relaxed);
         busy.store(true, Ordering::Relaxed);
         // With its twin in `close_gate`: of the two stores around the fences, at least one is seen by the other side.
         fence(Ordering::SeqCst);
         if self.gate_closed.load(Ordering::Acquire) && !canary::is_set(Canary::OpenGate) {
-            busy.store(false, Ordering::Release);
+            busy.store(was_busy, Ordering::Release);
             return Err(GateClosed);
         }
         Ok(())
     }
 
-    /// The packet's pages are in place.
+    /// The pages of all packets that began are in place.
     pub fn end_packet(&self, channel: ChannelId) {
         self.channels[usize::from(channel.0)]
             .busy
@@ -169,6 +171,10 @@ mod tests {
         meeting.close_gate().unwrap();
         meeting.open_gate();
         meeting.begin_packet(ChannelId(0)).unwrap();
+        // A packet that is refused does not end the one before it.
+        meeting.close_gate().unwrap_err();
+        assert_eq!(meeting.begin_packet(ChannelId(0)), Err(GateClosed));
+        assert_eq!(meeting.close_gate(), Err(ChannelId(0)));
     }
 }
 

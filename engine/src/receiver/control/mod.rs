@@ -13,6 +13,7 @@ pub(super) use socket::{ClientEvent, PendingRequest, serve};
 
 use super::assemble::Assembler;
 use super::budget::Budget;
+use super::decode::WorkerThreads;
 use super::disks::{DiskRegistry, DiskServer};
 use super::kept_checkpoint::KeptCheckpoint;
 use super::services::Services;
@@ -37,6 +38,8 @@ pub(super) struct ControlContext {
     pub(super) placement: Placement,
     pub(super) services: Arc<dyn Services>,
     pub(super) plane: Plane,
+    /// They end after the plane, whose connections hand work to them.
+    pub(super) workers: WorkerThreads,
     pub(super) budget: Arc<Budget>,
     pub(super) recorder: Recorder,
     pub(super) events: Arc<Events>,

@@ -379,6 +379,7 @@ impl ControlState {
         self.live.clear();
         let uptime = self.uptime();
         self.context.plane.stop();
+        drop(self.context.workers);
         let report = self.context.recorder.finish(uptime)?;
         Ok(Outcome { sessions, report })
     }

@@ -8,7 +8,7 @@
 //! ```
 //!
 //! A [`World`] takes one step after the other, each chosen by the seed: some bytes arrive, a receive gets some of them, a
-//! core takes a turn, the primary goes on, memory is made, something breaks. After every step it asks:
+//! core takes a turn, a worker decodes a packet, the primary goes on, memory is made, something breaks. After every step it asks:
 //!
 //! * Is the committed checkpoint one that the primary has sent whole, all of which is here?
 //! * Is it the last one acknowledged, or one behind it whose acknowledgement is on its way?
@@ -58,6 +58,8 @@ struct Tally {
     dumps: u64,
     /// Times that a channel went on at another core.
     moves: u64,
+    /// Packets that workers decoded.
+    decoded: u64,
     /// Times that the receiver was killed.
     kills: u64,
     /// Sessions by how they ended.
@@ -75,6 +77,7 @@ impl Tally {
         self.bytes += other.bytes;
         self.dumps += other.dumps;
         self.moves += other.moves;
+        self.decoded += other.decoded;
         self.kills += other.kills;
         for (end, count) in &other.ends {
             *self.ends.entry(end).or_default() += count;

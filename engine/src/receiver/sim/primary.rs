@@ -44,6 +44,8 @@ pub(super) struct Kind {
     xbzrle: bool,
     /// How payloads of multifd channels are compressed.
     method: Method,
+    /// A page may be sent twice between two syncs, with other content: on one channel its order says which is newer.
+    repeats: bool,
     in_order: bool,
     packet_pages: usize,
     pub(super) checkpoints: u64,
@@ -53,17 +55,28 @@ impl Kind {
     pub(super) fn random(rng: &mut Rng) -> Self {
         let version = rng.pick(&[Version::V7_2, Version::V10_0, Version::V11_1]);
         let zeros = [ZeroPages::MainChannel, ZeroPages::ZeroLists, ZeroPages::AsNormal];
-        Self {
+        let kind = Self {
             version,
             channels: rng.pick(&[0, 1, 1, 2, 2, 3, 4, 4, 8]),
             per_round: version != Version::V7_2 && !rng.one_in(3),
             zero_pages: rng.pick(&zeros),
+            repeats: false,
             xbzrle: rng.one_in(2),
             method: rng.pick(&[Method::None, Method::None, Method::Zlib, Method::Zstd]),
             in_order: rng.one_in(2),
             packet_pages: rng.any_size(PACKET_PAGES),
             checkpoints: rng.any_size(6) as u64,
+        };
+        if version != Version::V7_2 && rng.one_in(6) {
+            return Self {
+                channels: 1,
+                per_round: true,
+                zero_pages: ZeroPages::ZeroLists,
+                repeats: true,
+                ..kind
+            };
         }
+        kind
     }
 }
 
@@ -321,7 +334,8 @@ impl Primary {
     fn last_part(&mut self, rng: &mut Rng) {
         let mut dirty: Vec<usize> = self.memory.dirty.iter().copied().collect();
         self.order(rng, &mut dirty);
-        if rng.one_in(2) && !dirty.is_empty() {
+        let sends_stale = rng.one_in(2) && !dirty.is_empty();
+        if sends_stale {
             // The same pages before, in a round of their own and with other content: which of the two wins matters.
             let again = rng.any_size(dirty.len());
             let stale: Vec<_> = dirty[..again]
@@ -334,7 +348,9 @@ impl Primary {
             self.end_of_section(rng);
         }
         self.section(&Section::End { id: RAM_SECTION });
-        self.marker(rng);
+        if !(sends_stale && self.kind.repeats) {
+            self.marker(rng);
+        }
         let wrap = rng.below(dirty.len() + 1);
         self.send_dirty(rng, &dirty[..wrap]);
         if rng.one_in(2) {

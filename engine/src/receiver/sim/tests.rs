@@ -39,7 +39,7 @@ fn what_is_committed_is_always_a_checkpoint_whole() {
     println!("{all:?}");
     // A simulation in which little happens proves little.
     assert!(
-        all.untouched > 30 && all.commits > 200 && all.dumps > 0 && all.moves > 30,
+        all.untouched > 30 && all.commits > 200 && all.dumps > 0 && all.moves > 30 && all.decoded > 300,
         "{all:?}"
     );
 }
@@ -98,6 +98,9 @@ fn canaries_do_not_survive() {
         (Canary::EarlyReply, 100),
         (Canary::EarlyFlushEnd, 100),
         (Canary::EarlyGate, 500),
+        (Canary::EarlyArrival, 100),
+        (Canary::EarlyZero, 500),
+        (Canary::LostDecodeWake, 100),
     ];
     find_all(&canaries, false);
 }

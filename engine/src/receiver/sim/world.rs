@@ -4,6 +4,7 @@ mod connect;
 mod faults;
 mod services;
 mod slow_flush;
+mod workers;
 
 use super::Tally;
 use super::death::Death;
@@ -19,6 +20,7 @@ use crate::ring::{OffloadThreshold, ReceiveStyle};
 use faults::{FAULTS, Fault};
 use services::{Jobs, LASTING_STORES, STORES, SimServices, services};
 use std::sync::{Arc, Mutex, PoisonError};
+use workers::SimWorker;
 
 /// Steps after which a run has gone astray: none came near.
 const STEPS_MAX: u64 = 1_000_000;
@@ -46,6 +48,7 @@ pub(super) struct World {
     tally: Tally,
     net: Net,
     cores: Vec<SimCore>,
+    workers: Vec<SimWorker>,
     /// Each core stands for a thread that drives one connection.
     is_threads: bool,
     sessions: Vec<SimSession>,
@@ -119,8 +122,11 @@ impl World {
             Some(_) => rng.pick(&LASTING_STORES),
         };
         let ram_dir = death.as_ref().map(|death| death.directory().to_owned());
-        let services = services(rng, store, ram_dir, cores, &jobs, &budgets);
+        let workers = workers::some(rng, threads, cores);
+        let shards = cores + workers.shards();
+        let services = services(rng, store, ram_dir, workers, shards, &jobs, &budgets);
         let mut world = Self {
+            workers: SimWorker::all(services.workers()),
             cores: SimCore::all(&net, cores, &ignore_warnings()).expect("eventfds"),
             stalled: vec![false; connections],
             faults: Vec::new(),
@@ -216,6 +222,9 @@ impl World {
                 return Err(format!("session {number} is still referenced"));
             }
         }
+        if self.workers.iter().any(SimWorker::is_working) || self.services.workers().have_work() {
+            return Err("a worker still has a packet".to_owned());
+        }
         if !self.cores.iter().all(SimCore::is_empty) {
             return Err("a core still has a connection or a tenant".to_owned());
         }
@@ -285,7 +294,7 @@ impl World {
         }
         self.is_idle = false;
         for _ in 0..TRIES {
-            let what = self.rng.below(12);
+            let what = self.rng.below(14);
             let which = self.rng.next();
             if self.try_one(what, which)? {
                 return Ok(true);
@@ -293,8 +302,8 @@ impl World {
         }
         self.stalled.fill(false);
         self.is_idle = true;
-        for what in [0, 3, 7, 9, 11] {
-            for which in 0..self.stalled.len().max(self.cores.len()) {
+        for what in [0, 3, 7, 9, 11, 12] {
+            for which in 0..self.stalled.len().max(self.cores.len()).max(self.workers.len()) {
                 if self.try_one(what, which as u64)? {
                     return Ok(true);
                 }
@@ -311,7 +320,8 @@ impl World {
             3..7 => self.receive(one_of(self.stalled.len())),
             7..9 => self.turn(one_of(self.cores.len()))?,
             9..11 => self.go_on(one_of(self.sessions.len()))?,
-            _ => self.do_job(),
+            11 => self.do_job(),
+            _ => !self.workers.is_empty() && self.work(one_of(self.workers.len())),
         };
         if done {
             self.tally.digest = (self.tally.digest ^ which ^ what as u64).wrapping_mul(0x100_0000_01b3);

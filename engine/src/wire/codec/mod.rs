@@ -7,8 +7,8 @@
 //! never sees guest memory, so a packet that is damaged changes no page.
 //!
 //! **Bounds.** A payload's length is checked by `guard` before a byte of it is read. A decoder writes at most one
-//! page more than the packet announces, and its memory is bounded by [`memory_bytes`], which a budget can be charged
-//! with before the decoder is used.
+//! page more than the packet announces, and its memory is bounded by [`fixed_bytes`] and [`stream_bytes`], which a
+//! budget can be charged with before they are taken.
 
 mod encoder;
 mod guard;
@@ -104,16 +104,23 @@ impl Method {
     }
 }
 
-/// Memory that the decoder of a channel takes, of which the first payload tells: at most this much until the session
-/// ends. What grows with the stream, a window of zstd, is not taken before [`Decoder::decode`].
+/// Memory that [`Decoder::open`] takes at most, until the decoder is dropped.
+pub fn fixed_bytes(method: Method) -> u64 {
+    match method {
+        Method::None | Method::Qatzip => 0,
+        Method::Zlib | Method::Qpl | Method::Uadk => zlib::MEMORY_BYTES,
+        Method::Zstd => zstd::FIXED_BYTES,
+    }
+}
+
+/// Memory that the first [`Decoder::decode`] takes besides, of which the payload tells: the window of a zstd stream.
 ///
 /// # Errors
 /// If the payload cannot begin a stream of that method.
-pub fn memory_bytes(method: Method, first_payload: &[u8]) -> Result<u64, WireError> {
+pub fn stream_bytes(method: Method, first_payload: &[u8]) -> Result<u64, WireError> {
     match method {
-        Method::None | Method::Qatzip => Ok(0),
-        Method::Zlib | Method::Qpl | Method::Uadk => Ok(zlib::MEMORY_BYTES),
-        Method::Zstd => Ok(zstd::memory_bytes(zstd::window_bytes(first_payload)?)),
+        Method::Zstd => Ok(zstd::stream_bytes(zstd::window_bytes(first_payload)?)),
+        Method::None | Method::Zlib | Method::Qpl | Method::Uadk | Method::Qatzip => Ok(0),
     }
 }
 

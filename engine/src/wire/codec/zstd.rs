@@ -16,7 +16,7 @@ pub(super) const WINDOW_LOG_MAX: u32 = 27;
 const BLOCK_BYTES: u64 = 128 << 10;
 
 /// What a decoder takes beside window and blocks: tables of the entropy decoders, with room for other releases.
-const FIXED_BYTES: u64 = 256 << 10;
+pub(super) const FIXED_BYTES: u64 = 256 << 10;
 
 /// The window of a frame, from its first payload.
 ///
@@ -50,9 +50,9 @@ pub(super) fn window_bytes(payload: &[u8]) -> Result<u64, WireError> {
     Ok(bytes)
 }
 
-/// What a decoder takes at most: its window with a block behind it, and a block of input.
-pub(super) fn memory_bytes(window: u64) -> u64 {
-    window + 2 * BLOCK_BYTES + FIXED_BYTES
+/// What a decoder takes at most beside that: its window with a block behind it, and a block of input.
+pub(super) fn stream_bytes(window: u64) -> u64 {
+    window + 2 * BLOCK_BYTES
 }
 
 pub(super) struct Frame {

@@ -26,7 +26,7 @@ impl Primary {
             let zero = is_zero(&content) && self.kind.zero_pages != ZeroPages::AsNormal;
             let on_main = self.kind.channels == 0
                 || (zero && self.kind.zero_pages == ZeroPages::MainChannel)
-                || rng.one_in(100);
+                || (!self.kind.repeats && rng.one_in(100));
             if on_main {
                 self.record(rng, page, zero, content);
                 continue;

@@ -4,6 +4,7 @@ use super::super::rng::Rng;
 use crate::blocks::BlockTable;
 use crate::disk::DiskError;
 use crate::metrics::SampleQueue;
+use crate::receiver::decode::Workers;
 use crate::receiver::disks::SessionDisks;
 use crate::receiver::guest_memory::{Budgets, GuestMemory, MemoryError};
 use crate::receiver::live_session::LiveSession;
@@ -41,14 +42,16 @@ pub(super) struct SimServices {
     store: StoreOptions,
     granularity: Granularity,
     budgets: Budgets,
+    workers: Arc<Workers>,
     jobs: Jobs,
 }
 
-/// Makes them, for guests with memory of that kind.
+/// Makes them, for guests with memory of that kind, and with a shard for each core and worker.
 pub(super) fn services(
     rng: &mut Rng,
     (cache, commit): (CacheKind, CommitMode),
     ram_dir: Option<PathBuf>,
+    workers: Workers,
     shards: usize,
     jobs: &Jobs,
     budgets: &Budgets,
@@ -83,6 +86,7 @@ pub(super) fn services(
         store: options,
         granularity,
         budgets: budgets.clone(),
+        workers: Arc::new(workers),
         jobs: jobs.clone(),
     })
 }
@@ -98,6 +102,10 @@ impl Services for SimServices {
 
     fn flusher(&self) -> &Arc<Flusher> {
         &self.flusher
+    }
+
+    fn workers(&self) -> &Arc<Workers> {
+        &self.workers
     }
 
     fn make_memory(&self, session: u32, table: Arc<BlockTable>) -> Result<GuestMemory, MemoryError> {

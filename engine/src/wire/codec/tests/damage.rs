@@ -3,7 +3,7 @@
 use super::{Encoder, FULL, STREAMS, content, damage, decode, decoder, encoder};
 use crate::units::PAGE_SIZE;
 use crate::wire::WireError;
-use crate::wire::codec::{Decoder, Method, PAYLOAD_MAX, memory_bytes};
+use crate::wire::codec::{Decoder, Method, PAYLOAD_MAX, stream_bytes};
 use zlib_rs::{Deflate, DeflateFlush};
 use zstd_safe::{CCtx, CParameter};
 
@@ -222,7 +222,7 @@ fn a_zstd_window_beyond_the_limit_is_refused_before_memory_is_taken() {
         (0xff, false), // 3.75 TiB
     ] {
         payload[5] = window;
-        let memory = memory_bytes(Method::Zstd, &payload);
+        let memory = stream_bytes(Method::Zstd, &payload);
         assert_eq!(memory.is_ok(), allowed, "{window:#x}: {memory:?}");
         assert_eq!(decode(&mut decoder(Method::Zstd), &payload, 1).is_ok(), allowed);
     }

@@ -2,7 +2,7 @@
 
 use super::{FULL, STREAMS, content, count, decode, decoder, encoder};
 use crate::units::PAGE_SIZE;
-use crate::wire::codec::{Decoder, Method, PageBuffer, is_zero, memory_bytes, zstd};
+use crate::wire::codec::{Decoder, Method, PageBuffer, fixed_bytes, is_zero, stream_bytes, zstd};
 
 #[test]
 fn a_stream_is_decoded_packet_by_packet() {
@@ -66,12 +66,13 @@ fn a_decoder_takes_no_more_memory_than_it_says() {
     for (level, packets) in [(1, 40), (3, 40), (20, 3)] {
         let mut encoder = encoder(Method::Zstd, level);
         let mut frame = zstd::Frame::new().unwrap();
+        assert!(frame.allocated() <= fixed_bytes(Method::Zstd));
         let mut room = vec![0; (FULL + 1) * PAGE_SIZE];
         let mut limit = 0;
         for seed in 1..=packets {
             let payload = encoder.packet(&content(FULL, seed));
             if seed == 1 {
-                limit = memory_bytes(Method::Zstd, &payload).unwrap();
+                limit = fixed_bytes(Method::Zstd) + stream_bytes(Method::Zstd, &payload).unwrap();
             }
             frame.decode(&payload, &mut room).unwrap();
             assert!(
