@@ -7,6 +7,7 @@
 use colo_ring::receiver::{Event, Receiver, ReceiverOptions};
 use colo_ring::ring::BackendKind;
 use colo_ring::store::{HugePages, StoreOptions};
+use colo_ring_tools::page_compression::{CompressionMethod, PageCompression};
 use colo_ring_tools::primary::{Distribution, SynthOptions, SynthPrimary, Version};
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::cell::Cell;
@@ -15,7 +16,7 @@ use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
 /// Names of the threads that packets pass through.
-const RECEIVING: [&[u8]; 3] = [b"colo-core-", b"colo-channel", b"flush-"];
+const RECEIVING: [&[u8]; 4] = [b"colo-core-", b"colo-channel", b"colo-decode-", b"flush-"];
 
 /// Checkpoints until every buffer has the size that it keeps.
 const WARM_UP: u64 = 5;
@@ -123,7 +124,7 @@ fn options(backend: BackendKind, channels: u8) -> ReceiverOptions {
     }
 }
 
-fn in_steady_state(backend: BackendKind, channels: u8, version: Version) -> u64 {
+fn in_steady_state(backend: BackendKind, channels: u8, version: Version, method: CompressionMethod) -> u64 {
     let receiver = Receiver::start(options(backend, channels), |event| {
         if let Event::Warning(text) = event {
             println!("{text}");
@@ -136,6 +137,10 @@ fn in_steady_state(backend: BackendKind, channels: u8, version: Version) -> u64 
         channels,
         dirty_pages: Distribution::Fixed(600),
         interval: Duration::ZERO,
+        compression: PageCompression {
+            method,
+            level: (method != CompressionMethod::None).then_some(1),
+        },
         ..SynthOptions::new(version)
     };
     let mut primary = SynthPrimary::connect(&address, &shape).unwrap();
@@ -158,7 +163,12 @@ fn in_steady_state(backend: BackendKind, channels: u8, version: Version) -> u64 
 #[test]
 fn the_count_sees_an_allocation_of_a_receiving_thread_and_no_other() {
     let _turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
-    for (name, expected) in [("colo-core-7", true), ("colo-channel", true), ("synth-0", false)] {
+    for (name, expected) in [
+        ("colo-core-7", true),
+        ("colo-channel", true),
+        ("colo-decode-3", true),
+        ("synth-0", false),
+    ] {
         let (go, wait) = std::sync::mpsc::sync_channel(0);
         let thread = std::thread::Builder::new().name(name.into());
         let thread = thread.spawn(move || {
@@ -180,9 +190,14 @@ fn nothing_is_allocated_per_packet_or_checkpoint() {
     for backend in [BackendKind::Uring, BackendKind::Epoll, BackendKind::Threads] {
         for channels in [4, 0] {
             for version in [Version::V11_1, Version::V7_2] {
-                let allocations = in_steady_state(backend, channels, version);
-                table.push((backend.name(), channels, version, allocations));
+                let none = CompressionMethod::None;
+                let allocations = in_steady_state(backend, channels, version, none);
+                table.push((backend.name(), channels, version, none, allocations));
             }
+        }
+        for method in [CompressionMethod::Zlib, CompressionMethod::Zstd] {
+            let allocations = in_steady_state(backend, 4, Version::V11_1, method);
+            table.push((backend.name(), 4, Version::V11_1, method, allocations));
         }
     }
     assert!(
