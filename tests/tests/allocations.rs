@@ -119,7 +119,7 @@ fn options(backend: BackendKind, channels: u8) -> ReceiverOptions {
         described: serde_json::Value::Null,
         control: None,
         once: false,
-        identify_deadline: Duration::from_secs(5),
+        identify_deadline: colo_ring_tests::HANG_LIMIT,
         host_watch: colo_ring::net::HostWatch::default(),
     }
 }

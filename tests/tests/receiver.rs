@@ -5,6 +5,7 @@ use colo_ring::receiver::{
 };
 use colo_ring::ring::BackendKind;
 use colo_ring::store::{HugePages, StoreOptions};
+use colo_ring_tests::HANG_LIMIT;
 use colo_ring_tools::net::Address;
 use colo_ring_tools::primary::{Distribution, SynthOptions, SynthPrimary, Version};
 use std::sync::{Arc, Mutex};
@@ -37,7 +38,7 @@ fn options(backend: BackendKind, channels: u8) -> ReceiverOptions {
         described: serde_json::Value::Null,
         control: None,
         once: false,
-        identify_deadline: Duration::from_secs(5),
+        identify_deadline: HANG_LIMIT,
         host_watch: colo_ring::net::HostWatch::default(),
     }
 }
@@ -153,7 +154,7 @@ fn sessions_are_limited() {
         std::thread::sleep(Duration::from_millis(10));
     }
     let mut last = connect();
-    last.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
+    last.set_read_timeout(Some(HANG_LIMIT)).unwrap();
     assert_eq!(
         last.read_to_end(&mut Vec::new()).unwrap(),
         0,
@@ -262,14 +263,10 @@ fn strangers_and_mismatches_get_a_message_and_cost_nothing() {
     browser.write_all(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n").unwrap();
     let closed = browser.read(&mut [0; 16]);
     assert!(matches!(closed, Ok(0) | Err(_)), "{closed:?}");
-    let wrong = SynthOptions {
-        patience: Duration::from_secs(2),
-        ..primary(Version::V11_1, 3, 1)
-    };
+    let wrong = primary(Version::V11_1, 3, 1);
     assert!(SynthPrimary::connect(&bench.address(), &wrong).is_err());
     let large = SynthOptions {
         ram_bytes: 2 << 30,
-        patience: Duration::from_secs(5),
         ..primary(Version::V11_1, 2, 1)
     };
     assert!(SynthPrimary::connect(&bench.address(), &large).is_err());

@@ -9,7 +9,6 @@ use colo_ring_tests::command::{Scratch, run};
 use colo_ring_tests::model::Model;
 use serde_json::Value;
 use std::path::PathBuf;
-use std::time::Duration;
 
 const PASSES: u64 = 3;
 
@@ -30,7 +29,7 @@ fn receiver() -> Receiver {
         described: Value::Null,
         control: None,
         once: false,
-        identify_deadline: Duration::from_secs(10),
+        identify_deadline: colo_ring_tests::HANG_LIMIT,
         host_watch: colo_ring::net::HostWatch::default(),
     };
     Receiver::start(options, drop).unwrap()

@@ -66,6 +66,37 @@ impl Drop for OtherHost {
     }
 }
 
+/// Seconds after which unacknowledged bytes or probes end a connection.
+const USER_TIMEOUT_S: u64 = 3;
+
+/// How long it takes until the end of a session is reported whose primary was killed on a host that goes on.
+fn killed_primary_is_noticed() -> Duration {
+    let receiver = RunningReceiver::start(wrapped(&[]), &["--listen", "tcp:127.0.0.1:0"]);
+    let mut primary = wrapped(&[]);
+    synth(&mut primary, &receiver.address().to_string());
+    let mut primary = primary.stdout(Stdio::null()).spawn().expect("a primary");
+    wait_until_protected(&receiver);
+    let killed = Instant::now();
+    primary.kill().expect("it runs");
+    receiver.wait_for_log("session 1 ended");
+    let took = killed.elapsed();
+    primary.wait().expect("it was killed");
+    took
+}
+
+/// Its next checkpoint is an hour away: the link is silent.
+fn synth(command: &mut Command, address: &str) {
+    command.args(["synth", "--to", address, "--channels", "2", "--ram", "8M"]);
+    command.args(["--interval", "3600000"]);
+}
+
+fn wait_until_protected(receiver: &RunningReceiver) {
+    let since = Instant::now();
+    while receiver.status()["sessions"][0]["state"] != "protected" {
+        assert!(since.elapsed() < HANG_LIMIT, "{}", receiver.log());
+    }
+}
+
 #[test]
 fn a_vanished_host_is_noticed_and_reported() {
     if !nix::unistd::geteuid().is_root() {
@@ -87,7 +118,7 @@ fn a_vanished_host_is_noticed_and_reported() {
         "--keepalive",
         "1",
         "--user-timeout",
-        "3",
+        &USER_TIMEOUT_S.to_string(),
         "--on-loss",
         &hook,
     ];
@@ -96,23 +127,9 @@ fn a_vanished_host_is_noticed_and_reported() {
     let line = log.lines().find(|line| line.contains(HERE)).expect("its address");
     let address = line.trim_start_matches("listening on ");
     let mut command = wrapped(&[]);
-    // Its next checkpoint is an hour away: the link is silent.
-    command.args([
-        "synth",
-        "--to",
-        address,
-        "--channels",
-        "2",
-        "--ram",
-        "8M",
-        "--interval",
-        "3600000",
-    ]);
+    synth(&mut command, address);
     let mut primary = host.start(&mut command);
-    let since = Instant::now();
-    while receiver.status()["sessions"][0]["state"] != "protected" {
-        assert!(since.elapsed() < HANG_LIMIT, "{}", receiver.log());
-    }
+    wait_until_protected(&receiver);
     // Silence alone is no loss: probes are answered.
     std::thread::sleep(Duration::from_secs(5));
     assert_eq!(
@@ -128,6 +145,11 @@ fn a_vanished_host_is_noticed_and_reported() {
     println!("noticed after {took:?}");
     // Not by its silence alone: several probes went unanswered.
     assert!(took.as_secs() >= 1, "{took:?}");
+    // Probes begin after a second, and one that goes unanswered ends it after the timeout.
+    let killed = killed_primary_is_noticed();
+    println!("a killed primary is noticed after {killed:?}");
+    let limit = 3 * Duration::from_secs(USER_TIMEOUT_S) + 10 * killed;
+    assert!(took < limit, "{took:?}, where {limit:?} are the limit");
     let log = receiver.log();
     let end = log
         .lines()

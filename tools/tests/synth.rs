@@ -3,6 +3,7 @@
 use colo_ring::receiver::{Receiver, ReceiverOptions, Request, Response};
 use colo_ring::ring::BackendKind;
 use colo_ring::store::{HugePages, StoreOptions};
+use colo_ring_tests::HANG_LIMIT;
 use colo_ring_tests::command::Scratch;
 use colo_ring_tools::capture_file::{
     CaptureInfo, CaptureReader, CaptureWriter, Compression, Direction, Event, Record,
@@ -52,7 +53,7 @@ impl Secondary {
             described: Value::Null,
             control: None,
             once: false,
-            identify_deadline: Duration::from_secs(5),
+            identify_deadline: HANG_LIMIT,
             host_watch: colo_ring::net::HostWatch::default(),
         };
         Self {
@@ -172,7 +173,7 @@ fn play(path: &Path, address: &str) -> Vec<TcpStream> {
     records(path, |record| match record.event {
         Event::Open { .. } => {
             let stream = TcpStream::connect(address.trim_start_matches("tcp:")).unwrap();
-            stream.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
+            stream.set_read_timeout(Some(HANG_LIMIT)).unwrap();
             streams.push(stream);
         }
         Event::Data {

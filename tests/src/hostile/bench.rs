@@ -14,9 +14,9 @@ use std::sync::mpsc;
 use std::time::{Duration, Instant};
 use tempfile::TempDir;
 
-/// How long connections may take to become a session here: longer than a busy machine needs, and short, because some
-/// tests wait for its end.
-pub const DEADLINE: Duration = Duration::from_secs(3);
+/// By how much the end of a session after a fault may be slower than a checkpoint of the neighbour: both are a few
+/// messages between the same threads. An end that only a timer brings is a thousand times slower.
+const END_RATIO_MAX: u32 = 100;
 
 /// Where the wrong bytes began, and so how the message has to begin.
 #[derive(Clone, Copy, Debug)]
@@ -74,6 +74,8 @@ pub struct Bench {
     told: Vec<Event>,
     neighbour: SynthPrimary,
     directory: TempDir,
+    /// From each fault to the end of its session, and what a checkpoint of the neighbour took then.
+    ends: Vec<(Duration, Duration)>,
 }
 
 impl Bench {
@@ -83,8 +85,23 @@ impl Bench {
     /// If that fails.
     #[must_use]
     pub fn start(backend: BackendKind, channels: u8) -> Self {
+        Self::start_with(backend, channels, HANG_LIMIT)
+    }
+
+    /// The same, for a test that waits for the end of the time in which connections have to become a session. It is
+    /// long in comparison with what a session needs for that on this machine.
+    #[must_use]
+    pub fn start_with_deadline(backend: BackendKind, channels: u8) -> (Self, Duration) {
+        let since = Instant::now();
+        Self::start(backend, channels).end();
+        let deadline = Duration::from_secs(1.max(10 * since.elapsed().as_secs()));
+        (Self::start_with(backend, channels, deadline), deadline)
+    }
+
+    fn start_with(backend: BackendKind, channels: u8, identify_deadline: Duration) -> Self {
         let (tell, events) = mpsc::channel();
-        let receiver = Receiver::start(options(backend, channels), move |event| {
+        let options = options(backend, channels, identify_deadline);
+        let receiver = Receiver::start(options, move |event| {
             // At the very end the other side of the queue is gone.
             let _ = tell.send(event);
         });
@@ -111,6 +128,7 @@ impl Bench {
             told: Vec::new(),
             neighbour,
             directory,
+            ends: Vec::new(),
         };
         assert_eq!(bench.began(), 1);
         bench
@@ -188,7 +206,9 @@ impl Bench {
         says: &[&str],
     ) {
         println!("{name}");
+        let fault = Instant::now();
         let status = self.ended(session);
+        let took = fault.elapsed();
         let end = status.end.expect("it has ended");
         println!("    {end}");
         assert!(
@@ -203,7 +223,9 @@ impl Bench {
             self.compare(session, primary);
             self.discard(session);
         }
+        let checkpoint = Instant::now();
         self.neighbour.checkpoint().expect("a session beside it goes on");
+        self.ends.push((took, checkpoint.elapsed()));
     }
 
     /// The committed checkpoint is what this primary knows to be committed.
@@ -236,6 +258,24 @@ impl Bench {
         }
     }
 
+    /// Sessions have ended as soon as their faults were there. The median, because a busy machine makes some later.
+    fn check_ends(&mut self) {
+        // Fewer say nothing.
+        if self.ends.len() < 5 {
+            return;
+        }
+        let mut median = |of: fn(&(Duration, Duration)) -> Duration| {
+            self.ends.sort_unstable_by_key(of);
+            of(&self.ends[self.ends.len() / 2])
+        };
+        let (end, checkpoint) = (median(|times| times.0), median(|times| times.1));
+        println!("sessions ended after {end:?}; a checkpoint took {checkpoint:?}");
+        assert!(
+            end < END_RATIO_MAX * checkpoint,
+            "sessions ended {end:?} after their faults; a checkpoint took {checkpoint:?}"
+        );
+    }
+
     fn discard(&self, session: u32) {
         let answer = self.receiver.ask(Request::Discard { session });
         assert!(
@@ -249,6 +289,7 @@ impl Bench {
     /// # Panics
     /// If it is not so.
     pub fn end(mut self) {
+        self.check_ends();
         self.neighbour.checkpoint().expect("a session beside it goes on");
         let dumped = self.dump(1).expect("the neighbour has a checkpoint");
         for block in &dumped.blocks {
@@ -269,7 +310,7 @@ impl Bench {
     }
 }
 
-fn options(backend: BackendKind, channels: u8) -> ReceiverOptions {
+fn options(backend: BackendKind, channels: u8, identify_deadline: Duration) -> ReceiverOptions {
     ReceiverOptions {
         listen: vec![ListenAddress::Tcp(([127, 0, 0, 1], 0).into())],
         channels,
@@ -286,7 +327,7 @@ fn options(backend: BackendKind, channels: u8) -> ReceiverOptions {
         described: serde_json::Value::Null,
         control: None,
         once: false,
-        identify_deadline: DEADLINE,
+        identify_deadline,
         host_watch: colo_ring::net::HostWatch::default(),
     }
 }

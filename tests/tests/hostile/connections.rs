@@ -8,7 +8,7 @@ use std::time::Duration;
 
 #[test]
 fn strangers_among_connections() {
-    let mut bench = Bench::start(BackendKind::Uring, 2);
+    let (mut bench, deadline) = Bench::start_with_deadline(BackendKind::Uring, 2);
     let init = |id, at: usize, byte: u8| {
         let channel = colo_ring::units::ChannelId(id);
         let mut bytes = Init {
@@ -49,8 +49,8 @@ fn strangers_among_connections() {
         slow.send(&[*byte]);
         std::thread::sleep(Duration::from_millis(100));
     }
-    bench.warned("it did not say what it is within 3s");
-    bench.warned("it did not say what it is within 3s");
+    bench.warned(&format!("it did not say what it is within {deadline:?}"));
+    bench.warned(&format!("it did not say what it is within {deadline:?}"));
     assert!(silent.is_closed() && slow.is_closed());
     // Cut in the middle of what identifies it.
     for sent in [0, 1, 3, 4, 24, 25, 63] {
@@ -63,7 +63,9 @@ fn strangers_among_connections() {
     let (session, mut primary) = bench.protected();
     // All are bound: one more belongs to no session.
     let mut late = Link::multifd(bench.address, [7; 16], 0);
-    bench.warned("1 of 2 multifd channels came, but no main channel, within 3s");
+    bench.warned(&format!(
+        "1 of 2 multifd channels came, but no main channel, within {deadline:?}"
+    ));
     assert!(late.is_closed());
     primary.main.half_close();
     bench.survives(
@@ -78,7 +80,8 @@ fn strangers_among_connections() {
 
 #[test]
 fn channels_that_do_not_belong_together() {
-    let mut bench = Bench::start(BackendKind::Uring, 2);
+    let (mut bench, deadline) = Bench::start_with_deadline(BackendKind::Uring, 2);
+    let incomplete = format!("1 of 2 multifd channels and a main channel came within {deadline:?}");
     let start = |bench: &Bench| {
         let mut main = Link::connect(bench.address);
         main.send(&header());
@@ -89,13 +92,15 @@ fn channels_that_do_not_belong_together() {
     let mut twice = Link::multifd(bench.address, [3; 16], 0);
     bench.warned("channel 0 connected twice");
     assert!(twice.is_closed());
-    bench.warned("1 of 2 multifd channels and a main channel came within 3s");
+    bench.warned(&incomplete);
     assert!(main.is_closed() && first.is_closed());
     // Another guest's channel.
     let (mut main, mut first) = start(&bench);
     let mut foreign = Link::multifd(bench.address, [4; 16], 1);
-    bench.warned("1 of 2 multifd channels and a main channel came within 3s");
-    bench.warned("1 of 2 multifd channels came, but no main channel, within 3s");
+    bench.warned(&incomplete);
+    bench.warned(&format!(
+        "1 of 2 multifd channels came, but no main channel, within {deadline:?}"
+    ));
     assert!(main.is_closed() && first.is_closed() && foreign.is_closed());
     let (session, mut primary) = bench.protected();
     primary.main.half_close();

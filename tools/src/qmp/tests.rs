@@ -57,7 +57,7 @@ pub(crate) fn monitor(version: (u64, u64, u64), mut answers: Answers) -> SocketP
 }
 
 fn connect(path: &SocketPath) -> Result<Qmp, QmpError> {
-    Qmp::connect(&path.0, Duration::from_secs(5))
+    Qmp::connect(&path.0, Duration::from_secs(300))
 }
 
 /// Listens, says that, and closes; where it answers something, after it was asked.

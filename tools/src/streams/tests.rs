@@ -59,7 +59,7 @@ pub(crate) fn recorded(options: &SynthOptions) -> Vec<Connection> {
             described: serde_json::Value::Null,
             control: None,
             once: false,
-            identify_deadline: Duration::from_secs(10),
+            identify_deadline: Duration::from_secs(300),
             host_watch: colo_ring::net::HostWatch::default(),
         },
         drop,

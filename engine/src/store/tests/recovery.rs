@@ -320,6 +320,7 @@ fn links_and_what_is_no_file_are_not_followed() {
 fn a_device_state_grows_and_shrinks() {
     let scratch = in_memory();
     let store = in_directory(scratch.path(), CommitMode::Deferred);
+    let began = std::time::Instant::now();
     store.begin_colo();
     store.record_session(|| vec![7; 100_000]);
     for (checkpoint, bytes) in (0..).zip([2, 5000, 100_000, 0, 70_000, 3]) {
@@ -332,7 +333,7 @@ fn a_device_state_grows_and_shrinks() {
             (left.checkpoint(), left.session()),
             (CheckpointId(checkpoint), &[7; 100_000][..])
         );
-        assert!(left.age() < Duration::from_secs(60));
+        assert!(left.age() <= began.elapsed());
         let found = left.recover(table(&BLOCKS)).unwrap();
         assert_eq!(found.device_state(), expected);
     }

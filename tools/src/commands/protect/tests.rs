@@ -32,7 +32,7 @@ fn primary(version: (u64, u64, u64), status: &'static str, migration: Value, kvm
 }
 
 fn connect(path: &SocketPath) -> Qmp {
-    Qmp::connect(&path.0, Duration::from_secs(5)).unwrap()
+    Qmp::connect(&path.0, Duration::from_secs(300)).unwrap()
 }
 
 #[test]
