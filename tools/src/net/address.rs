@@ -19,6 +19,29 @@ pub enum Address {
     Unix(PathBuf),
 }
 
+/// The port that is assigned to NBD.
+const NBD_PORT: u16 = 10809;
+
+impl Address {
+    /// Where a secondary that listens here serves disks if nothing else is said.
+    #[must_use]
+    pub fn of_disks(&self) -> Self {
+        match self {
+            Self::Tcp(host_port) => {
+                let host = host_port
+                    .rsplit_once(':')
+                    .map_or(host_port.as_str(), |(host, _)| host);
+                Self::Tcp(format!("{host}:{NBD_PORT}"))
+            }
+            Self::Unix(path) => {
+                let mut name = path.clone().into_os_string();
+                name.push(".nbd");
+                Self::Unix(name.into())
+            }
+        }
+    }
+}
+
 impl FromStr for Address {
     type Err = AddressError;
 
@@ -43,6 +66,17 @@ impl fmt::Display for Address {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn disks_are_served_beside_it() {
+        for (receiver, disks) in [
+            ("tcp:[::1]:4444", "tcp:[::1]:10809"),
+            ("unix:/run/colo.sock", "unix:/run/colo.sock.nbd"),
+        ] {
+            let receiver: Address = receiver.parse().unwrap();
+            assert_eq!(receiver.of_disks().to_string(), disks);
+        }
+    }
 
     #[test]
     fn an_address_is_written_as_qemu_writes_it() {

@@ -23,8 +23,9 @@ const SUBSECTION_LEN: usize = 11;
 const FIRST_ID: u32 = 5;
 const VERSION: u32 = 3;
 
-/// The state as of one moment, with its EOF byte. `moment` decides the content, so that no two are equal.
-pub(super) fn state(moment: u64) -> Vec<u8> {
+/// The state as of one moment, with its EOF byte. `moment` is the checkpoint's number and decides the content, so that no two
+/// are equal.
+pub fn state(moment: u64) -> Vec<u8> {
     let mut rng = Xoshiro256PlusPlus::seed_from_u64(moment);
     let mut out = Vec::new();
     for (id, (name, instance, length)) in (FIRST_ID..).zip(DEVICES) {

@@ -32,6 +32,7 @@ pub(crate) struct Figures {
     pub(crate) zero_pages: u64,
     pub(crate) bytes: u64,
     pub(crate) payload_bytes: u64,
+    pub(crate) disk_blocks: u64,
     /// See [`CheckpointReport::own_delay`].
     own_delay: Duration,
     own_delay_max: Duration,
@@ -70,6 +71,7 @@ impl Figures {
             zero_pages: 0,
             bytes: 0,
             payload_bytes: 0,
+            disk_blocks: 0,
             own_delay: Duration::ZERO,
             own_delay_max: Duration::ZERO,
         }
@@ -89,6 +91,7 @@ impl Figures {
         self.zero_pages += report.zero_pages;
         self.bytes += report.bytes;
         self.payload_bytes += report.payload_bytes;
+        self.disk_blocks += report.disk_blocks;
         self.own_delay += report.own_delay;
         self.own_delay_max = self.own_delay_max.max(report.own_delay);
     }

@@ -12,6 +12,7 @@
 
 mod content;
 mod device;
+mod disks;
 mod figures;
 mod guest;
 mod link;
@@ -26,6 +27,8 @@ mod shape;
 mod tests;
 
 pub use content::fill as fill_page;
+pub use device::state as device_state_at;
+pub use disks::{DISK_BLOCK_BYTES, DiskCheckError, DiskOptions, check_disk};
 pub(crate) use figures::{Figures, OwnDelay, PhaseFigures};
 pub use guest::Image;
 pub(crate) use link::{Answer, MainLink};
@@ -36,6 +39,7 @@ pub use session::SynthPrimary;
 pub use shape::{Content, Distribution, Pattern, ShapeError};
 
 use crate::capture_file::CaptureError;
+use crate::nbd::NbdError;
 use crate::net::{Address, ConnectError};
 use std::time::Duration;
 use thiserror::Error;
@@ -51,6 +55,8 @@ pub struct CheckpointReport {
     pub pages: u64,
     /// Those of them that were zero.
     pub zero_pages: u64,
+    /// Blocks that were written to the disks.
+    pub disk_blocks: u64,
     /// Bytes of device state.
     pub vmstate_bytes: u64,
     /// Bytes written on all channels, framing and device state included.
@@ -110,6 +116,17 @@ pub enum SynthError {
     /// No connection.
     #[error(transparent)]
     Connect(#[from] ConnectError),
+    /// A disk's connection.
+    #[error(transparent)]
+    Disk(#[from] NbdError),
+    /// A disk does not have what was written to it.
+    #[error("disk {disk}: block {block} is not read as it was written just before")]
+    DiskReads {
+        /// Which disk.
+        disk: u8,
+        /// Which block.
+        block: u64,
+    },
     /// A connection failed.
     #[error("{what}: {doing}: {source}")]
     Io {

@@ -1,7 +1,7 @@
 //! The session to be made, as options.
 
 use super::shape::RATIOS;
-use super::{Content, Distribution, Pattern, SynthError};
+use super::{Content, DiskOptions, Distribution, Pattern, SynthError};
 use crate::page_compression::PageCompression;
 use clap::ValueEnum;
 use colo_ring::units::PAGE_BYTES;
@@ -89,6 +89,8 @@ pub struct SynthOptions {
     pub sync_mode: SyncMode,
     /// Zero pages as records on the main channel instead of in the packets (`zero-page-detection=legacy`).
     pub zero_pages_on_main: bool,
+    /// Its disks; a recording has none.
+    pub disks: Option<DiskOptions>,
     /// The guest's UUID, in every init packet.
     pub uuid: [u8; 16],
     /// How long to wait for an answer, or for room in a socket, before the session counts as failed. QEMU waits for ever.
@@ -119,6 +121,7 @@ impl SynthOptions {
                 SyncMode::PerRound
             },
             zero_pages_on_main: old,
+            disks: None,
             uuid: [0; 16],
             patience: Duration::from_secs(30),
         }

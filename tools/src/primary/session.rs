@@ -1,5 +1,6 @@
 //! The session itself: what a primary sends and waits for, in order (spec §1, §12).
 
+use super::disks::Disks;
 use super::guest::{GuestRam, Image, Page};
 use super::link::{Destination, MainLink};
 use super::recording::Recording;
@@ -63,6 +64,7 @@ pub struct SynthPrimary {
     clock: Clock,
     precopy: Duration,
     device_state: Vec<u8>,
+    disks: Option<Disks>,
 }
 
 impl SynthPrimary {
@@ -90,6 +92,11 @@ impl SynthPrimary {
             Destination::Secondary(_) => Clock::Real(Instant::now()),
             Destination::Recording(recording) => Clock::Recording((*recording).clone()),
         };
+        // As with QEMU, they are there before the migration begins.
+        let disks = match destination {
+            Destination::Secondary(_) => Disks::connect(options)?,
+            Destination::Recording(_) => None,
+        };
         let socket = destination.open("main channel", options.patience)?;
         let channels: Vec<_> = (0..options.channels)
             .map(|id| Channel::open(destination, id, options, ram.clone()))
@@ -111,6 +118,7 @@ impl SynthPrimary {
             clock,
             precopy: Duration::ZERO,
             device_state: Vec::new(),
+            disks,
         };
         primary.start()?;
         primary.precopy_rounds()?;
@@ -156,6 +164,10 @@ impl SynthPrimary {
     pub fn checkpoint(&mut self) -> Result<CheckpointReport, SynthError> {
         let dirty = self.run_guest()?;
         self.checkpoints += 1;
+        let disk_blocks = match &mut self.disks {
+            Some(disks) => disks.write_epoch(self.checkpoints)?,
+            None => 0,
+        };
         let device_state = device::state(self.checkpoints);
         let vmstate_bytes = device_state.len() as u64;
         let due = self.schedule.next(self.since_ready());
@@ -178,6 +190,7 @@ impl SynthPrimary {
         Ok(CheckpointReport {
             pages: dirty.len() as u64,
             zero_pages: dirty.iter().filter(|page| page.zero).count() as u64,
+            disk_blocks,
             vmstate_bytes,
             bytes: self.written() - written,
             payload_bytes: self.payload() - payload,

@@ -9,13 +9,9 @@ use clap::{Args, ValueEnum};
 use serde::Serialize;
 use serde_json::json;
 use std::collections::HashSet;
-use std::path::PathBuf;
 use std::str::FromStr;
 use std::sync::mpsc::{self, RecvTimeoutError};
 use std::time::{Duration, Instant};
-
-/// The port that is the NBD protocol's own.
-const NBD_PORT: u16 = 10809;
 
 /// How often QEMU is asked how far the copies are.
 const POLL: Duration = Duration::from_millis(100);
@@ -154,7 +150,7 @@ impl DiskPlan {
         Ok(Self {
             unprotected: unprotected.collect(),
             read_only: of_use(DiskUse::ReadOnly).collect(),
-            to: args.disk_to.clone().unwrap_or_else(|| default_address(receiver)),
+            to: args.disk_to.clone().unwrap_or_else(|| receiver.of_disks()),
             wanted,
             uuid,
         })
@@ -382,23 +378,6 @@ fn check_distinct(wanted: &[Mirror]) -> Result<(), CommandError> {
         }
     }
     Ok(())
-}
-
-/// Where a receiver serves disks if nothing else is said.
-fn default_address(receiver: &Address) -> Address {
-    match receiver {
-        Address::Tcp(host_port) => {
-            let host = host_port
-                .rsplit_once(':')
-                .map_or(host_port.as_str(), |(host, _)| host);
-            Address::Tcp(format!("{host}:{NBD_PORT}"))
-        }
-        Address::Unix(path) => {
-            let mut name = path.clone().into_os_string();
-            name.push(".nbd");
-            Address::Unix(PathBuf::from(name))
-        }
-    }
 }
 
 fn describe(disk: &GuestDisk) -> String {

@@ -8,7 +8,7 @@ use crate::options::Size;
 use crate::output::{CommandError, ProgressLine, mebibytes, print, print_json, tell};
 use crate::page_compression::{CompressionArgs, CompressionArgsError};
 use crate::primary::{
-    CheckpointReport, Content, Distribution, Figures, Pattern, Preset, SynthError, SynthOptions,
+    CheckpointReport, Content, DiskOptions, Distribution, Figures, Pattern, Preset, SynthError, SynthOptions,
     SynthPrimary, Version,
 };
 use crate::run_file::{Clock, RunFile, RunNameError, check_name};
@@ -97,6 +97,22 @@ pub struct SynthArgs {
     /// many checkpoints they delay
     #[arg(long, conflicts_with = "pace")]
     closed_loop: bool,
+
+    /// Disks that the guest has and writes to over NBD: the exports NAME-0, NAME-1 and so on
+    #[arg(long, value_name = "N", default_value_t = 0, conflicts_with = "out")]
+    disks: u8,
+
+    /// Blocks of 4 KiB that it writes to each of them before every checkpoint
+    #[arg(long, value_name = "N", default_value_t = 100, requires = "disks")]
+    disk_writes: u32,
+
+    /// Where the secondary serves disks [default: port 10809 of --to's host, or --to's path with .nbd behind it]
+    #[arg(long, value_name = "ADDRESS", requires = "disks")]
+    disk_to: Option<Address>,
+
+    /// What the exports are called
+    #[arg(long, value_name = "NAME", default_value = "synth", requires = "disks")]
+    disk_name: String,
 
     /// Checkpoints until the session is closed [default: 100]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
@@ -200,7 +216,20 @@ impl SynthArgs {
             checkpoints: self.checkpoints.unwrap_or(base.checkpoints),
             closed_loop: self.closed_loop,
             seed: self.seed,
+            disks: self.disk_options(),
             ..base
+        })
+    }
+}
+
+impl SynthArgs {
+    fn disk_options(&self) -> Option<DiskOptions> {
+        let receiver = self.to.as_ref().filter(|_| self.disks > 0)?;
+        Some(DiskOptions {
+            to: self.disk_to.clone().unwrap_or_else(|| receiver.of_disks()),
+            name: self.disk_name.clone(),
+            count: self.disks,
+            writes: self.disk_writes,
         })
     }
 }
@@ -250,6 +279,7 @@ impl Command<'_> {
             bytes: figures.bytes,
             page_bytes: figures.pages * PAGE_BYTES,
             payload_bytes: figures.payload_bytes,
+            disk_blocks: figures.disk_blocks,
             phases: figures.phases(),
             own_delay: figures.own_delay(),
             warnings,
@@ -361,6 +391,8 @@ impl Command<'_> {
             checkpoints: options.checkpoints,
             seed: options.seed,
             version: options.version,
+            disks: self.args.disks,
+            disk_writes: options.disks.as_ref().map_or(0, |disks| disks.writes),
         }
     }
 

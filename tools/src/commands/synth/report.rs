@@ -36,6 +36,8 @@ pub(super) struct Described {
     pub(super) checkpoints: u64,
     pub(super) seed: u64,
     pub(super) version: Version,
+    pub(super) disks: u8,
+    pub(super) disk_writes: u32,
 }
 
 /// What came of a live session.
@@ -54,6 +56,7 @@ pub(super) struct LiveReport {
     /// Content of pages, before it was compressed and on the wire.
     pub(super) page_bytes: u64,
     pub(super) payload_bytes: u64,
+    pub(super) disk_blocks: u64,
     pub(super) phases: Vec<PhaseFigures>,
     pub(super) own_delay: OwnDelay,
     pub(super) warnings: Vec<String>,
@@ -92,6 +95,9 @@ impl fmt::Display for Described {
             self.zero_share * 100.0,
             self.content,
         )?;
+        if self.disks > 0 {
+            write!(f, "{} blocks to each of {} disks; ", self.disk_writes, self.disks)?;
+        }
         if self.compression.is_some() {
             write!(f, "compressed with {}; ", self.compression)?;
         }

@@ -137,16 +137,6 @@ fn names_that_are_made_up_are_valid() {
 }
 
 #[test]
-fn the_address_follows_the_receivers() {
-    for (receiver, disks) in [
-        ("tcp:[::1]:4444", "tcp:[::1]:10809"),
-        ("unix:/run/colo.sock", "unix:/run/colo.sock.nbd"),
-    ] {
-        assert_eq!(default_address(&receiver.parse().unwrap()).to_string(), disks);
-    }
-}
-
-#[test]
 fn mirrors_are_started_node_before_job() {
     let (path, done) = guest(None, UUID, "");
     let made = plan_and_mirror(&path).unwrap();
