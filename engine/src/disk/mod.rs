@@ -8,7 +8,8 @@
 //! ```
 //!
 //! `base.rs` is a raw file or device; `segment.rs`, `pool.rs` and `epoch.rs` are the log; `record.rs` is what a later receiver must know of
-//! a disk; `guest_disk.rs` puts them together; `apply.rs` brings logs to the base; `recovery.rs` does that for a receiver that was killed.
+//! a disk; `guest_disk.rs` puts them together; `apply.rs` brings logs to the base; `recovery.rs` does that for a receiver that was killed;
+//! `copy.rs` keeps a base for another failover.
 //!
 //! # What decides what is committed
 //! Every segment names the checkpoint with which its epoch commits. With a RAM directory, the commit record of the RAM
@@ -18,6 +19,7 @@
 
 mod apply;
 mod base;
+mod copy;
 mod epoch;
 mod error;
 mod guest_disk;
@@ -31,6 +33,7 @@ mod tests;
 
 pub(crate) use apply::run as apply_all;
 pub(crate) use base::{Base, is_name, names_in, path_of};
+pub(crate) use copy::copy_base;
 pub use error::DiskError;
 pub(crate) use guest_disk::{Binding, Disk, DiskOptions, Piece, Source, Wanted, WriteTarget, nbd_error};
 pub(crate) use io::receive;

@@ -6,7 +6,7 @@ use super::end::SessionEnd;
 use super::kept_checkpoint::KeptCheckpoint;
 use super::live_session::LiveSession;
 use super::promotion::ClientId;
-use crate::disk::DiskError;
+use crate::disk::{DiskError, copy_base};
 use crate::failover::{Form, StreamError, StreamReport, write_stream};
 use crate::session::SessionRecord;
 use crate::store::CheckpointView;
@@ -176,6 +176,7 @@ pub(super) fn restore(
     let began = Instant::now();
     if let Some(path) = &request.keep {
         write_file(path, record, &view, Form::Complete)?;
+        keep_disks(path, &disks)?;
     }
     let keep_ns = nanoseconds(began);
     let began = Instant::now();
@@ -197,6 +198,17 @@ pub(super) fn restore(
         keep_ns,
         write_ns: nanoseconds(began),
     })
+}
+
+/// Copies the disks, each to a file that is named after the kept stream. No guest has them yet.
+fn keep_disks(stream: &Path, disks: &[RestoredDisk]) -> Result<(), RestoreError> {
+    for disk in disks {
+        let mut path = stream.as_os_str().to_owned();
+        path.push(format!(".{}.raw", disk.name));
+        let path = PathBuf::from(path);
+        copy_base(&disk.path, &path).map_err(|source| RestoreError::File { path, source })?;
+    }
+    Ok(())
 }
 
 /// Nothing more is received from the primary.

@@ -6,7 +6,9 @@ use crate::output::{CommandError, mebibytes, print, print_json, table};
 use crate::session_text::end;
 use clap::Args;
 use colo_ring::metrics::{Phase, display_nanoseconds};
-use colo_ring::receiver::{Request, SessionState, SessionStatus, StatusReport};
+use colo_ring::receiver::{
+    DiskState, DiskStatus, Request, SessionState, SessionStatus, StatusReport, UnboundDisk,
+};
 use std::process::ExitCode;
 
 /// Options of `colo-ring status`.
@@ -52,6 +54,7 @@ fn render(status: &StatusReport) -> String {
     );
     if status.sessions.is_empty() {
         text.push_str("no session\n");
+        text.push_str(&unbound_disks(status));
         return text;
     }
     let head = [
@@ -92,7 +95,69 @@ fn render(status: &StatusReport) -> String {
             text.push_str(&format!("session {}: {fallback}\n", session.session));
         }
     }
+    text.push_str(&session_disks(status));
+    text.push_str(&unbound_disks(status));
     text
+}
+
+/// The disks of the sessions, in lines of at most 80 columns; nothing if there are none.
+fn session_disks(status: &StatusReport) -> String {
+    let head = ["disk", "session", "size", "state", "log", "not in base", "epochs"];
+    let mut rows = vec![head.map(str::to_owned).to_vec()];
+    for session in &status.sessions {
+        let is_over = matches!(session.state, SessionState::Ended | SessionState::Recovered);
+        let row = |disk: &DiskStatus| {
+            let state = match disk.state {
+                DiskState::Copying => "copying",
+                DiskState::InSync => "in sync",
+                // Its session is over as well: what is committed is what is kept.
+                DiskState::Lost if is_over => "kept",
+                DiskState::Lost => "lost",
+            };
+            vec![
+                shortened(&disk.name),
+                session.session.to_string(),
+                whole_mebibytes(disk.size_bytes),
+                state.to_owned(),
+                whole_mebibytes(disk.log_bytes),
+                whole_mebibytes(disk.lag_bytes),
+                disk.lag_epochs.to_string(),
+            ]
+        };
+        rows.extend(session.disks.iter().map(row));
+    }
+    match rows.len() {
+        1 => String::new(),
+        _ => format!("\n{}", table(&rows)),
+    }
+}
+
+/// Disks that are connected and that no session has yet.
+fn unbound_disks(status: &StatusReport) -> String {
+    let line = |disk: &UnboundDisk| {
+        format!(
+            "disk {}: first copy from {}, {} of {} written\n",
+            disk.name,
+            disk.from,
+            whole_mebibytes(disk.written_bytes),
+            whole_mebibytes(disk.size_bytes)
+        )
+    };
+    status.disks.iter().map(line).collect()
+}
+
+/// A name that leaves room for the rest of its line.
+fn shortened(name: &str) -> String {
+    const MAX: usize = 22;
+    match name.char_indices().nth(MAX) {
+        None => name.to_owned(),
+        Some(_) => name.chars().take(MAX - 1).chain(['…']).collect(),
+    }
+}
+
+/// MiB, rounded up: a little is not nothing.
+fn whole_mebibytes(bytes: u64) -> String {
+    format!("{} MiB", bytes.div_ceil(1 << 20))
 }
 
 fn state(session: &SessionStatus) -> &'static str {
@@ -128,4 +193,17 @@ fn session_row(session: &SessionStatus) -> Vec<String> {
         or_dash(session.machine.clone()),
         session.peer.clone(),
     ]
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_leave_room_and_little_is_not_nothing() {
+        assert_eq!(shortened("web3-root"), "web3-root");
+        let long = shortened(&"x".repeat(64));
+        assert!(long.ends_with("x…") && long.chars().count() == 22);
+        assert_eq!([0, 1, 5 << 20].map(whole_mebibytes), ["0 MiB", "1 MiB", "5 MiB"]);
+    }
 }

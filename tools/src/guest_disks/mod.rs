@@ -34,6 +34,8 @@ pub(crate) struct GuestDisk {
     pub(crate) bytes: u64,
     /// Where its content is.
     pub(crate) file: String,
+    /// The same, and the images that it is an overlay of.
+    pub(crate) files: Vec<String>,
     /// What the guest does with it.
     pub(crate) use_: DiskUse,
 }
@@ -98,6 +100,7 @@ fn parse(number: usize, entry: &Value, is_flash: bool) -> Option<GuestDisk> {
         aliases,
         node,
         bytes: inserted["image"]["virtual-size"].as_u64()?,
+        files: chain(inserted),
         file: inserted["file"].as_str().unwrap_or_default().to_owned(),
         use_: match inserted["ro"].as_bool() {
             _ if is_flash => DiskUse::Flash,
@@ -105,6 +108,17 @@ fn parse(number: usize, entry: &Value, is_flash: bool) -> Option<GuestDisk> {
             _ => DiskUse::Writable,
         },
     })
+}
+
+/// The files of an image and of those behind it.
+fn chain(inserted: &Value) -> Vec<String> {
+    let mut files: Vec<_> = inserted["file"].as_str().map(str::to_owned).into_iter().collect();
+    let mut image = &inserted["image"];
+    while let Some(file) = image["filename"].as_str() {
+        files.push(file.to_owned());
+        image = &image["backing-image"];
+    }
+    files
 }
 
 #[cfg(test)]

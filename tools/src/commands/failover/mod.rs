@@ -1,6 +1,7 @@
 //! `colo-ring failover`: the guest lives on from the last committed checkpoint.
 
 mod command_line;
+mod disks;
 mod relay;
 mod report;
 mod started;
@@ -26,7 +27,7 @@ use waiting::{RunDirectory, Waiting};
 
 /// Options of `colo-ring failover`.
 #[derive(Debug, Args)]
-#[command(group(clap::ArgGroup::new("target").required(true).args(["qmp", "qemu_args", "to", "qemu"])))]
+#[command(group(clap::ArgGroup::new("target").required(true).args(["qmp", "qemu_args", "to", "qemu", "print_blockdev"])))]
 pub struct FailoverArgs {
     /// The receiver's control socket
     #[arg(long, value_name = "unix:PATH")]
@@ -53,11 +54,20 @@ pub struct FailoverArgs {
     #[arg(last = true, value_name = "QEMU")]
     qemu: Vec<String>,
 
+    /// Only print what the fresh QEMU's command line needs for the guest's disks; also while it is protected
+    #[arg(long)]
+    print_blockdev: bool,
+
+    /// Also if the fresh QEMU does not use the checkpoint's disks: what it uses has their content at this checkpoint
+    #[arg(long)]
+    other_disks: bool,
+
     /// Send all memory in the stream, also where the fresh QEMU could use the receiver's file
     #[arg(long)]
     stream: bool,
 
-    /// Keep a copy of the checkpoint, written first, as a stream that -incoming file:PATH takes
+    /// Keep a copy of the checkpoint, written first, as a stream that -incoming file:PATH takes; and of each disk, as
+    /// FILE.NAME.raw, sharing its blocks where the file system can
     #[arg(long, value_name = "FILE")]
     keep: Option<PathBuf>,
 
@@ -118,6 +128,9 @@ struct Claim {
 /// # Errors
 /// If it is not available, does not fit, or does not start; the error names the state of the checkpoint then.
 pub fn run(args: &FailoverArgs) -> Result<ExitCode, CommandError> {
+    if args.print_blockdev {
+        return disks::print_blockdev(args);
+    }
     let began = Instant::now();
     let started = Started::default();
     let to_end = started.clone();
@@ -258,6 +271,11 @@ fn resume(
         }
     };
     times.feed = began.elapsed();
+    if let Err(why) = disks::check_restored(&claim.claimed, &restored) {
+        let may_have_run = !waiting.holds();
+        drop(waiting);
+        return Err(claim.release(may_have_run, &why));
+    }
     let began = Instant::now();
     let status = match waiting.wait_loaded().and_then(|status| waiting.run(status)) {
         Ok(status) => status,
@@ -304,6 +322,7 @@ fn prepare(
     times.start = began.elapsed();
     let began = Instant::now();
     let mapped = waiting.check(&claim.claimed)?.filter(|_| !args.stream);
+    disks::check(waiting.qmp(), &claim.claimed, args.other_disks)?;
     let shared = mapped.map(|block| block.name.clone());
     if shared.is_none() && !args.stream {
         tell(

@@ -1,12 +1,12 @@
 //! What a failover reports.
 
 use super::waiting::Waiting;
-use super::{FailoverArgs, shown};
+use super::{FailoverArgs, disks, shown};
 use crate::output::{CommandError, print, print_json, tell};
 use crate::units::nanoseconds;
 use colo_ring::host::Machine;
 use colo_ring::metrics::display_nanoseconds;
-use colo_ring::receiver::{ClaimedCheckpoint, RestoreReport};
+use colo_ring::receiver::{ClaimedCheckpoint, RestoreReport, RestoredDisk};
 use serde::Serialize;
 use serde_json::json;
 use std::path::PathBuf;
@@ -78,6 +78,7 @@ struct FailoverReport<'a> {
     pid: Option<u32>,
     to: Option<&'a str>,
     kept: Option<String>,
+    disks: &'a [RestoredDisk],
     stream_bytes: u64,
     pages: u64,
     zero_pages: u64,
@@ -192,6 +193,7 @@ fn report<'a>(
         pid: outcome.pid,
         to: outcome.to.as_deref(),
         kept: args.keep()?.as_deref().map(shown),
+        disks: &outcome.restored.disks,
         stream_bytes: outcome.restored.stream.bytes,
         pages: outcome.restored.stream.pages,
         zero_pages: outcome.restored.stream.zero_pages,
@@ -233,11 +235,20 @@ fn words(
         "stream" => text.push_str(&format!("its memory was sent: {kibibytes} KiB; the receiver releases its own copy\n")),
         _ => {}
     }
+    text.push_str(&disks::lines(&outcome.restored));
     if let Some(kept) = args.keep()? {
         text.push_str(&format!(
             "a copy is kept: qemu-system-x86_64 … -incoming file:{}\n",
             kept.display()
         ));
+        for disk in &outcome.restored.disks {
+            text.push_str(&format!(
+                "  with disk {} as {}.{}.raw\n",
+                disk.name,
+                kept.display(),
+                disk.name
+            ));
+        }
     }
     if let Some(pid) = outcome.pid {
         let monitor = outcome.qmp.as_deref().map(shown).unwrap_or_default();

@@ -168,6 +168,16 @@ impl Waiting {
         }
     }
 
+    /// Its monitor.
+    pub(super) fn qmp(&mut self) -> &mut Qmp {
+        &mut self.qmp
+    }
+
+    /// Whether no guest runs in it before [`Self::run`].
+    pub(super) fn holds(&self) -> bool {
+        self.holds
+    }
+
     pub(super) fn version(&self) -> String {
         self.qmp.version().to_string()
     }
