@@ -168,7 +168,7 @@ enum Command {
     /// Everything is tried or read, nothing is changed. Exit code 0 if a receiver works here, 1 if something
     /// essential is missing.
     #[command(
-        after_help = "Example:\n  colo-ring doctor\n  colo-ring doctor --json | jq '.checks[] | select(.state != \"ok\")'"
+        after_help = "Example:\n  colo-ring doctor\n  colo-ring doctor --qmp /run/guest1.qmp\n  colo-ring doctor --json | jq '.checks[] | select(.state != \"ok\")'"
     )]
     Doctor(doctor::DoctorArgs),
 }

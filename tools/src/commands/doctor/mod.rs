@@ -1,17 +1,25 @@
 //! `colo-ring doctor`: what this machine lacks, what that means, and the command that fixes it.
 
+mod guest;
+
 use crate::options::Size;
 use crate::output::{CommandError, print, print_json};
+use crate::qmp::socket_path;
 use clap::Args;
 use colo_ring::host::HostReport;
 use colo_ring::ring::{RegistrationReport, RingReport, RingUnavailable};
 use serde::Serialize;
 use std::fmt::Write;
+use std::path::PathBuf;
 use std::process::ExitCode;
 
 /// Options of `colo-ring doctor`.
 #[derive(Debug, Args)]
 pub struct DoctorArgs {
+    /// Also judge the guest of the QEMU with this QMP socket: whether it can be protected, and what becomes of its disks
+    #[arg(long, value_name = "PATH", value_parser = socket_path)]
+    qmp: Option<PathBuf>,
+
     /// Print JSON (schema colo-ring.doctor, version 1) with everything that was found out
     #[arg(long)]
     json: bool,
@@ -72,7 +80,10 @@ pub fn run(args: &DoctorArgs) -> Result<ExitCode, CommandError> {
     let host = HostReport::probe();
     let ring = RingReport::probe(host.memory.memlock_limit_bytes);
     let probe = Probe { host, ring };
-    let checks = checks(&probe);
+    let mut checks = checks(&probe);
+    if let Some(monitor) = &args.qmp {
+        checks.extend(guest::checks(monitor).map_err(CommandError::failed)?);
+    }
     let usable = !checks.iter().any(|check| check.state == State::Missing);
     if args.json {
         print_json(&DoctorReport {
@@ -84,6 +95,9 @@ pub fn run(args: &DoctorArgs) -> Result<ExitCode, CommandError> {
         })?;
     } else {
         print(&format!("{}\n\n{}", probe.host.machine, render(&checks)))?;
+        if args.qmp.is_none() {
+            print("For a guest and its disks, on the primary's host: colo-ring doctor --qmp PATH\n")?;
+        }
     }
     Ok(if usable {
         ExitCode::SUCCESS
