@@ -45,6 +45,8 @@ pub(crate) enum Canary {
     ForgottenDisk,
     /// Applying a log leaves out a block.
     SkippedBlock,
+    /// A log is given up before it is in the base.
+    FreedEarly,
     /// A channel arrives at a sync while payloads of it are not decoded.
     EarlyArrival,
     /// A packet's zero pages are applied before the payloads of the packets before it.

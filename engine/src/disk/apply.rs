@@ -51,6 +51,9 @@ pub(crate) fn step(disk: &Disk) -> bool {
 }
 
 fn apply_epoch(disk: &Disk, epoch: Arc<Epoch>, between: impl Fn()) -> io::Result<()> {
+    if canary::is_set(Canary::FreedEarly) {
+        release(&epoch);
+    }
     bring_to_base(disk.base(), &epoch, between)?;
     release(&epoch);
     disk.applied(epoch);

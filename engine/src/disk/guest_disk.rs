@@ -547,10 +547,15 @@ impl Disk {
 
     /// The pieces of a range, in order: the newest content of each.
     pub(crate) fn pieces(&self, offset: u64, length: u64, pieces: &mut Vec<Piece>) {
+        self.pieces_of(offset, length, true, pieces);
+    }
+
+    fn pieces_of(&self, offset: u64, length: u64, with_open: bool, pieces: &mut Vec<Piece>) {
         pieces.clear();
         let state = self.state();
         let mut open = vec![(offset, offset + length)];
-        let layers = std::iter::once(&state.open).chain(state.committed.iter().rev().map(|epoch| &**epoch));
+        let newest = std::iter::once(&state.open).filter(|_| with_open);
+        let layers = newest.chain(state.committed.iter().rev().map(|epoch| &**epoch));
         for layer in layers.filter(|layer| !layer.is_empty()) {
             let mut unknown = Vec::new();
             for (from, to) in open {
@@ -570,6 +575,30 @@ impl Disk {
             source: Source::Base,
         }));
         pieces.sort_unstable_by_key(|piece| piece.offset);
+    }
+
+    /// All of what is committed.
+    #[cfg(test)]
+    pub(crate) fn read_committed(&self) -> Vec<u8> {
+        let mut pieces = Vec::new();
+        self.pieces_of(0, self.base.size(), false, &mut pieces);
+        let mut out = Vec::new();
+        for piece in pieces {
+            let start = out.len();
+            out.resize(start + usize::try_from(piece.length).expect("a small disk"), 0);
+            match piece.source {
+                Source::Segment(segment, place) => segment.read(place, &mut out[start..]),
+                Source::Zero => {}
+                Source::Base => self.base.read(&mut out[start..], piece.offset).expect("a base"),
+            }
+        }
+        out
+    }
+
+    /// Whether the log may take so many segments more.
+    #[cfg(test)]
+    pub(crate) fn has_room_for(&self, segments: u64) -> bool {
+        self.pool.has_room_for(segments)
     }
 
     /// The connection has ended. Returns whether a session has lost the disk by it, which [`Self::lose`] is to report.
@@ -652,7 +681,7 @@ impl Disk {
     }
 
     /// Whether the primary's guest stands still for a checkpoint.
-    pub(super) fn is_cut(&self) -> bool {
+    pub(crate) fn is_cut(&self) -> bool {
         self.is_cut.load(Ordering::Relaxed)
     }
 }

@@ -29,9 +29,11 @@ mod record;
 mod recovery;
 mod segment;
 #[cfg(all(test, not(loom), not(miri)))]
-mod tests;
+pub(crate) mod tests;
 
 pub(crate) use apply::run as apply_all;
+#[cfg(all(test, not(loom), not(miri)))]
+pub(crate) use apply::step as apply_step;
 pub(crate) use base::{Base, is_name, names_in, path_of};
 pub(crate) use copy::copy_base;
 pub use error::DiskError;

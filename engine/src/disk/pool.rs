@@ -218,6 +218,11 @@ impl SegmentPool {
         (inner.in_use as u64 + 1).saturating_mul(self.segment_bytes)
     }
 
+    #[cfg(test)]
+    pub(crate) fn has_room_for(&self, segments: u64) -> bool {
+        (self.inner().in_use as u64 + segments) * self.segment_bytes <= self.limit
+    }
+
     pub(crate) fn has_free(&self) -> bool {
         !self.inner().free.is_empty()
     }

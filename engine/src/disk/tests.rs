@@ -104,7 +104,8 @@ impl Bench {
     }
 }
 
-fn write(disk: &Disk, offset: usize, bytes: &[u8]) -> bool {
+/// Writes as a connection does; whether it was taken.
+pub(crate) fn write(disk: &Disk, offset: usize, bytes: &[u8]) -> bool {
     let mut wanted = Wanted::default();
     let Ok(target) = disk.begin_write((offset as u64, bytes.len() as u64), &mut wanted) else {
         return false;
@@ -124,7 +125,8 @@ fn write(disk: &Disk, offset: usize, bytes: &[u8]) -> bool {
     disk.end_write(target, &wanted).is_ok()
 }
 
-fn read(disk: &Disk, offset: usize, length: usize) -> Vec<u8> {
+/// Reads as a connection does.
+pub(crate) fn read(disk: &Disk, offset: usize, length: usize) -> Vec<u8> {
     let mut pieces: Vec<Piece> = Vec::new();
     disk.pieces(offset as u64, length as u64, &mut pieces);
     let mut out = Vec::new();

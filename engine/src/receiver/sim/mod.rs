@@ -27,12 +27,16 @@
 //! At the end: did everything that was not broken come to its end, and is nothing held any more: no connection, no posted
 //! receive, no registered buffer, no memory, no budget?
 //!
+//! Some guests have disks (`disks.rs`), which they write while they run. What is committed of a disk must be what the guest had written
+//! when the checkpoint of its memory was taken, also after a kill and after the end of the session.
+//!
 //! What is not simulated: the backends' own system calls, the threads of a flush, commits between the passes of a dump, a
 //! connection's way to its session, deadlines. Orders between threads are loom's.
 //!
 //! `scripts/simulate` runs it for as long as one likes.
 
 mod death;
+mod disks;
 mod memory;
 mod primary;
 mod rng;
@@ -60,6 +64,9 @@ struct Tally {
     moves: u64,
     /// Packets that workers decoded.
     decoded: u64,
+    /// Writes to disks, and logs that were applied.
+    disk_writes: u64,
+    applied: u64,
     /// Times that the receiver was killed.
     kills: u64,
     /// Sessions by how they ended.
@@ -78,6 +85,8 @@ impl Tally {
         self.dumps += other.dumps;
         self.moves += other.moves;
         self.decoded += other.decoded;
+        self.disk_writes += other.disk_writes;
+        self.applied += other.applied;
         self.kills += other.kills;
         for (end, count) in &other.ends {
             *self.ends.entry(end).or_default() += count;

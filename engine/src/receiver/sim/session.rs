@@ -1,5 +1,6 @@
 //! One session in the simulation: the model primary with the real guest, and the question whether they agree.
 
+use super::disks::{RecoveredDisks, SimDisks};
 use super::memory::{Content, PAGE};
 use super::primary::{Primary, Stage};
 use crate::metrics::CheckpointSample;
@@ -33,6 +34,7 @@ pub(super) struct SimSession {
     pub(super) is_over: bool,
     /// A packet that the primary should not have sent.
     pub(super) intruder: Option<Intruder>,
+    pub(super) disks: Option<SimDisks>,
     committed: usize,
     samples: usize,
 }
@@ -79,6 +81,7 @@ impl SimSession {
             is_touched,
             is_over: false,
             intruder: None,
+            disks: None,
             committed: 0,
             samples: 0,
         }
@@ -153,7 +156,11 @@ impl SimSession {
             intruder.is_in = page == *intruder.content;
         }
         let read = |page, content: &mut _| store.read_committed(page, content);
-        self.compare(read, &store.committed().device_state())
+        self.compare(read, &store.committed().device_state())?;
+        match &self.disks {
+            Some(disks) => disks.check(committed - 1),
+            None => Ok(()),
+        }
     }
 
     /// What a failover would find now: the checkpoint that is committed.
@@ -193,7 +200,7 @@ impl SimSession {
                 };
             }
         };
-        let StoredSession { peer, record, .. } =
+        let StoredSession { peer, record, disks } =
             decode(files.session()).map_err(|error| error.to_string())?;
         let committed = files
             .recover(record.blocks.clone())
@@ -214,7 +221,18 @@ impl SimSession {
             state,
             |page, content: &mut _| view.read(page, content),
             view.device_state(),
-        )
+        )?;
+        match (&self.disks, committed.files()) {
+            (Some(own), Some(ram)) => own.found(
+                &RecoveredDisks {
+                    stored: &disks,
+                    directory,
+                    ram,
+                },
+                state,
+            ),
+            _ => Ok(()),
+        }
     }
 
     /// Whether the primary may go on: an intruder that is still on its way could pass for a page of the next checkpoint.
@@ -345,6 +363,7 @@ impl SimSession {
             Some(SessionEnd::NotQuiet { .. }) => "not quiet",
             Some(SessionEnd::NoMemory(_)) => "no memory",
             Some(SessionEnd::Stopped) => "stopped",
+            Some(SessionEnd::Disk(_)) => "disk",
             Some(_) => "another",
         }
     }
@@ -365,6 +384,9 @@ impl SimSession {
                 "{} measurements of {} states",
                 self.samples, self.committed
             ));
+        }
+        if let Some(disks) = &self.disks {
+            disks.end(self.live.disks(), self.committed.checked_sub(1))?;
         }
         self.recover()?;
         if let Some(store) = self.live.store() {

@@ -39,7 +39,13 @@ fn what_is_committed_is_always_a_checkpoint_whole() {
     println!("{all:?}");
     // A simulation in which little happens proves little.
     assert!(
-        all.untouched > 30 && all.commits > 200 && all.dumps > 0 && all.moves > 30 && all.decoded > 300,
+        all.untouched > 30
+            && all.commits > 200
+            && all.dumps > 0
+            && all.moves > 30
+            && all.decoded > 300
+            && all.disk_writes > 200
+            && all.applied > 10,
         "{all:?}"
     );
 }
@@ -101,6 +107,10 @@ fn canaries_do_not_survive() {
         (Canary::EarlyArrival, 100),
         (Canary::EarlyZero, 500),
         (Canary::LostDecodeWake, 100),
+        (Canary::LateCut, 500),
+        (Canary::AppliedEarly, 100),
+        (Canary::ForgottenDisk, 100),
+        (Canary::SkippedBlock, 100),
     ];
     find_all(&canaries, false);
 }
@@ -113,6 +123,7 @@ fn canaries_do_not_survive_a_kill() {
             (Canary::EndlessFlush, 100),
             (Canary::EarlyFlushed, 500),
             (Canary::OneDeviceState, 500),
+            (Canary::FreedEarly, 3000),
         ],
         true,
     );

@@ -8,6 +8,7 @@ mod workers;
 
 use super::Tally;
 use super::death::Death;
+use super::disks::{Bases, DISK_FAULTS, DiskFault, DiskStep};
 use super::primary::{Kind, Stage};
 use super::rng::Rng;
 use super::session::SimSession;
@@ -19,6 +20,7 @@ use crate::ring::sim::{Net, Network, Registered, SimCore, StreamEnd};
 use crate::ring::{OffloadThreshold, ReceiveStyle};
 use faults::{FAULTS, Fault};
 use services::{Jobs, LASTING_STORES, STORES, SimServices, services};
+use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 use workers::SimWorker;
 
@@ -27,6 +29,9 @@ const STEPS_MAX: u64 = 1_000_000;
 
 /// Steps that many runs have.
 const STEPS_USUAL: usize = 3000;
+
+/// What the seed of the disks differs by.
+const DISKS: u64 = 0x6469_736b_7321;
 
 /// Failed tries to find something to do at random, after which everything is looked at.
 const TRIES: usize = 24;
@@ -61,6 +66,12 @@ pub(super) struct World {
     /// Steps before which something is done to a session.
     faults: Vec<(u64, usize, Fault)>,
     dump_at: Option<u64>,
+    /// Where the disks' bases are, if the guests have disks.
+    bases: Option<PathBuf>,
+    _own_bases: Option<Bases>,
+    /// Of its own, so that a seed of guests without disks stays the run that it was.
+    disk_rng: Rng,
+    disk_fault: Option<(u64, DiskFault)>,
     death: Option<Death>,
     wait_all: bool,
     /// In how many tries a core does work that can wait.
@@ -122,6 +133,16 @@ impl World {
             Some(_) => rng.pick(&LASTING_STORES),
         };
         let ram_dir = death.as_ref().map(|death| death.directory().to_owned());
+        let mut disk_rng = Rng::new(seed ^ DISKS);
+        let has_disks = disk_rng.one_in(3);
+        let own_bases = (has_disks && ram_dir.is_none()).then(Bases::new);
+        let bases = ram_dir
+            .clone()
+            .or_else(|| own_bases.as_ref().map(|bases| bases.path().to_owned()));
+        let disk_fault = disk_rng.one_in(3).then(|| {
+            let at = disk_rng.any_size(STEPS_USUAL) as u64;
+            (at, disk_rng.pick(&DISK_FAULTS))
+        });
         let workers = workers::some(rng, threads, cores);
         let shards = cores + workers.shards();
         let services = services(rng, store, ram_dir, workers, shards, &jobs, &budgets);
@@ -137,6 +158,10 @@ impl World {
             is_idle: false,
             flush_looks: rng.pick(&[4, 100]),
             piece_bytes,
+            bases: bases.filter(|_| has_disks),
+            _own_bases: own_bases,
+            disk_rng,
+            disk_fault,
             death,
             rng: Rng::new(rng.next()),
             trace,
@@ -257,6 +282,7 @@ impl World {
             self.note(|| format!("session {which} is looked at as by a failover"));
             self.sessions[which].recover()?;
         }
+        self.disk_step()?;
         if !self.act()? {
             return Ok(false);
         }
@@ -270,6 +296,32 @@ impl World {
         }
         self.check_after_kill(&before)?;
         Ok(true)
+    }
+
+    /// What the guests' disks do in this step.
+    fn disk_step(&mut self) -> Result<(), String> {
+        let rng = &mut self.disk_rng;
+        let which = rng.below(self.sessions.len());
+        let session = &mut self.sessions[which];
+        let Some(disks) = session.disks.as_mut().filter(|_| session.live.end().is_none()) else {
+            return Ok(());
+        };
+        let mut step = DiskStep::Nothing;
+        if let Some((at, fault)) = self.disk_fault
+            && at <= self.tally.steps
+        {
+            step = disks.break_one(rng, fault)?;
+            if step == DiskStep::Lost {
+                self.disk_fault = None;
+            }
+        } else if rng.one_in(3) {
+            step = disks.run(rng, session.primary.stage);
+            self.tally.disk_writes += u64::from(step == DiskStep::Done);
+        } else if rng.one_in(8) {
+            self.tally.applied += u64::from(disks.apply(rng));
+        }
+        session.is_touched |= step == DiskStep::Lost;
+        Ok(())
     }
 
     /// If the receiver was killed in this step, before which so many states were committed: what does the next one find?
@@ -376,6 +428,9 @@ impl World {
         let acts = !answered && session.may_act(&self.net.borrow());
         if acts {
             session.primary.act(&mut self.rng);
+            if let Some(disks) = &mut session.disks {
+                disks.take_snapshot(session.primary.snapshots.len());
+            }
             session.send(&mut self.net.borrow_mut());
         }
         let after = self.sessions[number].primary.stage;

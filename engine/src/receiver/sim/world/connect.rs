@@ -1,5 +1,6 @@
 //! The beginning of a session: a primary has connected all its channels.
 
+use super::super::disks::SimDisks;
 use super::super::primary::{Kind, Primary};
 use super::super::rng::Rng;
 use super::super::session::SimSession;
@@ -61,7 +62,14 @@ impl World {
         let session = attach(new, self.services.clone(), &cores);
         let weak = Arc::downgrade(&session);
         cores.session.set(weak).expect("attached once");
-        let session = SimSession::new(session, primary, peers, wires, no_memory);
+        let mut session = SimSession::new(session, primary, peers, wires, no_memory);
+        if let Some(bases) = &self.bases {
+            let disks = SimDisks::new(&mut self.disk_rng, bases, self.sessions.len());
+            let segments_in_ram = self.disk_rng.below(8);
+            self.services
+                .add_disks(session.live.id, disks.all(), segments_in_ram);
+            session.disks = Some(disks);
+        }
         self.sessions.push(session);
         self.tally.sessions += 1;
     }

@@ -1,8 +1,9 @@
 //! The services of simulated sessions.
 
+use super::super::disks;
 use super::super::rng::Rng;
 use crate::blocks::BlockTable;
-use crate::disk::DiskError;
+use crate::disk::{Disk, DiskError};
 use crate::metrics::SampleQueue;
 use crate::receiver::decode::Workers;
 use crate::receiver::disks::SessionDisks;
@@ -13,8 +14,9 @@ use crate::receiver::services::{Services, Work};
 use crate::store::{
     CacheKind, CommitMode, CopyMethod, FlushSizes, Flusher, Granularity, HugePages, Store, StoreOptions,
 };
+use std::collections::BTreeMap;
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
 /// Every way to make a store.
@@ -44,6 +46,21 @@ pub(super) struct SimServices {
     budgets: Budgets,
     workers: Arc<Workers>,
     jobs: Jobs,
+    disks: Mutex<BTreeMap<u32, WaitingDisks>>,
+}
+
+/// Disks that their session has not bound yet, and how many segments of their logs may be in memory.
+type WaitingDisks = (Vec<Arc<Disk>>, usize);
+
+impl SimServices {
+    fn disks(&self) -> MutexGuard<'_, BTreeMap<u32, WaitingDisks>> {
+        self.disks.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// A primary has connected its disks.
+    pub(super) fn add_disks(&self, session: u32, disks: Vec<Arc<Disk>>, segments_in_ram: usize) {
+        self.disks().insert(session, (disks, segments_in_ram));
+    }
 }
 
 /// Makes them, for guests with memory of that kind, and with a shard for each core and worker.
@@ -88,6 +105,7 @@ pub(super) fn services(
         budgets: budgets.clone(),
         workers: Arc::new(workers),
         jobs: jobs.clone(),
+        disks: Mutex::default(),
     })
 }
 
@@ -118,8 +136,10 @@ impl Services for SimServices {
         })
     }
 
-    fn bind_disks(&self, _: &Arc<LiveSession>, _: Option<[u8; 16]>) -> Result<SessionDisks, DiskError> {
-        Ok(SessionDisks::default())
+    fn bind_disks(&self, session: &Arc<LiveSession>, _: Option<[u8; 16]>) -> Result<SessionDisks, DiskError> {
+        let waiting = self.disks().remove(&session.id);
+        let (disks, segments_in_ram) = waiting.unwrap_or_default();
+        disks::bind(session, disks, segments_in_ram)
     }
 
     fn run_in_background(&self, work: Work) -> std::io::Result<()> {
