@@ -207,8 +207,8 @@ impl Secondary {
 const KINDS: [(CacheKind, CommitMode); 4] = [
     (CacheKind::Mirror, CommitMode::Sync),
     (CacheKind::Mirror, CommitMode::Deferred),
-    (CacheKind::Pool { max: None }, CommitMode::Sync),
-    (CacheKind::Pool { max: None }, CommitMode::Deferred),
+    (CacheKind::Pool, CommitMode::Sync),
+    (CacheKind::Pool, CommitMode::Deferred),
 ];
 
 /// Plays a capture with every kind of store, and hands each to `check`.

@@ -6,48 +6,34 @@ use nix::sys::signal::Signal;
 use std::collections::hash_map::RandomState;
 use std::fs;
 use std::hash::{BuildHasher, Hasher};
-use std::path::PathBuf;
-use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::mpsc;
 use std::time::{Duration, Instant};
+use tempfile::TempDir;
 
 /// Kills that are tried.
 const RUNS: u32 = 60;
 
 /// A directory on a tmpfs, gone with its test.
-struct RamDirectory(PathBuf);
+struct RamDirectory(TempDir);
 
 impl RamDirectory {
     fn new() -> Self {
-        static NEXT: AtomicU32 = AtomicU32::new(0);
-        let number = NEXT.fetch_add(1, Ordering::Relaxed);
-        let path = PathBuf::from(format!(
-            "/dev/shm/colo-ring-survive-{}-{number}",
-            std::process::id()
-        ));
-        fs::create_dir(&path).unwrap();
-        Self(path)
+        let mut named = tempfile::Builder::new();
+        Self(named.prefix("colo-ring-survive-").tempdir_in("/dev/shm").unwrap())
     }
 
     fn start(&self, args: &[&str]) -> RunningReceiver {
-        let ram_dir = ["--ram-dir", self.0.to_str().unwrap()];
+        let ram_dir = ["--ram-dir", self.0.path().to_str().unwrap()];
         RunningReceiver::start(wrapped(&[]), &[&ram_dir, args].concat())
     }
 
     fn files(&self) -> Vec<String> {
-        let names = fs::read_dir(&self.0).unwrap();
+        let names = fs::read_dir(self.0.path()).unwrap();
         let mut names: Vec<_> = names
             .map(|entry| entry.unwrap().file_name().into_string().unwrap())
             .collect();
         names.sort();
         names
-    }
-}
-
-impl Drop for RamDirectory {
-    fn drop(&mut self) {
-        // What is left there takes memory from the next run, and does no other harm.
-        let _ = fs::remove_dir_all(&self.0);
     }
 }
 
@@ -233,7 +219,7 @@ fn a_checkpoint_stays_through_any_number_of_receivers() {
 #[test]
 fn what_cannot_be_used_is_told() {
     let directory = RamDirectory::new();
-    let write = |name: &str, bytes: &[u8]| fs::write(directory.0.join(name), bytes).unwrap();
+    let write = |name: &str, bytes: &[u8]| fs::write(directory.0.path().join(name), bytes).unwrap();
     write("session-4.pc.ram", &[0; 4096]);
     write("session-5.~record", &[1; 4096]);
     write("session-6.~record", b"short");

@@ -2,7 +2,6 @@
 
 use clap::ValueEnum;
 use colo_ring::host::parse_core_list;
-use colo_ring::store::CacheKind;
 use serde::{Serialize, Serializer};
 use std::fmt;
 use std::path::PathBuf;
@@ -110,33 +109,12 @@ pub enum Switch {
     Off,
 }
 
-/// Where received pages wait for their commit.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Cache {
-    /// Slots that are taken as pages arrive and used again: takes the memory of a checkpoint or two
-    Pool,
-    /// A slot for every page of the guest: takes as much memory again as the guest has
-    Mirror,
-}
-
-impl Cache {
-    /// As the engine has it; `pool_max` is the pool's limit.
-    pub fn kind(self, pool_max: Option<Size>) -> CacheKind {
-        match self {
-            Self::Pool => CacheKind::Pool {
-                max: pool_max.map(|size| size.0),
-            },
-            Self::Mirror => CacheKind::Mirror,
-        }
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
     use colo_ring::ring::BackendKind;
-    use colo_ring::store::{CommitMode, HugePages};
+    use colo_ring::store::{CacheKind, CommitMode, HugePages};
+    use colo_ring::wire::codec::Method;
 
     #[test]
     fn a_control_address_is_a_unix_socket() {
@@ -194,7 +172,8 @@ mod tests {
         agree::<BackendKind>();
         agree::<CommitMode>();
         agree::<HugePages>();
-        agree::<Cache>();
+        agree::<CacheKind>();
+        agree::<Method>();
         for backend in BackendKind::ALL {
             assert_eq!(serde_json::to_value(backend).unwrap(), backend.name());
         }

@@ -1,6 +1,6 @@
 //! How a primary compresses the pages of its multifd channels: options of `protect` and `synth`.
 
-use clap::{Args, ValueEnum};
+use clap::Args;
 use colo_ring::wire::codec::Method;
 use serde::Serialize;
 use std::fmt;
@@ -10,41 +10,12 @@ use thiserror::Error;
 /// The level where none is given: that of QEMU for every method.
 const LEVEL_DEFAULT: u8 = 1;
 
-/// The methods that a primary can be set to and the receiver decodes.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum, Serialize)]
-#[serde(rename_all = "lowercase")]
-pub enum CompressionMethod {
-    /// Pages as they are
-    #[default]
-    None,
-    /// A zlib stream per channel
-    Zlib,
-    /// A zstd stream per channel, faster than zlib on both sides
-    Zstd,
-}
-
-impl CompressionMethod {
-    /// The name on the command line, in reports, and of QEMU's parameter `multifd-compression`.
-    pub fn name(self) -> &'static str {
-        self.method().name()
-    }
-
-    /// The same on the wire.
-    pub fn method(self) -> Method {
-        match self {
-            Self::None => Method::None,
-            Self::Zlib => Method::Zlib,
-            Self::Zstd => Method::Zstd,
-        }
-    }
-
-    /// The levels that QEMU takes. Empty where there are none.
-    fn levels(self) -> RangeInclusive<u8> {
-        match self {
-            Self::None => RangeInclusive::new(1, 0),
-            Self::Zlib => 0..=9,
-            Self::Zstd => 0..=20,
-        }
+/// The levels that QEMU takes. Empty where there are none.
+fn levels(method: Method) -> RangeInclusive<u8> {
+    match method {
+        Method::Zlib => 0..=9,
+        Method::Zstd => 0..=20,
+        _ => RangeInclusive::new(1, 0),
     }
 }
 
@@ -53,7 +24,7 @@ impl CompressionMethod {
 pub struct CompressionArgs {
     /// Compression of pages on the multifd channels, for a slow network
     #[arg(long, value_enum, value_name = "METHOD", default_value_t)]
-    pub compression: CompressionMethod,
+    pub compression: Method,
 
     /// Level of the compression: 0 to 9 with zlib, 0 to 20 with zstd [default: 1]
     #[arg(long, value_name = "N")]
@@ -70,15 +41,15 @@ pub enum CompressionArgsError {
     #[error(
         "--compression {} needs multifd channels, and --channels is 0: QEMU compresses pages on these only", .0.name()
     )]
-    NoChannels(CompressionMethod),
+    NoChannels(Method),
     /// A level that the method does not have.
     #[error(
         "--compression-level {level}: {} has the levels {} to {}",
-        .method.name(), .method.levels().start(), .method.levels().end()
+        .method.name(), levels(*.method).start(), levels(*.method).end()
     )]
     Level {
         /// The method.
-        method: CompressionMethod,
+        method: Method,
         /// The level.
         level: u8,
     },
@@ -89,7 +60,7 @@ pub enum CompressionArgsError {
 pub struct PageCompression {
     /// The method.
     #[serde(rename = "compression")]
-    pub method: CompressionMethod,
+    pub method: Method,
     /// Its level; none without compression.
     #[serde(rename = "compression_level")]
     pub level: Option<u8>,
@@ -102,7 +73,7 @@ impl CompressionArgs {
     /// If the options do not go together.
     pub fn check(self, channels: u8) -> Result<PageCompression, CompressionArgsError> {
         let method = self.compression;
-        if method == CompressionMethod::None {
+        if method == Method::None {
             return match self.compression_level {
                 None => Ok(PageCompression::default()),
                 Some(_) => Err(CompressionArgsError::NoMethod),
@@ -112,7 +83,7 @@ impl CompressionArgs {
             return Err(CompressionArgsError::NoChannels(method));
         }
         let level = self.compression_level.unwrap_or(LEVEL_DEFAULT);
-        if !method.levels().contains(&level) {
+        if !levels(method).contains(&level) {
             return Err(CompressionArgsError::Level { method, level });
         }
         Ok(PageCompression {
@@ -125,7 +96,7 @@ impl CompressionArgs {
 impl PageCompression {
     /// Whether pages are compressed.
     pub fn is_some(self) -> bool {
-        self.method != CompressionMethod::None
+        self.method != Method::None
     }
 }
 
@@ -142,7 +113,7 @@ impl fmt::Display for PageCompression {
 mod tests {
     use super::*;
 
-    fn check(compression: CompressionMethod, level: Option<u8>, channels: u8) -> Result<String, String> {
+    fn check(compression: Method, level: Option<u8>, channels: u8) -> Result<String, String> {
         let args = CompressionArgs {
             compression,
             compression_level: level,
@@ -153,7 +124,7 @@ mod tests {
 
     #[test]
     fn a_method_has_its_levels() {
-        use CompressionMethod::{None as Off, Zlib, Zstd};
+        use Method::{None as Off, Zlib, Zstd};
         assert_eq!(check(Off, None, 0).unwrap(), "none");
         assert_eq!(check(Zlib, None, 1).unwrap(), "zlib level 1");
         assert_eq!(check(Zlib, Some(9), 4).unwrap(), "zlib level 9");
@@ -173,7 +144,7 @@ mod tests {
     #[test]
     fn reports_name_method_and_level() {
         let args = CompressionArgs {
-            compression: CompressionMethod::Zstd,
+            compression: Method::Zstd,
             compression_level: None,
         };
         let json = serde_json::to_value(args.check(2).unwrap()).unwrap();

@@ -3,12 +3,13 @@
 use colo_ring::receiver::{Receiver, ReceiverOptions, Request, Response};
 use colo_ring::ring::BackendKind;
 use colo_ring::store::{HugePages, StoreOptions};
+use colo_ring::wire::codec::Method;
 use colo_ring_tests::HANG_LIMIT;
 use colo_ring_tests::command::Scratch;
 use colo_ring_tools::capture_file::{
     CaptureInfo, CaptureReader, CaptureWriter, Compression, Direction, Event, Record,
 };
-use colo_ring_tools::page_compression::{CompressionArgs, CompressionMethod};
+use colo_ring_tools::page_compression::CompressionArgs;
 use colo_ring_tools::primary::{
     CheckpointReport, Content, Distribution, Pattern, SynthOptions, SynthPrimary, Version,
 };
@@ -261,10 +262,10 @@ fn a_capture_that_is_replayed_leaves_the_primary_s_memory() {
 #[test]
 fn compressed_sessions_leave_the_primary_s_memory() {
     for (version, compression, level, channels) in [
-        (Version::V11_1, CompressionMethod::Zstd, 1, 2),
-        (Version::V11_1, CompressionMethod::Zlib, 6, 1),
-        (Version::V10_0, CompressionMethod::Zlib, 1, 3),
-        (Version::V7_2, CompressionMethod::Zstd, 3, 2),
+        (Version::V11_1, Method::Zstd, 1, 2),
+        (Version::V11_1, Method::Zlib, 6, 1),
+        (Version::V10_0, Method::Zlib, 1, 3),
+        (Version::V7_2, Method::Zstd, 3, 2),
     ] {
         let args = CompressionArgs {
             compression,

@@ -97,9 +97,9 @@ impl Store {
         };
         let (cache, record) = match options.cache {
             CacheKind::Mirror => (making.mirror(memory)?, None),
-            CacheKind::Pool { max } => {
+            CacheKind::Pool => {
                 let files = directory.files.clone().filter(|_| directory.is_durable);
-                making.pool(max, nodes, memory, files)?
+                making.pool(options.pool_max, nodes, memory, files)?
             }
         };
         let files = CheckpointFiles {
@@ -148,8 +148,8 @@ fn open_directory(
     let files = RamFiles::new(RamDirectory::open(path)?, label);
     let obstacle = match options.cache {
         CacheKind::Mirror => Some("its cache is a mirror"),
-        CacheKind::Pool { .. } if !files.is_fine_grained() => Some("its huge pages are larger than 2 MiB"),
-        CacheKind::Pool { .. } => None,
+        CacheKind::Pool if !files.is_fine_grained() => Some("its huge pages are larger than 2 MiB"),
+        CacheKind::Pool => None,
     };
     notes.extend(obstacle.map(|reason| Fallback::NotDurable {
         directory: path.display().to_string(),

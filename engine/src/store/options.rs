@@ -5,16 +5,14 @@ use serde::{Deserialize, Serialize};
 use std::path::PathBuf;
 use std::sync::Arc;
 
-/// Which placement of cache slots.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+/// Where received pages wait for their commit.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "cli", derive(clap::ValueEnum))]
+#[serde(rename_all = "lowercase")]
 pub enum CacheKind {
-    /// Slots are taken as pages arrive and given back when they are flushed: as much memory as checkpoints need.
-    Pool {
-        /// Bytes up to which it grows ahead of need; `None` for as much as the guest's RAM. A checkpoint that needs more gets it,
-        /// slower, and that is counted.
-        max: Option<u64>,
-    },
-    /// A slot for every page of guest RAM: memory doubles.
+    /// Slots that are taken as pages arrive and used again: takes the memory of a checkpoint or two
+    Pool,
+    /// A slot for every page of the guest: takes as much memory again as the guest has
     Mirror,
 }
 
@@ -40,8 +38,11 @@ pub struct StoreOptions {
     pub hugepages: HugePages,
     /// Directory for the RAM image's files, on tmpfs or hugetlbfs; without one they are memfds.
     pub ram_dir: Option<PathBuf>,
-    /// Placement of cache slots.
+    /// Its cache.
     pub cache: CacheKind,
+    /// With [`CacheKind::Pool`]: bytes up to which it grows ahead of need; `None` for as much as the guest's RAM. A
+    /// checkpoint that needs more gets it, slower, and that is counted.
+    pub pool_max: Option<u64>,
     /// When dirty slots are copied.
     pub commit: CommitMode,
     /// Threads that receive pages: each marks in its own shard of the dirty bitmap. At least 1.
@@ -59,7 +60,8 @@ impl Default for StoreOptions {
         Self {
             hugepages: HugePages::Huge2M,
             ram_dir: None,
-            cache: CacheKind::Pool { max: None },
+            cache: CacheKind::Pool,
+            pool_max: None,
             commit: CommitMode::Deferred,
             shards: 1,
             nodes: Vec::new(),

@@ -34,8 +34,8 @@ fn table(blocks: &[(&str, u64)]) -> Arc<BlockTable> {
 const KINDS: [(CacheKind, CommitMode); 4] = [
     (CacheKind::Mirror, CommitMode::Sync),
     (CacheKind::Mirror, CommitMode::Deferred),
-    (CacheKind::Pool { max: None }, CommitMode::Sync),
-    (CacheKind::Pool { max: None }, CommitMode::Deferred),
+    (CacheKind::Pool, CommitMode::Sync),
+    (CacheKind::Pool, CommitMode::Deferred),
 ];
 
 const TEST_GRANULARITY: Granularity = Granularity {
@@ -342,7 +342,7 @@ fn the_end_of_a_flush_is_notified() {
 /// Other cores take part in a flush only when a caller waits for its end, and only where much is left.
 #[test]
 fn no_core_helps_with_a_flush_before_that_is_allowed() {
-    let store = store_of((CacheKind::Pool { max: None }, CommitMode::Deferred), &BLOCKS);
+    let store = store_of((CacheKind::Pool, CommitMode::Deferred), &BLOCKS);
     store.begin_colo();
     let commit = |checkpoint, pages| {
         (0..pages).for_each(|at| store.write(0, page(at), &content(checkpoint)).unwrap());

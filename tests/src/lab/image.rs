@@ -67,7 +67,8 @@ pub fn check_test_guest_image(image: &Path, guest: &TestGuest) -> Result<(), Lab
     Ok(())
 }
 
-/// What the guest writes to a page: four 32-bit lanes, each counting up by an odd step of its own.
+/// What the guest writes to a page: four 32-bit lanes, each counting up by an odd step of its own. The constants are those
+/// of `tests/guest/dirtier.S`.
 fn page_content(index: u32, generation: u32, content: Content) -> [u8; PAGE_BYTES] {
     let mut page = [0; PAGE_BYTES];
     if generation & ZERO_BIT != 0 {

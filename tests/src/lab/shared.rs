@@ -1,9 +1,9 @@
 //! Directories for RAM images, on a tmpfs or of huge pages.
 
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::Command;
-use std::sync::atomic::{AtomicU32, Ordering};
+use tempfile::TempDir;
 
 use super::{HostSetting, LabError};
 
@@ -13,7 +13,7 @@ const POOL: &str = "/sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages";
 /// A directory on a tmpfs, or a hugetlbfs of its own; removed when dropped.
 #[derive(Debug)]
 pub struct SharedDirectory {
-    path: PathBuf,
+    directory: TempDir,
     /// The pool of a hugetlbfs: as it was when this is gone.
     pool: Option<HostSetting>,
 }
@@ -24,12 +24,11 @@ impl SharedDirectory {
     /// # Errors
     /// When it cannot be made.
     pub fn new() -> Result<Self, LabError> {
-        static NEXT: AtomicU32 = AtomicU32::new(0);
-        let number = NEXT.fetch_add(1, Ordering::Relaxed);
-        let path = format!("/dev/shm/colo-ring-{}-{number}", std::process::id());
-        fs::create_dir(&path).map_err(LabError::io(format!("create {path}")))?;
+        let directory = tempfile::Builder::new()
+            .prefix("colo-ring-")
+            .tempdir_in("/dev/shm");
         Ok(Self {
-            path: path.into(),
+            directory: directory.map_err(LabError::io("create a directory in /dev/shm".to_owned()))?,
             pool: None,
         })
     }
@@ -53,7 +52,7 @@ impl SharedDirectory {
         let mut directory = Self::new()?;
         let mounting = Command::new("mount")
             .args(["-t", "hugetlbfs", "-o", "pagesize=2M", "none"])
-            .arg(&directory.path)
+            .arg(directory.path())
             .output();
         let mounted = mounting.map_err(LabError::io("run mount"))?;
         if !mounted.status.success() {
@@ -69,7 +68,7 @@ impl SharedDirectory {
     /// Its path.
     #[must_use]
     pub fn path(&self) -> &Path {
-        &self.path
+        self.directory.path()
     }
 
     /// Number of files in it.
@@ -78,7 +77,7 @@ impl SharedDirectory {
     /// When it is gone.
     #[must_use]
     pub fn files(&self) -> usize {
-        fs::read_dir(&self.path).expect("its directory").count()
+        fs::read_dir(self.path()).expect("its directory").count()
     }
 }
 
@@ -86,14 +85,12 @@ impl Drop for SharedDirectory {
     fn drop(&mut self) {
         if self.pool.is_some() {
             // At the latest when the last one has closed its files.
-            let unmounted = Command::new("umount").arg("-l").arg(&self.path).status();
+            let unmounted = Command::new("umount").arg("-l").arg(self.path()).status();
             if !unmounted.is_ok_and(|status| status.success()) {
-                eprintln!("{} stays mounted: umount it", self.path.display());
-                return;
+                eprintln!("{} stays mounted: umount it", self.path().display());
+                self.directory.disable_cleanup(true);
             }
         }
-        // What is left takes memory until this machine's next start, and does no other harm.
-        let _ = fs::remove_dir_all(&self.path);
     }
 }
 

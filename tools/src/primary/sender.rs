@@ -221,7 +221,7 @@ struct PacketWriter {
 
 impl PacketWriter {
     fn new(line: Line, ram: SharedRam, compression: PageCompression, written: Arc<Written>) -> Self {
-        let method = compression.method.method();
+        let method = compression.method;
         Self {
             line,
             ram,

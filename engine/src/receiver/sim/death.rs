@@ -7,8 +7,9 @@ use crate::killpoint;
 use std::cell::RefCell;
 use std::fs::File;
 use std::os::unix::fs::FileExt;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::rc::Rc;
+use tempfile::TempDir;
 
 /// Kills in a run, at most.
 const KILLS: usize = 3;
@@ -16,35 +17,14 @@ const KILLS: usize = 3;
 /// Instants between two kills, at most.
 const INSTANTS: usize = 1200;
 
-/// A directory that goes with this.
-pub(super) struct Directory(PathBuf);
-
-impl Directory {
-    fn new() -> Self {
-        let path = scratch();
-        std::fs::create_dir(&path).expect("a directory");
-        Self(path)
+/// A directory with the files of another.
+fn copy_of(other: &Path) -> TempDir {
+    let copy = scratch();
+    for entry in std::fs::read_dir(other).expect("a directory") {
+        let entry = entry.expect("a file");
+        copy_file(&entry.path(), &copy.path().join(entry.file_name())).expect("a copy");
     }
-
-    /// With the files of another.
-    fn like(other: &Path) -> Self {
-        let copy = Self::new();
-        for entry in std::fs::read_dir(other).expect("a directory") {
-            let entry = entry.expect("a file");
-            copy_file(&entry.path(), &copy.0.join(entry.file_name())).expect("a copy");
-        }
-        copy
-    }
-
-    pub(super) fn path(&self) -> &Path {
-        &self.0
-    }
-}
-
-impl Drop for Directory {
-    fn drop(&mut self) {
-        drop(std::fs::remove_dir_all(&self.0));
-    }
+    copy
 }
 
 /// Copies a file; pages of zeros, which are most, become holes.
@@ -62,14 +42,14 @@ fn copy_file(from: &Path, to: &Path) -> std::io::Result<()> {
 
 /// See the module.
 pub(super) struct Death {
-    directory: Directory,
-    killed: Rc<RefCell<Option<Directory>>>,
+    directory: TempDir,
+    killed: Rc<RefCell<Option<TempDir>>>,
 }
 
 impl Death {
     /// Comes to the receiver of this thread.
     pub(super) fn new(seed: u64) -> Self {
-        let directory = Directory::new();
+        let directory = scratch();
         let killed = Rc::new(RefCell::new(None));
         let mut rng = Rng::new(seed);
         let (mut kills, mut wait) = (0, rng.range(1, INSTANTS));
@@ -81,7 +61,7 @@ impl Death {
             }
             kills += 1;
             wait = rng.range(1, INSTANTS);
-            *dead.borrow_mut() = Some(Directory::like(&living));
+            *dead.borrow_mut() = Some(copy_of(&living));
         })));
         Self { directory, killed }
     }
@@ -92,7 +72,7 @@ impl Death {
     }
 
     /// The files of a receiver that was killed since the last call.
-    pub(super) fn take_files(&mut self) -> Option<Directory> {
+    pub(super) fn take_files(&mut self) -> Option<TempDir> {
         self.killed.take()
     }
 }

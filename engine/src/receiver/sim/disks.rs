@@ -13,7 +13,7 @@ use crate::receiver::disks::SessionDisks;
 use crate::receiver::end::SessionEnd;
 use crate::receiver::live_session::LiveSession;
 use crate::units::CheckpointId;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -301,25 +301,4 @@ pub(super) fn bind(
         })?;
     }
     Ok(SessionDisks::new(disks, has_own_record))
-}
-
-/// A directory for bases where the receiver has no RAM directory.
-pub(super) struct Bases(PathBuf);
-
-impl Bases {
-    pub(super) fn new() -> Self {
-        let path = super::tests::scratch();
-        std::fs::create_dir(&path).expect("a directory");
-        Self(path)
-    }
-
-    pub(super) fn path(&self) -> &Path {
-        &self.0
-    }
-}
-
-impl Drop for Bases {
-    fn drop(&mut self) {
-        drop(std::fs::remove_dir_all(&self.0));
-    }
 }

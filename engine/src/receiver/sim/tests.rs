@@ -4,22 +4,25 @@ use super::{How, Tally, run};
 use crate::canary::Canary;
 use std::collections::hash_map::RandomState;
 use std::hash::{BuildHasher, Hasher};
-use std::path::PathBuf;
+use std::path::Path;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
+use tempfile::TempDir;
 
-/// A directory's name that nobody has, in memory if possible.
-pub(super) fn scratch() -> PathBuf {
-    static NEXT: AtomicU64 = AtomicU64::new(0);
-    let number = NEXT.fetch_add(1, Ordering::Relaxed);
-    let memory = PathBuf::from("/dev/shm");
+/// A directory, in memory if possible.
+pub(super) fn scratch() -> TempDir {
+    let memory = Path::new("/dev/shm");
     let below = if memory.is_dir() {
-        memory
+        memory.to_owned()
     } else {
         std::env::temp_dir()
     };
-    below.join(format!("colo-ring-sim-{}-{number}", std::process::id()))
+    let mut named = tempfile::Builder::new();
+    named
+        .prefix("colo-ring-sim-")
+        .tempdir_in(below)
+        .expect("a directory")
 }
 
 /// Seeds of receivers that are killed.

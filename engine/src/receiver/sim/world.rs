@@ -8,10 +8,11 @@ mod workers;
 
 use super::Tally;
 use super::death::Death;
-use super::disks::{Bases, DISK_FAULTS, DiskFault, DiskStep};
+use super::disks::{DISK_FAULTS, DiskFault, DiskStep};
 use super::primary::{Kind, Stage};
 use super::rng::Rng;
 use super::session::SimSession;
+use super::tests::scratch;
 use crate::killpoint;
 use crate::receiver::budget::Budget;
 use crate::receiver::guest_memory::Budgets;
@@ -22,6 +23,7 @@ use faults::{FAULTS, Fault};
 use services::{Jobs, LASTING_STORES, STORES, SimServices, services};
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
+use tempfile::TempDir;
 use workers::SimWorker;
 
 /// Steps after which a run has gone astray: none came near.
@@ -68,7 +70,7 @@ pub(super) struct World {
     dump_at: Option<u64>,
     /// Where the disks' bases are, if the guests have disks.
     bases: Option<PathBuf>,
-    _own_bases: Option<Bases>,
+    _own_bases: Option<TempDir>,
     /// Of its own, so that a seed of guests without disks stays the run that it was.
     disk_rng: Rng,
     disk_fault: Option<(u64, DiskFault)>,
@@ -135,7 +137,7 @@ impl World {
         let ram_dir = death.as_ref().map(|death| death.directory().to_owned());
         let mut disk_rng = Rng::new(seed ^ DISKS);
         let has_disks = disk_rng.one_in(3);
-        let own_bases = (has_disks && ram_dir.is_none()).then(Bases::new);
+        let own_bases = (has_disks && ram_dir.is_none()).then(scratch);
         let bases = ram_dir
             .clone()
             .or_else(|| own_bases.as_ref().map(|bases| bases.path().to_owned()));

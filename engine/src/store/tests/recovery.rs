@@ -7,7 +7,7 @@ use std::cell::RefCell;
 use std::fs::File;
 use std::rc::Rc;
 
-const POOL: CacheKind = CacheKind::Pool { max: None };
+const POOL: CacheKind = CacheKind::Pool;
 const LABEL: &str = "guest";
 const SESSION: &[u8] = b"what stays the same";
 

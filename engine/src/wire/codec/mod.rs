@@ -23,21 +23,29 @@ use super::WireError;
 use crate::units::{PACKET_PAGES, PAGE_SIZE};
 pub use encoder::Encoder;
 pub use guard::PAYLOAD_MAX;
+use serde::{Deserialize, Serialize};
 
-/// How the primary compresses pages: its parameter `multifd-compression`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+/// How the primary compresses pages: its parameter `multifd-compression`. Methods that need an accelerator are not
+/// values of a command line.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[cfg_attr(feature = "cli", derive(clap::ValueEnum))]
+#[serde(rename_all = "lowercase")]
 pub enum Method {
-    /// Not at all: the payload is the pages.
+    /// Pages as they are
+    #[default]
     None,
-    /// One zlib stream per channel.
+    /// A zlib stream per channel
     Zlib,
-    /// One zstd frame per channel.
+    /// A zstd stream per channel, faster than zlib on both sides
     Zstd,
-    /// Each page a raw deflate stream of its own, by Intel's QPL.
+    /// Each page a raw deflate stream of its own, by Intel's QPL
+    #[cfg_attr(feature = "cli", value(skip))]
     Qpl,
-    /// Each page a zlib stream of its own, by UADK accelerators.
+    /// Each page a zlib stream of its own, by UADK accelerators
+    #[cfg_attr(feature = "cli", value(skip))]
     Uadk,
-    /// All pages of the packet, by QATzip.
+    /// All pages of the packet, by QATzip
+    #[cfg_attr(feature = "cli", value(skip))]
     Qatzip,
 }
 

@@ -7,6 +7,8 @@ mod streams;
 use super::{Decoder, Encoder, Method, PageBuffer};
 use crate::units::{PACKET_PAGES, PAGE_SIZE};
 use crate::wire::WireError;
+use rand::rngs::Xoshiro256PlusPlus;
+use rand::{RngExt, SeedableRng};
 use std::cell::RefCell;
 
 fn encoder(method: Method, level: i32) -> Encoder {
@@ -30,13 +32,11 @@ impl Encoder {
 }
 
 /// Pages that compress a little: words of a small set, as `seed` has it.
-fn content(pages: usize, mut seed: u64) -> Vec<u8> {
+fn content(pages: usize, seed: u64) -> Vec<u8> {
+    let mut random = Xoshiro256PlusPlus::seed_from_u64(seed);
     let mut bytes = Vec::with_capacity(pages * PAGE_SIZE);
     while bytes.len() < pages * PAGE_SIZE {
-        seed ^= seed << 13;
-        seed ^= seed >> 7;
-        seed ^= seed << 17;
-        let word = seed % 1021;
+        let word = random.random_range(0..1021_u64);
         bytes.extend_from_slice(&word.wrapping_mul(0x9e37_79b9_7f4a_7c15).to_le_bytes()[..4]);
     }
     bytes

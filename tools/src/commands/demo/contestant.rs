@@ -2,16 +2,16 @@
 
 use super::DemoArgs;
 use crate::net::Address;
-use crate::options::Cache;
 use crate::output::CommandError;
-use crate::page_compression::{CompressionArgs, CompressionMethod, PageCompression};
+use crate::page_compression::{CompressionArgs, PageCompression};
 use crate::primary::{Content, Distribution, Figures, PhaseFigures, SynthOptions, SynthPrimary, Version};
 use crate::run_file::{Checkpoint, Clock, RunFile};
 use clap::ValueEnum;
 use colo_ring::metrics::Summary;
 use colo_ring::receiver::{Event, ListenAddress, Receiver, ReceiverOptions, Request, Response, StatusReport};
 use colo_ring::ring::BackendKind;
-use colo_ring::store::{CommitMode, HugePages, StoreOptions};
+use colo_ring::store::{CacheKind, CommitMode, HugePages, StoreOptions};
+use colo_ring::wire::codec::Method;
 use serde::Serialize;
 use std::collections::BTreeSet;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -38,7 +38,7 @@ pub(super) struct Variant {
     pub(super) name: String,
     backend: BackendKind,
     registered: bool,
-    cache: Cache,
+    cache: CacheKind,
     commit: CommitMode,
     #[serde(flatten)]
     compression: PageCompression,
@@ -47,7 +47,7 @@ pub(super) struct Variant {
 impl Variant {
     /// Every combination of what the options of `receive` offer.
     pub(super) fn all() -> Vec<Self> {
-        let placements = Cache::value_variants().iter().flat_map(|&cache| {
+        let placements = CacheKind::value_variants().iter().flat_map(|&cache| {
             CommitMode::value_variants()
                 .iter()
                 .map(move |&commit| (cache, commit))
@@ -68,7 +68,7 @@ impl Variant {
 
     /// The first of all with each method of compression.
     pub(super) fn compressed() -> Vec<Self> {
-        let with = |method: &CompressionMethod| {
+        let with = |method: &Method| {
             let args = CompressionArgs {
                 compression: *method,
                 compression_level: None,
@@ -81,10 +81,7 @@ impl Variant {
                 ..first
             })
         };
-        CompressionMethod::value_variants()
-            .iter()
-            .filter_map(with)
-            .collect()
+        Method::value_variants().iter().filter_map(with).collect()
     }
 }
 
@@ -144,7 +141,7 @@ impl Contestant {
             registered: variant.registered,
             store: StoreOptions {
                 hugepages: HugePages::Huge2M,
-                cache: variant.cache.kind(None),
+                cache: variant.cache,
                 commit: variant.commit,
                 ..StoreOptions::default()
             },
@@ -292,7 +289,7 @@ mod tests {
     fn every_cache_and_commit_mode_is_measured_with_every_way_to_receive() {
         let variants = Variant::all();
         let names: BTreeSet<_> = variants.iter().map(|variant| variant.name.clone()).collect();
-        let placements = Cache::value_variants().len() * CommitMode::value_variants().len();
+        let placements = CacheKind::value_variants().len() * CommitMode::value_variants().len();
         assert_eq!((variants.len(), names.len()), (4 * placements, 4 * placements));
         assert!(names.contains(super::super::BASELINE), "{names:?}");
         let compressed: Vec<_> = Variant::compressed().into_iter().map(|one| one.name).collect();

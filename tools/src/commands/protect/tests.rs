@@ -1,8 +1,8 @@
 //! A primary with scripted answers: the settings that it receives, and the errors where it cannot be protected.
 
 use super::*;
-use crate::page_compression::CompressionMethod;
 use crate::qmp::tests::{Answers, SocketPath, monitor};
+use colo_ring::wire::codec::Method;
 use std::sync::{Arc, Mutex};
 
 fn args(path: &SocketPath) -> ProtectArgs {
@@ -194,15 +194,15 @@ fn a_primary_is_given_method_and_level() {
             }
         })
     };
-    let none = compressed(CompressionMethod::None, None);
+    let none = compressed(Method::None, None);
     assert_eq!(none["multifd-compression"], "none");
     assert_eq!(none["multifd-zstd-level"], Value::Null);
-    let zstd = compressed(CompressionMethod::Zstd, Some(3));
+    let zstd = compressed(Method::Zstd, Some(3));
     assert_eq!(
         (&zstd["multifd-compression"], &zstd["multifd-zstd-level"]),
         (&"zstd".into(), &3.into())
     );
-    let zlib = compressed(CompressionMethod::Zlib, None);
+    let zlib = compressed(Method::Zlib, None);
     assert_eq!(
         (&zlib["multifd-compression"], &zlib["multifd-zlib-level"]),
         (&"zlib".into(), &1.into())
@@ -224,7 +224,7 @@ fn what_makes_pages_smaller_is_refused_in_the_other_mode() {
     let compressed = ProtectArgs {
         channels: 0,
         compression: CompressionArgs {
-            compression: CompressionMethod::Zlib,
+            compression: Method::Zlib,
             compression_level: None,
         },
         ..args(&path)

@@ -3,7 +3,7 @@
 mod on_loss;
 
 use crate::cores::{cores_of_node, default_cores};
-use crate::options::{Cache, ControlAddress, CoreList, Size, Switch};
+use crate::options::{ControlAddress, CoreList, Size, Switch};
 use crate::output::{CommandError, ProgressLine, print, print_json, tell};
 use crate::{session_text, signals};
 use clap::Args;
@@ -15,7 +15,7 @@ use colo_ring::receiver::{
     StatusReport,
 };
 use colo_ring::ring::BackendKind;
-use colo_ring::store::{CommitMode, HugePages, StoreOptions};
+use colo_ring::store::{CacheKind, CommitMode, HugePages, StoreOptions};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use on_loss::OnLoss;
 use serde::Serialize;
@@ -54,8 +54,8 @@ pub struct ReceiveArgs {
     registered: Switch,
 
     /// Where received pages wait for their commit
-    #[arg(long, value_enum, default_value_t = Cache::Pool)]
-    cache: Cache,
+    #[arg(long, value_enum, default_value_t = CacheKind::Pool)]
+    cache: CacheKind,
 
     /// Most memory that the cache placement pool grows to by itself, like 512M; a checkpoint that needs more gets it, slower,
     /// with a warning [default: as much as the guest's RAM]
@@ -137,7 +137,7 @@ struct Described {
     placement: Placement,
     backend: BackendKind,
     registered: bool,
-    cache: Cache,
+    cache: CacheKind,
     pool_max_bytes: Option<u64>,
     commit: CommitMode,
     hugepages: HugePages,
@@ -235,7 +235,7 @@ impl ReceiveArgs {
                 "no guest fits: give --ram-limit, like 6G".to_owned(),
             ));
         }
-        if self.pool_max.is_some() && self.cache != Cache::Pool {
+        if self.pool_max.is_some() && self.cache != CacheKind::Pool {
             let text = "--pool-max is a limit of --cache pool";
             return Err(CommandError::Usage(text.to_owned()));
         }
@@ -290,7 +290,8 @@ impl ReceiveArgs {
             store: StoreOptions {
                 hugepages: self.hugepages,
                 ram_dir: self.ram_dir,
-                cache: self.cache.kind(self.pool_max),
+                cache: self.cache,
+                pool_max: self.pool_max.map(|size| size.0),
                 commit: self.commit,
                 ..StoreOptions::default()
             },

@@ -19,19 +19,22 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
+/// The cache of a store, the pool's limit, and when it commits.
+type StoreKind = (CacheKind, Option<u64>, CommitMode);
+
 /// Every way to make a store.
-pub(super) const STORES: [(CacheKind, CommitMode); 6] = [
-    (CacheKind::Mirror, CommitMode::Sync),
-    (CacheKind::Mirror, CommitMode::Deferred),
-    (CacheKind::Pool { max: None }, CommitMode::Sync),
-    (CacheKind::Pool { max: None }, CommitMode::Deferred),
+pub(super) const STORES: [StoreKind; 6] = [
+    (CacheKind::Mirror, None, CommitMode::Sync),
+    (CacheKind::Mirror, None, CommitMode::Deferred),
+    (CacheKind::Pool, None, CommitMode::Sync),
+    (CacheKind::Pool, None, CommitMode::Deferred),
     // So little that every checkpoint needs more.
-    (CacheKind::Pool { max: Some(1) }, CommitMode::Sync),
-    (CacheKind::Pool { max: Some(1) }, CommitMode::Deferred),
+    (CacheKind::Pool, Some(1), CommitMode::Sync),
+    (CacheKind::Pool, Some(1), CommitMode::Deferred),
 ];
 
 /// Those whose checkpoints outlive the receiver, with a RAM directory.
-pub(super) const LASTING_STORES: [(CacheKind, CommitMode); 2] = [STORES[2], STORES[3]];
+pub(super) const LASTING_STORES: [StoreKind; 2] = [STORES[2], STORES[3]];
 
 /// Background work that is waiting.
 pub(super) type Jobs = Arc<Mutex<Vec<Work>>>;
@@ -66,7 +69,7 @@ impl SimServices {
 /// Makes them, for guests with memory of that kind, and with a shard for each core and worker.
 pub(super) fn services(
     rng: &mut Rng,
-    (cache, commit): (CacheKind, CommitMode),
+    (cache, pool_max, commit): StoreKind,
     ram_dir: Option<PathBuf>,
     workers: Workers,
     shards: usize,
@@ -77,9 +80,10 @@ pub(super) fn services(
         hugepages: HugePages::Off,
         ram_dir,
         cache,
+        pool_max,
         commit,
         shards,
-        // With two homes, whether or not this host has a second node.
+        // With two nodes, whether or not this host has a second node.
         nodes: match shards.is_multiple_of(2) {
             true => (0..shards).map(|shard| shard % 2).collect(),
             false => Vec::new(),

@@ -3,6 +3,8 @@
 use super::{FULL, STREAMS, content, count, decode, decoder, encoder};
 use crate::units::PAGE_SIZE;
 use crate::wire::codec::{Decoder, Method, PageBuffer, fixed_bytes, is_zero, stream_bytes, zstd};
+use rand::rngs::Xoshiro256PlusPlus;
+use rand::{Rng, SeedableRng};
 
 #[test]
 fn a_stream_is_decoded_packet_by_packet() {
@@ -27,11 +29,7 @@ fn a_stream_is_decoded_packet_by_packet() {
 #[test]
 fn pages_that_do_not_compress_and_pages_of_zeros_are_decoded() {
     let mut random = vec![0; FULL * PAGE_SIZE];
-    let mut state = 1_u64;
-    for byte in &mut random {
-        state = state.wrapping_mul(0x5851_f42d_4c95_7f2d).wrapping_add(1);
-        *byte = state.to_be_bytes()[0];
-    }
+    Xoshiro256PlusPlus::seed_from_u64(1).fill_bytes(&mut random);
     for method in STREAMS {
         let (mut encoder, mut decoder) = (encoder(method, 1), decoder(method));
         for bytes in [&random[..], &[0; 2 * PAGE_SIZE], &random] {
