@@ -1,8 +1,5 @@
 #![no_main]
 
-use colo_ring::wire::codec::Method;
-
 libfuzzer_sys::fuzz_target!(|input: &[u8]| {
-    colo_ring_fuzz::channel(Method::Qpl, input);
-    colo_ring_fuzz::channel(Method::Uadk, input);
+    colo_ring_fuzz::page_deflate(input);
 });

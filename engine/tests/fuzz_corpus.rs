@@ -1,0 +1,30 @@
+//! The fuzz targets over their corpora, which are real streams: what `scripts/fuzz` begins with, without its tools.
+
+#[path = "../../fuzz/src/lib.rs"]
+mod fuzz;
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+fn names_in(directory: &Path) -> Vec<PathBuf> {
+    let entries = fs::read_dir(directory).unwrap();
+    let mut paths: Vec<_> = entries.map(|entry| entry.unwrap().path()).collect();
+    paths.sort();
+    paths
+}
+
+#[test]
+fn every_target_passes_its_corpus() {
+    let fuzz = Path::new(env!("CARGO_MANIFEST_DIR")).join("../fuzz");
+    for (name, target) in fuzz::TARGETS {
+        let inputs = names_in(&fuzz.join("corpus").join(name));
+        let pages: usize = inputs.iter().map(|path| target(&fs::read(path).unwrap())).sum();
+        println!("{name}: {} inputs, {pages} pages", inputs.len());
+        assert!(pages > 0, "nothing in the corpus of {name} is decoded");
+    }
+    for folder in ["corpus", "fuzz_targets"] {
+        let names = names_in(&fuzz.join(folder));
+        let names: Vec<_> = names.iter().map(|path| path.file_stem().unwrap()).collect();
+        assert_eq!(names, fuzz::TARGETS.map(|(name, _)| name), "{folder}");
+    }
+}
