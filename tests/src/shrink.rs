@@ -10,13 +10,15 @@
 //! Nothing of a guest's memory is in the result, and so no code of its kernel and firmware either.
 
 use colo_ring_tools::capture_file::{
-    CaptureInfo, CaptureReader, CaptureWriter, Compression, ConnectionId, Direction, EndKind, Event,
+    CaptureError, CaptureInfo, CaptureReader, CaptureWriter, Compression, ConnectionId, Direction, EndKind,
+    Event,
 };
 use serde::Deserialize;
 use std::collections::HashMap;
 use std::fmt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
+use thiserror::Error;
 
 const PAGE: usize = 4096;
 const INIT: usize = 64;
@@ -24,6 +26,46 @@ const HEADER: usize = 1344;
 
 /// Flags of a packet that say how its pages are compressed, or that they are device state.
 const FLAGS_REFUSED: usize = 0x7e;
+
+/// Why a recording cannot be made smaller.
+#[derive(Debug, Error)]
+pub enum ShrinkError {
+    /// The capture file cannot be read or written.
+    #[error(transparent)]
+    Capture(#[from] CaptureError),
+    /// Its end is missing.
+    #[error("{} is not complete", .0.display())]
+    Incomplete(PathBuf),
+    /// A file of raw streams cannot be read.
+    #[error("{}: {source}", .path.display())]
+    Read {
+        /// The file.
+        path: PathBuf,
+        /// The error of the system.
+        source: std::io::Error,
+    },
+    /// The index is not UTF-8.
+    #[error("index.jsonl is no text")]
+    IndexText,
+    /// A line of the index is malformed.
+    #[error("index.jsonl: {0}")]
+    IndexLine(#[from] serde_json::Error),
+    /// The index has more bytes than the streams.
+    #[error("the index has more bytes than the streams")]
+    IndexTooLong,
+    /// The index has fewer bytes than the streams.
+    #[error("the index has fewer bytes than the streams")]
+    IndexTooShort,
+    /// Nothing would become smaller.
+    #[error("there is no multifd channel: only those are made smaller")]
+    NoChannel,
+    /// Pages are compressed.
+    #[error("a packet's flags are {0:#x}: its pages are compressed")]
+    Compressed(usize),
+    /// Two different pages would become equal.
+    #[error("two different pages have the fingerprint {0:#x}")]
+    SameFingerprint(u64),
+}
 
 /// What happened; data as a range of its stream.
 enum What {
@@ -76,15 +118,14 @@ impl Recording {
 ///
 /// # Errors
 /// If it cannot be read to its end.
-pub fn read_capture(path: &Path) -> Result<Recording, String> {
-    let describe = |error: colo_ring_tools::capture_file::CaptureError| error.to_string();
-    let mut reader = CaptureReader::open(path).map_err(describe)?;
+pub fn read_capture(path: &Path) -> Result<Recording, ShrinkError> {
+    let mut reader = CaptureReader::open(path)?;
     let mut recording = Recording {
         info: reader.info().clone(),
         streams: Vec::new(),
         records: Vec::new(),
     };
-    while let Some(record) = reader.next().map_err(describe)? {
+    while let Some(record) = reader.next()? {
         match record.event {
             Event::Open { connection, label } => {
                 recording.streams.push(Default::default());
@@ -107,7 +148,7 @@ pub fn read_capture(path: &Path) -> Result<Recording, String> {
         }
     }
     match reader.is_torn() {
-        Some(_) => Err(format!("{} is not complete", path.display())),
+        Some(_) => Err(ShrinkError::Incomplete(path.to_owned())),
         None => Ok(recording),
     }
 }
@@ -124,12 +165,12 @@ struct IndexLine {
 ///
 /// # Errors
 /// If it is not such a directory.
-pub fn read_directory(directory: &Path) -> Result<Recording, String> {
+pub fn read_directory(directory: &Path) -> Result<Recording, ShrinkError> {
     let read = |name: String| {
         let path = directory.join(name);
-        std::fs::read(&path).map_err(|error| format!("{}: {error}", path.display()))
+        std::fs::read(&path).map_err(|source| ShrinkError::Read { path, source })
     };
-    let index = String::from_utf8(read("index.jsonl".to_owned())?).map_err(|error| error.to_string())?;
+    let index = String::from_utf8(read("index.jsonl".to_owned())?).map_err(|_| ShrinkError::IndexText)?;
     let mut recording = Recording {
         info: CaptureInfo::now("prototype", serde_json::Value::Null),
         streams: Vec::new(),
@@ -137,7 +178,7 @@ pub fn read_directory(directory: &Path) -> Result<Recording, String> {
     };
     let mut raw: Vec<[Vec<u8>; 2]> = Vec::new();
     for line in index.lines() {
-        let line: IndexLine = serde_json::from_str(line).map_err(|error| error.to_string())?;
+        let line: IndexLine = serde_json::from_str(line)?;
         let at = Duration::from_nanos(line.t_ns);
         let connection = line.channel;
         let direction = match line.direction.as_str() {
@@ -159,7 +200,7 @@ pub fn read_directory(directory: &Path) -> Result<Recording, String> {
         let stream = &raw[connection][direction.index()];
         let bytes = stream
             .get(begin..begin + line.length)
-            .ok_or("the index has more bytes than the streams")?;
+            .ok_or(ShrinkError::IndexTooLong)?;
         recording.data(at, connection, direction, bytes);
     }
     let all = raw
@@ -168,7 +209,7 @@ pub fn read_directory(directory: &Path) -> Result<Recording, String> {
         .all(|(raw, taken)| raw.iter().map(Vec::len).eq(taken.iter().map(Vec::len)));
     match all {
         true => Ok(recording),
-        false => Err("the index has fewer bytes than the streams".to_owned()),
+        false => Err(ShrinkError::IndexTooShort),
     }
 }
 
@@ -176,7 +217,11 @@ pub fn read_directory(directory: &Path) -> Result<Recording, String> {
 ///
 /// # Errors
 /// If it has no multifd channel, compressed pages, two pages with one fingerprint, or cannot be written.
-pub fn shrink(mut recording: Recording, primary: Option<String>, output: &Path) -> Result<Shrunk, String> {
+pub fn shrink(
+    mut recording: Recording,
+    primary: Option<String>,
+    output: &Path,
+) -> Result<Shrunk, ShrinkError> {
     let mut fingerprints = Fingerprints::default();
     let mut channels = 0;
     for [to_secondary, _] in &mut recording.streams {
@@ -186,13 +231,13 @@ pub fn shrink(mut recording: Recording, primary: Option<String>, output: &Path) 
         }
     }
     if channels == 0 {
-        return Err("there is no multifd channel: only those are made smaller".to_owned());
+        return Err(ShrinkError::NoChannel);
     }
     let mut info = recording.info.clone();
     info.options = serde_json::json!({ "pages": "replaced by fingerprints" });
     info.primary = primary.or(info.primary);
     info.channels = Some(channels);
-    write(&recording, &info, output).map_err(|error| error.to_string())?;
+    write(&recording, &info, output)?;
     Ok(Shrunk {
         pages: fingerprints.pages,
         zero: fingerprints.zero,
@@ -200,11 +245,7 @@ pub fn shrink(mut recording: Recording, primary: Option<String>, output: &Path) 
     })
 }
 
-fn write(
-    recording: &Recording,
-    info: &CaptureInfo,
-    output: &Path,
-) -> Result<(), colo_ring_tools::capture_file::CaptureError> {
+fn write(recording: &Recording, info: &CaptureInfo, output: &Path) -> Result<(), CaptureError> {
     let mut writer = CaptureWriter::create(output, info, Compression::Zstd)?;
     for (at, position, what) in &recording.records {
         let connection = ConnectionId(u16::try_from(*position).expect("few connections"));
@@ -238,7 +279,7 @@ struct Fingerprints {
 
 impl Fingerprints {
     /// Replaces the pages in everything that a channel carried.
-    fn replace_pages(&mut self, channel: &mut [u8]) -> Result<(), String> {
+    fn replace_pages(&mut self, channel: &mut [u8]) -> Result<(), ShrinkError> {
         let mut at = INIT;
         while let Some(header) = channel.get(at..at + HEADER) {
             let number = |at: usize| {
@@ -247,9 +288,7 @@ impl Fingerprints {
             };
             let (flags, normal) = (number(8), number(16));
             if flags & FLAGS_REFUSED != 0 {
-                return Err(format!(
-                    "a packet's flags are {flags:#x}: its pages are compressed"
-                ));
+                return Err(ShrinkError::Compressed(flags));
             }
             at += HEADER;
             for _ in 0..normal {
@@ -262,7 +301,7 @@ impl Fingerprints {
         Ok(())
     }
 
-    fn replace(&mut self, page: &mut [u8]) -> Result<(), String> {
+    fn replace(&mut self, page: &mut [u8]) -> Result<(), ShrinkError> {
         self.pages += 1;
         if page.iter().all(|byte| *byte == 0) {
             self.zero += 1;
@@ -271,9 +310,7 @@ impl Fingerprints {
         let fingerprint = hash(page);
         let known = self.known.entry(fingerprint).or_insert_with(|| page.to_vec());
         if known != page {
-            return Err(format!(
-                "two different pages have the fingerprint {fingerprint:#x}"
-            ));
+            return Err(ShrinkError::SameFingerprint(fingerprint));
         }
         for (at, byte) in page.iter_mut().enumerate() {
             *byte = fingerprint.to_le_bytes()[(at + at / 512) % 8];

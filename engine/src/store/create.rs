@@ -2,6 +2,7 @@
 
 use super::{CacheKind, CommitMode, Fallback, Store, StoreError, StoreOptions};
 use crate::blocks::BlockTable;
+use crate::canary::{self, Canary};
 use crate::store::cache::Cache;
 use crate::store::cache::extents::Extents;
 use crate::store::cache::mirror::{self, Mirror};
@@ -106,12 +107,14 @@ impl Store {
             image: directory.files,
             record,
         };
-        let flush = Flush::new(
-            making.image.clone(),
-            cache.clone(),
-            files.record.clone(),
-            granularity.flush,
-        );
+        let record = files.record.clone();
+        let complete = move || {
+            if let Some(record) = record.as_ref().filter(|_| !canary::is_set(Canary::EndlessFlush)) {
+                record.flushed();
+            }
+        };
+        let (image, sizes) = (making.image.clone(), granularity.flush);
+        let flush = Flush::new(image, cache.clone(), Box::new(complete), sizes);
         let store = Self {
             committed: Arc::new(CommittedImage::of_session(making.image, files, flush.clone())),
             flush,

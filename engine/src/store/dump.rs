@@ -6,8 +6,8 @@
 //! and the dump is of one checkpoint: the one committed at the end.
 
 use crate::blocks::BlockTable;
+use crate::store::cache::plan::Plan;
 use crate::store::commit::bitmap::DirtyBitmap;
-use crate::store::commit::plan::Plan;
 use crate::store::committed::CommittedImage;
 use crate::store::error::StoreError;
 use crate::store::memory::copy;

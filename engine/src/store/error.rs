@@ -44,7 +44,7 @@ pub enum StoreError {
     },
     /// Options that exclude each other.
     #[error(
-        "a guest that runs on the ram image needs the cache placement mirror and the commit mode sync: the pages that it \
+        "a guest that runs on the ram image needs the cache mirror and the commit mode sync: the pages that it \
          changes are restored from the cache, before the primary goes on"
     )]
     RunningGuest,

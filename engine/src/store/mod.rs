@@ -36,9 +36,8 @@
 //! * [`CommittedImage::checkpoint`] and [`CommittedImage::dump`] see a checkpoint whole or not at all, at any time.
 //!
 //! # Folders
-//! `memory` maps, copies and places memory; `cache` decides where slots are; `commit` has the dirty pages and the flush;
-//! `durable` lets a checkpoint outlive the process. Each uses only those before it, with two exceptions: the cache reads the
-//! plan of a flush, and a flush writes its end to the durable record.
+//! `memory` maps, copies and places memory; `cache` decides where slots are, and flushes them by a plan; `commit` has the
+//! dirty pages and the threads that flush; `durable` lets a checkpoint outlive the process. Each uses only those before it.
 
 mod cache;
 mod checkpoint_view;
@@ -57,13 +56,13 @@ mod tests;
 
 pub use cache::extents::{PoolTask, PoolUse};
 pub use cache::landing::{Landing, Phase};
+pub use cache::plan::Plan;
 pub use cache::pool_buffer::PoolBuffer;
 pub use checkpoint_view::CheckpointView;
 pub use commit::bitmap::DirtyBitmap;
 #[cfg(test)]
 pub(crate) use commit::flusher::FlushSizes;
 pub use commit::flusher::{FlushReport, FlushStep, Flusher, FlusherError};
-pub use commit::plan::Plan;
 pub use committed::CommittedImage;
 #[cfg(test)]
 pub(crate) use create::Granularity;
@@ -256,16 +255,6 @@ impl Store {
             durable.files().remove(slab::SLAB_FILES);
             durable.files().remove(record::PLACES_FILE);
         }
-    }
-
-    /// Ends the session as [`Self::drop_uncommitted`] does, and keeps the files of its last checkpoint: see
-    /// [`CommittedImage::keep_files`]. Returns false, and does nothing, if there is no checkpoint to keep.
-    pub fn keep_files(&self) -> bool {
-        if !self.committed.can_keep_files() {
-            return false;
-        }
-        self.drop_uncommitted();
-        self.committed.keep_files()
     }
 
     /// Writes down what a later receiver must know of the session to use its checkpoints

@@ -1,4 +1,4 @@
-//! The options of a store: the placement of its cache, when it flushes, and of what pages its memory is.
+//! The options of a store: its cache, when it flushes, and of what pages its memory is.
 
 use crate::store::{DirtyBitmap, HugePages};
 use serde::{Deserialize, Serialize};

@@ -367,7 +367,7 @@ fn no_core_helps_with_a_flush_before_that_is_allowed() {
     store.finish_flush();
 }
 
-/// Who asks for the checkpoint's number, as a status does, does not wait for a commit or a dump.
+/// A reader of the checkpoint's number, a status for example, does not wait for a commit or a dump.
 #[test]
 fn the_committed_number_is_readable_during_a_commit() {
     let store = store(&BLOCKS);

@@ -1,8 +1,8 @@
-//! The placement `mirror`: a slot for every page of the guest.
+//! The mirror: a slot for every page of the guest.
 
 use crate::store::StoreError;
 use crate::store::cache::landing::Landing;
-use crate::store::commit::plan::Plan;
+use crate::store::cache::plan::Plan;
 use crate::store::memory::copy::{self, CopyMethod};
 use crate::store::memory::huge::Fallback;
 use crate::store::memory::image::RamImage;

@@ -1,4 +1,4 @@
-//! Where received pages wait for their commit: the cache slots, in one of two placements.
+//! Where received pages wait for their commit: the cache slots, of one of two kinds.
 //!
 //! [`mirror`] has a slot for every page of the guest; [`pool`] takes slots as pages arrive. On the path of a packet neither
 //! takes a lock or allocates.
@@ -11,6 +11,7 @@ pub(crate) mod extent_refs;
 pub(crate) mod extents;
 pub(crate) mod landing;
 pub(crate) mod mirror;
+pub(crate) mod plan;
 pub(crate) mod pool;
 pub(crate) mod pool_buffer;
 pub(crate) mod pool_layout;
@@ -19,8 +20,8 @@ pub(crate) mod stack;
 use crate::store::StoreError;
 use crate::store::cache::landing::Landing;
 use crate::store::cache::mirror::Mirror;
+use crate::store::cache::plan::Plan;
 use crate::store::cache::pool::Pool;
-use crate::store::commit::plan::Plan;
 use crate::store::memory::copy::CopyMethod;
 use crate::store::memory::image::RamImage;
 use crate::store::memory::slab::Slab;
@@ -28,7 +29,7 @@ use crate::units::{PAGE_SIZE, PageIndex};
 use std::ops::Range;
 use std::sync::Arc;
 
-/// The cache of a store, shared with its flush. What only one placement does is asked of that one.
+/// The cache of a store, shared with its flush. What only one kind does is asked of that one.
 #[derive(Clone)]
 pub(crate) enum Cache {
     Pool(Arc<Pool>),

@@ -1,4 +1,4 @@
-//! The placement `pool`: slots are taken as pages arrive, the pages of a packet in one piece of an extent, and given
+//! The pool: slots are taken as pages arrive, the pages of a packet in one piece of an extent, and given
 //! back when they are flushed. So the size of the cache follows the checkpoints, not the guest, and what is received lands in
 //! memory that was used a moment ago.
 //!
@@ -14,7 +14,7 @@ use crate::store::cache::cursor::Cursor;
 use crate::store::cache::extent_refs::ExtentId;
 use crate::store::cache::extents::{EXTENT_BYTES, Extents};
 use crate::store::cache::landing::Landing;
-use crate::store::commit::plan::Plan;
+use crate::store::cache::plan::Plan;
 use crate::store::memory::copy::{self, CopyMethod};
 use crate::store::memory::image::RamImage;
 use crate::store::memory::index;

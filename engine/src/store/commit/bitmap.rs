@@ -12,7 +12,7 @@
 //! hand-over: a lock, a channel's SYNC) is in that take; one that runs beside a take is in that take or in the
 //! next, never lost. That last sentence is what the loom tests below check.
 
-use crate::store::commit::plan::{Plan, WORD_PAGES};
+use crate::store::cache::plan::{Plan, WORD_PAGES};
 use crate::store::memory::index;
 use crate::store::memory::words::zeroed_words;
 use crate::sync::{AtomicU64, Ordering};

@@ -7,10 +7,9 @@
 use crate::canary::{self, Canary};
 use crate::host::pin;
 use crate::store::cache::Cache;
+use crate::store::cache::plan::Plan;
 use crate::store::commit::fork_join::{Fork, ForkJoin};
-use crate::store::commit::plan::Plan;
 use crate::store::commit::work_queue::WorkQueue;
-use crate::store::durable::record::DurableRecord;
 use crate::store::memory::copy::CopyMethod;
 use crate::store::memory::image::RamImage;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -82,8 +81,8 @@ pub(crate) struct Flush {
     failed: AtomicBool,
     runs: AtomicU64,
     busy_ns: AtomicU64,
-    /// The record that says whether a flush has ended.
-    durable: Option<Arc<DurableRecord>>,
+    /// Called when all pages are in the image, before any thread sees that the flush has ended.
+    complete: Box<dyn Fn() + Send + Sync>,
     /// Called after the last part of a flush that was not done inside a commit.
     notify: OnceLock<Box<dyn Fn() + Send + Sync>>,
     sizes: FlushSizes,
@@ -98,10 +97,12 @@ struct Round {
 const NEVER_POISONED: &str = "a thread that panics in a flush ends the commit with a panic";
 
 impl Flush {
+    /// The flush of a cache to an image. Calls `complete` whenever all pages of a commit are in the image, before any
+    /// thread sees that the flush has ended.
     pub(crate) fn new(
         image: Arc<RamImage>,
         cache: Cache,
-        durable: Option<Arc<DurableRecord>>,
+        complete: Box<dyn Fn() + Send + Sync>,
         sizes: FlushSizes,
     ) -> Arc<Self> {
         let (plan, method) = (Plan::default(), CopyMethod::NonTemporal);
@@ -114,7 +115,7 @@ impl Flush {
             failed: AtomicBool::new(false),
             runs: AtomicU64::new(0),
             busy_ns: AtomicU64::new(0),
-            durable,
+            complete,
             notify: OnceLock::new(),
             sizes,
         })
@@ -131,7 +132,7 @@ impl Flush {
         self.runs.store(0, Ordering::Relaxed);
         self.busy_ns.store(0, Ordering::Relaxed);
         if round.plan.len() == 0 {
-            self.note_the_end();
+            (self.complete)();
         }
         self.queue.open(round.plan.len());
         round.plan.pages()
@@ -260,20 +261,10 @@ impl Flush {
         let busy = u64::try_from(started.elapsed().as_nanos()).unwrap_or(u64::MAX);
         self.runs.fetch_add(runs, Ordering::Relaxed);
         self.busy_ns.fetch_add(busy, Ordering::Relaxed);
-        if self.queue.finish(&taken, entries, || self.note_the_end()) {
+        if self.queue.finish(&taken, entries, &self.complete) {
             FlushStep::Last
         } else {
             FlushStep::Some
-        }
-    }
-
-    fn note_the_end(&self) {
-        if let Some(durable) = self
-            .durable
-            .as_ref()
-            .filter(|_| !canary::is_set(Canary::EndlessFlush))
-        {
-            durable.flushed();
         }
     }
 

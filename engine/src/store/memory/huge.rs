@@ -1,6 +1,7 @@
 //! Huge pages: what an operator may ask for, what the host has, and the notes on every option that a store could not follow.
 
 use crate::host;
+use nix::errno::Errno;
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
@@ -176,19 +177,26 @@ pub(crate) fn pool_remedy(page_kib: u64, needed: u64) -> String {
     }
 }
 
-/// Whether `hugepage-rs`, which takes this host's default huge pages, gives pages of 2 MiB.
-///
-/// # Errors
-/// The reason why not: no huge pages at all (where that package would panic), or other ones (each slab's end
-/// would be rounded up to 1 GiB).
-pub(crate) fn default_is_2m() -> Result<(), String> {
+/// Why the pool gave no memory for a slab.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Error)]
+pub(crate) enum PoolError {
+    /// There is no pool, and `hugepage-rs` would panic.
+    #[error("this kernel has no huge pages")]
+    NoHugePages,
+    /// `hugepage-rs` takes the host's default huge pages, and would round each slab's end up to 1 GiB.
+    #[error("this host's default huge pages are of {} KiB", .0 >> 10)]
+    DefaultSize(u64),
+    /// The kernel refused.
+    #[error("{}", .0.desc())]
+    Kernel(Errno),
+}
+
+/// Checks that `hugepage-rs`, which takes this host's default huge pages, gives pages of 2 MiB.
+pub(crate) fn default_is_2m() -> Result<(), PoolError> {
     match host::default_huge_page_bytes() {
         Some(HUGE_2M) => Ok(()),
-        Some(other) => Err(format!(
-            "this host's default huge pages are of {} KiB",
-            other >> 10
-        )),
-        None => Err("this kernel has no huge pages".to_owned()),
+        Some(other) => Err(PoolError::DefaultSize(other)),
+        None => Err(PoolError::NoHugePages),
     }
 }
 

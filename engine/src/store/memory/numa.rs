@@ -90,7 +90,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn shards_of_a_node_share_a_home() {
+    fn shards_of_a_node_share_its_index() {
         let nodes_of_store = NumaNodes::of(&[4, 1, 4]);
         assert_eq!(
             (nodes_of_store.count(), &nodes_of_store.nodes[..]),
@@ -101,7 +101,7 @@ mod tests {
     }
 
     #[test]
-    fn one_node_is_one_home() {
+    fn one_node_is_one_index() {
         for nodes_of_store in [NumaNodes::of(&[3, 3]), NumaNodes::of(&[]), NumaNodes::anywhere()] {
             assert_eq!(nodes_of_store.count(), 1);
             assert_eq!(nodes_of_store.of_shard(1), NodeIndex(0));

@@ -1,7 +1,7 @@
 //! The memory that slots lie in: slabs, each of which a ring registers as one buffer.
 
 use crate::store::StoreError;
-use crate::store::memory::huge::{self, Fallback, HUGE_2M, HugePages};
+use crate::store::memory::huge::{self, Fallback, HUGE_2M, HugePages, PoolError};
 use crate::store::memory::index;
 use crate::store::memory::mapping::Mapping;
 use crate::store::memory::numa::{NodeIndex, NumaNodes};
@@ -138,7 +138,7 @@ pub(crate) struct SlabMemory {
     misplaced: Option<Errno>,
     transparent: Option<Fallback>,
     /// Why the pool gave nothing, and how many slabs and bytes went without.
-    lack: Option<String>,
+    lack: Option<PoolError>,
     slabs_without: usize,
     bytes_without: u64,
     files: Option<Arc<RamFiles>>,
@@ -168,11 +168,11 @@ impl SlabMemory {
         }
     }
 
-    fn from_pool(length: u64) -> Result<Mapping, String> {
+    fn from_pool(length: u64) -> Result<Mapping, PoolError> {
         huge::default_is_2m()?;
         // Whole huge pages: the kernel takes advice on nothing less.
         let length = length.next_multiple_of(HUGE_2M);
-        Mapping::huge(length).map_err(|errno| errno.desc().to_owned())
+        Mapping::huge(length).map_err(PoolError::Kernel)
     }
 
     pub(crate) fn nodes(&self) -> &NumaNodes {
@@ -252,7 +252,7 @@ impl SlabMemory {
             slabs_all,
             needed,
             got: huge::instead(&self.transparent),
-            reason: reason.clone(),
+            reason: reason.to_string(),
             remedy: huge::pool_remedy(HUGE_2M >> 10, needed),
         })
     }

@@ -11,7 +11,7 @@ use crate::store::slab::SlabMemory;
 const SLAB_EXTENTS: u32 = 4;
 
 /// A slab of four extents for each of two nodes, and room for more.
-fn two_homes() -> Extents {
+fn on_two_nodes() -> Extents {
     let shape = PoolLayout {
         slab_extents: SLAB_EXTENTS,
         first: 2,
@@ -23,18 +23,18 @@ fn two_homes() -> Extents {
     Extents::map(shape, memory, &mut Vec::new()).unwrap()
 }
 
-fn home_of(extents: &Extents, extent: ExtentId) -> usize {
+fn node_of(extents: &Extents, extent: ExtentId) -> usize {
     extents.locate(extent).1.node().0
 }
 
 #[test]
-fn extents_are_taken_near_first_and_return_home() {
-    let extents = two_homes();
+fn extents_are_taken_near_first_and_return_to_their_node() {
+    let extents = on_two_nodes();
     for node in [0, 1, 1, 0] {
         let taken: Vec<_> = (0..SLAB_EXTENTS)
             .map(|_| extents.take(NodeIndex(node)).unwrap())
             .collect();
-        assert!(taken.iter().all(|extent| home_of(&extents, *extent) == node));
+        assert!(taken.iter().all(|extent| node_of(&extents, *extent) == node));
         // Any thread may release them.
         taken
             .into_iter()
@@ -46,11 +46,11 @@ fn extents_are_taken_near_first_and_return_home() {
 
 #[test]
 fn who_borrows_grows_next() {
-    let extents = two_homes();
+    let extents = on_two_nodes();
     let taken: Vec<_> = (0..2 * SLAB_EXTENTS)
         .map(|_| extents.take(NodeIndex(1)).unwrap())
         .collect();
-    let borrowed = taken.iter().filter(|extent| home_of(&extents, **extent) == 0);
+    let borrowed = taken.iter().filter(|extent| node_of(&extents, **extent) == 0);
     assert_eq!(borrowed.count(), 4);
     assert_eq!(
         extents.used().inline_growth,
@@ -67,25 +67,25 @@ fn who_borrows_grows_next() {
     let taken: Vec<_> = (0..2 * SLAB_EXTENTS)
         .map(|_| extents.take(NodeIndex(1)).unwrap())
         .collect();
-    assert!(taken.iter().all(|extent| home_of(&extents, *extent) == 1));
+    assert!(taken.iter().all(|extent| node_of(&extents, *extent) == 1));
 }
 
 #[test]
 fn inline_growth_is_near() {
-    let extents = two_homes();
+    let extents = on_two_nodes();
     for _ in 0..2 * SLAB_EXTENTS {
         extents.take(NodeIndex(0)).unwrap();
     }
     let inline_growth = extents.take(NodeIndex(1)).unwrap();
     assert_eq!(
-        (home_of(&extents, inline_growth), extents.used().inline_growth),
+        (node_of(&extents, inline_growth), extents.used().inline_growth),
         (1, 1)
     );
 }
 
 #[test]
 fn a_cursor_that_moved_begins_again_near() {
-    let extents = two_homes();
+    let extents = on_two_nodes();
     let mut cursor = Cursor::default();
     let (first, _) = cursor.reserve(&extents, NodeIndex(0), 4).unwrap();
     cursor.advance(&extents, 4);
@@ -94,7 +94,7 @@ fn a_cursor_that_moved_begins_again_near() {
     assert_eq!((same, slot), (first, 4));
     extents.refs().release(first, 4);
     let (moved, slot) = cursor.reserve(&extents, NodeIndex(1), EXTENT_SLOTS).unwrap();
-    assert_eq!((home_of(&extents, moved), slot), (1, 0));
+    assert_eq!((node_of(&extents, moved), slot), (1, 0));
     assert_eq!(extents.used().free_extents, 2 * u64::from(SLAB_EXTENTS) - 1);
 }
 
@@ -109,6 +109,6 @@ fn a_small_limit_is_shared() {
     let memory = SlabMemory::new(HugePages::Off, NumaNodes::of(&[0, 1]));
     let extents = Extents::map(shape, memory, &mut Vec::new()).unwrap();
     let borrowed = extents.take(NodeIndex(1)).unwrap();
-    assert_eq!(home_of(&extents, borrowed), 0);
+    assert_eq!(node_of(&extents, borrowed), 0);
     assert_eq!(extents.task(), PoolTask::Nothing, "the limit is the operator's");
 }

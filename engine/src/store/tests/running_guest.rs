@@ -50,7 +50,7 @@ fn the_pages_that_the_guest_dirtied_are_restored() {
 }
 
 #[test]
-fn other_placements_and_modes_are_refused_for_it() {
+fn other_caches_and_modes_are_refused_for_it() {
     let table: Arc<BlockTable> = table(&[("pc.ram", 8)]);
     for (cache, commit) in &KINDS[1..] {
         let options = StoreOptions {

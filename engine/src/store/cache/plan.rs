@@ -1,4 +1,4 @@
-//! What a flush has to copy: a list of bitmap words in address order, read as runs of consecutive pages.
+//! What a flush copies: a list of bitmap words in address order, read as runs of consecutive pages.
 
 use crate::units::{PageIndex, PageRun};
 use std::ops::Range;
