@@ -108,7 +108,7 @@ impl Checkpoints {
             }
             self.store.begin_colo();
         }
-        let flusher = session.services.flusher();
+        let flusher = &session.services.shared().flusher;
         self.store.commit(checkpoint, protocol.device_state(), flusher);
         if let Some(disks) = session.disks() {
             disks.commit(checkpoint);
@@ -172,7 +172,7 @@ impl Checkpoints {
     fn deliver_sample(&mut self) {
         if let Some(sample) = self.sample.take() {
             let flush = self.store.flush_time();
-            let samples = self.session.services.samples();
+            let samples = &self.session.services.shared().samples;
             samples.push(CheckpointSample { flush, ..sample });
         }
     }

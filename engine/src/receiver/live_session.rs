@@ -191,7 +191,7 @@ impl LiveSession {
 
     /// Since the receiver's start.
     pub(super) fn uptime(&self) -> Duration {
-        self.services.started().elapsed()
+        self.services.shared().started.elapsed()
     }
 
     /// Takes more of the budget for this guest's device state.

@@ -15,19 +15,22 @@ use std::time::Instant;
 /// Work that takes milliseconds to seconds.
 pub(super) type Work = Box<dyn FnOnce() + Send>;
 
+/// What all sessions of a receiver share.
+pub(super) struct Shared {
+    /// The receiver's start: the zero of its times.
+    pub(super) started: Instant,
+    /// Takes measurements of checkpoints.
+    pub(super) samples: SampleQueue,
+    /// Flushes the checkpoints of all guests.
+    pub(super) flusher: Arc<Flusher>,
+    /// Decode compressed payloads of all guests.
+    pub(super) workers: Arc<Workers>,
+}
+
 /// The receiver as its sessions see it. None of this is called per packet.
 pub(super) trait Services: Send + Sync {
-    /// The receiver's start: the zero of its times.
-    fn started(&self) -> Instant;
-
-    /// Takes measurements of checkpoints.
-    fn samples(&self) -> &SampleQueue;
-
-    /// Flushes the checkpoints of all guests.
-    fn flusher(&self) -> &Arc<Flusher>;
-
-    /// Decode compressed payloads of all guests.
-    fn workers(&self) -> &Arc<Workers>;
+    /// What all sessions share.
+    fn shared(&self) -> &Shared;
 
     /// Makes the memory of a session's guest. Called once a session, in the background.
     ///

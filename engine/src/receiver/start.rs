@@ -2,12 +2,12 @@
 
 use super::budget::Budget;
 use super::control::ControlContext;
-use super::decode::{WorkerThreads, Workers};
+use super::decode::WorkerThreads;
 use super::disks::{DiskRegistry, DiskServer, ServerParts, SessionDisks};
 use super::guest_memory::{Budgets, GuestMemory, MemoryError};
 use super::live_session::LiveSession;
 use super::recovery::{label, recover_all, settle_disks};
-use super::services::{Services, Work};
+use super::services::{Services, Shared, Work};
 use super::{Event, Events, ReceiverError, ReceiverOptions};
 use crate::blocks::BlockTable;
 use crate::disk::{DiskError, DiskOptions, RamShare, SEGMENT_BYTES};
@@ -89,18 +89,20 @@ pub(super) fn make_context(
     let recorder = Recorder::start(options.hist.as_deref(), run)?;
     let workers = start_workers(&options, &*events);
     let services: Arc<dyn Services> = Arc::new(ReceiverServices {
-        started: Instant::now(),
-        samples: SampleQueue::new(),
-        flusher: Arc::new(flusher),
+        shared: Shared {
+            started: Instant::now(),
+            samples: SampleQueue::new(),
+            flusher: Arc::new(flusher),
+            workers: workers.workers().clone(),
+        },
         store: store_options(&options, &placement, workers.workers().shards()),
-        workers: workers.workers().clone(),
         budgets: budgets.clone(),
         disks: disks.clone(),
         changed: changed.clone(),
         events: events.clone(),
     });
     let recovered = match &options.store.ram_dir {
-        Some(directory) => recover_all(directory, services.started(), &budgets, &*events),
+        Some(directory) => recover_all(directory, services.shared().started, &budgets, &*events),
         None => (Vec::new(), 1),
     };
     if let Some(disks) = &disks {
@@ -217,11 +219,8 @@ fn store_options(options: &ReceiverOptions, placement: &Placement, workers: usiz
 
 /// What a receiver does for its sessions.
 struct ReceiverServices {
-    started: Instant,
-    samples: SampleQueue,
-    flusher: Arc<Flusher>,
+    shared: Shared,
     store: StoreOptions,
-    workers: Arc<Workers>,
     budgets: Budgets,
     disks: Option<Arc<DiskRegistry>>,
     changed: Arc<Notify>,
@@ -229,20 +228,8 @@ struct ReceiverServices {
 }
 
 impl Services for ReceiverServices {
-    fn started(&self) -> Instant {
-        self.started
-    }
-
-    fn samples(&self) -> &SampleQueue {
-        &self.samples
-    }
-
-    fn flusher(&self) -> &Arc<Flusher> {
-        &self.flusher
-    }
-
-    fn workers(&self) -> &Arc<Workers> {
-        &self.workers
+    fn shared(&self) -> &Shared {
+        &self.shared
     }
 
     fn make_memory(&self, session: u32, table: Arc<BlockTable>) -> Result<GuestMemory, MemoryError> {

@@ -130,7 +130,7 @@ pub struct SessionStatus {
     pub zero_pages: u64,
     /// Bytes received on all channels.
     pub bytes: u64,
-    /// The pool of cache slots in bytes; none with the placement mirror, and after the session's end.
+    /// The pool of cache slots in bytes; none with a mirror, and after the session's end.
     pub pool_bytes: Option<u64>,
     /// Slabs of the pool that were made while pages waited for them.
     pub pool_slabs_in_haste: u64,

@@ -97,7 +97,7 @@ impl Timeline {
         CheckpointSample {
             session: session.id,
             checkpoint: checkpoint.0,
-            end: now - session.services.started(),
+            end: now - session.services.shared().started,
             reply: self.reply_sent - self.requested,
             transfer: self.ram_complete - self.transfer_begins,
             vmstate: self.everything_here - self.ram_complete,

@@ -45,7 +45,7 @@ pub(super) enum Refused {
 }
 
 impl Refused {
-    /// For the one who wanted to attach it.
+    /// For the caller that wanted to attach it.
     pub(super) fn error(&self) -> io::Error {
         match self {
             Refused::Full(_) => io::Error::other("too many connections wait for its core"),

@@ -78,7 +78,7 @@ impl ControlState {
 
     /// Since the receiver's start.
     pub(super) fn uptime(&self) -> Duration {
-        self.context.services.started().elapsed()
+        self.context.services.shared().started.elapsed()
     }
 
     pub(super) fn take_recovered(&mut self) {
@@ -201,7 +201,9 @@ impl ControlState {
             // What they have not committed is not needed any more, and applying what is goes on.
             let disks = session.disks().cloned().unwrap_or_default();
             disks.end_session();
-            self.context.recorder.drain(self.context.services.samples());
+            self.context
+                .recorder
+                .drain(&self.context.services.shared().samples);
             let summary = self.context.recorder.end_session(session.id);
             let status = SessionStatus::of(&session, summary);
             (self.context.events)(Event::Ended(Box::new(status.clone())));
@@ -299,7 +301,9 @@ impl ControlState {
         let now = Instant::now();
         let assemblies = self.assembler.expire(now);
         self.carry_out(assemblies);
-        self.context.recorder.drain(self.context.services.samples());
+        self.context
+            .recorder
+            .drain(&self.context.services.shared().samples);
         for live in &mut self.live {
             if !live.session.memory_asked.load(Ordering::Relaxed) && now - live.began > BLOCK_LIST_WITHIN {
                 live.session.finish(SessionEnd::Silent(BLOCK_LIST_WITHIN));
@@ -320,11 +324,13 @@ impl ControlState {
 
     /// Appends to the interval logs. A full disk costs measurements, never a session.
     pub(super) fn log_interval(&mut self) {
-        self.context.recorder.drain(self.context.services.samples());
+        self.context
+            .recorder
+            .drain(&self.context.services.shared().samples);
         if let Err(error) = self
             .context
             .recorder
-            .write_interval(self.context.services.started().elapsed())
+            .write_interval(self.context.services.shared().started.elapsed())
         {
             self.warn(error.to_string());
         }

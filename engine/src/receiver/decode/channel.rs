@@ -38,7 +38,7 @@ impl Compressed {
     ) -> Result<Self, ChannelError> {
         let queue = Arc::new(DecodeQueue::open(method, session, store, channel)?);
         Ok(Self {
-            workers: session.services.workers().clone(),
+            workers: session.services.shared().workers.clone(),
             current: queue.take_free(),
             queue,
         })

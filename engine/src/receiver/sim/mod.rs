@@ -50,7 +50,7 @@ use std::collections::BTreeMap;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use world::World;
 
-/// What a run did, for the one who asks whether runs do enough.
+/// What a run did: shows whether runs do enough.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 struct Tally {
     steps: u64,

@@ -149,7 +149,7 @@ impl World {
         let shards = cores + workers.shards();
         let services = services(rng, store, ram_dir, workers, shards, &jobs, &budgets);
         let mut world = Self {
-            workers: SimWorker::all(services.workers()),
+            workers: SimWorker::all(&services.shared().workers),
             cores: SimCore::all(&net, cores, &ignore_warnings()).expect("eventfds"),
             stalled: vec![false; connections],
             faults: Vec::new(),
@@ -249,7 +249,7 @@ impl World {
                 return Err(format!("session {number} is still referenced"));
             }
         }
-        if self.workers.iter().any(SimWorker::is_working) || self.services.workers().have_work() {
+        if self.workers.iter().any(SimWorker::is_working) || self.services.shared().workers.have_work() {
             return Err("a worker still has a packet".to_owned());
         }
         if !self.cores.iter().all(SimCore::is_empty) {
@@ -289,7 +289,7 @@ impl World {
             return Ok(false);
         }
         self.tally.steps += 1;
-        while let Some(sample) = self.services.samples().pop() {
+        while let Some(sample) = self.services.shared().samples.pop() {
             self.sessions[usize::try_from(sample.session).expect("few")].measured(&sample)?;
         }
         for session in &mut self.sessions {

@@ -10,7 +10,7 @@ use crate::receiver::disks::SessionDisks;
 use crate::receiver::guest_memory::{Budgets, GuestMemory, MemoryError};
 use crate::receiver::live_session::LiveSession;
 use crate::receiver::recovery::label;
-use crate::receiver::services::{Services, Work};
+use crate::receiver::services::{Services, Shared, Work};
 use crate::store::{
     CacheKind, CommitMode, CopyMethod, FlushSizes, Flusher, Granularity, HugePages, Store, StoreOptions,
 };
@@ -41,13 +41,10 @@ pub(super) type Jobs = Arc<Mutex<Vec<Work>>>;
 
 /// Services without a thread and without a clock.
 pub(super) struct SimServices {
-    started: Instant,
-    samples: SampleQueue,
-    flusher: Arc<Flusher>,
+    shared: Shared,
     store: StoreOptions,
     granularity: Granularity,
     budgets: Budgets,
-    workers: Arc<Workers>,
     jobs: Jobs,
     disks: Mutex<BTreeMap<u32, WaitingDisks>>,
 }
@@ -101,33 +98,23 @@ pub(super) fn services(
         },
     };
     Arc::new(SimServices {
-        started: Instant::now(),
-        samples: SampleQueue::with_capacity(4),
-        flusher: Arc::new(Flusher::new(method, 0, &[]).expect("no helpers, no error")),
+        shared: Shared {
+            started: Instant::now(),
+            samples: SampleQueue::with_capacity(4),
+            flusher: Arc::new(Flusher::new(method, 0, &[]).expect("no helpers, no error")),
+            workers: Arc::new(workers),
+        },
         store: options,
         granularity,
         budgets: budgets.clone(),
-        workers: Arc::new(workers),
         jobs: jobs.clone(),
         disks: Mutex::default(),
     })
 }
 
 impl Services for SimServices {
-    fn started(&self) -> Instant {
-        self.started
-    }
-
-    fn samples(&self) -> &SampleQueue {
-        &self.samples
-    }
-
-    fn flusher(&self) -> &Arc<Flusher> {
-        &self.flusher
-    }
-
-    fn workers(&self) -> &Arc<Workers> {
-        &self.workers
+    fn shared(&self) -> &Shared {
+        &self.shared
     }
 
     fn make_memory(&self, session: u32, table: Arc<BlockTable>) -> Result<GuestMemory, MemoryError> {

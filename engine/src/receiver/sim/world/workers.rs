@@ -37,7 +37,7 @@ impl World {
     /// A worker takes a queue, or applies a packet of the one that it has taken.
     pub(super) fn work(&mut self, number: usize) -> bool {
         let SimWorker { worker, taken } = &mut self.workers[number];
-        let workers = self.services.workers();
+        let workers = &self.services.shared().workers;
         match taken.take() {
             Some(queue) => {
                 worker.work_on(queue, workers);
