@@ -4,10 +4,11 @@
 //! plane gives its own.
 #![expect(unsafe_code, reason = "a global allocator that counts")]
 
-use colo_ring::receiver::{Event, Receiver, ReceiverOptions};
+use colo_ring::receiver::{Event, Receiver};
 use colo_ring::ring::BackendKind;
-use colo_ring::store::{HugePages, StoreOptions};
-use colo_ring_tools::page_compression::{CompressionMethod, PageCompression};
+use colo_ring::wire::codec::Method;
+use colo_ring_tests::receiver_options;
+use colo_ring_tools::page_compression::PageCompression;
 use colo_ring_tools::primary::{Distribution, SynthOptions, SynthPrimary, Version};
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::cell::Cell;
@@ -102,30 +103,8 @@ fn allocations_during(work: impl FnOnce()) -> u64 {
     ALLOCATIONS.load(Ordering::Relaxed) - before
 }
 
-fn options(backend: BackendKind, channels: u8) -> ReceiverOptions {
-    ReceiverOptions {
-        listen: vec!["tcp:127.0.0.1:0".parse().unwrap()],
-        channels,
-        cores: colo_ring::host::allowed_cores().unwrap(),
-        backend,
-        registered: true,
-        store: StoreOptions {
-            hugepages: HugePages::Off,
-            ..StoreOptions::default()
-        },
-        ram_limit_bytes: 1 << 30,
-        disks: None,
-        hist: None,
-        described: serde_json::Value::Null,
-        control: None,
-        once: false,
-        identify_deadline: colo_ring_tests::HANG_LIMIT,
-        host_watch: colo_ring::net::HostWatch::default(),
-    }
-}
-
-fn in_steady_state(backend: BackendKind, channels: u8, version: Version, method: CompressionMethod) -> u64 {
-    let receiver = Receiver::start(options(backend, channels), |event| {
+fn in_steady_state(backend: BackendKind, channels: u8, version: Version, method: Method) -> u64 {
+    let receiver = Receiver::start(receiver_options(backend, channels), |event| {
         if let Event::Warning(text) = event {
             println!("{text}");
         }
@@ -139,7 +118,7 @@ fn in_steady_state(backend: BackendKind, channels: u8, version: Version, method:
         interval: Duration::ZERO,
         compression: PageCompression {
             method,
-            level: (method != CompressionMethod::None).then_some(1),
+            level: (method != Method::None).then_some(1),
         },
         ..SynthOptions::new(version)
     };
@@ -190,12 +169,12 @@ fn nothing_is_allocated_per_packet_or_checkpoint() {
     for backend in [BackendKind::Uring, BackendKind::Epoll, BackendKind::Threads] {
         for channels in [4, 0] {
             for version in [Version::V11_1, Version::V7_2] {
-                let none = CompressionMethod::None;
+                let none = Method::None;
                 let allocations = in_steady_state(backend, channels, version, none);
                 table.push((backend.name(), channels, version, none, allocations));
             }
         }
-        for method in [CompressionMethod::Zlib, CompressionMethod::Zstd] {
+        for method in [Method::Zlib, Method::Zstd] {
             let allocations = in_steady_state(backend, 4, Version::V11_1, method);
             table.push((backend.name(), 4, Version::V11_1, method, allocations));
         }

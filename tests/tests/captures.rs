@@ -203,7 +203,7 @@ impl Secondary {
     }
 }
 
-/// Every placement of cache slots with every commit mode.
+/// Every cache with every commit mode.
 const KINDS: [(CacheKind, CommitMode); 4] = [
     (CacheKind::Mirror, CommitMode::Sync),
     (CacheKind::Mirror, CommitMode::Deferred),

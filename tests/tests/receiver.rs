@@ -4,8 +4,7 @@ use colo_ring::receiver::{
     Dumped, Event, ListenAddress, Outcome, Receiver, ReceiverOptions, Request, Response, SessionState,
 };
 use colo_ring::ring::BackendKind;
-use colo_ring::store::{HugePages, StoreOptions};
-use colo_ring_tests::HANG_LIMIT;
+use colo_ring_tests::{HANG_LIMIT, receiver_options as options};
 use colo_ring_tools::net::Address;
 use colo_ring_tools::primary::{Distribution, SynthOptions, SynthPrimary, Version};
 use std::sync::{Arc, Mutex};
@@ -19,28 +18,6 @@ struct Bench {
     receiver: Receiver,
     said: Arc<Mutex<Vec<String>>>,
     directory: TempDir,
-}
-
-fn options(backend: BackendKind, channels: u8) -> ReceiverOptions {
-    ReceiverOptions {
-        listen: vec!["tcp:127.0.0.1:0".parse().unwrap()],
-        channels,
-        cores: colo_ring::host::allowed_cores().unwrap(),
-        backend,
-        registered: true,
-        store: StoreOptions {
-            hugepages: HugePages::Off,
-            ..StoreOptions::default()
-        },
-        ram_limit_bytes: 1 << 30,
-        disks: None,
-        hist: None,
-        described: serde_json::Value::Null,
-        control: None,
-        once: false,
-        identify_deadline: HANG_LIMIT,
-        host_watch: colo_ring::net::HostWatch::default(),
-    }
 }
 
 impl Bench {

@@ -1,12 +1,12 @@
 //! Captured sessions of QEMU 7.2 and 10.0, played by `colo-ring replay` to a receiver: what it holds then must equal a
 //! naive reading of the same bytes, also after the checkpoints were played more than once.
 
-use colo_ring::receiver::{ListenAddress, Receiver, ReceiverOptions, Request, Response};
+use colo_ring::receiver::{Receiver, ReceiverOptions, Request, Response};
 use colo_ring::ring::BackendKind;
-use colo_ring::store::{HugePages, StoreOptions};
 use colo_ring_tests::capture::{Capture, capture_file};
 use colo_ring_tests::command::{Scratch, run};
 use colo_ring_tests::model::Model;
+use colo_ring_tests::receiver_options;
 use serde_json::Value;
 use std::path::PathBuf;
 
@@ -14,23 +14,8 @@ const PASSES: u64 = 3;
 
 fn receiver() -> Receiver {
     let options = ReceiverOptions {
-        listen: vec![ListenAddress::Tcp(([127, 0, 0, 1], 0).into())],
-        channels: 4,
         cores: vec![0],
-        backend: BackendKind::Epoll,
-        registered: false,
-        store: StoreOptions {
-            hugepages: HugePages::Off,
-            ..StoreOptions::default()
-        },
-        ram_limit_bytes: 1 << 30,
-        disks: None,
-        hist: None,
-        described: Value::Null,
-        control: None,
-        once: false,
-        identify_deadline: colo_ring_tests::HANG_LIMIT,
-        host_watch: colo_ring::net::HostWatch::default(),
+        ..receiver_options(BackendKind::Epoll, 4)
     };
     Receiver::start(options, drop).unwrap()
 }

@@ -1,11 +1,10 @@
 //! The synthetic primary against a real receiver, live and by way of a capture, and as a command.
 
-use colo_ring::receiver::{Receiver, ReceiverOptions, Request, Response};
+use colo_ring::receiver::{Receiver, Request, Response};
 use colo_ring::ring::BackendKind;
-use colo_ring::store::{HugePages, StoreOptions};
 use colo_ring::wire::codec::Method;
-use colo_ring_tests::HANG_LIMIT;
 use colo_ring_tests::command::Scratch;
+use colo_ring_tests::{HANG_LIMIT, receiver_options};
 use colo_ring_tools::capture_file::{
     CaptureInfo, CaptureReader, CaptureWriter, Compression, Direction, Event, Record,
 };
@@ -38,25 +37,7 @@ struct Committed {
 
 impl Secondary {
     fn start(channels: u8) -> Self {
-        let options = ReceiverOptions {
-            listen: vec!["tcp:127.0.0.1:0".parse().unwrap()],
-            channels,
-            cores: colo_ring::host::allowed_cores().unwrap(),
-            backend: BackendKind::Epoll,
-            registered: false,
-            store: StoreOptions {
-                hugepages: HugePages::Off,
-                ..StoreOptions::default()
-            },
-            ram_limit_bytes: 1 << 30,
-            disks: None,
-            hist: None,
-            described: Value::Null,
-            control: None,
-            once: false,
-            identify_deadline: HANG_LIMIT,
-            host_watch: colo_ring::net::HostWatch::default(),
-        };
+        let options = receiver_options(BackendKind::Epoll, channels);
         Self {
             receiver: Receiver::start(options, |_| ()).unwrap(),
             scratch: Scratch::new(),

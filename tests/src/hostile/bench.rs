@@ -1,12 +1,11 @@
 //! A receiver in this process with a guest that behaves, while others beside it do not.
 
 use super::HostilePrimary;
-use crate::HANG_LIMIT;
+use crate::{HANG_LIMIT, receiver_options};
 use colo_ring::receiver::{
     Dumped, Event, ListenAddress, Receiver, ReceiverOptions, Request, Response, SessionStatus,
 };
 use colo_ring::ring::BackendKind;
-use colo_ring::store::{HugePages, StoreOptions};
 use colo_ring::wire::codec::Method;
 use colo_ring_tools::primary::{Distribution, SynthOptions, SynthPrimary, Version};
 use std::net::SocketAddr;
@@ -312,22 +311,8 @@ impl Bench {
 
 fn options(backend: BackendKind, channels: u8, identify_deadline: Duration) -> ReceiverOptions {
     ReceiverOptions {
-        listen: vec![ListenAddress::Tcp(([127, 0, 0, 1], 0).into())],
-        channels,
-        cores: colo_ring::host::allowed_cores().expect("cores to run on"),
-        backend,
-        registered: true,
-        disks: None,
-        store: StoreOptions {
-            hugepages: HugePages::Off,
-            ..StoreOptions::default()
-        },
         ram_limit_bytes: 64 << 20,
-        hist: None,
-        described: serde_json::Value::Null,
-        control: None,
-        once: false,
         identify_deadline,
-        host_watch: colo_ring::net::HostWatch::default(),
+        ..receiver_options(backend, channels)
     }
 }

@@ -1,5 +1,5 @@
 //! Unmodified QEMU 11 primaries that send deltas (XBZRLE): what the receiver holds is, bit for bit, the RAM that the
-//! primary saves of itself, in both placements and commit modes.
+//! primary saves of itself, in both caches and commit modes.
 
 use colo_ring::ring::BackendKind;
 use colo_ring_tests::HANG_LIMIT;

@@ -5,7 +5,6 @@ use crate::capture_file::{CaptureWriter, Compression};
 use crate::net::Address;
 use crate::primary::{Distribution, SynthOptions, SynthPrimary, Version};
 use colo_ring::receiver::{ListenAddress, Receiver, ReceiverOptions};
-use colo_ring::store::{HugePages, StoreOptions};
 use std::io::{Read, Write};
 use std::net::Shutdown;
 use std::os::unix::net::{UnixListener, UnixStream};
@@ -45,22 +44,8 @@ pub(crate) fn recorded(options: &SynthOptions) -> Vec<Connection> {
     let receiver = Receiver::start(
         ReceiverOptions {
             listen: vec![ListenAddress::Unix(back.clone())],
-            channels: options.channels,
             cores: vec![0],
-            backend: colo_ring::ring::BackendKind::Epoll,
-            registered: false,
-            store: StoreOptions {
-                hugepages: HugePages::Off,
-                ..StoreOptions::default()
-            },
-            ram_limit_bytes: 1 << 30,
-            disks: None,
-            hist: None,
-            described: serde_json::Value::Null,
-            control: None,
-            once: false,
-            identify_deadline: Duration::from_secs(300),
-            host_watch: colo_ring::net::HostWatch::default(),
+            ..colo_ring_tests::receiver_options(colo_ring::ring::BackendKind::Epoll, options.channels)
         },
         drop,
     )
