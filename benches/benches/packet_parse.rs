@@ -1,62 +1,56 @@
-//! Nanoseconds per multifd packet for decoding the header and turning its offsets into pages of the guest.
+//! The time per multifd packet of decoding the header and turning its offsets into pages of the guest.
 //!
-//! `cargo bench -p colo-ring-benches --bench packet_parse`. Each shape is timed in batches over 64 different packets
-//! of random pages; the median and the fastest batch are printed.
+//! `cargo bench -p colo-ring-benches --bench packet_parse`. Each shape is timed over 64 different packets of random
+//! pages.
 
 use colo_ring::blocks::BlockTable;
 use colo_ring::host::Machine;
 use colo_ring::units::{PACKET_PAGES, PAGE_BYTES};
 use colo_ring::wire::codec::Method;
 use colo_ring::wire::multifd::{HEADER_LEN, PacketFields, PacketHeader, PageList, raw_payload_len};
+use divan::{Bencher, black_box};
 use rand::rngs::Xoshiro256PlusPlus;
 use rand::{RngExt, SeedableRng};
-use std::hint::black_box;
-use std::time::Instant;
 
 const PACKETS: usize = 64;
-const ROUNDS_PER_BATCH: u32 = 200;
-const BATCHES: usize = 41;
 /// Pages of the guest's big block: 4 GiB.
 const RAM_PAGES: u64 = 1 << 20;
 
 fn main() {
     println!("{}", Machine::read());
-    println!("shape            ns/packet median   fastest");
-    let table = table();
-    for (name, normal, zero) in [
-        ("SYNC", 0, 0),
-        ("n=0   z=128", 0, 128),
-        ("n=64  z=64", 64, 64),
-        ("n=128 z=0", 128, 0),
-    ] {
-        let packets = packets(normal, zero);
-        let mut batches: Vec<f64> = (0..BATCHES).map(|_| batch(&packets, &table)).collect();
-        batches.sort_by(f64::total_cmp);
-        println!("{name:<16} {:>16.1} {:>9.1}", batches[BATCHES / 2], batches[0]);
-    }
+    divan::main();
 }
 
-/// Nanoseconds per packet over one batch.
-fn batch(packets: &[[u8; HEADER_LEN]], table: &BlockTable) -> f64 {
+/// A SYNC.
+#[divan::bench]
+fn sync(bencher: Bencher<'_, '_>) {
+    resolve(bencher, 0, 0);
+}
+
+/// Packets by how many of their 128 pages are zero.
+#[divan::bench(args = [0, 64, 128])]
+fn pages(bencher: Bencher<'_, '_>, zero: usize) {
+    resolve(bencher, PACKET_PAGES - zero, zero);
+}
+
+fn resolve(bencher: Bencher<'_, '_>, normal: usize, zero: usize) {
+    let (table, packets) = (table(), packets(normal, zero));
     let (mut normal, mut zero) = <(PageList, PageList)>::default();
-    let start = Instant::now();
-    for _ in 0..ROUNDS_PER_BATCH {
-        for packet in packets {
-            let header = PacketHeader::decode(black_box(packet)).expect("a valid packet");
-            let block = header
-                .resolve(table, &mut normal, &mut zero)
-                .expect("valid pages");
-            black_box((
-                block,
-                normal.as_slice(),
-                zero.as_slice(),
-                header.payload_len(),
-                header.is_sync(),
-            ));
-        }
-    }
-    let per_round = start.elapsed().as_secs_f64() / f64::from(ROUNDS_PER_BATCH);
-    per_round * 1e9 / packets.len() as f64
+    let mut turn = packets.iter().cycle();
+    bencher.bench_local(|| {
+        let packet = turn.next().expect("64 packets, again and again");
+        let header = PacketHeader::decode(black_box(packet)).expect("a valid packet");
+        let block = header
+            .resolve(&table, &mut normal, &mut zero)
+            .expect("valid pages");
+        black_box((
+            block,
+            normal.as_slice(),
+            zero.as_slice(),
+            header.payload_len(),
+            header.is_sync(),
+        ));
+    });
 }
 
 /// The block list of a small PC, the big block first, as QEMU sends it.

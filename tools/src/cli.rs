@@ -135,7 +135,7 @@ enum Command {
     )]
     Sink(sink::SinkArgs),
 
-    /// Measure every backend, cache placement and commit mode with a synthetic primary on this machine alone
+    /// Measure every backend, cache and commit mode with a synthetic primary on this machine alone
     ///
     /// Needs no root, no huge pages and no QEMU; it prints what is missing. Prints p50 and p99 of every phase, compares
     /// what the primary waits for, and writes a page of plots. Primary and receiver share the machine's cores, so the

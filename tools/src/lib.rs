@@ -9,6 +9,7 @@ mod control;
 mod cores;
 mod guest_disks;
 pub mod hlog;
+pub mod html_page;
 pub mod nbd;
 pub mod net;
 pub mod options;

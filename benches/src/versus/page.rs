@@ -1,6 +1,7 @@
 //! Everything as one HTML page: the tables, and below them the comparison of each cell with its plots.
 
-use maud::{DOCTYPE, PreEscaped, html};
+use colo_ring_tools::html_page::html_page;
+use maud::html;
 
 const STYLE: &str = "body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem } pre { overflow-x: auto } \
                      iframe { width: 100%; height: 85vh; border: 1px solid gray } \
@@ -9,30 +10,19 @@ const STYLE: &str = "body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem }
 /// The page. `tables` is text as for a terminal, `cells` are titles with a page of `colo-ring compare` each.
 #[must_use]
 pub fn page(title: &str, tables: &str, cells: &[(String, String)]) -> String {
-    let page = html! {
-        (DOCTYPE)
-        html lang="en" {
-            head {
-                meta charset="utf-8";
-                meta name="color-scheme" content="light dark";
-                title { (title) }
-                style { (PreEscaped(STYLE)) }
-            }
-            body {
-                h1 { (title) }
-                pre { (tables) }
-                h2 { "Each in detail" }
-                @for (title, comparison) in cells {
-                    details {
-                        summary { (title) }
-                        // A page within the page: it needs no file beside this one.
-                        iframe loading="lazy" title=(title) srcdoc=(comparison) {}
-                    }
-                }
+    let body = html! {
+        h1 { (title) }
+        pre { (tables) }
+        h2 { "Each in detail" }
+        @for (title, comparison) in cells {
+            details {
+                summary { (title) }
+                // A page within the page: it needs no file beside this one.
+                iframe loading="lazy" title=(title) srcdoc=(comparison) {}
             }
         }
     };
-    page.into_string()
+    html_page(title, STYLE, &body)
 }
 
 #[cfg(test)]

@@ -1,10 +1,11 @@
-//! The comparison as one HTML page: nothing is loaded, no script is needed, light and dark are the reader's.
+//! The comparison as one HTML page.
 
 use super::table::{display_mean, figures, interval_cell, ratio_cell, way_in_words};
 use super::{COUNT_MIN, Comparison, PhaseComparison, Ratio, Resampling, Row, RunInfo, plots};
+use crate::html_page::html_page;
 use crate::run_file::Clock;
 use colo_ring::metrics::display_nanoseconds;
-use maud::{DOCTYPE, Markup, PreEscaped, html};
+use maud::{Markup, PreEscaped, html};
 use std::collections::{BTreeMap, BTreeSet};
 
 const STYLE: &str = include_str!("page.css");
@@ -12,29 +13,17 @@ const STYLE: &str = include_str!("page.css");
 /// The page.
 pub fn page(comparison: &Comparison) -> String {
     let names: Vec<_> = comparison.runs.iter().map(|run| run.name).collect();
-    let page = html! {
-        (DOCTYPE)
-        html lang="en" {
-            head {
-                meta charset="utf-8";
-                meta name="viewport" content="width=device-width, initial-scale=1";
-                meta name="color-scheme" content="light dark";
-                title { (names.join(", ")) }
-                style { (PreEscaped(STYLE)) }
-            }
-            body {
-                main {
-                    h1 { "Checkpoint latency" }
-                    p.lead { (lead(comparison)) }
-                    (runs(comparison))
-                    (stacks(comparison))
-                    @for compared in &comparison.phases { (phase(comparison, compared)) }
-                    (method(comparison))
-                }
-            }
+    let body = html! {
+        main {
+            h1 { "Checkpoint latency" }
+            p.lead { (lead(comparison)) }
+            (runs(comparison))
+            (stacks(comparison))
+            @for compared in &comparison.phases { (phase(comparison, compared)) }
+            (method(comparison))
         }
     };
-    page.into_string()
+    html_page(&names.join(", "), STYLE, &body)
 }
 
 fn lead(comparison: &Comparison) -> Markup {

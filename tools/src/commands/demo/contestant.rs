@@ -31,7 +31,7 @@ const DECODERS_BYTES: u64 = 64 << 20;
 /// How pages compress in sessions that do.
 const RATIO: f64 = 3.0;
 
-/// What is measured: a way to receive, a cache placement and a commit mode.
+/// What is measured: a way to receive, a cache and a commit mode.
 #[derive(Clone, Debug, Serialize)]
 pub(super) struct Variant {
     /// `uring` receives into registered buffers, `recvmsg` is `uring` without them; then cache and commit.
@@ -47,12 +47,12 @@ pub(super) struct Variant {
 impl Variant {
     /// Every combination of what the options of `receive` offer.
     pub(super) fn all() -> Vec<Self> {
-        let placements = CacheKind::value_variants().iter().flat_map(|&cache| {
+        let stores = CacheKind::value_variants().iter().flat_map(|&cache| {
             CommitMode::value_variants()
                 .iter()
                 .map(move |&commit| (cache, commit))
         });
-        placements
+        stores
             .flat_map(|(cache, commit)| {
                 WAYS.map(|(way, backend, registered)| Self {
                     name: format!("{way} {} {}", value_name(cache), value_name(commit)),
@@ -289,8 +289,8 @@ mod tests {
     fn every_cache_and_commit_mode_is_measured_with_every_way_to_receive() {
         let variants = Variant::all();
         let names: BTreeSet<_> = variants.iter().map(|variant| variant.name.clone()).collect();
-        let placements = CacheKind::value_variants().len() * CommitMode::value_variants().len();
-        assert_eq!((variants.len(), names.len()), (4 * placements, 4 * placements));
+        let stores = CacheKind::value_variants().len() * CommitMode::value_variants().len();
+        assert_eq!((variants.len(), names.len()), (4 * stores, 4 * stores));
         assert!(names.contains(super::super::BASELINE), "{names:?}");
         let compressed: Vec<_> = Variant::compressed().into_iter().map(|one| one.name).collect();
         assert_eq!(

@@ -57,7 +57,7 @@ pub struct ReceiveArgs {
     #[arg(long, value_enum, default_value_t = CacheKind::Pool)]
     cache: CacheKind,
 
-    /// Most memory that the cache placement pool grows to by itself, like 512M; a checkpoint that needs more gets it, slower,
+    /// Most memory that the cache `pool` grows to by itself, like 512M; a checkpoint that needs more gets it, slower,
     /// with a warning [default: as much as the guest's RAM]
     #[arg(long, value_name = "SIZE")]
     pool_max: Option<Size>,

@@ -16,8 +16,7 @@ use crate::signals;
 use clap::{ArgGroup, Args, ValueEnum};
 use colo_ring::host::Machine;
 use colo_ring::metrics::display_nanoseconds;
-use colo_ring::units::PAGE_BYTES;
-use report::{CaptureReport, Described, LiveReport, SCHEMA, SCHEMA_VERSION, Schedule, compressed};
+use report::{CaptureReport, Described, LiveReport, SCHEMA, SCHEMA_VERSION, Schedule, Sent};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -273,12 +272,7 @@ impl Command<'_> {
             options: self.described(),
             machine: self.machine,
             precopy_ns,
-            checkpoints: figures.checkpoints,
-            pages: figures.pages,
-            zero_pages: figures.zero_pages,
-            bytes: figures.bytes,
-            page_bytes: figures.pages * PAGE_BYTES,
-            payload_bytes: figures.payload_bytes,
+            sent: Sent::of(&figures),
             disk_blocks: figures.disk_blocks,
             phases: figures.phases(),
             own_delay: figures.own_delay(),
@@ -315,25 +309,17 @@ impl Command<'_> {
             out: path,
             options: self.described(),
             machine: self.machine,
-            checkpoints: figures.checkpoints,
-            pages: figures.pages,
-            zero_pages: figures.zero_pages,
-            bytes: figures.bytes,
-            page_bytes: figures.pages * PAGE_BYTES,
-            payload_bytes: figures.payload_bytes,
+            sent: Sent::of(&figures),
         };
         if self.args.json {
             print_json(&report)?;
         } else {
             print(&format!(
-                "{}: {}\n{} checkpoints: {} pages, {} zero pages, {:.1} MiB on the wire{}; the file has {:.1} MiB\n",
+                "{}: {}\n{} checkpoints: {}; the file has {:.1} MiB\n",
                 path.display(),
                 report.options,
-                report.checkpoints,
-                report.pages,
-                report.zero_pages,
-                mebibytes(report.bytes),
-                compressed(&report.options, report.page_bytes, report.payload_bytes),
+                report.sent.checkpoints,
+                report.sent.render(&report.options),
                 mebibytes(length),
             ))?;
         }

@@ -3,9 +3,10 @@
 use crate::options::Size;
 use crate::output::{mebibytes, table};
 use crate::page_compression::PageCompression;
-use crate::primary::{Content, Distribution, OwnDelay, Pattern, PhaseFigures, Preset, Version};
+use crate::primary::{Content, Distribution, Figures, OwnDelay, Pattern, PhaseFigures, Preset, Version};
 use colo_ring::host::Machine;
 use colo_ring::metrics::{display_nanoseconds, with_suffix};
+use colo_ring::units::PAGE_BYTES;
 use serde::Serialize;
 use std::fmt;
 use std::path::Path;
@@ -40,6 +41,50 @@ pub(super) struct Described {
     pub(super) disk_writes: u32,
 }
 
+/// What a session has sent.
+#[derive(Serialize)]
+pub(super) struct Sent {
+    pub(super) checkpoints: u64,
+    pub(super) pages: u64,
+    pub(super) zero_pages: u64,
+    pub(super) bytes: u64,
+    /// Content of pages, before it was compressed and on the wire.
+    pub(super) page_bytes: u64,
+    pub(super) payload_bytes: u64,
+}
+
+impl Sent {
+    pub(super) fn of(figures: &Figures) -> Self {
+        Self {
+            checkpoints: figures.checkpoints,
+            pages: figures.pages,
+            zero_pages: figures.zero_pages,
+            bytes: figures.bytes,
+            page_bytes: figures.pages * PAGE_BYTES,
+            payload_bytes: figures.payload_bytes,
+        }
+    }
+
+    /// Its sums in words.
+    pub(super) fn render(&self, options: &Described) -> String {
+        let mut text = format!(
+            "{} pages, {} zero pages, {:.1} MiB on the wire",
+            self.pages,
+            self.zero_pages,
+            mebibytes(self.bytes)
+        );
+        if options.compression.is_some() {
+            text.push_str(&format!(
+                ", {:.1} MiB of pages in {:.1} MiB of payload ({:.2} to 1)",
+                mebibytes(self.page_bytes),
+                mebibytes(self.payload_bytes),
+                self.page_bytes as f64 / self.payload_bytes.max(1) as f64
+            ));
+        }
+        text
+    }
+}
+
 /// What came of a live session.
 #[derive(Serialize)]
 pub(super) struct LiveReport {
@@ -49,13 +94,8 @@ pub(super) struct LiveReport {
     pub(super) options: Described,
     pub(super) machine: Machine,
     pub(super) precopy_ns: u64,
-    pub(super) checkpoints: u64,
-    pub(super) pages: u64,
-    pub(super) zero_pages: u64,
-    pub(super) bytes: u64,
-    /// Content of pages, before it was compressed and on the wire.
-    pub(super) page_bytes: u64,
-    pub(super) payload_bytes: u64,
+    #[serde(flatten)]
+    pub(super) sent: Sent,
     pub(super) disk_blocks: u64,
     pub(super) phases: Vec<PhaseFigures>,
     pub(super) own_delay: OwnDelay,
@@ -70,13 +110,8 @@ pub(super) struct CaptureReport<'a> {
     pub(super) out: &'a Path,
     pub(super) options: Described,
     pub(super) machine: Machine,
-    pub(super) checkpoints: u64,
-    pub(super) pages: u64,
-    pub(super) zero_pages: u64,
-    pub(super) bytes: u64,
-    /// Content of pages, before it was compressed and on the wire.
-    pub(super) page_bytes: u64,
-    pub(super) payload_bytes: u64,
+    #[serde(flatten)]
+    pub(super) sent: Sent,
 }
 
 pub(super) const SCHEMA: &str = "colo-ring.synth";
@@ -110,19 +145,6 @@ impl fmt::Display for Described {
     }
 }
 
-/// How much compression has made of the pages, in words that follow the bytes on the wire.
-pub(super) fn compressed(options: &Described, page_bytes: u64, payload_bytes: u64) -> String {
-    if !options.compression.is_some() {
-        return String::new();
-    }
-    format!(
-        ", {:.1} MiB of pages in {:.1} MiB of payload ({:.2} to 1)",
-        mebibytes(page_bytes),
-        mebibytes(payload_bytes),
-        page_bytes as f64 / payload_bytes.max(1) as f64
-    )
-}
-
 impl LiveReport {
     pub(super) fn render(&self, run: Option<&Path>) -> String {
         let head = PhaseFigures::HEAD.map(str::to_owned).to_vec();
@@ -143,16 +165,13 @@ impl LiveReport {
             }
         };
         let mut text = format!(
-            "{}\n{}: {}\nprecopy in {}\n\n{}\n{} pages, {} zero pages, {:.1} MiB{}\nreply: REQUEST to REPLY. {counted}\n",
+            "{}\n{}: {}\nprecopy in {}\n\n{}\n{}\nreply: REQUEST to REPLY. {counted}\n",
             self.machine,
             self.to,
             self.options,
             display_nanoseconds(self.precopy_ns),
             table(&rows),
-            self.pages,
-            self.zero_pages,
-            mebibytes(self.bytes),
-            compressed(&self.options, self.page_bytes, self.payload_bytes),
+            self.sent.render(&self.options),
         );
         if let Some(prefix) = run {
             text.push_str(&format!("run: {}\n", with_suffix(prefix, ".run.json").display()));
