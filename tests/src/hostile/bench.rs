@@ -227,6 +227,18 @@ impl Bench {
         self.ends.push((took, checkpoint.elapsed()));
     }
 
+    /// The primary closes its main channel: the session ends by that, and keeps the last checkpoint.
+    pub fn closes(&mut self, session: u32, primary: &mut HostilePrimary) {
+        primary.main.half_close();
+        self.survives(
+            "its end",
+            session,
+            primary,
+            At::Nowhere,
+            &["the primary went away"],
+        );
+    }
+
     /// The committed checkpoint is what this primary knows to be committed.
     pub fn compare(&self, session: u32, primary: &HostilePrimary) -> u64 {
         let dumped = self.dump(session).expect("it has a checkpoint");

@@ -129,14 +129,7 @@ fn compressed_checkpoints() {
                 primary.committed(&pages, moment);
                 assert_eq!(bench.compare(session, &primary), u64::from(moment));
             }
-            primary.main.half_close();
-            bench.survives(
-                "its end",
-                session,
-                &mut primary,
-                At::Nowhere,
-                &["the primary went away"],
-            );
+            bench.closes(session, &mut primary);
         }
         bench.end();
     }

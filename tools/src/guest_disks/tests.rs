@@ -68,7 +68,7 @@ fn disks_are_told_apart_by_what_the_guest_can_do_to_them() {
         other => Err(format!("{other}: not now")),
     });
     let path = monitor((11, 1, 3), answers);
-    let mut qmp = Qmp::connect(&path.0, Duration::from_secs(5)).unwrap();
+    let mut qmp = Qmp::connect(&path.0, Duration::from_secs(300)).unwrap();
     let uses: Vec<_> = (list(&mut qmp).unwrap().into_iter())
         .map(|disk| (disk.name, disk.use_))
         .collect();

@@ -68,7 +68,7 @@ const NO_UUID: &str = "00000000-0000-0000-0000-000000000000";
 const UUID: &str = "11111111-2222-3333-4444-555555555555";
 
 fn connect(path: &SocketPath) -> Qmp {
-    Qmp::connect(&path.0, Duration::from_secs(5)).unwrap()
+    Qmp::connect(&path.0, Duration::from_secs(300)).unwrap()
 }
 
 fn plan(path: &SocketPath, args: &DiskArgs) -> Result<DiskPlan, CommandError> {
