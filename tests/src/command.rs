@@ -161,6 +161,21 @@ impl RunningReceiver {
         &self.address
     }
 
+    /// Where it serves disks.
+    ///
+    /// # Panics
+    /// If it does not.
+    #[must_use]
+    pub fn disk_address(&self) -> String {
+        until("it serves disks", || {
+            let log = self.log();
+            let address = log
+                .lines()
+                .find_map(|line| line.strip_prefix("serving disks on "));
+            address.map(str::to_owned)
+        })
+    }
+
     /// Its process id.
     #[must_use]
     pub fn pid(&self) -> u32 {
@@ -339,7 +354,11 @@ pub fn guest() -> SynthOptions {
     }
 }
 
-fn until<T>(what: &str, mut found: impl FnMut() -> Option<T>) -> T {
+/// Waits until there is something.
+///
+/// # Panics
+/// After [`HANG_LIMIT`].
+pub fn until<T>(what: &str, mut found: impl FnMut() -> Option<T>) -> T {
     let since = Instant::now();
     loop {
         if let Some(found) = found() {

@@ -1,0 +1,201 @@
+//! Memory and disks of one checkpoint, with synthetic primaries: processes are killed at random instants, and what is kept
+//! then is compared with a guest that never was killed.
+//!
+//! `COLO_RING_DISK_RUNS` makes more runs of every kind (8 otherwise).
+
+use colo_ring_tests::command::{RunningReceiver, Scratch, guest, until, wrapped};
+use colo_ring_tests::lab::SharedDirectory;
+use colo_ring_tools::capture_file::{CaptureInfo, CaptureWriter, Compression};
+use colo_ring_tools::primary::{SynthOptions, SynthPrimary, check_disk, device_state_at};
+use serde_json::Value;
+use std::collections::hash_map::RandomState;
+use std::fs::File;
+use std::hash::{BuildHasher, Hasher};
+use std::process::{Child, Stdio};
+use std::time::Duration;
+
+const DISKS: u8 = 2;
+const WRITES: u32 = 60;
+const DISK_BYTES: u64 = 4 << 20;
+const RAM_BYTES: u64 = 2 << 20;
+
+fn runs() -> u32 {
+    std::env::var("COLO_RING_DISK_RUNS").map_or(8, |text| text.parse().expect("a number of runs"))
+}
+
+/// Directories of a receiver and its successors.
+struct Place {
+    scratch: Scratch,
+    ram: SharedDirectory,
+}
+
+/// A primary as a process, killed when dropped.
+struct Primary(Child);
+
+impl Drop for Primary {
+    fn drop(&mut self) {
+        // It may have ended by itself; either way it is reaped.
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+impl Place {
+    fn new() -> Self {
+        let scratch = Scratch::new();
+        for disk in 0..DISKS {
+            let base = File::create(scratch.file(&format!("synth-{disk}.raw"))).unwrap();
+            base.set_len(DISK_BYTES).unwrap();
+        }
+        Self {
+            scratch,
+            ram: SharedDirectory::new().unwrap(),
+        }
+    }
+
+    fn receiver(&self, more: &[&str]) -> RunningReceiver {
+        let ram = self.ram.path().to_str().unwrap();
+        let disks = self.scratch.path().to_str().unwrap();
+        // Over TCP like the stream, so that the receiver knows by the address that both are of one guest.
+        let args = ["--ram-dir", ram, "--disks", disks, "--nbd", "tcp:127.0.0.1:0"];
+        RunningReceiver::start(wrapped(&[]), &[&args, more].concat())
+    }
+
+    fn primary(&self, receiver: &RunningReceiver, seed: u64) -> Primary {
+        let mut command = wrapped(&[]);
+        let to = receiver.address().to_string();
+        command
+            .args([
+                "synth",
+                "--json",
+                "--to",
+                &to,
+                "--ram",
+                &RAM_BYTES.to_string(),
+                "--channels",
+                "2",
+            ])
+            .args([
+                "--pages",
+                "100",
+                "--pace",
+                "max",
+                "--checkpoints",
+                "1000000",
+                "--seed",
+                &seed.to_string(),
+            ])
+            .args([
+                "--disks",
+                &DISKS.to_string(),
+                "--disk-writes",
+                &WRITES.to_string(),
+            ])
+            .args(["--disk-to", &receiver.disk_address()]);
+        let child = command.stdout(Stdio::null()).stderr(Stdio::null()).spawn();
+        Primary(child.unwrap())
+    }
+
+    /// Compares what is kept of session 1, memory and disks, with the guest at that checkpoint. Returns its number.
+    fn check(&self, receiver: &RunningReceiver, seed: u64) -> u64 {
+        let status = until("the disks to be applied", || {
+            let status = session(receiver);
+            let disks = status["disks"].as_array().expect("a list");
+            assert_eq!(disks.len(), usize::from(DISKS), "{status}");
+            disks.iter().all(|disk| disk["lag_epochs"] == 0).then_some(status)
+        });
+        let checkpoint = status["checkpoint"].as_u64().expect("a checkpoint");
+        let (dumped, read) = receiver.dump(1);
+        assert_eq!(dumped["checkpoint"], checkpoint);
+        let model = self.model(seed, checkpoint);
+        for block in dumped["blocks"].as_array().expect("a list") {
+            let [name, file] = ["name", "file"].map(|key| block[key].as_str().expect("a text"));
+            let image = model.image(name).expect("its block");
+            assert!(
+                *image == *read(file),
+                "block {name} of checkpoint {checkpoint} differs"
+            );
+        }
+        if checkpoint > 0 {
+            let found = read(dumped["device_state_file"].as_str().expect("a name"));
+            assert!(found == device_state_at(checkpoint), "the device state differs");
+        }
+        for disk in 0..DISKS {
+            let base = self.scratch.path().join(format!("synth-{disk}.raw"));
+            let written = check_disk(&base, disk, checkpoint, seed, WRITES);
+            assert!(written.unwrap_or_else(|error| panic!("checkpoint {checkpoint}: {error}")) > 0);
+        }
+        checkpoint
+    }
+
+    /// The guest's memory at a checkpoint: the same session, written to a file.
+    fn model(&self, seed: u64, checkpoint: u64) -> SynthPrimary {
+        let options = SynthOptions {
+            ram_bytes: RAM_BYTES,
+            seed,
+            ..guest()
+        };
+        let info = CaptureInfo::now("synth", Value::Null);
+        let path = self.scratch.path().join("model.cap");
+        let writer = CaptureWriter::create(&path, &info, Compression::None).unwrap();
+        let mut model = SynthPrimary::record(writer, &options).unwrap();
+        for _ in 0..checkpoint {
+            model.checkpoint().unwrap();
+        }
+        model
+    }
+}
+
+fn session(receiver: &RunningReceiver) -> Value {
+    receiver.status()["sessions"][0].clone()
+}
+
+fn wait_state(receiver: &RunningReceiver, state: &str) {
+    until(state, || (session(receiver)["state"] == state).then_some(()));
+}
+
+/// Random microseconds below some tens of milliseconds: many checkpoints, and each of their parts.
+fn delay() -> Duration {
+    Duration::from_micros(RandomState::new().build_hasher().finish() % 60_000)
+}
+
+#[test]
+fn a_killed_primary_leaves_memory_and_disks_of_one_checkpoint() {
+    for run in 0..runs() {
+        let seed = u64::from(run) + 1;
+        let place = Place::new();
+        let receiver = place.receiver(&[]);
+        let primary = place.primary(&receiver, seed);
+        wait_state(&receiver, "protected");
+        std::thread::sleep(delay());
+        drop(primary);
+        wait_state(&receiver, "ended");
+        println!("run {run}: checkpoint {}", place.check(&receiver, seed));
+    }
+}
+
+#[test]
+fn a_killed_receiver_leaves_memory_and_disks_of_one_checkpoint() {
+    for run in 0..runs() {
+        let seed = u64::from(run) + 1;
+        let place = Place::new();
+        let backend = ["uring", "epoll", "threads"][usize::try_from(run % 3).unwrap()];
+        // With little memory, logs are spilled to files beside the bases.
+        let limit = ["1G", "96M"][usize::try_from(run % 2).unwrap()];
+        let receiver = place.receiver(&["--backend", backend, "--ram-limit", limit]);
+        let primary = place.primary(&receiver, seed);
+        wait_state(&receiver, "protected");
+        std::thread::sleep(delay());
+        // By SIGKILL, and waits for it.
+        drop(receiver);
+        drop(primary);
+        let receiver = place.receiver(&[]);
+        wait_state(&receiver, "recovered");
+        println!("run {run}: checkpoint {}", place.check(&receiver, seed));
+        assert_eq!(
+            receiver.ask(&["discard", "--json", "--session", "1"])["discarded"],
+            1
+        );
+        assert_eq!(place.ram.files(), 0);
+    }
+}
