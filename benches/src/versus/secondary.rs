@@ -206,7 +206,7 @@ impl Secondary {
                     qemu.expect_compression(compression)?;
                 }
                 qemu.be_secondary(&address, shape.channels)?;
-                Process::Qemu(qemu)
+                Process::Qemu(Box::new(qemu))
             }
             Kind::Sink => Process::Sink(start_sink(lab, &address, shape)?),
             Kind::Decoders => {
@@ -327,7 +327,7 @@ pub struct Running {
 
 #[derive(Debug)]
 enum Process {
-    Qemu(Qemu),
+    Qemu(Box<Qemu>),
     Sink(Child),
     Ring(Receiver),
 }

@@ -31,6 +31,10 @@ impl Lab {
         let ram = dump.block("pc.ram")?;
         match guest {
             Guest::Test(_) => self.test_guest_tick(&ram),
+            Guest::Disk(_) => Err(LabError::Malformed {
+                what: "the image of the guest with a disk".into(),
+                detail: "where its program counts is not known from outside".into(),
+            }),
             Guest::Linux(_) => {
                 let bytes = fs::read(&ram).map_err(LabError::io(format!("read {}", ram.display())))?;
                 linux_tick(&bytes).ok_or_else(|| LabError::Malformed {
@@ -202,6 +206,19 @@ pub fn protect_by_command(monitor: &Path, to: &Address, arguments: &[&str]) -> R
         what: "colo-ring protect --json".into(),
         detail: error.to_string(),
     })
+}
+
+/// `colo-ring unprotect --json` of the QEMU with this monitor.
+///
+/// # Errors
+/// [`LabError::Ended`] with the command's own words when it fails.
+pub fn unprotect_by_command(monitor: &Path) -> Result<Value, LabError> {
+    let mut command = Command::new(command_under_test()?);
+    command.args(["unprotect", "--json", "--qmp"]).arg(monitor);
+    let child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn();
+    let child = child.map_err(LabError::io("run colo-ring unprotect"))?;
+    let text = end_of_command(child, "unprotect")?;
+    serde_json::from_str(&text).map_err(|error| malformed("colo-ring unprotect --json", &error))
 }
 
 #[cfg(test)]

@@ -1,6 +1,6 @@
 //! The guests: what they do to their memory, as QEMU arguments.
 
-use super::Lab;
+use super::{DiskGuest, Lab};
 
 /// What a QEMU of the laboratory boots.
 #[derive(Clone, Debug)]
@@ -9,6 +9,8 @@ pub enum Guest {
     Test(TestGuest),
     /// A Debian kernel with busybox, `tests/guest/linux-init`.
     Linux(LinuxGuest),
+    /// The same kernel with a disk, `tests/guest/disk-init`.
+    Disk(DiskGuest),
 }
 
 /// Where the test guest writes.
@@ -116,6 +118,7 @@ impl Guest {
                     guest.append(),
                 ]
             }
+            Self::Disk(guest) => guest.args(lab),
             Self::Linux(guest) => vec![
                 "-kernel".into(),
                 lab.kernel.display().to_string(),

@@ -4,6 +4,7 @@
 //! test passes without QEMU. One `Lab` exists at a time on a machine (a file lock), because its QEMUs and the
 //! receiver would otherwise disturb each other's times. Every process and file of a `Lab` ends with it.
 
+mod disks;
 mod error;
 mod failover;
 mod guest;
@@ -31,8 +32,9 @@ use tempfile::TempDir;
 
 use nix::fcntl::{Flock, FlockArg};
 
+pub use disks::{Disk, DiskBus, DiskContent, DiskGuest, DiskRuns, Victim, disk_runs};
 pub use error::LabError;
-pub use failover::protect_by_command;
+pub use failover::{protect_by_command, unprotect_by_command};
 pub use guest::{Content, Guest, LinuxGuest, Pattern, TestGuest};
 pub use host_guest::{HostGuest, HostKernel, NumaMap};
 pub use image::check_test_guest_image;
@@ -56,6 +58,7 @@ pub struct Lab {
     kernel: PathBuf,
     initrd: PathBuf,
     test_guest: PathBuf,
+    disk_initrd: PathBuf,
     scratch: TempDir,
     files_made: AtomicU32,
     _turn: Flock<File>,
@@ -77,6 +80,17 @@ impl Lab {
         Ok(lab)
     }
 
+    /// [`Lab::open`], and makes the guest with a disk.
+    ///
+    /// # Errors
+    /// Those of [`Lab::open`], and when the guest cannot be made.
+    pub fn open_with_disk_guest() -> Result<Self, LabError> {
+        let lab = Self::open()?;
+        let laboratory = PathBuf::from(script_output("path")?);
+        disks::build_disk_guest(&laboratory, &lab.disk_initrd)?;
+        Ok(lab)
+    }
+
     /// Waits for its turn, for experiments of the command alone: no QEMU can be started.
     ///
     /// # Errors
@@ -91,6 +105,7 @@ impl Lab {
             kernel: dir.join("linux/vmlinuz"),
             initrd: dir.join("linux/initrd.gz"),
             test_guest: scratch.path().join("dirtier.elf"),
+            disk_initrd: scratch.path().join("disk-initrd.gz"),
             scratch,
             files_made: AtomicU32::new(0),
             _turn: turn,
@@ -140,7 +155,19 @@ impl Lab {
 /// # Panics
 /// With the error's text when the laboratory is missing or the body fails; the ends of all logs are printed then.
 pub fn experiment(body: impl FnOnce(&Lab) -> Result<(), LabError>) {
-    let lab = Lab::open().unwrap_or_else(|error| panic!("{error}"));
+    run_experiment(Lab::open(), body);
+}
+
+/// The same with a guest that has a disk.
+///
+/// # Panics
+/// As of [`experiment`].
+pub fn disk_experiment(body: impl FnOnce(&Lab) -> Result<(), LabError>) {
+    run_experiment(Lab::open_with_disk_guest(), body);
+}
+
+fn run_experiment(lab: Result<Lab, LabError>, body: impl FnOnce(&Lab) -> Result<(), LabError>) {
+    let lab = lab.unwrap_or_else(|error| panic!("{error}"));
     if let Err(error) = body(&lab) {
         panic!("{error}");
     }

@@ -12,7 +12,7 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use serde_json::{Value, json};
 
-use super::{Event, Guest, Lab, LabError, Qmp, SavedRam, wait_for};
+use super::{Disk, Event, Guest, Lab, LabError, Qmp, SavedRam, wait_for};
 
 /// A guest machine. Primary and QEMU's own secondary are started from the same one.
 #[derive(Clone, Debug)]
@@ -27,6 +27,8 @@ pub struct Machine {
     pub prealloc: bool,
     /// `-uuid`, by which a receiver tells the channels of several guests apart.
     pub uuid: Option<String>,
+    /// Its disk, if it has one.
+    pub disk: Option<Disk>,
     /// What it boots.
     pub guest: Guest,
 }
@@ -55,6 +57,7 @@ impl Machine {
             devices: Devices::None,
             prealloc: false,
             uuid: None,
+            disk: None,
             guest,
         }
     }
@@ -91,6 +94,7 @@ impl Machine {
         if self.devices == Devices::Many {
             args.extend(MANY_DEVICES.split_whitespace().map(str::to_owned));
         }
+        args.extend(self.disk.iter().flat_map(Disk::args));
         if let Some(uuid) = &self.uuid {
             args.extend(["-uuid".to_owned(), uuid.clone()]);
         }

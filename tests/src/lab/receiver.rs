@@ -204,6 +204,16 @@ impl Receiver {
         self.wait_exit()
     }
 
+    /// Stops all of it where it is, with its connections open. Killing it ends that.
+    ///
+    /// # Errors
+    /// When it is gone.
+    pub fn freeze(&self) -> Result<(), LabError> {
+        let pid = i32::try_from(self.process.id()).expect("process ids are below 2^22 on Linux");
+        kill(Pid::from_raw(pid), Signal::SIGSTOP)
+            .map_err(|errno| LabError::io("signal colo-ring")(errno.into()))
+    }
+
     /// Kills it by SIGKILL.
     pub fn kill(&mut self) {
         // It may have ended by itself; either way it is reaped.

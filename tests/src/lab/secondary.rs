@@ -2,6 +2,7 @@
 
 use crate::HANG_LIMIT;
 use colo_ring::ring::BackendKind;
+use std::fs;
 use std::path::PathBuf;
 
 use serde_json::Value;
@@ -38,6 +39,14 @@ pub struct Secondary {
     address: Address,
     channels: u8,
     ram: SharedDirectory,
+    disks: Option<Disks>,
+}
+
+/// Where it keeps guests' disks, and serves them.
+#[derive(Debug)]
+struct Disks {
+    directory: PathBuf,
+    address: Address,
 }
 
 impl Secondary {
@@ -54,23 +63,91 @@ impl Secondary {
     /// # Errors
     /// Those of [`Receiver::start`].
     pub fn start_in(lab: &Lab, channels: u8, ram: SharedDirectory) -> Result<Self, LabError> {
+        Self::launch(lab, channels, ram, None)
+    }
+
+    /// The same with disks, in a directory of its own.
+    ///
+    /// # Errors
+    /// Those of [`Receiver::start`].
+    pub fn start_with_disks(lab: &Lab, channels: u8) -> Result<Self, LabError> {
+        let directory = lab.fresh_file("disks", "dir");
+        fs::create_dir(&directory).map_err(LabError::io(format!("create {}", directory.display())))?;
+        let address = Address::Unix(lab.fresh_file("nbd", "sock"));
+        let disks = Disks { directory, address };
+        Self::launch(lab, channels, lab.ram_directory()?, Some(disks))
+    }
+
+    fn launch(lab: &Lab, channels: u8, ram: SharedDirectory, disks: Option<Disks>) -> Result<Self, LabError> {
         let address = Address::free(lab, Transport::Tcp)?;
-        let receiver = Receiver::start(lab, &address, &Self::options(channels, &ram))?;
+        let options = Self::options(channels, &ram, disks.as_ref());
+        let receiver = Receiver::start(lab, &address, &options)?;
         Ok(Self {
             receiver,
             address,
             channels,
             ram,
+            disks,
         })
     }
 
-    fn options(channels: u8, ram: &SharedDirectory) -> ReceiverOptions {
+    fn options(channels: u8, ram: &SharedDirectory, disks: Option<&Disks>) -> ReceiverOptions {
+        let mut extra = vec!["--ram-dir".to_owned(), ram.path().display().to_string()];
+        if let Some(Disks { directory, address }) = disks {
+            let directory = directory.display().to_string();
+            extra.extend([
+                "--disks".to_owned(),
+                directory,
+                "--nbd".to_owned(),
+                address.to_string(),
+            ]);
+        }
         ReceiverOptions {
             channels,
             backend: BackendKind::Uring,
             once: false,
-            extra: vec!["--ram-dir".into(), ram.path().display().to_string()],
+            extra,
         }
+    }
+
+    fn disks(&self) -> &Disks {
+        self.disks.as_ref().expect("it was started with disks")
+    }
+
+    /// The file of the disk that it serves under that name.
+    ///
+    /// # Panics
+    /// When it was started without disks.
+    #[must_use]
+    pub fn disk(&self, name: &str) -> PathBuf {
+        self.disks().directory.join(format!("{name}.raw"))
+    }
+
+    /// Where it serves disks.
+    ///
+    /// # Panics
+    /// When it was started without disks.
+    #[must_use]
+    pub fn disk_address(&self) -> String {
+        self.disks().address.to_string()
+    }
+
+    /// Ends it, and removes its disks.
+    ///
+    /// # Errors
+    /// When they cannot be removed.
+    ///
+    /// # Panics
+    /// When it was started without disks.
+    pub fn remove_disks(mut self) -> Result<(), LabError> {
+        self.receiver.kill();
+        let directory = &self.disks().directory;
+        fs::remove_dir_all(directory).map_err(LabError::io(format!("remove {}", directory.display())))
+    }
+
+    /// Kills the receiver by SIGKILL; there is none then.
+    pub fn kill_receiver(&mut self) {
+        self.receiver.kill();
     }
 
     /// Kills the receiver by SIGKILL and starts another one with the same address and directory.
@@ -79,7 +156,11 @@ impl Secondary {
     /// Those of [`Receiver::start`].
     pub fn kill_and_restart(&mut self, lab: &Lab) -> Result<(), LabError> {
         self.receiver.kill();
-        self.receiver = Receiver::start(lab, &self.address, &Self::options(self.channels, &self.ram))?;
+        self.receiver = Receiver::start(
+            lab,
+            &self.address,
+            &Self::options(self.channels, &self.ram, self.disks.as_ref()),
+        )?;
         Ok(())
     }
 

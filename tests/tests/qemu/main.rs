@@ -3,6 +3,7 @@
 
 mod capture;
 mod compression;
+mod disks;
 mod failover;
 mod failover_interrupted;
 mod failover_linux;

@@ -1,0 +1,470 @@
+//! Guests with a disk that is mirrored to a receiver: killed at random instants, resumed, and memory compared with disk
+//! by the guest itself.
+
+use crate::HANG_LIMIT;
+use rand::rngs::Xoshiro256PlusPlus;
+use rand::{RngExt, SeedableRng};
+use std::collections::hash_map::RandomState;
+use std::fs::{self, File};
+use std::hash::{BuildHasher, Hasher};
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::Duration;
+
+use serde_json::{Value, json};
+
+use super::{Guest, Lab, LabError, Machine, Qemu, Secondary, Way, wait_for};
+
+/// Disk size; XFS is not made smaller.
+const DISK_BYTES: u64 = 320 << 20;
+const INTERVAL_MS: u64 = 200;
+/// Passes of the guest's threads over all that they have written, after which it has found memory and disk to agree.
+const SWEEPS: u64 = 12;
+/// By which the receiver knows whose disk is whose.
+const UUID: &str = "5ca1ab1e-c010-4000-8000-000000000001";
+/// The receiver's name for the disk.
+const EXPORT: &str = "guest-root";
+
+/// What a disk hangs on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum DiskBus {
+    /// virtio-blk.
+    VirtioBlk,
+    /// A SCSI disk of a virtio-scsi controller.
+    VirtioScsi,
+    /// A SATA disk of q35's AHCI controller.
+    Ahci,
+    /// An IDE disk of pc's PIIX3.
+    Ide,
+    /// NVMe.
+    Nvme,
+}
+
+impl DiskBus {
+    /// The machine type that has it.
+    fn machine(self) -> &'static str {
+        match self {
+            Self::Ide => "pc",
+            _ => "q35",
+        }
+    }
+
+    fn device(self, node: &str) -> Vec<String> {
+        let devices: &[&str] = match self {
+            Self::VirtioBlk => &["virtio-blk-pci"],
+            Self::VirtioScsi => &["virtio-scsi-pci,id=scsi", "scsi-hd,bus=scsi.0"],
+            Self::Ahci | Self::Ide => &["ide-hd,bus=ide.0"],
+            Self::Nvme => &["nvme,serial=lab"],
+        };
+        let last = devices.len() - 1;
+        let words = (0..).zip(devices).flat_map(|(number, device)| {
+            let drive = if number == last {
+                format!(",drive={node}")
+            } else {
+                String::new()
+            };
+            ["-device".to_owned(), format!("{device}{drive}")]
+        });
+        words.collect()
+    }
+}
+
+/// A disk of a machine: a raw image.
+#[derive(Clone, Debug)]
+pub struct Disk {
+    /// What it hangs on.
+    pub bus: DiskBus,
+    /// Its image.
+    pub file: PathBuf,
+}
+
+impl Disk {
+    pub(super) fn args(&self) -> Vec<String> {
+        let file = format!("driver=file,filename={},node-name=file0", self.file.display());
+        let words = [
+            "-blockdev",
+            &file,
+            "-blockdev",
+            "driver=raw,file=file0,node-name=disk0",
+        ];
+        let words = words.map(str::to_owned).into_iter();
+        words.chain(self.bus.device("disk0")).collect()
+    }
+}
+
+/// How the guest uses its disk.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum DiskContent {
+    /// Blocks, past the page cache.
+    Raw,
+    /// A file's blocks in ext4, and files that come and go.
+    Ext4,
+    /// The same in XFS.
+    Xfs,
+}
+
+impl DiskContent {
+    fn name(self) -> &'static str {
+        match self {
+            Self::Raw => "raw",
+            Self::Ext4 => "ext4",
+            Self::Xfs => "xfs",
+        }
+    }
+
+    fn make(self, image: &Path) -> Result<(), LabError> {
+        match self {
+            Self::Raw => Ok(()),
+            Self::Ext4 => run_tool("mkfs.ext4", &["-q", "-F"], image),
+            Self::Xfs => run_tool("mkfs.xfs", &["-q", "-f"], image),
+        }
+    }
+
+    fn check(self, image: &Path) -> Result<(), LabError> {
+        match self {
+            Self::Raw => Ok(()),
+            Self::Ext4 => run_tool("e2fsck", &["-f", "-n"], image),
+            Self::Xfs => run_tool("xfs_repair", &["-n"], image),
+        }
+    }
+}
+
+/// A guest that writes a counter to memory and to its disk, `tests/guest/disk-counter.rs`.
+#[derive(Clone, Copy, Debug)]
+pub struct DiskGuest {
+    /// What is on the disk.
+    pub content: DiskContent,
+    /// Threads that write at the same time: requests in flight.
+    pub threads: u32,
+    /// Blocks of each thread, a power of two.
+    pub slots: u32,
+}
+
+impl DiskGuest {
+    pub(super) fn args(self, lab: &Lab) -> Vec<String> {
+        let Self {
+            content,
+            threads,
+            slots,
+        } = self;
+        let append = format!(
+            "console=ttyS0 quiet no_timer_check kind={} threads={threads} slots={slots}",
+            content.name()
+        );
+        let [kernel, initrd] = [&lab.kernel, &lab.disk_initrd].map(|path| path.display().to_string());
+        ["-kernel", &kernel, "-initrd", &initrd, "-append", &append]
+            .map(str::to_owned)
+            .to_vec()
+    }
+}
+
+/// How many runs of every kind are made: `COLO_RING_DISK_RUNS`, or 1.
+///
+/// # Panics
+/// When it is no number.
+#[must_use]
+pub fn disk_runs() -> u32 {
+    std::env::var("COLO_RING_DISK_RUNS").map_or(1, |text| text.parse().expect("a number of runs"))
+}
+
+/// What is killed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Victim {
+    /// The primary.
+    Primary,
+    /// The receiver; the next one with its directories resumes the guest.
+    Receiver,
+}
+
+/// Runs of guests with a disk, one after the other.
+#[derive(Debug)]
+pub struct DiskRuns<'a> {
+    lab: &'a Lab,
+    bus: DiskBus,
+    guest: DiskGuest,
+    random: Xoshiro256PlusPlus,
+    runs: u32,
+}
+
+impl<'a> DiskRuns<'a> {
+    /// None yet. The instants come from `COLO_RING_FAILOVER_SEED`, or from a new seed, which is printed.
+    ///
+    /// # Panics
+    /// When the seed is no number.
+    #[must_use]
+    pub fn new(lab: &'a Lab, bus: DiskBus, content: DiskContent) -> Self {
+        let given = std::env::var("COLO_RING_FAILOVER_SEED").ok();
+        let seed = given.map_or_else(
+            || RandomState::new().build_hasher().finish(),
+            |text| text.parse().expect("a seed"),
+        );
+        println!("COLO_RING_FAILOVER_SEED={seed}");
+        Self {
+            lab,
+            bus,
+            guest: DiskGuest {
+                content,
+                threads: 4,
+                slots: 64,
+            },
+            random: Xoshiro256PlusPlus::seed_from_u64(seed),
+            runs: 0,
+        }
+    }
+
+    fn machine(&self, image: &Path) -> Machine {
+        Machine {
+            uuid: Some(UUID.to_owned()),
+            disk: Some(Disk {
+                bus: self.bus,
+                file: image.to_owned(),
+            }),
+            ..Machine::bare(self.bus.machine(), 128, Guest::Disk(self.guest))
+        }
+    }
+
+    /// Protects a guest with its disk, kills `victim` at a random instant, resumes the guest from the receiver's disk, and
+    /// has it compare its memory with its disk.
+    ///
+    /// # Errors
+    /// When a step fails, or memory and disk do not agree.
+    ///
+    /// # Panics
+    /// When the receiver reports another disk than the guest's.
+    pub fn run(&mut self, victim: Victim) -> Result<(), LabError> {
+        let mut secondary = Secondary::start_with_disks(self.lab, 2)?;
+        let base = secondary.disk(EXPORT);
+        make_image(&base)?;
+        let image = self.image();
+        let mut primary = self.start(&image)?;
+        let to = secondary.disk_address();
+        let name = format!("disk0={EXPORT}");
+        let report = self.protect(&secondary, &mut primary, &["--disk", &name, "--disk-to", &to])?;
+        assert_eq!(report["disks"][0]["export"], EXPORT, "{report}");
+        self.wait_instant(&mut primary)?;
+        let status = match victim {
+            Victim::Primary => {
+                let _ = primary.kill();
+                secondary.wait_state(1, "ended")?
+            }
+            Victim::Receiver => {
+                secondary.kill_and_restart(self.lab)?;
+                // It runs on, or stands, without a receiver: it is off before its guest runs elsewhere.
+                let _ = primary.kill();
+                secondary.wait_state(1, "recovered")?
+            }
+        };
+        let checkpoint = &status["checkpoint"];
+        assert_eq!(status["disks"][0]["name"], EXPORT, "{status}");
+        let resumed = self.resume(&secondary, &base)?;
+        let (behind, seen) = (self.sweeps_after(&resumed)?, resumed.ticks());
+        println!(
+            "{victim:?} killed: checkpoint {checkpoint}, {behind} sweeps, tick {seen}: memory and disk agree"
+        );
+        self.end_and_check(resumed, &base)?;
+        secondary.remove_disks()
+    }
+
+    /// The same without its disk: the fresh QEMU has the primary's own image. Returns whether the guest has found its disk
+    /// to be of another instant than its memory.
+    ///
+    /// # Errors
+    /// When a step fails.
+    pub fn run_unprotected(&mut self) -> Result<bool, LabError> {
+        let secondary = Secondary::start(self.lab, 2)?;
+        let image = self.image();
+        let mut primary = self.start(&image)?;
+        let report = self.protect(&secondary, &mut primary, &["--no-disks"])?;
+        assert_eq!(report["unprotected_disks"], json!(["disk0"]), "{report}");
+        self.wait_instant(&mut primary)?;
+        let _ = primary.kill();
+        secondary.wait_state(1, "ended")?;
+        let resumed = self.resume(&secondary, &image)?;
+        match self.sweeps_after(&resumed) {
+            Ok(_) => Ok(false),
+            // It found something, and is still printing it.
+            Err(LabError::Ended { .. }) => {
+                let found = wait_for("the guest's own words", HANG_LIMIT, || {
+                    let serial = resumed.serial();
+                    let mut lines = serial.split_inclusive('\n').filter(|line| line.ends_with('\n'));
+                    Ok(lines.find(|line| line.starts_with("error")).map(str::to_owned))
+                })?;
+                println!("without its disk: {}", found.trim());
+                assert!(
+                    found.contains("memory has") && found.contains("disk has"),
+                    "{found}"
+                );
+                Ok(true)
+            }
+            Err(other) => Err(other),
+        }
+    }
+
+    /// A protected guest loses its receiver, which is killed or stops to answer, and runs on after `colo-ring unprotect`.
+    ///
+    /// # Errors
+    /// When a step fails, or memory and disk do not agree.
+    pub fn lose_receiver(&mut self, hangs: bool) -> Result<(), LabError> {
+        let mut secondary = Secondary::start_with_disks(self.lab, 2)?;
+        make_image(&secondary.disk(EXPORT))?;
+        let image = self.image();
+        let mut primary = self.start(&image)?;
+        let to = secondary.disk_address();
+        let name = format!("disk0={EXPORT}");
+        self.protect(&secondary, &mut primary, &["--disk", &name, "--disk-to", &to])?;
+        self.wait_instant(&mut primary)?;
+        if hangs {
+            secondary.receiver().freeze()?;
+            // Until a checkpoint, and the guest's writes, wait for it.
+            std::thread::sleep(Duration::from_millis(3 * INTERVAL_MS));
+        } else {
+            secondary.kill_receiver();
+        }
+        let report = super::unprotect_by_command(primary.free_monitor())?;
+        println!("receiver {}: {report}", if hangs { "hangs" } else { "killed" });
+        assert_eq!(report["status"], "running", "{report}");
+        assert_eq!(report["disks_released"], 1, "{report}");
+        self.sweeps_after(&primary)?;
+        let nodes = primary
+            .qmp()
+            .execute("query-named-block-nodes", &json!({"flat": true}))?;
+        assert!(!nodes.to_string().contains("colo-ring"), "{nodes}");
+        secondary.remove_disks()
+    }
+
+    fn image(&mut self) -> PathBuf {
+        self.runs += 1;
+        self.lab.file(&format!("primary{}.raw", self.runs))
+    }
+
+    fn start(&self, image: &Path) -> Result<Qemu, LabError> {
+        make_image(image)?;
+        self.guest.content.make(image)?;
+        let primary = Qemu::start(self.lab, &format!("primary{}", self.runs), &self.machine(image))?;
+        // Every slot was written, so that all of them can be told apart.
+        wait_sweeps(&primary, u64::from(self.guest.threads))?;
+        Ok(primary)
+    }
+
+    /// The guest stands during the first copy: with TCG, QEMU may miss pages that it dirties meanwhile.
+    fn protect(
+        &self,
+        secondary: &Secondary,
+        primary: &mut Qemu,
+        arguments: &[&str],
+    ) -> Result<Value, LabError> {
+        primary.qmp().execute("stop", &json!({}))?;
+        let interval = INTERVAL_MS.to_string();
+        let all = [&["--interval", &interval], arguments].concat();
+        secondary.protect_by_command(primary, &all)
+    }
+
+    fn wait_instant(&mut self, primary: &mut Qemu) -> Result<(), LabError> {
+        primary.wait_checkpoints(3, HANG_LIMIT)?;
+        let delay_us = self.random.random_range(0..4 * INTERVAL_MS * 1000);
+        std::thread::sleep(Duration::from_micros(delay_us));
+        Ok(())
+    }
+
+    fn resume(&self, secondary: &Secondary, image: &Path) -> Result<Qemu, LabError> {
+        let name = format!("resumed{}", self.runs);
+        let way = if self.runs.is_multiple_of(2) {
+            Way::Stream
+        } else {
+            Way::Shared
+        };
+        let mut standby = secondary.standby(self.lab, &name, &self.machine(image), way, 1)?;
+        let monitor = standby.free_monitor().display().to_string();
+        let stream = (way == Way::Stream).then_some("--stream");
+        let arguments = ["--qmp", &monitor].into_iter().chain(stream);
+        secondary.receiver().failover(1, arguments)?;
+        // It stood when its first copy was made, which is in its state.
+        standby.qmp().execute("cont", &json!({}))?;
+        Ok(standby)
+    }
+
+    /// Waits until all of the disk was compared with memory several times from now on.
+    fn sweeps_after(&self, guest: &Qemu) -> Result<u64, LabError> {
+        let first = wait_for("the guest's ticks", HANG_LIMIT, || {
+            guest.check_guest()?;
+            Ok(sweeps(&guest.serial()))
+        })?;
+        wait_sweeps(guest, first + SWEEPS)
+    }
+
+    /// Has the guest unmount its file system, and checks that.
+    fn end_and_check(&self, guest: Qemu, image: &Path) -> Result<(), LabError> {
+        if self.guest.content == DiskContent::Raw {
+            return Ok(());
+        }
+        guest.send_serial(b"stop\n")?;
+        guest.wait_serial("unmounted", HANG_LIMIT)?;
+        guest.check_guest()?;
+        drop(guest);
+        self.guest.content.check(image)
+    }
+}
+
+fn wait_sweeps(guest: &Qemu, count: u64) -> Result<u64, LabError> {
+    wait_for(
+        "the guest to compare its disk with its memory",
+        HANG_LIMIT,
+        || {
+            guest.check_guest()?;
+            Ok(sweeps(&guest.serial()).filter(|sweeps| *sweeps >= count))
+        },
+    )
+}
+
+/// The number at the end of the guest's last whole tick line.
+fn sweeps(serial: &str) -> Option<u64> {
+    let complete = &serial[..serial.rfind('\n')?];
+    let last = complete.lines().rfind(|line| line.starts_with("tick "))?;
+    last.trim_end().rsplit(' ').next()?.parse().ok()
+}
+
+fn make_image(path: &Path) -> Result<(), LabError> {
+    let made = File::create(path).and_then(|file| file.set_len(DISK_BYTES));
+    made.map_err(LabError::io(format!("make {}", path.display())))
+}
+
+fn run_tool(name: &str, arguments: &[&str], image: &Path) -> Result<(), LabError> {
+    let output = Command::new(name).args(arguments).arg(image).output();
+    let output = output.map_err(LabError::io(format!(
+        "run {name} (apt-get install e2fsprogs xfsprogs)"
+    )))?;
+    if output.status.success() {
+        return Ok(());
+    }
+    let said = [output.stdout, output.stderr].concat();
+    Err(LabError::Ended {
+        what: format!("{name} ({})", output.status),
+        detail: String::from_utf8_lossy(&said).into_owned(),
+    })
+}
+
+/// Makes the initramfs of the guest with a disk.
+pub(super) fn build_disk_guest(laboratory: &Path, out: &Path) -> Result<(), LabError> {
+    let script = super::repository().join("tests/guest/build-disk-guest");
+    let output = Command::new(&script).arg(laboratory).arg(out).output();
+    let output = output.map_err(LabError::io(format!("run {}", script.display())))?;
+    if output.status.success() && fs::exists(out).unwrap_or(false) {
+        return Ok(());
+    }
+    Err(LabError::Guest {
+        detail: String::from_utf8_lossy(&output.stderr).into_owned(),
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::sweeps;
+
+    #[test]
+    fn sweeps_are_read_from_whole_lines() {
+        let serial =
+            "ready /dev/vda raw\ntick 1 writes 20 sweeps 3\r\ntick 2 writes 40 sweeps 11\r\ntick 3 wri";
+        assert_eq!(sweeps(serial), Some(11));
+        assert_eq!(sweeps("tick 1 writes 20 sweeps 3"), None);
+    }
+}
