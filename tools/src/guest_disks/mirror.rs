@@ -314,8 +314,9 @@ fn not_connected(error: QmpError, mirror: &Mirror, to: &Address) -> MirrorError 
         )
     } else {
         format!(
-            "the receiver serves NAME.raw of its --disks directory; there: truncate --size {bytes} {export}.raw; or name \
-             another one: --disk {disk}=NAME"
+            "the receiver at {to} has no {export}.raw in its --disks directory (make it there: truncate --size {bytes} \
+             {export}.raw; or name another one: --disk {disk}=NAME), or a checkpoint that it keeps owns it (colo-ring \
+             status and discard there), or another QEMU uses it; its log says which"
         )
     };
     MirrorError::Target { disk, said, hint }

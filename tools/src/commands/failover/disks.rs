@@ -198,6 +198,7 @@ fn file_id(path: &Path) -> Option<FileId> {
 mod tests {
     use super::*;
     use crate::qmp::tests::{Answers, SocketPath, monitor};
+    use colo_ring::failover::StreamReport;
     use colo_ring::receiver::DiskState;
     use serde_json::Value;
     use std::path::PathBuf;
@@ -217,11 +218,16 @@ mod tests {
     }
 
     fn claimed(disks: Vec<DiskStatus>) -> ClaimedCheckpoint {
-        let text = json!({
-            "session": 1, "checkpoint": 3, "checkpoint_age_ms": 1, "peer": "p", "machine": "pc", "blocks": [], "end": null,
-            "disks": disks,
-        });
-        serde_json::from_value(text).unwrap()
+        ClaimedCheckpoint {
+            session: 1,
+            checkpoint: 3,
+            checkpoint_age_ms: 1,
+            peer: "a primary".to_owned(),
+            end: None,
+            machine: "pc".to_owned(),
+            blocks: Vec::new(),
+            disks,
+        }
     }
 
     /// A QEMU whose only disk is in that file.
@@ -281,16 +287,26 @@ mod tests {
     #[test]
     fn disks_of_another_checkpoint_are_found() {
         let claimed = claimed(vec![disk("d", Path::new("/srv/d.raw"))]);
-        let restored = |disks: Value| -> RestoreReport {
-            let text = json!({
-                "session": 1, "checkpoint": 3, "stream": {"bytes": 0, "pages": 0, "zero_pages": 0}, "disks": disks,
-                "hold_ns": 0, "keep_ns": 0, "write_ns": 0,
-            });
-            serde_json::from_value(text).unwrap()
+        let restored = |disks: Vec<RestoredDisk>| RestoreReport {
+            session: 1,
+            checkpoint: 3,
+            stream: StreamReport::default(),
+            disks,
+            hold_ns: 0,
+            keep_ns: 0,
+            write_ns: 0,
         };
-        let at = |epoch: u64| json!([{"name": "d", "path": "/srv/d.raw", "size_bytes": 1, "epoch": epoch, "drained": true}]);
+        let at = |epoch: u64| {
+            vec![RestoredDisk {
+                name: "d".to_owned(),
+                path: "/srv/d.raw".into(),
+                size_bytes: 1,
+                epoch,
+                drained: true,
+            }]
+        };
         check_restored(&claimed, &restored(at(3))).unwrap();
         assert!(check_restored(&claimed, &restored(at(2))).is_err());
-        assert!(check_restored(&claimed, &restored(json!([]))).is_err());
+        assert!(check_restored(&claimed, &restored(Vec::new())).is_err());
     }
 }
