@@ -42,7 +42,9 @@ fn fill(block: &mut Block, thread: u64, slot: u64, n: u64) {
             1 => thread,
             2 => slot,
             3 => n,
-            _ => (n ^ (slot << 32) ^ (thread << 48)).wrapping_mul(0x9e37_79b9_7f4a_7c15).wrapping_add(index),
+            _ => (n ^ (slot << 32) ^ (thread << 48))
+                .wrapping_mul(0x9e37_79b9_7f4a_7c15)
+                .wrapping_add(index),
         };
         word.copy_from_slice(&value.to_le_bytes());
     }
@@ -117,7 +119,11 @@ fn main() {
     assert!(slots.is_power_of_two());
     let counts = Arc::new(Counts::default());
     for thread in 0..threads {
-        let opened = OpenOptions::new().read(true).write(true).custom_flags(DIRECT).open(&words[1]);
+        let opened = OpenOptions::new()
+            .read(true)
+            .write(true)
+            .custom_flags(DIRECT)
+            .open(&words[1]);
         let writer = Writer {
             file: opened.expect("the disk"),
             thread,

@@ -138,6 +138,8 @@ pub struct DiskGuest {
     pub threads: u32,
     /// Blocks of each thread, a power of two.
     pub slots: u32,
+    /// Pause of each thread after a write, µs.
+    pub pause_us: u32,
 }
 
 impl DiskGuest {
@@ -146,9 +148,10 @@ impl DiskGuest {
             content,
             threads,
             slots,
+            pause_us,
         } = self;
         let append = format!(
-            "console=ttyS0 quiet no_timer_check kind={} threads={threads} slots={slots}",
+            "console=ttyS0 quiet no_timer_check kind={} threads={threads} slots={slots} pause_us={pause_us}",
             content.name()
         );
         let [kernel, initrd] = [&lab.kernel, &lab.disk_initrd].map(|path| path.display().to_string());
@@ -174,6 +177,19 @@ pub enum Victim {
     Primary,
     /// The receiver; the next one with its directories resumes the guest.
     Receiver,
+}
+
+/// What a kill has left.
+#[derive(Debug)]
+pub struct KilledGuest {
+    /// The receiver, whose session 1 it was.
+    pub secondary: Secondary,
+    /// The primary's own disk.
+    pub image: PathBuf,
+    /// The receiver's.
+    pub base: PathBuf,
+    /// The last committed checkpoint.
+    pub checkpoint: u64,
 }
 
 /// Runs of guests with a disk, one after the other.
@@ -206,13 +222,16 @@ impl<'a> DiskRuns<'a> {
                 content,
                 threads: 4,
                 slots: 64,
+                pause_us: 0,
             },
             random: Xoshiro256PlusPlus::seed_from_u64(seed),
             runs: 0,
         }
     }
 
-    fn machine(&self, image: &Path) -> Machine {
+    /// The guest's machine with its disk in that file.
+    #[must_use]
+    pub fn machine(&self, image: &Path) -> Machine {
         Machine {
             uuid: Some(UUID.to_owned()),
             disk: Some(Disk {
@@ -232,6 +251,25 @@ impl<'a> DiskRuns<'a> {
     /// # Panics
     /// When the receiver reports another disk than the guest's.
     pub fn run(&mut self, victim: Victim) -> Result<(), LabError> {
+        let left = self.kill(victim)?;
+        let resumed = self.resume(&left.secondary, &left.base)?;
+        let (sweeps, tick) = (self.sweeps_after(&resumed)?, resumed.ticks());
+        println!(
+            "{victim:?} killed: checkpoint {}, {sweeps} sweeps, tick {tick}: memory and disk agree",
+            left.checkpoint
+        );
+        self.end_and_check(resumed, &left.base)?;
+        left.secondary.remove_disks()
+    }
+
+    /// Protects a guest with its disk, and kills `victim` at a random instant.
+    ///
+    /// # Errors
+    /// When a step fails.
+    ///
+    /// # Panics
+    /// When the receiver reports another disk than the guest's.
+    pub fn kill(&mut self, victim: Victim) -> Result<KilledGuest, LabError> {
         let mut secondary = Secondary::start_with_disks(self.lab, 2)?;
         let base = secondary.disk(EXPORT);
         make_image(&base)?;
@@ -254,15 +292,13 @@ impl<'a> DiskRuns<'a> {
                 secondary.wait_state(1, "recovered")?
             }
         };
-        let checkpoint = &status["checkpoint"];
         assert_eq!(status["disks"][0]["name"], EXPORT, "{status}");
-        let resumed = self.resume(&secondary, &base)?;
-        let (behind, seen) = (self.sweeps_after(&resumed)?, resumed.ticks());
-        println!(
-            "{victim:?} killed: checkpoint {checkpoint}, {behind} sweeps, tick {seen}: memory and disk agree"
-        );
-        self.end_and_check(resumed, &base)?;
-        secondary.remove_disks()
+        Ok(KilledGuest {
+            secondary,
+            image,
+            base,
+            checkpoint: status["checkpoint"].as_u64().expect("its number"),
+        })
     }
 
     /// The same without its disk: the fresh QEMU has the primary's own image. Returns whether the guest has found its disk
@@ -298,6 +334,31 @@ impl<'a> DiskRuns<'a> {
             }
             Err(other) => Err(other),
         }
+    }
+
+    /// The guest's pauses in so many checkpoints, µs, with its disk mirrored or not. It writes at a rate that does not depend
+    /// on that.
+    ///
+    /// # Errors
+    /// When a step fails.
+    pub fn pauses_us(&mut self, is_mirrored: bool, checkpoints: usize) -> Result<Vec<u64>, LabError> {
+        self.guest.pause_us = 4000;
+        let secondary = Secondary::start_with_disks(self.lab, 2)?;
+        make_image(&secondary.disk(EXPORT))?;
+        let image = self.image();
+        let mut primary = self.start(&image)?;
+        let (to, name) = (secondary.disk_address(), format!("disk0={EXPORT}"));
+        let disks = match is_mirrored {
+            true => vec!["--disk", &name, "--disk-to", &to],
+            false => vec!["--no-disks"],
+        };
+        self.protect(&secondary, &mut primary, &disks)?;
+        primary.wait_checkpoints(checkpoints, HANG_LIMIT)?;
+        let pauses = primary.pauses_us();
+        primary.check_guest()?;
+        drop(primary);
+        secondary.remove_disks()?;
+        Ok(pauses)
     }
 
     /// A protected guest loses its receiver, which is killed or stops to answer, and runs on after `colo-ring unprotect`.
@@ -383,8 +444,11 @@ impl<'a> DiskRuns<'a> {
         Ok(standby)
     }
 
-    /// Waits until all of the disk was compared with memory several times from now on.
-    fn sweeps_after(&self, guest: &Qemu) -> Result<u64, LabError> {
+    /// Waits until all of the disk was compared with memory several times from now on. Returns how often it was in all.
+    ///
+    /// # Errors
+    /// When the guest finds that they do not agree.
+    pub fn sweeps_after(&self, guest: &Qemu) -> Result<u64, LabError> {
         let first = wait_for("the guest's ticks", HANG_LIMIT, || {
             guest.check_guest()?;
             Ok(sweeps(&guest.serial()))

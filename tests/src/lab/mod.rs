@@ -32,7 +32,7 @@ use tempfile::TempDir;
 
 use nix::fcntl::{Flock, FlockArg};
 
-pub use disks::{Disk, DiskBus, DiskContent, DiskGuest, DiskRuns, Victim, disk_runs};
+pub use disks::{Disk, DiskBus, DiskContent, DiskGuest, DiskRuns, KilledGuest, Victim, disk_runs};
 pub use error::LabError;
 pub use failover::{protect_by_command, unprotect_by_command};
 pub use guest::{Content, Guest, LinuxGuest, Pattern, TestGuest};

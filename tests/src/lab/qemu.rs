@@ -244,6 +244,24 @@ impl Qemu {
         &mut self.qmp
     }
 
+    /// Waits until a guest is loaded that came in by a migration, running or not.
+    ///
+    /// # Errors
+    /// [`LabError::Timeout`], and [`LabError::Ended`] when it cannot be loaded.
+    pub fn wait_loaded(&mut self) -> Result<(), LabError> {
+        wait_for("the guest to be loaded", HANG_LIMIT, || {
+            let state = self.qmp.execute("query-migrate", &json!({}))?;
+            match state["status"].as_str() {
+                Some("completed") => Ok(Some(())),
+                Some("failed") => Err(LabError::Ended {
+                    what: "the migration".into(),
+                    detail: state.to_string(),
+                }),
+                _ => Ok(None),
+            }
+        })
+    }
+
     /// What the guest has printed on its serial port.
     #[must_use]
     pub fn serial(&self) -> String {

@@ -2,9 +2,13 @@
 //! instants, and so are receivers. The guest itself compares, block by block, and its file systems are checked.
 //!
 //! `COLO_RING_DISK_RUNS` makes more runs of every kind (1 otherwise), `COLO_RING_FAILOVER_SEED` kills at the instants of an
-//! earlier run.
+//! earlier run. `COLO_RING_DISK_PAUSES` measures the pauses of so many checkpoints in each of four series (20 otherwise).
 
-use colo_ring_tests::lab::{DiskBus, DiskContent, DiskRuns, Victim, disk_experiment, disk_runs};
+use colo_ring_tests::lab::{
+    DiskBus, DiskContent, DiskRuns, Distribution, Qemu, Victim, disk_experiment, disk_runs,
+};
+use serde_json::json;
+use std::fs;
 
 fn agree(bus: DiskBus, content: DiskContent) {
     disk_experiment(|lab| {
@@ -76,5 +80,77 @@ fn a_guest_that_loses_its_receiver_runs_on() {
         let mut runs = DiskRuns::new(lab, DiskBus::VirtioBlk, DiskContent::Raw);
         runs.lose_receiver(false)?;
         runs.lose_receiver(true)
+    });
+}
+
+/// A fresh QEMU must use the checkpoint's disk; what it needs for that is printed; a copy that is kept starts the guest, too.
+#[test]
+fn a_failover_checks_the_disk_and_keeps_a_copy() {
+    disk_experiment(|lab| {
+        let mut runs = DiskRuns::new(lab, DiskBus::VirtioBlk, DiskContent::Raw);
+        let left = runs.kill(Victim::Primary)?;
+        let receiver = left.secondary.receiver();
+        let line = |name: &str, image| {
+            let words = Qemu::command_line(lab, name, &runs.machine(image), None);
+            ["--".to_owned()].into_iter().chain(words).collect::<Vec<_>>()
+        };
+        let refused = receiver.failover_refused(1, line("wrong", &left.image))?;
+        assert!(
+            refused.contains("does not use") && refused.contains("still there"),
+            "{refused}"
+        );
+        let printed = receiver.failover(1, ["--print-blockdev"])?;
+        let base = left.base.display().to_string();
+        let word = printed["arguments"][1].as_str().expect("a text");
+        assert!(word.ends_with(&format!("file.filename={base}")), "{printed}");
+
+        let kept = lab.file("kept");
+        let keep = ["--keep".to_owned(), kept.display().to_string()];
+        let report = receiver.failover(1, keep.into_iter().chain(line("right", &left.base)))?;
+        let disk = &report["disks"][0];
+        assert_eq!(
+            (&disk["epoch"], &disk["drained"]),
+            (&json!(left.checkpoint), &json!(true)),
+            "{report}"
+        );
+        let monitor = report["qmp"].as_str().expect("its monitor");
+        let mut resumed = colo_ring_tests::lab::Qmp::connect(monitor.as_ref(), colo_ring_tests::HANG_LIMIT)?;
+        resumed.execute("quit", &json!({}))?;
+
+        let copy = lab.file("kept.guest-root.raw");
+        assert_eq!(
+            fs::metadata(&copy).expect("the copy").len(),
+            fs::metadata(&left.base).expect("the base").len()
+        );
+        let mut again = Qemu::start_incoming(lab, "again", &runs.machine(&copy))?;
+        let uri = format!("file:{}", kept.display());
+        again.qmp().execute("migrate-incoming", &json!({"uri": uri}))?;
+        again.wait_loaded()?;
+        again.qmp().execute("cont", &json!({}))?;
+        runs.sweeps_after(&again)?;
+        left.secondary.remove_disks()
+    });
+}
+
+/// What the mirror costs the pause: series with and without it, in turn.
+#[test]
+fn pauses_with_and_without_the_mirror() {
+    let checkpoints =
+        std::env::var("COLO_RING_DISK_PAUSES").map_or(20, |text| text.parse().expect("a number"));
+    disk_experiment(|lab| {
+        let mut runs = DiskRuns::new(lab, DiskBus::VirtioBlk, DiskContent::Raw);
+        let [mut with, mut without] = [Vec::new(), Vec::new()];
+        for _ in 0..2 {
+            with.extend(runs.pauses_us(true, checkpoints)?);
+            without.extend(runs.pauses_us(false, checkpoints)?);
+        }
+        let [with, without] = [with, without].map(|pauses| Distribution::of_us(&pauses));
+        println!("pauses with the disk mirrored:    {with}");
+        println!("pauses without:                   {without}");
+        for percent in [50, 99] {
+            let ratio = with.percentile_ms(percent) / without.percentile_ms(percent);
+            println!("p{percent}: {ratio:.2} times");
+        }
+        Ok(())
     });
 }
