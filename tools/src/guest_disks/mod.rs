@@ -37,7 +37,7 @@ pub(crate) struct GuestDisk {
     /// The same, and the images that it is an overlay of.
     pub(crate) files: Vec<String>,
     /// What the guest does with it.
-    pub(crate) use_: DiskUse,
+    pub(crate) usage: DiskUse,
 }
 
 impl GuestDisk {
@@ -102,7 +102,7 @@ fn parse(number: usize, entry: &Value, is_flash: bool) -> Option<GuestDisk> {
         bytes: inserted["image"]["virtual-size"].as_u64()?,
         files: chain(inserted),
         file: inserted["file"].as_str().unwrap_or_default().to_owned(),
-        use_: match inserted["ro"].as_bool() {
+        usage: match inserted["ro"].as_bool() {
             _ if is_flash => DiskUse::Flash,
             Some(true) => DiskUse::ReadOnly,
             _ => DiskUse::Writable,

@@ -70,12 +70,12 @@ fn disks_are_told_apart_by_what_the_guest_can_do_to_them() {
     let path = monitor((11, 1, 3), answers);
     let mut qmp = Qmp::connect(&path.0, Duration::from_secs(300)).unwrap();
     let uses: Vec<_> = (list(&mut qmp).unwrap().into_iter())
-        .map(|disk| (disk.name, disk.use_))
+        .map(|disk| (disk.name, disk.usage))
         .collect();
     let expected = [
         ("vda", DiskUse::Writable),
         ("iso", DiskUse::ReadOnly),
         ("pflash1", DiskUse::Flash),
     ];
-    assert_eq!(uses, expected.map(|(name, use_)| (name.to_owned(), use_)));
+    assert_eq!(uses, expected.map(|(name, usage)| (name.to_owned(), usage)));
 }

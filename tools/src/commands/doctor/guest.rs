@@ -65,7 +65,7 @@ fn disk(disk: &GuestDisk) -> Check {
         printable(&disk.file),
         Size(disk.bytes)
     );
-    let (what, meaning) = match disk.use_ {
+    let (what, meaning) = match disk.usage {
         DiskUse::Writable => (
             "written by the guest",
             "protect mirrors it to the receiver (receive --disks), and a failover goes on with the receiver's copy",

@@ -144,7 +144,7 @@ fn tell_of_others(disks: &[GuestDisk], claimed: &ClaimedCheckpoint) {
         ids.into_iter().any(|id| bases.contains(&id))
     };
     for disk in disks {
-        if disk.use_ == DiskUse::Writable && !is_of_checkpoint(disk) {
+        if disk.usage == DiskUse::Writable && !is_of_checkpoint(disk) {
             tell(&format!(
                 "WARNING: disk {} ({}) is not one of the checkpoint's: it is not of the same instant as the guest's \
                  memory, which destroys file systems on it",

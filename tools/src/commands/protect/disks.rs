@@ -137,19 +137,19 @@ impl DiskPlan {
             false => named_disks(&disks, &args.disk, guest.as_deref())?,
             true if args.no_disks => Vec::new(),
             true => {
-                let writable = disks.iter().filter(|disk| disk.use_ == DiskUse::Writable);
+                let writable = disks.iter().filter(|disk| disk.usage == DiskUse::Writable);
                 writable
                     .map(|disk| mirror(disk, None, guest.as_deref()))
                     .collect()
             }
         };
         check_distinct(&wanted)?;
-        let of_use = |use_: DiskUse| disks.iter().filter(move |disk| disk.use_ == use_).cloned();
+        let of_usage = |usage: DiskUse| disks.iter().filter(move |disk| disk.usage == usage).cloned();
         let is_wanted = |disk: &GuestDisk| wanted.iter().any(|mirror| mirror.disk.node == disk.node);
-        let unprotected = of_use(DiskUse::Writable).filter(|disk| !is_wanted(disk));
+        let unprotected = of_usage(DiskUse::Writable).filter(|disk| !is_wanted(disk));
         Ok(Self {
             unprotected: unprotected.collect(),
-            read_only: of_use(DiskUse::ReadOnly).collect(),
+            read_only: of_usage(DiskUse::ReadOnly).collect(),
             to: args.disk_to.clone().unwrap_or_else(|| receiver.of_disks()),
             wanted,
             uuid,
@@ -324,7 +324,7 @@ fn named_disks(
             };
             return Err(format!("the guest has no disk {}: {known}", name.disk));
         };
-        match disk.use_ {
+        match disk.usage {
             DiskUse::Writable => Ok(mirror(disk, name.export.clone(), guest)),
             DiskUse::ReadOnly => Err(format!(
                 "disk {} is read-only: there is nothing to protect, leave it out",
