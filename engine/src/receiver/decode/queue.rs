@@ -138,21 +138,20 @@ impl DecodeQueue {
     /// Applies the oldest packet. Only the worker that has the queue calls it, or the channel's thread if nobody took it;
     /// `shard` is that of the calling thread. Returns whether there are more; if not, the caller has it no longer.
     pub(super) fn apply_oldest(&self, shard: usize, pages: &mut PageBuffer) -> bool {
-        if let Some(mut packet) = self.pending.pop() {
-            if self.session.end().is_none() {
-                let applied = catch_unwind(AssertUnwindSafe(|| self.apply(&mut packet, shard, pages)));
-                match applied {
-                    Ok(Ok(())) => {}
-                    Ok(Err(error)) => self.session.finish(packet.place.error(self.channel, error)),
-                    Err(_) => {
-                        let error = io::Error::other("a thread that decodes panicked");
-                        self.session.finish(SessionEnd::NotDriven(error));
-                    }
+        let mut packet = self.pending.pop().expect("as many as the backlog says");
+        if self.session.end().is_none() {
+            let applied = catch_unwind(AssertUnwindSafe(|| self.apply(&mut packet, shard, pages)));
+            match applied {
+                Ok(Ok(())) => {}
+                Ok(Err(error)) => self.session.finish(packet.place.error(self.channel, error)),
+                Err(_) => {
+                    let error = io::Error::other("a thread that decodes panicked");
+                    self.session.finish(SessionEnd::NotDriven(error));
                 }
             }
-            packet.payload.consume(packet.payload.bytes().len());
-            self.put_free(packet);
         }
+        packet.payload.consume(packet.payload.bytes().len());
+        self.put_free(packet);
         let Applied { more, wake } = self.backlog.applied();
         if wake && !canary::is_set(Canary::LostDecodeWake) {
             self.session.wake_channel(self.channel);

