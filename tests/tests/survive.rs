@@ -1,6 +1,8 @@
 //! A receiver that is killed, and what the next one with the same RAM directory makes of it.
 
+use colo_ring::wire::codec::Method;
 use colo_ring_tests::command::{RunningReceiver, guest, wrapped};
+use colo_ring_tools::page_compression::PageCompression;
 use colo_ring_tools::primary::{SynthOptions, SynthPrimary};
 use nix::sys::signal::Signal;
 use std::collections::hash_map::RandomState;
@@ -125,7 +127,16 @@ fn kill_once(run: u32, delay: Duration) -> bool {
     let backend = ["uring", "epoll", "threads"][usize::try_from(run % 3).unwrap()];
     let commit = if run.is_multiple_of(4) { "sync" } else { "deferred" };
     let receiver = directory.start(&["--backend", backend, "--commit", commit]);
-    let primary = SynthPrimary::connect(receiver.address(), &small_guest(u64::from(run))).unwrap();
+    let method = [Method::None, Method::Zstd, Method::Zlib];
+    let method = method[usize::try_from(run / 3 % 3).unwrap()];
+    let shape = SynthOptions {
+        compression: PageCompression {
+            method,
+            level: (method != Method::None).then_some(1),
+        },
+        ..small_guest(u64::from(run))
+    };
+    let primary = SynthPrimary::connect(receiver.address(), &shape).unwrap();
     let (begun, begins) = mpsc::channel();
     let primary = std::thread::spawn(move || until_it_is_gone(primary, &begun));
     begins.recv().unwrap();

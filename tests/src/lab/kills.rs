@@ -11,7 +11,7 @@ use std::time::{Duration, Instant, SystemTime};
 use serde_json::{Value, json};
 
 use super::qmp::Event;
-use super::{Guest, Lab, LabError, Machine, Qemu, Secondary, Way, check_test_guest_image};
+use super::{Compression, Guest, Lab, LabError, Machine, Qemu, Secondary, Way, check_test_guest_image};
 
 const INTERVAL: Duration = Duration::from_millis(300);
 /// Over how long the kills in precopy are spread. It lasts longer.
@@ -68,6 +68,8 @@ pub struct Kills<'a> {
     machine: &'a Machine,
     random: Xoshiro256PlusPlus,
     resumed: u32,
+    /// How its primaries compress pages.
+    compression: Option<Compression>,
 }
 
 impl<'a> Kills<'a> {
@@ -88,6 +90,16 @@ impl<'a> Kills<'a> {
             machine,
             random: Xoshiro256PlusPlus::seed_from_u64(seed),
             resumed: 0,
+            compression: None,
+        }
+    }
+
+    /// The same of primaries that compress.
+    #[must_use]
+    pub fn of_compressed(self, compression: Compression) -> Self {
+        Self {
+            compression: Some(compression),
+            ..self
         }
     }
 
@@ -200,7 +212,14 @@ impl<'a> Kills<'a> {
         primary.qmp().execute("query-status", &json!({}))?;
         let resumes_before = resumes(&primary.qmp().events());
         let interval = INTERVAL.as_millis().to_string();
-        let report = secondary.protect_by_command(&primary, &["--interval", &interval])?;
+        let mut arguments = vec!["--interval".to_owned(), interval];
+        if let Some((method, level)) = self.compression.map(Compression::method_and_level) {
+            let compression = ["--compression", method, "--compression-level"];
+            arguments.extend(compression.map(str::to_owned));
+            arguments.push(level.to_string());
+        }
+        let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
+        let report = secondary.protect_by_command(&primary, &arguments)?;
         assert_eq!(report["status"], "colo", "{report}");
         let protected = Protected {
             primary,
