@@ -14,6 +14,7 @@ pub mod command;
 pub mod hostile;
 pub mod lab;
 pub mod model;
+pub mod nbd;
 pub mod shrink;
 
 /// A receiver in this process, on a TCP port that is free, on all cores that it may use.

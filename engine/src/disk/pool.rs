@@ -219,6 +219,11 @@ impl SegmentPool {
     }
 
     #[cfg(test)]
+    pub(crate) fn bytes_in_use(&self) -> u64 {
+        self.inner().in_use as u64 * self.segment_bytes
+    }
+
+    #[cfg(test)]
     pub(crate) fn has_room_for(&self, segments: u64) -> bool {
         (self.inner().in_use as u64 + segments) * self.segment_bytes <= self.limit
     }

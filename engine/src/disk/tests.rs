@@ -334,6 +334,49 @@ fn a_disk_of_a_checkpoint_elsewhere_is_left_alone() {
     assert!(bench.base().iter().all(|byte| *byte == 0xee));
 }
 
+/// Not a test: prints what a commit costs by the number of scattered writes in its epoch.
+#[test]
+#[ignore = "a measurement"]
+fn measure_commits() {
+    let bench = Bench::new();
+    let blocks = 100_000;
+    std::fs::write(path_of(bench.bases.path(), "disk"), vec![0; blocks * 8192]).unwrap();
+    let big = DiskOptions {
+        log_max: 1 << 30,
+        segment_bytes: super::SEGMENT_BYTES,
+    };
+    let disk = Disk::open(bench.bases.path(), "disk", big).unwrap();
+    bench.bind(&disk, Some(1000));
+    let mut checkpoint = 0;
+    for writes in [0, 100, 10_000] {
+        let mut times = Vec::new();
+        for round in 0..21 {
+            for block in 0..writes {
+                assert!(write(&disk, (block * 7919 + round) % blocks * 8192, &[1; 4096]));
+            }
+            checkpoint += 1;
+            let begin = std::time::Instant::now();
+            disk.cut(checkpoint).unwrap();
+            disk.check_commit(checkpoint).unwrap();
+            disk.commit(checkpoint, false);
+            times.push(begin.elapsed());
+            let figures = disk.figures();
+            let bytes = (writes * 4096) as f64;
+            if round == 20 {
+                times.sort_unstable();
+                println!(
+                    "{writes} writes: cut and commit p50 {:?}, most {:?}; log {:.3} times the data",
+                    times[10],
+                    times[20],
+                    (disk.pool.bytes_in_use() as f64) / bytes
+                );
+            }
+            assert_eq!(figures.lag_epochs, usize::from(writes > 0));
+            while apply::step(&disk) {}
+        }
+    }
+}
+
 #[test]
 fn a_disk_has_one_receiver() {
     let bench = Bench::new();

@@ -68,6 +68,48 @@ impl Replies {
     }
 }
 
+/// Bytes that are collected to be sent. Its memory is zeroed once, and not again for every read that fills it.
+#[derive(Default)]
+struct Out {
+    bytes: Vec<u8>,
+    used: usize,
+    head: Vec<u8>,
+}
+
+impl Out {
+    fn bytes(&self) -> &[u8] {
+        &self.bytes[..self.used]
+    }
+
+    fn len(&self) -> usize {
+        self.used
+    }
+
+    fn truncate(&mut self, length: usize) {
+        self.used = self.used.min(length);
+    }
+
+    /// Appends what `encode` encodes: a head, which is short.
+    fn put(&mut self, encode: impl FnOnce(&mut Vec<u8>)) {
+        let mut head = std::mem::take(&mut self.head);
+        head.clear();
+        encode(&mut head);
+        self.room(head.len()).copy_from_slice(&head);
+        self.head = head;
+    }
+
+    /// Appends so many bytes, which have any content.
+    fn room(&mut self, length: usize) -> &mut [u8] {
+        let end = self.used + length;
+        if end > self.bytes.len() {
+            self.bytes.resize(end, 0);
+        }
+        let room = &mut self.bytes[self.used..end];
+        self.used = end;
+        room
+    }
+}
+
 /// A read that waits for the medium.
 struct Waiting {
     cookie: u64,
@@ -85,7 +127,7 @@ pub(super) struct Connection {
     end: usize,
     wanted: Wanted,
     pieces: Vec<Piece>,
-    out: Vec<u8>,
+    out: Out,
     replies: Arc<Replies>,
     readers: Option<Sender<Waiting>>,
 }
@@ -110,7 +152,7 @@ impl Connection {
             end: first.len(),
             wanted: Wanted::default(),
             pieces: Vec::new(),
-            out: Vec::with_capacity(REPLIES_BYTES * 2),
+            out: Out::default(),
             readers: None,
         })
     }
@@ -148,15 +190,17 @@ impl Connection {
     }
 
     fn flush(&mut self) -> Result<(), ConnectionEnd> {
-        if !self.out.is_empty() {
-            self.replies.send(&self.out).map_err(ConnectionEnd::Broken)?;
-            self.out.clear();
+        if self.out.len() > 0 {
+            self.replies
+                .send(self.out.bytes())
+                .map_err(ConnectionEnd::Broken)?;
+            self.out.truncate(0);
         }
         Ok(())
     }
 
     fn done(&mut self, cookie: u64, result: Result<(), NbdError>) {
-        put_done(&mut self.out, &self.agreed, cookie, result);
+        self.out.put(|out| put_done(out, &self.agreed, cookie, result));
     }
 
     fn request(&mut self, request: &Request) -> Result<(), ConnectionEnd> {
@@ -200,13 +244,9 @@ impl Connection {
             Ok(Command::BlockStatus { range, one }) => self.block_status(cookie, range, one),
             Err(error) => {
                 self.skip(request.payload())?;
-                put_error(
-                    &mut self.out,
-                    &self.agreed,
-                    cookie,
-                    error,
-                    request.has_data_reply(),
-                );
+                let is_read = request.has_data_reply();
+                self.out
+                    .put(|out| put_error(out, &self.agreed, cookie, error, is_read));
             }
         }
         Ok(())
@@ -340,7 +380,8 @@ impl Connection {
             return self.read_in_parts(cookie, range);
         }
         let start = self.out.len();
-        put_read_head(&mut self.out, &self.agreed, cookie, range);
+        self.out
+            .put(|out| put_read_head(out, &self.agreed, cookie, range));
         let read = fill(
             &self.disk,
             range,
@@ -406,7 +447,8 @@ impl Connection {
     }
 
     fn read_in_parts(&mut self, cookie: u64, range: Range) -> Result<(), ConnectionEnd> {
-        put_read_head(&mut self.out, &self.agreed, cookie, range);
+        self.out
+            .put(|out| put_read_head(out, &self.agreed, cookie, range));
         // No other reply may come in between.
         let replies = self.replies.clone();
         let mut socket = replies.socket.lock().unwrap_or_else(PoisonError::into_inner);
@@ -418,8 +460,10 @@ impl Connection {
             };
             fill(&self.disk, part, &mut self.pieces, &mut self.out, wait_for_base)
                 .map_err(ConnectionEnd::Base)?;
-            socket.write_all(&self.out).map_err(ConnectionEnd::Broken)?;
-            self.out.clear();
+            socket
+                .write_all(self.out.bytes())
+                .map_err(ConnectionEnd::Broken)?;
+            self.out.truncate(0);
             at = part.end();
         }
         Ok(())
@@ -428,8 +472,10 @@ impl Connection {
     fn block_status(&mut self, cookie: u64, range: Range, one: bool) {
         let most = if one { 1 } else { STATUS_EXTENTS_MAX };
         match allocation(&self.disk, range, most, &mut self.pieces) {
-            Ok(extents) => put_block_status(&mut self.out, cookie, &extents),
-            Err(error) => put_error(&mut self.out, &self.agreed, cookie, nbd_error(&error), true),
+            Ok(extents) => self.out.put(|out| put_block_status(out, cookie, &extents)),
+            Err(error) => self
+                .out
+                .put(|out| put_error(out, &self.agreed, cookie, nbd_error(&error), true)),
         }
     }
 }
@@ -469,18 +515,16 @@ fn fill(
     disk: &Disk,
     range: Range,
     pieces: &mut Vec<Piece>,
-    out: &mut Vec<u8>,
+    out: &mut Out,
     read: impl Fn(&Base, &mut [u8], u64) -> io::Result<bool>,
 ) -> io::Result<bool> {
     disk.pieces(range.offset, range.length, pieces);
     for piece in &*pieces {
-        let start = out.len();
         // At most a part's.
-        out.resize(start + usize::try_from(piece.length).unwrap_or(0), 0);
-        let bytes = &mut out[start..];
+        let bytes = out.room(usize::try_from(piece.length).unwrap_or(0));
         match &piece.source {
             Source::Segment(segment, place) => segment.read(*place, bytes),
-            Source::Zero => {}
+            Source::Zero => bytes.fill(0),
             Source::Base => {
                 if !read(disk.base(), bytes, piece.offset)? {
                     return Ok(false);
@@ -500,27 +544,27 @@ fn read_and_wait(
     cookie: u64,
     range: Range,
     pieces: &mut Vec<Piece>,
-    out: &mut Vec<u8>,
+    out: &mut Out,
 ) {
     let start = out.len();
-    put_read_head(out, agreed, cookie, range);
+    out.put(|out| put_read_head(out, agreed, cookie, range));
     if let Err(error) = fill(disk, range, pieces, out, wait_for_base) {
         out.truncate(start);
-        put_error(out, agreed, cookie, nbd_error(&error), true);
+        out.put(|out| put_error(out, agreed, cookie, nbd_error(&error), true));
     }
 }
 
 fn serve_waiting(disk: &Disk, agreed: &Agreed, replies: &Replies, receiver: &Mutex<Receiver<Waiting>>) {
-    let (mut pieces, mut out) = (Vec::new(), Vec::new());
+    let (mut pieces, mut out) = (Vec::new(), Out::default());
     loop {
         let waiting = receiver.lock().unwrap_or_else(PoisonError::into_inner).recv();
         let Ok(Waiting { cookie, range }) = waiting else {
             return;
         };
-        out.clear();
+        out.truncate(0);
         read_and_wait(disk, agreed, cookie, range, &mut pieces, &mut out);
         // A connection that has broken is noticed by its own thread.
-        let _ = replies.send(&out);
+        let _ = replies.send(out.bytes());
         let bytes = usize::try_from(range.length).unwrap_or(usize::MAX);
         replies.waiting.fetch_sub(bytes, Ordering::Relaxed);
     }

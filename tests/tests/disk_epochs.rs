@@ -1,0 +1,550 @@
+//! Guests' disks: what foreign NBD clients make of the server, and whether disk and memory are of one checkpoint, whatever a
+//! primary or a stranger does. With a real QEMU primary: `qemu/`.
+
+use colo_ring::receiver::{
+    DiskServing, DiskState, Event, ListenAddress, Receiver, ReceiverOptions, Request, Response,
+    RestoreReport, RestoreRequest, SessionState, SessionStatus, StatusReport,
+};
+use colo_ring::ring::BackendKind;
+use colo_ring::store::{HugePages, StoreOptions};
+use colo_ring_tests::HANG_LIMIT;
+use colo_ring_tests::hostile::{Cut, HostilePrimary};
+use colo_ring_tests::lab::SharedDirectory;
+use colo_ring_tests::nbd::{NbdClient, greet, kind, option, request};
+use std::io::Write;
+use std::net::{Shutdown, SocketAddr, TcpStream};
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::mpsc;
+use std::time::{Duration, Instant};
+
+const CHANNELS: u8 = 1;
+const SIZE: usize = 4 << 20;
+
+/// A receiver in this process with disks, which keeps their logs in memory.
+struct Bench {
+    receiver: Option<Receiver>,
+    migration: SocketAddr,
+    disks: SocketAddr,
+    events: mpsc::Receiver<Event>,
+    bases: tempfile::TempDir,
+    ram: SharedDirectory,
+}
+
+fn tcp(address: &ListenAddress) -> SocketAddr {
+    match address {
+        ListenAddress::Tcp(address) => *address,
+        ListenAddress::Unix(_) => panic!("it was told to listen on TCP"),
+    }
+}
+
+impl Bench {
+    fn start() -> Self {
+        Self::start_with(64 << 20)
+    }
+
+    fn start_with(log_max_bytes: u64) -> Self {
+        let bases = tempfile::tempdir().expect("a directory");
+        for name in ["root", "data"] {
+            std::fs::write(bases.path().join(format!("{name}.raw")), vec![0xee; SIZE]).expect("a base");
+        }
+        let mut bench = Self {
+            receiver: None,
+            migration: ([127, 0, 0, 1], 0).into(),
+            disks: ([127, 0, 0, 1], 0).into(),
+            events: mpsc::channel().1,
+            bases,
+            ram: SharedDirectory::new().expect("a directory"),
+        };
+        bench.restart(log_max_bytes);
+        bench
+    }
+
+    /// A receiver on the same directories.
+    fn restart(&mut self, log_max_bytes: u64) {
+        self.stop();
+        let (tell, events) = mpsc::channel();
+        let options = ReceiverOptions {
+            listen: vec![ListenAddress::Tcp(([127, 0, 0, 1], 0).into())],
+            channels: CHANNELS,
+            cores: colo_ring::host::allowed_cores().expect("cores to run on"),
+            backend: BackendKind::Epoll,
+            registered: false,
+            store: StoreOptions {
+                hugepages: HugePages::Off,
+                ram_dir: Some(self.ram.path().to_owned()),
+                ..StoreOptions::default()
+            },
+            ram_limit_bytes: 256 << 20,
+            disks: Some(DiskServing {
+                directory: self.bases.path().to_owned(),
+                listen: vec![ListenAddress::Tcp(([127, 0, 0, 1], 0).into())],
+                log_max_bytes,
+            }),
+            hist: None,
+            described: serde_json::Value::Null,
+            control: None,
+            once: false,
+            identify_deadline: HANG_LIMIT,
+            host_watch: colo_ring::net::HostWatch::default(),
+        };
+        let receiver = Receiver::start(options, move |event| {
+            // At the very end the other side of the queue is gone.
+            let _ = tell.send(event);
+        });
+        let receiver = receiver.expect("a receiver");
+        self.migration = tcp(&receiver.addresses()[0]);
+        self.disks = tcp(&receiver.disk_addresses()[0]);
+        self.events = events;
+        self.receiver = Some(receiver);
+    }
+
+    fn stop(&mut self) {
+        if let Some(receiver) = self.receiver.take() {
+            receiver.stop_handle().stop();
+            let _ = receiver.wait();
+        }
+    }
+
+    fn base(&self, name: &str) -> Vec<u8> {
+        std::fs::read(self.path(name)).expect("a base")
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.bases.path().join(format!("{name}.raw"))
+    }
+
+    fn client(&self, name: &str) -> NbdClient {
+        NbdClient::go(self.disks, name).expect("an export")
+    }
+
+    /// A client as soon as whoever had the disk before is gone.
+    fn client_soon(&self, name: &str) -> NbdClient {
+        let since = Instant::now();
+        loop {
+            match NbdClient::go(self.disks, name) {
+                Ok(client) => return client,
+                Err(error) => assert!(since.elapsed() < HANG_LIMIT, "{error}"),
+            }
+        }
+    }
+
+    fn ask(&self, request: Request) -> Result<Response, String> {
+        let receiver = self.receiver.as_ref().expect("it runs");
+        receiver.ask(request).map_err(|error| error.to_string())
+    }
+
+    fn status(&self) -> StatusReport {
+        match self.ask(Request::Status) {
+            Ok(Response::Status(status)) => *status,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    fn ended(&self) -> SessionStatus {
+        loop {
+            if let Event::Ended(status) = self.events.recv_timeout(HANG_LIMIT).expect("the session's end") {
+                return *status;
+            }
+        }
+    }
+
+    /// What a failover is given; the stream goes to a file.
+    fn restore(&self) -> Result<RestoreReport, String> {
+        self.ask(Request::Claim {
+            session: 1,
+            force: true,
+            retry: false,
+        })?;
+        let to = format!("file:{}", self.bases.path().join("stream").display());
+        let request = RestoreRequest {
+            session: 1,
+            to,
+            shared: None,
+            keep: None,
+        };
+        match self.ask(Request::Restore(request))? {
+            Response::Restored(report) => Ok(report),
+            other => panic!("{other:?}"),
+        }
+    }
+}
+
+impl Drop for Bench {
+    fn drop(&mut self) {
+        self.stop();
+    }
+}
+
+/// A primary whose disks are connected, after checkpoint 0.
+fn protected(bench: &Bench) -> HostilePrimary {
+    let mut primary = HostilePrimary::connect(bench.migration, CHANNELS);
+    primary.precopy();
+    primary
+}
+
+fn run(program: &str, args: &[&str]) -> String {
+    let output = Command::new(program).args(args).output();
+    let output = output
+        .unwrap_or_else(|error| panic!("{program} is missing (scripts/test tools installs it): {error}"));
+    let text = String::from_utf8_lossy(&output.stdout).into_owned();
+    let errors = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{program} {args:?}: {text}{errors}");
+    text
+}
+
+#[test]
+fn foreign_clients_find_what_they_wrote() {
+    let bench = Bench::start();
+    let uri = format!("nbd://{}/root", bench.disks);
+    let list = run("nbdinfo", &["--list", &format!("nbd://{}", bench.disks)]);
+    assert!(
+        list.contains("export=\"root\"") && list.contains("export=\"data\""),
+        "{list}"
+    );
+    assert!(run("nbdinfo", &["--size", &uri]).trim() == SIZE.to_string());
+    let image = bench.bases.path().join("image");
+    let pattern: Vec<u8> = (0..SIZE)
+        .map(|at| u8::try_from(at / 512 % 251).expect("a byte"))
+        .collect();
+    std::fs::write(&image, &pattern).expect("an image");
+    let image = image.to_str().expect("a text");
+    run("nbdcopy", &[image, &uri]);
+    assert!(bench.base("root") == pattern);
+    run("qemu-img", &["compare", "-f", "raw", "-F", "raw", image, &uri]);
+    run(
+        "qemu-io",
+        &[
+            "-f",
+            "raw",
+            "-c",
+            "write -P 7 1M 64k",
+            "-c",
+            "read -P 7 1M 64k",
+            "-c",
+            "write -z -u 1M 16k",
+            "-c",
+            "read -P 0 1M 16k",
+            "-c",
+            "write -f -P 9 3M 512",
+            "-c",
+            "discard 2M 64k",
+            "-c",
+            "flush",
+            "-c",
+            "read -P 9 3M 512",
+            &uri,
+        ],
+    );
+    assert!(
+        bench.base("root")[3 << 20..(3 << 20) + 512]
+            .iter()
+            .all(|byte| *byte == 9)
+    );
+    let map = run("nbdinfo", &["--map", &uri]);
+    assert!(map.contains("hole,zero") && map.contains("data"), "{map}");
+}
+
+/// The same while a session owns the disk and its writes go to the log.
+#[test]
+fn foreign_clients_find_what_they_wrote_in_the_log() {
+    let bench = Bench::start();
+    let uri = format!("nbd://{}/root", bench.disks);
+    let mut qemu_io = Command::new("qemu-io")
+        .args(["-f", "raw", &uri])
+        .stdin(std::process::Stdio::piped())
+        .stdout(std::process::Stdio::piped())
+        .stderr(std::process::Stdio::inherit())
+        .spawn()
+        .expect("qemu-io, which scripts/test tools installs");
+    let since = Instant::now();
+    while bench.status().disks.is_empty() {
+        assert!(since.elapsed() < HANG_LIMIT);
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    let mut primary = protected(&bench);
+    let mut commands = qemu_io.stdin.take().expect("it is piped");
+    let text = "write -P 7 1M 1M\nread -P 7 1M 1M\nwrite -z 1M 16k\nread -P 0 1M 16k\ndiscard 2M 64k\nread -P 0 2M 64k\n\
+                aio_write -P 3 0 8k\naio_flush\nread -P 3 0 8k\nread -P 0xee 3M 1M\nmap\nflush\n";
+    commands.write_all(text.as_bytes()).expect("it reads");
+    drop(commands);
+    let output = qemu_io.wait_with_output().expect("it ends");
+    let said = String::from_utf8_lossy(&output.stdout).into_owned();
+    assert!(output.status.success() && !said.contains("failed"), "{said}");
+    // Nothing of it is committed, and the client is gone.
+    primary.request();
+    let _ = primary.main.is_closed();
+    assert!(bench.base("root").iter().all(|byte| *byte == 0xee));
+}
+
+#[test]
+fn a_failover_finds_disk_and_memory_of_one_checkpoint() {
+    let bench = Bench::start();
+    let (mut root, mut data) = (bench.client("root"), bench.client("data"));
+    root.write(0, &[1; 8192]).expect("a copy");
+    assert_eq!(&bench.base("root")[..8192], [1; 8192]);
+    let unbound = bench.status().disks;
+    assert_eq!((unbound.len(), unbound[0].state), (2, DiskState::Copying));
+    let mut primary = protected(&bench);
+    for moment in 1..20u8 {
+        root.write(4096, &[moment; 4096]).expect("a disk");
+        root.write(u64::from(moment) * 8192, &[moment; 512])
+            .expect("a disk");
+        data.write(0, &[moment; 100_000]).expect("a disk");
+        assert_eq!(
+            data.ask(kind::WRITE_ZEROES, 50_000, 10_000, &[]).expect("a disk"),
+            0
+        );
+        assert_eq!(root.read(4096, 4096).expect("a disk"), [moment; 4096]);
+        primary.checkpoint(&[(0, 1, moment)]);
+    }
+    let status = bench.status();
+    assert!(status.disks.is_empty());
+    let disks = &status.sessions[0].disks;
+    assert!(
+        disks
+            .iter()
+            .all(|disk| disk.state == DiskState::InSync && disk.epoch == Some(19))
+    );
+    // Not committed.
+    root.write(4096, &[0xaa; 8192]).expect("a disk");
+    data.write(0, &[0xaa; 200_000]).expect("a disk");
+    let report = bench.restore().expect("a checkpoint");
+    assert_eq!(report.checkpoint, 19);
+    let names: Vec<_> = report
+        .disks
+        .iter()
+        .map(|disk| (disk.name.as_str(), disk.epoch, disk.drained))
+        .collect();
+    assert_eq!(names, [("data", 19, true), ("root", 19, true)]);
+    let (base, data) = (bench.base("root"), bench.base("data"));
+    assert_eq!(&base[4096..8192], [19; 4096]);
+    assert!((2..20u8).all(|moment| base[usize::from(moment) * 8192] == moment));
+    assert!(
+        data[..100_000]
+            .iter()
+            .enumerate()
+            .all(|(at, byte)| *byte == if (50_000..60_000).contains(&at) { 0 } else { 19 })
+    );
+    assert!(data[100_000..].iter().all(|byte| *byte == 0xee));
+    assert!(root.is_closed());
+}
+
+#[test]
+fn a_disk_that_is_lost_ends_the_session_and_not_the_checkpoint() {
+    let bench = Bench::start();
+    let mut root = bench.client("root");
+    let mut primary = protected(&bench);
+    root.write(0, &[1; 4096]).expect("a disk");
+    primary.checkpoint(&[]);
+    root.write(0, &[2; 4096]).expect("a disk");
+    drop(root);
+    let status = bench.ended();
+    assert!(
+        status.end.as_deref().is_some_and(|end| end.contains("disk root")),
+        "{:?}",
+        status.end
+    );
+    assert_eq!(
+        (status.state, status.checkpoint, status.lost),
+        (SessionState::Ended, Some(1), true)
+    );
+    // The checkpoint has the disk.
+    let refused = NbdClient::go(bench.disks, "root").err().expect("refused");
+    assert!(
+        refused.contains("session 1") && refused.contains("discard"),
+        "{refused}"
+    );
+    assert!(bench.client("data").read(0, 1).is_ok());
+    bench.ask(Request::Discard { session: 1 }).expect("discarded");
+    assert_eq!(&bench.base("root")[..4096], [1; 4096]);
+    drop(bench.client_soon("root"));
+}
+
+#[test]
+fn a_write_after_the_cut_ends_the_session() {
+    let bench = Bench::start();
+    let mut root = bench.client("root");
+    let mut primary = protected(&bench);
+    root.write(0, &[1; 4096]).expect("a disk");
+    primary.checkpoint(&[]);
+    primary.request();
+    // VMSTATE_SEND, and not the rest.
+    let bytes = primary.checkpoint_bytes(2, &[]);
+    primary.main.send(&bytes[..bytes.len() / 2]);
+    let since = Instant::now();
+    while root.write(0, &[2; 4096]).is_ok() {
+        assert!(since.elapsed() < HANG_LIMIT, "the cut is never made");
+    }
+    let status = bench.ended();
+    assert!(
+        status.end.as_deref().is_some_and(|end| end.contains("disk root")),
+        "{:?}",
+        status.end
+    );
+    assert_eq!(status.checkpoint, Some(1));
+    assert_eq!(&bench.base("root")[..4096], [1; 4096]);
+}
+
+#[test]
+fn an_epoch_that_fills_its_log_ends_the_session() {
+    const BIG: usize = 32 << 20;
+    let bench = Bench::start_with(8 << 20);
+    std::fs::write(bench.path("big"), vec![0xee; BIG]).expect("a base");
+    let mut big = bench.client("big");
+    let mut primary = protected(&bench);
+    // More than the limit, in several epochs: it is applied meanwhile.
+    for moment in 1..8 {
+        big.write(0, &vec![moment; 3 << 20]).expect("a disk");
+        primary.checkpoint(&[]);
+    }
+    // In one epoch.
+    let mut offsets = (0..BIG as u64).step_by(8192);
+    assert!(offsets.any(|offset| big.write(offset, &[0xaa; 8192]).is_err()));
+    let status = bench.ended();
+    let end = status.end.unwrap_or_default();
+    assert!(end.contains("--disk-log-max"), "{end}");
+    assert_eq!(status.checkpoint, Some(7));
+    bench.ask(Request::Discard { session: 1 }).expect("discarded");
+    assert!(bench.base("big")[..3 << 20].iter().all(|byte| *byte == 7));
+    assert!(bench.base("big")[3 << 20..].iter().all(|byte| *byte == 0xee));
+}
+
+#[test]
+fn a_receiver_that_starts_again_has_disk_and_memory() {
+    let mut bench = Bench::start();
+    let mut root = bench.client("root");
+    let mut primary = protected(&bench);
+    root.write(0, &[1; 4096]).expect("a disk");
+    primary.checkpoint(&[(0, 1, 1)]);
+    root.write(0, &[2; 4096]).expect("a disk");
+    bench.restart(64 << 20);
+    let status = bench.status();
+    assert_eq!(status.sessions[0].state, SessionState::Recovered);
+    assert_eq!(
+        (
+            status.sessions[0].disks[0].name.as_str(),
+            status.sessions[0].disks[0].epoch
+        ),
+        ("root", Some(1))
+    );
+    assert_eq!(&bench.base("root")[..4096], [1; 4096]);
+    assert!(NbdClient::go(bench.disks, "root").is_err());
+    assert_eq!(bench.restore().expect("a checkpoint").disks[0].epoch, 1);
+}
+
+/// Two primaries on one host: their UUIDs keep their disks apart. Without, the session is refused rather than guessed.
+#[test]
+fn connections_of_several_guests_are_not_guessed() {
+    let bench = Bench::start();
+    let _one = NbdClient::go(bench.disks, "root@00000000-0000-4000-8000-000000000001").expect("an export");
+    let _other = NbdClient::go(bench.disks, "data@00000000-0000-4000-8000-000000000002").expect("an export");
+    let mut primary = HostilePrimary::connect(bench.migration, CHANNELS);
+    for (_, bytes) in primary.precopy_parts() {
+        primary.main.send(&bytes);
+    }
+    primary.sync();
+    primary.sync();
+    let status = bench.ended();
+    assert!(
+        status
+            .end
+            .as_deref()
+            .is_some_and(|end| end.contains("validate-uuid")),
+        "{:?}",
+        status.end
+    );
+    assert_eq!(status.checkpoint, None);
+}
+
+#[test]
+fn hostile_clients_cost_themselves_alone() {
+    let bench = Bench::start();
+    let mut root = bench.client("root");
+    let mut primary = protected(&bench);
+    let mut checkpoint = |value: u8| {
+        root.write(0, &[value; 4096]).expect("a disk");
+        primary.checkpoint(&[(0, 1, value)]);
+    };
+    checkpoint(1);
+    // What no client sends in a handshake.
+    for bytes in [
+        vec![0xff; 4096],
+        [&3u32.to_be_bytes()[..], &[0xff; 64]].concat(),
+        [&3u32.to_be_bytes()[..], &option(7, &[0xff; 900])].concat(),
+        [
+            &3u32.to_be_bytes()[..],
+            b"IHAVEOPT",
+            &7u32.to_be_bytes(),
+            &u32::MAX.to_be_bytes(),
+        ]
+        .concat(),
+    ] {
+        let mut stream = TcpStream::connect(bench.disks).expect("a server");
+        // It may have closed the connection already.
+        let _ = stream.write_all(&bytes);
+        let _ = stream.shutdown(Shutdown::Write);
+        checkpoint(2);
+    }
+    // What no client sends with an export.
+    for bytes in [
+        vec![0; 28],
+        request(kind::WRITE, 1, 0, u32::MAX),
+        request(kind::WRITE, 1, u64::MAX, 1 << 20),
+        request(99, 1, 0, 0),
+        [request(kind::WRITE, 1, 0, 1 << 20), vec![0xbb; 4096]].concat(),
+    ] {
+        let mut data = bench.client_soon("data");
+        let _ = data.send(&bytes);
+        drop(data);
+        checkpoint(3);
+        drop(bench.client_soon("data"));
+    }
+    assert!(bench.base("data")[4096..].iter().all(|byte| *byte == 0xee));
+    assert_eq!(bench.status().sessions[0].state, SessionState::Protected);
+}
+
+fn threads() -> usize {
+    std::fs::read_dir("/proc/self/task")
+        .expect("this process")
+        .count()
+}
+
+#[test]
+fn silent_clients_cost_no_threads() {
+    let bench = Bench::start();
+    let mut root = bench.client("root");
+    let mut primary = protected(&bench);
+    let before = threads();
+    let silent: Vec<_> = (0..1500).map(|_| TcpStream::connect(bench.disks)).collect();
+    assert!(silent.iter().filter(|stream| stream.is_ok()).count() > 100);
+    for moment in 1..10 {
+        root.write(0, &[moment; 4096]).expect("a disk");
+        primary.checkpoint(&[(0, 1, moment)]);
+    }
+    // Other tests of this process have their own.
+    assert!(threads() < before + 300, "{before} threads, then {}", threads());
+    drop(silent);
+    let since = Instant::now();
+    while NbdClient::go(bench.disks, "data").is_err() {
+        assert!(
+            since.elapsed() < HANG_LIMIT,
+            "silent clients that are gone are in the way"
+        );
+    }
+    assert!(greet(bench.disks).is_ok());
+    primary.cut(Cut::Fin);
+}
+
+#[test]
+fn a_base_that_is_missing_or_not_raw_is_said() {
+    let bench = Bench::start();
+    let refused = |name: &str| NbdClient::go(bench.disks, name).err().expect("refused");
+    assert!(refused("swap").contains("truncate -s"), "{}", refused("swap"));
+    std::fs::write(bench.path("cow"), b"QFI\xfb and more").expect("a file");
+    assert!(refused("cow").contains("qemu-img convert"));
+    assert!(refused("../root").contains("not a disk's name"));
+    let _first = bench.client("root");
+    assert!(refused("root").contains("in use by 127.0.0.1"));
+    assert!(Path::new(&bench.path("root")).exists());
+}
