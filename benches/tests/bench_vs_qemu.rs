@@ -198,7 +198,7 @@ fn compressed_sessions_are_measured_beside_the_decoders_alone() {
 }
 
 #[test]
-fn what_it_would_do_is_told_and_nonsense_is_refused() {
+fn what_it_would_do_is_reported_and_nonsense_is_refused() {
     let scratch = Scratch::new();
     let output = bench(&scratch, &["--dry-run"]).output().expect("the program");
     assert!(
@@ -259,7 +259,7 @@ fn a_signal_ends_it_and_everything_that_it_started() {
 fn wait_until(what: &str, mut is_so: impl FnMut() -> bool) {
     let since = Instant::now();
     while !is_so() {
-        assert!(since.elapsed() < HANG_LIMIT, "waited in vain for {what}");
+        assert!(since.elapsed() < HANG_LIMIT, "timed out waiting for {what}");
         std::thread::sleep(Duration::from_millis(20));
     }
 }

@@ -52,8 +52,8 @@ impl Conversation {
         self.ask(&claim(session, false, false))
     }
 
-    fn feed(&mut self, session: u32, to: &str, shared: Option<&str>) -> Result<Value, String> {
-        self.ask(&json!({"command": "feed", "session": session, "to": to, "shared": shared, "keep": null}))
+    fn restore(&mut self, session: u32, to: &str, shared: Option<&str>) -> Result<Value, String> {
+        self.ask(&json!({"command": "restore", "session": session, "to": to, "shared": shared, "keep": null}))
     }
 }
 
@@ -146,10 +146,10 @@ impl Bench {
             stream.read_to_end(&mut bytes).expect("a stream");
             bytes
         });
-        let fed = conversation
-            .feed(1, &format!("unix:{path}"), shared)
+        let restored = conversation
+            .restore(1, &format!("unix:{path}"), shared)
             .expect("it is given");
-        (reader.join().expect("the reader"), fed)
+        (reader.join().expect("the reader"), restored)
     }
 }
 
@@ -243,7 +243,7 @@ fn one_conversation_wins_and_its_end_frees_the_claim() {
             .contains("another failover of it is under way")
     );
     for request in [
-        json!({"command": "feed", "session": 1, "to": "file:/tmp/x", "shared": null, "keep": null}),
+        json!({"command": "restore", "session": 1, "to": "file:/tmp/x", "shared": null, "keep": null}),
         release(1, false),
         json!({"command": "promoted", "session": 1}),
         json!({"command": "discard", "session": 1}),
@@ -271,9 +271,9 @@ fn what_is_given_is_the_committed_checkpoint_and_only_once() {
     let claimed = one.claim(1).unwrap();
     let file = claimed["blocks"][0]["file"].as_str().expect("a file with a name");
     assert_eq!(std::fs::read(file).unwrap(), primary.image().next().unwrap().1);
-    let (stream, fed) = bench.received(&mut one, None);
-    assert!(stream == expected(&primary, Form::Complete), "{fed}");
-    assert_eq!(fed["stream"]["bytes"], u64::try_from(stream.len()).unwrap());
+    let (stream, restored) = bench.received(&mut one, None);
+    assert!(stream == expected(&primary, Form::Complete), "{restored}");
+    assert_eq!(restored["stream"]["bytes"], u64::try_from(stream.len()).unwrap());
     // It dies before it can say what became of it.
     drop(one);
     let since = Instant::now();
@@ -309,8 +309,8 @@ fn a_primary_that_is_connected_is_closed_by_force_alone() {
     conversation.ask(&claim(1, true, false)).unwrap();
     // A claim alone changes nothing.
     primary.checkpoint(&[(0, 5, 0x55)]);
-    let (stream, fed) = bench.received(&mut conversation, None);
-    assert_eq!(fed["checkpoint"], 2);
+    let (stream, restored) = bench.received(&mut conversation, None);
+    assert_eq!(restored["checkpoint"], 2);
     assert!(stream == expected(&primary, Form::Complete));
     assert!(primary.is_closed(), "connections were left open");
     let status = bench.ended();
@@ -330,7 +330,7 @@ fn what_fails_leaves_the_checkpoint_there() {
         ("tcp:127.0.0.1:1", None, "cannot connect to"),
         ("file:relative", None, "not an absolute path"),
         ("file:/nonexistent/stream", None, "No such file"),
-        ("fd:3", None, "is no destination of a stream"),
+        ("fd:3", None, "is not a destination for a stream"),
         (
             "file:/nonexistent/stream",
             Some("pc.rom"),
@@ -338,15 +338,15 @@ fn what_fails_leaves_the_checkpoint_there() {
         ),
     ] {
         conversation.claim(1).unwrap();
-        let refused = conversation.feed(1, to, shared).unwrap_err();
+        let refused = conversation.restore(1, to, shared).unwrap_err();
         assert!(refused.contains(says), "{to}: {refused}");
-        // Nothing was given, so nothing can have run, whatever one believes.
+        // Nothing was given, so nothing can have run, whatever the request says.
         let released = conversation.ask(&release(1, true)).unwrap();
         assert_eq!(released["promotion"], Value::Null, "{to}");
     }
     let path = bench.scratch.file("stream");
     conversation.claim(1).unwrap();
-    conversation.feed(1, &format!("file:{path}"), None).unwrap();
+    conversation.restore(1, &format!("file:{path}"), None).unwrap();
     assert!(std::fs::read(&path).unwrap() == expected(&primary, Form::Complete));
     assert_eq!(
         std::fs::metadata(&path).unwrap().permissions().mode() & 0o777,

@@ -175,7 +175,7 @@ fn few_open_files_cost_connections_and_not_the_receiver() {
 }
 
 #[test]
-fn what_cannot_be_had_at_the_start_is_told_with_a_remedy() {
+fn what_is_missing_at_the_start_is_reported_with_a_remedy() {
     let taken = TcpListener::bind("127.0.0.1:0").unwrap();
     let port = format!("tcp:{}", taken.local_addr().unwrap());
     let scratch = Scratch::new();

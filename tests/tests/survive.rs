@@ -104,7 +104,7 @@ fn compare(receiver: &RunningReceiver, known: &Known) -> u64 {
         assert!(found == *bytes, "block {name} of checkpoint {checkpoint} differs");
     }
     let device_state = read(dumped["device_state_file"].as_str().unwrap());
-    // Of the one that was not acknowledged the primary keeps none, unless it heard that it was received.
+    // Of the one that was not acknowledged the primary keeps none, unless RECEIVED reached it.
     match is_last {
         true => assert!(checkpoint == 0 || device_state == known.last.device_state),
         false => assert_ne!(device_state, known.last.device_state),
@@ -228,7 +228,7 @@ fn a_checkpoint_stays_through_any_number_of_receivers() {
 
 /// What a receiver was killed with in precopy is removed; what is damaged, or not ours, stays, with a warning.
 #[test]
-fn what_cannot_be_used_is_told() {
+fn what_cannot_be_used_is_reported() {
     let directory = RamDirectory::new();
     let write = |name: &str, bytes: &[u8]| fs::write(directory.0.path().join(name), bytes).unwrap();
     write("session-4.pc.ram", &[0; 4096]);

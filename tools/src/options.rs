@@ -14,9 +14,9 @@ pub enum OptionError {
     /// Something else than a UNIX socket where only that will do.
     #[error("invalid UNIX socket address '{0}': write unix:PATH")]
     NotUnix(String),
-    /// A size that is none.
+    /// Not a size.
     #[error(
-        "'{0}' is no size; write a number of bytes, or one with K, M, G or T (powers of 1024), like 512M or 6G"
+        "'{0}' is not a size; write a number of bytes, or one with K, M, G or T (powers of 1024), like 512M or 6G"
     )]
     Size(String),
 }

@@ -168,7 +168,7 @@ fn an_ended_session_is_kept_until_it_is_discarded() {
 }
 
 #[test]
-fn a_port_in_use_is_told() {
+fn a_port_in_use_is_reported() {
     let taken = TcpListener::bind("127.0.0.1:0").unwrap();
     let listen = format!("tcp:{}", taken.local_addr().unwrap());
     let output = run(&["receive", "--listen", &listen]);

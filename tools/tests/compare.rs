@@ -179,7 +179,7 @@ fn the_logs_of_one_run_can_be_given_one_by_one() {
 }
 
 #[test]
-fn what_cannot_be_compared_is_told_with_its_reason() {
+fn what_cannot_be_compared_is_reported_with_its_reason() {
     let scratch = Scratch::new();
     let file = |name: &str, text: &[u8]| {
         let path = scratch.file(name);

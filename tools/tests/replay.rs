@@ -309,7 +309,7 @@ fn sessions_in_a_row_and_a_sink() {
 }
 
 #[test]
-fn a_secondary_that_fails_is_told_and_what_was_measured_is_kept() {
+fn a_secondary_that_fails_is_reported_and_what_was_measured_is_kept() {
     let scratch = Scratch::new();
     let file = scratch.file("session.cap");
     recorded(&guest(Version::V11_1, 2), &file);
@@ -444,7 +444,7 @@ fn what_cannot_be_played_is_refused() {
         assert_eq!(output.status.code(), Some(code), "{args:?}: {}", said(&output));
         assert!(said(&output).contains(reason), "{args:?}: {}", said(&output));
     };
-    refused(&[&nothing, "--sink"], 1, "this is no capture");
+    refused(&[&nothing, "--sink"], 1, "this is not a capture");
     refused(&[&scratch.file("missing"), "--sink"], 1, "No such file");
     refused(&[&nothing], 2, "--to");
     refused(&[&nothing, "--to", "4444"], 2, "invalid address");

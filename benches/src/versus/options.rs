@@ -293,7 +293,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_not_there_is_told() {
+    fn what_is_not_there_is_reported() {
         assert!(plan("--captures 31M").unwrap_err().contains("31M"));
         assert!(plan("--secondaries rdma").unwrap_err().contains("epoll"));
     }

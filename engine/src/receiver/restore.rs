@@ -44,7 +44,7 @@ pub struct RestoreRequest {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct RestoreReport {
     /// The session.
-    #[serde(rename = "fed")]
+    #[serde(rename = "restored")]
     pub session: u32,
     /// The checkpoint's number; 0 is the state at the end of precopy.
     pub checkpoint: u64,
@@ -95,7 +95,7 @@ pub enum RestoreError {
         name: String,
     },
     /// The destination is not understood.
-    #[error("'{0}' is no destination of a stream: unix:PATH, tcp:HOST:PORT or file:PATH")]
+    #[error("'{0}' is not a destination for a stream: unix:PATH, tcp:HOST:PORT or file:PATH")]
     Destination(String),
     /// A relative path means nothing to the receiver.
     #[error("{} is not an absolute path", .0.display())]

@@ -93,7 +93,7 @@ impl Bench {
     pub fn start_with_deadline(backend: BackendKind, channels: u8) -> (Self, Duration) {
         let since = Instant::now();
         Self::start(backend, channels).end();
-        let deadline = Duration::from_secs(1.max(10 * since.elapsed().as_secs()));
+        let deadline = Duration::from_secs(1).max(10 * since.elapsed());
         (Self::start_with(backend, channels, deadline), deadline)
     }
 

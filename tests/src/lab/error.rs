@@ -35,8 +35,8 @@ pub enum LabError {
         /// QEMU's error description.
         reply: String,
     },
-    /// Something was waited for in vain.
-    #[error("waited {limit:?} in vain for {what}")]
+    /// Something did not happen in time.
+    #[error("timed out after {limit:?} waiting for {what}")]
     Timeout {
         /// What was waited for.
         what: String,

@@ -261,11 +261,11 @@ impl<'a> Kills<'a> {
         check_continues(&standby, self.machine, tick)?;
         println!(
             "{} channels, {way:?}, killed {}: checkpoint {committed}, {acknowledged} acknowledged, tick {tick}, \
-             {} KiB sent, feed {} µs, load {} µs",
+             {} KiB sent, stream {} µs, load {} µs",
             secondary.channels(),
             if seen.in_transfer { "mid-transfer" } else { "idle" },
             report["stream_bytes"].as_u64().unwrap_or(0) / 1024,
-            report["steps"]["feed_ns"].as_u64().unwrap_or(0) / 1000,
+            report["steps"]["restore_ns"].as_u64().unwrap_or(0) / 1000,
             report["steps"]["load_ns"].as_u64().unwrap_or(0) / 1000,
         );
         // The guest's memory belongs to it alone, and one has won.

@@ -140,7 +140,7 @@ mod tests {
     }
 
     #[test]
-    fn what_cannot_be_set_is_told() {
+    fn what_cannot_be_set_is_reported() {
         let setting = HostSetting::set_if_permitted("/proc/no such file", "1");
         assert!(!setting.is_changed());
         assert!(setting.to_string().starts_with("unknown ("), "{setting}");

@@ -18,13 +18,13 @@ const PRECOPY: &str = "the primary went away before its initial state was comple
 
 /// Which connections are cut.
 #[derive(Clone, Copy, Debug)]
-enum Who {
+enum Connections {
     Main,
     Channel,
     All,
 }
 
-impl Who {
+impl Connections {
     const ALL: [Self; 3] = [Self::Main, Self::Channel, Self::All];
 
     fn cut(self, primary: &mut HostilePrimary, cut: Cut) {
@@ -58,9 +58,13 @@ fn the_main_channel_of_a_checkpoint_at_every_byte() {
                 let bytes = primary.checkpoint_bytes(2, &[]);
                 assert_eq!(bytes.len(), length);
                 primary.main.send(&bytes[..at]);
-                let who = if at % 2 == 0 { Who::Main } else { Who::All };
-                who.cut(&mut primary, cut);
-                let name = format!("{cut:?} of {who:?} at byte {at} of {length}");
+                let which = if at % 2 == 0 {
+                    Connections::Main
+                } else {
+                    Connections::All
+                };
+                which.cut(&mut primary, cut);
+                let name = format!("{cut:?} of {which:?} at byte {at} of {length}");
                 bench.survives(&name, session, &mut primary, At::Nowhere, &[DROPPED]);
             }
         }
@@ -104,10 +108,10 @@ fn a_channel_in_the_middle_of_a_checkpoint() {
     for backend in BACKENDS {
         let mut bench = Bench::start(backend, 2);
         for at in places.into_iter().step_by(step(backend, 3)) {
-            for (cut, who) in [
-                (Cut::Fin, Who::Channel),
-                (Cut::Rst, Who::Channel),
-                (Cut::Rst, Who::All),
+            for (cut, which) in [
+                (Cut::Fin, Connections::Channel),
+                (Cut::Rst, Connections::Channel),
+                (Cut::Rst, Connections::All),
             ] {
                 let (session, mut primary) = bench.protected();
                 primary.request();
@@ -115,8 +119,8 @@ fn a_channel_in_the_middle_of_a_checkpoint() {
                 primary.main.send(&bytes);
                 primary.channels[1].send_packet(&sync_packet());
                 primary.channels[0].send(&packet[..at]);
-                who.cut(&mut primary, cut);
-                let name = format!("{cut:?} of {who:?} at byte {at} of {}", packet.len());
+                which.cut(&mut primary, cut);
+                let name = format!("{cut:?} of {which:?} at byte {at} of {}", packet.len());
                 bench.survives(&name, session, &mut primary, At::Nowhere, &[DROPPED]);
             }
         }
@@ -131,14 +135,14 @@ fn precopy_at_every_few_bytes() {
         let parts = HostilePrimary::connect(bench.address, 2).precopy_parts();
         let all: Vec<u8> = parts.into_iter().flat_map(|(_, bytes)| bytes).collect();
         for at in (4..all.len()).step_by(3 * step(backend, 9)) {
-            for (cut, who) in Cut::ALL.into_iter().zip([Who::Main, Who::All]) {
+            for (cut, which) in Cut::ALL.into_iter().zip([Connections::Main, Connections::All]) {
                 let (session, mut primary) = bench.connected();
                 primary.sync();
                 primary.channels[0].send_packet(&good_packet());
                 primary.sync();
                 primary.main.send(&all[4..at]);
-                who.cut(&mut primary, cut);
-                let name = format!("{cut:?} of {who:?} at byte {at} of {}", all.len());
+                which.cut(&mut primary, cut);
+                let name = format!("{cut:?} of {which:?} at byte {at} of {}", all.len());
                 bench.survives(&name, session, &mut primary, At::Nowhere, &[PRECOPY]);
                 assert!(bench.dump(session).is_err(), "nothing was committed");
             }
@@ -151,12 +155,12 @@ fn precopy_at_every_few_bytes() {
 fn between_checkpoints() {
     for backend in BACKENDS {
         let mut bench = Bench::start(backend, 2);
-        for who in Who::ALL {
+        for which in Connections::ALL {
             for cut in Cut::ALL {
                 let (session, mut primary) = bench.protected();
-                who.cut(&mut primary, cut);
+                which.cut(&mut primary, cut);
                 bench.survives(
-                    &format!("{cut:?} of {who:?}"),
+                    &format!("{cut:?} of {which:?}"),
                     session,
                     &mut primary,
                     At::Nowhere,

@@ -458,7 +458,7 @@ fn a_warm_standby_goes_on_at_once() {
             let microseconds = |time: Duration| u64::try_from(time.as_micros()).expect("a short time");
             until_tick.push(microseconds(first.join().expect("the watching thread")));
             let step = |name: &str| report["steps"][name].as_u64().expect("a time") / 1000;
-            own.push(step("claim_ns") + step("check_ns") + step("feed_ns"));
+            own.push(step("claim_ns") + step("check_ns") + step("restore_ns"));
             loading.push(step("load_ns"));
             standby.check_guest()?;
         }
@@ -467,7 +467,7 @@ fn a_warm_standby_goes_on_at_once() {
             "from the command to the first new tick: {}",
             Distribution::of_us(&until_tick)
         );
-        println!("claim, check and feed: {}", Distribution::of_us(&own));
+        println!("claim, check and stream: {}", Distribution::of_us(&own));
         println!(
             "QEMU's loading after the last byte: {}",
             Distribution::of_us(&loading)

@@ -237,7 +237,7 @@ impl<'a> Sweep<'a> {
         let whole = self.attempt(offer, None)?.ok().expect("it was not interrupted");
         let of = |step: &str| Duration::from_nanos(whole["steps"][step].as_u64().expect("a time"));
         let took = of("total_ns") + of("give_up_ns");
-        let give = took.saturating_sub(of("feed_ns") + of("load_ns") + of("give_up_ns"));
+        let give = took.saturating_sub(of("restore_ns") + of("load_ns") + of("give_up_ns"));
         let (early, late) = (early * failover_runs(), late * failover_runs());
         let instants = (0..early).map(|n| give * n / early);
         // Its own start takes a little, too, and is not in its report.

@@ -39,7 +39,7 @@ pub enum CaptureError {
     #[error("the capture ended at an earlier error")]
     Ended,
     /// It is something else.
-    #[error("this is no capture: {0}")]
+    #[error("this is not a capture: {0}")]
     Foreign(&'static str),
     /// It was written by a later version.
     #[error(

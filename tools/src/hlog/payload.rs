@@ -31,7 +31,7 @@ const RATIO: Range<usize> = 32..40;
 #[derive(Debug, Error)]
 pub enum PayloadError {
     /// Not base64.
-    #[error("the histogram is no base64: {0}")]
+    #[error("the histogram is not base64: {0}")]
     Base64(#[from] base64::DecodeError),
     /// Bytes are missing.
     #[error("the histogram ends after {have} bytes, and {need} were expected")]

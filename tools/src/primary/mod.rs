@@ -73,7 +73,7 @@ pub struct CheckpointReport {
     pub loaded: Duration,
     /// How long it waited for its turn because checkpoints before it took longer than the interval.
     pub waited: Duration,
-    /// How late this side was, which is counted nowhere else: pages were not ready, or the timer came late.
+    /// How late this side was, which no other figure includes: pages were not ready, or the timer came late.
     pub own_delay: Duration,
 }
 

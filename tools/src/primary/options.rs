@@ -93,7 +93,7 @@ pub struct SynthOptions {
     pub disks: Option<DiskOptions>,
     /// The guest's UUID, in every init packet.
     pub uuid: [u8; 16],
-    /// How long to wait for an answer, or for room in a socket, before the session counts as failed. QEMU waits for ever.
+    /// How long to wait for an answer, or for room in a socket, before the session counts as failed. QEMU waits without limit.
     pub patience: Duration,
 }
 

@@ -114,14 +114,14 @@ fn events_are_waited_for() {
     let qmp = connect(&path).unwrap();
     assert!(qmp.wait_event("RESUME", Duration::from_secs(300)));
     assert_eq!(qmp.events()[0].at_us, 2_000_005);
-    // It has closed: nothing is waited for in vain.
+    // It has closed: no answer is waited for.
     let began = Instant::now();
     assert!(!qmp.wait_event("STOP", Duration::from_secs(600)));
     assert!(began.elapsed() < Duration::from_secs(300));
 }
 
 #[test]
-fn what_is_no_monitor_is_told() {
+fn what_is_no_monitor_is_reported() {
     let absent = Qmp::connect(Path::new("/nonexistent/qmp"), Duration::ZERO).unwrap_err();
     assert!(
         absent.to_string().contains("-qmp unix:/nonexistent/qmp"),

@@ -51,7 +51,7 @@ fn a_full_disk_ends_the_recording_and_not_the_session() {
 }
 
 #[test]
-fn a_disk_that_is_full_from_the_start_is_told() {
+fn a_disk_that_is_full_from_the_start_is_reported() {
     let ended = run(&[
         "capture",
         "--listen",

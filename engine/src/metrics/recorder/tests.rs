@@ -163,7 +163,7 @@ fn the_report_is_whole_and_can_be_read_back() {
 }
 
 #[test]
-fn dropped_samples_are_told_in_the_log_and_in_the_report() {
+fn dropped_samples_are_reported_in_the_log_and_in_the_report() {
     let scratch = tempfile::tempdir().unwrap();
     let prefix = scratch.path().join("run");
     let queue = SampleQueue::with_capacity(1);

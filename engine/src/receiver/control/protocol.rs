@@ -6,7 +6,7 @@
 //! | `{"command":"dump","session":1,"directory":"/absolute"}` | the checkpoint's number and the files written |
 //! | `{"command":"discard","session":1}` | an ended session's checkpoint was discarded, and its memory released |
 //! | `{"command":"claim","session":1,"force":false,"retry":false}` | the checkpoint is claimed: a [`ClaimedCheckpoint`] |
-//! | `{"command":"feed","session":1,"to":"unix:/q","shared":"pc.ram","keep":null}` | the checkpoint was written: a [`RestoreReport`] |
+//! | `{"command":"restore","session":1,"to":"unix:/q","shared":"pc.ram","keep":null}` | the checkpoint was written: a [`RestoreReport`] |
 //! | `{"command":"release","session":1,"may_have_run":false}` | the claim was released: the failover has failed |
 //! | `{"command":"promoted","session":1}` | the memory was released: a guest runs from the checkpoint |
 //!
@@ -47,7 +47,6 @@ pub enum Request {
         retry: bool,
     },
     /// Restore the claimed checkpoint.
-    #[serde(rename = "feed")]
     Restore(RestoreRequest),
     /// Release the claim: the failover has failed.
     Release {

@@ -135,7 +135,7 @@ impl DecodeQueue {
         self.backlog.add()
     }
 
-    /// Applies the oldest packet. Only the worker that has the queue calls it, or the channel's thread if nobody took it;
+    /// Applies the oldest packet. Only the worker that has the queue calls it, or the channel's thread if no worker took it;
     /// `shard` is that of the calling thread. Returns whether there are more; if not, the caller has it no longer.
     pub(super) fn apply_oldest(&self, shard: usize, pages: &mut PageBuffer) -> bool {
         let mut packet = self.pending.pop().expect("as many as the backlog says");

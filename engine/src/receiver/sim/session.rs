@@ -26,7 +26,7 @@ pub(super) struct SimSession {
     pub(super) peers: Vec<OwnedFd>,
     /// Its connections among the network's; the main channel's first.
     pub(super) wires: std::ops::Range<usize>,
-    /// How much of each connection is what the primary has said: a cut or spoilt one is less than it believes.
+    /// How much of each connection was sent by the primary: less than all for a cut or damaged one.
     pub(super) genuine: Vec<usize>,
     /// Whether something was done to it, so that it need not come to its end.
     pub(super) is_touched: bool,

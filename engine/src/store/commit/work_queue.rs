@@ -1,5 +1,5 @@
-//! How the threads of a flush share a list of work: each takes the next few entries, and the thread that finishes the last ones
-//! learns that they were the last.
+//! How the threads of a flush share a list of work: each takes the next few entries, and the call that finishes the last ones
+//! returns so.
 
 use crate::sync::{AtomicBool, AtomicUsize, Ordering};
 use std::ops::Range;

@@ -47,7 +47,7 @@ fn a_guest_beyond_the_address_space_is_an_error() {
 
 /// Huge pages are not what this test's machine must have: without them there are notes, with them there are none.
 #[test]
-fn a_lack_of_huge_pages_is_told() {
+fn a_lack_of_huge_pages_is_reported() {
     let free = || {
         let read = |file: &str| {
             let path = format!("/sys/kernel/mm/hugepages/hugepages-2048kB/{file}");
@@ -91,7 +91,7 @@ fn a_lack_of_huge_pages_is_told() {
 }
 
 #[test]
-fn transparent_huge_pages_are_used_or_the_lack_told() {
+fn transparent_huge_pages_are_used_or_the_lack_is_reported() {
     let options = StoreOptions {
         hugepages: HugePages::Thp,
         ..options()

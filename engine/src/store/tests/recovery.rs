@@ -216,7 +216,7 @@ fn who_has_a_guest_keeps_it() {
 }
 
 #[test]
-fn what_was_given_away_is_told() {
+fn what_was_given_away_is_reported() {
     let (scratch, store) = while_flushing();
     store.drop_uncommitted();
     for given in [true, false] {
@@ -243,7 +243,7 @@ fn precopy_leaves_nothing() {
 
 /// Every byte of the record and of the places, with several values; every file cut off, or gone.
 #[test]
-fn damage_is_told_and_nothing_is_lost_by_it() {
+fn damage_is_reported_and_nothing_is_lost_by_it() {
     let (scratch, _store) = while_flushing();
     let whole = recovered(copy_of(scratch.path()).path());
     assert_eq!(whole, Ok(1));

@@ -138,14 +138,14 @@ fn other_files_are_named() {
     ] {
         let error = read(&file).err().expect("a foreign file").to_string();
         assert!(
-            error.starts_with("this is no capture") && error.contains(hint),
+            error.starts_with("this is not a capture") && error.contains(hint),
             "{error}"
         );
     }
 }
 
 #[test]
-fn a_later_version_is_told() {
+fn a_later_version_is_reported() {
     let mut file = write(&session(), Compression::None, false);
     file[8] = 3;
     let error = read(&file).err().expect("a later version").to_string();

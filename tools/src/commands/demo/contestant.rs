@@ -236,7 +236,8 @@ impl Contestant {
 
     /// Waits until the receiver has noticed the end, and makes it release what it keeps.
     fn discard(&self) -> Result<(), CommandError> {
-        const PATIENCE: Duration = Duration::from_secs(10);
+        // Against hanging only: a busy machine may take its time.
+        const PATIENCE: Duration = Duration::from_secs(300);
         let started = Instant::now();
         loop {
             let sessions = status(&self.receiver)?.sessions;

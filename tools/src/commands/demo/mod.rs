@@ -220,7 +220,7 @@ fn render(report: &DemoReport, elapsed: Duration) -> String {
     )
 }
 
-/// Milliseconds in three digits, of which none is beyond the microsecond.
+/// Milliseconds with three significant digits, at most to the microsecond.
 fn milliseconds(nanoseconds: u64) -> String {
     match nanoseconds as f64 / 1e6 {
         ms if ms >= 99.95 => format!("{ms:.0}"),

@@ -49,7 +49,6 @@ pub struct Check {
     /// What that means for a receiver; empty if all is well.
     pub meaning: String,
     /// The command that fixes it; none if nothing is wrong, or no command does.
-    #[serde(rename = "mend")]
     pub remedy: Option<String>,
 }
 

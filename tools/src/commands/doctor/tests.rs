@@ -94,7 +94,7 @@ fn a_good_machine_has_no_complaints() {
 }
 
 #[test]
-fn each_lack_is_told_with_its_remedy() {
+fn each_lack_is_reported_with_its_remedy() {
     let warn = State::Warn;
     expect("io_uring", warn, "kernel.io_uring_disabled=0", |probe| {
         let refused = io::Error::from_raw_os_error(1);

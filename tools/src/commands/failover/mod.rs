@@ -270,7 +270,7 @@ fn resume(
             return Err(claim.release(may_have_run, &why.unwrap_or_else(|| error.to_string())));
         }
     };
-    times.feed = began.elapsed();
+    times.restore = began.elapsed();
     if let Err(why) = disks::check_restored(&claim.claimed, &restored) {
         let may_have_run = !waiting.holds();
         drop(waiting);
@@ -413,7 +413,7 @@ fn write_only(
             ("standard output".to_owned(), relayed)
         }
     };
-    times.feed = began.elapsed();
+    times.restore = began.elapsed();
     match restored {
         Ok(restored) => Ok(Outcome::written(name, restored)),
         Err(error) => Err(claim.release(false, &error.to_string())),

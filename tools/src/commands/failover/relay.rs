@@ -5,31 +5,32 @@ use std::io::{self, Write};
 use std::os::unix::net::UnixListener;
 use std::path::Path;
 
-/// Listens at `socket`, has `feed` send a stream there, and copies it to standard output. Returns what `feed` does,
+/// Listens at `socket`, has `restore` send a stream there, and copies it to standard output. Returns what `restore` does,
 /// unless standard output cannot be written.
 ///
 /// # Errors
-/// Those of `feed` and of standard output.
+/// Those of `restore` and of standard output.
 pub(super) fn to_stdout<T: Send>(
     socket: &Path,
-    feed: impl FnOnce(String) -> Result<T, CommandError> + Send,
+    restore: impl FnOnce(String) -> Result<T, CommandError> + Send,
 ) -> Result<T, CommandError> {
     let failed = |error: io::Error| CommandError::Failed(format!("{}: {error}", socket.display()));
     let listener = UnixListener::bind(socket).map_err(failed)?;
     std::thread::scope(|scope| {
-        let feeding = scope.spawn(|| {
-            let fed = feed(format!("unix:{}", socket.display()));
+        let restoring = scope.spawn(|| {
+            let restored = restore(format!("unix:{}", socket.display()));
             // If the receiver refused, no connection was made, and the copying below still waits.
             drop(std::os::unix::net::UnixStream::connect(socket));
-            fed
+            restored
         });
         let copied = copy(&listener);
         // Closed before it is waited for: the receiver would write on.
         drop(listener);
-        let fed = feeding.join();
-        let fed = fed.unwrap_or_else(|_| Err(CommandError::Failed("the request panicked".to_owned())))?;
+        let restored = restoring.join();
+        let restored =
+            restored.unwrap_or_else(|_| Err(CommandError::Failed("the request panicked".to_owned())))?;
         copied.map_err(|error| CommandError::Failed(format!("standard output: {error}")))?;
-        Ok(fed)
+        Ok(restored)
     })
 }
 

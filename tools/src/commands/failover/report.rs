@@ -24,7 +24,7 @@ pub(super) struct Times {
     /// The operator's fence.
     pub(super) fence: Duration,
     /// The receiver's part: holding the checkpoint, and writing it while QEMU loads.
-    pub(super) feed: Duration,
+    pub(super) restore: Duration,
     /// From the stream's last byte until the guest runs.
     pub(super) load: Duration,
     /// All of it, until the guest runs.
@@ -53,7 +53,7 @@ struct Steps {
     start_ns: u64,
     check_ns: u64,
     fence_ns: u64,
-    feed_ns: u64,
+    restore_ns: u64,
     hold_ns: u64,
     keep_ns: u64,
     write_ns: u64,
@@ -127,7 +127,7 @@ impl Outcome {
             start_ns: nanoseconds(times.start),
             check_ns: nanoseconds(times.check),
             fence_ns: nanoseconds(times.fence),
-            feed_ns: nanoseconds(times.feed),
+            restore_ns: nanoseconds(times.restore),
             hold_ns: self.restored.hold_ns,
             keep_ns: self.restored.keep_ns,
             write_ns: self.restored.write_ns,
@@ -260,7 +260,7 @@ fn words(
         ("QEMU's start", steps.start_ns),
         ("check", steps.check_ns),
         ("fence", steps.fence_ns),
-        ("stream", steps.feed_ns),
+        ("stream", steps.restore_ns),
         ("QEMU's loading", steps.load_ns),
         ("all", steps.total_ns),
     ];

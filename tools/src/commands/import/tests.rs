@@ -315,7 +315,7 @@ fn disorder_and_repetition_are_put_right() {
 }
 
 #[test]
-fn what_is_lost_is_told_and_what_came_before_is_kept() {
+fn what_is_lost_is_reported_and_what_came_before_is_kept() {
     let connections = recorded(&options(Version::V11_1, 1));
     let segments = segments(&connections, &mut SmallRng::seed_from_u64(1));
     let scratch = tempfile::tempdir().unwrap();

@@ -18,7 +18,7 @@ pub(super) fn run(args: &InspectArgs) -> Result<(), CommandError> {
     let text = read_bounded(&args.file).map_err(|error| failed(&error))?;
     let json = |error: serde_json::Error| {
         CommandError::Failed(format!(
-            "{} is no file of colo-ring: {error}",
+            "{} is not a file of colo-ring: {error}",
             args.file.display()
         ))
     };
@@ -34,7 +34,7 @@ pub(super) fn run(args: &InspectArgs) -> Result<(), CommandError> {
             show_report(args, &report)
         }
         other => Err(CommandError::Failed(format!(
-            "{} has the schema {other:?}, which is not to be inspected: it is JSON, print it with jq",
+            "{} has the schema {other:?}, which inspect does not know: it is JSON, print it with jq",
             args.file.display()
         ))),
     }

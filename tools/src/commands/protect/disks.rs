@@ -283,7 +283,7 @@ fn wait_synced(
                 ));
             }
             Err(RecvTimeoutError::Timeout) => {}
-            // Nobody can interrupt it.
+            // There is no thread that could interrupt it.
             Err(RecvTimeoutError::Disconnected) => std::thread::sleep(POLL),
         }
     }

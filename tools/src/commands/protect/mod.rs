@@ -224,7 +224,7 @@ fn check_can_begin(qmp: &mut Qmp) -> Result<(), CommandError> {
     let kvm = ask("query-kvm")?;
     if stops_under_tcg(version) && kvm["enabled"] == Value::Bool(false) {
         return Err(CommandError::Failed(format!(
-            "QEMU {version} without KVM (TCG) stops for ever after its first checkpoint, with every secondary: use KVM \
+            "QEMU {version} without KVM (TCG) hangs after its first checkpoint, with every secondary: use KVM \
              or QEMU 11"
         )));
     }

@@ -19,7 +19,7 @@ const OFF: [&str; 10] = [
     "x-ignore-shared",
 ];
 
-/// The last version whose COLO breaks its own connection with return-path on, and stops for ever under TCG.
+/// The last version whose COLO breaks its own connection with return-path on, and hangs under TCG.
 const LAST_OLD: Version = Version {
     major: 10,
     minor: 0,
@@ -249,7 +249,7 @@ mod tests {
     }
 
     #[test]
-    fn a_qemu_without_colo_is_told() {
+    fn a_qemu_without_colo_is_reported() {
         let version = Version {
             major: 11,
             minor: 1,

@@ -36,7 +36,7 @@ fn connect(path: &SocketPath) -> Qmp {
 }
 
 #[test]
-fn a_primary_that_cannot_be_protected_is_told_why() {
+fn a_primary_that_cannot_be_protected_is_reported_why() {
     let blocked = json!({"blocked-reasons": ["non-migratable device: amd-iommu"]});
     for (version, status, migration, kvm, says) in [
         ((11, 1, 3), "inmigrate", json!({}), true, "-incoming"),
@@ -70,7 +70,7 @@ fn a_primary_that_cannot_be_protected_is_told_why() {
 }
 
 #[test]
-fn the_way_it_fails_and_what_the_guest_does_are_told() {
+fn the_way_it_fails_and_what_the_guest_does_are_reported() {
     let refused = json!({"status": "failed", "error-desc": "Failed to connect: Connection refused"});
     let closed = json!({"status": "failed", "error-desc": "Unable to write to socket: Broken pipe"});
     for (migration, status, says) in [

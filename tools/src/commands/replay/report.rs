@@ -167,7 +167,7 @@ fn notes(args: &ReplayArgs, streams: &Streams, measured: &Measured, is_again: bo
         .filter(|latest| *latest >= LATE)
     {
         notes.push(format!(
-            "the replay itself was up to {latest:.1?} late with a checkpoint; that is counted nowhere"
+            "the replay itself was up to {latest:.1?} late with a checkpoint, which no figure includes"
         ));
     }
     notes

@@ -383,7 +383,7 @@ fn channel(mut stream: UnixStream, seen: &Seen) {
     }
 }
 
-/// Marks the session as failed when a thread panics, so that no other waits for it for ever.
+/// Marks the session as failed when a thread panics, so that no other waits for it endlessly.
 struct FailOnPanic(Arc<Seen>);
 
 impl Drop for FailOnPanic {
