@@ -4,7 +4,7 @@
 //! Its connections, tenants and decode queues are then dropped one by one. After the last one, nothing writes to the guest's memory any
 //! more, and the control thread may drop what was not committed.
 
-use super::budget::{BudgetError, Lease};
+use super::budget::BudgetError;
 use super::disks::SessionDisks;
 use super::end::SessionEnd;
 use super::guest_memory::{GuestMemory, MemoryError};
@@ -115,18 +115,14 @@ impl LiveSession {
         self.channels[usize::from(channel.0)].socket.as_raw_fd()
     }
 
-    /// What it receives into, once the guest's memory is made.
-    pub(super) fn store(&self) -> Option<&Arc<Store>> {
-        self.memory.get().map(|memory| &memory.store)
+    /// The guest's memory, once it is made.
+    pub(super) fn memory(&self) -> Option<&GuestMemory> {
+        self.memory.get()
     }
 
-    /// Takes memory for a channel, of the budget of its guest's RAM, which was made before.
-    ///
-    /// # Errors
-    /// If the limit does not allow it.
-    pub(super) fn lease_memory(&self, bytes: u64) -> Result<Lease, BudgetError> {
-        let memory = self.memory.get().expect("made before pages came");
-        memory.leases.beside_ram(bytes)
+    /// What it receives into, once the guest's memory is made.
+    pub(super) fn store(&self) -> Option<&Arc<Store>> {
+        self.memory().map(|memory| &memory.store)
     }
 
     /// Steps down from the options of the guest's memory.

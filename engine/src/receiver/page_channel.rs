@@ -6,6 +6,7 @@
 
 use super::decode::{Compressed, PacketPlace};
 use super::end::ChannelError;
+use super::guest_memory::{GuestMemory, MemoryLeases};
 use super::live_session::LiveSession;
 use crate::canary::{self, Canary};
 use crate::ring::{Connection, Loss, Move, ReceivePlan, ReceiveStyle, StreamBuffer};
@@ -80,6 +81,8 @@ struct Link {
 /// The way of a packet's pages into the guest's memory.
 struct Pages {
     store: Arc<Store>,
+    /// The budget of what the channel needs besides.
+    leases: Arc<MemoryLeases>,
     landing: Box<Landing>,
     normal: Box<PageList>,
     zero: Box<PageList>,
@@ -140,8 +143,8 @@ impl PageChannel {
                 link.protocol.on_release();
                 link.state = State::Header;
                 if pages.is_none() {
-                    let store = link.session.store();
-                    *pages = store.map(|store| Pages::new(store.clone(), link.id));
+                    let memory = link.session.memory();
+                    *pages = memory.map(|memory| Pages::new(memory, link.id));
                 }
             }
             _ => {}
@@ -246,9 +249,10 @@ fn apply_zero(store: &Store, shard: usize, pages: &PageList) {
 }
 
 impl Pages {
-    fn new(store: Arc<Store>, channel: ChannelId) -> Self {
+    fn new(memory: &GuestMemory, channel: ChannelId) -> Self {
         Self {
-            store,
+            store: memory.store.clone(),
+            leases: memory.leases.clone(),
             landing: Box::new(Landing::of(channel)),
             normal: Box::default(),
             zero: Box::default(),
@@ -343,7 +347,7 @@ impl Pages {
         let compressed = match &mut self.compressed {
             Some(compressed) => compressed,
             none => {
-                let first = Compressed::open(method, &link.session, &self.store, link.id)?;
+                let first = Compressed::open(method, &link.session, &self.store, &self.leases, link.id)?;
                 none.insert(Box::new(first))
             }
         };

@@ -37,7 +37,8 @@
 //!
 //! # Folders
 //! `memory` maps, copies and places memory; `cache` decides where slots are, and flushes them by a plan; `commit` has the
-//! dirty pages and the threads that flush; `durable` lets a checkpoint outlive the process. Each uses only those before it.
+//! dirty pages and the threads that flush; `durable` has the record of what outlives the process. Each uses only those before
+//! it; the files beside the folders put them together.
 
 mod cache;
 mod checkpoint_view;
@@ -50,6 +51,7 @@ mod error;
 pub(crate) mod memory;
 mod options;
 mod receive;
+mod recovery;
 
 #[cfg(all(test, not(loom), not(miri)))]
 mod tests;
@@ -67,13 +69,13 @@ pub use committed::CommittedImage;
 #[cfg(test)]
 pub(crate) use create::Granularity;
 pub use dump::{DEVICE_STATE_FILE, DumpReport, DumpedBlock, RESERVED_FILES};
-pub use durable::recovery::{Recoverable, RecoverableCheckpoint, labels_in};
 pub use error::StoreError;
 pub use memory::copy::CopyMethod;
 pub use memory::huge::{Fallback, HugePages};
 pub use memory::slab::{HEADER_BYTES, Slab, SlabId};
 pub use memory::span::LandingRun;
 pub use options::{CacheKind, CommitMode, StoreOptions};
+pub use recovery::{Recoverable, RecoverableCheckpoint, labels_in};
 
 use crate::blocks::BlockTable;
 use crate::units::CheckpointId;

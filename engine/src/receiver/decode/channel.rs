@@ -4,6 +4,7 @@ use super::queue::{DecodeQueue, Packet, PacketPlace, RESUME_AT};
 use super::workers::Workers;
 use crate::canary::{self, Canary};
 use crate::receiver::end::ChannelError;
+use crate::receiver::guest_memory::MemoryLeases;
 use crate::receiver::live_session::LiveSession;
 use crate::store::Store;
 use crate::units::ChannelId;
@@ -34,9 +35,10 @@ impl Compressed {
         method: Method,
         session: &Arc<LiveSession>,
         store: &Arc<Store>,
+        leases: &MemoryLeases,
         channel: ChannelId,
     ) -> Result<Self, ChannelError> {
-        let queue = Arc::new(DecodeQueue::open(method, session, store, channel)?);
+        let queue = Arc::new(DecodeQueue::open(method, session, store, leases, channel)?);
         Ok(Self {
             workers: session.services.shared().workers.clone(),
             current: queue.take_free(),

@@ -4,6 +4,7 @@ use super::backlog::{Applied, Backlog};
 use crate::canary::{self, Canary};
 use crate::receiver::budget::Lease;
 use crate::receiver::end::{ChannelError, SessionEnd};
+use crate::receiver::guest_memory::MemoryLeases;
 use crate::receiver::live_session::{LiveSession, SessionPart};
 use crate::ring::StreamBuffer;
 use crate::store::Store;
@@ -81,10 +82,11 @@ impl DecodeQueue {
         method: Method,
         session: &Arc<LiveSession>,
         store: &Arc<Store>,
+        leases: &MemoryLeases,
         channel: ChannelId,
     ) -> Result<Self, ChannelError> {
         let payloads = u64::from(PACKETS) * u64::from(PAYLOAD_MAX);
-        let lease = session.lease_memory(payloads + codec::fixed_bytes(method))?;
+        let lease = leases.beside_ram(payloads + codec::fixed_bytes(method))?;
         let decoder = Decoder::open(method)?.expect("uncompressed payloads go straight to their pages");
         let queue = Self {
             store: store.clone(),

@@ -1,4 +1,3 @@
-//! Checkpoints that outlive the process: the record in the RAM directory, and the recovery from it.
+//! What lets a checkpoint outlive the process: the record in the RAM directory. `recovery.rs` beside this folder reads it.
 
 pub(crate) mod record;
-pub(crate) mod recovery;
