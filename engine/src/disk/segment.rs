@@ -7,7 +7,7 @@
 //! | [`DATA_BEGIN`] | data, upwards |
 //! | the end | entries of [`ENTRY_BYTES`], downwards: the first one is the last in the segment |
 //!
-//! An entry counts once [`SegmentHeader::set_entries`] has counted it, which is stored after the entry; a segment belongs to a checkpoint
+//! An entry counts once the header counts it, which is stored after the entry ([`Segment::append`]); a segment belongs to a checkpoint
 //! once its header has the right checksum, which is stored last. So a process that is killed leaves segments that can be read. All numbers
 //! are words of 64 bits in this host's byte order.
 
