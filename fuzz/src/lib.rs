@@ -5,11 +5,12 @@ use colo_ring::wire::codec::{Decoder, Method, PageBuffer, stream_bytes};
 use colo_ring::wire::xbzrle;
 use std::cell::RefCell;
 
-/// Takes an input, and returns how many pages it has decoded.
+/// Takes an input, and returns how much of it was valid: pages, or steps of a handshake and requests.
 pub type Target = fn(&[u8]) -> usize;
 
 /// The targets by their names.
-pub const TARGETS: [(&str, Target); 4] = [
+pub const TARGETS: [(&str, Target); 5] = [
+    ("nbd", nbd),
     ("page_deflate", page_deflate),
     ("xbzrle", delta),
     ("zlib", |input| channel(Method::Zlib, input)),
@@ -21,6 +22,12 @@ const PAGES_MAX: u16 = 128;
 const _: () = assert!(PAGES_MAX as usize == PACKET_PAGES);
 
 thread_local!(static BUFFER: RefCell<PageBuffer> = RefCell::default());
+
+/// What a client of a disk sends: the handshake, and requests behind it.
+pub fn nbd(input: &[u8]) -> usize {
+    let (steps, requests) = colo_ring::nbd::fuzz(input);
+    steps + requests
+}
 
 /// A stream for each page, raw or with a header.
 pub fn page_deflate(input: &[u8]) -> usize {
