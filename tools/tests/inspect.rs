@@ -322,7 +322,7 @@ fn foreign_files_are_refused() {
             "is this an HdrHistogram log?",
         ),
         (file("a.json", b"{\"schema\": \"x\"}"), "has the schema \"x\""),
-        (file("b.json", b"{"), "is no file of colo-ring"),
+        (file("b.json", b"{"), "is not a file of colo-ring"),
         (file("a.cap", b"\x89CLR\n\x1a\n"), "as binary"),
         (file("b.cap", b"\xd4\xc3\xb2\xa1 pcap"), "pcap recording"),
     ] {

@@ -89,7 +89,7 @@ fn foreign_files_are_told_from_logs() {
         (b"hello", "has no interval; cut in line 1"),
         (b"", "has no interval"),
         (b"# nothing\n", "has no interval"),
-        (b"1,2,3,HISTFAAAA!\n", "no base64"),
+        (b"1,2,3,HISTFAAAA!\n", "not base64"),
         (b"1,2,3,HISTE\n", "base64"),
         (b"1,2,inf,HISTFAAA\n", "the maximum is \"inf\""),
         (b"1,2,3,AAAAAAAAAAAA\n", "0x00000000"),
