@@ -15,4 +15,3 @@ mod numa;
 mod protect;
 mod replay;
 mod torn;
-mod xbzrle;
