@@ -14,8 +14,8 @@ use tempfile::TempDir;
 /// Kills in a run, at most.
 const KILLS: usize = 3;
 
-/// Instants between two kills, at most.
-const INSTANTS: usize = 1200;
+/// Instants between two kills, at most: some runs die early, others when they have committed several checkpoints.
+const INSTANTS: [usize; 3] = [300, 1200, 5000];
 
 /// A directory with the files of another.
 fn copy_of(other: &Path) -> TempDir {
@@ -40,10 +40,45 @@ fn copy_file(from: &Path, to: &Path) -> std::io::Result<()> {
     Ok(())
 }
 
+/// When the receiver is killed.
+struct Schedule {
+    rng: Rng,
+    kills: usize,
+    /// Instants between two kills, at most.
+    most: usize,
+    /// Instants before the next kill.
+    wait: usize,
+}
+
+impl Schedule {
+    fn new(seed: u64) -> Self {
+        let mut rng = Rng::new(seed);
+        let most = rng.pick(&INSTANTS);
+        Self {
+            kills: 0,
+            most,
+            wait: rng.range(1, most),
+            rng,
+        }
+    }
+
+    /// An instant passes; whether the receiver is killed at it.
+    fn pass(&mut self) -> bool {
+        self.wait = self.wait.saturating_sub(1);
+        if self.wait > 0 || self.kills == KILLS {
+            return false;
+        }
+        self.kills += 1;
+        self.wait = self.rng.range(1, self.most);
+        true
+    }
+}
+
 /// See the module.
 pub(super) struct Death {
     directory: TempDir,
     killed: Rc<RefCell<Option<TempDir>>>,
+    schedule: Rc<RefCell<Schedule>>,
 }
 
 impl Death {
@@ -51,19 +86,27 @@ impl Death {
     pub(super) fn new(seed: u64) -> Self {
         let directory = scratch();
         let killed = Rc::new(RefCell::new(None));
-        let mut rng = Rng::new(seed);
-        let (mut kills, mut wait) = (0, rng.range(1, INSTANTS));
-        let (living, dead) = (directory.path().to_owned(), killed.clone());
+        let schedule = Rc::new(RefCell::new(Schedule::new(seed)));
+        let (living, dead, instants) = (directory.path().to_owned(), killed.clone(), schedule.clone());
         killpoint::set(Some(Box::new(move || {
-            wait = wait.saturating_sub(1);
-            if wait > 0 || kills == KILLS || dead.borrow().is_some() {
-                return;
+            if dead.borrow().is_none() && instants.borrow_mut().pass() {
+                *dead.borrow_mut() = Some(copy_of(&living));
             }
-            kills += 1;
-            wait = rng.range(1, INSTANTS);
-            *dead.borrow_mut() = Some(copy_of(&living));
         })));
-        Self { directory, killed }
+        Self {
+            directory,
+            killed,
+            schedule,
+        }
+    }
+
+    /// What a kill must not interrupt halfway begins now. Once in `times` times the receiver is killed within so many
+    /// instants: these stages are short, and few kills would come to them by chance.
+    pub(super) fn lurk(&self, times: usize, instants: usize) {
+        let schedule = &mut *self.schedule.borrow_mut();
+        if schedule.rng.one_in(times) {
+            schedule.wait = schedule.wait.min(schedule.rng.range(1, instants));
+        }
     }
 
     /// Where the receiver's files are.

@@ -40,7 +40,12 @@ pub(super) enum DiskFault {
     Unfinished,
 }
 
-pub(super) const DISK_FAULTS: [DiskFault; 3] = [DiskFault::Lost, DiskFault::LateWrite, DiskFault::Unfinished];
+pub(super) const DISK_FAULTS: [DiskFault; 4] = [
+    DiskFault::Lost,
+    DiskFault::LateWrite,
+    DiskFault::LateWrite,
+    DiskFault::Unfinished,
+];
 
 /// What became of a step.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -57,7 +57,7 @@ impl Kind {
         let zeros = [ZeroPages::MainChannel, ZeroPages::ZeroLists, ZeroPages::AsNormal];
         let kind = Self {
             version,
-            channels: rng.pick(&[0, 1, 1, 2, 2, 3, 4, 4, 8]),
+            channels: rng.pick(&[0, 1, 2, 2, 3, 4, 4, 8]),
             per_round: version != Version::V7_2 && !rng.one_in(3),
             zero_pages: rng.pick(&zeros),
             repeats: false,
@@ -67,9 +67,11 @@ impl Kind {
             packet_pages: rng.any_size(PACKET_PAGES),
             checkpoints: rng.any_size(6) as u64,
         };
-        if version != Version::V7_2 && rng.one_in(6) {
+        if version != Version::V7_2 && rng.one_in(3) {
             return Self {
                 channels: 1,
+                // Several packets of a round wait for a worker, which must keep their order.
+                method: rng.pick(&[Method::None, Method::Zlib, Method::Zstd, Method::Zstd]),
                 per_round: true,
                 zero_pages: ZeroPages::ZeroLists,
                 repeats: true,
@@ -334,7 +336,7 @@ impl Primary {
     fn last_part(&mut self, rng: &mut Rng) {
         let mut dirty: Vec<usize> = self.memory.dirty.iter().copied().collect();
         self.order(rng, &mut dirty);
-        let sends_stale = rng.one_in(2) && !dirty.is_empty();
+        let sends_stale = !rng.one_in(if self.kind.repeats { 4 } else { 2 }) && !dirty.is_empty();
         if sends_stale {
             // The same pages before, in a round of their own and with other content: which of the two wins matters.
             let again = rng.any_size(dirty.len());
@@ -389,7 +391,7 @@ impl Primary {
         if self.kind.channels == 0 {
             return None;
         }
-        let page = rng.below(self.memory.pages.len());
+        let page = self.intruded(rng);
         let mut bytes = [0xee; PAGE];
         bytes[..8].copy_from_slice(&rng.next().to_le_bytes());
         let content = Content::new(bytes);
@@ -402,6 +404,17 @@ impl Primary {
         let channel = rng.below(self.kind.channels);
         self.packet(channel, &packet, false);
         Some(Intruder::new(channel, state, page, content))
+    }
+
+    /// Which page: one that the last checkpoint has changed more often than another, since its content is on its way to the image.
+    fn intruded(&self, rng: &mut Rng) -> usize {
+        let page = rng.below(self.memory.pages.len());
+        let [.., before, last] = &self.snapshots[..] else {
+            return page;
+        };
+        let changed = |page: &usize| before.pages[*page] != last.pages[*page];
+        let from_there = (page..self.memory.pages.len()).find(changed);
+        from_there.filter(|_| !rng.one_in(3)).unwrap_or(page)
     }
 
     fn take_snapshot(&mut self, device_state: Vec<u8>) {

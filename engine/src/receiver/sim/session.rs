@@ -123,6 +123,17 @@ impl SimSession {
         (0..snapshots.len()).take_while(is_here).count()
     }
 
+    /// Whether a checkpoint is here that is not committed yet.
+    pub(super) fn commits_soon(&self, net: &Network) -> bool {
+        self.live.end().is_none() && self.delivered(&net.wires[self.wires.clone()]) > self.committed
+    }
+
+    /// Whether everything that the primary has sent on its main channel was taken.
+    pub(super) fn is_main_channel_empty(&self, net: &Network) -> bool {
+        let main = &net.wires[self.wires.start];
+        main.taken == main.sent.len() && !main.is_filling()
+    }
+
     /// Compares what is committed with what the primary has sent, whole.
     pub(super) fn check(&mut self, net: &Network) -> Result<(), String> {
         let delivered = self.delivered(&net.wires[self.wires.clone()]);

@@ -78,6 +78,8 @@ pub(super) struct World {
     wait_all: bool,
     /// In how many tries a core does work that can wait.
     laziness: usize,
+    /// In how many tries a worker does a part of its work.
+    workers_laziness: usize,
     /// In how many turns a core takes a step of a flush, once.
     flush_turns: usize,
     /// Nothing was found to do at random.
@@ -110,7 +112,11 @@ impl World {
             .collect();
         let connections: usize = kinds.iter().map(|kind| kind.channels + 1).sum();
         // A thread for each connection is a core that drives nothing else.
-        let cores = if threads { connections } else { rng.range(1, 3) };
+        let cores = if threads {
+            connections
+        } else {
+            rng.pick(&[1, 2, 2, 3])
+        };
         let registered = match threads {
             true => Registered::No,
             false => rng.pick(&[
@@ -136,7 +142,7 @@ impl World {
         };
         let ram_dir = death.as_ref().map(|death| death.directory().to_owned());
         let mut disk_rng = Rng::new(seed ^ DISKS);
-        let has_disks = disk_rng.one_in(3);
+        let has_disks = disk_rng.one_in(2);
         let own_bases = (has_disks && ram_dir.is_none()).then(scratch);
         let bases = ram_dir
             .clone()
@@ -153,10 +159,12 @@ impl World {
             cores: SimCore::all(&net, cores, &ignore_warnings()).expect("eventfds"),
             stalled: vec![false; connections],
             faults: Vec::new(),
-            dump_at: rng.one_in(16).then(|| rng.any_size(STEPS_USUAL) as u64),
+            dump_at: rng.one_in(8).then(|| rng.any_size(STEPS_USUAL) as u64),
             wait_all: rng.one_in(2),
             laziness: rng.pick(&[1, 20]),
-            flush_turns: rng.pick(&[1, 10, 40]),
+            // Busy with other guests' packets, workers let several of a channel's wait.
+            workers_laziness: rng.pick(&[1, 30]),
+            flush_turns: rng.pick(&[1, 10, 40, 100]),
             is_idle: false,
             flush_looks: rng.pick(&[4, 100]),
             piece_bytes,
@@ -181,8 +189,8 @@ impl World {
             ReceiveStyle {
                 bulk_from_pages: world.rng.pick(&[0, 1, 5, u64::MAX]),
                 offload: OffloadThreshold {
-                    from_pages: world.rng.pick(&[1, 3, 10, u64::MAX]),
-                    from_queued: world.rng.pick(&[0, 1, 5000]),
+                    from_pages: world.rng.pick(&[1, 1, 3, u64::MAX]),
+                    from_queued: world.rng.pick(&[0, 0, 1, 5000]),
                 },
                 ..ReceiveStyle::RING
             }
@@ -277,6 +285,7 @@ impl World {
         }
         let before: Vec<u64> = self.sessions.iter().map(SimSession::commits).collect();
         killpoint::here();
+        self.lurk();
         self.break_something()?;
         let which = self.rng.below(self.sessions.len());
         let flushes = self.sessions[which].is_flushing();
@@ -300,6 +309,16 @@ impl World {
         Ok(true)
     }
 
+    /// In some runs, the receiver is killed in the middle of a commit or soon after it.
+    fn lurk(&self) {
+        if let Some(death) = &self.death {
+            let net = &self.net.borrow();
+            if self.sessions.iter().any(|session| session.commits_soon(net)) {
+                death.lurk(20, 20);
+            }
+        }
+    }
+
     /// What the guests' disks do in this step.
     fn disk_step(&mut self) -> Result<(), String> {
         let rng = &mut self.disk_rng;
@@ -320,6 +339,9 @@ impl World {
             step = disks.run(rng, session.primary.stage);
             self.tally.disk_writes += u64::from(step == DiskStep::Done);
         } else if rng.one_in(8) {
+            if let Some(death) = &self.death {
+                death.lurk(4, 10);
+            }
             self.tally.applied += u64::from(disks.apply(rng));
         }
         session.is_touched |= step == DiskStep::Lost;
@@ -375,7 +397,9 @@ impl World {
             7..9 => self.turn(one_of(self.cores.len()))?,
             9..11 => self.go_on(one_of(self.sessions.len()))?,
             11 => self.do_job(),
-            _ => !self.workers.is_empty() && self.work(one_of(self.workers.len())),
+            _ if self.workers.is_empty() => false,
+            _ if !self.is_idle && !self.rng.one_in(self.workers_laziness) => false,
+            _ => self.work(one_of(self.workers.len())),
         };
         if done {
             self.tally.digest = (self.tally.digest ^ which ^ what as u64).wrapping_mul(0x100_0000_01b3);

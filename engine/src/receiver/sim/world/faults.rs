@@ -27,13 +27,15 @@ pub(super) enum Fault {
     Stop,
 }
 
-pub(super) const FAULTS: [Fault; 8] = [
+pub(super) const FAULTS: [Fault; 10] = [
     Fault::Cut,
     Fault::Reset,
     Fault::Kill,
     Fault::Rubbish,
     Fault::Intrude,
     Fault::Intrude,
+    Fault::Hasten,
+    Fault::Hasten,
     Fault::Hasten,
     Fault::Stop,
 ];
@@ -107,8 +109,11 @@ impl World {
         let session = &self.sessions[number];
         match (fault, session.primary.stage) {
             (Fault::Intrude, stage) => matches!(stage, Stage::WaitReady | Stage::WaitLoaded),
-            // The first request never finds a flush in progress.
-            (Fault::Hasten, Stage::WaitReply) => session.is_flushing() || self.rng.one_in(100),
+            // Most of the time while the request waits for the end of a flush; the first request never finds one in progress.
+            (Fault::Hasten, Stage::WaitReply) => {
+                let waits = session.is_flushing() && session.is_main_channel_empty(&self.net.borrow());
+                waits || self.rng.one_in(if session.is_flushing() { 20 } else { 100 })
+            }
             (Fault::Hasten, _) => false,
             _ => true,
         }

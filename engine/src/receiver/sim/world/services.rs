@@ -22,11 +22,13 @@ use std::time::Instant;
 /// The cache of a store, the pool's limit, and when it commits.
 type StoreKind = (CacheKind, Option<u64>, CommitMode);
 
-/// Every way to make a store.
-pub(super) const STORES: [StoreKind; 6] = [
+/// Every way to make a store. Most have a flush behind the commit, during which the primary goes on.
+pub(super) const STORES: [StoreKind; 8] = [
     (CacheKind::Mirror, None, CommitMode::Sync),
     (CacheKind::Mirror, None, CommitMode::Deferred),
+    (CacheKind::Mirror, None, CommitMode::Deferred),
     (CacheKind::Pool, None, CommitMode::Sync),
+    (CacheKind::Pool, None, CommitMode::Deferred),
     (CacheKind::Pool, None, CommitMode::Deferred),
     // So little that every checkpoint needs more.
     (CacheKind::Pool, Some(1), CommitMode::Sync),
@@ -34,7 +36,7 @@ pub(super) const STORES: [StoreKind; 6] = [
 ];
 
 /// Those whose checkpoints outlive the receiver, with a RAM directory.
-pub(super) const LASTING_STORES: [StoreKind; 2] = [STORES[2], STORES[3]];
+pub(super) const LASTING_STORES: [StoreKind; 2] = [STORES[3], STORES[4]];
 
 /// Background work that is waiting.
 pub(super) type Jobs = Arc<Mutex<Vec<Work>>>;
