@@ -1,29 +1,32 @@
-//! Numbers that look random and follow from a seed: splitmix64 (Steele, Lea, Flood 2014).
+//! Numbers that look random and follow from a seed.
+//!
+//! `rand` documents the generator as portable and reproducible: its stream stays the same in every version and on every platform.
+//! How numbers in a range are drawn from the stream may change with a minor version of `rand`, which `Cargo.lock` pins.
+
+use rand::rngs::Xoshiro256PlusPlus;
+use rand::seq::{IndexedRandom, SliceRandom};
+use rand::{Rng as _, RngExt, SeedableRng};
 
 /// The generator. Every choice of a run comes from one, so that its seed is the run.
-pub(super) struct Rng(u64);
+pub(super) struct Rng(Xoshiro256PlusPlus);
 
 impl Rng {
     pub(super) fn new(seed: u64) -> Self {
-        Self(seed)
+        Self(Xoshiro256PlusPlus::seed_from_u64(seed))
     }
 
     pub(super) fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut z = self.0;
-        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        z ^ (z >> 31)
+        self.0.next_u64()
     }
 
     /// A number below `bound`, which is not 0.
     pub(super) fn below(&mut self, bound: usize) -> usize {
-        usize::try_from(self.next() % (bound as u64)).expect("below a usize")
+        self.0.random_range(..bound)
     }
 
     /// A number from `from` to `to`, both included.
     pub(super) fn range(&mut self, from: usize, to: usize) -> usize {
-        from + self.below(to - from + 1)
+        self.0.random_range(from..=to)
     }
 
     /// Whether something happens that does once in `times` times.
@@ -38,12 +41,10 @@ impl Rng {
     }
 
     pub(super) fn pick<T: Copy>(&mut self, choices: &[T]) -> T {
-        choices[self.below(choices.len())]
+        *choices.choose(&mut self.0).expect("one of several")
     }
 
     pub(super) fn shuffle<T>(&mut self, items: &mut [T]) {
-        for last in (1..items.len()).rev() {
-            items.swap(last, self.below(last + 1));
-        }
+        items.shuffle(&mut self.0);
     }
 }
