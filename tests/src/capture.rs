@@ -32,7 +32,15 @@ impl Capture {
     /// # Panics
     /// If it is missing or damaged: a test that needs it cannot pass.
     pub fn read(name: &str) -> Self {
-        let mut reader = CaptureReader::open(&capture_file(name)).expect("a capture file");
+        Self::load(&capture_file(name))
+    }
+
+    /// Reads a capture file.
+    ///
+    /// # Panics
+    /// As of [`Capture::read`].
+    pub fn load(file: &Path) -> Self {
+        let mut reader = CaptureReader::open(file).expect("a capture file");
         let mut connections: Vec<Vec<u8>> = Vec::new();
         let mut chunks = Vec::new();
         while let Some(record) = reader.next().expect("an undamaged capture") {
@@ -54,7 +62,7 @@ impl Capture {
                 _ => {}
             }
         }
-        assert!(reader.is_torn().is_none(), "{name} is not complete");
+        assert!(reader.is_torn().is_none(), "{} is not complete", file.display());
         let main = connections
             .iter()
             .position(|bytes| bytes.starts_with(b"QEVM"))

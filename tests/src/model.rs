@@ -18,6 +18,14 @@ pub struct Model {
     pub checkpoints: u64,
     /// Pages that were received in one epoch twice.
     pub twice: usize,
+    /// Deltas.
+    pub deltas: u64,
+    /// The commands' numbers, in their order.
+    pub commands: Vec<usize>,
+    /// SYNC packets with pages.
+    pub syncs_with_pages: usize,
+    /// Packets without pages that announce a payload, which does not come.
+    pub stale_sizes: usize,
     current: Vec<u8>,
     continued: usize,
 }
@@ -49,6 +57,15 @@ impl<'a> Reader<'a> {
         self.take(length)
     }
 
+    /// The length of a run in a delta: seven bits, and seven more where the first byte says so.
+    fn run(&mut self) -> usize {
+        let low = self.count(1);
+        if low < 0x80 {
+            return low;
+        }
+        (low & 0x7f) | self.count(1) << 7
+    }
+
     fn left(&self) -> usize {
         self.bytes.len() - self.at
     }
@@ -57,6 +74,11 @@ impl<'a> Reader<'a> {
 impl Model {
     /// Plays the whole capture.
     pub fn of(capture: &Capture) -> Self {
+        Self::at(capture, u64::MAX)
+    }
+
+    /// Plays a capture up to this checkpoint, or its end.
+    pub fn at(capture: &Capture, checkpoint: u64) -> Self {
         let mut model = Self::default();
         let mut channels: Vec<Reader<'_>> = capture
             .connections
@@ -77,7 +99,10 @@ impl Model {
         let text = find_vmdesc(main.bytes, main.at);
         model.commit(main.bytes[main.at..=text.0].to_vec());
         main.at = text.1;
-        while main.left() > 0 && model.checkpoint(&mut main, &mut channels, &mut flush_marks) {
+        while model.checkpoints < checkpoint
+            && main.left() > 0
+            && model.checkpoint(&mut main, &mut channels, &mut flush_marks)
+        {
             model.checkpoints += 1;
         }
         model
@@ -92,9 +117,11 @@ impl Model {
     ) -> bool {
         match main.bytes[main.at] {
             0x08 => {
-                main.take(3);
+                main.take(1);
+                let command = main.count(2);
                 let length = main.count(2);
                 main.take(length);
+                self.commands.push(command);
             }
             kind @ 0x01..=0x03 => {
                 main.take(5);
@@ -141,6 +168,10 @@ impl Model {
                     let page = main.take(PAGE).to_vec();
                     self.page(block, high, &page);
                 }
+                0x40 => {
+                    let block = self.block_of(main, flags);
+                    self.delta(block, high, main);
+                }
                 0x200 => {
                     *flush_marks |= start;
                     self.epoch(channels);
@@ -186,6 +217,26 @@ impl Model {
         self.current[at..at + PAGE].copy_from_slice(content);
     }
 
+    /// A delta (XBZRLE) against what the page holds now: bytes to leave, bytes to replace, in turn.
+    fn delta(&mut self, block: usize, offset: usize, main: &mut Reader<'_>) {
+        assert_eq!(main.number(1), 1, "the only encoding");
+        let length = main.count(2);
+        let mut delta = Reader {
+            bytes: main.take(length),
+            at: 0,
+        };
+        let begin = self.begin_of(block) + offset;
+        let page = &mut self.current[begin..begin + PAGE];
+        let mut at = 0;
+        while delta.left() > 0 {
+            at += delta.run();
+            let replaced = delta.run();
+            page[at..at + replaced].copy_from_slice(delta.take(replaced));
+            at += replaced;
+        }
+        self.deltas += 1;
+    }
+
     /// Everything on the channels up to and including their next SYNC.
     fn epoch(&mut self, channels: &mut [Reader<'_>]) {
         let mut seen = HashSet::new();
@@ -194,7 +245,10 @@ impl Model {
                 let header = channel.take(HEADER);
                 let number = |at: usize, length: usize| Reader { bytes: header, at }.count_of(length);
                 let (flags, normal, zero) = (number(8, 4), number(16, 4), number(32, 4));
-                if normal + zero > 0 {
+                let has_pages = normal + zero > 0;
+                self.syncs_with_pages += usize::from(flags & 1 != 0 && has_pages);
+                self.stale_sizes += usize::from(number(20, 4) != 0 && !has_pages);
+                if has_pages {
                     let name = header[64..320].split(|byte| *byte == 0).next().expect("a name");
                     let block = self.named(name);
                     for entry in 0..normal + zero {

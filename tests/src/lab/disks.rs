@@ -414,7 +414,7 @@ impl<'a> DiskRuns<'a> {
         primary: &mut Qemu,
         arguments: &[&str],
     ) -> Result<Value, LabError> {
-        primary.qmp().execute("stop", &json!({}))?;
+        primary.stop()?;
         let interval = INTERVAL_MS.to_string();
         let all = [&["--interval", &interval], arguments].concat();
         secondary.protect_by_command(primary, &all)

@@ -120,6 +120,15 @@ impl Qemu {
         Ok(())
     }
 
+    /// Stops the guest. Protected then, it runs again from the switch-over on.
+    ///
+    /// # Errors
+    /// When QEMU refuses it.
+    pub fn stop(&mut self) -> Result<(), LabError> {
+        self.qmp().execute("stop", &json!({}))?;
+        Ok(())
+    }
+
     /// Makes this QEMU, started by [`Qemu::start_incoming`], the COLO secondary at `address`.
     ///
     /// # Errors
@@ -205,7 +214,7 @@ impl Qemu {
         // The guest has dirtied memory since: what is committed now is not what the last checkpoint had.
         std::thread::sleep(Duration::from_millis(100));
         let resumes_before = self.resumes()?.len();
-        self.qmp().execute("stop", &json!({}))?;
+        self.stop()?;
         let saved = self.save_ram(save_to)?;
         if self.resumes()?.len() != resumes_before {
             return Err(LabError::Ended {

@@ -5,7 +5,9 @@ use std::io::Read;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 
-use super::LabError;
+use crate::model::Model;
+
+use super::{Dump, LabError};
 
 const PAGE: usize = 4096;
 const PAGE_BYTES: u64 = 4096;
@@ -34,31 +36,70 @@ impl SavedRam {
     /// [`LabError::RamDiffers`] with the ranges that differ.
     pub fn assert_equal(&self, image: &Path) -> Result<(), LabError> {
         let Some(block) = &self.block else {
-            return assert_same(image, &self.by_pmemsave, &[FIRMWARE]);
+            return assert_same_files(image, &self.by_pmemsave, &[FIRMWARE]);
         };
-        assert_same(image, block, &[])?;
-        assert_same(image, &self.by_pmemsave, &[FIRMWARE, VGA_WINDOW])
+        assert_same_files(image, block, &[])?;
+        assert_same_files(image, &self.by_pmemsave, &[FIRMWARE, VGA_WINDOW])
     }
 }
 
-/// Compares two files of RAM; pages inside `exempt` are passed over.
+impl Dump {
+    /// Compares all of a dumped checkpoint with what a naive reading of the recorded session makes of the same bytes.
+    ///
+    /// # Errors
+    /// [`LabError::RamDiffers`] with the ranges that differ; [`LabError::Malformed`] if anything else does.
+    pub fn assert_equal(&self, model: &Model) -> Result<(), LabError> {
+        let found = (self.checkpoint(), self.block_count());
+        let expected = (model.checkpoints, model.blocks.len());
+        if found != expected {
+            return Err(LabError::Malformed {
+                what: "the dump".into(),
+                detail: format!(
+                    "its checkpoint and number of blocks are {found:?}, recorded are {expected:?}"
+                ),
+            });
+        }
+        for (name, content) in &model.blocks {
+            let image = self.block(&String::from_utf8_lossy(name))?;
+            let recorded = (content.as_slice(), content.len() as u64);
+            assert_same(open(&image)?, recorded, &image, &[])?;
+        }
+        if self.device_state()? != model.device_state {
+            return Err(LabError::Malformed {
+                what: "the dump's device state".into(),
+                detail: "it is not what was recorded".into(),
+            });
+        }
+        Ok(())
+    }
+}
+
+/// Compares a file of RAM with another one; pages inside `exempt` are passed over.
 ///
 /// # Errors
 /// [`LabError::RamDiffers`] with the ranges that differ; [`LabError::Malformed`] if the sizes do.
-fn assert_same(image: &Path, saved: &Path, exempt: &[Range<u64>]) -> Result<(), LabError> {
-    let (mut image_file, image_bytes) = open(image)?;
-    let (mut saved_file, saved_bytes) = open(saved)?;
+fn assert_same_files(image: &Path, saved: &Path, exempt: &[Range<u64>]) -> Result<(), LabError> {
+    assert_same(open(image)?, open(saved)?, image, exempt)
+}
+
+/// The same of what is behind the two, each with its bytes.
+fn assert_same(
+    (mut image_file, image_bytes): (impl Read, u64),
+    (mut saved_file, saved_bytes): (impl Read, u64),
+    image: &Path,
+    exempt: &[Range<u64>],
+) -> Result<(), LabError> {
     if image_bytes != saved_bytes || image_bytes == 0 || image_bytes % PAGE_BYTES != 0 {
         return Err(LabError::Malformed {
             what: format!("the size of {}", image.display()),
-            detail: format!("{image_bytes} bytes, the primary saved {saved_bytes}"),
+            detail: format!("{image_bytes} bytes, expected are {saved_bytes}"),
         });
     }
     let mut differing: Vec<Range<u64>> = Vec::new();
     let (mut image_page, mut saved_page) = ([0; PAGE], [0; PAGE]);
     for start in (0..image_bytes).step_by(PAGE) {
         read_page(&mut image_file, image, &mut image_page)?;
-        read_page(&mut saved_file, saved, &mut saved_page)?;
+        read_page(&mut saved_file, image, &mut saved_page)?;
         if image_page == saved_page || exempt.iter().any(|range| range.contains(&start)) {
             continue;
         }

@@ -311,6 +311,12 @@ impl Dump {
         self.checkpoint.checkpoint
     }
 
+    /// Number of its RAM blocks.
+    #[must_use]
+    pub(super) fn block_count(&self) -> usize {
+        self.checkpoint.blocks.len()
+    }
+
     /// The machine type that the primary named.
     #[must_use]
     pub fn machine(&self) -> &str {

@@ -1,6 +1,8 @@
 //! The recorder between primary and secondary: `colo-ring capture` as a process.
 
 use crate::HANG_LIMIT;
+use crate::capture::Capture;
+use crate::model::Model;
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -85,6 +87,15 @@ impl Recorder {
         }
         let text = fs::read(&self.report).map_err(LabError::io("read the report of colo-ring capture"))?;
         serde_json::from_slice(&text).map_err(|error| malformed("colo-ring capture --json", &error))
+    }
+
+    /// What a naive reading makes of the recorded session up to a checkpoint, once the recorder has ended.
+    ///
+    /// # Panics
+    /// When the session cannot be read so.
+    #[must_use]
+    pub fn model_at(&self, checkpoint: u64) -> Model {
+        Model::at(&Capture::load(&self.capture), checkpoint)
     }
 
     fn log(&self) -> String {

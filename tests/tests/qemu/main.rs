@@ -15,3 +15,4 @@ mod numa;
 mod protect;
 mod replay;
 mod torn;
+mod xbzrle;
