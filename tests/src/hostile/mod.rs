@@ -267,10 +267,13 @@ impl HostilePrimary {
         if self.channels.is_empty() {
             return;
         }
+        // Where pages are compressed, the last channel's stream begins later.
+        let compressed = !self.encoders.is_empty();
+        let with_pages = (self.channels.len() - usize::from(compressed)).max(1);
         for (block, (name, bytes)) in BLOCKS.iter().enumerate() {
             for page in 0..bytes / PAGE {
                 let fill = u8::try_from(0x80 | page).expect("few pages");
-                let position = usize::try_from(page).expect("few pages") % self.channels.len();
+                let position = usize::try_from(page).expect("few pages") % with_pages;
                 self.send_page(position, name, page, fill);
                 self.put(block, page, fill);
             }
