@@ -3,6 +3,7 @@
 
 use colo_ring::receiver::{Receiver, ReceiverOptions, Request, Response};
 use colo_ring::ring::BackendKind;
+use colo_ring::store::{CacheKind, CommitMode, StoreOptions};
 use colo_ring_tests::capture::{Capture, capture_file};
 use colo_ring_tests::command::{Scratch, run};
 use colo_ring_tests::model::Model;
@@ -12,21 +13,45 @@ use std::path::PathBuf;
 
 const PASSES: u64 = 3;
 
-fn receiver() -> Receiver {
-    let options = ReceiverOptions {
-        cores: vec![0],
-        ..receiver_options(BackendKind::Epoll, 4)
+/// The commands of the wire that tell the versions apart.
+const OPEN_RETURN_PATH: usize = 1;
+const ENABLE_COLO: usize = 8;
+const SWITCHOVER_START: usize = 11;
+
+/// Every backend, both placements and both commit modes.
+const KINDS: [(BackendKind, CacheKind, CommitMode); 4] = [
+    (BackendKind::Uring, CacheKind::Pool, CommitMode::Deferred),
+    (BackendKind::Epoll, CacheKind::Pool, CommitMode::Sync),
+    (BackendKind::Threads, CacheKind::Mirror, CommitMode::Deferred),
+    (BackendKind::Epoll, CacheKind::Mirror, CommitMode::Sync),
+];
+
+fn receiver((backend, cache, commit): (BackendKind, CacheKind, CommitMode)) -> Receiver {
+    let options = receiver_options(backend, 4);
+    let store = StoreOptions {
+        cache,
+        commit,
+        ..options.store
     };
-    Receiver::start(options, drop).unwrap()
+    Receiver::start(ReceiverOptions { store, ..options }, drop).unwrap()
+}
+
+/// Plays a capture to every kind of receiver. Returns the model, for what is special in it.
+fn play(name: &str, pace: &[&str]) -> Model {
+    let model = Model::of(&Capture::read(name));
+    assert!(!model.commands.contains(&OPEN_RETURN_PATH));
+    assert_eq!(model.commands[0], ENABLE_COLO);
+    for kind in KINDS {
+        play_to(receiver(kind), name, pace, &model);
+    }
+    model
 }
 
 /// Plays a capture and compares what the receiver has committed with the model.
-fn play(name: &str, pace: &[&str]) {
+fn play_to(receiver: Receiver, name: &str, pace: &[&str], model: &Model) {
     let scratch = Scratch::new();
     let file = capture_file(name);
     let file = file.to_str().unwrap();
-    let model = Model::of(&Capture::read(name));
-    let receiver = receiver();
     let address = receiver.addresses()[0].to_string();
     let out = scratch.file("run");
     let passes = PASSES.to_string();
@@ -75,12 +100,19 @@ fn play(name: &str, pace: &[&str]) {
 
 #[test]
 fn a_session_of_qemu_7_2() {
-    play("colo-multifd4-7.2", &["--pace", "max"]);
+    let model = play("colo-multifd4-7.2", &["--pace", "max"]);
+    assert!(!model.commands.contains(&SWITCHOVER_START));
+    assert!(model.syncs_with_pages > 0 && model.stale_sizes > 0 && model.twice > 0);
 }
 
 #[test]
 fn a_session_of_qemu_10() {
-    play("colo-multifd4-10", &["--interval", "20"]);
+    let model = play("colo-multifd4-10", &["--interval", "20"]);
+    let switchovers = model.commands.iter().filter(|id| **id == SWITCHOVER_START);
+    assert!(
+        switchovers.count() as u64 > model.checkpoints,
+        "one in precopy and one in each checkpoint"
+    );
 }
 
 /// What a replay adds to a checkpoint of 30 MiB is less than a tenth of it. The time for which the replay is preempted
