@@ -160,8 +160,8 @@ pub enum StreamsError {
     NoPrecopy(String),
     /// Its checkpoints cannot be played again in the same session.
     #[error(
-        "the checkpoints cannot be played again within a session: {0}; play only those that the capture has, \
-         or repeat the session"
+        "the checkpoints cannot be played again within a session: {0}; play at most those that the capture has, and \
+         whole sessions again with --repeat"
     )]
     NotRepeatable(&'static str),
     /// An error in this program.
