@@ -70,7 +70,7 @@ pub(super) fn release(epoch: &Epoch) {
 pub(super) fn bring_to_base(base: &Base, epoch: &Epoch, between: impl Fn()) -> io::Result<()> {
     let mut batch: Vec<Stretch<'_>> = Vec::new();
     let (mut begin, mut end) = (0, 0);
-    for part in epoch.parts_from(0) {
+    for part in epoch.parts() {
         let is_next = part.offset == end && end - begin < STEP_BYTES && batch.len() < SLICES_MAX;
         if !is_next {
             flush(base, &mut batch, begin, &between)?;

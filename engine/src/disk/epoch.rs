@@ -1,12 +1,15 @@
 //! The log of one epoch: an index over segments that says what each range of the disk holds.
 //!
-//! A write that lies within one of the epoch's earlier ones goes to the same place, so a block that is written again and again takes its
-//! room once. Others are appended, and hide what they overlap. Replaying the entries in their order leads to the same: what was
-//! written in place is what was visible, so no later entry hides it.
+//! What a write overlaps of the epoch's earlier ones goes to the same places, so a block that is written again and again takes its
+//! room once. The rest is appended. Replaying the entries in their order leads to the same: what was written in place is what was visible,
+//! so no later entry hides it.
 
+use super::index::Index;
 use super::segment::{Entry, EntryKind, Room, Segment, SegmentHeader};
-use std::collections::BTreeMap;
 use std::sync::Arc;
+
+/// Most places of one write: one that overlaps more is appended behind them, and what it hides is lost room.
+const PLACES_MAX: usize = 64;
 
 /// What a range of the disk holds.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -31,12 +34,6 @@ impl Content {
     }
 }
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Extent {
-    end: u64,
-    content: Content,
-}
-
 /// A part of a disk's range whose content is known.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Part {
@@ -48,6 +45,24 @@ pub(crate) struct Part {
 impl Part {
     pub(crate) fn end(&self) -> u64 {
         self.offset + self.length
+    }
+
+    /// The same without its first `bytes`.
+    pub(crate) fn skip(self, bytes: u64) -> Self {
+        Self {
+            offset: self.offset + bytes,
+            length: self.length - bytes,
+            content: self.content.skip(bytes),
+        }
+    }
+
+    /// What of it lies in a range that it overlaps.
+    fn within(self, offset: u64, end: u64) -> Self {
+        let skipped = self.skip(offset.saturating_sub(self.offset));
+        Self {
+            length: skipped.length.min(end - skipped.offset),
+            ..skipped
+        }
     }
 }
 
@@ -64,11 +79,12 @@ pub(crate) struct Epoch {
     log: u64,
     /// The checkpoint with which it commits.
     pub(crate) checkpoint: u64,
-    index: BTreeMap<u64, Extent>,
+    index: Index,
     pub(crate) segments: Vec<Arc<Segment>>,
     room: Room,
-    /// Bytes of the disk that it changes, those without data included.
-    bytes: u64,
+    /// What the disk has taken of the host's memory for the index.
+    pub(super) leases: Vec<Box<dyn Send + Sync>>,
+    pub(super) leased_bytes: u64,
 }
 
 impl Epoch {
@@ -77,15 +93,22 @@ impl Epoch {
         Self {
             log,
             checkpoint,
-            index: BTreeMap::new(),
+            index: Index::default(),
             segments: Vec::new(),
             room: Room::NONE,
-            bytes: 0,
+            leases: Vec::new(),
+            leased_bytes: 0,
         }
     }
 
+    /// Bytes of the disk that it changes, those without data included.
     pub(crate) fn bytes(&self) -> u64 {
-        self.bytes
+        self.index.bytes()
+    }
+
+    /// Memory that its index takes.
+    pub(crate) fn index_bytes(&self) -> u64 {
+        self.index.memory_bytes()
     }
 
     pub(crate) fn is_empty(&self) -> bool {
@@ -108,46 +131,44 @@ impl Epoch {
     pub(crate) fn place(&mut self, offset: u64, length: u64, placed: &mut Vec<Placed>) -> bool {
         let end = offset + length;
         let mut at = placed.last().map_or(offset, |last| last.part.end());
-        if at == offset
-            && let Some(content) = self.data_of(offset, end)
-        {
-            placed.push(Placed {
-                part: Part {
-                    offset,
-                    length,
-                    content,
-                },
-                entry: None,
-            });
-            return true;
-        }
         while at < end {
-            let Some((entry, place, taken)) = self.room.take(end - at) else {
-                return false;
-            };
-            let length = u64::try_from(taken).unwrap_or(0);
-            let content = Content::Data {
-                segment: self.segments.len() - 1,
-                place,
-            };
-            placed.push(Placed {
-                part: Part {
-                    offset: at,
-                    length,
-                    content,
-                },
-                entry: Some(entry),
-            });
-            at += length;
+            let known = self.next_data(at, end).filter(|_| placed.len() < PLACES_MAX);
+            let gap_end = known.map_or(end, |part| part.offset);
+            while at < gap_end {
+                let Some(new) = self.append(at, gap_end) else {
+                    return false;
+                };
+                at = new.part.end();
+                placed.push(new);
+            }
+            if let Some(part) = known {
+                at = part.end();
+                placed.push(Placed { part, entry: None });
+            }
         }
         true
     }
 
-    /// Where the data of a range lies, if it lies in one piece.
-    fn data_of(&self, offset: u64, end: u64) -> Option<Content> {
-        let (start, extent) = self.index.range(..=offset).next_back()?;
-        let is_data = matches!(extent.content, Content::Data { .. });
-        (is_data && extent.end >= end).then(|| extent.content.skip(offset - start))
+    /// The first data in a range.
+    fn next_data(&self, offset: u64, end: u64) -> Option<Part> {
+        let mut parts = self.index.parts_from(offset).take_while(|part| part.offset < end);
+        let data = parts.find(|part| matches!(part.content, Content::Data { .. }));
+        data.map(|part| part.within(offset, end))
+    }
+
+    /// Room for data from `offset` to at most `end`. None if another segment is needed first.
+    fn append(&mut self, offset: u64, end: u64) -> Option<Placed> {
+        let (entry, place, length) = self.room.take(end - offset)?;
+        let segment = self.segments.len() - 1;
+        let part = Part {
+            offset,
+            length: u64::try_from(length).unwrap_or(0),
+            content: Content::Data { segment, place },
+        };
+        Some(Placed {
+            part,
+            entry: Some(entry),
+        })
     }
 
     /// The data has arrived in its places.
@@ -158,81 +179,41 @@ impl Epoch {
             };
             let entry = Entry {
                 offset: part.offset,
-                length: part.length,
+                // At most a segment's.
+                length: u32::try_from(part.length).unwrap_or(u32::MAX),
                 kind: EntryKind::Data(place),
             };
             self.segments[segment].append(*number, entry, self.checkpoint);
-            self.insert(*part);
+            self.index.insert(*part);
         }
     }
 
-    /// A range holds zeros from now on. False if another segment is needed first.
+    /// A range holds zeros from now on. False if another segment is needed first; then it is to be done again.
     pub(crate) fn zero(&mut self, offset: u64, length: u64, may_punch: bool) -> bool {
-        let Some((number, segment)) = self.room.take_entry().zip(self.segments.last()) else {
-            return false;
-        };
-        let entry = Entry {
-            offset,
-            length,
-            kind: EntryKind::Zero { may_punch },
-        };
-        segment.append(number, entry, self.checkpoint);
-        self.insert(Part {
-            offset,
-            length,
-            content: Content::Zero { may_punch },
-        });
+        let mut done = 0;
+        while done < length {
+            let Some((number, segment)) = self.room.take_entry().zip(self.segments.last()) else {
+                return false;
+            };
+            let entry = Entry {
+                offset: offset + done,
+                length: u32::try_from(length - done).unwrap_or(u32::MAX),
+                kind: EntryKind::Zero { may_punch },
+            };
+            segment.append(number, entry, self.checkpoint);
+            self.index.insert(Part {
+                offset: entry.offset,
+                length: u64::from(entry.length),
+                content: Content::Zero { may_punch },
+            });
+            done += u64::from(entry.length);
+        }
         true
     }
 
     /// Puts a part into the index, over what was there.
     pub(crate) fn insert(&mut self, part: Part) {
-        let (offset, end) = (part.offset, part.end());
-        self.cut_out(offset, end);
-        self.bytes += part.length;
-        // Data that continues the extent before it makes that longer: a sequential write is one extent.
-        if let Some((start, before)) = self.index.range_mut(..offset).next_back()
-            && before.end == offset
-            && before.content.skip(offset - start) == part.content
-        {
-            before.end = end;
-            return;
-        }
-        let content = part.content;
-        self.index.insert(offset, Extent { end, content });
-    }
-
-    /// Removes a range from the index.
-    fn cut_out(&mut self, offset: u64, end: u64) {
-        let before = self.index.range_mut(..offset).next_back();
-        if let Some((start, before)) = before
-            && before.end > offset
-        {
-            let whole = *before;
-            before.end = offset;
-            self.bytes -= whole.end.min(end) - offset;
-            if whole.end > end {
-                let content = whole.content.skip(end - start);
-                let extent = Extent {
-                    end: whole.end,
-                    content,
-                };
-                self.index.insert(end, extent);
-                return;
-            }
-        }
-        while let Some((&start, &extent)) = self.index.range(offset..end).next() {
-            self.index.remove(&start);
-            self.bytes -= extent.end.min(end) - start;
-            if extent.end > end {
-                let content = extent.content.skip(end - start);
-                let extent = Extent {
-                    end: extent.end,
-                    content,
-                };
-                self.index.insert(end, extent);
-            }
-        }
+        self.index.insert(part);
     }
 
     /// Goes through a range in order: what the epoch holds of it, and what it does not.
@@ -243,46 +224,25 @@ impl Epoch {
         mut known: impl FnMut(Part),
         mut unknown: impl FnMut(u64, u64),
     ) {
-        if offset >= end {
-            return;
-        }
         let mut at = offset;
-        let first = self.index.range(..=offset).next_back();
-        let first = first
-            .filter(|(_, extent)| extent.end > offset)
-            .map(|(start, extent)| (*start, *extent));
-        let others = self.index.range(offset + 1..end);
-        for (start, extent) in first
-            .into_iter()
-            .chain(others.map(|(start, extent)| (*start, *extent)))
-        {
-            if start >= end {
-                break;
+        if offset < end {
+            for part in self.index.parts_from(offset).take_while(|part| part.offset < end) {
+                let part = part.within(at, end);
+                if part.offset > at {
+                    unknown(at, part.offset);
+                }
+                at = part.end();
+                known(part);
             }
-            if start > at {
-                unknown(at, start);
-                at = start;
-            }
-            let to = extent.end.min(end);
-            known(Part {
-                offset: at,
-                length: to - at,
-                content: extent.content.skip(at - start),
-            });
-            at = to;
         }
         if at < end {
             unknown(at, end);
         }
     }
 
-    /// All parts in order of their offsets, from an offset on.
-    pub(crate) fn parts_from(&self, offset: u64) -> impl Iterator<Item = Part> {
-        self.index.range(offset..).map(|(start, extent)| Part {
-            offset: *start,
-            length: extent.end - start,
-            content: extent.content,
-        })
+    /// All parts in order of their offsets.
+    pub(crate) fn parts(&self) -> impl Iterator<Item = Part> {
+        self.index.parts_from(0)
     }
 }
 
@@ -368,7 +328,7 @@ mod tests {
             // Applying.
             let mut applied = vec![0xee; SIZE];
             let (mut end, mut bytes) = (0, 0);
-            for part in epoch.parts_from(0) {
+            for part in epoch.parts() {
                 prop_assert!(part.offset >= end && part.length > 0);
                 end = part.end();
                 bytes += part.length;
@@ -399,7 +359,7 @@ mod tests {
                 for number in 0..segment.entries() {
                     let entry = segment.entry(usize::try_from(number).unwrap(), header).unwrap();
                     let at = usize::try_from(entry.offset).unwrap();
-                    let out = &mut replayed[at..at + usize::try_from(entry.length).unwrap()];
+                    let out = &mut replayed[at..at + entry.length as usize];
                     match entry.kind {
                         EntryKind::Data(place) => segment.read(place, out),
                         EntryKind::Zero { .. } => out.fill(0),

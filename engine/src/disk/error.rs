@@ -105,6 +105,9 @@ pub enum DiskError {
         /// What was tried last.
         source: Box<DiskError>,
     },
+    /// There is no memory for the index of the log.
+    #[error("--ram-limit leaves no memory for its index")]
+    NoIndex,
     /// Applying has failed.
     #[error("disk {disk}: writing its base: {source}")]
     Apply {

@@ -7,7 +7,7 @@ use super::DiskError;
 use super::base::Base;
 use super::epoch::{Content, Epoch, Part, Placed};
 use super::io::Stretch;
-use super::pool::{NoSegment, RamPlace, SegmentPool};
+use super::pool::{NoSegment, RamPlace, RamShare, SegmentPool};
 use super::record::{DiskRecord, Ownership};
 use super::segment::Segment;
 use crate::canary::{self, Canary};
@@ -39,6 +39,8 @@ pub(crate) struct Binding {
     pub(crate) owner: Ownership,
     /// Where its log may lie in memory.
     pub(crate) ram: Option<RamPlace>,
+    /// Of which the memory of its log's index is taken.
+    pub(crate) index: Arc<dyn RamShare>,
     /// Called once, when the disk is lost to the session.
     pub(crate) on_loss: Box<dyn Fn(Arc<DiskError>) + Send + Sync>,
     /// Called once, when the log is full and the client has to wait.
@@ -60,6 +62,23 @@ struct State {
     loss: Option<Arc<DiskError>>,
     apply_error: Option<String>,
     binding: Option<Arc<Binding>>,
+}
+
+impl State {
+    /// Takes the memory of the open epoch's index that is not taken yet. False if there is none.
+    fn lease_index(&mut self) -> bool {
+        let more = self.open.index_bytes().saturating_sub(self.open.leased_bytes);
+        let Some(binding) = self.binding.as_ref().filter(|_| more > 0) else {
+            return true;
+        };
+        let lease = binding.index.take(more);
+        let is_taken = lease.is_some();
+        if is_taken {
+            self.open.leased_bytes += more;
+            self.open.leases.extend(lease);
+        }
+        is_taken
+    }
 }
 
 /// See the module.
@@ -445,8 +464,12 @@ impl Disk {
                     if state.open.checkpoint != checkpoint {
                         return Err(NbdError::Shutdown);
                     }
-                    state.open.add(segment);
-                    return Ok(state);
+                    if state.lease_index() {
+                        state.open.add(segment);
+                        return Ok(state);
+                    }
+                    self.pool.put(vec![segment]);
+                    NoSegment::NoIndex
                 }
                 Err(no_segment) => no_segment,
             };
@@ -455,6 +478,7 @@ impl Disk {
             let has_room = match no_segment {
                 NoSegment::Full => self.pool.has_room(),
                 NoSegment::NoRoom(_) => self.pool.has_free(),
+                NoSegment::NoIndex => state.lease_index(),
             };
             if has_room {
                 continue;
@@ -470,6 +494,10 @@ impl Disk {
                     NoSegment::NoRoom(source) => DiskError::NoRoom {
                         disk,
                         source: Box::new(source),
+                    },
+                    NoSegment::NoIndex => DiskError::NoRoom {
+                        disk,
+                        source: Box::new(DiskError::NoIndex),
                     },
                 });
                 return Err(NbdError::NoSpace);
@@ -660,6 +688,7 @@ impl Disk {
         match Arc::try_unwrap(epoch) {
             Ok(mut epoch) => {
                 self.pool.put(std::mem::take(&mut epoch.segments));
+                epoch.leases.clear();
                 index = Some(epoch);
             }
             Err(shared) => self.pool.put(shared.segments.clone()),

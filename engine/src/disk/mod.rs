@@ -7,7 +7,7 @@
 //!                                  └──────────────── end: the open epoch is dropped ──► Over
 //! ```
 //!
-//! `base.rs` is a raw file or device; `segment.rs`, `pool.rs` and `epoch.rs` are the log; `record.rs` is what a later receiver must know of
+//! `base.rs` is a raw file or device; `segment.rs`, `pool.rs`, `epoch.rs` and `index.rs` are the log; `record.rs` is what a later receiver must know of
 //! a disk; `guest_disk.rs` puts them together; `apply.rs` brings logs to the base; `recovery.rs` does that for a receiver that was killed;
 //! `copy.rs` keeps a base for another failover.
 //!
@@ -23,6 +23,7 @@ mod copy;
 mod epoch;
 mod error;
 mod guest_disk;
+mod index;
 mod io;
 mod pool;
 mod record;

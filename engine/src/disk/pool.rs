@@ -17,7 +17,7 @@ const FREE_MIN: usize = 2;
 /// How many epochs do not need a segment before it is given back.
 const EPOCHS: u32 = 64;
 
-/// The share of the host's memory that logs may take.
+/// A share of the host's memory.
 pub(crate) trait RamShare: Send + Sync {
     /// Takes bytes, until what is returned is dropped; none if there is no room.
     fn take(&self, bytes: u64) -> Option<Box<dyn Send + Sync>>;
@@ -56,6 +56,8 @@ pub(crate) enum NoSegment {
     Full,
     /// There is neither memory nor disk space.
     NoRoom(DiskError),
+    /// There is no memory for the index of what is in the others.
+    NoIndex,
 }
 
 /// See the module.
@@ -216,11 +218,6 @@ impl SegmentPool {
 
     fn bytes_with_one_more(&self, inner: &Inner) -> u64 {
         (inner.in_use as u64 + 1).saturating_mul(self.segment_bytes)
-    }
-
-    #[cfg(test)]
-    pub(crate) fn bytes_in_use(&self) -> u64 {
-        self.inner().in_use as u64 * self.segment_bytes
     }
 
     #[cfg(test)]

@@ -27,7 +27,7 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 
 const MAGIC: u64 = u64::from_be_bytes(*b"\x89CLDSK\r\n");
-const VERSION: u64 = 1;
+const VERSION: u64 = 2;
 
 mod at {
     pub(super) const MAGIC: usize = 0;
@@ -124,7 +124,16 @@ impl DiskRecord {
     /// If another receiver serves it, or a checkpoint may need it.
     pub(crate) fn claim(directory: &Path, disk: &str, size: u64) -> Result<Self, DiskError> {
         let (record, is_new) = Self::open(&Self::path_of(directory, disk), true)?;
-        if !is_new && record.is_valid() && record.get(at::STATE) & COMMITTED != 0 {
+        if !is_new
+            && record.get(at::MAGIC) == MAGIC
+            && record.get(at::VERSION) != VERSION
+            && record.is_needed()
+        {
+            return Err(record.keep().damaged(
+                "another version of colo-ring has left it: let that one fail over or discard the checkpoint, or remove the file",
+            ));
+        }
+        if !is_new && record.is_valid() && record.is_needed() {
             let Ownership { session, ram_dir, .. } = record.ownership()?;
             let ram_dir = ram_dir.unwrap_or_else(|| "no RAM directory".to_owned());
             return Err(DiskError::Orphan {

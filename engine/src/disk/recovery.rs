@@ -143,10 +143,9 @@ fn take_entries(
     for number in 0..segment.entries() {
         let number = usize::try_from(number).unwrap_or(usize::MAX);
         let entry = segment.entry(number, header)?;
-        let is_inside = entry
-            .offset
-            .checked_add(entry.length)
-            .is_some_and(|end| end <= size);
+        let length = u64::from(entry.length);
+        let end = entry.offset.checked_add(length);
+        let is_inside = end.is_some_and(|end| end <= size);
         if !is_inside || entry.length == 0 {
             return Err(DiskError::Damaged {
                 path: segment.path.clone(),
@@ -155,7 +154,7 @@ fn take_entries(
         }
         epoch.insert(Part {
             offset: entry.offset,
-            length: entry.length,
+            length,
             content: match entry.kind {
                 EntryKind::Data(place) => Content::Data {
                     segment: position,

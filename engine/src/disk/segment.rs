@@ -21,11 +21,17 @@ use std::sync::atomic::Ordering;
 /// Bytes of a segment. Whole huge pages of 2 MiB, for a RAM directory on hugetlbfs.
 pub(crate) const SEGMENT_BYTES: u64 = 4 << 20;
 
+/// An entry has so many bits for a place.
+const _: () = assert!(SEGMENT_BYTES < 1 << (KIND_SHIFT - LENGTH_BITS));
+
 /// Where data begins in a segment: on a page of its own, as its writes mostly are.
 pub(crate) const DATA_BEGIN: usize = 4096;
 
 /// Bytes of an entry.
-pub(crate) const ENTRY_BYTES: usize = 32;
+pub(crate) const ENTRY_BYTES: usize = 24;
+
+/// A segment has an entry for so many of its bytes at most, so that the index of an epoch (`index.rs`) stays small beside its segments.
+const BYTES_PER_ENTRY: usize = 128;
 
 /// Places of data are multiples of that many bytes, so that no two share a cache line.
 const ALIGNMENT: usize = 64;
@@ -59,26 +65,19 @@ pub(crate) struct SegmentHeader {
 
 impl SegmentHeader {
     fn check(&self) -> u64 {
-        checksum(0, [self.log, self.checkpoint, self.sequence])
+        checksum([self.log, self.checkpoint, self.sequence])
     }
 }
 
-fn checksum(salt: u64, words: [u64; 3]) -> u64 {
-    let mut bytes = [0; 32];
-    for (chunk, word) in bytes
-        .chunks_exact_mut(8)
-        .zip([salt, words[0], words[1], words[2]])
-    {
-        chunk.copy_from_slice(&word.to_le_bytes());
-    }
-    u64::from(crc32c::crc32c(&bytes))
+fn checksum(words: [u64; 3]) -> u64 {
+    u64::from(crc32c::crc32c(words.map(u64::to_le_bytes).as_flattened()))
 }
 
 /// A write as its entry describes it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Entry {
     pub(crate) offset: u64,
-    pub(crate) length: u64,
+    pub(crate) length: u32,
     pub(crate) kind: EntryKind,
 }
 
@@ -91,6 +90,8 @@ pub(crate) enum EntryKind {
     Zero { may_punch: bool },
 }
 
+/// Of an entry's second word: the length in the lower half, the place above it, the kind in the highest bits.
+const LENGTH_BITS: u32 = 32;
 const KIND_SHIFT: u32 = 62;
 const DATA: u64 = 0;
 const ZERO: u64 = 1;
@@ -175,17 +176,15 @@ impl Segment {
             EntryKind::Zero { may_punch: false } => (ZERO, 0),
             EntryKind::Zero { may_punch: true } => (PUNCH, 0),
         };
-        let words = [
-            entry.offset,
-            entry.length | kind << KIND_SHIFT,
-            u64::try_from(place).unwrap_or(u64::MAX),
-        ];
+        // It is inside the segment.
+        let place = u64::try_from(place).unwrap_or(0);
+        let word = u64::from(entry.length) | place << LENGTH_BITS | kind << KIND_SHIFT;
+        let words = [entry.offset, word];
         let base = self.entry_place(entries);
-        for (word, at) in words.iter().zip((base..).step_by(8)) {
+        let check = checksum([checkpoint, words[0], words[1]]);
+        for (word, at) in words.iter().chain([&check]).zip((base..).step_by(8)) {
             self.memory.word(at).store(*word, Ordering::Relaxed);
         }
-        let check = checksum(checkpoint, words);
-        self.memory.word(base + 24).store(check, Ordering::Relaxed);
         killpoint::here();
         self.put(at::ENTRIES, u64::try_from(entries + 1).unwrap_or(u64::MAX));
     }
@@ -204,14 +203,16 @@ impl Segment {
             return Err(damaged());
         }
         let base = self.entry_place(number);
-        let words = [0, 8, 16].map(|at| self.get(base + at));
-        if self.get(base + 24) != checksum(header.checkpoint, words) {
+        let words = [0, 8].map(|at| self.get(base + at));
+        if self.get(base + 16) != checksum([header.checkpoint, words[0], words[1]]) {
             return Err(damaged());
         }
-        let length = words[1] & ((1 << KIND_SHIFT) - 1);
+        // Its lower half.
+        let length = u32::try_from(words[1] & u64::from(u32::MAX)).map_err(|_| damaged())?;
         let kind = match words[1] >> KIND_SHIFT {
             DATA => {
-                let place = usize::try_from(words[2]).ok();
+                let place = words[1] >> LENGTH_BITS & ((1 << (KIND_SHIFT - LENGTH_BITS)) - 1);
+                let place = usize::try_from(place).ok();
                 let end = place
                     .zip(usize::try_from(length).ok())
                     .and_then(|(at, length)| at.checked_add(length));
@@ -271,8 +272,7 @@ impl Room {
     /// Takes room for an entry with at most that much data: the entry's number, the place and the length of the data. None if there is no
     /// room for an entry with any data.
     pub(crate) fn take(&mut self, length: u64) -> Option<(usize, usize, usize)> {
-        let end = self.bytes.checked_sub((self.entries + 1) * ENTRY_BYTES)?;
-        let free = end.checked_sub(self.data)?;
+        let free = self.end_with_one_more()?.checked_sub(self.data)?;
         let length = usize::try_from(length).unwrap_or(usize::MAX).min(free);
         if length == 0 {
             return None;
@@ -285,11 +285,19 @@ impl Room {
 
     /// Takes room for an entry without data: its number.
     pub(crate) fn take_entry(&mut self) -> Option<usize> {
-        let end = self.bytes.checked_sub((self.entries + 1) * ENTRY_BYTES)?;
-        if end < self.data {
+        if self.end_with_one_more()? < self.data {
             return None;
         }
         self.entries += 1;
         Some(self.entries - 1)
+    }
+
+    /// Where data has to end if another entry is taken; none if there are as many as there may be.
+    fn end_with_one_more(&self) -> Option<usize> {
+        let entries = self.entries + 1;
+        match entries * BYTES_PER_ENTRY <= self.bytes {
+            true => self.bytes.checked_sub(entries * ENTRY_BYTES),
+            false => None,
+        }
     }
 }

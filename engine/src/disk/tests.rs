@@ -20,7 +20,7 @@ fn options(log_max: u64) -> DiskOptions {
     }
 }
 
-/// A share of so many segments.
+/// A share that so much may be taken of.
 struct Segments(Mutex<usize>);
 
 impl RamShare for Segments {
@@ -35,6 +35,8 @@ struct Bench {
     bases: tempfile::TempDir,
     ram: PathBuf,
     losses: Arc<Mutex<Vec<String>>>,
+    /// How often memory for an index may be taken.
+    indexes: usize,
 }
 
 impl Bench {
@@ -52,6 +54,7 @@ impl Bench {
             bases,
             ram,
             losses: Arc::default(),
+            indexes: usize::MAX,
         }
     }
 
@@ -80,6 +83,7 @@ impl Bench {
                 ram_dir: ram.is_some().then(|| self.ram.display().to_string()),
             },
             ram,
+            index: Arc::new(Segments(Mutex::new(self.indexes))),
             on_loss: Box::new(move |error| losses.lock().unwrap().push(error.to_string())),
             on_full: Box::new(|_| {}),
             hang_up: Box::new(|| {}),
@@ -286,6 +290,25 @@ fn a_full_log_waits_for_applying_and_is_an_error_in_one_epoch() {
     assert!(bench.base()[6 * 4096..].iter().all(|byte| *byte == 0xee));
 }
 
+#[test]
+fn an_index_without_memory_is_a_full_log() {
+    let bench = Bench {
+        indexes: 2,
+        ..Bench::new()
+    };
+    let disk = Arc::new(bench.open(1 << 30));
+    bench.bind(&disk, Some(99));
+    let applying = disk.clone();
+    let thread = std::thread::spawn(move || apply::run(&applying));
+    // 512 bytes each, so that every second write needs a new extent. 14 or more segments.
+    let fill = || (0..SIZE / 1024).all(|block| write(&disk, block * 1024, &[7; 512]));
+    assert!(!fill());
+    assert!(bench.losses.lock().unwrap()[0].contains("index"));
+    disk.end_session();
+    thread.join().unwrap();
+    assert!(bench.base().iter().all(|byte| *byte == 0xee));
+}
+
 /// Without a RAM directory: the record of the first disk says what is committed.
 #[test]
 fn disks_without_memory_are_left_at_an_epoch() {
@@ -332,49 +355,6 @@ fn a_disk_of_a_checkpoint_elsewhere_is_left_alone() {
         .unwrap();
     assert!(refused.to_string().contains("--ram-dir"), "{refused}");
     assert!(bench.base().iter().all(|byte| *byte == 0xee));
-}
-
-/// Not a test: prints what a commit costs by the number of scattered writes in its epoch.
-#[test]
-#[ignore = "a measurement"]
-fn measure_commits() {
-    let bench = Bench::new();
-    let blocks = 100_000;
-    std::fs::write(path_of(bench.bases.path(), "disk"), vec![0; blocks * 8192]).unwrap();
-    let big = DiskOptions {
-        log_max: 1 << 30,
-        segment_bytes: super::SEGMENT_BYTES,
-    };
-    let disk = Disk::open(bench.bases.path(), "disk", big).unwrap();
-    bench.bind(&disk, Some(1000));
-    let mut checkpoint = 0;
-    for writes in [0, 100, 10_000] {
-        let mut times = Vec::new();
-        for round in 0..21 {
-            for block in 0..writes {
-                assert!(write(&disk, (block * 7919 + round) % blocks * 8192, &[1; 4096]));
-            }
-            checkpoint += 1;
-            let begin = std::time::Instant::now();
-            disk.cut(checkpoint).unwrap();
-            disk.check_commit(checkpoint).unwrap();
-            disk.commit(checkpoint, false);
-            times.push(begin.elapsed());
-            let figures = disk.figures();
-            let bytes = (writes * 4096) as f64;
-            if round == 20 {
-                times.sort_unstable();
-                println!(
-                    "{writes} writes: cut and commit p50 {:?}, most {:?}; log {:.3} times the data",
-                    times[10],
-                    times[20],
-                    (disk.pool.bytes_in_use() as f64) / bytes
-                );
-            }
-            assert_eq!(figures.lag_epochs, usize::from(writes > 0));
-            while apply::step(&disk) {}
-        }
-    }
 }
 
 #[test]

@@ -3,7 +3,7 @@
 use super::budget::Budget;
 use super::control::ControlContext;
 use super::decode::WorkerThreads;
-use super::disks::{DiskRegistry, DiskServer, ServerParts, SessionDisks};
+use super::disks::{DiskMemory, DiskRegistry, DiskServer, ServerParts, SessionDisks};
 use super::guest_memory::{Budgets, GuestMemory, MemoryError};
 use super::live_session::LiveSession;
 use super::recovery::{label, recover_all, settle_disks};
@@ -157,23 +157,22 @@ fn disk_registry(
         log_max: serving.log_max_bytes,
         segment_bytes: SEGMENT_BYTES,
     };
-    let share = LogShare {
+    let segments = LogShare {
         ram: budgets.ram.clone(),
         logs: Arc::new(Budget::new(
             budgets.ram.limit() / LOG_SHARE,
             "the disks' part of --ram-limit",
         )),
     };
+    let memory = DiskMemory {
+        segments: Arc::new(segments),
+        indexes: Arc::new(IndexShare(budgets.ram.clone())),
+    };
     let directory = serving.directory.clone();
-    Ok(Some(DiskRegistry::new(
-        directory,
-        log,
-        Arc::new(share),
-        events.clone(),
-    )))
+    Ok(Some(DiskRegistry::new(directory, log, memory, events.clone())))
 }
 
-/// The share of the memory that logs of disks may take.
+/// The share of the memory that segments of disks' logs may take.
 struct LogShare {
     ram: Arc<Budget>,
     logs: Arc<Budget>,
@@ -183,6 +182,16 @@ impl RamShare for LogShare {
     fn take(&self, bytes: u64) -> Option<Box<dyn Send + Sync>> {
         let leases = (self.logs.take(bytes).ok()?, self.ram.take(bytes).ok()?);
         Some(Box::new(leases))
+    }
+}
+
+/// Indexes of logs have no limit but that of all RAM: without them a log beside its base is of no use, either.
+struct IndexShare(Arc<Budget>);
+
+impl RamShare for IndexShare {
+    fn take(&self, bytes: u64) -> Option<Box<dyn Send + Sync>> {
+        let lease = self.0.take(bytes).ok()?;
+        Some(Box::new(lease))
     }
 }
 

@@ -5,8 +5,8 @@ mod registry;
 mod server;
 mod session_disks;
 
-pub(super) use registry::DiskRegistry;
 pub use registry::UnboundDisk;
+pub(super) use registry::{DiskMemory, DiskRegistry};
 pub(super) use server::{DiskServer, ServerParts};
 pub(super) use session_disks::SessionDisks;
 pub use session_disks::{DiskState, DiskStatus, RestoredDisk};

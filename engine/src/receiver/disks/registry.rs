@@ -76,9 +76,17 @@ struct Known {
 pub(in crate::receiver) struct DiskRegistry {
     directory: PathBuf,
     options: DiskOptions,
-    share: Arc<dyn RamShare>,
+    memory: DiskMemory,
     events: Arc<Events>,
     known: Mutex<Known>,
+}
+
+/// Where the memory of disks' logs is taken.
+pub(in crate::receiver) struct DiskMemory {
+    /// Of their segments. What is more lies beside the bases.
+    pub(in crate::receiver) segments: Arc<dyn RamShare>,
+    /// Of their indexes.
+    pub(in crate::receiver) indexes: Arc<dyn RamShare>,
 }
 
 /// `NAME` or `NAME@UUID`, as a client asks for.
@@ -135,13 +143,13 @@ impl DiskRegistry {
     pub(in crate::receiver) fn new(
         directory: PathBuf,
         options: DiskOptions,
-        share: Arc<dyn RamShare>,
+        memory: DiskMemory,
         events: Arc<Events>,
     ) -> Self {
         Self {
             directory,
             options,
-            share,
+            memory,
             events,
             known: Mutex::default(),
         }
@@ -297,8 +305,9 @@ impl DiskRegistry {
                 owner: owner.clone(),
                 ram: ram.map(|files| RamPlace {
                     files: files.clone(),
-                    share: self.share.clone(),
+                    share: self.memory.segments.clone(),
                 }),
+                index: self.memory.indexes.clone(),
                 on_loss: on_loss(session),
                 on_full: self.on_full(session.id),
                 hang_up: match &entry.client {

@@ -259,7 +259,7 @@ fn compare(name: &str, content: &[u8], expected: &[u8], state: usize) -> Result<
     }
 }
 
-/// A share of so many segments.
+/// A share that so much may be taken of.
 struct Share(AtomicUsize);
 
 impl RamShare for Share {
@@ -296,6 +296,7 @@ pub(super) fn bind(
                 files,
                 share: Arc::new(Share(AtomicUsize::new(segments_in_ram))),
             }),
+            index: Arc::new(Share(AtomicUsize::new(usize::MAX))),
             on_loss: Box::new(move |error| {
                 if let Some(session) = weak.upgrade() {
                     session.finish(SessionEnd::Disk(error));
