@@ -7,23 +7,27 @@ use crate::disk::{Disk, DiskError};
 use crate::nbd::handshake::{Agreed, Exports, GREETING, Handshake, HandshakeError, Progress};
 use crate::net::{AcceptError, Accepted, Listener, Origin};
 use crate::receiver::budget::{Budget, BudgetError};
+use std::cell::Cell;
 use std::collections::HashMap;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::rc::Rc;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use thiserror::Error;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::UnixStream;
 use tokio::sync::{Notify, mpsc};
-use tokio::task::JoinSet;
+use tokio::task::{self, AbortHandle, JoinSet};
 
 /// Most clients that shake hands at a time; more are closed.
 const HANDSHAKES_MAX: usize = 1024;
 
 /// Most of them from one origin.
 const HANDSHAKES_OF_ORIGIN_MAX: usize = 64;
+
+/// A client that has said nothing for so long gives its place to another one where there are too many.
+const SILENCE: Duration = Duration::from_secs(1);
 
 /// Bytes received at a time in a handshake.
 const BUFFER_BYTES: usize = 4096;
@@ -104,58 +108,91 @@ async fn serve(parts: ServerParts, listeners: Vec<Listener>, stop: Arc<Notify>) 
     let mut handshakes = Handshakes {
         parts,
         running: JoinSet::new(),
-        of_origin: HashMap::new(),
+        clients: HashMap::new(),
     };
     loop {
         tokio::select! {
             Some(connection) = accepted.recv() => handshakes.accept(connection),
-            Some(Ok(origin)) = handshakes.running.join_next() => handshakes.ended(origin),
+            Some(ended) = handshakes.running.join_next_with_id() => {
+                let id = ended.map_or_else(|error| error.id(), |(id, ())| id);
+                // It is not there any more if it had to make room.
+                handshakes.clients.remove(&id);
+            }
             () = stop.notified() => return,
         }
     }
 }
 
+/// A client that shakes hands.
+struct Greeted {
+    origin: Origin,
+    from: String,
+    /// When it was heard last.
+    heard: Rc<Cell<Instant>>,
+    task: AbortHandle,
+}
+
 struct Handshakes {
     parts: ServerParts,
-    running: JoinSet<Origin>,
-    of_origin: HashMap<Origin, usize>,
+    running: JoinSet<()>,
+    clients: HashMap<task::Id, Greeted>,
 }
 
 impl Handshakes {
     fn accept(&mut self, accepted: Result<Accepted, AcceptError>) {
-        let registry = &self.parts.registry;
         let accepted = match accepted {
             Ok(accepted) => accepted,
-            Err(error) => return registry.warn(error.to_string()),
+            Err(error) => return self.parts.registry.warn(error.to_string()),
         };
         let origin = accepted.peer.origin;
-        let count = self.of_origin.entry(origin).or_default();
-        if *count >= HANDSHAKES_OF_ORIGIN_MAX || self.running.len() >= HANDSHAKES_MAX {
-            return registry.warn(format!(
-                "{}: closed: too many clients of disks have not chosen an export yet",
-                accepted.from
+        let of_origin = self.clients.values().filter(|client| client.origin == origin);
+        let has_room = match () {
+            () if of_origin.count() >= HANDSHAKES_OF_ORIGIN_MAX => {
+                self.make_room(|client| client.origin == origin)
+            }
+            () if self.clients.len() >= HANDSHAKES_MAX => self.make_room(|_| true),
+            () => true,
+        };
+        let from = accepted.from.clone();
+        if !has_room {
+            return self.parts.registry.warn(format!(
+                "{from}: closed: too many clients of disks have not chosen an export yet"
             ));
         }
-        *count += 1;
-        let parts = self.parts.clone();
-        self.running.spawn_local(async move {
+        let heard = Rc::new(Cell::new(Instant::now()));
+        let (parts, own) = (self.parts.clone(), heard.clone());
+        let task = self.running.spawn_local(async move {
             let from = accepted.from.clone();
-            match greet(&parts, accepted).await {
+            match greet(&parts, accepted, &own).await {
                 // A client that only looked needs no farewell.
                 Ok(()) | Err(Refusal::Io(_)) => {}
                 Err(refusal) => parts.registry.warn(format!("{from}: closed: {refusal}")),
             }
-            origin
         });
+        let client = Greeted {
+            origin,
+            from,
+            heard,
+            task,
+        };
+        self.clients.insert(client.task.id(), client);
     }
 
-    fn ended(&mut self, origin: Origin) {
-        if let Some(count) = self.of_origin.get_mut(&origin) {
-            *count -= 1;
-            if *count == 0 {
-                self.of_origin.remove(&origin);
-            }
-        }
+    /// Closes the client that has been silent longest. False if none is silent.
+    fn make_room(&mut self, which: impl Fn(&Greeted) -> bool) -> bool {
+        let all = self.clients.iter().filter(|(_, client)| which(client));
+        let oldest = all.min_by_key(|(_, client)| client.heard.get());
+        let silent = oldest.filter(|(_, client)| client.heard.get().elapsed() >= SILENCE);
+        let Some(client) = silent.map(|(id, _)| *id).and_then(|id| self.clients.remove(&id)) else {
+            return false;
+        };
+        client.task.abort();
+        let silence = client.heard.get().elapsed();
+        self.parts.registry.warn(format!(
+            "{}: closed: it was silent for {silence:.1?}, and other clients of disks wait",
+            client.from
+        ));
+        true
     }
 }
 
@@ -191,7 +228,7 @@ impl Exports for Seen<'_> {
 }
 
 /// Shakes hands with a client, and hands it over to a thread if it chooses an export.
-async fn greet(parts: &ServerParts, accepted: Accepted) -> Result<(), Refusal> {
+async fn greet(parts: &ServerParts, accepted: Accepted, heard: &Cell<Instant>) -> Result<(), Refusal> {
     let kept = Arc::new(accepted.socket.try_clone()?);
     let mut seen = Seen {
         registry: &parts.registry,
@@ -204,7 +241,7 @@ async fn greet(parts: &ServerParts, accepted: Accepted) -> Result<(), Refusal> {
     let stream = std::os::unix::net::UnixStream::from(accepted.socket);
     stream.set_nonblocking(true)?;
     let mut stream = UnixStream::from_std(stream)?;
-    let talking = talk(&mut stream, &mut seen);
+    let talking = talk(&mut stream, &mut seen, heard);
     let talked = tokio::time::timeout(parts.deadline, talking).await;
     let Some((agreed, rest)) = talked.map_err(|_| Refusal::Deadline(parts.deadline))?? else {
         return Ok(());
@@ -227,7 +264,11 @@ async fn greet(parts: &ServerParts, accepted: Accepted) -> Result<(), Refusal> {
 }
 
 /// Answers options until the client has chosen an export or is gone. Returns what was received beyond.
-async fn talk(stream: &mut UnixStream, seen: &mut Seen<'_>) -> Result<Option<(Agreed, Vec<u8>)>, Refusal> {
+async fn talk(
+    stream: &mut UnixStream,
+    seen: &mut Seen<'_>,
+    heard: &Cell<Instant>,
+) -> Result<Option<(Agreed, Vec<u8>)>, Refusal> {
     stream.write_all(&GREETING).await?;
     let mut handshake = Handshake::new();
     let (mut arrived, mut out) = (Vec::new(), Vec::new());
@@ -246,6 +287,7 @@ async fn talk(stream: &mut UnixStream, seen: &mut Seen<'_>) -> Result<Option<(Ag
                     0 => return Ok(None),
                     got => arrived.extend(&bytes[..got]),
                 }
+                heard.set(Instant::now());
             }
         }
     }
