@@ -357,8 +357,8 @@ fn a_disk_that_is_lost_ends_the_session_and_not_the_checkpoint() {
     );
     assert!(bench.client("data").read(0, 1).is_ok());
     bench.ask(Request::Discard { session: 1 }).expect("discarded");
-    assert_eq!(&bench.base("root")[..4096], [1; 4096]);
-    drop(bench.client_soon("root"));
+    assert!(bench.base("root")[..4096].iter().all(|byte| *byte == 1));
+    drop(bench.client("root"));
 }
 
 #[test]
@@ -383,7 +383,9 @@ fn a_write_after_the_cut_ends_the_session() {
         status.end
     );
     assert_eq!(status.checkpoint, Some(1));
-    assert_eq!(&bench.base("root")[..4096], [1; 4096]);
+    // The log is applied by then.
+    bench.ask(Request::Discard { session: 1 }).expect("discarded");
+    assert!(bench.base("root")[..4096].iter().all(|byte| *byte == 1));
 }
 
 #[test]
@@ -428,7 +430,7 @@ fn a_receiver_that_starts_again_has_disk_and_memory() {
         ),
         ("root", Some(1))
     );
-    assert_eq!(&bench.base("root")[..4096], [1; 4096]);
+    assert!(bench.base("root")[..4096].iter().all(|byte| *byte == 1));
     assert!(NbdClient::go(bench.disks, "root").is_err());
     assert_eq!(bench.restore().expect("a checkpoint").disks[0].epoch, 1);
 }
@@ -524,15 +526,13 @@ fn silent_clients_cost_no_threads() {
     }
     // Other tests of this process have their own.
     assert!(threads() < before + 300, "{before} threads, then {}", threads());
-    drop(silent);
+    // Those that are silent make room.
     let since = Instant::now();
     while NbdClient::go(bench.disks, "data").is_err() {
-        assert!(
-            since.elapsed() < HANG_LIMIT,
-            "silent clients that are gone are in the way"
-        );
+        assert!(since.elapsed() < HANG_LIMIT, "silent clients are in the way");
     }
     assert!(greet(bench.disks).is_ok());
+    drop(silent);
     primary.cut(Cut::Fin);
 }
 

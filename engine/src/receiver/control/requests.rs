@@ -239,7 +239,9 @@ fn release(kept: Kept, reply: Reply, response: Response) {
         // receiver killed meanwhile would leave files of a session that the response says is gone.
         kept.checkpoint.image.remove_files();
         kept.checkpoint.disks.remove_files();
+        let disks = kept.checkpoint.disks.weak();
         drop(kept);
+        disks.wait_closed();
         Ok(response)
     });
 }

@@ -5,7 +5,8 @@ use crate::disk::{Disk, DiskError, StoredDisk};
 use crate::units::CheckpointId;
 use serde::{Deserialize, Serialize};
 use std::path::PathBuf;
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
+use std::time::{Duration, Instant};
 
 /// Where a disk stands.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -163,6 +164,11 @@ impl SessionDisks {
         self.disks.iter().rev().for_each(|disk| disk.remove_files());
     }
 
+    /// The same disks, without a part in keeping them open.
+    pub(in crate::receiver) fn weak(&self) -> WeakDisks {
+        WeakDisks(self.disks.iter().map(Arc::downgrade).collect())
+    }
+
     pub(in crate::receiver) fn statuses(&self) -> Vec<DiskStatus> {
         let status = |disk: &Arc<Disk>| {
             let figures = disk.figures();
@@ -186,5 +192,21 @@ impl SessionDisks {
 
     pub(in crate::receiver) fn all(&self) -> &[Arc<Disk>] {
         &self.disks
+    }
+}
+
+/// How long the last users of a disk that was given up are waited for: the thread of its connection, and the one that applied its log.
+const CLOSING: Duration = Duration::from_secs(2);
+
+/// Disks of a checkpoint that was given up.
+pub(in crate::receiver) struct WeakDisks(Vec<Weak<Disk>>);
+
+impl WeakDisks {
+    /// Waits until they are closed, so that a client who connects them next is not refused.
+    pub(in crate::receiver) fn wait_closed(&self) {
+        let since = Instant::now();
+        while self.0.iter().any(|disk| disk.strong_count() > 0) && since.elapsed() < CLOSING {
+            std::thread::sleep(Duration::from_millis(2));
+        }
     }
 }
