@@ -236,7 +236,9 @@ impl Bench {
         self.neighbour.checkpoint().expect("a session beside it goes on");
         let checkpoint = checkpoint.elapsed();
         let request = Instant::now();
-        self.receiver.ask(Request::Status).expect("the neighbour is there");
+        self.receiver
+            .ask(Request::Status)
+            .expect("the neighbour is there");
         self.ends.push(End {
             after: took,
             checkpoint,

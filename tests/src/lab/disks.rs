@@ -101,6 +101,12 @@ pub enum DiskContent {
     Ext4,
     /// The same in XFS.
     Xfs,
+    /// SQLite databases in ext4, with clients behind the loopback interface.
+    Sqlite,
+    /// Blocks of 4 KiB written to random places, at a rate.
+    Random,
+    /// 1 MiB written behind the other, at a rate.
+    Sequential,
 }
 
 impl DiskContent {
@@ -109,27 +115,30 @@ impl DiskContent {
             Self::Raw => "raw",
             Self::Ext4 => "ext4",
             Self::Xfs => "xfs",
+            Self::Sqlite => "sqlite",
+            Self::Random => "random",
+            Self::Sequential => "sequential",
         }
     }
 
     fn make(self, image: &Path) -> Result<(), LabError> {
         match self {
-            Self::Raw => Ok(()),
-            Self::Ext4 => run_tool("mkfs.ext4", &["-q", "-F"], image),
+            Self::Raw | Self::Random | Self::Sequential => Ok(()),
+            Self::Ext4 | Self::Sqlite => run_tool("mkfs.ext4", &["-q", "-F"], image),
             Self::Xfs => run_tool("mkfs.xfs", &["-q", "-f"], image),
         }
     }
 
     fn check(self, image: &Path) -> Result<(), LabError> {
         match self {
-            Self::Raw => Ok(()),
-            Self::Ext4 => run_tool("e2fsck", &["-f", "-n"], image),
+            Self::Raw | Self::Random | Self::Sequential => Ok(()),
+            Self::Ext4 | Self::Sqlite => run_tool("e2fsck", &["-f", "-n"], image),
             Self::Xfs => run_tool("xfs_repair", &["-n"], image),
         }
     }
 }
 
-/// A guest that writes a counter to memory and to its disk, `tests/guest/disk-counter.rs`.
+/// A guest that writes a counter to memory and to its disk, `tests/guest/disk-counter.rs`, or does as its content says.
 #[derive(Clone, Copy, Debug)]
 pub struct DiskGuest {
     /// What is on the disk.
@@ -342,7 +351,11 @@ impl<'a> DiskRuns<'a> {
     /// # Errors
     /// When a step fails.
     pub fn pauses_us(&mut self, is_mirrored: bool, checkpoints: usize) -> Result<Vec<u64>, LabError> {
-        self.guest.pause_us = 4000;
+        // 1,000 small writes a second of four threads, or 20 MiB a second.
+        self.guest.pause_us = match self.guest.content {
+            DiskContent::Sequential => 50_000,
+            _ => 4000,
+        };
         let secondary = Secondary::start_with_disks(self.lab, 2)?;
         make_image(&secondary.disk(EXPORT))?;
         let image = self.image();
