@@ -1,8 +1,8 @@
 //! One client of a disk after its handshake: a thread with a blocking socket.
 //!
 //! A receive brings as many requests as have arrived. Small payloads are copied to their place, and what is missing of a payload is received
-//! there. The replies of a batch go out in one write. A read that would have to wait for the medium is left to reader threads, so replies
-//! may come out of order.
+//! there. The replies of a batch go out in one write. A read that would have to wait for the medium is left to reader threads, and so
+//! are long ones where more than one is asked for; so replies may come out of order.
 
 use crate::disk::{Disk, DiskError, Piece, Source, Wanted, WriteTarget, nbd_error, receive};
 use crate::nbd::handshake::Agreed;
@@ -18,8 +18,11 @@ use std::sync::mpsc::{self, Receiver, Sender};
 use std::sync::{Arc, Mutex, PoisonError};
 use thiserror::Error;
 
-/// Bytes that are received at a time, beyond payloads that go to their places.
-const BUFFER_BYTES: usize = 1 << 20;
+/// Bytes of a payload that are on their way to the base at a time: few enough to be in a processor's cache when they are written.
+const BUFFER_BYTES: usize = 256 << 10;
+
+/// Bytes of requests that are received at a time. What is more of a long payload goes to its place in the log without a copy.
+const REQUESTS_BYTES: usize = 64 << 10;
 
 /// Replies that are collected before they are sent.
 const REPLIES_BYTES: usize = 256 << 10;
@@ -27,10 +30,14 @@ const REPLIES_BYTES: usize = 256 << 10;
 /// A longer read is done and sent in parts of that size.
 const PART_BYTES: u64 = 1 << 20;
 
-/// Most bytes of reads that wait for the medium on other threads.
+/// A read so long is left to another thread if a request is behind it: one thread alone would copy from the base and to the
+/// socket in turn, and others do both at the same time.
+const SHARED_BYTES: u64 = 256 << 10;
+
+/// Most bytes of reads that other threads have.
 const WAITING_BYTES: usize = 4 << 20;
 
-/// Threads that wait for the medium.
+/// Threads that read beside the connection's own.
 const READERS: usize = 4;
 
 /// Most memory of one connection: its buffer, its replies, reads that wait.
@@ -110,7 +117,7 @@ impl Out {
     }
 }
 
-/// A read that waits for the medium.
+/// A read that another thread has.
 struct Waiting {
     cookie: u64,
     range: Range,
@@ -184,7 +191,11 @@ impl Connection {
         self.buffer.copy_within(self.begin..self.end, 0);
         self.end -= self.begin;
         self.begin = 0;
-        let got = receive(self.socket.as_fd(), &[], &mut self.buffer[self.end..]);
+        let got = receive(
+            self.socket.as_fd(),
+            &[],
+            &mut self.buffer[self.end..REQUESTS_BYTES],
+        );
         self.end += arrived(got)?;
         Ok(())
     }
@@ -315,7 +326,8 @@ impl Connection {
         (self.begin, self.end) = (0, 0);
         let mut first = 0;
         while first < missing.len() {
-            let got = receive(self.socket.as_fd(), &missing[first..], &mut self.buffer);
+            let requests = &mut self.buffer[..REQUESTS_BYTES];
+            let got = receive(self.socket.as_fd(), &missing[first..], requests);
             let mut got = arrived(got)?;
             while let Some(stretch) = missing.get_mut(first).filter(|_| got > 0) {
                 let taken = got.min(stretch.length);
@@ -379,6 +391,10 @@ impl Connection {
         if range.length > PART_BYTES {
             return self.read_in_parts(cookie, range);
         }
+        let has_more = self.end - self.begin >= REQUEST_BYTES;
+        if range.length >= SHARED_BYTES && has_more && self.hand_over(cookie, range) {
+            return Ok(());
+        }
         let start = self.out.len();
         self.out
             .put(|out| put_read_head(out, &self.agreed, cookie, range));
@@ -411,7 +427,7 @@ impl Connection {
         Ok(())
     }
 
-    /// Leaves a read to a thread that may wait. False if too much waits already.
+    /// Leaves a read to another thread, which may wait. False if they have too much already.
     fn hand_over(&mut self, cookie: u64, range: Range) -> bool {
         let bytes = usize::try_from(range.length).unwrap_or(usize::MAX);
         if self.replies.waiting.load(Ordering::Relaxed).saturating_add(bytes) > WAITING_BYTES {
