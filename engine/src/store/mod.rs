@@ -26,8 +26,8 @@
 //!
 //! # What callers must ensure
 //! * Receiving threads call [`Store::place`], let the kernel fill the places, then call [`Store::landed`]; or they call
-//!   [`Store::zero`] and [`Store::write`]. Each uses its own shard of the bitmap. They may do so at the same time, even with the
-//!   same page: the result is then one of the contents or a mix of both (spec §10, "the same page twice").
+//!   [`Store::zero`], [`Store::write`] and [`Store::write_all`]. Each uses its own shard of the bitmap. They may do so at the same
+//!   time, even with the same page: the result is then one of the contents or a mix of both (spec §10, "the same page twice").
 //! * Before it calls [`Store::begin_colo`] or [`Store::commit`], the session makes sure that these calls have returned, and that
 //!   the kernel has ended all reads. If a hostile primary gets around that, the page in question is a mix of its old and new
 //!   bytes; nothing else is damaged.

@@ -115,21 +115,44 @@ impl Store {
     /// # Panics
     /// If there is no such shard.
     pub fn write(&self, shard: usize, page: PageIndex, bytes: &[u8; PAGE_SIZE]) -> Result<(), StoreError> {
+        self.write_all(shard, &[page], std::slice::from_ref(bytes))
+    }
+
+    /// Pages of one packet were received, whose bytes the caller holds. `shard` is that of the calling thread.
+    ///
+    /// # Errors
+    /// If there is no memory for them: see [`StoreError::PoolFull`].
+    ///
+    /// # Panics
+    /// If there is no such shard; if there are more pages than a packet has, or not as many contents as pages.
+    pub fn write_all(
+        &self,
+        shard: usize,
+        pages: &[PageIndex],
+        contents: &[[u8; PAGE_SIZE]],
+    ) -> Result<(), StoreError> {
+        assert_eq!(pages.len(), contents.len(), "a content for each page");
+        let to_image = |page: &PageIndex, bytes| copy::fill(self.image().span(PageRun::one(*page)), bytes);
         match self.phase() {
             Phase::Precopy => {
-                copy::fill(self.image().span(PageRun::one(page)), bytes);
-                self.mirror_from_image(page);
+                for (page, bytes) in pages.iter().zip(contents) {
+                    to_image(page, bytes);
+                    self.mirror_from_image(*page);
+                }
                 copy::fence();
             }
             Phase::Colo => {
                 if canary::is_set(Canary::EarlyImage) {
-                    copy::fill(self.image().span(PageRun::one(page)), bytes);
+                    pages
+                        .iter()
+                        .zip(contents)
+                        .for_each(|(page, bytes)| to_image(page, bytes));
                 }
-                self.cache.write(shard, page, bytes)?;
-                self.dirty.mark(shard, page);
+                self.cache.write_all(shard, pages, contents)?;
+                self.dirty.mark_all(shard, pages);
             }
         }
-        self.received.insert_all(&[page]);
+        self.received.insert_all(pages);
         Ok(())
     }
 

@@ -9,7 +9,7 @@ use crate::receiver::live_session::{LiveSession, SessionPart};
 use crate::ring::StreamBuffer;
 use crate::store::Store;
 use crate::sync::ArrayQueue;
-use crate::units::ChannelId;
+use crate::units::{ChannelId, PAGE_SIZE, PageIndex};
 use crate::wire::codec::{self, Decoder, Method, PAYLOAD_MAX, PageBuffer};
 use crate::wire::multifd::PageList;
 use std::io;
@@ -204,13 +204,33 @@ impl DecodeQueue {
         let normal = packet.normal.as_slice();
         let count = u16::try_from(normal.len()).expect("a packet has at most 128 pages");
         let contents = decoder.decode(payload, count, pages)?;
-        for (page, content) in normal.iter().zip(contents) {
-            // While it is in the processor's cache, this costs little, and such a page then costs no slot.
-            if codec::is_zero(content) {
-                self.store.zero(shard, *page);
-            } else {
-                self.store.write(shard, *page, content)?;
-            }
+        self.write(shard, normal, contents)
+    }
+
+    /// Brings decoded pages to the store, those between two pages of zeros at one go.
+    fn write(
+        &self,
+        shard: usize,
+        mut pages: &[PageIndex],
+        mut contents: &[[u8; PAGE_SIZE]],
+    ) -> Result<(), ChannelError> {
+        while !pages.is_empty() {
+            // While they are in the processor's cache, this costs little, and pages of zeros then take no slot.
+            let zeros = contents
+                .iter()
+                .take_while(|content| codec::is_zero(content))
+                .count();
+            pages[..zeros]
+                .iter()
+                .for_each(|page| self.store.zero(shard, *page));
+            (pages, contents) = (&pages[zeros..], &contents[zeros..]);
+            let others = contents
+                .iter()
+                .take_while(|content| !codec::is_zero(content))
+                .count();
+            self.store
+                .write_all(shard, &pages[..others], &contents[..others])?;
+            (pages, contents) = (&pages[others..], &contents[others..]);
         }
         Ok(())
     }

@@ -43,6 +43,14 @@ impl Cursor {
         Ok((extent, 0))
     }
 
+    /// How many slots can be reserved without leaving some of an extent unused: at least one.
+    pub(crate) fn room(&self) -> u32 {
+        match self.held {
+            Some((_, used)) if used < EXTENT_SLOTS => EXTENT_SLOTS - used,
+            _ => EXTENT_SLOTS,
+        }
+    }
+
     /// Pages have arrived in the first `pages` slots that were reserved last.
     pub(crate) fn advance(&mut self, extents: &Extents, pages: u32) -> ExtentId {
         let (extent, used) = self.held.as_mut().expect("reserved before");

@@ -164,10 +164,11 @@ impl Extents {
         (slab_id(position), slab, begin)
     }
 
-    /// A slot of an extent.
-    pub(crate) fn slot(&self, extent: ExtentId, slot: u32) -> PageSpan<'_> {
+    /// `count` slots of an extent, from `first` on.
+    pub(crate) fn slots(&self, extent: ExtentId, first: u32, count: u32) -> PageSpan<'_> {
         let (_, slab, begin) = self.locate(extent);
-        slab.memory().span(begin + u64::from(slot) * PAGE_BYTES, 1)
+        slab.memory()
+            .span(begin + u64::from(first) * PAGE_BYTES, count.into())
     }
 
     /// The bytes of `pages` pages at byte `offset` of an extent.

@@ -96,20 +96,23 @@ impl Cache {
         }
     }
 
-    /// `bytes` are the newest content. `shard` is that of the calling thread.
+    /// `contents` are the newest content of `pages`: at most a packet's. `shard` is that of the calling thread.
     ///
     /// # Errors
     /// If there is no memory for them.
-    pub(crate) fn write(
+    pub(crate) fn write_all(
         &self,
         shard: usize,
-        page: PageIndex,
-        bytes: &[u8; PAGE_SIZE],
+        pages: &[PageIndex],
+        contents: &[[u8; PAGE_SIZE]],
     ) -> Result<(), StoreError> {
         match self {
-            Self::Pool(pool) => pool.write(shard, page, bytes),
+            Self::Pool(pool) => pool.write_all(shard, pages, contents),
             Self::Mirror(mirror) => {
-                mirror.write(page, bytes);
+                pages
+                    .iter()
+                    .zip(contents)
+                    .for_each(|(page, bytes)| mirror.write(*page, bytes));
                 Ok(())
             }
         }

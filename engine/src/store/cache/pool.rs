@@ -166,23 +166,46 @@ impl Pool {
         self.supersede(page, Place::Zero);
     }
 
-    pub(crate) fn write(
+    pub(crate) fn write_all(
         &self,
         shard: usize,
-        page: PageIndex,
-        bytes: &[u8; PAGE_SIZE],
+        pages: &[PageIndex],
+        contents: &[[u8; PAGE_SIZE]],
     ) -> Result<(), StoreError> {
         // A shard belongs to one thread, and so does its cursor.
         let word = &self.cursors[shard].0;
         let mut cursor = Cursor::unpack(word.load(Ordering::Relaxed));
-        let reserved = cursor.reserve(&self.extents, self.nodes.of_shard(shard), 1);
-        if let Ok((extent, slot)) = &reserved {
-            copy::fill(self.extents.slot(*extent, *slot), bytes);
-            cursor.advance(&self.extents, 1);
-            self.supersede(page, Place::Slot(*extent, u64::from(*slot) * PAGE_BYTES));
+        let (mut pages, mut contents) = (pages, contents);
+        let mut written = Ok(());
+        while !pages.is_empty() && written.is_ok() {
+            let count = pages.len().min(index(cursor.room().into()));
+            let (now, later) = pages.split_at(count);
+            let (bytes, later_bytes) = contents.split_at(count);
+            written = self.fill(shard, &mut cursor, now, bytes);
+            (pages, contents) = (later, later_bytes);
         }
         word.store(cursor.pack(), Ordering::Relaxed);
-        reserved.map(drop)
+        written
+    }
+
+    /// Copies pages to slots that follow each other.
+    fn fill(
+        &self,
+        shard: usize,
+        cursor: &mut Cursor,
+        pages: &[PageIndex],
+        contents: &[[u8; PAGE_SIZE]],
+    ) -> Result<(), StoreError> {
+        let count = u32::try_from(pages.len()).expect("no more than an extent has");
+        let (extent, slot) = cursor.reserve(&self.extents, self.nodes.of_shard(shard), count)?;
+        // All copies before the first atomic operation: each of those waits for the stores before it.
+        copy::fill_all(self.extents.slots(extent, slot, count), contents);
+        copy::fence();
+        cursor.advance(&self.extents, count);
+        for (at, page) in (u64::from(slot)..).zip(pages) {
+            self.supersede(*page, Place::Slot(extent, at * PAGE_BYTES));
+        }
+        Ok(())
     }
 
     /// The page at this byte of a held extent is the newest content.

@@ -77,6 +77,23 @@ pub(crate) fn fill(target: PageSpan<'_>, bytes: &[u8; PAGE_SIZE]) {
     unsafe { arch::fill(target.start(), bytes) }
 }
 
+/// Fills a span from ordinary memory, with stores that bypass the caches: [`fence`] must be called before another thread is
+/// notified.
+///
+/// # Panics
+/// If they are not of one length.
+pub(crate) fn fill_all(target: PageSpan<'_>, pages: &[[u8; PAGE_SIZE]]) {
+    let bytes = pages.as_flattened();
+    assert_eq!(
+        target.bytes(),
+        bytes.len(),
+        "a copy is between spans of one length"
+    );
+    let (to, from) = (target.start(), bytes.as_ptr());
+    // SAFETY: the span can be written, is at least a page, and aligned to one; `bytes` is as long, and ordinary memory.
+    unsafe { arch::copy_non_temporal(to, from, bytes.len()) }
+}
+
 /// What a kernel does for a receive.
 #[cfg(test)]
 pub(crate) fn fill_bytes(to: *mut u8, bytes: &[u8]) {

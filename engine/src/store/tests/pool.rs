@@ -125,6 +125,32 @@ fn land_more(store: &Store, landing: &mut Landing) {
     land(store, 0, &[(1, 21), (900, 22)], landing);
 }
 
+/// Packets of a size that an extent is no multiple of.
+#[test]
+fn packets_that_were_decoded_leave_no_slot_unused() {
+    const PACKET: u64 = 100;
+    const PACKETS: u64 = 9;
+    let store = Arc::new(pool());
+    let (free, _) = free_of(&store);
+    for packet in 0..PACKETS {
+        let numbers = packet * PACKET..(packet + 1) * PACKET;
+        let pages: Vec<_> = numbers.clone().map(page).collect();
+        let contents: Vec<_> = numbers.map(|at| content(at + 1)).collect();
+        store.write_all(0, &pages, &contents).unwrap();
+    }
+    let extents = (PACKET * PACKETS).div_ceil(EXTENT_SLOTS.into());
+    assert_eq!(free - free_of(&store).0, extents);
+    assert!(
+        (0..PACKET * PACKETS).all(|at| newest_stamp(&store, at) == at + 1 && image_stamp(&store, at) == 0)
+    );
+    store.commit(CheckpointId(0), &mut Vec::new(), &alone());
+    store.finish_flush();
+    assert!((0..PACKET * PACKETS).all(|at| image_stamp(&store, at) == at + 1));
+    store.drop_uncommitted();
+    let (free, all) = free_of(&store);
+    assert_eq!(free, all);
+}
+
 /// Pages at odd addresses among other bytes, as in plain mode, over more than one extent.
 #[test]
 fn pages_stay_where_a_window_received_them() {
