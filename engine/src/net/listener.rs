@@ -3,7 +3,7 @@
 use super::ListenAddress;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::sockopt::{
-    KeepAlive, PeerCredentials, TcpKeepIdle, TcpKeepInterval, TcpNoDelay, TcpUserTimeout,
+    KeepAlive, PeerCredentials, TcpKeepCount, TcpKeepIdle, TcpKeepInterval, TcpNoDelay, TcpUserTimeout,
 };
 use nix::sys::socket::{Shutdown, getsockopt, setsockopt, shutdown};
 use std::io;
@@ -19,6 +19,9 @@ use tokio::sync::mpsc;
 
 /// Seconds between probes of a silent host.
 const PROBE_EVERY_SECONDS: u32 = 1;
+
+/// Most probes that Linux counts.
+const PROBES_MAX: u32 = 127;
 
 /// How long to retry an address that is in use: that of a killed receiver stays in use for some 40 ms after its end, until
 /// the kernel has released its rings.
@@ -49,11 +52,26 @@ impl HostWatch {
     /// # Errors
     /// If it is not a TCP socket.
     pub fn apply(self, socket: &OwnedFd) -> nix::Result<()> {
+        self.probe(socket)?;
+        // This decides, for probes and for unacknowledged data: with it, Linux does not count probes. It ends a connection, too,
+        // whose peer is there but reads nothing for so long while more is sent than its buffers hold.
+        setsockopt(socket, TcpUserTimeout, &self.give_up_after_s.saturating_mul(1000))
+    }
+
+    /// Sets it on a socket to a host that may read nothing for any time: only a silent connection is probed and closed.
+    ///
+    /// # Errors
+    /// If it is not a TCP socket.
+    pub fn apply_to_silence(self, socket: &OwnedFd) -> nix::Result<()> {
+        self.probe(socket)?;
+        let probes = self.give_up_after_s.saturating_sub(self.probe_after_s) / PROBE_EVERY_SECONDS;
+        setsockopt(socket, TcpKeepCount, &probes.clamp(1, PROBES_MAX))
+    }
+
+    fn probe(self, socket: &OwnedFd) -> nix::Result<()> {
         setsockopt(socket, KeepAlive, &true)?;
         setsockopt(socket, TcpKeepIdle, &self.probe_after_s.max(1))?;
-        setsockopt(socket, TcpKeepInterval, &PROBE_EVERY_SECONDS)?;
-        // This decides, for probes and for unacknowledged data: with it, Linux does not count probes.
-        setsockopt(socket, TcpUserTimeout, &self.give_up_after_s.saturating_mul(1000))
+        setsockopt(socket, TcpKeepInterval, &PROBE_EVERY_SECONDS)
     }
 }
 

@@ -1,11 +1,15 @@
 //! What befalls the disk or a side.
 
 use crate::harness::{By, Running, capture, guest, read, receiver, run};
+use colo_ring::net::HostWatch;
 use colo_ring_tests::command::Scratch;
 use colo_ring_tools::capture_file::EndKind;
 use colo_ring_tools::primary::SynthPrimary;
 use colo_ring_tools::streams::Streams;
+use std::io::{Read, Write};
+use std::net::{TcpListener, TcpStream};
 use std::path::Path;
+use std::time::Duration;
 
 const CHECKPOINTS: u64 = 50;
 
@@ -172,10 +176,35 @@ fn a_killed_recorder_leaves_a_readable_file() {
     assert!(!Streams::load(Path::new(&path)).unwrap().checkpoints.is_empty());
 }
 
+/// A secondary that makes room for a large guest reads nothing for a while. Without a recorder a primary waits for it.
+#[test]
+fn a_secondary_that_reads_nothing_for_long_is_waited_for() {
+    let scratch = Scratch::new();
+    let secondary = TcpListener::bind("127.0.0.1:0").unwrap();
+    let to = format!("tcp:{}", secondary.local_addr().unwrap())
+        .parse()
+        .unwrap();
+    let proxy = capture(&scratch, &to, By::Itself, &[]);
+    let front = proxy.address.to_string();
+    let mut primary = TcpStream::connect(front.strip_prefix("tcp:").unwrap()).unwrap();
+    let (mut behind, _) = secondary.accept().unwrap();
+    // More than the buffers on the way hold.
+    const BYTES: usize = 64 << 20;
+    let sending = std::thread::spawn(move || primary.write_all(&vec![1; BYTES]));
+    std::thread::sleep(Duration::from_secs(
+        u64::from(HostWatch::default().give_up_after_s) + 2,
+    ));
+    assert!(!sending.is_finished());
+    let mut read = vec![0; BYTES];
+    behind.read_exact(&mut read).unwrap();
+    assert!(read.iter().all(|byte| *byte == 1));
+    sending.join().unwrap().unwrap();
+}
+
 #[test]
 fn without_a_secondary_connections_are_reset_and_the_next_attempt_counts() {
     let scratch = Scratch::new();
-    let free = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let free = TcpListener::bind("127.0.0.1:0").unwrap();
     let address = free.local_addr().unwrap();
     drop(free);
     let to = format!("tcp:{address}").parse().unwrap();

@@ -141,7 +141,8 @@ async fn connect(to: &Address) -> io::Result<OwnedFd> {
             let stream = stream.into_std()?;
             stream.set_nonblocking(false)?;
             let socket = stream.into();
-            HostWatch::default().apply(&socket)?;
+            // It may take its time, as it may without a recorder: a primary's own socket has no limit for that.
+            HostWatch::default().apply_to_silence(&socket)?;
             Ok(socket)
         }
         Address::Unix(path) => {
