@@ -2,9 +2,9 @@
 //! commit modes.
 //!
 //! Two judges: what the receiver holds is what a naive reading of the recorded bytes makes of them, always. And it is
-//! the RAM that the primary saves of itself, where the guest stood during precopy. Where it ran, TCG can lose the mark of a page
-//! that the guest has written, and the primary then never sends it: that is counted and printed, and is no failure of the
-//! receiver's, which has what was sent.
+//! the RAM that the primary saves of itself, where the guest stood during precopy. Where it ran, the primary itself loses some:
+//! its deltas leave bytes out (docs/wire.md, §7.4), and under TCG it may not mark a page that is being written at the
+//! switch-over. That is counted and printed, and is no failure of the receiver's, which has what was sent.
 
 use colo_ring::ring::BackendKind;
 use colo_ring_tests::HANG_LIMIT;

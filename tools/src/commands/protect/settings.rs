@@ -85,11 +85,10 @@ fn changes(known: &[(String, bool)], for_: Wanted, return_path: bool) -> Vec<(&s
         "x-colo" => Some(true),
         "return-path" => Some(return_path),
         "multifd" => Some(channels > 0),
-        "xbzrle" if channels > 0 => Some(false),
         // Where it is on for something else it stays.
         "validate-uuid" => uuid.then_some(true),
-        // In plain mode it can be received: what is not asked for is left as it is.
-        "xbzrle" => xbzrle.then_some(true),
+        // Left on, it would lose bytes of a guest that runs.
+        "xbzrle" => Some(xbzrle),
         _ => OFF.contains(&name).then_some(false),
     };
     let change = |(name, state): &'_ (String, bool)| wanted(name).filter(|wanted| wanted != state);
@@ -205,7 +204,12 @@ mod tests {
         );
         assert_eq!(
             changes(&known(&all), plain(0, false), false),
-            [("x-colo", true), ("multifd", false), ("x-ignore-shared", false)]
+            [
+                ("x-colo", true),
+                ("multifd", false),
+                ("xbzrle", false),
+                ("x-ignore-shared", false)
+            ]
         );
         assert_eq!(
             changes(
@@ -224,6 +228,7 @@ mod tests {
         assert_eq!(changes(&ready, plain(0, false), true), []);
         let on = known(&["x-colo", "return-path", "xbzrle"]);
         assert_eq!(changes(&on, plain(0, true), true), []);
+        assert_eq!(changes(&on, plain(0, false), true), [("xbzrle", false)]);
         let without = [("x-colo".to_owned(), true)];
         let version = Version {
             major: 11,

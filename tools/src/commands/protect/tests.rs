@@ -60,13 +60,25 @@ fn a_primary_that_cannot_be_protected_is_reported_why() {
         ((7, 2, 22), "running", json!({}), false, "QEMU 7.2.22"),
     ] {
         let path = primary(version, status, migration, kvm);
-        let refused = check_can_begin(&mut connect(&path)).unwrap_err().to_string();
+        let refused = check_can_begin(&mut connect(&path), false)
+            .unwrap_err()
+            .to_string();
         assert!(refused.contains(says), "{refused}");
     }
     for (version, kvm) in [((11, 1, 3), false), ((10, 0, 7), true)] {
         let path = primary(version, "running", json!({"status": "failed"}), kvm);
-        check_can_begin(&mut connect(&path)).unwrap();
+        check_can_begin(&mut connect(&path), false).unwrap();
     }
+}
+
+#[test]
+fn xbzrle_is_refused_while_the_guest_runs() {
+    let version = (11, 1, 3);
+    let path = primary(version, "running", json!({}), true);
+    let refused = check_can_begin(&mut connect(&path), true).unwrap_err();
+    assert!(refused.to_string().contains("give it QMP `stop`"), "{refused}");
+    let path = primary(version, "paused", json!({}), true);
+    check_can_begin(&mut connect(&path), true).unwrap();
 }
 
 #[test]
