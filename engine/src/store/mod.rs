@@ -57,7 +57,7 @@ mod recovery;
 mod tests;
 
 pub use cache::extents::{PoolTask, PoolUse};
-pub use cache::landing::{Landing, Phase};
+pub use cache::landing::{HeaderSlot, Landing, Phase};
 pub use cache::plan::Plan;
 pub use cache::pool_buffer::PoolBuffer;
 pub use checkpoint_view::CheckpointView;

@@ -2,9 +2,10 @@
 //! must ensure.
 
 use crate::canary::{self, Canary};
+use crate::store::cache::landing::Target;
 use crate::store::memory::copy;
 use crate::store::memory::index;
-use crate::store::{HEADER_BYTES, Landing, Phase, PoolBuffer, Store, StoreError};
+use crate::store::{HEADER_BYTES, HeaderSlot, Landing, Phase, PoolBuffer, Store, StoreError};
 use crate::units::{PAGE_SIZE, PageIndex, PageRun};
 use std::sync::atomic::Ordering;
 
@@ -27,7 +28,7 @@ impl Store {
     /// With more than [`crate::units::PACKET_PAGES`] pages.
     pub fn place(&self, shard: usize, pages: &[PageIndex], landing: &mut Landing) -> Result<(), StoreError> {
         let phase = self.phase();
-        landing.begin(phase, pages.len());
+        landing.begin(pages.len());
         match phase {
             Phase::Precopy => {
                 for page in pages {
@@ -44,17 +45,17 @@ impl Store {
     /// # Panics
     /// If there is no such shard.
     pub fn landed(&self, shard: usize, landing: &mut Landing) {
-        match landing.phase {
-            Phase::Precopy => {
+        match landing.target() {
+            Target::Image => {
                 if let Some(mirror) = self.cache.mirror() {
                     let pages = landing.pages().iter();
                     pages.for_each(|page| mirror.copy_from_image(*page, self.image()));
                 }
                 copy::fence();
             }
-            Phase::Colo => {
-                if let Some(pool) = self.cache.pool() {
-                    pool.landed(landing);
+            target => {
+                if let (Target::Pool(slot), Some(pool)) = (target, self.cache.pool()) {
+                    pool.landed(landing, slot);
                 }
                 let lost = usize::from(canary::is_set(Canary::LostMark));
                 self.dirty.mark_all(shard, &landing.pages()[lost..]);
@@ -63,15 +64,14 @@ impl Store {
         self.received.insert_all(landing.pages());
     }
 
-    /// Reads out the header that came with the pages of `landing` ([`Landing::header`]).
+    /// Reads out a header that came with the pages of a landing of this store ([`Landing::header`]).
     ///
     /// # Panics
-    /// If it had no place for one, or with more than [`HEADER_BYTES`] bytes.
-    pub fn read_header(&self, landing: &Landing, out: &mut [u8]) {
+    /// With more than [`HEADER_BYTES`] bytes.
+    pub fn read_header(&self, slot: HeaderSlot, out: &mut [u8]) {
         assert!(out.len() <= index(HEADER_BYTES), "a header has its own area");
-        let place = landing.header_place().expect("its header has a place");
-        let slab = self.slab(usize::from(place.slab.0)).expect("pages landed there");
-        copy::read_bytes(slab.memory(), index(place.offset), out);
+        let slab = self.cache.existing(slot.slab);
+        copy::read_bytes(slab.memory(), index(slot.offset), out);
     }
 
     /// Brings a page that precopy has put into the image to a mirror's slot.

@@ -180,7 +180,7 @@ fn headers_lie_in_the_slab_behind_all_slots() {
             let mut landing = Landing::of(crate::units::ChannelId(channel));
             let first = u64::try_from(slab).unwrap() * TEST_SLAB_PAGES;
             store.place(0, &[page(first)], &mut landing).unwrap();
-            let offset = landing.header().unwrap().addr() - memory.base().addr();
+            let offset = landing.header().unwrap().address().addr() - memory.base().addr();
             let header = usize::try_from(HEADER_BYTES).unwrap();
             assert_eq!(offset, pages * PAGE_SIZE + usize::from(channel) * header);
             assert!(offset + header <= memory.bytes());

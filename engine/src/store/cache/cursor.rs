@@ -1,19 +1,19 @@
-//! The position in an extent from which its holder fills it: that of a channel's landing, or of a receiving thread.
+//! The position in an extent from which its owner fills it: that of a channel's landing, or of a receiving thread.
 
 use crate::store::StoreError;
 use crate::store::cache::extent_refs::ExtentId;
-use crate::store::cache::extents::{EXTENT_SLOTS, Extents};
+use crate::store::cache::extents::{EXTENT_SLOTS, Extents, Slot};
 use crate::store::memory::numa::NodeIndex;
 
-/// Where its holder goes on in an extent.
+/// Where its owner goes on in an extent, which it holds.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Cursor {
-    held: Option<(u32, u32)>,
+    next: Option<Slot>,
 }
 
 impl Cursor {
-    /// Reserves `slots` slots in an extent, and returns the extent and the first of them. The holder may fill them until
-    /// [`Self::advance`] records that pages have arrived in them, or the next call. `node` is where the holder is now.
+    /// Reserves `slots` slots in an extent, and returns the first of them. The owner may fill them until [`Self::advance`]
+    /// records that pages have arrived in them, or the next call. `node` is where the owner is now.
     ///
     /// # Errors
     /// See [`Extents::take`].
@@ -22,72 +22,79 @@ impl Cursor {
         extents: &Extents,
         node: NodeIndex,
         slots: u32,
-    ) -> Result<(ExtentId, u32), StoreError> {
+    ) -> Result<Slot, StoreError> {
         debug_assert!(slots <= EXTENT_SLOTS, "a packet and a header");
-        if let Some((extent, used)) = self.held {
-            let extent = ExtentId(extent);
+        if let Some(Slot { extent, number }) = self.next {
             let is_empty = extents.refs().is_empty(extent);
-            let used = if is_empty { 0 } else { used };
+            let number = if is_empty { 0 } else { number };
             // At its beginning a cursor can as well move to another extent.
             let should_move =
                 is_empty && (extents.refs().is_retiring(extent) || !extents.refs().is_of(extent, node));
-            if used + slots <= EXTENT_SLOTS && !should_move {
-                self.held = Some((extent.0, used));
-                return Ok((extent, used));
+            if number + slots <= EXTENT_SLOTS && !should_move {
+                return Ok(self.go_to(Slot { extent, number }));
             }
-            self.held = None;
+            self.next = None;
             extents.refs().release(extent, 1);
         }
         let extent = extents.take(node)?;
-        self.held = Some((extent.0, 0));
-        Ok((extent, 0))
+        Ok(self.go_to(Slot { extent, number: 0 }))
     }
 
     /// How many slots can be reserved without leaving some of an extent unused: at least one.
     pub(crate) fn room(&self) -> u32 {
-        match self.held {
-            Some((_, used)) if used < EXTENT_SLOTS => EXTENT_SLOTS - used,
+        match self.next {
+            Some(Slot { number, .. }) if number < EXTENT_SLOTS => EXTENT_SLOTS - number,
             _ => EXTENT_SLOTS,
         }
     }
 
-    /// Pages have arrived in the first `pages` slots that were reserved last.
-    pub(crate) fn advance(&mut self, extents: &Extents, pages: u32) -> ExtentId {
-        let (extent, used) = self.held.as_mut().expect("reserved before");
-        let extent = ExtentId(*extent);
-        extents.refs().add(extent, pages);
-        *used += pages;
-        extent
+    fn go_to(&mut self, slot: Slot) -> Slot {
+        self.next = Some(slot);
+        slot
     }
 
-    /// Releases the extent if nothing is in it and its slab retires: its holder may have nothing to fill for a long time.
+    /// Pages have arrived in the first `pages` slots that were reserved last, from `first` on.
+    pub(crate) fn advance(&mut self, extents: &Extents, first: Slot, pages: u32) {
+        debug_assert_eq!(self.next, Some(first), "reserved last");
+        extents.refs().add(first.extent, pages);
+        self.next = Some(Slot {
+            number: first.number + pages,
+            ..first
+        });
+    }
+
+    /// Releases the extent if nothing is in it and its slab retires: its owner may have nothing to fill for a long time.
     pub(crate) fn idle(&mut self, extents: &Extents) {
-        let held = self.held.map(|(extent, _)| ExtentId(extent));
-        if held.is_some_and(|extent| extents.refs().is_retiring(extent) && extents.refs().is_empty(extent)) {
+        let refs = extents.refs();
+        if self
+            .next
+            .is_some_and(|Slot { extent, .. }| refs.is_retiring(extent) && refs.is_empty(extent))
+        {
             self.release(extents);
         }
     }
 
     /// Releases the extent.
     pub(crate) fn release(&mut self, extents: &Extents) {
-        if let Some((extent, _)) = self.held.take() {
-            extents.refs().release(ExtentId(extent), 1);
+        if let Some(Slot { extent, .. }) = self.next.take() {
+            extents.refs().release(extent, 1);
         }
     }
 
     /// As one word, for a cursor behind a shared reference that only one thread uses.
     pub(crate) fn pack(self) -> u64 {
-        self.held.map_or(0, |(extent, used)| {
-            (u64::from(extent) + 1) << 16 | u64::from(used)
+        self.next.map_or(0, |Slot { extent, number }| {
+            (u64::from(extent.0) + 1) << 16 | u64::from(number)
         })
     }
 
     /// The opposite of [`Self::pack`].
     pub(crate) fn unpack(word: u64) -> Self {
         let part = |value: u64| u32::try_from(value).expect("packed from 32 bits");
-        let held = (word >> 16)
-            .checked_sub(1)
-            .map(|extent| (part(extent), part(word & 0xffff)));
-        Self { held }
+        let next = (word >> 16).checked_sub(1).map(|extent| Slot {
+            extent: ExtentId(part(extent)),
+            number: part(word & 0xffff),
+        });
+        Self { next }
     }
 }

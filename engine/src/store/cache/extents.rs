@@ -58,6 +58,13 @@ pub enum PoolTask {
 /// Consecutive checkpoints that would have needed a slab less, after which one is freed.
 const SHRINK_AFTER: u32 = 64;
 
+/// A slot of an extent.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Slot {
+    pub(crate) extent: ExtentId,
+    pub(crate) number: u32,
+}
+
 /// See the module.
 ///
 /// # Retiring
@@ -158,17 +165,22 @@ impl Extents {
 
     /// The slab of an extent, and where the extent begins in it.
     pub(crate) fn locate(&self, extent: ExtentId) -> (SlabId, &Slab, u64) {
-        let position = index(u64::from(extent.0 / self.layout.slab_extents));
-        let slab = self.slab(position).expect("an extent's slab is there");
+        let id = slab_id(index(u64::from(extent.0 / self.layout.slab_extents)));
         let begin = u64::from(extent.0 % self.layout.slab_extents) * EXTENT_BYTES;
-        (slab_id(position), slab, begin)
+        (id, self.existing(id), begin)
+    }
+
+    /// A slab that was added.
+    pub(crate) fn existing(&self, id: SlabId) -> &Slab {
+        let slab = self.slab(usize::from(id.0));
+        slab.expect("extents and ids are of slabs that were added, and these stay")
     }
 
     /// `count` slots of an extent, from `first` on.
-    pub(crate) fn slots(&self, extent: ExtentId, first: u32, count: u32) -> PageSpan<'_> {
-        let (_, slab, begin) = self.locate(extent);
+    pub(crate) fn slots(&self, first: Slot, count: u32) -> PageSpan<'_> {
+        let (_, slab, begin) = self.locate(first.extent);
         slab.memory()
-            .span(begin + u64::from(first) * PAGE_BYTES, count.into())
+            .span(begin + u64::from(first.number) * PAGE_BYTES, count.into())
     }
 
     /// The bytes of `pages` pages at byte `offset` of an extent.

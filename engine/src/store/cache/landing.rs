@@ -1,6 +1,7 @@
 //! Where the pages of one packet are to land.
 
 use crate::store::cache::cursor::Cursor;
+use crate::store::cache::extents::Slot;
 use crate::store::memory::index;
 use crate::store::memory::slab::{HEADER_BYTES, Slab, SlabId};
 use crate::store::memory::span::LandingRun;
@@ -25,19 +26,35 @@ pub struct Landing {
     slab: SlabChoice,
     header: Option<HeaderSlot>,
     channel: ChannelId,
-    pub(crate) phase: Phase,
-    /// Where its channel goes on in the pool, and the slot of the first page.
+    target: Target,
+    /// Where its channel goes on in the pool.
     pub(crate) cursor: Cursor,
-    pub(crate) slot: u32,
+}
+
+/// What the pages land in.
+#[derive(Clone, Copy)]
+pub(crate) enum Target {
+    /// The RAM image: in precopy.
+    Image,
+    Mirror,
+    /// The pool, from this slot on.
+    Pool(Slot),
 }
 
 /// Where the header of the packet that follows may be read to, with the pages.
-#[derive(Clone, Copy)]
-pub(crate) struct HeaderSlot {
+#[derive(Clone, Copy, Debug)]
+pub struct HeaderSlot {
     pub(crate) slab: SlabId,
     pub(crate) offset: u64,
     /// The address, in the type that carries addresses.
     run: LandingRun,
+}
+
+impl HeaderSlot {
+    /// Where its [`HEADER_BYTES`] bytes are.
+    pub fn address(&self) -> *mut u8 {
+        self.run.address
+    }
 }
 
 /// In which registered buffer the runs lie.
@@ -56,9 +73,8 @@ impl Default for Landing {
             slab: SlabChoice::NoPageYet,
             header: None,
             channel: ChannelId(0),
-            phase: Phase::Precopy,
+            target: Target::Image,
             cursor: Cursor::default(),
-            slot: 0,
         }
     }
 }
@@ -78,8 +94,12 @@ impl Landing {
 
     /// [`HEADER_BYTES`] bytes in the slab of all pages ([`Self::slab`]), for the header of the packet that follows, so that
     /// one read may fill both. To be read out by [`crate::store::Store::read_header`] before the landing is used again.
-    pub fn header(&self) -> Option<*mut u8> {
-        self.header.map(|place| place.run.address)
+    pub fn header(&self) -> Option<HeaderSlot> {
+        self.header
+    }
+
+    pub(crate) fn target(&self) -> Target {
+        self.target
     }
 
     /// The pages, in the packet's order.
@@ -100,7 +120,7 @@ impl Landing {
         }
     }
 
-    pub(crate) fn begin(&mut self, phase: Phase, pages: usize) {
+    pub(crate) fn begin(&mut self, pages: usize) {
         assert!(
             pages <= PACKET_PAGES,
             "a packet carries at most {PACKET_PAGES} pages, not {pages}"
@@ -109,7 +129,11 @@ impl Landing {
         self.runs.clear();
         self.slab = SlabChoice::NoPageYet;
         self.header = None;
-        self.phase = phase;
+        self.target = Target::Image;
+    }
+
+    pub(crate) fn set_target(&mut self, target: Target) {
+        self.target = target;
     }
 
     /// All pages lie in one piece of one slab.
@@ -133,10 +157,6 @@ impl Landing {
             offset,
             run,
         });
-    }
-
-    pub(crate) fn header_place(&self) -> Option<HeaderSlot> {
-        self.header
     }
 
     /// Adds the place of the next page: `slab` is the registered buffer it lies in, if any.

@@ -1,7 +1,7 @@
 //! The mirror: a slot for every page of the guest.
 
 use crate::store::StoreError;
-use crate::store::cache::landing::Landing;
+use crate::store::cache::landing::{Landing, Target};
 use crate::store::cache::plan::Plan;
 use crate::store::memory::copy::{self, CopyMethod};
 use crate::store::memory::huge::Fallback;
@@ -75,6 +75,7 @@ impl Mirror {
     }
 
     pub(crate) fn place(&self, pages: &[PageIndex], landing: &mut Landing) {
+        landing.set_target(Target::Mirror);
         for page in pages {
             let (slab, offset) = self.locate(*page);
             let place = self.slabs[slab].memory().span(offset, 1);

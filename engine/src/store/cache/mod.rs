@@ -24,7 +24,7 @@ use crate::store::cache::plan::Plan;
 use crate::store::cache::pool::Pool;
 use crate::store::memory::copy::CopyMethod;
 use crate::store::memory::image::RamImage;
-use crate::store::memory::slab::Slab;
+use crate::store::memory::slab::{Slab, SlabId};
 use crate::units::{PAGE_SIZE, PageIndex};
 use std::ops::Range;
 use std::sync::Arc;
@@ -66,6 +66,14 @@ impl Cache {
         match self {
             Self::Pool(pool) => pool.extents().slab(position),
             Self::Mirror(mirror) => mirror.slab(position),
+        }
+    }
+
+    /// A slab that exists, as those do that pages were placed in.
+    pub(crate) fn existing(&self, id: SlabId) -> &Slab {
+        match self {
+            Self::Pool(pool) => pool.extents().existing(id),
+            Self::Mirror(mirror) => &mirror.slabs()[usize::from(id.0)],
         }
     }
 

@@ -12,8 +12,8 @@ use crate::killpoint;
 use crate::store::StoreError;
 use crate::store::cache::cursor::Cursor;
 use crate::store::cache::extent_refs::ExtentId;
-use crate::store::cache::extents::{EXTENT_BYTES, Extents};
-use crate::store::cache::landing::Landing;
+use crate::store::cache::extents::{EXTENT_BYTES, Extents, Slot};
+use crate::store::cache::landing::{Landing, Target};
 use crate::store::cache::plan::Plan;
 use crate::store::memory::copy::{self, CopyMethod};
 use crate::store::memory::image::RamImage;
@@ -141,12 +141,12 @@ impl Pool {
         landing: &mut Landing,
     ) -> Result<(), StoreError> {
         let count = u32::try_from(pages.len()).expect("a packet's pages");
-        let (extent, slot) = landing
+        let slot = landing
             .cursor
             .reserve(&self.extents, self.nodes.of_shard(shard), count + 1)?;
-        let (id, slab, begin) = self.extents.locate(extent);
-        let first = begin + u64::from(slot) * PAGE_BYTES;
-        landing.slot = slot;
+        let (id, slab, begin) = self.extents.locate(slot.extent);
+        let first = begin + u64::from(slot.number) * PAGE_BYTES;
+        landing.set_target(Target::Pool(slot));
         let place = (count > 0).then(|| slab.memory().span(first, u64::from(count)));
         landing.push_all(pages, id, place);
         // The slot behind the pages: the next packet's own pages may go there, once its header was read out.
@@ -154,11 +154,12 @@ impl Pool {
         Ok(())
     }
 
-    pub(crate) fn landed(&self, landing: &mut Landing) {
+    /// The pages of `landing` have arrived, in the slots from `first` on.
+    pub(crate) fn landed(&self, landing: &mut Landing, first: Slot) {
         let count = u32::try_from(landing.pages().len()).expect("a packet's pages");
-        let extent = landing.cursor.advance(&self.extents, count);
-        for (at, page) in (u64::from(landing.slot)..).zip(landing.pages()) {
-            self.supersede(*page, Place::Slot(extent, at * PAGE_BYTES));
+        landing.cursor.advance(&self.extents, first, count);
+        for (at, page) in (u64::from(first.number)..).zip(landing.pages()) {
+            self.supersede(*page, Place::Slot(first.extent, at * PAGE_BYTES));
         }
     }
 
@@ -197,13 +198,13 @@ impl Pool {
         contents: &[[u8; PAGE_SIZE]],
     ) -> Result<(), StoreError> {
         let count = u32::try_from(pages.len()).expect("no more than an extent has");
-        let (extent, slot) = cursor.reserve(&self.extents, self.nodes.of_shard(shard), count)?;
+        let first = cursor.reserve(&self.extents, self.nodes.of_shard(shard), count)?;
         // All copies before the first atomic operation: each of those waits for the stores before it.
-        copy::fill_all(self.extents.slots(extent, slot, count), contents);
+        copy::fill_all(self.extents.slots(first, count), contents);
         copy::fence();
-        cursor.advance(&self.extents, count);
-        for (at, page) in (u64::from(slot)..).zip(pages) {
-            self.supersede(*page, Place::Slot(extent, at * PAGE_BYTES));
+        cursor.advance(&self.extents, first, count);
+        for (at, page) in (u64::from(first.number)..).zip(pages) {
+            self.supersede(*page, Place::Slot(first.extent, at * PAGE_BYTES));
         }
         Ok(())
     }

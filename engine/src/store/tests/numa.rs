@@ -2,7 +2,7 @@
 
 use crate::store::cache::cursor::Cursor;
 use crate::store::cache::extent_refs::ExtentId;
-use crate::store::cache::extents::{EXTENT_SLOTS, Extents, PoolTask};
+use crate::store::cache::extents::{EXTENT_SLOTS, Extents, PoolTask, Slot};
 use crate::store::cache::pool_layout::PoolLayout;
 use crate::store::memory::huge::HugePages;
 use crate::store::memory::numa::{NodeIndex, NumaNodes};
@@ -87,14 +87,14 @@ fn inline_growth_is_near() {
 fn a_cursor_that_moved_begins_again_near() {
     let extents = on_two_nodes();
     let mut cursor = Cursor::default();
-    let (first, _) = cursor.reserve(&extents, NodeIndex(0), 4).unwrap();
-    cursor.advance(&extents, 4);
+    let first = cursor.reserve(&extents, NodeIndex(0), 4).unwrap();
+    cursor.advance(&extents, first, 4);
     // Pages live in it: it goes on where it is.
-    let (same, slot) = cursor.reserve(&extents, NodeIndex(1), 4).unwrap();
-    assert_eq!((same, slot), (first, 4));
-    extents.refs().release(first, 4);
-    let (moved, slot) = cursor.reserve(&extents, NodeIndex(1), EXTENT_SLOTS).unwrap();
-    assert_eq!((node_of(&extents, moved), slot), (1, 0));
+    let same = cursor.reserve(&extents, NodeIndex(1), 4).unwrap();
+    assert_eq!(same, Slot { number: 4, ..first });
+    extents.refs().release(first.extent, 4);
+    let moved = cursor.reserve(&extents, NodeIndex(1), EXTENT_SLOTS).unwrap();
+    assert_eq!((node_of(&extents, moved.extent), moved.number), (1, 0));
     assert_eq!(extents.used().free_extents, 2 * u64::from(SLAB_EXTENTS) - 1);
 }
 

@@ -29,12 +29,13 @@ fn a_packet_lands_in_one_piece_with_the_next_header_behind_it() {
         panic!("{:?}", landing.runs())
     };
     assert_eq!(run.length, PACKET_PAGES * PAGE_SIZE);
-    assert_eq!(landing.header(), Some(run.address.wrapping_add(run.length)));
+    let header = landing.header().unwrap().address();
+    assert_eq!(header, run.address.wrapping_add(run.length));
     let slab = store.slab(usize::from(landing.slab().unwrap().0)).unwrap();
     let offset = run.address.addr() - slab.base().addr();
     assert!(offset + run.length + PAGE_SIZE <= slab.bytes());
     // Where the header was, the next packet's pages go.
-    let (first, header) = (run.address, landing.header().unwrap());
+    let first = run.address;
     fill_by_kernel(landing.runs(), &vec![1; PACKET_PAGES * PAGE_SIZE]);
     store.landed(0, &mut landing);
     store.place(0, &scattered, &mut landing).unwrap();
