@@ -4,18 +4,21 @@
 //! there. The replies of a batch go out in one write. A read that would have to wait for the medium is left to reader threads, and so
 //! are long ones where more than one is asked for; so replies may come out of order.
 
-use crate::disk::{Disk, DiskError, Piece, Source, Wanted, WriteTarget, nbd_error, receive};
+mod reads;
+mod replies;
+
+use crate::disk::{Disk, DiskError, Piece, Wanted, WriteTarget, nbd_error, receive};
 use crate::nbd::handshake::Agreed;
 use crate::nbd::request::{
-    Allocation, Command, NbdError, REQUEST_BYTES, Range, Request, RequestError, STATUS_EXTENTS_MAX,
-    put_block_status, put_done, put_error, put_read_head,
+    Command, NbdError, REQUEST_BYTES, Range, Request, RequestError, put_done, put_error,
 };
-use std::io::{self, Write};
+use reads::Waiting;
+use replies::{Out, Replies};
+use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
-use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::mpsc::{self, Receiver, Sender};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
+use std::sync::mpsc::Sender;
 use thiserror::Error;
 
 /// Bytes of a payload that are on their way to the base at a time: few enough to be in a processor's cache when they are written.
@@ -26,19 +29,6 @@ const REQUESTS_BYTES: usize = 64 << 10;
 
 /// Replies that are collected before they are sent.
 const REPLIES_BYTES: usize = 256 << 10;
-
-/// A longer read is done and sent in parts of that size.
-const PART_BYTES: u64 = 1 << 20;
-
-/// A read so long is left to another thread if a request is behind it: one thread alone would copy from the base and to the
-/// socket in turn, and others do both at the same time.
-const SHARED_BYTES: u64 = 256 << 10;
-
-/// Most bytes of reads that other threads have.
-const WAITING_BYTES: usize = 4 << 20;
-
-/// Threads that read beside the connection's own.
-const READERS: usize = 4;
 
 /// Most memory of one connection: its buffer, its replies, reads that wait.
 pub(crate) const CONNECTION_BYTES: u64 = 16 << 20;
@@ -59,68 +49,6 @@ pub(super) enum ConnectionEnd {
     /// An error that the protocol has no way to report.
     #[error("reading the base: {0}")]
     Base(io::Error),
-}
-
-/// The side of a socket that replies go out on.
-struct Replies {
-    socket: Mutex<UnixStream>,
-    /// Bytes of reads that readers have.
-    waiting: AtomicUsize,
-}
-
-impl Replies {
-    fn send(&self, bytes: &[u8]) -> io::Result<()> {
-        let mut socket = self.socket.lock().unwrap_or_else(PoisonError::into_inner);
-        socket.write_all(bytes)
-    }
-}
-
-/// Bytes that are collected to be sent. Its memory is zeroed once, and not again for every read that fills it.
-#[derive(Default)]
-struct Out {
-    bytes: Vec<u8>,
-    used: usize,
-    head: Vec<u8>,
-}
-
-impl Out {
-    fn bytes(&self) -> &[u8] {
-        &self.bytes[..self.used]
-    }
-
-    fn len(&self) -> usize {
-        self.used
-    }
-
-    fn truncate(&mut self, length: usize) {
-        self.used = self.used.min(length);
-    }
-
-    /// Appends what `encode` encodes: a head, which is short.
-    fn put(&mut self, encode: impl FnOnce(&mut Vec<u8>)) {
-        let mut head = std::mem::take(&mut self.head);
-        head.clear();
-        encode(&mut head);
-        self.room(head.len()).copy_from_slice(&head);
-        self.head = head;
-    }
-
-    /// Appends so many bytes, which have any content.
-    fn room(&mut self, length: usize) -> &mut [u8] {
-        let end = self.used + length;
-        if end > self.bytes.len() {
-            self.bytes.resize(end, 0);
-        }
-        let room = &mut self.bytes[self.used..end];
-        self.used = end;
-        room
-    }
-}
-
-/// A read that another thread has.
-struct Waiting {
-    cookie: u64,
-    range: Range,
 }
 
 /// See the module.
@@ -147,10 +75,7 @@ impl Connection {
         // The type of a socket of any family that is written to.
         let out = UnixStream::from(socket.try_clone()?);
         Ok(Self {
-            replies: Arc::new(Replies {
-                socket: Mutex::new(out),
-                waiting: AtomicUsize::new(0),
-            }),
+            replies: Arc::new(Replies::new(out)),
             socket,
             disk,
             agreed,
@@ -262,8 +187,6 @@ impl Connection {
         }
         Ok(())
     }
-
-    // --- writes ----------------------------------------------------------------------------------------------------
 
     /// Takes the payload of a write. The outer error ends the connection.
     fn write(&mut self, range: Range) -> Result<Result<(), NbdError>, ConnectionEnd> {
@@ -384,116 +307,6 @@ impl Connection {
             self.receive_payload(left)?;
         }
     }
-
-    // --- reads -----------------------------------------------------------------------------------------------------
-
-    fn read(&mut self, cookie: u64, range: Range) -> Result<(), ConnectionEnd> {
-        if range.length > PART_BYTES {
-            return self.read_in_parts(cookie, range);
-        }
-        let has_more = self.end - self.begin >= REQUEST_BYTES;
-        if range.length >= SHARED_BYTES && has_more && self.hand_over(cookie, range) {
-            return Ok(());
-        }
-        let start = self.out.len();
-        self.out
-            .put(|out| put_read_head(out, &self.agreed, cookie, range));
-        let read = fill(
-            &self.disk,
-            range,
-            &mut self.pieces,
-            &mut self.out,
-            |base, bytes, at| base.read_cached(bytes, at),
-        );
-        match read {
-            Ok(true) => return Ok(()),
-            Ok(false) => {
-                self.out.truncate(start);
-                if self.hand_over(cookie, range) {
-                    return Ok(());
-                }
-            }
-            Err(_) => self.out.truncate(start),
-        }
-        self.flush()?;
-        read_and_wait(
-            &self.disk,
-            &self.agreed,
-            cookie,
-            range,
-            &mut self.pieces,
-            &mut self.out,
-        );
-        Ok(())
-    }
-
-    /// Leaves a read to another thread, which may wait. False if they have too much already.
-    fn hand_over(&mut self, cookie: u64, range: Range) -> bool {
-        let bytes = usize::try_from(range.length).unwrap_or(usize::MAX);
-        if self.replies.waiting.load(Ordering::Relaxed).saturating_add(bytes) > WAITING_BYTES {
-            return false;
-        }
-        if self.readers.is_none() {
-            self.readers = self.start_readers();
-        }
-        self.replies.waiting.fetch_add(bytes, Ordering::Relaxed);
-        let sent = self
-            .readers
-            .as_ref()
-            .is_some_and(|readers| readers.send(Waiting { cookie, range }).is_ok());
-        if !sent {
-            self.replies.waiting.fetch_sub(bytes, Ordering::Relaxed);
-        }
-        sent
-    }
-
-    /// Starts the readers; none if there is no thread for them.
-    fn start_readers(&self) -> Option<Sender<Waiting>> {
-        let (sender, receiver) = mpsc::channel();
-        let receiver = Arc::new(Mutex::new(receiver));
-        for _ in 0..READERS {
-            let (disk, agreed) = (self.disk.clone(), self.agreed.clone());
-            let (replies, receiver) = (self.replies.clone(), receiver.clone());
-            let thread = std::thread::Builder::new().name("nbd-reader".into());
-            thread
-                .spawn(move || serve_waiting(&disk, &agreed, &replies, &receiver))
-                .ok()?;
-        }
-        Some(sender)
-    }
-
-    fn read_in_parts(&mut self, cookie: u64, range: Range) -> Result<(), ConnectionEnd> {
-        self.out
-            .put(|out| put_read_head(out, &self.agreed, cookie, range));
-        // No other reply may come in between.
-        let replies = self.replies.clone();
-        let mut socket = replies.socket.lock().unwrap_or_else(PoisonError::into_inner);
-        let mut at = range.offset;
-        while at < range.end() {
-            let part = Range {
-                offset: at,
-                length: PART_BYTES.min(range.end() - at),
-            };
-            fill(&self.disk, part, &mut self.pieces, &mut self.out, wait_for_base)
-                .map_err(ConnectionEnd::Base)?;
-            socket
-                .write_all(self.out.bytes())
-                .map_err(ConnectionEnd::Broken)?;
-            self.out.truncate(0);
-            at = part.end();
-        }
-        Ok(())
-    }
-
-    fn block_status(&mut self, cookie: u64, range: Range, one: bool) {
-        let most = if one { 1 } else { STATUS_EXTENTS_MAX };
-        match allocation(&self.disk, range, most, &mut self.pieces) {
-            Ok(extents) => self.out.put(|out| put_block_status(out, cookie, &extents)),
-            Err(error) => self
-                .out
-                .put(|out| put_error(out, &self.agreed, cookie, nbd_error(&error), true)),
-        }
-    }
 }
 
 impl Drop for Connection {
@@ -518,106 +331,4 @@ fn arrived(got: io::Result<usize>) -> Result<usize, ConnectionEnd> {
         Ok(got) => Ok(got),
         Err(error) => Err(ConnectionEnd::Broken(error)),
     }
-}
-
-type Base = crate::disk::Base;
-
-fn wait_for_base(base: &Base, bytes: &mut [u8], at: u64) -> io::Result<bool> {
-    base.read(bytes, at).map(|()| true)
-}
-
-/// Appends the content of a range to `out`; false if `read` did not want to wait for the base.
-fn fill(
-    disk: &Disk,
-    range: Range,
-    pieces: &mut Vec<Piece>,
-    out: &mut Out,
-    read: impl Fn(&Base, &mut [u8], u64) -> io::Result<bool>,
-) -> io::Result<bool> {
-    disk.pieces(range.offset, range.length, pieces);
-    for piece in &*pieces {
-        // At most a part's.
-        let bytes = out.room(usize::try_from(piece.length).unwrap_or(0));
-        match &piece.source {
-            Source::Segment(segment, place) => segment.read(*place, bytes),
-            Source::Zero => bytes.fill(0),
-            Source::Base => {
-                if !read(disk.base(), bytes, piece.offset)? {
-                    return Ok(false);
-                }
-            }
-        }
-    }
-    // Not before the next read: a segment that is looked at is not used again.
-    pieces.clear();
-    Ok(true)
-}
-
-/// Appends the reply to a read.
-fn read_and_wait(
-    disk: &Disk,
-    agreed: &Agreed,
-    cookie: u64,
-    range: Range,
-    pieces: &mut Vec<Piece>,
-    out: &mut Out,
-) {
-    let start = out.len();
-    out.put(|out| put_read_head(out, agreed, cookie, range));
-    if let Err(error) = fill(disk, range, pieces, out, wait_for_base) {
-        out.truncate(start);
-        out.put(|out| put_error(out, agreed, cookie, nbd_error(&error), true));
-    }
-}
-
-fn serve_waiting(disk: &Disk, agreed: &Agreed, replies: &Replies, receiver: &Mutex<Receiver<Waiting>>) {
-    let (mut pieces, mut out) = (Vec::new(), Out::default());
-    loop {
-        let waiting = receiver.lock().unwrap_or_else(PoisonError::into_inner).recv();
-        let Ok(Waiting { cookie, range }) = waiting else {
-            return;
-        };
-        out.truncate(0);
-        read_and_wait(disk, agreed, cookie, range, &mut pieces, &mut out);
-        // A connection that has broken is noticed by its own thread.
-        let _ = replies.send(out.bytes());
-        let bytes = usize::try_from(range.length).unwrap_or(usize::MAX);
-        replies.waiting.fetch_sub(bytes, Ordering::Relaxed);
-    }
-}
-
-/// What is allocated in a range, from its beginning on, in at most so many extents.
-fn allocation(
-    disk: &Disk,
-    range: Range,
-    most: usize,
-    pieces: &mut Vec<Piece>,
-) -> io::Result<Vec<(u32, Allocation)>> {
-    let mut extents: Vec<(u32, Allocation)> = Vec::new();
-    disk.pieces(range.offset, range.length, pieces);
-    for piece in &*pieces {
-        let (mut at, end) = (piece.offset, piece.offset + piece.length);
-        while at < end {
-            let (is_data, to) = match piece.source {
-                Source::Segment(..) => (true, end),
-                Source::Zero => (false, end),
-                Source::Base => disk.base().extent(at, end)?,
-            };
-            let kind = if is_data {
-                Allocation::Data
-            } else {
-                Allocation::Hole
-            };
-            // A request's length has 32 bits.
-            let length = u32::try_from(to - at).unwrap_or(u32::MAX);
-            let count = extents.len();
-            match extents.last_mut() {
-                Some((known, last)) if *last == kind => *known += length,
-                _ if count == most => return Ok(extents),
-                _ => extents.push((length, kind)),
-            }
-            at = to;
-        }
-    }
-    Ok(extents)
 }

@@ -1,0 +1,308 @@
+//! What the client of a disk asks for: writes, to the base while it is copied and to the log of the open epoch afterwards, and
+//! reads of the newest content.
+
+use super::{Disk, Phase, State};
+use crate::disk::DiskError;
+use crate::disk::epoch::{Content, Epoch, Part, Placed};
+use crate::disk::io::Stretch;
+use crate::disk::pool::NoSegment;
+use crate::disk::segment::Segment;
+use crate::nbd::request::NbdError;
+use std::sync::atomic::Ordering;
+use std::sync::{Arc, MutexGuard};
+
+/// Where the data of a write goes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum WriteTarget {
+    /// To the base.
+    Base,
+    /// To the places of the [`Wanted`].
+    Log,
+}
+
+/// A write that has begun. Used again for the next one.
+#[derive(Default)]
+pub(crate) struct Wanted {
+    checkpoint: u64,
+    placed: Vec<Placed>,
+    segments: Vec<Arc<Segment>>,
+}
+
+impl Wanted {
+    /// The places, in order.
+    pub(crate) fn stretches(&self) -> impl Iterator<Item = Stretch<'_>> {
+        self.placed.iter().zip(&self.segments).map(|(placed, segment)| {
+            let Content::Data { place, .. } = placed.part.content else {
+                unreachable!("only data is placed");
+            };
+            Stretch {
+                segment,
+                place,
+                // At most a segment's.
+                length: usize::try_from(placed.part.length).unwrap_or(0),
+            }
+        })
+    }
+
+    /// Lets go of the places.
+    pub(crate) fn clear(&mut self) {
+        self.placed.clear();
+        self.segments.clear();
+    }
+}
+
+/// A piece of a range that is read.
+pub(crate) struct Piece {
+    pub(crate) offset: u64,
+    pub(crate) length: u64,
+    pub(crate) source: Source,
+}
+
+/// Where its content is.
+pub(crate) enum Source {
+    Segment(Arc<Segment>, usize),
+    Zero,
+    Base,
+}
+
+impl Disk {
+    /// Begins a write. Waits for room in the log.
+    ///
+    /// # Errors
+    /// What to answer; the session is ended.
+    pub(crate) fn begin_write(&self, part: (u64, u64), wanted: &mut Wanted) -> Result<WriteTarget, NbdError> {
+        let (offset, length) = part;
+        wanted.clear();
+        self.written.fetch_add(length, Ordering::Relaxed);
+        let mut state = self.writable()?;
+        state.is_writing = true;
+        if state.phase == Phase::Copying {
+            return Ok(WriteTarget::Base);
+        }
+        wanted.checkpoint = state.open.checkpoint;
+        while !state.open.place(offset, length, &mut wanted.placed) {
+            drop(state);
+            state = self.add_segment(wanted.checkpoint)?;
+        }
+        for placed in &wanted.placed {
+            if let Content::Data { segment, .. } = placed.part.content {
+                wanted.segments.push(state.open.segments[segment].clone());
+            }
+        }
+        Ok(WriteTarget::Log)
+    }
+
+    /// The state, if writes may come now.
+    fn writable(&self) -> Result<MutexGuard<'_, State>, NbdError> {
+        let state = self.state();
+        match state.phase {
+            _ if state.loss.is_some() => Err(NbdError::Shutdown),
+            Phase::Copying | Phase::Open => Ok(state),
+            Phase::Over => Err(NbdError::Shutdown),
+            Phase::Cut => {
+                let checkpoint = state.open.checkpoint;
+                drop(state);
+                self.lose(DiskError::LateWrite {
+                    disk: self.name.clone(),
+                    checkpoint,
+                });
+                Err(NbdError::Shutdown)
+            }
+        }
+    }
+
+    /// Gives the open epoch another segment, when there is room for one.
+    fn add_segment(&self, checkpoint: u64) -> Result<MutexGuard<'_, State>, NbdError> {
+        loop {
+            // Not under the lock: a new one takes milliseconds.
+            let no_segment = match self.pool.take() {
+                Ok(segment) => {
+                    let mut state = self.writable()?;
+                    if state.open.checkpoint != checkpoint {
+                        return Err(NbdError::Shutdown);
+                    }
+                    if state.lease_index() {
+                        state.open.add(segment);
+                        return Ok(state);
+                    }
+                    self.pool.put(vec![segment]);
+                    NoSegment::NoIndex
+                }
+                Err(no_segment) => no_segment,
+            };
+            let mut state = self.writable()?;
+            // Applying may have made room meanwhile.
+            let has_room = match no_segment {
+                NoSegment::Full => self.pool.has_room(),
+                NoSegment::NoRoom(_) => self.pool.has_free(),
+                NoSegment::NoIndex => state.lease_index(),
+            };
+            if has_room {
+                continue;
+            }
+            if state.committed.is_empty() || state.apply_error.is_some() {
+                drop(state);
+                let disk = self.name.clone();
+                self.lose(match no_segment {
+                    NoSegment::Full => DiskError::LogFull {
+                        disk,
+                        limit: self.pool.limit(),
+                    },
+                    NoSegment::NoRoom(source) => DiskError::NoRoom {
+                        disk,
+                        source: Box::new(source),
+                    },
+                    NoSegment::NoIndex => DiskError::NoRoom {
+                        disk,
+                        source: Box::new(DiskError::NoIndex),
+                    },
+                });
+                return Err(NbdError::NoSpace);
+            }
+            let warning = (!std::mem::replace(&mut state.has_warned, true)).then(|| state.binding.clone());
+            if let Some(Some(binding)) = warning {
+                drop(state);
+                (binding.on_full)(self.name.clone());
+                state = self.state();
+            }
+            if !state.committed.is_empty() {
+                drop(self.changed.wait(state));
+            }
+        }
+    }
+
+    /// The data of a write has arrived.
+    ///
+    /// # Errors
+    /// If it came too late; the session is ended.
+    pub(crate) fn end_write(&self, target: WriteTarget, wanted: &Wanted) -> Result<(), NbdError> {
+        let mut state = self.writable()?;
+        state.is_writing = false;
+        if target == WriteTarget::Log {
+            if state.open.checkpoint != wanted.checkpoint {
+                return Err(NbdError::Shutdown);
+            }
+            state.open.written(&wanted.placed);
+        }
+        Ok(())
+    }
+
+    /// Makes a range zero.
+    ///
+    /// # Errors
+    /// What to answer.
+    pub(crate) fn zero(&self, offset: u64, length: u64, may_punch: bool, fast: bool) -> Result<(), NbdError> {
+        let mut state = self.writable()?;
+        if state.phase == Phase::Copying {
+            state.is_writing = true;
+            drop(state);
+            let zeroed = self.base.zero(offset, length, may_punch, fast);
+            self.state().is_writing = false;
+            return zeroed.map_err(|error| nbd_error(&error));
+        }
+        let checkpoint = state.open.checkpoint;
+        while !state.open.zero(offset, length, may_punch) {
+            drop(state);
+            state = self.add_segment(checkpoint)?;
+        }
+        Ok(())
+    }
+
+    /// Frees a range.
+    ///
+    /// # Errors
+    /// What to answer.
+    pub(crate) fn trim(&self, offset: u64, length: u64) -> Result<(), NbdError> {
+        if !self.is_copying() {
+            return self.zero(offset, length, true, true);
+        }
+        self.base.trim(offset, length).map_err(|error| nbd_error(&error))
+    }
+
+    /// Makes earlier writes durable. Those of a session's disk are with their commit.
+    ///
+    /// # Errors
+    /// What to answer.
+    pub(crate) fn flush(&self) -> Result<(), NbdError> {
+        match self.is_copying() {
+            true => self.base.sync().map_err(|error| nbd_error(&error)),
+            false => Ok(()),
+        }
+    }
+
+    /// The pieces of a range, in order: the newest content of each.
+    pub(crate) fn pieces(&self, offset: u64, length: u64, pieces: &mut Vec<Piece>) {
+        self.pieces_of(offset, length, true, pieces);
+    }
+
+    fn pieces_of(&self, offset: u64, length: u64, with_open: bool, pieces: &mut Vec<Piece>) {
+        pieces.clear();
+        let state = self.state();
+        let mut open = vec![(offset, offset + length)];
+        let newest = std::iter::once(&state.open).filter(|_| with_open);
+        let layers = newest.chain(state.committed.iter().rev().map(|epoch| &**epoch));
+        for layer in layers.filter(|layer| !layer.is_empty()) {
+            let mut unknown = Vec::new();
+            for (from, to) in open {
+                layer.resolve(
+                    from,
+                    to,
+                    |part| pieces.push(piece(layer, part)),
+                    |from, to| unknown.push((from, to)),
+                );
+            }
+            open = unknown;
+        }
+        drop(state);
+        pieces.extend(open.iter().map(|(from, to)| Piece {
+            offset: *from,
+            length: to - from,
+            source: Source::Base,
+        }));
+        pieces.sort_unstable_by_key(|piece| piece.offset);
+    }
+
+    /// All of what is committed.
+    #[cfg(test)]
+    pub(crate) fn read_committed(&self) -> Vec<u8> {
+        let mut pieces = Vec::new();
+        self.pieces_of(0, self.base.size(), false, &mut pieces);
+        let mut out = Vec::new();
+        for piece in pieces {
+            let start = out.len();
+            out.resize(start + usize::try_from(piece.length).expect("a small disk"), 0);
+            match piece.source {
+                Source::Segment(segment, place) => segment.read(place, &mut out[start..]),
+                Source::Zero => {}
+                Source::Base => self.base.read(&mut out[start..], piece.offset).expect("a base"),
+            }
+        }
+        out
+    }
+
+    /// Whether the log may take so many segments more.
+    #[cfg(test)]
+    pub(crate) fn has_room_for(&self, segments: u64) -> bool {
+        self.pool.has_room_for(segments)
+    }
+}
+
+fn piece(epoch: &Epoch, part: Part) -> Piece {
+    Piece {
+        offset: part.offset,
+        length: part.length,
+        source: match part.content {
+            Content::Data { segment, place } => Source::Segment(epoch.segments[segment].clone(), place),
+            Content::Zero { .. } => Source::Zero,
+        },
+    }
+}
+
+/// An error of the system as the client understands it.
+pub(crate) fn nbd_error(error: &std::io::Error) -> NbdError {
+    match error.kind() {
+        std::io::ErrorKind::StorageFull | std::io::ErrorKind::QuotaExceeded => NbdError::NoSpace,
+        std::io::ErrorKind::Unsupported => NbdError::Unsupported,
+        _ => NbdError::Io,
+    }
+}
