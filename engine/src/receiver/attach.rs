@@ -71,7 +71,7 @@ pub(super) fn attach<D: DrivingCores>(
     services: Arc<dyn Services>,
     cores: &D,
 ) -> Arc<LiveSession> {
-    let NewSession { style, home_core, .. } = new;
+    let home_core = new.home_core;
     // The channels share the core of the main channel, and are handed over to others while it falls behind. Without driving
     // cores each connection has a thread of its own.
     let main_driver = cores.driver(home_core, 0);
@@ -92,47 +92,73 @@ pub(super) fn attach<D: DrivingCores>(
         .collect();
     let wakers = helpers.iter().map(|driver| cores.waker(driver)).collect();
     let session = LiveSession::new(new.id, new.peer, new.origin, services, main, channels, wakers);
-
-    let attached = |done: io::Result<()>| {
-        if let Err(error) = done {
-            session.finish(SessionEnd::NotDriven(error));
-        }
+    let parts = Parts {
+        session: &session,
+        cores,
+        style: new.style,
     };
-    let tenant = |part| GuestTenant::new(session.clone(), part);
-    attached(cores.admit(&main_driver, tenant(FlushPart::Main)));
+    parts.admit(&main_driver, FlushPart::Main);
     for driver in &helpers {
-        attached(cores.admit(driver, tenant(FlushPart::Help)));
+        parts.admit(driver, FlushPart::Help);
     }
-    // A shard for every thread that receives: a core's, or a connection's own.
-    let has_threads = cores.driving_cores() == 0;
-    let shard = |driver, connection| {
-        if has_threads {
-            connection
-        } else {
-            cores.core(driver)
-        }
-    };
-    let main = MainChannel::new(
-        session.clone(),
-        new.limits,
-        shard(&main_driver, 0),
-        style,
-        new.is_tcp,
-        &MAIN_MAGIC,
-    );
-    attached(cores.attach(&main_driver, Box::new(main)));
+    parts.attach_main(&main_driver, new.limits, new.is_tcp);
     for (driver, channel) in drivers.iter().zip(0..new.limits.channels) {
-        let shard = shard(driver, usize::from(channel) + 1);
-        let home = cores.core(driver);
-        let offload = (home + usize::from(channel)) % cores.cores();
-        let channel = PageChannel::new(
-            session.clone(),
-            ChannelId(channel),
-            shard,
-            style,
-            Cores { home, offload },
-        );
-        attached(cores.attach(driver, Box::new(channel)));
+        parts.attach_channel(driver, ChannelId(channel));
     }
     session
+}
+
+/// The parts of a new session that cores drive. All of them are made, also after one could not be handed over: the session
+/// counts them out.
+struct Parts<'a, D> {
+    session: &'a Arc<LiveSession>,
+    cores: &'a D,
+    style: ReceiveStyle,
+}
+
+impl<D: DrivingCores> Parts<'_, D> {
+    fn admit(&self, driver: &D::Driver, part: FlushPart) {
+        let tenant = GuestTenant::new(self.session.clone(), part);
+        self.finish_if_err(self.cores.admit(driver, tenant));
+    }
+
+    fn attach_main(&self, driver: &D::Driver, limits: SessionLimits, is_tcp: bool) {
+        let main = MainChannel::new(
+            self.session.clone(),
+            limits,
+            self.shard(driver, 0),
+            self.style,
+            is_tcp,
+            &MAIN_MAGIC,
+        );
+        self.finish_if_err(self.cores.attach(driver, Box::new(main)));
+    }
+
+    fn attach_channel(&self, driver: &D::Driver, id: ChannelId) {
+        let number = usize::from(id.0);
+        let home = self.cores.core(driver);
+        let offload = (home + number) % self.cores.cores();
+        let channel = PageChannel::new(
+            self.session.clone(),
+            id,
+            self.shard(driver, number + 1),
+            self.style,
+            Cores { home, offload },
+        );
+        self.finish_if_err(self.cores.attach(driver, Box::new(channel)));
+    }
+
+    /// A shard for every thread that receives: a core's, or a connection's own.
+    fn shard(&self, driver: &D::Driver, connection: usize) -> usize {
+        match self.cores.driving_cores() {
+            0 => connection,
+            _ => self.cores.core(driver),
+        }
+    }
+
+    fn finish_if_err(&self, done: io::Result<()>) {
+        if let Err(error) = done {
+            self.session.finish(SessionEnd::NotDriven(error));
+        }
+    }
 }

@@ -5,6 +5,7 @@ use super::control::ControlContext;
 use super::decode::WorkerThreads;
 use super::disks::{DiskMemory, DiskRegistry, DiskServer, ServerParts, SessionDisks};
 use super::guest_memory::{Budgets, GuestMemory, MemoryError};
+use super::kept_checkpoint::KeptCheckpoint;
 use super::live_session::LiveSession;
 use super::recovery::{label, recover_all, settle_disks};
 use super::services::{Services, Shared, Work};
@@ -68,14 +69,7 @@ pub(super) fn make_context(
     changed: &Arc<Notify>,
     disk_listeners: Vec<Listener>,
 ) -> Result<ControlContext, ReceiverError> {
-    let flusher = match options.backend {
-        // The baseline flushes as QEMU does: one thread, memcpy.
-        BackendKind::Threads => Flusher::new(CopyMethod::Memcpy, 0, &[]),
-        BackendKind::Uring | BackendKind::Epoll => {
-            let cores = options.cores.get(1..).unwrap_or(&[]);
-            Flusher::new(CopyMethod::NonTemporal, cores.len(), cores)
-        }
-    }?;
+    let flusher = flusher(&options)?;
     let budgets = Budgets {
         ram: Arc::new(Budget::new(options.ram_limit_bytes, "--ram-limit")),
         device_states: Arc::new(Budget::new(DEVICE_STATES_MAX, "device state")),
@@ -106,11 +100,7 @@ pub(super) fn make_context(
         None => (Vec::new(), 1),
     };
     if let Some(disks) = &disks {
-        for checkpoint in &recovered.0 {
-            let all = checkpoint.disks.all().iter();
-            all.for_each(|disk| disks.adopt(disk, checkpoint.session));
-        }
-        settle_disks(disks.directory(), &*events);
+        adopt_disks(disks, &recovered.0, &*events);
     }
     let parts = disks.clone().map(|registry| ServerParts {
         registry,
@@ -134,6 +124,26 @@ pub(super) fn make_context(
         disk_server,
         recovered,
     })
+}
+
+fn flusher(options: &ReceiverOptions) -> Result<Flusher, ReceiverError> {
+    Ok(match options.backend {
+        // The baseline flushes as QEMU does: one thread, memcpy.
+        BackendKind::Threads => Flusher::new(CopyMethod::Memcpy, 0, &[]),
+        BackendKind::Uring | BackendKind::Epoll => {
+            let cores = options.cores.get(1..).unwrap_or(&[]);
+            Flusher::new(CopyMethod::NonTemporal, cores.len(), cores)
+        }
+    }?)
+}
+
+/// The disks of recovered checkpoints belong to these; what no checkpoint needs is settled.
+fn adopt_disks(disks: &DiskRegistry, recovered: &[KeptCheckpoint], events: &Events) {
+    for checkpoint in recovered {
+        let all = checkpoint.disks.all().iter();
+        all.for_each(|disk| disks.adopt(disk, checkpoint.session));
+    }
+    settle_disks(disks.directory(), events);
 }
 
 /// Part of `--ram-limit` that the logs of all disks may take; beyond that they lie beside the bases.

@@ -112,18 +112,7 @@ pub fn run(args: &ProtectArgs) -> Result<ExitCode, CommandError> {
     check_can_begin(&mut qmp, args.xbzrle)?;
     let plan = DiskPlan::make(&mut qmp, &args.disks, &args.to)?;
     plan.tell_what_is_left();
-    let changed = set_capabilities(
-        &mut qmp,
-        Wanted {
-            channels: args.channels,
-            xbzrle: args.xbzrle,
-            uuid: plan.needs_uuid(),
-        },
-    )?;
-    // Those that COLO needs are no news.
-    let news = changed.iter().filter(|change| change.ends_with(" off"));
-    news.for_each(|change| tell(&format!("switched on the primary: {change}")));
-    set_parameters(&mut qmp, args, compression).map_err(CommandError::failed)?;
+    let changed = set_up(&mut qmp, args, compression, plan.needs_uuid())?;
     let began = Instant::now();
     let mirrors = plan.mirror(&mut qmp, &args.disks, &wished, !args.json)?;
     let copying = began.elapsed();
@@ -152,20 +141,47 @@ pub fn run(args: &ProtectArgs) -> Result<ExitCode, CommandError> {
     };
     if args.json {
         print_json(&report)?;
-    } else if report.status == "colo" {
-        print(&format!(
-            "protected: QEMU {} makes a checkpoint to {} every {} ms{}; the first copy took {:.1} s\n",
-            report.qemu,
-            report.to,
-            report.interval_ms,
-            args.modes(compression),
-            began.elapsed().as_secs_f64()
-        ))?;
-        print(&report.disks.lines())?;
     } else {
-        print(&format!("started: the migration is in state {}\n", report.status))?;
+        print(&report.text(args))?;
     }
     Ok(ExitCode::SUCCESS)
+}
+
+impl ProtectReport<'_> {
+    fn text(&self, args: &ProtectArgs) -> String {
+        if self.status != "colo" {
+            return format!("started: the migration is in state {}\n", self.status);
+        }
+        format!(
+            "protected: QEMU {} makes a checkpoint to {} every {} ms{}; the first copy took {:.1} s\n{}",
+            self.qemu,
+            self.to,
+            self.interval_ms,
+            args.modes(self.compression),
+            Duration::from_millis(self.elapsed_ms).as_secs_f64(),
+            self.disks.lines()
+        )
+    }
+}
+
+/// Switches the capabilities and parameters of the primary to what is asked for. Returns the capabilities that were changed.
+fn set_up(
+    qmp: &mut Qmp,
+    args: &ProtectArgs,
+    compression: PageCompression,
+    needs_uuid: bool,
+) -> Result<Vec<String>, CommandError> {
+    let wanted = Wanted {
+        channels: args.channels,
+        xbzrle: args.xbzrle,
+        uuid: needs_uuid,
+    };
+    let changed = set_capabilities(qmp, wanted)?;
+    // Those that COLO needs are no news.
+    let news = changed.iter().filter(|change| change.ends_with(" off"));
+    news.for_each(|change| tell(&format!("switched on the primary: {change}")));
+    set_parameters(qmp, args, compression).map_err(CommandError::failed)?;
+    Ok(changed)
 }
 
 impl ProtectArgs {

@@ -1,6 +1,8 @@
 //! `colo-ring receive`: the secondary.
 
 mod on_loss;
+#[cfg(test)]
+mod tests;
 
 use crate::cores::{cores_of_node, default_cores};
 use crate::options::{ControlAddress, CoreList, Size, Switch};
@@ -221,26 +223,9 @@ pub fn run(args: ReceiveArgs) -> Result<ExitCode, CommandError> {
 
 impl ReceiveArgs {
     fn into_options(self) -> Result<ReceiverOptions, CommandError> {
-        if self.user_timeout < self.keepalive {
-            return Err(CommandError::Usage(
-                "--user-timeout must not be shorter than --keepalive: a silent host is not given up before it was probed"
-                    .to_owned(),
-            ));
-        }
-        let ram_limit_bytes = self
-            .ram_limit
-            .map_or_else(|| Machine::read().memory_bytes / 2, |size| size.0);
-        if ram_limit_bytes == 0 {
-            return Err(CommandError::Usage(
-                "no guest fits: give --ram-limit, like 6G".to_owned(),
-            ));
-        }
-        if self.pool_max.is_some() && self.cache != CacheKind::Pool {
-            let text = "--pool-max is a limit of --cache pool";
-            return Err(CommandError::Usage(text.to_owned()));
-        }
-        let cores = match (self.cores, self.numa_node) {
-            (Some(list), _) => list.0,
+        let ram_limit_bytes = self.check()?;
+        let cores = match (&self.cores, self.numa_node) {
+            (Some(list), _) => list.0.clone(),
             (None, Some(node)) => cores_of_node(node, self.channels)?,
             (None, None) => default_cores(self.channels)?,
         };
@@ -252,35 +237,8 @@ impl ReceiveArgs {
             },
             log_max_bytes: self.disk_log_max.0,
         });
-        if self.disk_log_max.0 < DISK_LOG_MIN {
-            let text = "--disk-log-max must be at least 8M: a log has two segments of 4 MiB";
-            return Err(CommandError::Usage(text.to_owned()));
-        }
-        let nbd = disks.iter().flat_map(|disks| &disks.listen);
-        let described = Described {
-            disks: disks.as_ref().map(|disks| disks.directory.clone()),
-            nbd: nbd.map(ToString::to_string).collect(),
-            disk_log_max_bytes: self.disk_log_max.0,
-            listen: self.listen.iter().map(ToString::to_string).collect(),
-            channels: self.channels,
-            placement: Topology::read().place(&cores),
-            cores: cores.clone(),
-            backend: self.backend,
-            registered: self.registered == Switch::On,
-            cache: self.cache,
-            pool_max_bytes: self.pool_max.map(|size| size.0),
-            commit: self.commit,
-            hugepages: self.hugepages,
-            ram_dir: self.ram_dir.clone(),
-            ram_limit_bytes,
-            once: self.once,
-            accept_timeout_s: self.accept_timeout,
-            keepalive_s: self.keepalive,
-            user_timeout_s: self.user_timeout,
-            on_loss: self.on_loss,
-        };
-        Ok(ReceiverOptions {
-            described: serde_json::to_value(&described).map_err(std::io::Error::from)?,
+        let mut options = ReceiverOptions {
+            described: serde_json::Value::Null,
             listen: self.listen,
             channels: self.channels,
             cores,
@@ -304,7 +262,63 @@ impl ReceiveArgs {
                 probe_after_s: self.keepalive,
                 give_up_after_s: self.user_timeout,
             },
-        })
+        };
+        let described = Described::of(&options, self.disk_log_max.0, self.on_loss);
+        options.described = serde_json::to_value(described).map_err(std::io::Error::from)?;
+        Ok(options)
+    }
+
+    /// Refuses what contradicts itself. Returns the limit of guests' RAM in bytes.
+    fn check(&self) -> Result<u64, CommandError> {
+        let usage = |text: &str| Err(CommandError::Usage(text.to_owned()));
+        if self.user_timeout < self.keepalive {
+            return usage(
+                "--user-timeout must not be shorter than --keepalive: a silent host is not given up before it was probed",
+            );
+        }
+        let ram_limit_bytes = match self.ram_limit {
+            Some(size) => size.0,
+            None => Machine::read().memory_bytes / 2,
+        };
+        if ram_limit_bytes == 0 {
+            return usage("no guest fits: give --ram-limit, like 6G");
+        }
+        if self.pool_max.is_some() && self.cache != CacheKind::Pool {
+            return usage("--pool-max is a limit of --cache pool");
+        }
+        if self.disk_log_max.0 < DISK_LOG_MIN {
+            return usage("--disk-log-max must be at least 8M: a log has two segments of 4 MiB");
+        }
+        Ok(ram_limit_bytes)
+    }
+}
+
+impl Described {
+    fn of(options: &ReceiverOptions, disk_log_max_bytes: u64, on_loss: Option<String>) -> Self {
+        let texts = |addresses: &[ListenAddress]| addresses.iter().map(ToString::to_string).collect();
+        let disks = options.disks.as_ref();
+        Self {
+            disks: disks.map(|disks| disks.directory.clone()),
+            nbd: disks.map_or_else(Vec::new, |disks| texts(&disks.listen)),
+            disk_log_max_bytes,
+            listen: texts(&options.listen),
+            channels: options.channels,
+            placement: Topology::read().place(&options.cores),
+            cores: options.cores.clone(),
+            backend: options.backend,
+            registered: options.registered,
+            cache: options.store.cache,
+            pool_max_bytes: options.store.pool_max,
+            commit: options.store.commit,
+            hugepages: options.store.hugepages,
+            ram_dir: options.store.ram_dir.clone(),
+            ram_limit_bytes: options.ram_limit_bytes,
+            once: options.once,
+            accept_timeout_s: options.identify_deadline.as_secs(),
+            keepalive_s: options.host_watch.probe_after_s,
+            user_timeout_s: options.host_watch.give_up_after_s,
+            on_loss,
+        }
     }
 }
 
@@ -410,106 +424,4 @@ fn render(outcome: &Outcome, hist: Option<&PathBuf>) -> String {
 
 fn was_protected(session: &SessionStatus) -> bool {
     session.checkpoint.is_some() && session.orderly == Some(true)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use clap::Parser;
-
-    #[derive(Parser)]
-    struct Line {
-        #[command(flatten)]
-        args: ReceiveArgs,
-    }
-
-    fn parse(line: &[&str]) -> Result<ReceiverOptions, String> {
-        let words = ["receive"].iter().chain(line);
-        let parsed = Line::try_parse_from(words).map_err(|error| error.to_string())?;
-        parsed.args.into_options().map_err(|error| error.to_string())
-    }
-
-    #[test]
-    fn the_least_that_must_be_said_is_where_to_listen() {
-        let options = parse(&["--listen", "tcp:[::1]:4444"]).unwrap();
-        assert_eq!(options.channels, 4);
-        assert_eq!(options.identify_deadline, Duration::from_secs(10));
-        assert_eq!(options.ram_limit_bytes, Machine::read().memory_bytes / 2);
-        assert!(!options.cores.is_empty() && options.cores.len() <= 4);
-        assert!(parse(&[]).unwrap_err().contains("--listen"));
-    }
-
-    #[test]
-    fn what_is_asked_for_is_what_is_used_and_reported() {
-        let line = "--listen tcp:127.0.0.1:0 --listen unix:/tmp/x --channels 0 --cores 1,0 --backend threads \
-                    --registered off --hugepages thp --ram-limit 6G --accept-timeout 3 --once --ram-dir /dev/shm";
-        let options = parse(&line.split_whitespace().collect::<Vec<_>>()).unwrap();
-        assert_eq!(options.listen.len(), 2);
-        assert_eq!(options.cores, [1, 0]);
-        assert_eq!(options.ram_limit_bytes, 6 << 30);
-        assert_eq!(options.store.ram_dir, Some(PathBuf::from("/dev/shm")));
-        assert!(options.once && !options.registered);
-        for (key, value) in [
-            ("backend", serde_json::json!("threads")),
-            ("hugepages", serde_json::json!("thp")),
-            ("ram_limit_bytes", serde_json::json!(6u64 << 30)),
-            ("accept_timeout_s", serde_json::json!(3)),
-            ("registered", serde_json::json!(false)),
-        ] {
-            assert_eq!(options.described[key], value, "{key}");
-        }
-    }
-
-    #[test]
-    fn disks_are_served_beside_where_primaries_connect_to() {
-        let line = "--listen tcp:[::1]:4444 --listen unix:/tmp/x --disks /srv --disk-log-max 1G";
-        let disks = parse(&line.split_whitespace().collect::<Vec<_>>())
-            .unwrap()
-            .disks
-            .unwrap();
-        let listen: Vec<String> = disks.listen.iter().map(ToString::to_string).collect();
-        assert_eq!(listen, ["tcp:[::1]:10809", "unix:/tmp/x.nbd"]);
-        assert_eq!(
-            (disks.directory, disks.log_max_bytes),
-            (PathBuf::from("/srv"), 1 << 30)
-        );
-        let own = parse(&[
-            "--listen",
-            "tcp:[::1]:4444",
-            "--disks",
-            "/srv",
-            "--nbd",
-            "unix:/tmp/n",
-        ])
-        .unwrap();
-        assert_eq!(own.disks.unwrap().listen, [ListenAddress::Unix("/tmp/n".into())]);
-        assert!(parse(&["--listen", "unix:/tmp/x"]).unwrap().disks.is_none());
-    }
-
-    #[test]
-    fn nonsense_is_refused() {
-        for (words, hint) in [
-            ("--listen 4444", "tcp:"),
-            ("--listen unix:/tmp/x --cores 5-2", "2-5,8"),
-            ("--listen unix:/tmp/x --channels 256", "256"),
-            ("--listen unix:/tmp/x --numa-node 0 --cores 0", "--cores"),
-            ("--listen unix:/tmp/x --numa-node 1023", "NUMA node"),
-            ("--listen unix:/tmp/x --ram-limit 0", "--ram-limit"),
-            ("--listen unix:/tmp/x --ram-limit 1.5G", "512M"),
-            ("--listen unix:/tmp/x --nbd unix:/tmp/n", "--disks"),
-            ("--listen unix:/tmp/x --disks /srv --disk-log-max 1M", "8M"),
-            ("--listen unix:/tmp/x --accept-timeout 0", "0"),
-            ("--listen unix:/tmp/x --user-timeout 2", "--keepalive"),
-            ("--listen unix:/tmp/x --control /tmp/c", "unix:PATH"),
-            ("--listen unix:/tmp/x --backend rdma", "uring"),
-        ] {
-            let refused = parse(&words.split_whitespace().collect::<Vec<_>>()).unwrap_err();
-            assert!(refused.contains(hint), "{words}: {refused}");
-        }
-        assert!(
-            parse(&["--listen", "unix:/tmp/x", "--cores", ""])
-                .unwrap_err()
-                .contains("2-5,8")
-        );
-    }
 }

@@ -1,0 +1,98 @@
+use super::*;
+use clap::Parser;
+
+#[derive(Parser)]
+struct Line {
+    #[command(flatten)]
+    args: ReceiveArgs,
+}
+
+fn parse(line: &[&str]) -> Result<ReceiverOptions, String> {
+    let words = ["receive"].iter().chain(line);
+    let parsed = Line::try_parse_from(words).map_err(|error| error.to_string())?;
+    parsed.args.into_options().map_err(|error| error.to_string())
+}
+
+#[test]
+fn the_least_that_must_be_said_is_where_to_listen() {
+    let options = parse(&["--listen", "tcp:[::1]:4444"]).unwrap();
+    assert_eq!(options.channels, 4);
+    assert_eq!(options.identify_deadline, Duration::from_secs(10));
+    assert_eq!(options.ram_limit_bytes, Machine::read().memory_bytes / 2);
+    assert!(!options.cores.is_empty() && options.cores.len() <= 4);
+    assert!(parse(&[]).unwrap_err().contains("--listen"));
+}
+
+#[test]
+fn what_is_asked_for_is_what_is_used_and_reported() {
+    let line = "--listen tcp:127.0.0.1:0 --listen unix:/tmp/x --channels 0 --cores 1,0 --backend threads \
+                --registered off --hugepages thp --ram-limit 6G --accept-timeout 3 --once --ram-dir /dev/shm";
+    let options = parse(&line.split_whitespace().collect::<Vec<_>>()).unwrap();
+    assert_eq!(options.listen.len(), 2);
+    assert_eq!(options.cores, [1, 0]);
+    assert_eq!(options.ram_limit_bytes, 6 << 30);
+    assert_eq!(options.store.ram_dir, Some(PathBuf::from("/dev/shm")));
+    assert!(options.once && !options.registered);
+    for (key, value) in [
+        ("backend", serde_json::json!("threads")),
+        ("hugepages", serde_json::json!("thp")),
+        ("ram_limit_bytes", serde_json::json!(6u64 << 30)),
+        ("accept_timeout_s", serde_json::json!(3)),
+        ("registered", serde_json::json!(false)),
+    ] {
+        assert_eq!(options.described[key], value, "{key}");
+    }
+}
+
+#[test]
+fn disks_are_served_beside_where_primaries_connect_to() {
+    let line = "--listen tcp:[::1]:4444 --listen unix:/tmp/x --disks /srv --disk-log-max 1G";
+    let disks = parse(&line.split_whitespace().collect::<Vec<_>>())
+        .unwrap()
+        .disks
+        .unwrap();
+    let listen: Vec<String> = disks.listen.iter().map(ToString::to_string).collect();
+    assert_eq!(listen, ["tcp:[::1]:10809", "unix:/tmp/x.nbd"]);
+    assert_eq!(
+        (disks.directory, disks.log_max_bytes),
+        (PathBuf::from("/srv"), 1 << 30)
+    );
+    let own = parse(&[
+        "--listen",
+        "tcp:[::1]:4444",
+        "--disks",
+        "/srv",
+        "--nbd",
+        "unix:/tmp/n",
+    ])
+    .unwrap();
+    assert_eq!(own.disks.unwrap().listen, [ListenAddress::Unix("/tmp/n".into())]);
+    assert!(parse(&["--listen", "unix:/tmp/x"]).unwrap().disks.is_none());
+}
+
+#[test]
+fn nonsense_is_refused() {
+    for (words, hint) in [
+        ("--listen 4444", "tcp:"),
+        ("--listen unix:/tmp/x --cores 5-2", "2-5,8"),
+        ("--listen unix:/tmp/x --channels 256", "256"),
+        ("--listen unix:/tmp/x --numa-node 0 --cores 0", "--cores"),
+        ("--listen unix:/tmp/x --numa-node 1023", "NUMA node"),
+        ("--listen unix:/tmp/x --ram-limit 0", "--ram-limit"),
+        ("--listen unix:/tmp/x --ram-limit 1.5G", "512M"),
+        ("--listen unix:/tmp/x --nbd unix:/tmp/n", "--disks"),
+        ("--listen unix:/tmp/x --disks /srv --disk-log-max 1M", "8M"),
+        ("--listen unix:/tmp/x --accept-timeout 0", "0"),
+        ("--listen unix:/tmp/x --user-timeout 2", "--keepalive"),
+        ("--listen unix:/tmp/x --control /tmp/c", "unix:PATH"),
+        ("--listen unix:/tmp/x --backend rdma", "uring"),
+    ] {
+        let refused = parse(&words.split_whitespace().collect::<Vec<_>>()).unwrap_err();
+        assert!(refused.contains(hint), "{words}: {refused}");
+    }
+    assert!(
+        parse(&["--listen", "unix:/tmp/x", "--cores", ""])
+            .unwrap_err()
+            .contains("2-5,8")
+    );
+}
