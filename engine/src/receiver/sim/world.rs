@@ -1,6 +1,7 @@
 //! Everything of one run, and its steps.
 
 mod connect;
+mod disk_plan;
 mod faults;
 mod services;
 mod slow_flush;
@@ -8,22 +9,20 @@ mod workers;
 
 use super::Tally;
 use super::death::Death;
-use super::disks::{DISK_FAULTS, DiskFault, DiskStep};
+use super::disks::DiskStep;
 use super::primary::{Kind, Stage};
 use super::rng::Rng;
 use super::session::SimSession;
-use super::tests::scratch;
 use crate::killpoint;
 use crate::receiver::budget::Budget;
 use crate::receiver::guest_memory::Budgets;
 use crate::receiver::services::Services;
 use crate::ring::sim::{Net, Network, Registered, SimCore, StreamEnd};
 use crate::ring::{OffloadThreshold, ReceiveStyle};
+use disk_plan::DiskPlan;
 use faults::{FAULTS, Fault};
 use services::{Jobs, LASTING_STORES, STORES, SimServices, services};
-use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
-use tempfile::TempDir;
 use workers::SimWorker;
 
 /// Steps after which a run has gone astray: none came near.
@@ -32,8 +31,8 @@ const STEPS_MAX: u64 = 1_000_000;
 /// Steps that many runs have.
 const STEPS_USUAL: usize = 3000;
 
-/// What the seed of the disks differs by.
-const DISKS: u64 = 0x6469_736b_7321;
+/// In how many turns a core takes a step of a flush, once, where a page is to come during one.
+const HASTENED_FLUSH_TURNS: usize = 300;
 
 /// Failed tries to find something to do at random, after which everything is looked at.
 const TRIES: usize = 24;
@@ -68,12 +67,7 @@ pub(super) struct World {
     /// Steps before which something is done to a session.
     faults: Vec<(u64, usize, Fault)>,
     dump_at: Option<u64>,
-    /// Where the disks' bases are, if the guests have disks.
-    bases: Option<PathBuf>,
-    _own_bases: Option<TempDir>,
-    /// Of its own, so that a seed of guests without disks stays the run that it was.
-    disk_rng: Rng,
-    disk_fault: Option<(u64, DiskFault)>,
+    disks: DiskPlan,
     death: Option<Death>,
     wait_all: bool,
     /// In how many tries a core does work that can wait.
@@ -102,56 +96,55 @@ impl Drop for World {
     }
 }
 
+fn registered(rng: &mut Rng, is_threads: bool) -> Registered {
+    match is_threads {
+        true => Registered::No,
+        false => rng.pick(&[
+            Registered::No,
+            Registered::Yes,
+            Registered::Yes,
+            Registered::Refused,
+        ]),
+    }
+}
+
+fn budgets(no_memory: bool) -> Budgets {
+    let ram = if no_memory { 4095 } else { 1 << 30 };
+    Budgets {
+        ram: Arc::new(Budget::new(ram, "ram")),
+        device_states: Arc::new(Budget::new(1 << 30, "device state")),
+    }
+}
+
 impl World {
     /// With `is_mortal` the receiver is killed a few times, and what it leaves is looked at.
     pub(super) fn new(seed: u64, trace: bool, is_mortal: bool) -> Self {
         let rng = &mut Rng::new(seed);
-        let threads = rng.one_in(4);
+        let is_threads = rng.one_in(4);
         let kinds: Vec<Kind> = (0..if rng.one_in(4) { 2 } else { 1 })
             .map(|_| Kind::random(rng))
             .collect();
         let connections: usize = kinds.iter().map(|kind| kind.channels + 1).sum();
         // A thread for each connection is a core that drives nothing else.
-        let cores = if threads {
+        let cores = if is_threads {
             connections
         } else {
             rng.pick(&[1, 2, 2, 3])
         };
-        let registered = match threads {
-            true => Registered::No,
-            false => rng.pick(&[
-                Registered::No,
-                Registered::Yes,
-                Registered::Yes,
-                Registered::Refused,
-            ]),
-        };
+        let registered = registered(rng, is_threads);
         let net = Network::new(cores, registered);
         let jobs = Arc::new(Mutex::new(Vec::new()));
         let (pages_max, piece_bytes) = rng.pick(&SIZES);
         let no_memory = rng.one_in(20);
-        let ram = if no_memory { 4095 } else { 1 << 30 };
-        let budgets = Budgets {
-            ram: Arc::new(Budget::new(ram, "ram")),
-            device_states: Arc::new(Budget::new(1 << 30, "device state")),
-        };
+        let budgets = budgets(no_memory);
         let death = is_mortal.then(|| Death::new(rng.next()));
         let store = match death {
             None => rng.pick(&STORES),
             Some(_) => rng.pick(&LASTING_STORES),
         };
         let ram_dir = death.as_ref().map(|death| death.directory().to_owned());
-        let mut disk_rng = Rng::new(seed ^ DISKS);
-        let has_disks = disk_rng.one_in(2);
-        let own_bases = (has_disks && ram_dir.is_none()).then(scratch);
-        let bases = ram_dir
-            .clone()
-            .or_else(|| own_bases.as_ref().map(|bases| bases.path().to_owned()));
-        let disk_fault = disk_rng.one_in(3).then(|| {
-            let at = disk_rng.any_size(STEPS_USUAL) as u64;
-            (at, disk_rng.pick(&DISK_FAULTS))
-        });
-        let workers = workers::some(rng, threads, cores);
+        let disks = DiskPlan::random(seed, ram_dir.as_deref());
+        let workers = workers::some(rng, is_threads, cores);
         let shards = cores + workers.shards();
         let services = services(rng, store, ram_dir, workers, shards, &jobs, &budgets);
         let mut world = Self {
@@ -168,43 +161,55 @@ impl World {
             is_idle: false,
             flush_looks: rng.pick(&[4, 100]),
             piece_bytes,
-            bases: bases.filter(|_| has_disks),
-            _own_bases: own_bases,
-            disk_rng,
-            disk_fault,
+            disks,
             death,
             rng: Rng::new(rng.next()),
             trace,
             tally: Tally::default(),
             net,
-            is_threads: threads,
+            is_threads,
             sessions: Vec::new(),
             services,
             jobs,
             budgets,
         };
-        let style = if threads {
-            ReceiveStyle::THREADS
-        } else {
-            ReceiveStyle {
-                bulk_from_pages: world.rng.pick(&[0, 1, 5, u64::MAX]),
-                offload: OffloadThreshold {
-                    from_pages: world.rng.pick(&[1, 1, 3, u64::MAX]),
-                    from_queued: world.rng.pick(&[0, 0, 1, 5000]),
-                },
-                ..ReceiveStyle::RING
-            }
-        };
+        let style = world.style();
         for kind in kinds {
+            world.plan_fault();
             world.begin(kind, style, pages_max, no_memory);
-            if world.rng.one_in(2) {
-                let fault = world.rng.pick(&FAULTS);
-                let at = world.rng.any_size(STEPS_USUAL) as u64;
-                world.faults.push((at, world.sessions.len() - 1, fault));
-            }
         }
         world.note(|| format!("{store:?}, {cores} cores, {style:?}, {registered:?} buffers registered"));
         world
+    }
+
+    fn style(&mut self) -> ReceiveStyle {
+        if self.is_threads {
+            return ReceiveStyle::THREADS;
+        }
+        ReceiveStyle {
+            bulk_from_pages: self.rng.pick(&[0, 1, 5, u64::MAX]),
+            offload: OffloadThreshold {
+                from_pages: self.rng.pick(&[1, 1, 3, u64::MAX]),
+                from_queued: self.rng.pick(&[0, 0, 1, 5000]),
+            },
+            ..ReceiveStyle::RING
+        }
+    }
+
+    /// Chooses what is done to the session that begins next, if anything.
+    fn plan_fault(&mut self) {
+        if self.rng.one_in(2) {
+            return;
+        }
+        let fault = self.rng.pick(&FAULTS);
+        let mut latest = STEPS_USUAL;
+        if fault == Fault::Hasten {
+            // It is for the time between a request and the end of a flush, which few runs have for long.
+            latest = STEPS_USUAL / 10;
+            self.flush_turns = HASTENED_FLUSH_TURNS;
+        }
+        let at = self.rng.any_size(latest) as u64;
+        self.faults.push((at, self.sessions.len(), fault));
     }
 
     pub(super) fn steps(&self) -> u64 {
@@ -321,19 +326,19 @@ impl World {
 
     /// What the guests' disks do in this step.
     fn disk_step(&mut self) -> Result<(), String> {
-        let rng = &mut self.disk_rng;
+        let rng = &mut self.disks.rng;
         let which = rng.below(self.sessions.len());
         let session = &mut self.sessions[which];
         let Some(disks) = session.disks.as_mut().filter(|_| session.live.end().is_none()) else {
             return Ok(());
         };
         let mut step = DiskStep::Nothing;
-        if let Some((at, fault)) = self.disk_fault
+        if let Some((at, fault)) = self.disks.fault
             && at <= self.tally.steps
         {
             step = disks.break_one(rng, fault)?;
             if step == DiskStep::Lost {
-                self.disk_fault = None;
+                self.disks.fault = None;
             }
         } else if rng.one_in(3) {
             step = disks.run(rng, session.primary.stage);

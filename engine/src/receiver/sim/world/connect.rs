@@ -63,9 +63,9 @@ impl World {
         let weak = Arc::downgrade(&session);
         cores.session.set(weak).expect("attached once");
         let mut session = SimSession::new(session, primary, peers, wires, no_memory);
-        if let Some(bases) = &self.bases {
-            let disks = SimDisks::new(&mut self.disk_rng, bases, self.sessions.len());
-            let segments_in_ram = self.disk_rng.below(8);
+        if let Some(bases) = &self.disks.bases {
+            let disks = SimDisks::new(&mut self.disks.rng, bases, self.sessions.len());
+            let segments_in_ram = self.disks.rng.below(8);
             self.services
                 .add_disks(session.live.id, disks.all(), segments_in_ram);
             session.disks = Some(disks);
