@@ -76,9 +76,16 @@ pub(crate) enum HandshakeError {
     Magic([u8; 8]),
     #[error("option {option} of NBD has {length} bytes, and at most {OPTION_MAX} are taken")]
     TooLong { option: u32, length: u32 },
+    #[error("the name of an export is not UTF-8")]
+    Name,
     #[error("{0}")]
-    Refused(String),
+    Unavailable(#[from] Unavailable),
 }
+
+/// Why a client does not get an export, in words for its user.
+#[derive(Clone, Debug, PartialEq, Eq, Error)]
+#[error("{0}")]
+pub(crate) struct Unavailable(pub(crate) String);
 
 /// The exports as a handshake needs them.
 pub(crate) trait Exports {
@@ -88,8 +95,8 @@ pub(crate) trait Exports {
     /// The size of an export; with `claim`, it is this connection's from now on.
     ///
     /// # Errors
-    /// Why it cannot be had, for the client's user.
-    fn look_up(&mut self, name: &str, claim: bool) -> Result<u64, String>;
+    /// If the client does not get it.
+    fn look_up(&mut self, name: &str, claim: bool) -> Result<u64, Unavailable>;
 }
 
 /// What client and server have agreed on.
@@ -265,9 +272,8 @@ impl Handshake {
         exports: &mut dyn Exports,
         out: &mut Vec<u8>,
     ) -> Result<Progress, HandshakeError> {
-        let name =
-            std::str::from_utf8(data).map_err(|_| HandshakeError::Refused("a name is not UTF-8".into()))?;
-        let size = exports.look_up(name, true).map_err(HandshakeError::Refused)?;
+        let name = std::str::from_utf8(data).map_err(|_| HandshakeError::Name)?;
+        let size = exports.look_up(name, true)?;
         out.extend(size.to_be_bytes());
         out.extend(self.transmission_flags().to_be_bytes());
         if !self.has_no_zeroes {
@@ -292,7 +298,7 @@ impl Handshake {
         let size = match exports.look_up(name, option == option::GO) {
             Ok(size) => size,
             Err(why) => {
-                refuse(out, option, reply::ERR_UNKNOWN, &why);
+                refuse(out, option, reply::ERR_UNKNOWN, &why.0);
                 return Progress::Continue;
             }
         };
@@ -342,7 +348,7 @@ impl Handshake {
             return refuse(out, option, reply::ERR_INVALID, "malformed option");
         };
         if let Err(why) = exports.look_up(name, false) {
-            return refuse(out, option, reply::ERR_UNKNOWN, &why);
+            return refuse(out, option, reply::ERR_UNKNOWN, &why.0);
         }
         if is_asked {
             let id = if is_set { ALLOCATION_ID } else { 0 };

@@ -1,6 +1,6 @@
 //! The protocol byte by byte, against what its document says.
 
-use super::handshake::{Agreed, Exports, GREETING, Handshake, HandshakeError, Progress};
+use super::handshake::{Agreed, Exports, GREETING, Handshake, HandshakeError, Progress, Unavailable};
 use super::request::{Command, NbdError, Range, Request, RequestError, put_done, put_error, put_read_head};
 use proptest::prelude::*;
 
@@ -15,9 +15,9 @@ impl Exports for Two {
         vec!["root".into(), "data".into()]
     }
 
-    fn look_up(&mut self, name: &str, claim: bool) -> Result<u64, String> {
+    fn look_up(&mut self, name: &str, claim: bool) -> Result<u64, Unavailable> {
         if !self.names().iter().any(|known| known == name) {
-            return Err(format!("no export {name}"));
+            return Err(Unavailable(format!("no export {name}")));
         }
         if claim {
             self.claimed = Some(name.to_owned());
@@ -143,7 +143,7 @@ fn export_name_has_its_own_reply() {
     let mut client = Client::new();
     assert!(matches!(
         client.send(&option(1, b"none")),
-        Err(HandshakeError::Refused(_))
+        Err(HandshakeError::Unavailable(_))
     ));
 }
 

@@ -17,6 +17,7 @@ use serde::{Deserialize, Serialize};
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use thiserror::Error;
 
 /// Most exports that are listed.
 const NAMES_MAX: usize = 1024;
@@ -89,20 +90,38 @@ pub(in crate::receiver) struct DiskMemory {
     pub(in crate::receiver) indexes: Arc<dyn RamShare>,
 }
 
+/// Why a client does not get a disk.
+#[derive(Debug, Error)]
+pub(super) enum ExportError {
+    #[error("'{0}' is not a UUID")]
+    Uuid(String),
+    #[error("'{0}' is not a disk's name: 1 to 64 of A-Z a-z 0-9 . _ -, not beginning with a dot")]
+    Name(String),
+    #[error(
+        "disk {name} belongs to the checkpoint of session {session}; `colo-ring discard --session {session}` gives that up once the \
+         session has ended"
+    )]
+    Kept { name: String, session: u32 },
+    #[error("disk {name} is in use by {client}")]
+    Client { name: String, client: String },
+    #[error("disk {0} is in use")]
+    InUse(String),
+    #[error(transparent)]
+    Base(#[from] DiskError),
+}
+
 /// `NAME` or `NAME@UUID`, as a client asks for.
-fn parse(name: &str) -> Result<(&str, Option<Uuid>), String> {
+fn parse(name: &str) -> Result<(&str, Option<Uuid>), ExportError> {
     let (name, uuid) = match name.split_once('@') {
         None => (name, None),
         Some((name, uuid)) => {
-            let parsed = parse_uuid(uuid).ok_or_else(|| format!("'{uuid}' is not a UUID"))?;
+            let parsed = parse_uuid(uuid).ok_or_else(|| ExportError::Uuid(uuid.to_owned()))?;
             (name, Some(parsed))
         }
     };
     match is_name(name) {
         true => Ok((name, uuid)),
-        false => Err(format!(
-            "'{name}' is not a disk's name: 1 to 64 of A-Z a-z 0-9 . _ -, not beginning with a dot"
-        )),
+        false => Err(ExportError::Name(name.to_owned())),
     }
 }
 
@@ -185,39 +204,37 @@ impl DiskRegistry {
     /// The size of an export.
     ///
     /// # Errors
-    /// Why it cannot be had.
-    pub(super) fn size(&self, asked: &str) -> Result<u64, String> {
+    /// If there is no such disk.
+    pub(super) fn size(&self, asked: &str) -> Result<u64, ExportError> {
         let (name, _) = parse(asked)?;
         let disk = (self.known().entries.iter())
             .find(|entry| entry.name == name)
             .and_then(|entry| entry.disk.upgrade());
         match disk {
             Some(disk) => Ok(disk.base().size()),
-            None => {
-                let base = Base::open_shared(&path_of(&self.directory, name));
-                base.map(|base| base.size()).map_err(|error| error.to_string())
-            }
+            None => Ok(Base::open_shared(&path_of(&self.directory, name))?.size()),
         }
     }
 
     /// Opens a disk for a client.
     ///
     /// # Errors
-    /// Why it cannot be had.
-    pub(super) fn claim(&self, asked: &str, client: Client) -> Result<Arc<Disk>, String> {
+    /// If there is no such disk, or it belongs to another client or a checkpoint.
+    pub(super) fn claim(&self, asked: &str, client: Client) -> Result<Arc<Disk>, ExportError> {
         let (name, uuid) = parse(asked)?;
         let mut known = self.known();
         if known.opening.iter().any(|opening| opening == name) {
-            return Err(format!("disk {name} is in use"));
+            return Err(ExportError::InUse(name.to_owned()));
         }
         if let Some(entry) = known.entries.iter().find(|entry| entry.name == name) {
+            let name = name.to_owned();
             return Err(match (&entry.client, entry.session) {
-                (_, Some(session)) => format!(
-                    "disk {name} belongs to the checkpoint of session {session}; `colo-ring discard --session {session}` gives that up \
-                     once the session has ended"
-                ),
-                (Some(client), None) => format!("disk {name} is in use by {}", client.from),
-                (None, None) => format!("disk {name} is in use"),
+                (_, Some(session)) => ExportError::Kept { name, session },
+                (Some(client), None) => ExportError::Client {
+                    name,
+                    client: client.from.clone(),
+                },
+                (None, None) => ExportError::InUse(name),
             });
         }
         // Not under the lock: a session that commits takes it.
@@ -226,7 +243,7 @@ impl DiskRegistry {
         let opened = Disk::open(&self.directory, name, self.options);
         let mut known = self.known();
         known.opening.retain(|opening| opening != name);
-        let disk = Arc::new(opened.map_err(|error| error.to_string())?);
+        let disk = Arc::new(opened?);
         known.entries.push(Entry {
             disk: Arc::downgrade(&disk),
             name: name.to_owned(),
@@ -434,7 +451,7 @@ mod tests {
         let (name, parsed) = parse(&asked).unwrap();
         assert_eq!(name, "web3-root");
         assert_eq!(format_uuid(&parsed.unwrap()), uuid);
-        assert_eq!(parse("root"), Ok(("root", None)));
+        assert_eq!(parse("root").unwrap(), ("root", None));
         for wrong in [
             "root@",
             "root@0c5a",

@@ -2,9 +2,9 @@
 //! their own.
 
 use super::connection::{CONNECTION_BYTES, Connection, ConnectionEnd};
-use super::registry::{Client, DiskRegistry};
+use super::registry::{Client, DiskRegistry, ExportError};
 use crate::disk::{Disk, DiskError};
-use crate::nbd::handshake::{Agreed, Exports, GREETING, Handshake, HandshakeError, Progress};
+use crate::nbd::handshake::{Agreed, Exports, GREETING, Handshake, HandshakeError, Progress, Unavailable};
 use crate::net::{AcceptError, Accepted, Listener, Origin};
 use crate::receiver::budget::{Budget, BudgetError};
 use std::cell::Cell;
@@ -210,9 +210,10 @@ impl Exports for Seen<'_> {
         self.registry.names()
     }
 
-    fn look_up(&mut self, name: &str, claim: bool) -> Result<u64, String> {
+    fn look_up(&mut self, name: &str, claim: bool) -> Result<u64, Unavailable> {
+        let unavailable = |error: ExportError| Unavailable(error.to_string());
         if !claim {
-            return self.registry.size(name);
+            return self.registry.size(name).map_err(unavailable);
         }
         let client = Client {
             from: self.from.to_owned(),
@@ -220,7 +221,8 @@ impl Exports for Seen<'_> {
             socket: self.socket.clone(),
         };
         let claimed = self.registry.claim(name, client);
-        let disk = claimed.inspect_err(|why| self.registry.warn(format!("{}: refused: {why}", self.from)))?;
+        let warn = |why: &ExportError| self.registry.warn(format!("{}: refused: {why}", self.from));
+        let disk = claimed.inspect_err(warn).map_err(unavailable)?;
         let size = disk.base().size();
         self.claimed = Some(disk);
         Ok(size)
