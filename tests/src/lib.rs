@@ -15,6 +15,7 @@ pub mod hostile;
 pub mod lab;
 pub mod model;
 pub mod nbd;
+pub mod random;
 pub mod shrink;
 
 /// A receiver in this process, on a TCP port that is free, on all cores that it may use.

@@ -7,10 +7,10 @@ use colo_ring::receiver::{
 };
 use colo_ring::ring::BackendKind;
 use colo_ring::store::{HugePages, StoreOptions};
-use colo_ring_tests::HANG_LIMIT;
 use colo_ring_tests::hostile::{Cut, HostilePrimary};
 use colo_ring_tests::lab::SharedDirectory;
 use colo_ring_tests::nbd::{NbdClient, greet, kind, option, request};
+use colo_ring_tests::{HANG_LIMIT, receiver_options};
 use std::io::Write;
 use std::net::{Shutdown, SocketAddr, TcpStream};
 use std::path::{Path, PathBuf};
@@ -65,10 +65,6 @@ impl Bench {
         self.stop();
         let (tell, events) = mpsc::channel();
         let options = ReceiverOptions {
-            listen: vec![ListenAddress::Tcp(([127, 0, 0, 1], 0).into())],
-            channels: CHANNELS,
-            cores: colo_ring::host::allowed_cores().expect("cores to run on"),
-            backend: BackendKind::Epoll,
             registered: false,
             store: StoreOptions {
                 hugepages: HugePages::Off,
@@ -81,12 +77,7 @@ impl Bench {
                 listen: vec![ListenAddress::Tcp(([127, 0, 0, 1], 0).into())],
                 log_max_bytes,
             }),
-            hist: None,
-            described: serde_json::Value::Null,
-            control: None,
-            once: false,
-            identify_deadline: HANG_LIMIT,
-            host_watch: colo_ring::net::HostWatch::default(),
+            ..receiver_options(BackendKind::Epoll, CHANNELS)
         };
         let receiver = Receiver::start(options, move |event| {
             // At the very end the other side of the queue is gone.

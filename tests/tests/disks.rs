@@ -5,12 +5,13 @@
 
 use colo_ring_tests::command::{RunningReceiver, Scratch, guest, until, wrapped};
 use colo_ring_tests::lab::SharedDirectory;
+use colo_ring_tests::random::generator;
 use colo_ring_tools::capture_file::{CaptureInfo, CaptureWriter, Compression};
 use colo_ring_tools::primary::{SynthOptions, SynthPrimary, check_disk, device_state_at};
+use rand::RngExt;
+use rand::rngs::Xoshiro256PlusPlus;
 use serde_json::Value;
-use std::collections::hash_map::RandomState;
 use std::fs::File;
-use std::hash::{BuildHasher, Hasher};
 use std::process::{Child, Stdio};
 use std::time::Duration;
 
@@ -155,19 +156,20 @@ fn wait_state(receiver: &RunningReceiver, state: &str) {
 }
 
 /// Random microseconds below some tens of milliseconds: many checkpoints, and each of their parts.
-fn delay() -> Duration {
-    Duration::from_micros(RandomState::new().build_hasher().finish() % 60_000)
+fn delay(random: &mut Xoshiro256PlusPlus) -> Duration {
+    Duration::from_micros(random.random_range(..60_000))
 }
 
 #[test]
 fn a_killed_primary_leaves_memory_and_disks_of_one_checkpoint() {
+    let mut random = generator("COLO_RING_DISK_SEED");
     for run in 0..runs() {
         let seed = u64::from(run) + 1;
         let place = Place::new();
         let receiver = place.receiver(&[]);
         let primary = place.primary(&receiver, seed);
         wait_state(&receiver, "protected");
-        std::thread::sleep(delay());
+        std::thread::sleep(delay(&mut random));
         drop(primary);
         wait_state(&receiver, "ended");
         println!("run {run}: checkpoint {}", place.check(&receiver, seed));
@@ -176,6 +178,7 @@ fn a_killed_primary_leaves_memory_and_disks_of_one_checkpoint() {
 
 #[test]
 fn a_killed_receiver_leaves_memory_and_disks_of_one_checkpoint() {
+    let mut random = generator("COLO_RING_DISK_SEED");
     for run in 0..runs() {
         let seed = u64::from(run) + 1;
         let place = Place::new();
@@ -185,7 +188,7 @@ fn a_killed_receiver_leaves_memory_and_disks_of_one_checkpoint() {
         let receiver = place.receiver(&["--backend", backend, "--ram-limit", limit]);
         let primary = place.primary(&receiver, seed);
         wait_state(&receiver, "protected");
-        std::thread::sleep(delay());
+        std::thread::sleep(delay(&mut random));
         // By SIGKILL, and waits for it.
         drop(receiver);
         drop(primary);

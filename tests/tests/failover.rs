@@ -3,16 +3,15 @@
 
 use colo_ring::blocks::BlockTable;
 use colo_ring::failover::{Form, write_stream};
-use colo_ring::net::HostWatch;
 use colo_ring::receiver::{Event, ListenAddress, Receiver, ReceiverOptions, SessionStatus};
 use colo_ring::ring::BackendKind;
 use colo_ring::session::SessionRecord;
 use colo_ring::store::{HugePages, StoreOptions};
 use colo_ring::units::{BlockId, PAGE_SIZE};
-use colo_ring_tests::HANG_LIMIT;
 use colo_ring_tests::command::{RunningReceiver, Scratch, guest, wrapped};
 use colo_ring_tests::hostile::{BLOCKS, Cut, HostilePrimary, RAM, header};
 use colo_ring_tests::lab::SharedDirectory;
+use colo_ring_tests::{HANG_LIMIT, receiver_options};
 use colo_ring_tools::primary::SynthPrimary;
 use serde_json::{Value, json};
 use std::io::{BufRead, BufReader, Read, Write};
@@ -70,10 +69,6 @@ impl Bench {
         let (scratch, ram) = (Scratch::new(), SharedDirectory::new().expect("a directory"));
         let (tell, events) = mpsc::channel();
         let options = ReceiverOptions {
-            listen: vec![ListenAddress::Tcp(([127, 0, 0, 1], 0).into())],
-            channels: CHANNELS,
-            cores: colo_ring::host::allowed_cores().expect("cores to run on"),
-            backend: BackendKind::Epoll,
             registered: false,
             store: StoreOptions {
                 hugepages: HugePages::Off,
@@ -81,13 +76,8 @@ impl Bench {
                 ..StoreOptions::default()
             },
             ram_limit_bytes: 64 << 20,
-            disks: None,
-            hist: None,
-            described: Value::Null,
             control: Some(scratch.file("control").into()),
-            once: false,
-            identify_deadline: HANG_LIMIT,
-            host_watch: HostWatch::default(),
+            ..receiver_options(BackendKind::Epoll, CHANNELS)
         };
         let receiver = Receiver::start(options, move |event| {
             // At the very end the other side of the queue is gone.

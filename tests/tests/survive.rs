@@ -2,12 +2,12 @@
 
 use colo_ring::wire::codec::Method;
 use colo_ring_tests::command::{RunningReceiver, guest, wrapped};
+use colo_ring_tests::random::generator;
 use colo_ring_tools::page_compression::PageCompression;
 use colo_ring_tools::primary::{SynthOptions, SynthPrimary};
 use nix::sys::signal::Signal;
-use std::collections::hash_map::RandomState;
+use rand::RngExt;
 use std::fs;
-use std::hash::{BuildHasher, Hasher};
 use std::sync::mpsc;
 use std::time::{Duration, Instant};
 use tempfile::TempDir;
@@ -167,10 +167,10 @@ fn kill_once(run: u32, delay: Duration) -> bool {
 
 #[test]
 fn a_killed_receiver_leaves_the_last_checkpoint_whole() {
-    let random = || RandomState::new().build_hasher().finish();
+    let mut random = generator("COLO_RING_SURVIVE_SEED");
     let mut unacknowledged = 0;
     for run in 0..RUNS {
-        let delay = Duration::from_micros(random() % 60_000);
+        let delay = Duration::from_micros(random.random_range(..60_000));
         println!("run {run}: killed after {delay:?}");
         unacknowledged += u32::from(kill_once(run, delay));
     }

@@ -2,11 +2,10 @@
 //! by the guest itself.
 
 use crate::HANG_LIMIT;
+use crate::random::generator;
+use rand::RngExt;
 use rand::rngs::Xoshiro256PlusPlus;
-use rand::{RngExt, SeedableRng};
-use std::collections::hash_map::RandomState;
 use std::fs::{self, File};
-use std::hash::{BuildHasher, Hasher};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
@@ -218,12 +217,6 @@ impl<'a> DiskRuns<'a> {
     /// When the seed is no number.
     #[must_use]
     pub fn new(lab: &'a Lab, bus: DiskBus, content: DiskContent) -> Self {
-        let given = std::env::var("COLO_RING_FAILOVER_SEED").ok();
-        let seed = given.map_or_else(
-            || RandomState::new().build_hasher().finish(),
-            |text| text.parse().expect("a seed"),
-        );
-        println!("COLO_RING_FAILOVER_SEED={seed}");
         Self {
             lab,
             bus,
@@ -233,7 +226,7 @@ impl<'a> DiskRuns<'a> {
                 slots: 64,
                 pause_us: 0,
             },
-            random: Xoshiro256PlusPlus::seed_from_u64(seed),
+            random: generator("COLO_RING_FAILOVER_SEED"),
             runs: 0,
         }
     }

@@ -1,11 +1,10 @@
 //! Kills at random instants, of primaries and of receivers, and what must be true of the guests that are resumed then.
 
 use crate::HANG_LIMIT;
+use crate::random::generator;
+use rand::RngExt;
 use rand::rngs::Xoshiro256PlusPlus;
-use rand::{RngExt, SeedableRng};
-use std::collections::hash_map::RandomState;
 use std::fs;
-use std::hash::{BuildHasher, Hasher};
 use std::time::{Duration, Instant, SystemTime};
 
 use serde_json::{Value, json};
@@ -79,16 +78,10 @@ impl<'a> Kills<'a> {
     /// When the seed is no number.
     #[must_use]
     pub fn new(lab: &'a Lab, machine: &'a Machine) -> Self {
-        let given = std::env::var("COLO_RING_FAILOVER_SEED").ok();
-        let seed = given.map_or_else(
-            || RandomState::new().build_hasher().finish(),
-            |text| text.parse().expect("a seed"),
-        );
-        println!("COLO_RING_FAILOVER_SEED={seed}");
         Self {
             lab,
             machine,
-            random: Xoshiro256PlusPlus::seed_from_u64(seed),
+            random: generator("COLO_RING_FAILOVER_SEED"),
             resumed: 0,
             compression: None,
         }
