@@ -47,7 +47,7 @@ pub(crate) enum StreamEnd {
 }
 
 /// One connection towards the receiver.
-pub(crate) struct Wire {
+pub(crate) struct Pipe {
     fd: RawFd,
     /// All bytes that the primary has sent.
     pub(crate) sent: Vec<u8>,
@@ -71,7 +71,7 @@ struct Posted {
     filled: usize,
 }
 
-impl Wire {
+impl Pipe {
     /// A connection that uses this descriptor.
     pub(crate) fn new(fd: RawFd) -> Self {
         Self {
@@ -160,7 +160,7 @@ impl Wire {
 
 /// The connections, and the completions that the cores have not taken yet.
 pub(crate) struct Network {
-    pub(crate) wires: Vec<Wire>,
+    pub(crate) pipes: Vec<Pipe>,
     registered: Registered,
     /// How often a connection was received on by another core than before.
     pub(crate) moves: u64,
@@ -172,7 +172,7 @@ pub(crate) struct Network {
 impl Network {
     pub(crate) fn new(cores: usize, registered: Registered) -> Net {
         Rc::new(RefCell::new(Self {
-            wires: Vec::new(),
+            pipes: Vec::new(),
             registered,
             moves: 0,
             ready: (0..cores).map(|_| Vec::new()).collect(),
@@ -180,15 +180,15 @@ impl Network {
         }))
     }
 
-    /// See [`Wire::receive`]. Whether something changed.
-    pub(crate) fn receive(&mut self, wire: usize, bytes: usize, eager: bool) -> bool {
-        let before = self.wires[wire].taken;
-        match self.wires[wire].receive(bytes, eager) {
+    /// See [`Pipe::receive`]. Whether something changed.
+    pub(crate) fn receive(&mut self, pipe: usize, bytes: usize, eager: bool) -> bool {
+        let before = self.pipes[pipe].taken;
+        match self.pipes[pipe].receive(bytes, eager) {
             Some((core, completion)) => {
                 self.ready[core].push(completion);
                 true
             }
-            None => before != self.wires[wire].taken,
+            None => before != self.pipes[pipe].taken,
         }
     }
 
@@ -199,7 +199,7 @@ impl Network {
 
     /// Receives posted, completions not taken, and buffers registered: all 0 at the end of a simulation.
     pub(crate) fn held(&self) -> (usize, usize, usize) {
-        let posted = self.wires.iter().filter(|wire| wire.posted.is_some()).count();
+        let posted = self.pipes.iter().filter(|pipe| pipe.posted.is_some()).count();
         let ready = self.ready.iter().map(Vec::len).sum();
         let buffers = self.buffers.iter().flatten().flatten().count();
         (posted, ready, buffers)
@@ -229,15 +229,15 @@ impl Backend for SimBackend {
             plan.remaining() > 0,
             "a receive of no bytes looks like the end of the stream"
         );
-        let wire = net.wires.iter_mut().find(|wire| wire.fd == fd);
-        let wire = wire.expect("the descriptor is that of a simulated connection");
+        let pipe = net.pipes.iter_mut().find(|pipe| pipe.fd == fd);
+        let pipe = pipe.expect("the descriptor is that of a simulated connection");
         assert!(
-            wire.posted.is_none(),
+            pipe.posted.is_none(),
             "one receive at a time is posted on a connection"
         );
-        let before = wire.core.replace(self.core);
+        let before = pipe.core.replace(self.core);
         net.moves += u64::from(before.is_some_and(|core| core != self.core));
-        wire.posted = Some(Posted {
+        pipe.posted = Some(Posted {
             core: self.core,
             slot,
             plan: NonNull::from(plan),
@@ -256,13 +256,13 @@ impl Backend for SimBackend {
 
     fn queued(&self, fd: RawFd) -> u64 {
         let net = self.net.borrow();
-        let wire = net.wires.iter().find(|wire| wire.fd == fd);
-        wire.map_or(0, |wire| (wire.arrived - wire.taken) as u64)
+        let pipe = net.pipes.iter().find(|pipe| pipe.fd == fd);
+        pipe.map_or(0, |pipe| (pipe.arrived - pipe.taken) as u64)
     }
 
     fn forget(&mut self, slot: usize, _fd: RawFd) {
         let net = self.net.borrow();
-        let mut posted = net.wires.iter().filter_map(|wire| wire.posted.as_ref());
+        let mut posted = net.pipes.iter().filter_map(|pipe| pipe.posted.as_ref());
         let own = posted.any(|posted| posted.core == self.core && posted.slot == slot);
         assert!(!own, "a connection leaves only when its receive has completed");
     }
@@ -294,9 +294,9 @@ impl Backend for SimBackend {
             .expect("what is unregistered was registered");
         let here = |posted: &&Posted| posted.core == self.core;
         for posted in net
-            .wires
+            .pipes
             .iter()
-            .filter_map(|wire| wire.posted.as_ref())
+            .filter_map(|pipe| pipe.posted.as_ref())
             .filter(here)
         {
             // SAFETY: posted and not completed, so the plan is where it was (contract of `core`).

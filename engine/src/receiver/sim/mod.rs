@@ -2,7 +2,7 @@
 //! primary over a model network. No thread, no clock, no socket that carries a page: **a seed is a run**.
 //!
 //! ```text
-//!  Primary ──bytes──► Wire ··any fragmentation, order, delay, end··► SimBackend ► Core ► MainChannel, PageChannel ► Store
+//!  Primary ──bytes──► Pipe ··any fragmentation, order, delay, end··► SimBackend ► Core ► MainChannel, PageChannel ► Store
 //!     ▲  snapshots                                                                              │ answers
 //!     └──────────────────────────── a socket pair for each connection, read by the primary ◄───┘
 //! ```

@@ -9,7 +9,7 @@ use crate::receiver::end::{ChannelError, SessionEnd};
 use crate::receiver::live_session::LiveSession;
 use crate::receiver::recovery::label;
 use crate::receiver::session_codec::{StoredSession, decode};
-use crate::ring::sim::{Network, Wire};
+use crate::ring::sim::{Network, Pipe};
 use crate::session;
 use crate::store::{Recoverable, RecoverableCheckpoint};
 use crate::units::PageIndex;
@@ -25,7 +25,7 @@ pub(super) struct SimSession {
     /// The other ends of the descriptors; the main channel's first.
     pub(super) peers: Vec<OwnedFd>,
     /// Its connections among the network's; the main channel's first.
-    pub(super) wires: std::ops::Range<usize>,
+    pub(super) pipes: std::ops::Range<usize>,
     /// How much of each connection was sent by the primary: less than all for a cut or damaged one.
     pub(super) genuine: Vec<usize>,
     /// Whether something was done to it, so that it need not come to its end.
@@ -69,7 +69,7 @@ impl SimSession {
         live: Arc<LiveSession>,
         primary: Primary,
         peers: Vec<OwnedFd>,
-        wires: std::ops::Range<usize>,
+        pipes: std::ops::Range<usize>,
         is_touched: bool,
     ) -> Self {
         Self {
@@ -77,7 +77,7 @@ impl SimSession {
             live,
             primary,
             peers,
-            wires,
+            pipes,
             is_touched,
             is_over: false,
             intruder: None,
@@ -89,16 +89,16 @@ impl SimSession {
 
     /// Gives what the primary has written to the network.
     pub(super) fn send(&mut self, net: &mut Network) {
-        for (stream, wire) in self
+        for (stream, pipe) in self
             .primary
             .streams
             .iter_mut()
-            .zip(&mut net.wires[self.wires.clone()])
+            .zip(&mut net.pipes[self.pipes.clone()])
         {
             // A connection that ends takes nothing more.
             let out = std::mem::take(&mut stream.out);
-            if wire.end == crate::ring::sim::StreamEnd::Open {
-                wire.sent.extend_from_slice(&out);
+            if pipe.end == crate::ring::sim::StreamEnd::Open {
+                pipe.sent.extend_from_slice(&out);
             }
         }
     }
@@ -114,29 +114,29 @@ impl SimSession {
     }
 
     /// Checkpoints of which everything is here, the initial state counted.
-    fn delivered(&self, wires: &[Wire]) -> usize {
+    fn delivered(&self, pipes: &[Pipe]) -> usize {
         let snapshots = &self.primary.snapshots;
         let is_here = |at: &usize| {
-            let mut parts = snapshots[*at].complete_at.iter().zip(&self.genuine).zip(wires);
-            parts.all(|((end, genuine), wire)| end <= genuine && *end <= wire.taken)
+            let mut parts = snapshots[*at].complete_at.iter().zip(&self.genuine).zip(pipes);
+            parts.all(|((end, genuine), pipe)| end <= genuine && *end <= pipe.taken)
         };
         (0..snapshots.len()).take_while(is_here).count()
     }
 
     /// Whether a checkpoint is here that is not committed yet.
     pub(super) fn commits_soon(&self, net: &Network) -> bool {
-        self.live.end().is_none() && self.delivered(&net.wires[self.wires.clone()]) > self.committed
+        self.live.end().is_none() && self.delivered(&net.pipes[self.pipes.clone()]) > self.committed
     }
 
     /// Whether everything that the primary has sent on its main channel was taken.
     pub(super) fn is_main_channel_empty(&self, net: &Network) -> bool {
-        let main = &net.wires[self.wires.start];
+        let main = &net.pipes[self.pipes.start];
         main.taken == main.sent.len() && !main.is_filling()
     }
 
     /// Compares what is committed with what the primary has sent, whole.
     pub(super) fn check(&mut self, net: &Network) -> Result<(), String> {
-        let delivered = self.delivered(&net.wires[self.wires.clone()]);
+        let delivered = self.delivered(&net.pipes[self.pipes.clone()]);
         let acknowledged = self.primary.acknowledged;
         let store = self.live.store();
         let committed = store.and_then(|store| store.committed().checkpoint());
@@ -251,8 +251,8 @@ impl SimSession {
         let Some(intruder) = &self.intruder else {
             return self.primary.may_act();
         };
-        let wire = &net.wires[self.wires.start + 1 + intruder.channel];
-        let is_through = wire.taken == wire.sent.len() && net.held().1 == 0 && !wire.is_filling();
+        let pipe = &net.pipes[self.pipes.start + 1 + intruder.channel];
+        let is_through = pipe.taken == pipe.sent.len() && net.held().1 == 0 && !pipe.is_filling();
         self.primary.may_act() && (is_through || self.live.end().is_some())
     }
 

@@ -234,9 +234,9 @@ impl World {
             }
         }
         self.note(|| "the primaries close their connections".to_owned());
-        for wire in &mut self.net.borrow_mut().wires {
-            if wire.end == StreamEnd::Open {
-                wire.end = StreamEnd::Eof;
+        for pipe in &mut self.net.borrow_mut().pipes {
+            if pipe.end == StreamEnd::Open {
+                pipe.end = StreamEnd::Eof;
             }
         }
         while self.step()? {}
@@ -370,8 +370,8 @@ impl World {
     /// Does something, anything that can be done; false if there is nothing.
     fn act(&mut self) -> Result<bool, String> {
         if self.rng.one_in(50) {
-            let wire = self.rng.below(self.stalled.len());
-            self.stalled[wire] = !self.stalled[wire];
+            let pipe = self.rng.below(self.stalled.len());
+            self.stalled[pipe] = !self.stalled[pipe];
         }
         self.is_idle = false;
         for _ in 0..TRIES {
@@ -412,28 +412,28 @@ impl World {
         Ok(done)
     }
 
-    fn arrive(&mut self, wire: usize) -> bool {
-        if self.stalled[wire] || !self.net.borrow().wires[wire].is_under_way() {
+    fn arrive(&mut self, pipe: usize) -> bool {
+        if self.stalled[pipe] || !self.net.borrow().pipes[pipe].is_under_way() {
             return false;
         }
         let bytes = self.rng.any_size(self.piece_bytes);
-        let bytes = self.net.borrow_mut().wires[wire].arrive(bytes);
+        let bytes = self.net.borrow_mut().pipes[pipe].arrive(bytes);
         self.tally.bytes += bytes as u64;
-        self.note(|| format!("wire {wire}: {bytes} bytes arrive"));
+        self.note(|| format!("pipe {pipe}: {bytes} bytes arrive"));
         bytes > 0
     }
 
-    fn receive(&mut self, wire: usize) -> bool {
+    fn receive(&mut self, pipe: usize) -> bool {
         let bytes = self.rng.any_size(self.piece_bytes);
         let eager = !self.wait_all || self.rng.one_in(200);
         let net = &mut *self.net.borrow_mut();
-        if !net.wires[wire].is_ready() {
+        if !net.pipes[pipe].is_ready() {
             return false;
         }
-        let before = net.wires[wire].taken;
-        let done = net.receive(wire, bytes, eager);
-        let taken = net.wires[wire].taken;
-        self.note(|| format!("wire {wire}: {} bytes are received, to {taken}", taken - before));
+        let before = net.pipes[pipe].taken;
+        let done = net.receive(pipe, bytes, eager);
+        let taken = net.pipes[pipe].taken;
+        self.note(|| format!("pipe {pipe}: {} bytes are received, to {taken}", taken - before));
         done
     }
 

@@ -8,7 +8,7 @@ use super::World;
 use super::slow_flush::{Attached, SlowFlush};
 use crate::net::Origin;
 use crate::receiver::attach::{DrivingCores, NewSession, attach};
-use crate::ring::sim::{SimCore, Wire};
+use crate::ring::sim::{Pipe, SimCore};
 use crate::ring::{Connection, ReceiveStyle, Tenant, Waker};
 use crate::session::SessionLimits;
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
@@ -22,19 +22,19 @@ impl World {
     pub(super) fn begin(&mut self, kind: Kind, style: ReceiveStyle, pages_max: usize, no_memory: bool) {
         self.note(|| format!("session {}: {kind:?}", self.sessions.len()));
         let primary = Primary::new(&mut self.rng, kind, pages_max);
-        let first_wire = self.net.borrow().wires.len();
-        let wires = first_wire..first_wire + kind.channels + 1;
+        let first_pipe = self.net.borrow().pipes.len();
+        let pipes = first_pipe..first_pipe + kind.channels + 1;
         // A core for each connection stands for a thread.
         let home_core = match self.is_threads {
-            true => first_wire,
+            true => first_pipe,
             false => self.rng.below(self.cores.len()),
         };
         let (mut peers, mut sockets) = (Vec::new(), Vec::new());
-        for _ in wires.clone() {
+        for _ in pipes.clone() {
             let flags = SockFlag::SOCK_CLOEXEC;
             let pair = socketpair(AddressFamily::Unix, SockType::Stream, None, flags);
             let (socket, peer) = pair.expect("two descriptors");
-            self.net.borrow_mut().wires.push(Wire::new(socket.as_raw_fd()));
+            self.net.borrow_mut().pipes.push(Pipe::new(socket.as_raw_fd()));
             peers.push(peer);
             sockets.push(socket);
         }
@@ -62,7 +62,7 @@ impl World {
         let session = attach(new, self.services.clone(), &cores);
         let weak = Arc::downgrade(&session);
         cores.session.set(weak).expect("attached once");
-        let mut session = SimSession::new(session, primary, peers, wires, no_memory);
+        let mut session = SimSession::new(session, primary, peers, pipes, no_memory);
         if let Some(bases) = &self.disks.bases {
             let disks = SimDisks::new(&mut self.disks.rng, bases, self.sessions.len());
             let segments_in_ram = self.disks.rng.below(8);

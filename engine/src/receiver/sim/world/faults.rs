@@ -131,18 +131,18 @@ impl World {
     /// Ends a connection somewhere in what is under way on it.
     fn cut(&mut self, number: usize, connection: usize, end: StreamEnd) {
         let session = &mut self.sessions[number];
-        let wire = &mut self.net.borrow_mut().wires[session.wires.start + connection];
-        let under_way = wire.sent.len() - wire.arrived;
-        wire.cut(wire.arrived + self.rng.below(under_way + 1), end);
-        session.genuine[connection] = session.genuine[connection].min(wire.sent.len());
+        let pipe = &mut self.net.borrow_mut().pipes[session.pipes.start + connection];
+        let under_way = pipe.sent.len() - pipe.arrived;
+        pipe.cut(pipe.arrived + self.rng.below(under_way + 1), end);
+        session.genuine[connection] = session.genuine[connection].min(pipe.sent.len());
     }
 
     /// Puts rubbish where a packet, a record or a message begins that is under way, and ends the connection behind it.
     fn spoil(&mut self, number: usize, connection: usize) {
         let session = &mut self.sessions[number];
-        let wire = &mut self.net.borrow_mut().wires[session.wires.start + connection];
+        let pipe = &mut self.net.borrow_mut().pipes[session.pipes.start + connection];
         let starts = &session.primary.streams[connection].starts;
-        let (arrived, sent) = (wire.arrived, wire.sent.len());
+        let (arrived, sent) = (pipe.arrived, pipe.sent.len());
         let possible: Vec<usize> = starts
             .iter()
             .copied()
@@ -153,8 +153,8 @@ impl World {
         } else {
             self.rng.pick(&possible)
         };
-        wire.cut(at, StreamEnd::Eof);
-        wire.sent.resize(at + self.rng.any_size(3000), 0xff);
+        pipe.cut(at, StreamEnd::Eof);
+        pipe.sent.resize(at + self.rng.any_size(3000), 0xff);
         session.genuine[connection] = session.genuine[connection].min(at);
     }
 }
