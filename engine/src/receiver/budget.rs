@@ -7,12 +7,12 @@ use thiserror::Error;
 /// A limit over all guests is reached.
 #[derive(Clone, Debug, PartialEq, Eq, Error)]
 #[error(
-    "{wanted} more bytes exceed {name}: {held} of its {limit} bytes are in use; `colo-ring discard` releases the \
+    "{wanted} more bytes exceed {name}: {used} of its {limit} bytes are in use; `colo-ring discard` releases the \
      checkpoint of an ended session"
 )]
 pub struct BudgetError {
     wanted: u64,
-    held: u64,
+    used: u64,
     limit: u64,
     name: &'static str,
 }
@@ -22,7 +22,7 @@ pub struct BudgetError {
 pub(super) struct Budget {
     limit: u64,
     name: &'static str,
-    held: AtomicU64,
+    used: AtomicU64,
 }
 
 impl Budget {
@@ -31,7 +31,7 @@ impl Budget {
         Self {
             limit,
             name,
-            held: AtomicU64::new(0),
+            used: AtomicU64::new(0),
         }
     }
 
@@ -39,8 +39,8 @@ impl Budget {
         self.limit
     }
 
-    pub(super) fn held(&self) -> u64 {
-        self.held.load(Ordering::Relaxed)
+    pub(super) fn used(&self) -> u64 {
+        self.used.load(Ordering::Relaxed)
     }
 
     /// Takes `bytes` until the lease is dropped.
@@ -48,15 +48,15 @@ impl Budget {
     /// # Errors
     /// If the limit does not allow it.
     pub(super) fn take(self: &Arc<Self>, bytes: u64) -> Result<Lease, BudgetError> {
-        let fits = |held: u64| held.checked_add(bytes).filter(|sum| *sum <= self.limit);
-        match self.held.fetch_update(Ordering::Relaxed, Ordering::Relaxed, fits) {
+        let fits = |used: u64| used.checked_add(bytes).filter(|sum| *sum <= self.limit);
+        match self.used.fetch_update(Ordering::Relaxed, Ordering::Relaxed, fits) {
             Ok(_) => Ok(Lease {
                 budget: self.clone(),
                 bytes: AtomicU64::new(bytes),
             }),
-            Err(held) => Err(BudgetError {
+            Err(used) => Err(BudgetError {
                 wanted: bytes,
-                held,
+                used,
                 limit: self.limit,
                 name: self.name,
             }),
@@ -96,7 +96,7 @@ impl Lease {
 impl Drop for Lease {
     fn drop(&mut self) {
         self.budget
-            .held
+            .used
             .fetch_sub(*self.bytes.get_mut(), Ordering::Relaxed);
     }
 }
@@ -109,13 +109,13 @@ mod tests {
     fn no_more_is_taken_than_the_limit() {
         let budget = Arc::new(Budget::new(100, "--ram-limit"));
         let first = budget.take(60).unwrap();
-        assert_eq!(budget.take(41).unwrap_err().held, 60);
+        assert_eq!(budget.take(41).unwrap_err().used, 60);
         assert!(budget.take(u64::MAX).is_err());
         let _second = budget.take(40).unwrap();
         drop(first);
         let third = budget.take(50).unwrap();
         assert!(third.grow(11).is_err());
         third.grow(10).unwrap();
-        assert_eq!(budget.held(), 100);
+        assert_eq!(budget.used(), 100);
     }
 }

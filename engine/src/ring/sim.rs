@@ -198,7 +198,7 @@ impl Network {
     }
 
     /// Receives posted, completions not taken, and buffers registered: all 0 at the end of a simulation.
-    pub(crate) fn held(&self) -> (usize, usize, usize) {
+    pub(crate) fn outstanding(&self) -> (usize, usize, usize) {
         let posted = self.pipes.iter().filter(|pipe| pipe.posted.is_some()).count();
         let ready = self.ready.iter().map(Vec::len).sum();
         let buffers = self.buffers.iter().flatten().flatten().count();

@@ -1,6 +1,6 @@
 //! A read view of the last committed checkpoint, which a failover sends to a QEMU.
 
-use crate::store::committed::{CommitRecord, CommittedImage};
+use crate::store::committed::{LastCommit, CommittedImage};
 use crate::store::memory::copy;
 use crate::units::{CheckpointId, PAGE_SIZE, PageIndex, PageRun};
 use std::sync::MutexGuard;
@@ -8,7 +8,7 @@ use std::sync::MutexGuard;
 /// The last committed checkpoint, whole. While it exists nothing can be committed, so it is for sessions that have ended.
 pub struct CheckpointView<'a> {
     committed: &'a CommittedImage,
-    record: MutexGuard<'a, CommitRecord>,
+    last: MutexGuard<'a, LastCommit>,
     checkpoint: CheckpointId,
 }
 
@@ -17,13 +17,13 @@ impl CommittedImage {
     /// that panicked.
     pub fn checkpoint_view(&self) -> Option<CheckpointView<'_>> {
         self.checkpoint()?;
-        let record = self.lock();
+        let last = self.lock();
         self.finish_flush();
         // None if the flush has failed.
         let checkpoint = self.checkpoint()?;
         Some(CheckpointView {
             committed: self,
-            record,
+            last,
             checkpoint,
         })
     }
@@ -37,7 +37,7 @@ impl CheckpointView<'_> {
 
     /// Its device state, which ends with its EOF byte.
     pub fn device_state(&self) -> &[u8] {
-        &self.record.device_state
+        &self.last.device_state
     }
 
     /// Reads one page.

@@ -25,9 +25,9 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 /// The last committed checkpoint of a guest. See the module.
 pub struct CommittedImage {
     image: Arc<RamImage>,
-    record: Mutex<CommitRecord>,
+    last: Mutex<LastCommit>,
     /// One more than the number of the last committed checkpoint, 0 before the first: readable while a commit or a dump holds
-    /// the record's lock.
+    /// the last commit's lock.
     count: AtomicU64,
     /// Locked by the one dump that may run at a time.
     pub(crate) dumping: Mutex<()>,
@@ -47,14 +47,14 @@ pub(crate) struct CheckpointFiles {
 
 /// What changes with each commit. Only the holder of its lock may write the image.
 #[derive(Default)]
-pub(crate) struct CommitRecord {
+pub(crate) struct LastCommit {
     pub(crate) checkpoint: Option<CheckpointId>,
     pub(crate) device_state: Vec<u8>,
     /// The pages that commits have changed, while a dump is in progress.
     pub(crate) tracking: Option<DirtyBitmap>,
 }
 
-impl CommitRecord {
+impl LastCommit {
     /// Takes the device state of the checkpoint whose pages are committed now, and returns the buffer of the previous one,
     /// emptied.
     pub(crate) fn replace(&mut self, id: CheckpointId, device_state: &mut Vec<u8>) {
@@ -71,7 +71,7 @@ impl CommittedImage {
     pub(crate) fn of_session(image: Arc<RamImage>, files: CheckpointFiles, flush: Arc<Flush>) -> Self {
         Self {
             image,
-            record: Mutex::default(),
+            last: Mutex::default(),
             count: AtomicU64::new(0),
             dumping: Mutex::new(()),
             pending: Mutex::new(Some(flush)),
@@ -86,14 +86,14 @@ impl CommittedImage {
         checkpoint: CheckpointId,
         device_state: Vec<u8>,
     ) -> Self {
-        let record = CommitRecord {
+        let last = LastCommit {
             checkpoint: Some(checkpoint),
             device_state,
             tracking: None,
         };
         let own = Self {
             image: Arc::new(image),
-            record: Mutex::new(record),
+            last: Mutex::new(last),
             count: AtomicU64::new(0),
             dumping: Mutex::new(()),
             pending: Mutex::new(None),
@@ -103,8 +103,8 @@ impl CommittedImage {
         own
     }
 
-    pub(crate) fn lock(&self) -> MutexGuard<'_, CommitRecord> {
-        self.record
+    pub(crate) fn lock(&self) -> MutexGuard<'_, LastCommit> {
+        self.last
             .lock()
             .expect("a commit that panicked may have torn the image: it must not be used")
     }
@@ -126,7 +126,7 @@ impl CommittedImage {
     /// The number of the last committed checkpoint; `None` in precopy, and after a commit or a flush that panicked, which may
     /// have torn the image. Does not wait for a commit or a dump.
     pub fn checkpoint(&self) -> Option<CheckpointId> {
-        if self.record.is_poisoned() || self.flush_has_failed() {
+        if self.last.is_poisoned() || self.flush_has_failed() {
             return None;
         }
         self.count
@@ -160,11 +160,11 @@ impl CommittedImage {
 
     /// Brings the last checkpoint into the image, after which its session commits no more. The caller drops what was not
     /// committed while it has the lock.
-    pub(crate) fn end_session(&self) -> MutexGuard<'_, CommitRecord> {
+    pub(crate) fn end_session(&self) -> MutexGuard<'_, LastCommit> {
         self.finish_flush();
-        let record = self.lock();
+        let last = self.lock();
         *self.pending() = None;
-        record
+        last
     }
 
     /// The named file of a block of the image, absolute, if the block has one. A QEMU may map it at any time, and run on it

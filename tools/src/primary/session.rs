@@ -58,7 +58,7 @@ pub struct SynthPrimary {
     /// Bytes of page content on the main channel.
     main_payload: u64,
     /// Looking like 7.2: each channel's newest packet, not sent until it is known whether a SYNC follows.
-    held: Vec<Option<Packet>>,
+    unsent: Vec<Option<Packet>>,
     checkpoints: u64,
     schedule: Schedule,
     clock: Clock,
@@ -104,7 +104,7 @@ impl SynthPrimary {
         let mut primary = Self {
             options: options.clone(),
             main: MainLink::over(socket, options.patience),
-            held: vec![None; channels.len()],
+            unsent: vec![None; channels.len()],
             channels,
             ram,
             ram_section: if options.version == Version::V7_2 { 2 } else { 1 },
@@ -368,7 +368,7 @@ impl SynthPrimary {
             if self.options.version == Version::V7_2 {
                 sync.pages_alloc = full_packet();
             }
-            match self.held[id].take() {
+            match self.unsent[id].take() {
                 None => self.channels[id].send(sync)?,
                 Some(last) if packet_num.is_multiple_of(2) => self.sync_with_pages(id, last)?,
                 Some(last) => {
@@ -443,7 +443,7 @@ impl SynthPrimary {
             zero,
         };
         let due = if self.options.version == Version::V7_2 {
-            self.held[id].replace(packet)
+            self.unsent[id].replace(packet)
         } else {
             Some(packet)
         };

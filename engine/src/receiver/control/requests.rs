@@ -84,7 +84,7 @@ impl ControlState {
             cores: options.cores.clone(),
             placement: self.context.placement.clone(),
             uptime_ms: u64::try_from(self.uptime().as_millis()).unwrap_or(u64::MAX),
-            ram_held_bytes: self.context.budget.held(),
+            ram_held_bytes: self.context.budget.used(),
             ram_limit_bytes: self.context.budget.limit(),
             disks: self
                 .context

@@ -252,7 +252,7 @@ impl SimSession {
             return self.primary.may_act();
         };
         let pipe = &net.pipes[self.pipes.start + 1 + intruder.channel];
-        let is_through = pipe.taken == pipe.sent.len() && net.held().1 == 0 && !pipe.is_filling();
+        let is_through = pipe.taken == pipe.sent.len() && net.outstanding().1 == 0 && !pipe.is_filling();
         self.primary.may_act() && (is_through || self.live.end().is_some())
     }
 

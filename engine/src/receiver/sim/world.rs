@@ -268,15 +268,15 @@ impl World {
         if !self.cores.iter().all(SimCore::is_empty) {
             return Err("a core still has a connection or a tenant".to_owned());
         }
-        let held = self.net.borrow().held();
-        if held != (0, 0, 0) {
-            return Err(format!("{held:?} receives, completions and buffers are left"));
+        let outstanding = self.net.borrow().outstanding();
+        if outstanding != (0, 0, 0) {
+            return Err(format!("{outstanding:?} receives, completions and buffers are left"));
         }
         for budget in [&self.budgets.ram, &self.budgets.device_states] {
-            if budget.held() > 0 {
+            if budget.used() > 0 {
                 return Err(format!(
                     "{} bytes of a budget are never given back",
-                    budget.held()
+                    budget.used()
                 ));
             }
         }

@@ -133,13 +133,13 @@ impl CommandLine {
         replaced
     }
 
-    /// Makes it hold the guest once it is loaded. False if the operator wants that anyway.
-    pub(super) fn hold(&mut self) -> bool {
-        let is_held = self.arguments().iter().any(|word| word == "-S" || word == "--S");
-        if !is_held {
+    /// Leaves the guest paused once it is loaded. False if the operator wants that anyway.
+    pub(super) fn start_paused(&mut self) -> bool {
+        let is_paused = self.arguments().iter().any(|word| word == "-S" || word == "--S");
+        if !is_paused {
             self.0.push("-S".to_owned());
         }
-        !is_held
+        !is_paused
     }
 
     /// Makes it wait for a migration and listen to a monitor of ours.
@@ -304,12 +304,12 @@ mod tests {
     #[test]
     fn it_is_made_to_hold_the_guest_unless_it_does_already() {
         let mut added = line("qemu -m 64");
-        assert!(added.hold());
+        assert!(added.start_paused());
         assert_eq!(added.arguments(), ["-m", "64", "-S"]);
         for text in ["qemu -S -m 64", "qemu --S"] {
-            let mut held = line(text);
-            assert!(!held.hold());
-            assert_eq!(held, line(text));
+            let mut paused = line(text);
+            assert!(!paused.start_paused());
+            assert_eq!(paused, line(text));
         }
     }
 

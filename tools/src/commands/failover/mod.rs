@@ -272,7 +272,7 @@ fn resume(
     };
     times.restore = began.elapsed();
     if let Err(why) = disks::check_restored(&claim.claimed, &restored) {
-        let may_have_run = !waiting.holds();
+        let may_have_run = !waiting.pauses();
         drop(waiting);
         return Err(claim.release(may_have_run, &why));
     }

@@ -30,8 +30,8 @@ const FAIL_LIMIT: Duration = Duration::from_secs(1);
 /// How often QEMU is asked for states that no event reports.
 const POLL: Duration = Duration::from_millis(20);
 
-/// The same where no event is to come, because it holds the guest.
-const HELD_POLL: Duration = Duration::from_millis(1);
+/// The same where no event is to come, because it pauses the guest.
+const PAUSED_POLL: Duration = Duration::from_millis(1);
 
 /// Lines of QEMU's own words in an error.
 const LOG_LINES: usize = 10;
@@ -86,8 +86,8 @@ pub(super) struct Waiting {
     child: Option<Child>,
     started: Started,
     directory: RunDirectory,
-    /// Whether it holds the guest, once it is loaded, until `cont`.
-    holds: bool,
+    /// Whether it pauses the guest, once it is loaded, until `cont`.
+    pauses: bool,
 }
 
 impl Waiting {
@@ -104,7 +104,7 @@ impl Waiting {
             child: None,
             started: started.clone(),
             directory,
-            holds: false,
+            pauses: false,
         })
     }
 
@@ -116,7 +116,7 @@ impl Waiting {
     ) -> Result<Self, CommandError> {
         let (monitor, log) = (directory.file("qmp.sock"), directory.file("qemu.log"));
         line.wait_for_migration(&monitor);
-        let holds = line.hold();
+        let pauses = line.start_paused();
         let failed =
             |what: &str, error: &dyn std::fmt::Display| CommandError::Failed(format!("{what}: {error}"));
         let out = File::create(&log).map_err(|error| failed(&log.display().to_string(), &error))?;
@@ -143,7 +143,7 @@ impl Waiting {
                         child: Some(child),
                         started: started.clone(),
                         directory,
-                        holds,
+                        pauses,
                     });
                 }
                 Err(QmpError::Connect { .. }) if began.elapsed() < START_LIMIT => {
@@ -174,8 +174,8 @@ impl Waiting {
     }
 
     /// Whether no guest runs in it before [`Self::run`].
-    pub(super) fn holds(&self) -> bool {
-        self.holds
+    pub(super) fn pauses(&self) -> bool {
+        self.pauses
     }
 
     pub(super) fn version(&self) -> String {
@@ -291,10 +291,10 @@ impl Waiting {
         }
     }
 
-    /// Lets the guest run that was loaded and is held. Returns QEMU's word for what it does then.
+    /// Lets the guest run that was loaded and is paused. Returns QEMU's word for what it does then.
     pub(super) fn run(&mut self, status: String) -> Result<String, Unloaded> {
         self.started.decide();
-        if !self.holds || status != "paused" {
+        if !self.pauses || status != "paused" {
             return Ok(status);
         }
         let running = self.qmp.execute("cont", &json!({}));
@@ -309,14 +309,14 @@ impl Waiting {
         }
     }
 
-    /// Waits until the guest is loaded: runs, or is held. Returns QEMU's word for that.
+    /// Waits until the guest is loaded: runs, or is paused. Returns QEMU's word for that.
     pub(super) fn wait_loaded(&mut self) -> Result<String, Unloaded> {
         self.wait_loaded_within(LOAD_LIMIT)
     }
 
     fn wait_loaded_within(&mut self, limit: Duration) -> Result<String, Unloaded> {
         let began = Instant::now();
-        let poll = if self.holds { HELD_POLL } else { POLL };
+        let poll = if self.pauses { PAUSED_POLL } else { POLL };
         while began.elapsed() < limit {
             let resumed = self.qmp.wait_event("RESUME", poll);
             let ask = |qmp: &mut Qmp, command| qmp.execute(command, &json!({}));
@@ -342,7 +342,7 @@ impl Waiting {
         }
         Err(Unloaded {
             text: format!("QEMU did not load the guest within {limit:?}{}", self.said()),
-            may_have_run: !self.holds,
+            may_have_run: !self.pauses,
         })
     }
 
@@ -355,7 +355,7 @@ impl Waiting {
             // It has not failed, but waits for the rest: that is no reason.
             Err(_) if began.elapsed() >= FAIL_LIMIT => (None, false),
             Err(unloaded) => (Some(unloaded.text), false),
-            Ok(_) => (None, !self.holds),
+            Ok(_) => (None, !self.pauses),
         }
     }
 
