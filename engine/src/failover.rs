@@ -6,7 +6,7 @@
 //! Memory use is one buffer of `BUFFER_BYTES`, independent of the guest's size.
 
 use crate::blocks::BlockTable;
-use crate::session::SessionRecord;
+use crate::session::GuestDescription;
 use crate::units::{BlockId, PAGE_BYTES, PAGE_SIZE, PageIndex};
 use crate::wire::ram::{
     BlockRef, RECORD_MAX, RamRecord, encode_block_list, encode_block_list_ignoring_shared,
@@ -68,9 +68,9 @@ impl From<io::Error> for StreamError {
 /// Those of `out`: the fresh QEMU closed the connection, or a disk is full.
 ///
 /// # Panics
-/// If `record.header` is not a valid header; that of a session always is.
+/// If `description.header` is not a valid header; that of a session always is.
 pub fn write_stream(
-    record: &SessionRecord,
+    description: &GuestDescription,
     device_state: &[u8],
     read: impl FnMut(PageIndex, &mut [u8; PAGE_SIZE]),
     form: Form,
@@ -81,13 +81,13 @@ pub fn write_stream(
         buffer: Vec::with_capacity(BUFFER_BYTES + RECORD_MAX),
         report: StreamReport::default(),
     };
-    begin(&mut writer.buffer, record, form);
+    begin(&mut writer.buffer, description, form);
     Section::End {
-        id: record.ram_section,
+        id: description.ram_section,
     }
     .encode(&mut writer.buffer);
-    writer.pages(&record.blocks, read, form)?;
-    end_ram(&mut writer.buffer, record.ram_section);
+    writer.pages(&description.blocks, read, form)?;
+    end_ram(&mut writer.buffer, description.ram_section);
     writer.bytes(device_state)?;
     writer.flush()?;
     // From here on the guest may run: QEMU can do without a vmdesc.
@@ -103,16 +103,16 @@ pub fn write_stream(
 }
 
 /// Header, configuration, and the RAM section's START with the block list alone.
-fn begin(out: &mut Vec<u8>, record: &SessionRecord, form: Form) {
+fn begin(out: &mut Vec<u8>, description: &GuestDescription, form: Form) {
     match form {
-        Form::Complete => out.extend_from_slice(&record.header),
-        Form::Shared(_) => header_ignoring_shared(out, &record.header),
+        Form::Complete => out.extend_from_slice(&description.header),
+        Form::Shared(_) => header_ignoring_shared(out, &description.header),
     }
-    let id = record.ram_section;
+    let id = description.ram_section;
     Section::RamStart { id }.encode(out);
     match form {
-        Form::Complete => encode_block_list(out, &record.blocks),
-        Form::Shared(_) => encode_block_list_ignoring_shared(out, &record.blocks),
+        Form::Complete => encode_block_list(out, &description.blocks),
+        Form::Shared(_) => encode_block_list_ignoring_shared(out, &description.blocks),
     }
     end_ram(out, id);
 }

@@ -272,13 +272,19 @@ fn a_session_of_qemu_7_2() {
     play("colo-multifd4-7.2", |secondary, model| {
         assert!(model.twice > 0, "this version sends pages twice");
         assert!(secondary.zero_over_content > 0, "zero pages overwrite content");
-        assert_eq!(secondary.session.record().unwrap().machine_type, "pc-i440fx-7.2");
+        assert_eq!(
+            secondary.session.description().unwrap().machine_type,
+            "pc-i440fx-7.2"
+        );
     });
 }
 
 #[test]
 fn a_session_of_qemu_10() {
     play("colo-multifd4-10", |secondary, _| {
-        assert_eq!(secondary.session.record().unwrap().machine_type, "pc-i440fx-10.0");
+        assert_eq!(
+            secondary.session.description().unwrap().machine_type,
+            "pc-i440fx-10.0"
+        );
     });
 }

@@ -5,7 +5,7 @@ use colo_ring::blocks::BlockTable;
 use colo_ring::failover::{Form, write_stream};
 use colo_ring::receiver::{Event, ListenAddress, Receiver, ReceiverOptions, SessionStatus};
 use colo_ring::ring::BackendKind;
-use colo_ring::session::SessionRecord;
+use colo_ring::session::GuestDescription;
 use colo_ring::store::{HugePages, StoreOptions};
 use colo_ring::units::{BlockId, PAGE_SIZE};
 use colo_ring_tests::command::{RunningReceiver, Scratch, guest, wrapped};
@@ -159,7 +159,7 @@ fn expected(primary: &HostilePrimary, form: Form) -> Vec<u8> {
         .map(|(name, bytes)| (name.as_bytes().into(), *bytes))
         .collect();
     let total = BLOCKS.iter().map(|(_, bytes)| bytes).sum();
-    let record = SessionRecord {
+    let description = GuestDescription {
         header: header(),
         machine_type: "pc-i440fx-11.1".into(),
         ram_section: RAM,
@@ -172,7 +172,7 @@ fn expected(primary: &HostilePrimary, form: Form) -> Vec<u8> {
         out.copy_from_slice(pages[usize::try_from(page.get()).expect("few pages")]);
     };
     let mut bytes = Vec::new();
-    write_stream(&record, primary.device_state(), read, form, &mut bytes).expect("memory");
+    write_stream(&description, primary.device_state(), read, form, &mut bytes).expect("memory");
     bytes
 }
 

@@ -4,11 +4,11 @@ use super::*;
 use std::sync::Arc;
 
 /// A session of a machine `pc` with two blocks: `ram` of two pages, `rom` of one.
-fn record(subsections: &[u8]) -> SessionRecord {
+fn description(subsections: &[u8]) -> GuestDescription {
     let entries = vec![(b"ram".as_slice().into(), 8192), (b"rom".as_slice().into(), 4096)];
     let mut header = b"QEVM\0\0\0\x03\x07\0\0\0\x02pc".to_vec();
     header.extend_from_slice(subsections);
-    SessionRecord {
+    GuestDescription {
         header,
         machine_type: "pc".into(),
         ram_section: 2,
@@ -24,9 +24,9 @@ fn read(page: PageIndex, out: &mut [u8; PAGE_SIZE]) {
 
 const DEVICES: &[u8] = b"\x04devices\x00";
 
-fn stream(record: &SessionRecord, form: Form) -> (Vec<u8>, StreamReport) {
+fn stream(description: &GuestDescription, form: Form) -> (Vec<u8>, StreamReport) {
     let mut bytes = Vec::new();
-    let report = write_stream(record, DEVICES, read, form, &mut bytes).unwrap();
+    let report = write_stream(description, DEVICES, read, form, &mut bytes).unwrap();
     assert_eq!(report.bytes, bytes.len() as u64);
     (bytes, report)
 }
@@ -38,7 +38,7 @@ fn parts(parts: &[&[u8]]) -> Vec<u8> {
 
 #[test]
 fn a_complete_stream_is_as_specified() {
-    let (bytes, report) = stream(&record(b""), Form::Complete);
+    let (bytes, report) = stream(&description(b""), Form::Complete);
     let expected = parts(&[
         b"QEVM\0\0\0\x03\x07\0\0\0\x02pc",
         b"\x01\0\0\0\x02\x03ram\0\0\0\0\0\0\0\x04",
@@ -65,7 +65,7 @@ fn a_complete_stream_is_as_specified() {
 fn a_stream_beside_shared_memory_is_as_specified() {
     let uuid = b"\x05\x12configuration/uuid\0\0\0\x01GGGGGGGGGGGGGGGG";
     let shared = Form::Shared(BlockId(0));
-    let (bytes, report) = stream(&record(uuid), shared);
+    let (bytes, report) = stream(&description(uuid), shared);
     let expected = parts(&[
         b"QEVM\0\0\0\x03\x07\0\0\0\x02pc",
         uuid,
@@ -86,7 +86,10 @@ fn a_stream_beside_shared_memory_is_as_specified() {
     assert_eq!((report.pages, report.zero_pages), (1, 0));
     // A primary that has said that it has no capability.
     let none = b"\x05\x1aconfiguration/capabilities\0\0\0\x01\0\0\0\0";
-    assert_eq!(stream(&record(none), shared).0, stream(&record(b""), shared).0);
+    assert_eq!(
+        stream(&description(none), shared).0,
+        stream(&description(b""), shared).0
+    );
 }
 
 /// A writer that takes a little at a time and then has had enough.
@@ -120,7 +123,7 @@ impl Write for Narrow {
 fn memory_is_bounded_and_a_lost_reader_is_an_error() {
     let pages = 4 * BUFFER_BYTES / PAGE_SIZE;
     let bytes = (pages * PAGE_SIZE) as u64;
-    let mut large = record(b"");
+    let mut large = description(b"");
     large.blocks = Arc::new(BlockTable::new(vec![(b"ram".as_slice().into(), bytes)], bytes).unwrap());
     let fill =
         |page: PageIndex, out: &mut [u8; PAGE_SIZE]| out.fill(u8::try_from(page.get() % 255).unwrap() + 1);

@@ -85,18 +85,18 @@ impl Checkpoints {
     /// If a disk of the guest is not whole. Then nothing is committed.
     pub(super) fn commit(&self, checkpoint: CheckpointId, protocol: &mut Session) -> Result<(), SessionEnd> {
         let session = &self.session;
-        if let Some(record) = protocol.record().filter(|_| checkpoint == CheckpointId(0)) {
-            session.bind_disks(record)?;
+        if let Some(description) = protocol.description().filter(|_| checkpoint == CheckpointId(0)) {
+            session.bind_disks(description)?;
         }
         if let Some(disks) = session.disks() {
             disks.check_commit(checkpoint)?;
         }
-        if let Some(record) = protocol.record()
-            && session.keep_checkpoint(record)
+        if let Some(description) = protocol.description()
+            && session.keep_checkpoint(description)
         {
             let disks = session.disks().map_or_else(Vec::new, |disks| disks.stored());
             self.store
-                .record_session(|| encode(&session.peer, record, &disks));
+                .record_session(|| encode(&session.peer, description, &disks));
         }
         if checkpoint == CheckpointId(0) {
             let unseen = self.store.unseen_pages();

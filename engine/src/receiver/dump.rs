@@ -87,7 +87,7 @@ pub(super) fn dump(checkpoint: &KeptCheckpoint, directory: &Path) -> Result<Dump
     if !directory.is_absolute() {
         return Err(DumpError::RelativePath(directory.to_owned()));
     }
-    let record = &checkpoint.record;
+    let description = &checkpoint.description;
     let index = directory.join(INDEX_FILE);
     let failed = |source| DumpError::File {
         directory: directory.to_owned(),
@@ -98,8 +98,8 @@ pub(super) fn dump(checkpoint: &KeptCheckpoint, directory: &Path) -> Result<Dump
         _ => {}
     }
     let report = checkpoint.image.dump(directory)?;
-    std::fs::write(directory.join(HEADER_FILE), &record.header).map_err(failed)?;
-    std::fs::write(directory.join(VMDESC_FILE), &record.vmdesc).map_err(failed)?;
+    std::fs::write(directory.join(HEADER_FILE), &description.header).map_err(failed)?;
+    std::fs::write(directory.join(VMDESC_FILE), &description.vmdesc).map_err(failed)?;
     let name = |path: &Path| {
         path.file_name()
             .unwrap_or_default()
@@ -116,9 +116,9 @@ pub(super) fn dump(checkpoint: &KeptCheckpoint, directory: &Path) -> Result<Dump
         schema_version: DUMP_VERSION,
         session: checkpoint.session,
         checkpoint: report.checkpoint.0,
-        machine: record.machine_type.clone(),
+        machine: description.machine_type.clone(),
         page_size: crate::units::PAGE_BYTES,
-        ram_section: record.ram_section,
+        ram_section: description.ram_section,
         blocks: blocks.collect(),
         device_state_file: name(&report.device_state),
         header_file: HEADER_FILE.into(),

@@ -6,7 +6,7 @@
 use super::disks::SessionDisks;
 use super::guest_memory::MemoryLeases;
 use super::promotion::Promotion;
-use crate::session::SessionRecord;
+use crate::session::GuestDescription;
 use crate::store::CommittedImage;
 use crate::units::CheckpointId;
 use std::sync::atomic::{AtomicI64, Ordering};
@@ -21,7 +21,7 @@ pub(super) struct KeptCheckpoint {
     pub(super) peer: String,
     pub(super) image: Arc<CommittedImage>,
     pub(super) disks: Arc<SessionDisks>,
-    pub(super) record: Arc<SessionRecord>,
+    pub(super) description: Arc<GuestDescription>,
     promotion: Mutex<Promotion>,
     /// Nanoseconds from the receiver's start to the last commit; negative for an earlier receiver's.
     committed_at_ns: AtomicI64,
@@ -35,7 +35,7 @@ impl KeptCheckpoint {
         peer: String,
         image: Arc<CommittedImage>,
         disks: Arc<SessionDisks>,
-        record: Arc<SessionRecord>,
+        description: Arc<GuestDescription>,
         leases: Arc<MemoryLeases>,
         uptime: Duration,
     ) -> Self {
@@ -44,7 +44,7 @@ impl KeptCheckpoint {
             peer,
             image,
             disks,
-            record,
+            description,
             promotion: Mutex::default(),
             committed_at_ns: AtomicI64::new(0),
             _leases: leases,

@@ -12,7 +12,7 @@ use super::kept_checkpoint::KeptCheckpoint;
 use super::services::Services;
 use crate::net::{Origin, is_gone};
 use crate::ring::Waker;
-use crate::session::{Rendezvous, SessionRecord};
+use crate::session::{GuestDescription, Rendezvous};
 use crate::store::Store;
 use crate::units::ChannelId;
 use crate::wire::stream::StreamHeader;
@@ -135,8 +135,8 @@ impl LiveSession {
         self.checkpoint.get()
     }
 
-    /// A checkpoint is about to be committed, of a session that `record` describes. Returns whether it is the first.
-    pub(super) fn keep_checkpoint(&self, record: &Arc<SessionRecord>) -> bool {
+    /// A checkpoint is about to be committed, of a session that `description` describes. Returns whether it is the first.
+    pub(super) fn keep_checkpoint(&self, description: &Arc<GuestDescription>) -> bool {
         let Some(memory) = self.memory.get().filter(|_| self.checkpoint.get().is_none()) else {
             return false;
         };
@@ -146,7 +146,7 @@ impl LiveSession {
             self.peer.clone(),
             memory.store.committed().clone(),
             disks,
-            record.clone(),
+            description.clone(),
             memory.leases.clone(),
             self.uptime(),
         );
@@ -157,8 +157,8 @@ impl LiveSession {
     ///
     /// # Errors
     /// If it is not clear which they are, or one of them is not ready.
-    pub(super) fn bind_disks(self: &Arc<Self>, record: &SessionRecord) -> Result<(), SessionEnd> {
-        let uuid = StreamHeader::parse_whole(&record.header).and_then(|header| header.uuid);
+    pub(super) fn bind_disks(self: &Arc<Self>, description: &GuestDescription) -> Result<(), SessionEnd> {
+        let uuid = StreamHeader::parse_whole(&description.header).and_then(|header| header.uuid);
         let bound = self.services.bind_disks(self, uuid);
         let bound = bound.map_err(|error| SessionEnd::Disk(Arc::new(error)))?;
         // Set once: there is one first commit.

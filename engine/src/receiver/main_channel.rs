@@ -201,7 +201,7 @@ impl MainChannel {
             .rendezvous
             .close_gate()
             .map_err(|channel| SessionEnd::NotQuiet { channel })?;
-        if canary::is_set(Canary::EarlyAcknowledge) && self.protocol.record().is_some() {
+        if canary::is_set(Canary::EarlyAcknowledge) && self.protocol.description().is_some() {
             self.send(Outbound::Loaded)?;
         }
         Ok(())

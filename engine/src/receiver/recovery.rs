@@ -65,18 +65,25 @@ fn recover(
         Recoverable::Nothing => return Ok(Recovered::Nothing),
         Recoverable::Unknown => return Err(RecoveryError::NoRecord),
     };
-    let StoredSession { peer, record, disks } = decode(found.session())?;
-    let leases = budgets.take(record.blocks.total_bytes(), found.device_state_bytes() as u64 * 2)?;
+    let StoredSession {
+        peer,
+        description,
+        disks,
+    } = decode(found.session())?;
+    let leases = budgets.take(
+        description.blocks.total_bytes(),
+        found.device_state_bytes() as u64 * 2,
+    )?;
     let (age, is_given) = (found.age(), found.is_given());
     let uptime = started.elapsed();
-    let image = found.recover(record.blocks.clone())?;
+    let image = found.recover(description.blocks.clone())?;
     let disks = recover_disks(&disks, &image, is_given);
     if disks.is_err() {
         image.keep_files();
     }
     let disks = disks?;
-    let (image, record) = (Arc::new(image), Arc::new(record));
-    let kept = KeptCheckpoint::new(session, peer, image, Arc::new(disks), record, leases, uptime);
+    let (image, description) = (Arc::new(image), Arc::new(description));
+    let kept = KeptCheckpoint::new(session, peer, image, Arc::new(disks), description, leases, uptime);
     kept.committed_at(uptime, age);
     if is_given {
         kept.promotion()

@@ -8,7 +8,7 @@ use super::live_session::LiveSession;
 use super::promotion::ClientId;
 use crate::disk::{DiskError, copy_base};
 use crate::failover::{Form, StreamError, StreamReport, write_stream};
-use crate::session::SessionRecord;
+use crate::session::GuestDescription;
 use crate::store::CheckpointView;
 use crate::units::BlockId;
 use serde::{Deserialize, Serialize};
@@ -165,7 +165,7 @@ pub(super) fn restore(
     };
     let view = checkpoint.image.checkpoint_view();
     let view = view.ok_or(RestoreError::NoCheckpoint(checkpoint.session))?;
-    let record = &*checkpoint.record;
+    let description = &*checkpoint.description;
     checkpoint.disks.end_session();
     let disks = checkpoint.disks.restored(view.checkpoint());
     let disks = disks.map_err(|source| RestoreError::Disk {
@@ -175,14 +175,14 @@ pub(super) fn restore(
     let hold_ns = nanoseconds(began);
     let began = Instant::now();
     if let Some(path) = &request.keep {
-        write_file(path, record, &view, Form::Complete)?;
+        write_file(path, description, &view, Form::Complete)?;
         keep_disks(path, &disks)?;
     }
     let keep_ns = nanoseconds(began);
     let began = Instant::now();
     // Before a guest can run: also for a later receiver that finds the checkpoint after a crash of this one.
     checkpoint.image.set_given(true);
-    let written = write_to(&request.to, record, &view, form);
+    let written = write_to(&request.to, description, &view, form);
     let complete = written.as_ref().map_or_else(RestoreError::is_complete, |_| true);
     if complete {
         checkpoint.promotion().given(by, request.to.clone());
@@ -226,7 +226,7 @@ fn end_session(session: &LiveSession) -> Result<(), RestoreError> {
 
 fn shared_block(checkpoint: &KeptCheckpoint, name: &str) -> Result<BlockId, RestoreError> {
     let (session, name) = (checkpoint.session, name.to_owned());
-    let Some(id) = checkpoint.record.blocks.by_name(name.as_bytes()) else {
+    let Some(id) = checkpoint.description.blocks.by_name(name.as_bytes()) else {
         return Err(RestoreError::NoBlock { session, name });
     };
     match checkpoint.image.image_file(id) {
@@ -237,21 +237,21 @@ fn shared_block(checkpoint: &KeptCheckpoint, name: &str) -> Result<BlockId, Rest
 
 fn write_to(
     to: &str,
-    record: &SessionRecord,
+    description: &GuestDescription,
     view: &CheckpointView<'_>,
     form: Form,
 ) -> Result<StreamReport, RestoreError> {
     let connected = match to.split_once(':') {
         Some(("unix", path)) => connect_unix(Path::new(path)),
         Some(("tcp", address)) => connect_tcp(address),
-        Some(("file", path)) => return write_file(Path::new(path), record, view, form),
+        Some(("file", path)) => return write_file(Path::new(path), description, view, form),
         _ => return Err(RestoreError::Destination(to.to_owned())),
     };
     let socket = connected.map_err(|source| RestoreError::Connect {
         to: to.to_owned(),
         source,
     })?;
-    write(record, view, form, socket).map_err(|error| RestoreError::Stream {
+    write(description, view, form, socket).map_err(|error| RestoreError::Stream {
         to: to.to_owned(),
         error,
     })
@@ -270,13 +270,13 @@ fn connect_tcp(address: &str) -> io::Result<Box<dyn Write>> {
 }
 
 fn write(
-    record: &SessionRecord,
+    description: &GuestDescription,
     view: &CheckpointView<'_>,
     form: Form,
     out: impl Write,
 ) -> Result<StreamReport, StreamError> {
     write_stream(
-        record,
+        description,
         view.device_state(),
         |page, out| view.read(page, out),
         form,
@@ -287,7 +287,7 @@ fn write(
 /// Writes a stream to a file, which gets its name only when it is complete and on the disk.
 fn write_file(
     path: &Path,
-    record: &SessionRecord,
+    description: &GuestDescription,
     view: &CheckpointView<'_>,
     form: Form,
 ) -> Result<StreamReport, RestoreError> {
@@ -310,7 +310,7 @@ fn write_file(
     // Readable by its owner only: it holds a guest's secrets.
     let file = options.write(true).create_new(true).mode(0o600).open(&part);
     let file = file.map_err(failed)?;
-    let written = write(record, view, form, &file)
+    let written = write(description, view, form, &file)
         .map_err(|error| error.source)
         .and_then(|report| file.sync_all().map(|()| report))
         .and_then(|report| std::fs::rename(&part, path).map(|()| report));

@@ -2,7 +2,7 @@
 
 use crate::blocks::{BLOCKS_MAX, BlockListError, BlockTable};
 use crate::disk::StoredDisk;
-use crate::session::SessionRecord;
+use crate::session::GuestDescription;
 use crate::wire::stream::StreamHeader;
 use std::sync::Arc;
 use thiserror::Error;
@@ -40,7 +40,7 @@ pub enum DecodeError {
 #[derive(Debug, PartialEq, Eq)]
 pub(super) struct StoredSession {
     pub(super) peer: String,
-    pub(super) record: SessionRecord,
+    pub(super) description: GuestDescription,
     pub(super) disks: Vec<StoredDisk>,
 }
 
@@ -50,15 +50,15 @@ fn put_bytes(out: &mut Vec<u8>, bytes: &[u8]) {
 }
 
 /// Encodes a session.
-pub(super) fn encode(peer: &str, record: &SessionRecord, disks: &[StoredDisk]) -> Vec<u8> {
+pub(super) fn encode(peer: &str, description: &GuestDescription, disks: &[StoredDisk]) -> Vec<u8> {
     let mut out = Vec::new();
     put_bytes(&mut out, peer.as_bytes());
-    put_bytes(&mut out, record.machine_type.as_bytes());
-    put_bytes(&mut out, &record.header);
-    put_bytes(&mut out, &record.vmdesc);
-    out.extend_from_slice(&u64::from(record.ram_section).to_le_bytes());
-    out.extend_from_slice(&(record.blocks.iter().len() as u64).to_le_bytes());
-    for (_, block) in record.blocks.iter() {
+    put_bytes(&mut out, description.machine_type.as_bytes());
+    put_bytes(&mut out, &description.header);
+    put_bytes(&mut out, &description.vmdesc);
+    out.extend_from_slice(&u64::from(description.ram_section).to_le_bytes());
+    out.extend_from_slice(&(description.blocks.iter().len() as u64).to_le_bytes());
+    for (_, block) in description.blocks.iter() {
         put_bytes(&mut out, &block.name);
         out.extend_from_slice(&block.used_length.to_le_bytes());
     }
@@ -132,21 +132,25 @@ pub(super) fn decode(bytes: &[u8]) -> Result<StoredSession, DecodeError> {
     let blocks = BlockTable::new(blocks, total)?;
     // A failover sends the header on: it must be valid.
     StreamHeader::parse_whole(&header).ok_or(DecodeError::Header)?;
-    let record = SessionRecord {
+    let description = GuestDescription {
         header,
         machine_type,
         ram_section,
         blocks: Arc::new(blocks),
         vmdesc,
     };
-    Ok(StoredSession { peer, record, disks })
+    Ok(StoredSession {
+        peer,
+        description,
+        disks,
+    })
 }
 
 #[cfg(all(test, not(loom)))]
 mod tests {
     use super::*;
 
-    fn record() -> SessionRecord {
+    fn description() -> GuestDescription {
         let entries = vec![
             (b"pc.ram".as_slice().into(), 8192),
             (b"\xff".as_slice().into(), 4096),
@@ -154,7 +158,7 @@ mod tests {
         let mut header = Vec::new();
         let machine = b"pc-q35-11.1".to_vec();
         test_header(&machine).encode(&mut header);
-        SessionRecord {
+        GuestDescription {
             header,
             machine_type: "pc-q35-11.1".into(),
             ram_section: 2,
@@ -184,17 +188,17 @@ mod tests {
 
     #[test]
     fn decoding_reverses_encoding() {
-        let bytes = encode("tcp:10.0.0.1:5", &record(), &disks());
+        let bytes = encode("tcp:10.0.0.1:5", &description(), &disks());
         let stored = decode(&bytes).unwrap();
         assert_eq!(
-            (stored.peer.as_str(), stored.record, stored.disks),
-            ("tcp:10.0.0.1:5", record(), disks())
+            (stored.peer.as_str(), stored.description, stored.disks),
+            ("tcp:10.0.0.1:5", description(), disks())
         );
     }
 
     #[test]
     fn damaged_bytes_do_not_panic() {
-        let bytes = encode("x", &record(), &disks());
+        let bytes = encode("x", &description(), &disks());
         for length in 0..bytes.len() {
             decode(&bytes[..length]).unwrap_err();
         }

@@ -203,7 +203,7 @@ impl SessionStatus {
             },
             promotion: promotion.description(),
             disks: checkpoint.disks.statuses(),
-            machine: Some(checkpoint.record.machine_type.clone()),
+            machine: Some(checkpoint.description.machine_type.clone()),
             checkpoint: number.map(|id| id.0),
             checkpoint_age_ms: number.map(|_| u64::try_from(age).unwrap_or(u64::MAX)),
             ..self

@@ -21,9 +21,9 @@
 
 use super::action::{Action, Outbound};
 use super::error::{Ending, SessionError};
+use super::guest_description::GuestDescription;
 use super::limits::{PINGS_MAX, SessionLimits};
 use super::ram_records::{Continued, SyncMode};
-use super::record::SessionRecord;
 use crate::blocks::BlockTable;
 use crate::canary::{self, Canary};
 use crate::units::CheckpointId;
@@ -88,7 +88,7 @@ pub struct Session {
     pub(super) marker_last: bool,
     pub(super) continued: Continued,
     device_state: Vec<u8>,
-    record: Option<Arc<SessionRecord>>,
+    description: Option<Arc<GuestDescription>>,
     /// The last committed checkpoint.
     checkpoint: Option<CheckpointId>,
     /// Whether the primary has asked for a checkpoint: before that it may be one without COLO.
@@ -113,7 +113,7 @@ impl Session {
             marker_last: false,
             continued: Continued::default(),
             device_state: Vec::new(),
-            record: None,
+            description: None,
             checkpoint: None,
             colo_seen: false,
         }
@@ -164,8 +164,8 @@ impl Session {
     }
 
     /// What is constant for the session: known from the commit of the initial state on.
-    pub fn record(&self) -> Option<&Arc<SessionRecord>> {
-        self.record.as_ref()
+    pub fn description(&self) -> Option<&Arc<GuestDescription>> {
+        self.description.as_ref()
     }
 
     /// The machine type, once the configuration was read; else empty.
@@ -400,7 +400,7 @@ impl Session {
             .blocks
             .clone()
             .ok_or_else(|| unexpected("device state before the block list"))?;
-        self.record = Some(Arc::new(SessionRecord {
+        self.description = Some(Arc::new(GuestDescription {
             header: std::mem::take(&mut self.header),
             machine_type: self.machine_type.clone(),
             ram_section: self.ram_section,

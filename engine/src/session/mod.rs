@@ -7,18 +7,18 @@
 mod action;
 mod channel;
 mod error;
+mod guest_description;
 mod limits;
 mod main_channel;
 mod ram_records;
-mod record;
 mod rendezvous;
 
 pub use action::{Action, Outbound, Page, PageContent};
 pub use channel::{ChannelTraffic, MultifdChannel, PacketAction};
 pub use error::{ChannelError, Ending, SessionError};
+pub use guest_description::GuestDescription;
 pub use limits::SessionLimits;
 pub use main_channel::Session;
-pub use record::SessionRecord;
 pub use rendezvous::{GateClosed, Rendezvous, Ticket};
 
 #[cfg(test)]

@@ -459,16 +459,16 @@ fn nothing_is_read_before_the_flush_has_finished() {
 }
 
 #[test]
-fn the_record_holds_what_a_restart_needs() {
+fn the_description_has_what_a_restart_needs() {
     let stream = Stream::new_qemu().precopy().devices();
     let mut session = Session::new(limits(4));
     play(&mut session, [&stream.0[..]].into_iter()).unwrap();
-    let record = session.record().unwrap();
+    let description = session.description().unwrap();
     assert_eq!(
-        (record.machine_type.as_str(), record.ram_section),
+        (description.machine_type.as_str(), description.ram_section),
         ("pc-i440fx-11.1", RAM)
     );
-    assert_eq!(record.header, Stream::begin(&[]).0);
-    assert_eq!(record.vmdesc, VMDESC);
-    assert_eq!(record.blocks.block(BlockId(1)).used_length, 2 * PAGE_BYTES);
+    assert_eq!(description.header, Stream::begin(&[]).0);
+    assert_eq!(description.vmdesc, VMDESC);
+    assert_eq!(description.blocks.block(BlockId(1)).used_length, 2 * PAGE_BYTES);
 }

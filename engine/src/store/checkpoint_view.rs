@@ -1,6 +1,6 @@
 //! A read view of the last committed checkpoint, which a failover sends to a QEMU.
 
-use crate::store::committed::{LastCommit, CommittedImage};
+use crate::store::committed::{CommittedImage, LastCommit};
 use crate::store::memory::copy;
 use crate::units::{CheckpointId, PAGE_SIZE, PageIndex, PageRun};
 use std::sync::MutexGuard;

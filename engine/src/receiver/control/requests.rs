@@ -180,7 +180,7 @@ impl ControlState {
             checkpoint_age_ms: age_ms,
             peer: status.peer,
             end: status.end,
-            machine: checkpoint.record.machine_type.clone(),
+            machine: checkpoint.description.machine_type.clone(),
             blocks: status.blocks,
             disks: status.disks,
         }))

@@ -211,10 +211,13 @@ impl SimSession {
                 };
             }
         };
-        let StoredSession { peer, record, disks } =
-            decode(files.session()).map_err(|error| error.to_string())?;
+        let StoredSession {
+            peer,
+            description,
+            disks,
+        } = decode(files.session()).map_err(|error| error.to_string())?;
         let committed = files
-            .recover(record.blocks.clone())
+            .recover(description.blocks.clone())
             .map_err(|error| error.to_string())?;
         let view = committed.checkpoint_view().ok_or("nothing was recovered")?;
         let state = view.checkpoint().0;
@@ -224,7 +227,12 @@ impl SimSession {
                 self.committed
             ));
         }
-        if peer != self.live.peer || self.live.checkpoint().is_none_or(|known| *known.record != record) {
+        if peer != self.live.peer
+            || self
+                .live
+                .checkpoint()
+                .is_none_or(|known| *known.description != description)
+        {
             return Err("what is found is of another session".to_owned());
         }
         let state = usize::try_from(state).expect("few");

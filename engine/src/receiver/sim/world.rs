@@ -270,7 +270,9 @@ impl World {
         }
         let outstanding = self.net.borrow().outstanding();
         if outstanding != (0, 0, 0) {
-            return Err(format!("{outstanding:?} receives, completions and buffers are left"));
+            return Err(format!(
+                "{outstanding:?} receives, completions and buffers are left"
+            ));
         }
         for budget in [&self.budgets.ram, &self.budgets.device_states] {
             if budget.used() > 0 {

@@ -1,11 +1,11 @@
-//! The part of a session that outlives it.
+//! What a session knows of its guest that outlives it.
 
 use crate::blocks::BlockTable;
 use std::sync::Arc;
 
 /// What is constant for a session and restarts the guest together with RAM and device state (spec §15).
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct SessionRecord {
+pub struct GuestDescription {
     /// Header and configuration, verbatim.
     pub header: Vec<u8>,
     /// The machine type from it.
