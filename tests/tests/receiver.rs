@@ -76,7 +76,7 @@ impl Bench {
 
 fn primary(version: Version, channels: u8, seed: u64) -> SynthOptions {
     SynthOptions {
-        ram_bytes: 24 << 20,
+        ram_bytes: 10 << 20,
         channels,
         dirty_pages: Distribution::Fixed(700),
         seed,
