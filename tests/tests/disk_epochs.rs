@@ -34,7 +34,7 @@ struct Bench {
 fn tcp(address: &ListenAddress) -> SocketAddr {
     match address {
         ListenAddress::Tcp(address) => *address,
-        ListenAddress::Unix(_) => panic!("it was told to listen on TCP"),
+        ListenAddress::Unix(_) => panic!("the receiver listens on TCP"),
     }
 }
 

@@ -64,7 +64,7 @@ unsafe impl GlobalAlloc for CountingAllocator {
 fn tcp(address: &ListenAddress) -> SocketAddr {
     match address {
         ListenAddress::Tcp(address) => *address,
-        ListenAddress::Unix(_) => panic!("it was told to listen on TCP"),
+        ListenAddress::Unix(_) => panic!("the receiver listens on TCP"),
     }
 }
 

@@ -85,7 +85,7 @@ impl Bench {
         });
         let receiver = receiver.expect("a receiver");
         let ListenAddress::Tcp(address) = receiver.addresses()[0] else {
-            panic!("it was told to listen on TCP")
+            panic!("the receiver listens on TCP")
         };
         Self {
             receiver: Some(receiver),

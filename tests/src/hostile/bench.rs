@@ -116,7 +116,7 @@ impl Bench {
         });
         let receiver = receiver.expect("a receiver");
         let ListenAddress::Tcp(address) = receiver.addresses()[0] else {
-            panic!("it was told to listen on TCP")
+            panic!("the receiver listens on TCP")
         };
         let shape = SynthOptions {
             ram_bytes: 2 << 20,

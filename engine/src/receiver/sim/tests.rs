@@ -43,10 +43,10 @@ fn what_is_committed_is_always_a_checkpoint_whole() {
         all.untouched > 60
             && all.commits > 400
             && all.dumps > 1
-            && all.moves > 30
-            && all.decoded > 300
-            && all.disk_writes > 200
-            && all.applied > 10,
+            && all.moves > 60
+            && all.decoded > 600
+            && all.disk_writes > 400
+            && all.applied > 20,
         "{all:?}"
     );
 }
@@ -87,17 +87,17 @@ fn a_seed_is_a_run() {
 /// Each break, and within how many seeds it is found.
 const CANARIES: [(Canary, u64); 20] = [
     (Canary::EarlySync, 10),
-    (Canary::OpenGate, 200),
+    (Canary::OpenGate, 100),
     (Canary::LostWake, 10),
-    (Canary::LostMark, 50),
+    (Canary::LostMark, 10),
     (Canary::EarlyImage, 100),
     (Canary::EarlyAcknowledge, 10),
     (Canary::SilentFlushEnd, 500),
     (Canary::SkippedPage, 10),
     (Canary::StaleDeviceState, 10),
     (Canary::LostPart, 10),
-    (Canary::EarlyReply, 200),
-    (Canary::EarlyFlushEnd, 200),
+    (Canary::EarlyReply, 100),
+    (Canary::EarlyFlushEnd, 100),
     (Canary::EarlyGate, 500),
     (Canary::EarlyArrival, 100),
     (Canary::EarlyZero, 500),
