@@ -249,14 +249,15 @@ pub(super) struct RecoveredDisks<'a> {
 }
 
 fn compare(name: &str, content: &[u8], expected: &[u8], state: usize) -> Result<(), String> {
-    match content.iter().zip(expected).position(|(one, other)| one != other) {
-        None if content.len() == expected.len() => Ok(()),
-        at => Err(format!(
-            "{name} is not what state {state} had there: at {at:?} {:?} instead of {:?}",
-            at.map(|at| content[at]),
-            at.map(|at| expected[at])
-        )),
+    if content == expected {
+        return Ok(());
     }
+    let at = content.iter().zip(expected).position(|(one, other)| one != other);
+    Err(format!(
+        "{name} is not what state {state} had there: at {at:?} {:?} instead of {:?}",
+        at.map(|at| content[at]),
+        at.map(|at| expected[at])
+    ))
 }
 
 /// A share that so much may be taken of.
