@@ -147,8 +147,8 @@ enum Command {
 
     /// Print what is in a capture, an interval log, a measured run or a receiver's report
     ///
-    /// An overview, or with --kind everything of a kind, one by one, with its place in the file or stream. A file that
-    /// ends early is shown up to there; damage is reported with its offset.
+    /// An overview, or with --kind everything of a kind, one by one; with --json also its place in the file or stream.
+    /// A file that ends early is shown up to there; damage is reported with its offset.
     #[command(
         after_help = "Example:\n  colo-ring inspect session.cap --kind packets --channel 0 --checkpoint 1..3\n  colo-ring inspect /var/log/colo/guest1.pause.hlog"
     )]

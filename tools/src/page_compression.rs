@@ -8,7 +8,7 @@ use std::ops::RangeInclusive;
 use thiserror::Error;
 
 /// The level where none is given: that of QEMU for every method.
-const LEVEL_DEFAULT: u8 = 1;
+const LEVEL_DEFAULT: u32 = 1;
 
 /// The levels that QEMU takes. Empty where there are none.
 fn levels(method: Method) -> RangeInclusive<u8> {
@@ -28,7 +28,7 @@ pub struct CompressionArgs {
 
     /// Level of the compression: 0 to 9 with zlib, 0 to 20 with zstd [default: 1]
     #[arg(long, value_name = "N")]
-    pub compression_level: Option<u8>,
+    pub compression_level: Option<u32>,
 }
 
 /// Options of compression that do not go together.
@@ -51,7 +51,7 @@ pub enum CompressionArgsError {
         /// The method.
         method: Method,
         /// The level.
-        level: u8,
+        level: u32,
     },
 }
 
@@ -83,13 +83,13 @@ impl CompressionArgs {
             return Err(CompressionArgsError::NoChannels(method));
         }
         let level = self.compression_level.unwrap_or(LEVEL_DEFAULT);
-        if !levels(method).contains(&level) {
-            return Err(CompressionArgsError::Level { method, level });
+        let known = u8::try_from(level)
+            .ok()
+            .filter(|level| levels(method).contains(level));
+        match known {
+            Some(_) => Ok(PageCompression { method, level: known }),
+            None => Err(CompressionArgsError::Level { method, level }),
         }
-        Ok(PageCompression {
-            method,
-            level: Some(level),
-        })
     }
 }
 
@@ -113,7 +113,7 @@ impl fmt::Display for PageCompression {
 mod tests {
     use super::*;
 
-    fn check(compression: Method, level: Option<u8>, channels: u8) -> Result<String, String> {
+    fn check(compression: Method, level: Option<u32>, channels: u8) -> Result<String, String> {
         let args = CompressionArgs {
             compression,
             compression_level: level,
@@ -133,6 +133,7 @@ mod tests {
         for (method, level, channels, says) in [
             (Zlib, Some(10), 4, "0 to 9"),
             (Zstd, Some(21), 4, "0 to 20"),
+            (Zstd, Some(256), 4, "level 256: zstd has the levels 0 to 20"),
             (Off, Some(1), 4, "needs --compression"),
             (Zstd, None, 0, "--channels is 0"),
         ] {

@@ -302,6 +302,20 @@ fn runs_are_shown_and_their_checkpoints_listed() {
     let listed = output(&["inspect", &path, "--kind", "checkpoints", "--checkpoint", "6..8"]);
     assert_eq!(listed.lines().count(), 4);
     assert!(!listed.contains('\u{1b}'), "{listed}");
+    assert!(
+        listed.contains("disturbed") && !listed.contains("round"),
+        "{listed}"
+    );
+    file.checkpoints
+        .iter_mut()
+        .for_each(|checkpoint| checkpoint.disturbed = None);
+    file.checkpoints[29].round = 1;
+    file.write(scratch.file("x").as_ref()).unwrap();
+    let listed = output(&["inspect", &path, "--kind", "checkpoints"]);
+    assert!(
+        listed.contains("round") && !listed.contains("disturbed"),
+        "{listed}"
+    );
     let listed = json(&["inspect", &path, "--kind", "checkpoints"]);
     assert_eq!(list(&listed, "checkpoints").len(), 30);
 }
@@ -330,4 +344,62 @@ fn foreign_files_are_refused() {
         assert_eq!((code, stdout.as_str()), (Some(1), ""), "{path}: {said}");
         assert!(said.contains(says) && said.contains(&path), "{says}: {said}");
     }
+}
+
+fn is_narrow<'a>(lines: impl Iterator<Item = &'a str>) {
+    let mut count = 0;
+    for line in lines {
+        let columns = line.chars().count();
+        assert!(columns <= 80, "{columns} columns: {line}");
+        count += 1;
+    }
+    assert!(count > 1, "no table");
+}
+
+fn narrow(args: &[&str]) -> String {
+    let listed = output(args);
+    is_narrow(listed.lines());
+    listed
+}
+
+#[test]
+fn listings_fit_80_columns() {
+    let scratch = Scratch::new();
+    let (path, prefix) = (scratch.file("zstd.cap"), scratch.file("run"));
+    let shape = "--ram 64M --checkpoints 3 --pages 9000 --channels 4 --ratio 4 --compression zstd";
+    let shape: Vec<_> = shape.split(' ').collect();
+    assert_eq!(run(&[&["synth", "--out", &path], &shape[..]].concat()).0, Some(0));
+    let overview = output(&["inspect", &path]);
+    is_narrow(
+        overview
+            .lines()
+            .skip_while(|line| !line.starts_with("connection "))
+            .take(6),
+    );
+    let checkpoints = narrow(&["inspect", &path, "--kind", "checkpoints"]);
+    for column in [
+        "ckpt", "gap", "pages", "zero", "MiB", "ratio", "received", "loaded",
+    ] {
+        assert!(
+            checkpoints.lines().next().unwrap().contains(column),
+            "{column}: {checkpoints}"
+        );
+    }
+    let packets = output(&["inspect", &path, "--kind", "packets"]);
+    // The last column has a block's name, which the guest chooses.
+    let in_ram = |line: &&str| line.ends_with("what") || line.ends_with("pc.ram") || line.ends_with("SYNC");
+    is_narrow(packets.lines().filter(in_ram));
+    assert!(
+        packets.contains("zstd pc.ram") && packets.contains(" SYNC"),
+        "{packets}"
+    );
+
+    let (code, _, said) = run(&["replay", &path, "--sink", "--out", &prefix, "--repeat", "2"]);
+    assert_eq!(code, Some(0), "{said}");
+    let listed = narrow(&["inspect", &format!("{prefix}.run.json"), "--kind", "checkpoints"]);
+    assert!(
+        listed.contains("round") && listed.contains("received"),
+        "{listed}"
+    );
+    narrow(&["inspect", &format!("{prefix}.loaded.hlog"), "--kind", "intervals"]);
 }

@@ -463,7 +463,13 @@ fn a_preset_is_a_beginning_that_options_override() {
     assert_eq!(streams.info.unwrap().options["pattern"], "runs:32");
     let again = synth(&upload);
     assert_eq!(again.status.code(), Some(1));
-    assert!(said(&again).contains("exists already"), "{}", said(&again));
+    assert!(said(&again).contains("--force"), "{}", said(&again));
+    let length = std::fs::metadata(path).unwrap().len();
+    assert_eq!(
+        synth(&[&upload[..], &["--force"]].concat()).status.code(),
+        Some(0)
+    );
+    assert_eq!(std::fs::metadata(path).unwrap().len(), length);
 }
 
 #[test]
@@ -495,6 +501,12 @@ fn wrong_options_are_refused_with_what_would_do() {
             "--to tcp:127.0.0.1:1 --compression zlib --compression-level 10",
             "0 to 9",
         ),
+        (
+            "--to tcp:127.0.0.1:1 --compression zstd --compression-level 256",
+            "level 256: zstd has the levels 0 to 20",
+        ),
+        ("--to tcp:127.0.0.1:1 --force", "cannot be used"),
+        ("--to tcp:127.0.0.1:1 --compress zstd", "cannot be used"),
     ] {
         let output = synth(&args.split_ascii_whitespace().collect::<Vec<_>>());
         assert_eq!(output.status.code(), Some(2), "{args}: {}", said(&output));

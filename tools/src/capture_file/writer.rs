@@ -71,6 +71,18 @@ impl CaptureWriter<File> {
         })?;
         Self::new(file, info, compression)
     }
+
+    /// Begins a capture in a file, in place of what it has.
+    ///
+    /// # Errors
+    /// If the file cannot be made, or `info` is too long.
+    pub fn replace(path: &Path, info: &CaptureInfo, compression: Compression) -> Result<Self, CaptureError> {
+        let file = File::create(path).map_err(|source| CaptureError::Open {
+            path: path.to_owned(),
+            source,
+        })?;
+        Self::new(file, info, compression)
+    }
 }
 
 impl<W: Write> CaptureWriter<W> {

@@ -49,7 +49,7 @@ pub struct CompareArgs {
 /// If a file cannot be read or runs cannot be compared.
 pub fn run(args: &CompareArgs) -> Result<ExitCode, CommandError> {
     let failed = |error: CompareError| match error {
-        CompareError::SameName(_)
+        CompareError::SameName { .. }
         | CompareError::Name(_)
         | CompareError::Baseline { .. }
         | CompareError::Phase { .. } => CommandError::Usage(error.to_string()),

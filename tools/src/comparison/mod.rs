@@ -149,7 +149,10 @@ impl Comparison<'_> {
 pub fn report<'a>(runs: &'a [Run], options: Options) -> Result<Comparison<'a>, CompareError> {
     let mut names = BTreeSet::new();
     if let Some(run) = runs.iter().find(|run| !names.insert(run.name.as_str())) {
-        return Err(CompareError::SameName(run.name.clone()));
+        return Err(CompareError::SameName {
+            name: run.name.clone(),
+            mergeable: false,
+        });
     }
     let baseline = match &options.baseline {
         None => 0,

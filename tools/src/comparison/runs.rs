@@ -41,12 +41,15 @@ pub enum CompareError {
     #[error(transparent)]
     Name(#[from] RunNameError),
     /// Two runs of one name.
-    #[error(
-        "two runs are named {0:?}: distinguish them by NAME=FILE, or add them up as rounds of one measurement with --merge"
-    )]
-    SameName(String),
+    #[error("two runs are named {name:?}: distinguish them by NAME=FILE{}", merge_hint(*mergeable))]
+    SameName {
+        /// The name.
+        name: String,
+        /// Whether they could be rounds of one measurement.
+        mergeable: bool,
+    },
     /// Runs that cannot be one.
-    #[error("the runs named {0:?} cannot be added up: {1}")]
+    #[error("the runs named {0:?} cannot be added up: {1}; distinguish them by NAME=FILE")]
     Merge(String, &'static str),
     /// A baseline that is not there.
     #[error("no run is named {name:?}, which --baseline names; there are {there}")]
@@ -64,6 +67,13 @@ pub enum CompareError {
         /// What there is.
         there: String,
     },
+}
+
+fn merge_hint(mergeable: bool) -> &'static str {
+    if mergeable {
+        return ", or add them up as rounds of one measurement with --merge";
+    }
+    ""
 }
 
 /// The unit of the values in an interval log: the format does not say it.
@@ -266,6 +276,19 @@ impl Run {
         Ok(())
     }
 
+    /// Why `other` cannot be further rounds of this measurement.
+    fn differs_from(&self, other: &Self) -> Option<&'static str> {
+        let cpu_model = |machine: &Machine| machine.cpu_model.clone();
+        if self.clock != other.clock {
+            return Some("one is of the primary's clock, one of the receiver's");
+        }
+        if self.compression != other.compression {
+            return Some("their pages were compressed in different ways");
+        }
+        let [own, others] = [self, other].map(|run| run.machine.as_ref().map(cpu_model));
+        (own != others).then_some("they were measured on different machines")
+    }
+
     /// Whether `other` has phases that this lacks, and no other: the logs of one run, given one by one.
     fn is_completed_by(&self, other: &Self) -> bool {
         let log_alone = |run: &Self| run.machine.is_none();
@@ -278,17 +301,8 @@ impl Run {
 
     /// Adds `other` as further rounds of the same measurement.
     fn add_rounds(&mut self, other: Self) -> Result<(), CompareError> {
-        let cannot = |why| CompareError::Merge(self.name.clone(), why);
-        if self.clock != other.clock {
-            return Err(cannot("one is of the primary's clock, one of the receiver's"));
-        }
-        if self.compression != other.compression {
-            return Err(cannot("their pages were compressed in different ways"));
-        }
-        if self.machine.as_ref().map(|machine| &machine.cpu_model)
-            != other.machine.as_ref().map(|machine| &machine.cpu_model)
-        {
-            return Err(cannot("they were measured on different machines"));
+        if let Some(why) = self.differs_from(&other) {
+            return Err(CompareError::Merge(self.name.clone(), why));
         }
         for (phase, samples) in other.samples {
             match (self.samples.get_mut(&phase), samples) {
@@ -360,7 +374,13 @@ pub fn gather(runs: Vec<Run>, merge: bool) -> Result<Vec<Run>, CompareError> {
         match gathered.iter_mut().find(|other| other.name == run.name) {
             None => gathered.push(run),
             Some(same) if merge || same.is_completed_by(&run) => same.add_rounds(run)?,
-            Some(_) => return Err(CompareError::SameName(run.name)),
+            Some(same) => {
+                let mergeable = same.differs_from(&run).is_none();
+                return Err(CompareError::SameName {
+                    name: run.name,
+                    mergeable,
+                });
+            }
         }
     }
     Ok(gathered)

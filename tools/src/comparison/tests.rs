@@ -146,12 +146,14 @@ fn runs_are_named_with_their_compression_where_one_has_it() {
             ..runs[1].clone()
         },
     ];
+    let refused = |merge| gather(two.to_vec(), merge).unwrap_err().to_string();
+    let said = refused(true);
     assert!(
-        gather(two.to_vec(), true)
-            .unwrap_err()
-            .to_string()
-            .contains("compressed in different ways")
+        said.contains("compressed in different ways") && said.contains("NAME=FILE"),
+        "{said}"
     );
+    let said = refused(false);
+    assert!(said.ends_with("distinguish them by NAME=FILE"), "{said}");
 }
 
 #[test]

@@ -194,11 +194,7 @@ impl CaptureArgs {
         if !self.force {
             return CaptureWriter::create(&self.out, &info, self.compress);
         }
-        let file = File::create(&self.out).map_err(|source| CaptureError::Open {
-            path: self.out.clone(),
-            source,
-        })?;
-        CaptureWriter::new(file, &info, self.compress)
+        CaptureWriter::replace(&self.out, &info, self.compress)
     }
 }
 

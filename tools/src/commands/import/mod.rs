@@ -13,7 +13,6 @@ use clap::Args;
 use colo_ring::host::Machine;
 use serde::Serialize;
 use session::Importer;
-use std::fs::File;
 use std::io;
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -203,11 +202,7 @@ fn import(args: &ImportArgs) -> Result<(Totals, u64, Vec<String>, Option<ImportE
         if !args.force {
             return Ok(CaptureWriter::create(&args.out, &info, args.compress)?);
         }
-        let file = File::create(&args.out).map_err(|source| ImportError::Open {
-            path: args.out.clone(),
-            source,
-        })?;
-        Ok(CaptureWriter::new(file, &info, args.compress)?)
+        Ok(CaptureWriter::replace(&args.out, &info, args.compress)?)
     });
     let read = packets::read(&args.file, |segment| importer.take(&segment));
     let (packets, mut notes, error) = match read {

@@ -65,17 +65,16 @@ impl Figures {
         }
     }
 
-    fn cells(&self) -> Vec<String> {
-        let figures = [
-            self.p50_ns,
-            self.p90_ns,
-            self.p99_ns,
-            self.p99_9_ns,
-            self.p99_99_ns,
-            self.max_ns,
-        ];
-        let cells = figures.map(display_nanoseconds);
-        [vec![self.count.to_string()], cells.to_vec()].concat()
+    fn cells(&self) -> [String; 7] {
+        [
+            self.count.to_string(),
+            display_nanoseconds(self.p50_ns),
+            display_nanoseconds(self.p90_ns),
+            display_nanoseconds(self.p99_ns),
+            display_nanoseconds(self.p99_9_ns),
+            display_nanoseconds(self.p99_99_ns),
+            display_nanoseconds(self.max_ns),
+        ]
     }
 }
 
@@ -144,10 +143,10 @@ fn render(content: &LogContent) -> String {
     ];
     let mut rows = vec![head.map(str::to_owned).to_vec()];
     let total = vec!["all".to_owned(), content.intervals.to_string()];
-    rows.push([total, content.total.cells()].concat());
+    rows.push([&total[..], &content.total.cells()].concat());
     for tag in &content.tags {
         let begin = vec![printable(&tag.tag), tag.intervals.to_string()];
-        rows.push([begin, tag.figures.cells()].concat());
+        rows.push([&begin[..], &tag.figures.cells()].concat());
     }
     text.push_str(&table(&rows));
     if content.tags_not_kept {
@@ -164,20 +163,18 @@ fn list(args: &InspectArgs, factor: u64) -> Result<(), CommandError> {
     let failed = |error: HlogError| CommandError::Failed(error.to_string());
     let mut reader = Reader::open(&args.file).map_err(failed)?;
     let mut lines = Lines::new(args.json, &args.inspection("interval log", ()), "intervals")?;
-    let head = "byte|start s|length s|tag|n|p50|p90|p99|p99.9|p99.99|max";
-    lines.head(head, &[10, 12, 9, 12, 9, 9, 9, 9, 9, 9, 9])?;
+    let head = "start s|length s|n|p50|p90|p99|p99.9|max|tag";
+    lines.head(head, &[9, 8, 6, 7, 7, 7, 7, 7])?;
     while let Some(entry) = reader.next_entry().map_err(failed)? {
         match entry {
             Entry::Interval(interval) => {
                 let content = of_interval(interval, factor);
                 lines.item(&content, || {
-                    let begin = vec![
-                        content.offset.to_string(),
-                        format!("{:.3}", content.start_s),
-                        format!("{:.3}", content.length_s),
-                        content.tag.as_deref().map_or_else(|| "-".to_owned(), printable),
-                    ];
-                    [begin, content.figures.cells()].concat()
+                    let [count, p50, p90, p99, p99_9, _, max] = content.figures.cells();
+                    let start = format!("{:.3}", content.start_s);
+                    let length = format!("{:.3}", content.length_s);
+                    let tag = content.tag.as_deref().map_or_else(String::new, printable);
+                    vec![start, length, count, p50, p90, p99, p99_9, max, tag]
                 })?;
             }
             Entry::Torn(torn) => tell(&format!("{} is {torn}", args.file.display())),

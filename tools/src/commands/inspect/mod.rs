@@ -32,7 +32,7 @@ pub struct InspectArgs {
     #[arg(value_name = "FILE")]
     file: PathBuf,
 
-    /// List these, one by one, instead of the overview
+    /// List these, one by one, instead of the overview; --json has more of each
     #[arg(long, value_enum)]
     kind: Option<Kind>,
 

@@ -2,7 +2,7 @@
 
 use super::{InspectArgs, Kind};
 use crate::comparison::{self, Options, Run};
-use crate::output::{CommandError, Lines, print, print_json, printable};
+use crate::output::{CommandError, Lines, mebibytes, print, print_json, printable};
 use crate::run_file::{self, Checkpoint, RunFile, read_bounded};
 use colo_ring::metrics::{self, Report, display_nanoseconds};
 use serde::{Deserialize, Serialize};
@@ -100,29 +100,35 @@ fn show_run(args: &InspectArgs, run: RunFile) -> Result<(), CommandError> {
 
 fn list(args: &InspectArgs, run: &RunFile) -> Result<(), CommandError> {
     let phases: Vec<_> = run.phases().into_iter().collect();
+    let has_rounds = run.checkpoints.iter().any(|checkpoint| checkpoint.round > 0);
+    let is_disturbed = run
+        .checkpoints
+        .iter()
+        .any(|checkpoint| checkpoint.disturbed.is_some());
+    let mut columns = vec![("ckpt", 5), ("at s", 8), ("pages", 7), ("MiB", 6)];
+    columns.extend(has_rounds.then_some(("round", 5)));
+    columns.extend(phases.iter().map(|name| (*name, name.len().max(7))));
+    columns.extend(is_disturbed.then_some(("disturbed", 0)));
+    let (names, widths): (Vec<_>, Vec<_>) = columns.into_iter().unzip();
+
     let mut lines = Lines::new(args.json, &args.inspection("run", ()), "checkpoints")?;
-    let head = ["checkpoint", "round", "at s", "pages", "zero", "bytes"];
-    let head = [&head[..], &phases, &["disturbed"]].concat().join("|");
-    let widths = [vec![10, 5, 10, 8, 8, 12], vec![9; phases.len()], vec![9]].concat();
-    lines.head(&head, &widths)?;
+    lines.head(&names.join("|"), &widths)?;
     let wanted = |checkpoint: &&Checkpoint| args.wants_checkpoint(Some(checkpoint.n));
     for checkpoint in run.checkpoints.iter().filter(wanted) {
         lines.item(checkpoint, || {
-            let begin = vec![
+            let mut cells = vec![
                 checkpoint.n.to_string(),
-                checkpoint.round.to_string(),
                 format!("{:.3}", checkpoint.at_ns as f64 / 1e9),
                 checkpoint.pages.to_string(),
-                checkpoint.zero_pages.to_string(),
-                checkpoint.bytes.to_string(),
+                format!("{:.2}", mebibytes(checkpoint.bytes)),
             ];
-            let phase = |name: &&str| {
+            cells.extend(has_rounds.then(|| checkpoint.round.to_string()));
+            cells.extend(phases.iter().map(|name| {
                 let nanoseconds = checkpoint.phases_ns.get(*name);
                 nanoseconds.map_or_else(|| "-".to_owned(), |nanoseconds| display_nanoseconds(*nanoseconds))
-            };
-            let phases = phases.iter().map(phase).collect();
-            let disturbed = checkpoint.disturbed.as_deref().unwrap_or("-");
-            [begin, phases, vec![printable(disturbed)]].concat()
+            }));
+            cells.extend(checkpoint.disturbed.as_deref().map(printable));
+            cells
         })?;
     }
     lines.finish()

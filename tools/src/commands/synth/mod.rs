@@ -43,8 +43,12 @@ pub struct SynthArgs {
     #[arg(long, value_name = "FILE", conflicts_with = "run")]
     out: Option<PathBuf>,
 
+    /// Replace the capture if it exists
+    #[arg(long, conflicts_with = "to")]
+    force: bool,
+
     /// Compression of the capture file's blocks, whatever the session's pages are compressed with
-    #[arg(long, value_enum, default_value_t = Compression::None, requires = "out")]
+    #[arg(long, value_enum, default_value_t = Compression::None, conflicts_with = "to")]
     compress: Compression,
 
     /// A session that has a name; other options override what it sets
@@ -294,7 +298,11 @@ impl Command<'_> {
         let mut info = CaptureInfo::now("synth", self.echo()?);
         info.primary = Some(format!("synthetic QEMU {}", self.options.version));
         info.channels = Some(self.options.channels);
-        let writer = CaptureWriter::create(path, &info, self.args.compress).map_err(CommandError::failed)?;
+        let begin = match self.args.force {
+            true => CaptureWriter::replace,
+            false => CaptureWriter::create,
+        };
+        let writer = begin(path, &info, self.args.compress).map_err(CommandError::failed)?;
         let mut figures = Figures::new(false);
         let record = || {
             let mut primary = SynthPrimary::record(writer, &self.options)?;

@@ -4,10 +4,11 @@ use super::super::elements::{self, Element};
 use super::super::{ChannelFilter, InspectArgs};
 use super::session::ratio;
 use super::{duration_or_dash, number_or_dash, time};
-use crate::output::{CommandError, Lines, printable, tell};
+use crate::output::{CommandError, Lines, mebibytes, printable, tell};
 use crate::streams::{Channel, Packet, Streams};
 use crate::units::nanoseconds;
 use colo_ring::units::PAGE_BYTES;
+use colo_ring::wire::codec::Method;
 use colo_ring::wire::multifd::{HEADER_LEN, PacketHeader};
 use serde::Serialize;
 use std::time::Duration;
@@ -93,10 +94,15 @@ pub(super) fn checkpoint_items(streams: &Streams) -> Vec<CheckpointItem> {
     items
 }
 
+fn ratio_text(ratio: f64) -> String {
+    // Pages with little on them have ratios of some hundred.
+    format!("{ratio:.*}", if ratio < 99.995 { 2 } else { 0 })
+}
+
 pub(super) fn list_checkpoints(args: &InspectArgs, streams: &Streams) -> Result<(), CommandError> {
     let mut lines = Lines::new(args.json, &args.inspection("capture", ()), "checkpoints")?;
-    let head = "checkpoint|at|gap|main byte|pages|zero|bytes|ratio|device state|syncs|received|loaded";
-    lines.head(head, &[10, 11, 9, 12, 8, 8, 12, 6, 12, 5, 9, 9])?;
+    let head = "ckpt|at s|gap|pages|zero|MiB|ratio|received|loaded";
+    lines.head(head, &[5, 8, 8, 7, 7, 8, 5, 8, 8])?;
     for item in checkpoint_items(streams) {
         if !args.wants_checkpoint(Some(item.checkpoint)) {
             continue;
@@ -104,16 +110,12 @@ pub(super) fn list_checkpoints(args: &InspectArgs, streams: &Streams) -> Result<
         lines.item(&item, || {
             vec![
                 item.checkpoint.to_string(),
-                time(item.at_ns),
+                format!("{:.3}", item.at_ns as f64 / 1e9),
                 duration_or_dash(item.gap_ns),
-                item.main_offset.to_string(),
                 item.pages.to_string(),
                 item.zero_pages.to_string(),
-                item.bytes.to_string(),
-                item.ratio
-                    .map_or_else(|| "-".to_owned(), |ratio| format!("{ratio:.2}")),
-                item.device_state_bytes.to_string(),
-                item.syncs.to_string(),
+                format!("{:.2}", mebibytes(item.bytes)),
+                item.ratio.map_or_else(|| "-".to_owned(), ratio_text),
                 duration_or_dash(item.received_ns),
                 duration_or_dash(item.loaded_ns),
             ]
@@ -145,8 +147,8 @@ pub(super) fn list_elements(args: &InspectArgs, streams: &Streams) -> Result<(),
     end_list(args, lines, stopped)
 }
 
-const ELEMENT_HEAD: &str = "channel|checkpoint|at|byte|bytes|what";
-const ELEMENT_WIDTHS: &[usize] = &[7, 10, 11, 12, 9];
+const ELEMENT_HEAD: &str = "ckpt|at s|byte|bytes|what";
+const ELEMENT_WIDTHS: &[usize] = &[5, 10, 10, 7];
 
 fn walk_elements(
     args: &InspectArgs,
@@ -169,7 +171,6 @@ fn walk_elements(
         };
         lines.item(&item, || {
             vec![
-                "main".to_owned(),
                 number_or_dash(item.checkpoint),
                 time(item.at_ns),
                 item.offset.to_string(),
@@ -200,8 +201,8 @@ pub(super) fn list_packets(args: &InspectArgs, streams: &Streams) -> Result<(), 
             streams.channels.len()
         )));
     }
-    let head = "channel|packet|checkpoint|at|byte|bytes|num|pages|zero|first page|first zero|method|block";
-    lines.head(head, &[7, 7, 10, 11, 12, 9, 8, 5, 5, 12, 12, 6, 10])?;
+    let head = "channel|packet|ckpt|at s|byte|bytes|pages|zero|what";
+    lines.head(head, &[7, 6, 5, 10, 10, 6, 5, 4])?;
     for channel in channels {
         for number in 0..channel.packets().len() {
             let checkpoint = packet_checkpoint(streams, channel, number);
@@ -261,12 +262,15 @@ fn packet_item(channel: &Channel, number: usize, checkpoint: Option<u64>) -> Pac
 }
 
 fn packet_cells(item: &PacketItem) -> Vec<String> {
-    let hex = |offset: Option<u64>| offset.map_or_else(|| "-".to_owned(), |offset| format!("{offset:#x}"));
-    let block = match (item.block.as_str(), item.sync) {
-        ("", true) => "SYNC".to_owned(),
-        (block, true) => format!("{block} SYNC"),
-        (block, false) => block.to_owned(),
+    let method = if item.pages > 0 && item.method != Method::None.name() {
+        item.method
+    } else {
+        ""
     };
+    let sync = if item.sync { "SYNC" } else { "" };
+    let what = [method, item.block.as_str(), sync]
+        .into_iter()
+        .filter(|part| !part.is_empty());
     vec![
         item.channel.to_string(),
         item.packet.to_string(),
@@ -274,13 +278,9 @@ fn packet_cells(item: &PacketItem) -> Vec<String> {
         time(item.at_ns),
         item.offset.to_string(),
         item.bytes.to_string(),
-        item.packet_num.to_string(),
         item.pages.to_string(),
         item.zero_pages.to_string(),
-        hex(item.first_page),
-        hex(item.first_zero_page),
-        item.method.to_owned(),
-        block,
+        what.collect::<Vec<_>>().join(" "),
     ]
 }
 
@@ -291,4 +291,15 @@ fn end_list(args: &InspectArgs, lines: Lines, stopped: Option<String>) -> Result
         tell(&format!("{}: {}", args.file.display(), printable(&stopped)));
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ratios_have_three_figures_or_more() {
+        let texts = [1.0, 4.766, 99.99, 99.996, 1092.27].map(ratio_text);
+        assert_eq!(texts, ["1.00", "4.77", "99.99", "100", "1092"]);
+    }
 }

@@ -1,6 +1,6 @@
 //! The connections as they are in the file, read record by record.
 
-use super::{time, time_or_dash};
+use super::time_or_dash;
 use crate::capture_file::{
     CaptureError, CaptureInfo, CaptureReader, ConnectionId, Direction, EndKind, Event, Record,
 };
@@ -122,14 +122,12 @@ impl Overview {
         text.push('\n');
         let head = [
             "connection",
-            "opened",
             "to secondary",
-            "last",
+            "last s",
             "end",
             "to primary",
-            "last",
+            "last s",
             "end",
-            "label",
         ];
         let mut rows = vec![head.map(str::to_owned).to_vec()];
         for connection in &self.connections {
@@ -141,10 +139,13 @@ impl Overview {
                 };
                 [side.bytes.to_string(), time_or_dash(side.last_ns), end.to_owned()]
             };
-            let mut row = vec![connection.connection.to_string(), time(connection.opened_ns)];
+            let mut row = vec![format!(
+                "{} {}",
+                connection.connection,
+                printable(&connection.label)
+            )];
             row.extend(side(&connection.to_secondary));
             row.extend(side(&connection.to_primary));
-            row.push(printable(&connection.label));
             rows.push(row);
         }
         text.push_str(&table(&rows));
