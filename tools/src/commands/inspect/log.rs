@@ -142,10 +142,10 @@ fn render(content: &LogContent) -> String {
         "max",
     ];
     let mut rows = vec![head.map(str::to_owned).to_vec()];
-    let total = vec!["all".to_owned(), content.intervals.to_string()];
+    let total = ["all".to_owned(), content.intervals.to_string()];
     rows.push([&total[..], &content.total.cells()].concat());
     for tag in &content.tags {
-        let begin = vec![printable(&tag.tag), tag.intervals.to_string()];
+        let begin = [printable(&tag.tag), tag.intervals.to_string()];
         rows.push([&begin[..], &tag.figures.cells()].concat());
     }
     text.push_str(&table(&rows));
