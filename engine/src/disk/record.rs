@@ -19,8 +19,9 @@ use crate::store::memory::mapping::Mapping;
 use crate::units::PAGE_BYTES;
 use nix::errno::Errno;
 use nix::fcntl::{Flock, FlockArg, OFlag};
+use rand::TryRng;
+use rand::rngs::SysRng;
 use std::fs::File;
-use std::hash::{BuildHasher, Hasher};
 use std::io;
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
@@ -141,14 +142,15 @@ impl DiskRecord {
                 owner: format!("session {session} in {ram_dir}"),
             });
         }
+        let log = SysRng.try_next_u64().map_err(|error| DiskError::File {
+            path: record.path.clone(),
+            source: io::Error::other(error),
+        })?;
         record.put(at::STATE, 0);
         record.put(at::MAGIC, 0);
         record.put(at::COMMITTED, 0);
         record.put(at::VERSION, VERSION);
-        let random = std::collections::hash_map::RandomState::new()
-            .build_hasher()
-            .finish();
-        record.put(at::LOG, random);
+        record.put(at::LOG, log);
         record.put(at::SIZE, size);
         record.put(at::CHECK, record.check());
         record.put(at::MAGIC, MAGIC);
