@@ -21,6 +21,8 @@ mod connection;
 mod core;
 mod epoll;
 mod inbox;
+#[cfg(all(test, not(loom), not(miri)))]
+mod parked;
 mod plan;
 mod plane;
 mod receive;

@@ -2,7 +2,8 @@
 
 use super::*;
 use crate::ring::epoll::EpollBackend;
-use crate::ring::{Move, ReceivePlan, Region, Tenant};
+use crate::ring::parked::{Parked, ParkedFate};
+use crate::ring::{ReceivePlan, Region, Tenant};
 use std::cell::{Cell, RefCell};
 use std::io::{Read, Write};
 use std::os::fd::{AsRawFd, RawFd};
@@ -412,40 +413,6 @@ fn background_work_is_fair_to_all_tenants() {
     assert_eq!(left, [6, 0, 6]);
 }
 
-/// Parked, until it is released: a channel at a sync, which its home core wakes.
-struct Parked {
-    home: usize,
-    drives: Arc<AtomicUsize>,
-}
-
-impl Connection for Parked {
-    fn fd(&self) -> RawFd {
-        -1
-    }
-    fn tenant(&self) -> u64 {
-        1
-    }
-    fn plan(&mut self) -> Option<&mut ReceivePlan> {
-        None
-    }
-    fn received(&mut self, _bytes: usize) -> ControlFlow<()> {
-        ControlFlow::Continue(())
-    }
-    fn lost(&mut self, _loss: Loss) {}
-    fn resume(&mut self) -> ControlFlow<()> {
-        ControlFlow::Continue(())
-    }
-    fn attached(&mut self, core: usize) {
-        self.drives.store(core, Ordering::Relaxed);
-    }
-    fn moves_to(&self) -> Option<Move> {
-        Some(Move {
-            core: self.home,
-            from_queued: 0,
-        })
-    }
-}
-
 /// A release wakes only the home core, so the connection must come there, however late there is room for it.
 #[test]
 fn a_parked_connection_reaches_its_home_core_though_there_was_no_room() {
@@ -460,11 +427,12 @@ fn a_parked_connection_reaches_its_home_core_though_there_was_no_room() {
         })
     };
     assert!(cores[0].push(Arrival::Tenant(guest(1))).is_ok());
-    let drives = Arc::new(AtomicUsize::new(1));
+    let fate = Arc::new(ParkedFate::default());
     other.attach(Box::new(Parked {
         home: 0,
-        drives: drives.clone(),
+        fate: fate.clone(),
     }));
+    assert_eq!(fate.core(), 1);
     // It has reached the sync.
     other.resume_all();
     assert!(!other.is_empty(), "the inbox of the home core is full");
@@ -476,7 +444,7 @@ fn a_parked_connection_reaches_its_home_core_though_there_was_no_room() {
     other.turn().unwrap();
     assert!(other.is_empty() && !other.is_busy());
     home.take_arrivals();
-    assert_eq!(drives.load(Ordering::Relaxed), 0);
+    assert_eq!(fate.core(), 0);
 }
 
 /// A core that ends with its receiver takes no connection with it that another core is handing over.
@@ -485,14 +453,15 @@ fn a_connection_stays_where_it_is_if_the_other_core_has_ended() {
     let cores: Arc<[CoreHandle]> = Arc::new([0, 1].map(|_| CoreHandle::new().unwrap()));
     let core = |position| Core::new(Scripted::default(), cores.clone(), position, Arc::new(|_| {}));
     let mut other = core(1);
-    let drives = Arc::new(AtomicUsize::new(1));
+    let fate = Arc::new(ParkedFate::default());
     other.attach(Box::new(Parked {
         home: 0,
-        drives: drives.clone(),
+        fate: fate.clone(),
     }));
+    assert_eq!(fate.core(), 1);
     cores[0].stop();
     core(0).run().unwrap();
     other.resume_all();
     assert!(!other.is_empty() && !other.is_busy());
-    assert_eq!(drives.load(Ordering::Relaxed), 1);
+    assert_eq!(fate.core(), 1);
 }
