@@ -42,6 +42,12 @@ pub enum CompressionArgsError {
         "--compression {} needs multifd channels, and --channels is 0: QEMU compresses pages on these only", .0.name()
     )]
     NoChannels(Method),
+    /// XBZRLE in a session with multifd channels.
+    #[error(
+        "--xbzrle needs --channels 0, here and at the receiver, and --channels is {0}: with multifd QEMU has no XBZRLE; \
+         --compression is for that"
+    )]
+    XbzrleWithChannels(u8),
     /// A level that the method does not have.
     #[error(
         "--compression-level {level}: {} has the levels {} to {}",
@@ -113,12 +119,12 @@ impl fmt::Display for PageCompression {
 mod tests {
     use super::*;
 
-    fn check(compression: Method, level: Option<u32>, channels: u8) -> Result<String, String> {
+    fn check(compression: Method, level: Option<u32>, channels: u8) -> Result<String, CompressionArgsError> {
         let args = CompressionArgs {
             compression,
             compression_level: level,
         };
-        let checked = args.check(channels).map_err(|error| error.to_string())?;
+        let checked = args.check(channels)?;
         Ok(checked.to_string())
     }
 
@@ -137,7 +143,7 @@ mod tests {
             (Off, Some(1), 4, "needs --compression"),
             (Zstd, None, 0, "--channels is 0"),
         ] {
-            let refused = check(method, level, channels).unwrap_err();
+            let refused = check(method, level, channels).unwrap_err().to_string();
             assert!(refused.contains(says), "{refused}");
         }
     }

@@ -3,9 +3,34 @@
 use colo_ring::receiver::GuestBlock;
 use serde_json::Value;
 use std::path::Path;
+use thiserror::Error;
 
 /// QEMU's memory without `-m`.
 const DEFAULT_MEMORY: u64 = 128 << 20;
+
+/// What is wrong with a QEMU command line, for a failover or for this checkpoint.
+#[derive(Debug, PartialEq, Eq, Error)]
+pub(super) enum CommandLineError {
+    #[error("a quote is not closed")]
+    Quote,
+    #[error("the QEMU command line begins with the program: qemu-system-x86_64 …")]
+    Program,
+    #[error("leave -incoming out of the QEMU command line: it is added")]
+    Incoming,
+    #[error("-loadvm starts another state than the checkpoint: leave it out")]
+    Loadvm,
+    #[error("leave -daemonize out of the QEMU command line: it is started in the background")]
+    Daemonize,
+    #[error("-m {0} is not understood; write it like -m 512M")]
+    Memory(String),
+    #[error(
+        "the memory backend differs: it is called {name} there, and the checkpoint's ram blocks are {blocks}; give it the \
+         block's name as its id, and to -machine memory-backend="
+    )]
+    Backend { name: String, blocks: String },
+    #[error("the memory size differs: {mib} MiB there, and the checkpoint's ram blocks are {blocks}")]
+    MemorySize { mib: u64, blocks: String },
+}
 
 /// A program and its arguments.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -16,25 +41,23 @@ impl CommandLine {
     ///
     /// # Errors
     /// If there are none, or one that cannot be had in a failover.
-    pub(super) fn new(words: Vec<String>) -> Result<Self, String> {
+    pub(super) fn new(words: Vec<String>) -> Result<Self, CommandLineError> {
         let line = Self(words);
         if line.0.first().is_none_or(|program| program.starts_with('-')) {
-            return Err("the QEMU command line begins with the program: qemu-system-x86_64 …".to_owned());
+            return Err(CommandLineError::Program);
         }
         if line.values(&["incoming"]).any(|(_, value)| value != "defer") {
-            return Err("leave -incoming out of the QEMU command line: it is added".to_owned());
+            return Err(CommandLineError::Incoming);
         }
         if line.values(&["loadvm"]).next().is_some() {
-            return Err("-loadvm starts another state than the checkpoint: leave it out".to_owned());
+            return Err(CommandLineError::Loadvm);
         }
         if line
             .0
             .iter()
             .any(|word| word.trim_start_matches('-') == "daemonize")
         {
-            return Err(
-                "leave -daemonize out of the QEMU command line: it is started in the background".to_owned(),
-            );
+            return Err(CommandLineError::Daemonize);
         }
         Ok(line)
     }
@@ -43,10 +66,10 @@ impl CommandLine {
     ///
     /// # Errors
     /// If a quote is not closed, and those of [`Self::new`].
-    pub(super) fn parse(text: &str) -> Result<Self, String> {
+    pub(super) fn parse(text: &str) -> Result<Self, CommandLineError> {
         // A backslash before a line's end continues the line.
         let text = text.replace("\\\n", " ");
-        Self::new(shlex::split(&text).ok_or("a quote is not closed")?)
+        Self::new(shlex::split(&text).ok_or(CommandLineError::Quote)?)
     }
 
     pub(super) fn program(&self) -> &str {
@@ -84,7 +107,7 @@ impl CommandLine {
     ///
     /// # Errors
     /// If it is not understood.
-    pub(super) fn memory_bytes(&self) -> Result<u64, String> {
+    pub(super) fn memory_bytes(&self) -> Result<u64, CommandLineError> {
         let Some((_, value)) = self.values(&["m"]).last() else {
             return Ok(DEFAULT_MEMORY);
         };
@@ -98,7 +121,7 @@ impl CommandLine {
             true => size.parse::<u64>().ok()?.checked_mul(1 << 20),
             false => size.parse::<crate::options::Size>().ok().map(|size| size.0),
         });
-        bytes.ok_or_else(|| format!("-m {value} is not understood; write it like -m 512M"))
+        bytes.ok_or_else(|| CommandLineError::Memory(value.to_owned()))
     }
 
     /// Whether the guest's memory is several backends, one for each NUMA node.
@@ -180,7 +203,7 @@ pub(super) fn main_block<'a>(
     blocks: &'a [GuestBlock],
     backend: Option<&str>,
     bytes: u64,
-) -> Result<&'a GuestBlock, String> {
+) -> Result<&'a GuestBlock, CommandLineError> {
     const MIB: u64 = 1 << 20;
     let listed = || {
         let large = blocks.iter().filter(|block| block.used_length >= MIB);
@@ -190,21 +213,23 @@ pub(super) fn main_block<'a>(
         large.join(", ")
     };
     let block = match backend {
-        Some(name) => blocks.iter().find(|block| block.name == name).ok_or_else(|| {
-            format!(
-                "the memory backend differs: it is called {name} there, and the checkpoint's ram blocks are {}; give it \
-                 the block's name as its id, and to -machine memory-backend=",
-                listed()
-            )
-        })?,
-        None => blocks.iter().find(|block| block.used_length == bytes).unwrap_or(&blocks[0]),
+        Some(name) => {
+            let found = blocks.iter().find(|block| block.name == name);
+            found.ok_or_else(|| CommandLineError::Backend {
+                name: name.to_owned(),
+                blocks: listed(),
+            })?
+        }
+        None => blocks
+            .iter()
+            .find(|block| block.used_length == bytes)
+            .unwrap_or(&blocks[0]),
     };
     if block.used_length != bytes {
-        return Err(format!(
-            "the memory size differs: {} MiB there, and the checkpoint's ram blocks are {}",
-            bytes / MIB,
-            listed()
-        ));
+        return Err(CommandLineError::MemorySize {
+            mib: bytes / MIB,
+            blocks: listed(),
+        });
     }
     Ok(block)
 }
@@ -246,7 +271,7 @@ mod tests {
             ("qemu -loadvm x", "-loadvm"),
             ("qemu -daemonize", "in the background"),
         ] {
-            let refused = CommandLine::parse(text).unwrap_err();
+            let refused = CommandLine::parse(text).unwrap_err().to_string();
             assert!(refused.contains(says), "{text}: {refused}");
         }
     }
@@ -344,7 +369,7 @@ mod tests {
         assert_eq!(find(None, 512), Ok("pc.ram"));
         assert_eq!(find(None, 256), Ok("mem1"));
         assert_eq!(find(Some("mem1"), 256), Ok("mem1"));
-        let size = find(None, 1024).unwrap_err();
+        let size = find(None, 1024).unwrap_err().to_string();
         assert!(
             size.contains("1024 MiB there") && size.contains("pc.ram (512 MiB)"),
             "{size}"
@@ -352,8 +377,14 @@ mod tests {
         assert!(
             find(Some("pc.ram"), 256)
                 .unwrap_err()
+                .to_string()
                 .contains("memory size differs")
         );
-        assert!(find(Some("m0"), 512).unwrap_err().contains("called m0 there"));
+        assert!(
+            find(Some("m0"), 512)
+                .unwrap_err()
+                .to_string()
+                .contains("called m0 there")
+        );
     }
 }

@@ -181,7 +181,7 @@ impl FailoverArgs {
             true => Ok(None),
             false => CommandLine::new(self.qemu.clone())
                 .map(Some)
-                .map_err(CommandError::Usage),
+                .map_err(|error| CommandError::Usage(error.to_string())),
         }
     }
 
@@ -351,9 +351,9 @@ fn fit(
             "with -numa memdev the guest's memory is not one file: use --stream".to_owned(),
         ));
     }
-    let bytes = line.memory_bytes().map_err(CommandError::Failed)?;
+    let bytes = line.memory_bytes().map_err(CommandError::failed)?;
     let backend = line.machine_property("memory-backend").map(str::to_owned);
-    let block = main_block(&claimed.blocks, backend.as_deref(), bytes).map_err(CommandError::Failed)?;
+    let block = main_block(&claimed.blocks, backend.as_deref(), bytes).map_err(CommandError::failed)?;
     if let Some(file) = &block.file
         && let Some(replaced) = line.share(block, file)
     {

@@ -220,7 +220,7 @@ impl Waiting {
         let bytes = memory["base-memory"].as_u64().unwrap_or(0);
         let backend = self.machine_property("memory-backend")?;
         let backend = backend.strip_prefix("/objects/").filter(|name| !name.is_empty());
-        let block = main_block(&claimed.blocks, backend, bytes).map_err(CommandError::Failed)?;
+        let block = main_block(&claimed.blocks, backend, bytes).map_err(CommandError::failed)?;
         let is_shared = self.has_mapped(block)?;
         self.check_other_memory(claimed, block, is_shared)?;
         Ok(is_shared.then_some(block))

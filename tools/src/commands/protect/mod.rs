@@ -7,7 +7,7 @@ use crate::guest_disks::{self, Mirrors};
 use crate::net::Address;
 use crate::options::Size;
 use crate::output::{CommandError, ProgressLine, print, print_json, tell};
-use crate::page_compression::{CompressionArgs, PageCompression};
+use crate::page_compression::{CompressionArgs, CompressionArgsError, PageCompression};
 use crate::qmp::{Qmp, QmpError, socket_path};
 use crate::signals;
 use clap::Args;
@@ -102,7 +102,9 @@ struct ProtectReport<'a> {
 /// # Errors
 /// If the primary cannot be protected: with QEMU's reason, and in what state it is left.
 pub fn run(args: &ProtectArgs) -> Result<ExitCode, CommandError> {
-    let compression = args.check_modes().map_err(CommandError::Usage)?;
+    let compression = args
+        .check_modes()
+        .map_err(|error| CommandError::Usage(error.to_string()))?;
     let (wish, wished) = mpsc::channel();
     signals::on_end(move || {
         // Without a receiver the watching is over.
@@ -186,16 +188,11 @@ fn set_up(
 
 impl ProtectArgs {
     /// What makes pages smaller must be there in the mode that is asked for.
-    fn check_modes(&self) -> Result<PageCompression, String> {
-        if self.xbzrle && self.channels > 0 {
-            return Err(format!(
-                "--xbzrle needs --channels 0, here and at the receiver, and --channels is {}: with multifd QEMU has no \
-                 XBZRLE; --compression is for that",
-                self.channels
-            ));
+    fn check_modes(&self) -> Result<PageCompression, CompressionArgsError> {
+        match self.xbzrle && self.channels > 0 {
+            true => Err(CompressionArgsError::XbzrleWithChannels(self.channels)),
+            false => self.compression.check(self.channels),
         }
-        let checked = self.compression.check(self.channels);
-        checked.map_err(|error| error.to_string())
     }
 
     /// What makes pages smaller, in words that follow others.

@@ -231,7 +231,7 @@ fn what_makes_pages_smaller_is_refused_in_the_other_mode() {
         xbzrle: true,
         ..args(&path)
     };
-    let refused = xbzrle.check_modes().unwrap_err();
+    let refused = xbzrle.check_modes().unwrap_err().to_string();
     assert!(refused.contains("--channels 0"), "{refused}");
     let compressed = ProtectArgs {
         channels: 0,
@@ -241,7 +241,7 @@ fn what_makes_pages_smaller_is_refused_in_the_other_mode() {
         },
         ..args(&path)
     };
-    let refused = compressed.check_modes().unwrap_err();
+    let refused = compressed.check_modes().unwrap_err().to_string();
     assert!(refused.contains("--channels is 0"), "{refused}");
 }
 
