@@ -4,6 +4,7 @@
 //! test passes without QEMU. One `Lab` exists at a time on a machine (a file lock), because its QEMUs and the
 //! receiver would otherwise disturb each other's times. Every process and file of a `Lab` ends with it.
 
+mod disk_guest;
 mod disks;
 mod error;
 mod failover;
@@ -32,7 +33,8 @@ use tempfile::TempDir;
 
 use nix::fcntl::{Flock, FlockArg};
 
-pub use disks::{Disk, DiskBus, DiskContent, DiskGuest, DiskRuns, KilledGuest, Victim, disk_runs};
+pub use disk_guest::{Disk, DiskBus, DiskContent, DiskGuest};
+pub use disks::{DiskRuns, KilledGuest, Victim, disk_runs};
 pub use error::LabError;
 pub use failover::{protect_by_command, unprotect_by_command};
 pub use guest::{Content, Guest, LinuxGuest, Pattern, TestGuest};
@@ -87,7 +89,7 @@ impl Lab {
     pub fn open_with_disk_guest() -> Result<Self, LabError> {
         let lab = Self::open()?;
         let laboratory = PathBuf::from(script_output("path")?);
-        disks::build_disk_guest(&laboratory, &lab.disk_initrd)?;
+        disk_guest::build_disk_guest(&laboratory, &lab.disk_initrd)?;
         Ok(lab)
     }
 

@@ -8,6 +8,7 @@ mod connections;
 mod cuts;
 mod main_channel;
 mod packets;
+mod precopy;
 
 use colo_ring::ring::BackendKind;
 use colo_ring_tests::hostile::packet;
