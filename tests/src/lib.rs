@@ -16,6 +16,7 @@ pub mod lab;
 pub mod model;
 pub mod nbd;
 pub mod random;
+pub mod receiver;
 pub mod shrink;
 
 /// A receiver in this process, on a TCP port that is free, on all cores that it may use.

@@ -2,40 +2,29 @@
 //! primary or a stranger does. With a real QEMU primary: `qemu/`.
 
 use colo_ring::receiver::{
-    DiskServing, DiskState, Event, ListenAddress, Receiver, ReceiverOptions, Request, Response,
-    RestoreReport, RestoreRequest, SessionState, SessionStatus, StatusReport,
+    DiskServing, DiskState, ListenAddress, ReceiverOptions, Request, Response, RestoreReport, RestoreRequest,
+    SessionState, StatusReport,
 };
-use colo_ring::ring::BackendKind;
-use colo_ring::store::{HugePages, StoreOptions};
+use colo_ring_tests::command::until;
 use colo_ring_tests::hostile::{Cut, HostilePrimary};
 use colo_ring_tests::lab::SharedDirectory;
 use colo_ring_tests::nbd::{NbdClient, greet, kind, option, request};
-use colo_ring_tests::{HANG_LIMIT, receiver_options};
+use colo_ring_tests::receiver::{LocalReceiver, options_with_files, tcp};
 use std::io::Write;
 use std::net::{Shutdown, SocketAddr, TcpStream};
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::sync::mpsc;
-use std::time::{Duration, Instant};
 
 const CHANNELS: u8 = 1;
 const SIZE: usize = 4 << 20;
 
-/// A receiver in this process with disks, which keeps their logs in memory.
+/// A receiver with disks, which keeps their logs in memory.
 struct Bench {
-    receiver: Option<Receiver>,
-    migration: SocketAddr,
+    /// None while it starts again.
+    receiver: Option<LocalReceiver>,
     disks: SocketAddr,
-    events: mpsc::Receiver<Event>,
     bases: tempfile::TempDir,
     ram: SharedDirectory,
-}
-
-fn tcp(address: &ListenAddress) -> SocketAddr {
-    match address {
-        ListenAddress::Tcp(address) => *address,
-        ListenAddress::Unix(_) => panic!("the receiver listens on TCP"),
-    }
 }
 
 impl Bench {
@@ -50,9 +39,7 @@ impl Bench {
         }
         let mut bench = Self {
             receiver: None,
-            migration: ([127, 0, 0, 1], 0).into(),
             disks: ([127, 0, 0, 1], 0).into(),
-            events: mpsc::channel().1,
             bases,
             ram: SharedDirectory::new().expect("a directory"),
         };
@@ -62,39 +49,22 @@ impl Bench {
 
     /// A receiver on the same directories.
     fn restart(&mut self, log_max_bytes: u64) {
-        self.stop();
-        let (tell, events) = mpsc::channel();
-        let options = ReceiverOptions {
-            registered: false,
-            store: StoreOptions {
-                hugepages: HugePages::Off,
-                ram_dir: Some(self.ram.path().to_owned()),
-                ..StoreOptions::default()
-            },
+        self.receiver = None;
+        let receiver = LocalReceiver::start(ReceiverOptions {
             ram_limit_bytes: 256 << 20,
             disks: Some(DiskServing {
                 directory: self.bases.path().to_owned(),
                 listen: vec![ListenAddress::Tcp(([127, 0, 0, 1], 0).into())],
                 log_max_bytes,
             }),
-            ..receiver_options(BackendKind::Epoll, CHANNELS)
-        };
-        let receiver = Receiver::start(options, move |event| {
-            // At the very end the other side of the queue is gone.
-            let _ = tell.send(event);
+            ..options_with_files(CHANNELS, &self.ram)
         });
-        let receiver = receiver.expect("a receiver");
-        self.migration = tcp(&receiver.addresses()[0]);
-        self.disks = tcp(&receiver.disk_addresses()[0]);
-        self.events = events;
+        self.disks = tcp(&receiver.get().disk_addresses()[0]);
         self.receiver = Some(receiver);
     }
 
-    fn stop(&mut self) {
-        if let Some(receiver) = self.receiver.take() {
-            receiver.stop_handle().stop();
-            let _ = receiver.wait();
-        }
+    fn receiver(&self) -> &LocalReceiver {
+        self.receiver.as_ref().expect("it runs")
     }
 
     fn base(&self, name: &str) -> Vec<u8> {
@@ -111,17 +81,11 @@ impl Bench {
 
     /// A client as soon as whoever had the disk before is gone.
     fn client_soon(&self, name: &str) -> NbdClient {
-        let since = Instant::now();
-        loop {
-            match NbdClient::go(self.disks, name) {
-                Ok(client) => return client,
-                Err(error) => assert!(since.elapsed() < HANG_LIMIT, "{error}"),
-            }
-        }
+        until("the export", || NbdClient::go(self.disks, name).ok())
     }
 
     fn ask(&self, request: Request) -> Result<Response, String> {
-        let receiver = self.receiver.as_ref().expect("it runs");
+        let receiver = self.receiver().get();
         receiver.ask(request).map_err(|error| error.to_string())
     }
 
@@ -129,14 +93,6 @@ impl Bench {
         match self.ask(Request::Status) {
             Ok(Response::Status(status)) => *status,
             other => panic!("{other:?}"),
-        }
-    }
-
-    fn ended(&self) -> SessionStatus {
-        loop {
-            if let Event::Ended(status) = self.events.recv_timeout(HANG_LIMIT).expect("the session's end") {
-                return *status;
-            }
         }
     }
 
@@ -161,15 +117,9 @@ impl Bench {
     }
 }
 
-impl Drop for Bench {
-    fn drop(&mut self) {
-        self.stop();
-    }
-}
-
 /// A primary whose disks are connected, after checkpoint 0.
 fn protected(bench: &Bench) -> HostilePrimary {
-    let mut primary = HostilePrimary::connect(bench.migration, CHANNELS);
+    let mut primary = bench.receiver().connected();
     primary.precopy();
     primary
 }
@@ -248,11 +198,9 @@ fn foreign_clients_find_what_they_wrote_in_the_log() {
         .stderr(std::process::Stdio::inherit())
         .spawn()
         .expect("qemu-io, which scripts/test tools installs");
-    let since = Instant::now();
-    while bench.status().disks.is_empty() {
-        assert!(since.elapsed() < HANG_LIMIT);
-        std::thread::sleep(Duration::from_millis(5));
-    }
+    until("its connection", || {
+        (!bench.status().disks.is_empty()).then_some(())
+    });
     let mut primary = protected(&bench);
     let mut commands = qemu_io.stdin.take().expect("it is piped");
     let text = "write -P 7 1M 1M\nread -P 7 1M 1M\nwrite -z 1M 16k\nread -P 0 1M 16k\ndiscard 2M 64k\nread -P 0 2M 64k\n\
@@ -330,7 +278,7 @@ fn a_disk_that_is_lost_ends_the_session_and_not_the_checkpoint() {
     primary.checkpoint(&[]);
     root.write(0, &[2; 4096]).expect("a disk");
     drop(root);
-    let status = bench.ended();
+    let status = bench.receiver().ended();
     assert!(
         status.end.as_deref().is_some_and(|end| end.contains("disk root")),
         "{:?}",
@@ -363,11 +311,8 @@ fn a_write_after_the_cut_ends_the_session() {
     // VMSTATE_SEND, and not the rest.
     let bytes = primary.checkpoint_bytes(2, &[]);
     primary.main.send(&bytes[..bytes.len() / 2]);
-    let since = Instant::now();
-    while root.write(0, &[2; 4096]).is_ok() {
-        assert!(since.elapsed() < HANG_LIMIT, "the cut is never made");
-    }
-    let status = bench.ended();
+    until("the cut", || root.write(0, &[2; 4096]).err());
+    let status = bench.receiver().ended();
     assert!(
         status.end.as_deref().is_some_and(|end| end.contains("disk root")),
         "{:?}",
@@ -394,7 +339,7 @@ fn an_epoch_that_fills_its_log_ends_the_session() {
     // In one epoch.
     let mut offsets = (0..BIG as u64).step_by(8192);
     assert!(offsets.any(|offset| big.write(offset, &[0xaa; 8192]).is_err()));
-    let status = bench.ended();
+    let status = bench.receiver().ended();
     let end = status.end.unwrap_or_default();
     assert!(end.contains("--disk-log-max"), "{end}");
     assert_eq!(status.checkpoint, Some(7));
@@ -432,13 +377,13 @@ fn connections_of_several_guests_are_not_guessed() {
     let bench = Bench::start();
     let _one = NbdClient::go(bench.disks, "root@00000000-0000-4000-8000-000000000001").expect("an export");
     let _other = NbdClient::go(bench.disks, "data@00000000-0000-4000-8000-000000000002").expect("an export");
-    let mut primary = HostilePrimary::connect(bench.migration, CHANNELS);
+    let mut primary = bench.receiver().connected();
     for (_, bytes) in primary.precopy_parts() {
         primary.main.send(&bytes);
     }
     primary.sync();
     primary.sync();
-    let status = bench.ended();
+    let status = bench.receiver().ended();
     assert!(
         status
             .end
@@ -518,10 +463,7 @@ fn silent_clients_cost_no_threads() {
     // Other tests of this process have their own.
     assert!(threads() < before + 300, "{before} threads, then {}", threads());
     // Those that are silent make room.
-    let since = Instant::now();
-    while NbdClient::go(bench.disks, "data").is_err() {
-        assert!(since.elapsed() < HANG_LIMIT, "silent clients are in the way");
-    }
+    until("room for a client", || NbdClient::go(bench.disks, "data").ok());
     assert!(greet(bench.disks).is_ok());
     drop(silent);
     primary.cut(Cut::Fin);

@@ -3,31 +3,26 @@
 
 use colo_ring::blocks::BlockTable;
 use colo_ring::failover::{Form, write_stream};
-use colo_ring::receiver::{Event, ListenAddress, Receiver, ReceiverOptions, SessionStatus};
-use colo_ring::ring::BackendKind;
+use colo_ring::receiver::ReceiverOptions;
 use colo_ring::session::GuestDescription;
-use colo_ring::store::{HugePages, StoreOptions};
 use colo_ring::units::{BlockId, PAGE_SIZE};
-use colo_ring_tests::command::{RunningReceiver, Scratch, guest, wrapped};
+use colo_ring_tests::command::{RunningReceiver, Scratch, guest, until, wrapped};
 use colo_ring_tests::hostile::{BLOCKS, Cut, HostilePrimary, RAM, header};
 use colo_ring_tests::lab::SharedDirectory;
-use colo_ring_tests::{HANG_LIMIT, receiver_options};
+use colo_ring_tests::receiver::{LocalReceiver, options_with_files};
 use colo_ring_tools::primary::SynthPrimary;
 use serde_json::{Value, json};
 use std::io::{BufRead, BufReader, Read, Write};
-use std::net::SocketAddr;
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::{UnixListener, UnixStream};
-use std::sync::{Arc, mpsc};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 const CHANNELS: u8 = 2;
 
-/// A receiver in this process whose images are files.
+/// A receiver with a control socket.
 struct Bench {
-    receiver: Option<Receiver>,
-    address: SocketAddr,
-    events: mpsc::Receiver<Event>,
+    receiver: LocalReceiver,
     scratch: Scratch,
     ram: SharedDirectory,
 }
@@ -67,30 +62,13 @@ fn release(session: u32, may_have_run: bool) -> Value {
 impl Bench {
     fn start() -> Self {
         let (scratch, ram) = (Scratch::new(), SharedDirectory::new().expect("a directory"));
-        let (tell, events) = mpsc::channel();
-        let options = ReceiverOptions {
-            registered: false,
-            store: StoreOptions {
-                hugepages: HugePages::Off,
-                ram_dir: Some(ram.path().to_owned()),
-                ..StoreOptions::default()
-            },
+        let receiver = LocalReceiver::start(ReceiverOptions {
             ram_limit_bytes: 64 << 20,
             control: Some(scratch.file("control").into()),
-            ..receiver_options(BackendKind::Epoll, CHANNELS)
-        };
-        let receiver = Receiver::start(options, move |event| {
-            // At the very end the other side of the queue is gone.
-            let _ = tell.send(event);
+            ..options_with_files(CHANNELS, &ram)
         });
-        let receiver = receiver.expect("a receiver");
-        let ListenAddress::Tcp(address) = receiver.addresses()[0] else {
-            panic!("the receiver listens on TCP")
-        };
         Self {
-            receiver: Some(receiver),
-            address,
-            events,
+            receiver,
             scratch,
             ram,
         }
@@ -101,29 +79,12 @@ impl Bench {
         Conversation(BufReader::new(stream))
     }
 
-    /// A session with one committed checkpoint.
-    fn protected(&self) -> HostilePrimary {
-        HostilePrimary::protected(self.address, CHANNELS)
-    }
-
-    fn ended(&self) -> SessionStatus {
-        loop {
-            if let Event::Ended(status) = self.events.recv_timeout(HANG_LIMIT).expect("the session's end") {
-                return *status;
-            }
-        }
-    }
-
     /// A claim that succeeds as soon as the one before is noticed to have gone.
     fn claim_soon(&self, request: &Value) -> Conversation {
-        let since = Instant::now();
-        loop {
+        until("the claim", || {
             let mut conversation = self.conversation();
-            match conversation.ask(request) {
-                Ok(_) => return conversation,
-                Err(error) => assert!(since.elapsed() < HANG_LIMIT, "{error}"),
-            }
-        }
+            conversation.ask(request).is_ok().then_some(conversation)
+        })
     }
 
     /// What a QEMU at a socket is given, and the receiver's answer.
@@ -140,15 +101,6 @@ impl Bench {
             .restore(1, &format!("unix:{path}"), shared)
             .expect("it is given");
         (reader.join().expect("the reader"), restored)
-    }
-}
-
-impl Drop for Bench {
-    fn drop(&mut self) {
-        if let Some(receiver) = self.receiver.take() {
-            receiver.stop_handle().stop();
-            let _ = receiver.wait();
-        }
     }
 }
 
@@ -182,27 +134,24 @@ fn there_must_be_a_checkpoint_and_no_primary() {
     let mut conversation = bench.conversation();
     assert!(conversation.claim(1).unwrap_err().contains("no session 1"));
     // In precopy: only the beginning has been sent.
-    let mut primary = HostilePrimary::connect(bench.address, CHANNELS);
+    let mut primary = bench.receiver.connected();
     for (_, bytes) in &primary.precopy_parts()[..3] {
         primary.main.send(bytes);
     }
-    let since = Instant::now();
-    let refused = loop {
+    let refused = until("the session", || {
         let refused = conversation.claim(1).unwrap_err();
-        if refused.contains("precopy") || since.elapsed() > HANG_LIMIT {
-            break refused;
-        }
-    };
+        refused.contains("precopy").then_some(refused)
+    });
     assert!(refused.contains("nothing to resume"), "{refused}");
     primary.cut(Cut::Fin);
-    assert!(bench.ended().lost);
+    assert!(bench.receiver.ended().lost);
     let refused = conversation.claim(1).unwrap_err();
     assert!(
         refused.contains("left no checkpoint") && refused.contains("continues there"),
         "{refused}"
     );
     // Protected: its guest runs there.
-    let _primary = bench.protected();
+    let _primary = bench.receiver.protected();
     let refused = conversation.claim(2).unwrap_err();
     assert!(
         refused.contains("is connected") && refused.contains("--force"),
@@ -213,9 +162,9 @@ fn there_must_be_a_checkpoint_and_no_primary() {
 #[test]
 fn one_conversation_wins_and_its_end_frees_the_claim() {
     let bench = Bench::start();
-    let mut primary = bench.protected();
+    let mut primary = bench.receiver.protected();
     primary.cut(Cut::Rst);
-    bench.ended();
+    bench.receiver.ended();
     let (mut one, mut two) = (bench.conversation(), bench.conversation());
     let claimed = one.claim(1).unwrap();
     assert_eq!(claimed["checkpoint"], 1);
@@ -249,13 +198,13 @@ fn one_conversation_wins_and_its_end_frees_the_claim() {
 #[test]
 fn what_is_given_is_the_committed_checkpoint_and_only_once() {
     let bench = Bench::start();
-    let mut primary = bench.protected();
+    let mut primary = bench.receiver.protected();
     // A checkpoint that is on its way when the primary is lost.
     primary.request();
     let bytes = primary.checkpoint_bytes(9, &[]);
     primary.main.send(&bytes[..bytes.len() - 1]);
     primary.cut(Cut::Fin);
-    assert!(bench.ended().end.unwrap().contains("which is dropped"));
+    assert!(bench.receiver.ended().end.unwrap().contains("which is dropped"));
 
     let mut one = bench.conversation();
     let claimed = one.claim(1).unwrap();
@@ -266,13 +215,10 @@ fn what_is_given_is_the_committed_checkpoint_and_only_once() {
     assert_eq!(restored["stream"]["bytes"], u64::try_from(stream.len()).unwrap());
     // It dies before it can say what became of it.
     drop(one);
-    let since = Instant::now();
-    let refused = loop {
+    let refused = until("the end of its claim", || {
         let refused = bench.conversation().claim(1).unwrap_err();
-        if refused.contains("--retry") || since.elapsed() > HANG_LIMIT {
-            break refused;
-        }
-    };
+        refused.contains("--retry").then_some(refused)
+    });
     assert!(refused.contains("was given to unix:"), "{refused}");
 
     let mut two = bench.claim_soon(&claim(1, false, true));
@@ -294,7 +240,7 @@ fn what_is_given_is_the_committed_checkpoint_and_only_once() {
 #[test]
 fn a_primary_that_is_connected_is_closed_by_force_alone() {
     let bench = Bench::start();
-    let mut primary = bench.protected();
+    let mut primary = bench.receiver.protected();
     let mut conversation = bench.conversation();
     conversation.ask(&claim(1, true, false)).unwrap();
     // A claim alone changes nothing.
@@ -303,16 +249,16 @@ fn a_primary_that_is_connected_is_closed_by_force_alone() {
     assert_eq!(restored["checkpoint"], 2);
     assert!(stream == expected(&primary, Form::Complete));
     assert!(primary.is_closed(), "connections were left open");
-    let status = bench.ended();
+    let status = bench.receiver.ended();
     assert!(!status.lost && status.end.unwrap().contains("failover"));
 }
 
 #[test]
 fn what_fails_leaves_the_checkpoint_there() {
     let bench = Bench::start();
-    let mut primary = bench.protected();
+    let mut primary = bench.receiver.protected();
     primary.cut(Cut::Fin);
-    bench.ended();
+    bench.receiver.ended();
     let mut conversation = bench.conversation();
     let nobody = format!("unix:{}", bench.scratch.file("nobody"));
     for (to, shared, says) in [
