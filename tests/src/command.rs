@@ -4,8 +4,10 @@ use crate::HANG_LIMIT;
 use crate::lab::command_under_test;
 use colo_ring_tools::net::Address;
 use colo_ring_tools::primary::{Distribution, SynthOptions, SynthPrimary, Version};
+use nix::libc;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
+use seccompiler::{BpfProgram, SeccompAction, SeccompFilter, TargetArch};
 use serde_json::Value;
 use std::fs::File;
 use std::path::{Path, PathBuf};
@@ -76,6 +78,32 @@ pub fn wrapped(wrap: &[&str]) -> Command {
 #[must_use]
 pub fn run(args: &[&str]) -> Output {
     wrapped(&[]).args(args).output().expect("the command")
+}
+
+/// Runs `start` on a thread on which every system call of io_uring fails with this error, as in all that it starts.
+///
+/// # Panics
+/// If the kernel has no filters of system calls.
+pub fn without_io_uring<T: Send>(errno: i32, start: impl FnOnce() -> T + Send) -> T {
+    let calls = [
+        libc::SYS_io_uring_setup,
+        libc::SYS_io_uring_enter,
+        libc::SYS_io_uring_register,
+    ];
+    let filter = SeccompFilter::new(
+        calls.into_iter().map(|call| (call, Vec::new())).collect(),
+        SeccompAction::Allow,
+        SeccompAction::Errno(errno.cast_unsigned()),
+        TargetArch::try_from(std::env::consts::ARCH).expect("an architecture that has filters"),
+    );
+    let filter = BpfProgram::try_from(filter.expect("a filter")).expect("a filter");
+    std::thread::scope(|scope| {
+        let started = scope.spawn(|| {
+            seccompiler::apply_filter(&filter).expect("a kernel with CONFIG_SECCOMP_FILTER");
+            start()
+        });
+        started.join().expect("what was to be run")
+    })
 }
 
 /// A running `colo-ring receive` on a free port of this host, killed when dropped.

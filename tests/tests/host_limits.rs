@@ -1,13 +1,12 @@
 //! The real command on hosts that lack something, and beside programs that are in its way. It reports what is missing
 //! with the remedy, and continues where it can.
 
-use colo_ring_tests::command::{RunningReceiver, Scratch, guest, run, wrapped};
+use colo_ring_tests::command::{RunningReceiver, Scratch, guest, run, without_io_uring, wrapped};
 use colo_ring_tests::hostile::{HostilePrimary, Link};
 use colo_ring_tools::net::Address;
 use colo_ring_tools::primary::{SynthOptions, SynthPrimary};
 use nix::libc;
 use nix::sys::signal::Signal;
-use seccompiler::{BpfProgram, SeccompAction, SeccompFilter, TargetArch};
 use std::net::{SocketAddr, TcpListener};
 use std::process::Command;
 
@@ -20,37 +19,13 @@ fn socket_address(receiver: &RunningReceiver) -> SocketAddr {
     }
 }
 
-/// A receiver for which every system call of io_uring fails like this.
-fn without_io_uring(errno: i32, args: &[&str]) -> RunningReceiver {
-    let calls = [
-        libc::SYS_io_uring_setup,
-        libc::SYS_io_uring_enter,
-        libc::SYS_io_uring_register,
-    ];
-    let filter = SeccompFilter::new(
-        calls.into_iter().map(|call| (call, Vec::new())).collect(),
-        SeccompAction::Allow,
-        SeccompAction::Errno(errno.cast_unsigned()),
-        TargetArch::try_from(std::env::consts::ARCH).unwrap(),
-    );
-    let filter = BpfProgram::try_from(filter.unwrap()).unwrap();
-    // It holds for this thread and what it starts.
-    std::thread::scope(|scope| {
-        let started = scope.spawn(|| {
-            seccompiler::apply_filter(&filter).expect("a kernel with CONFIG_SECCOMP_FILTER");
-            RunningReceiver::start(wrapped(&[]), args)
-        });
-        started.join().unwrap()
-    })
-}
-
 #[test]
 fn without_io_uring_it_goes_on_with_epoll_and_says_why() {
     for (errno, remedy) in [
         (libc::EPERM, "it is forbidden by a seccomp filter"),
         (libc::ENOSYS, "use a kernel with CONFIG_IO_URING"),
     ] {
-        let receiver = without_io_uring(errno, &[]);
+        let receiver = without_io_uring(errno, || RunningReceiver::start(wrapped(&[]), &[]));
         let log = receiver.log();
         assert!(log.contains("the backend uring is not available"), "{log}");
         assert!(
@@ -68,7 +43,9 @@ fn without_io_uring_it_goes_on_with_epoll_and_says_why() {
 #[test]
 fn without_io_uring_the_other_backends_miss_nothing() {
     for backend in ["epoll", "threads"] {
-        let receiver = without_io_uring(libc::EPERM, &["--backend", backend, "--hugepages", "off"]);
+        let receiver = without_io_uring(libc::EPERM, || {
+            RunningReceiver::start(wrapped(&[]), &["--backend", backend, "--hugepages", "off"])
+        });
         // A stranger, so that the control thread reads and closes without io_uring too.
         let mut browser = Link::connect(socket_address(&receiver));
         browser.send(b"GET / HTTP/1.1\r\n\r\n");

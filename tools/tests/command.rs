@@ -1,7 +1,8 @@
 //! The command as its users run it: processes, exit codes, files and sockets.
 
 use colo_ring::metrics::Phase;
-use colo_ring_tests::command::{Ended, RunningReceiver, Scratch};
+use colo_ring_tests::HANG_LIMIT;
+use colo_ring_tests::command::{Ended, RunningReceiver, Scratch, until};
 use colo_ring_tools::net::Address;
 use colo_ring_tools::primary::{Distribution, SynthOptions, SynthPrimary, Version};
 use nix::sys::signal::Signal;
@@ -10,9 +11,7 @@ use std::io::{Read, Write};
 use std::net::{TcpListener, TcpStream};
 use std::path::Path;
 use std::process::{Command, Output};
-use std::time::{Duration, Instant};
-
-const PATIENCE: Duration = Duration::from_secs(300);
+use std::time::Duration;
 
 fn command() -> Command {
     Command::new(env!("CARGO_BIN_EXE_colo-ring"))
@@ -119,7 +118,7 @@ fn strangers_cost_nothing() {
     browser.write_all(b"GET / HTTP/1.1\r\n\r\n").unwrap();
     let silent = TcpStream::connect(&address).unwrap();
     for mut stranger in [browser, silent] {
-        stranger.set_read_timeout(Some(PATIENCE)).unwrap();
+        stranger.set_read_timeout(Some(HANG_LIMIT)).unwrap();
         // It goes on after an interruption, as `read` does not.
         let closed = stranger.read_to_end(&mut Vec::new());
         let kind = closed.as_ref().err().map(std::io::Error::kind);
@@ -158,11 +157,11 @@ fn an_ended_session_is_kept_until_it_is_discarded() {
     assert!(said(&refused).contains("running"), "{}", said(&refused));
     assert_eq!(receiver.status()["sessions"][0]["checkpoint"], 1);
     primary.close().unwrap();
-    let started = Instant::now();
     // Refused until the last of its connections has left.
-    while !receiver.command(&["discard", "--session", "1"]).status.success() {
-        assert!(started.elapsed() < PATIENCE, "{}", receiver.status());
-    }
+    until("the discard", || {
+        let output = receiver.command(&["discard", "--session", "1"]);
+        output.status.success().then_some(())
+    });
     assert_eq!(receiver.status()["sessions"], serde_json::json!([]));
     assert_eq!(receiver.status()["ram_held_bytes"], 0);
 }

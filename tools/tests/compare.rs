@@ -6,7 +6,7 @@ use colo_ring::host::Machine;
 use colo_ring::metrics::{CheckpointSample, Recorder, RunDescription};
 use colo_ring_tests::command::Scratch;
 use colo_ring_tools::run_file::{Checkpoint, Clock, RunFile};
-use common::{foreign_log, json, output, run};
+use common::{assert_refused, foreign_log, json, output, run};
 use std::path::Path;
 use std::time::{Duration, UNIX_EPOCH};
 
@@ -181,27 +181,22 @@ fn the_logs_of_one_run_can_be_given_one_by_one() {
 #[test]
 fn what_cannot_be_compared_is_reported_with_its_reason() {
     let scratch = Scratch::new();
-    let file = |name: &str, text: &[u8]| {
-        let path = scratch.file(name);
-        std::fs::write(&path, text).unwrap();
-        path
-    };
-    for (path, says) in [
-        (scratch.file("none.json"), "No such file"),
-        (
-            file("a.json", b"{\"schema\": \"colo-ring.demo\"}"),
-            "has the schema \"colo-ring.demo\"",
-        ),
-        (file("b.json", b"[1]"), "is no run file"),
-        (file("c.json", b"\xff\xfe"), "is no run file"),
-        (file("d.hlog", b"# nothing\n"), "has no interval"),
-        (file("e.hlog", b"<html>\n"), "line 1 (byte 0)"),
-        (file("f.hlog", b""), "has no interval"),
-    ] {
-        let (code, stdout, said) = run(&["compare", &path]);
-        assert_eq!((code, stdout.as_str()), (Some(1), ""), "{path}: {said}");
-        assert!(said.contains(says) && said.contains(&path), "{says}: {said}");
-    }
+    assert_refused(
+        "compare",
+        &[
+            ("none.json", None, "No such file"),
+            (
+                "a.json",
+                Some(b"{\"schema\": \"colo-ring.demo\"}"),
+                "has the schema \"colo-ring.demo\"",
+            ),
+            ("b.json", Some(b"[1]"), "is no run file"),
+            ("c.json", Some(b"\xff\xfe"), "is no run file"),
+            ("d.hlog", Some(b"# nothing\n"), "has no interval"),
+            ("e.hlog", Some(b"<html>\n"), "line 1 (byte 0)"),
+            ("f.hlog", Some(b""), "has no interval"),
+        ],
+    );
     measured(&scratch.file("good"), "good", spread);
     let good = scratch.file("good.run.json");
     let (code, _, said) = run(&["compare", &good, "--html", "/nonexistent/page.html"]);

@@ -3,7 +3,7 @@
 mod common;
 
 use colo_ring_tests::command::Scratch;
-use common::{command, foreign_log, json, output, run};
+use common::{assert_refused, command, foreign_log, json, output, run};
 use serde_json::Value;
 use std::io::{BufRead, BufReader};
 use std::process::Stdio;
@@ -322,28 +322,22 @@ fn runs_are_shown_and_their_checkpoints_listed() {
 
 #[test]
 fn foreign_files_are_refused() {
-    let scratch = Scratch::new();
-    let file = |name: &str, text: &[u8]| {
-        let path = scratch.file(name);
-        std::fs::write(&path, text).unwrap();
-        path
-    };
-    for (path, says) in [
-        (scratch.file("none"), "No such file"),
-        (file("empty", b""), "has no interval"),
-        (
-            file("elf", b"\x7fELF\x02\x01\x01\n\n"),
-            "is this an HdrHistogram log?",
-        ),
-        (file("a.json", b"{\"schema\": \"x\"}"), "has the schema \"x\""),
-        (file("b.json", b"{"), "is not a file of colo-ring"),
-        (file("a.cap", b"\x89CLR\n\x1a\n"), "as binary"),
-        (file("b.cap", b"\xd4\xc3\xb2\xa1 pcap"), "pcap recording"),
-    ] {
-        let (code, stdout, said) = run(&["inspect", &path]);
-        assert_eq!((code, stdout.as_str()), (Some(1), ""), "{path}: {said}");
-        assert!(said.contains(says) && said.contains(&path), "{says}: {said}");
-    }
+    assert_refused(
+        "inspect",
+        &[
+            ("none", None, "No such file"),
+            ("empty", Some(b""), "has no interval"),
+            (
+                "elf",
+                Some(b"\x7fELF\x02\x01\x01\n\n"),
+                "is this an HdrHistogram log?",
+            ),
+            ("a.json", Some(b"{\"schema\": \"x\"}"), "has the schema \"x\""),
+            ("b.json", Some(b"{"), "is not a file of colo-ring"),
+            ("a.cap", Some(b"\x89CLR\n\x1a\n"), "as binary"),
+            ("b.cap", Some(b"\xd4\xc3\xb2\xa1 pcap"), "pcap recording"),
+        ],
+    );
 }
 
 fn is_narrow<'a>(lines: impl Iterator<Item = &'a str>) {

@@ -1,7 +1,7 @@
 //! `colo-ring replay` as its users run it: a session of the synthetic primary is recorded on its way to a receiver, and
 //! played to others.
 
-use colo_ring_tests::command::{RunningReceiver, Scratch};
+use colo_ring_tests::command::{RunningReceiver, Scratch, until};
 use colo_ring_tools::capture_file::{
     CaptureInfo, CaptureWriter, Compression, ConnectionId, Direction, Event,
 };
@@ -315,14 +315,14 @@ fn a_secondary_that_fails_is_reported_and_what_was_measured_is_kept() {
     recorded(&guest(Version::V11_1, 2), &file);
     let out = scratch.file("run");
 
-    // It dies after a while.
-    let mut sink = Sink::start(&["--channels", "2"]);
+    // It dies after a while. The replay asks for its second checkpoint only when it has measured the first.
+    let dying = receiver(2);
     let replay = command()
         .args([
             "replay",
             &file,
             "--to",
-            &sink.address,
+            &dying.address().to_string(),
             "--interval",
             "20",
             "--checkpoints",
@@ -334,8 +334,11 @@ fn a_secondary_that_fails_is_reported_and_what_was_measured_is_kept() {
         .stderr(Stdio::piped())
         .spawn()
         .unwrap();
-    std::thread::sleep(Duration::from_millis(500));
-    sink.process.kill().unwrap();
+    until("two checkpoints", || {
+        let status = dying.status();
+        (status["sessions"][0]["checkpoint"].as_u64()? >= 2).then_some(())
+    });
+    drop(dying);
     let output = replay.wait_with_output().unwrap();
     assert_eq!(output.status.code(), Some(1), "{}", said(&output));
     assert!(

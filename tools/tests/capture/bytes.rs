@@ -1,7 +1,7 @@
 //! Bytes, ends and resets, between a client and a server that know nothing of COLO.
 
 use crate::harness::{By, Running, capture, capture_on, read};
-use colo_ring_tests::command::Scratch;
+use colo_ring_tests::command::{Scratch, until};
 use colo_ring_tools::capture_file::EndKind;
 use colo_ring_tools::net::Address;
 use nix::libc;
@@ -293,11 +293,7 @@ fn sending_to_one_that_has_gone_ends_in_a_reset() {
     let (mut proxy, mut client, server) = pair_over_tcp(&scratch, By::Itself);
     drop(server);
     assert_eq!(client.read(&mut [0]).unwrap(), 0, "the end is passed on first");
-    let failed = (0..2000).find_map(|_| {
-        thread::sleep(Duration::from_millis(1));
-        client.write_all(&[7; 1000]).err()
-    });
-    let kind = failed.expect("a write fails at last").kind();
+    let kind = until("a write that fails", || client.write_all(&[7; 1000]).err()).kind();
     assert!(
         matches!(kind, ErrorKind::ConnectionReset | ErrorKind::BrokenPipe),
         "{kind}"

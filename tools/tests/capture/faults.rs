@@ -2,7 +2,7 @@
 
 use crate::harness::{By, Running, capture, guest, read, receiver, run};
 use colo_ring::net::HostWatch;
-use colo_ring_tests::command::Scratch;
+use colo_ring_tests::command::{Scratch, until};
 use colo_ring_tools::capture_file::EndKind;
 use colo_ring_tools::primary::SynthPrimary;
 use colo_ring_tools::streams::Streams;
@@ -163,13 +163,11 @@ fn a_killed_recorder_leaves_a_readable_file() {
     let mut proxy = capture(&scratch, &secondary.address, By::Itself, &[]);
     let mut primary = SynthPrimary::connect(&proxy.address, &guest()).unwrap();
     primary.checkpoint().unwrap();
-    let started = std::time::Instant::now();
     let path = scratch.file("cap");
-    // Until it has been flushed.
-    while !Streams::load(Path::new(&path)).is_ok_and(|streams| streams.checkpoints.len() == 1) {
-        assert!(started.elapsed() < crate::harness::PATIENCE, "it is not flushed");
-        std::thread::sleep(std::time::Duration::from_millis(20));
-    }
+    until("it is flushed", || {
+        let streams = Streams::load(Path::new(&path)).ok()?;
+        (streams.checkpoints.len() == 1).then_some(())
+    });
     proxy.kill();
     assert!((0..100).find_map(|_| primary.checkpoint().err()).is_some());
     assert!(read(&scratch).tear.is_some());

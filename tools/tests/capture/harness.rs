@@ -1,13 +1,12 @@
 //! The command under test, and what is around it.
 
-use colo_ring_tests::command::Scratch;
+use colo_ring_tests::command::{Scratch, until, without_io_uring};
 use colo_ring_tools::capture_file::{CaptureReader, ConnectionId, Direction, EndKind, Event, Tear};
 use colo_ring_tools::net::Address;
 use colo_ring_tools::primary::{Distribution, SynthOptions, Version};
 use nix::libc;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
-use seccompiler::{BpfProgram, SeccompAction, SeccompFilter, TargetArch};
 use serde_json::Value;
 use std::collections::BTreeMap;
 use std::io::{BufRead, BufReader, Read};
@@ -15,9 +14,7 @@ use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
-use std::time::{Duration, Instant};
-
-pub const PATIENCE: Duration = Duration::from_secs(300);
+use std::time::Duration;
 
 /// A running subcommand that listens; killed when dropped.
 pub struct Running {
@@ -73,22 +70,6 @@ pub fn run(args: &[&str]) -> Ended {
     }
 }
 
-fn forbid_uring() {
-    let calls = [
-        libc::SYS_io_uring_setup,
-        libc::SYS_io_uring_enter,
-        libc::SYS_io_uring_register,
-    ];
-    let filter = SeccompFilter::new(
-        calls.into_iter().map(|call| (call, Vec::new())).collect(),
-        SeccompAction::Allow,
-        SeccompAction::Errno(libc::EPERM.cast_unsigned()),
-        TargetArch::try_from(std::env::consts::ARCH).unwrap(),
-    );
-    let filter = BpfProgram::try_from(filter.unwrap()).unwrap();
-    seccompiler::apply_filter(&filter).expect("a kernel with CONFIG_SECCOMP_FILTER");
-}
-
 impl Running {
     /// Starts it and waits until it says that it listens.
     pub fn start(by: By<'_>, args: &[&str]) -> Self {
@@ -98,16 +79,11 @@ impl Running {
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
             .stderr(Stdio::piped());
-        // A filter holds for the thread that sets it and what that starts.
-        let mut process = std::thread::scope(|scope| {
-            let started = scope.spawn(|| {
-                if matches!(by, By::WithoutUring) {
-                    forbid_uring();
-                }
-                command.spawn().unwrap()
-            });
-            started.join().unwrap()
-        });
+        let mut process = match by {
+            By::WithoutUring => without_io_uring(libc::EPERM, || command.spawn()),
+            By::Itself | By::Limited(_) => command.spawn(),
+        }
+        .unwrap();
         let mut stderr = BufReader::new(process.stderr.take().unwrap());
         let (mut log, mut line) = (String::new(), String::new());
         while !line.starts_with("listening on ") {
@@ -139,15 +115,7 @@ impl Running {
 
     /// Waits until it has said something.
     pub fn wait_for(&self, text: &str) {
-        let started = Instant::now();
-        while !self.log.lock().unwrap().contains(text) {
-            assert!(
-                started.elapsed() < PATIENCE,
-                "no {text:?}: {}",
-                self.log.lock().unwrap()
-            );
-            std::thread::sleep(Duration::from_millis(5));
-        }
+        until(text, || self.log.lock().unwrap().contains(text).then_some(()));
     }
 
     pub fn is_running(&mut self) -> bool {
@@ -161,16 +129,7 @@ impl Running {
     /// Waits for its end.
     pub fn wait(&mut self) -> Ended {
         let mut out = String::new();
-        let started = Instant::now();
-        while self.is_running() {
-            assert!(
-                started.elapsed() < PATIENCE,
-                "it does not end: {}",
-                self.log.lock().unwrap()
-            );
-            std::thread::sleep(Duration::from_millis(5));
-        }
-        let code = self.process.wait().unwrap().code();
+        let code = until("its end", || self.process.try_wait().unwrap()).code();
         self.process
             .stdout
             .take()

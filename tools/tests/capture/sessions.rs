@@ -1,7 +1,7 @@
 //! Whole sessions of a synthetic primary, through the recorder to a receiver.
 
 use crate::harness::{By, capture, guest, read, receiver, run};
-use colo_ring_tests::command::Scratch;
+use colo_ring_tests::command::{Scratch, until};
 use colo_ring_tools::capture_file::EndKind;
 use colo_ring_tools::net::Address;
 use colo_ring_tools::primary::SynthPrimary;
@@ -131,21 +131,11 @@ fn the_file_grows_with_the_session() {
     let proxy = capture(&scratch, &secondary.address, By::Itself, &[]);
     let (mut primary, _) = protect(&proxy.address, 3);
     let checkpoints = |at_least: usize| {
-        let started = std::time::Instant::now();
-        loop {
+        until(&format!("checkpoint {at_least}"), || {
             assert!(read(&scratch).tear.is_some(), "it was not finished");
-            let streams = Streams::load(Path::new(&scratch.file("cap")));
-            if let Ok(streams) = streams
-                && streams.checkpoints.len() >= at_least
-            {
-                return;
-            }
-            assert!(
-                started.elapsed() < crate::harness::PATIENCE,
-                "checkpoint {at_least} does not come"
-            );
-            std::thread::sleep(Duration::from_millis(50));
-        }
+            let streams = Streams::load(Path::new(&scratch.file("cap"))).ok()?;
+            (streams.checkpoints.len() >= at_least).then_some(())
+        });
     };
     checkpoints(3);
     primary.checkpoint().unwrap();

@@ -1,5 +1,6 @@
 //! What the tests of `compare` and `inspect` share.
 
+use colo_ring_tests::command::Scratch;
 use std::process::{Command, Output};
 
 pub fn command() -> Command {
@@ -26,6 +27,20 @@ pub fn output(args: &[&str]) -> String {
 
 pub fn json(args: &[&str]) -> serde_json::Value {
     serde_json::from_str(&output(&[args, &["--json"]].concat())).unwrap()
+}
+
+/// The subcommand refuses each of these files: its name, its content, if it is there at all, and what is said of it.
+pub fn assert_refused(subcommand: &str, files: &[(&str, Option<&[u8]>, &str)]) {
+    let scratch = Scratch::new();
+    for (name, content, says) in files {
+        let path = scratch.file(name);
+        if let Some(content) = content {
+            std::fs::write(&path, content).unwrap();
+        }
+        let (code, stdout, said) = run(&[subcommand, &path]);
+        assert_eq!((code, stdout.as_str()), (Some(1), ""), "{path}: {said}");
+        assert!(said.contains(says) && said.contains(&path), "{says}: {said}");
+    }
 }
 
 /// A log that another language's HdrHistogram library wrote.
