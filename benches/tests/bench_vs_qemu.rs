@@ -240,8 +240,7 @@ fn a_signal_ends_it_and_everything_that_it_started() {
     let group = running.id();
     let sessions = PathBuf::from(scratch.file("out")).join("5M-plain-every-100ms/sessions");
     wait_until("its first session", || sessions.exists());
-    std::thread::sleep(Duration::from_millis(500));
-    assert!(processes_of(group).len() > 1, "a secondary and a replay");
+    wait_until("a secondary and a replay", || processes_of(group).len() > 2);
     let pid = i32::try_from(group).expect("a process id");
     kill(Pid::from_raw(pid), Signal::SIGTERM).expect("it runs");
     let code = wait_for_end(&mut running);

@@ -4,11 +4,11 @@ use colo_ring::receiver::{
     Dumped, Event, ListenAddress, Outcome, Receiver, ReceiverOptions, Request, Response, SessionState,
 };
 use colo_ring::ring::BackendKind;
+use colo_ring_tests::command::until;
 use colo_ring_tests::{HANG_LIMIT, receiver_options as options};
 use colo_ring_tools::net::Address;
 use colo_ring_tools::primary::{Distribution, SynthOptions, SynthPrimary, Version};
 use std::sync::{Arc, Mutex};
-use std::time::Duration;
 use tempfile::TempDir;
 
 const BACKENDS: [BackendKind; 3] = [BackendKind::Uring, BackendKind::Epoll, BackendKind::Threads];
@@ -127,9 +127,7 @@ fn sessions_are_limited() {
             .filter(|text| text.ends_with("began"))
             .count()
     };
-    while began() < idle.len() {
-        std::thread::sleep(Duration::from_millis(10));
-    }
+    until("sessions that begin", || (began() == idle.len()).then_some(()));
     let mut last = connect();
     last.set_read_timeout(Some(HANG_LIMIT)).unwrap();
     assert_eq!(

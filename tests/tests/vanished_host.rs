@@ -1,8 +1,7 @@
 //! A primary's host that vanishes: no FIN, no reset, nothing answers any more. In a network namespace,
 //! which needs root and `ip` (iproute2).
 
-use colo_ring_tests::HANG_LIMIT;
-use colo_ring_tests::command::{RunningReceiver, Scratch, wrapped};
+use colo_ring_tests::command::{RunningReceiver, Scratch, until, wrapped};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
@@ -91,10 +90,9 @@ fn synth(command: &mut Command, address: &str) {
 }
 
 fn wait_until_protected(receiver: &RunningReceiver) {
-    let since = Instant::now();
-    while receiver.status()["sessions"][0]["state"] != "protected" {
-        assert!(since.elapsed() < HANG_LIMIT, "{}", receiver.log());
-    }
+    until("a protected session", || {
+        (receiver.status()["sessions"][0]["state"] == "protected").then_some(())
+    });
 }
 
 #[test]
@@ -159,14 +157,7 @@ fn a_vanished_host_is_noticed_and_reported() {
         end.contains("checkpoint 0") && end.contains("s old, is kept"),
         "{end}"
     );
-    let since = Instant::now();
-    let text = loop {
-        if let Ok(text) = std::fs::read_to_string(&told) {
-            break text;
-        }
-        assert!(since.elapsed() < HANG_LIMIT, "the hook was not run");
-        std::thread::sleep(Duration::from_millis(10));
-    };
+    let text = until("what the hook wrote", || std::fs::read_to_string(&told).ok());
     println!("{end}\n{text}");
     let age: u64 = text
         .split(' ')

@@ -8,6 +8,7 @@ pub mod bench;
 mod bytes;
 
 use crate::HANG_LIMIT;
+use crate::command::until;
 pub use bytes::*;
 use colo_ring::units::{ChannelId, PAGE_SIZE};
 use colo_ring::wire::codec::{Encoder, Method};
@@ -124,6 +125,23 @@ impl Link {
         bytes.iter().for_each(|byte| self.send(&[*byte]));
     }
 
+    /// Waits until the receiver has read this many of the bytes that were sent.
+    ///
+    /// # Panics
+    /// If it does not, or the link was cut.
+    pub fn wait_until_read(&self, bytes: u64) {
+        let socket = self.socket.as_ref().expect("it was not cut");
+        let own = socket.local_addr().expect("a TCP socket");
+        let peer = socket.peer_addr().expect("a connection");
+        until("bytes to arrive", || {
+            (socket_queues(own, peer)?.unacknowledged == 0).then_some(())
+        });
+        until("bytes to be read", || {
+            let unread = socket_queues(peer, own)?.unread;
+            (self.bytes - unread >= bytes).then_some(())
+        });
+    }
+
     /// Ends it.
     pub fn cut(&mut self, cut: Cut) {
         if let Some(socket) = self.socket.take() {
@@ -175,6 +193,34 @@ impl Link {
             Err(error) => error.kind() == io::ErrorKind::ConnectionReset,
         }
     }
+}
+
+/// Bytes in the queues of a socket.
+struct SocketQueues {
+    /// Sent, and not acknowledged by the other side's kernel.
+    unacknowledged: u64,
+    /// Received, and not read by the program.
+    unread: u64,
+}
+
+/// Those of a TCP socket of this network namespace, as the kernel lists them; none if there is no such socket.
+fn socket_queues(local: SocketAddr, peer: SocketAddr) -> Option<SocketQueues> {
+    let hex = |address: SocketAddr| match address {
+        SocketAddr::V4(address) => {
+            let bytes = u32::from_ne_bytes(address.ip().octets());
+            format!("{bytes:08X}:{:04X}", address.port())
+        }
+        SocketAddr::V6(_) => panic!("the receiver listens on IPv4"),
+    };
+    let ends = format!(" {} {} ", hex(local), hex(peer));
+    let table = std::fs::read_to_string("/proc/net/tcp").expect("the kernel's table of TCP sockets");
+    let row = table.lines().find(|row| row.contains(&ends))?;
+    let (sent, received) = row.split_whitespace().nth(4)?.split_once(':')?;
+    let count = |digits| u64::from_str_radix(digits, 16).expect("a number in hexadecimal");
+    Some(SocketQueues {
+        unacknowledged: count(sent),
+        unread: count(received),
+    })
 }
 
 impl HostilePrimary {

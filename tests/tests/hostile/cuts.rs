@@ -231,14 +231,16 @@ fn syncs_on_some_channels_and_then_silence() {
         let bytes = primary.checkpoint_bytes(2, &[]);
         primary.main.send(&bytes);
         for channel in 0..2 {
-            primary.channels[channel].send_packet(&sync_packet());
+            let synced = &mut primary.channels[channel];
+            synced.send_packet(&sync_packet());
+            synced.wait_until_read(synced.bytes);
             assert!(
                 primary.main.is_silent(Duration::from_millis(100)),
                 "a channel has not synced"
             );
             assert_eq!(bench.compare(session, &primary), 1);
         }
-        // 200 ms later the link is back.
+        // The link is back.
         primary.channels[2].send_packet(&sync_packet());
         primary.main.expect(&answers_to_checkpoint());
         primary.committed(&[(0, 1, 0xaa), (0, 2, 0xab), (0, 3, 0)], 2);
@@ -246,7 +248,9 @@ fn syncs_on_some_channels_and_then_silence() {
         // And once more, for good.
         primary.request();
         primary.main.send(&bytes);
-        primary.channels[0].send_packet(&sync_packet());
+        let synced = &mut primary.channels[0];
+        synced.send_packet(&sync_packet());
+        synced.wait_until_read(synced.bytes);
         assert!(
             primary.main.is_silent(Duration::from_millis(100)),
             "two channels have not synced"
@@ -291,7 +295,8 @@ fn while_it_connects() {
         let mut main = Link::connect(bench.address);
         main.send(&header());
         let mut channel = Link::multifd(bench.address, [7; 16], 0);
-        std::thread::sleep(Duration::from_millis(100));
+        main.wait_until_read(4);
+        channel.wait_until_read(channel.bytes);
         main.cut(cut);
         channel.cut(cut);
         let mut primary = HostilePrimary::connect(bench.address, 2);

@@ -259,7 +259,8 @@ fn pages_that_come_when_none_may() {
             .main
             .send(&[section(Section::End { id: RAM }), record(RamRecord::MultifdFlush)].concat());
         primary.channels[1].send(&good_packet()[..HEADER_LEN + PAGE_SIZE]);
-        std::thread::sleep(Duration::from_millis(200));
+        let half = &primary.channels[1];
+        half.wait_until_read(half.bytes);
         primary
             .main
             .send(&[end_of_body(), section(Section::Eof)].concat());
@@ -346,6 +347,7 @@ fn sync_with_pages(bench: &mut Bench, session: u32, primary: &mut HostilePrimary
     packet[11] = 1;
     primary.channels[0].dribble(&packet[..HEADER_LEN + 100]);
     primary.channels[0].send(&packet[HEADER_LEN + 100..]);
+    primary.channels[0].wait_until_read(primary.channels[0].bytes);
     assert!(
         primary.main.is_silent(Duration::from_millis(50)),
         "one channel has not synced"
