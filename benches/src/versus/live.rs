@@ -47,12 +47,10 @@ pub fn pauses_us(
         &cell.shape.machine(cell.spacing, 100),
     )?;
     primary.wait_serial("tick 2 ", LIMIT)?;
-    let protection = Protection {
-        channels: cell.shape.channels,
-        checkpoint_delay_ms: u32::try_from(cell.spacing.as_millis()).unwrap_or(u32::MAX),
-        zero_page_detection: None,
-        compression: None,
-    };
+    let protection = Protection::every_ms(
+        u32::try_from(cell.spacing.as_millis()).unwrap_or(u32::MAX),
+        cell.shape.channels,
+    );
     primary.end_precopy_early()?;
     primary.protect(running.address(), &protection)?;
     let needed = cell.spacing * u32::try_from(checkpoints).unwrap_or(u32::MAX);

@@ -27,6 +27,19 @@ pub struct Protection {
     pub compression: Option<Compression>,
 }
 
+impl Protection {
+    /// With this `x-checkpoint-delay`; the rest is the machine type's default.
+    #[must_use]
+    pub fn every_ms(checkpoint_delay_ms: u32, channels: u8) -> Self {
+        Self {
+            channels,
+            checkpoint_delay_ms,
+            zero_page_detection: None,
+            compression: None,
+        }
+    }
+}
+
 /// QEMU's `multifd-compression` with its level.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Compression {
@@ -211,8 +224,12 @@ impl Qemu {
         self.set_checkpoint_delay_ms(NEVER_MS)?;
         self.wait_checkpoints(before + 1, HANG_LIMIT)?;
         self.wait_until_quiet()?;
-        // The guest has dirtied memory since: what is committed now is not what the last checkpoint had.
-        std::thread::sleep(Duration::from_millis(100));
+        // The guest has dirtied memory since: what is committed now is not what the last checkpoint had. The line of the
+        // next tick may have been on its way already.
+        let tick = self.ticks();
+        wait_for("the guest's next ticks", HANG_LIMIT, || {
+            Ok((self.ticks() >= tick + 2).then_some(()))
+        })?;
         let resumes_before = self.resumes()?.len();
         self.stop()?;
         let saved = self.save_ram(save_to)?;
@@ -235,6 +252,23 @@ impl Qemu {
             });
         }
         Ok(saved)
+    }
+
+    /// A whole session up to the checkpoint that keeps the stopped guest's RAM, with at least so many checkpoints before it:
+    /// [`Self::protect`] and [`Self::commit_stopped`].
+    ///
+    /// # Errors
+    /// Those of both.
+    pub fn protect_and_stop(
+        &mut self,
+        address: &Address,
+        protection: &Protection,
+        checkpoints_min: usize,
+        save_to: &Path,
+    ) -> Result<SavedRam, LabError> {
+        self.protect(address, protection)?;
+        self.wait_checkpoints(checkpoints_min, HANG_LIMIT)?;
+        self.commit_stopped(save_to)
     }
 
     fn set_channels(&mut self, channels: u8) -> Result<(), LabError> {

@@ -193,12 +193,7 @@ impl Secondary {
     /// # Errors
     /// Those of [`Qemu::protect`].
     pub fn protect(&self, primary: &mut Qemu, checkpoint_delay_ms: u32) -> Result<(), LabError> {
-        let protection = Protection {
-            channels: self.channels,
-            checkpoint_delay_ms,
-            zero_page_detection: None,
-            compression: None,
-        };
+        let protection = Protection::every_ms(checkpoint_delay_ms, self.channels);
         primary.protect(&self.address, &protection)
     }
 

@@ -29,12 +29,7 @@ fn primary(lab: &Lab) -> Result<Qemu, LabError> {
 }
 
 fn protection(channels: u8) -> Protection {
-    Protection {
-        channels,
-        checkpoint_delay_ms: 150,
-        zero_page_detection: None,
-        compression: None,
-    }
+    Protection::every_ms(150, channels)
 }
 
 /// What the recorder says and what its file holds fit the checkpoints that the primary counted.
@@ -104,9 +99,8 @@ fn recorded(channels: u8, transport: Transport) -> u64 {
         let mut receiver = Receiver::start(lab, &back, &options(channels))?;
         let mut recorder = Recorder::start(lab, &front, &back)?;
         let mut primary = primary(lab)?;
-        primary.protect(&front, &protection(channels))?;
-        primary.wait_checkpoints(CHECKPOINTS_MIN, HANG_LIMIT)?;
-        let saved = primary.commit_stopped(&lab.file("saved.ram"))?;
+        let saved_to = lab.file("saved.ram");
+        let saved = primary.protect_and_stop(&front, &protection(channels), CHECKPOINTS_MIN, &saved_to)?;
         let dump = receiver.dump_only(&lab.file("dump"))?;
         saved.assert_equal(&dump.block("pc.ram")?)?;
         primary.check_guest()?;

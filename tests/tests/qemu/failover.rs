@@ -6,12 +6,14 @@
 
 use colo_ring::host;
 use colo_ring_tests::HANG_LIMIT;
+use colo_ring_tests::command::until;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
 use colo_ring_tests::lab::{
-    Address, Compression, Distribution, Guest, Kills, Lab, LabError, Machine, Moment, Qemu, Qmp, Secondary,
-    SharedDirectory, TestGuest, Transport, Way, check_continues, experiment, failover_runs, huge_pages,
+    Address, Compression, Distribution, Dump, Guest, Kills, Lab, LabError, Machine, Moment, Qemu, Qmp,
+    Secondary, SharedDirectory, TestGuest, Transport, Way, check_continues, experiment, failover_runs,
+    huge_pages,
 };
 use serde_json::{Value, json};
 
@@ -196,26 +198,18 @@ fn the_primary_lives_on_without_its_secondary() {
             (0, Moment::Idle),
             (4, Moment::MidTransfer),
         ] {
-            let machine = Machine::bare("pc", 96, Guest::Test(load()));
             let secondary = Secondary::start(lab, channels)?;
-            let mut primary = Qemu::start(lab, "primary", &machine)?;
-            primary.wait_serial("tick 2 ", HANG_LIMIT)?;
+            let mut primary = start_primary(lab, "primary", &test_guest("pc"))?;
             secondary.protect(&mut primary, INTERVAL_MS)?;
             primary.wait_checkpoints(2, HANG_LIMIT)?;
             if let Moment::MidTransfer = moment {
                 primary.wait_paused(HANG_LIMIT)?;
             }
             drop(secondary);
-            let since = Instant::now();
-            while !primary
-                .qmp()
-                .events()
-                .iter()
-                .any(|event| event.name == "COLO_EXIT")
-            {
-                assert!(since.elapsed() < HANG_LIMIT, "the primary does not notice");
-                std::thread::sleep(Duration::from_millis(5));
-            }
+            until("the primary to notice", || {
+                let events = primary.qmp().events();
+                events.iter().any(|event| event.name == "COLO_EXIT").then_some(())
+            });
             primary.qmp().execute("x-colo-lost-heartbeat", &json!({}))?;
             let tick = primary.ticks();
             primary.wait_serial(&format!("tick {} ", tick + 3), HANG_LIMIT)?;
@@ -225,103 +219,117 @@ fn the_primary_lives_on_without_its_secondary() {
     });
 }
 
+/// A secondary and the guest that it protects as its session 1, with two checkpoints.
+fn protected(lab: &Lab, machine: &Machine) -> Result<(Secondary, Qemu), LabError> {
+    let secondary = Secondary::start(lab, 4)?;
+    let mut primary = start_primary(lab, "primary", machine)?;
+    secondary.protect(&mut primary, INTERVAL_MS)?;
+    primary.wait_checkpoints(2, HANG_LIMIT)?;
+    Ok((secondary, primary))
+}
+
+/// The same, after its primary was lost.
+fn lost(lab: &Lab, machine: &Machine) -> Result<Secondary, LabError> {
+    let (secondary, primary) = protected(lab, machine)?;
+    drop(primary);
+    secondary.wait_state(1, "ended")?;
+    Ok(secondary)
+}
+
+/// A failover that must fail: its name, its arguments, and what its error says.
+type Refused = (&'static str, Vec<String>, &'static [&'static str]);
+
+/// The arguments that start a QEMU by these words, of which some are replaced.
+fn with_words(words: &[String], changes: &[(&str, &str)]) -> Vec<String> {
+    let changed = words.iter().map(|word| {
+        let change = changes.iter().find(|(from, _)| from == word);
+        change.map_or_else(|| word.clone(), |(_, to)| (*to).to_owned())
+    });
+    ["--".to_owned()].into_iter().chain(changed).collect()
+}
+
+/// What does not fit the checkpoint of a guest that was started by these words, and QEMUs that do not start or load.
+fn refused_failovers(words: &[String]) -> Vec<Refused> {
+    let unchanged = with_words(words, &[]);
+    vec![
+        (
+            "memory",
+            with_words(words, &[("96M", "128M")]),
+            &["memory size differs", "128 MiB there", "pc.ram (96 MiB)"],
+        ),
+        (
+            "machine",
+            with_words(words, &[("pc", "q35")]),
+            &["machine type differs", "pc-i440fx-"],
+        ),
+        (
+            "program",
+            with_words(words, &[(&words[0], "qemu-system-nowhere")]),
+            &["cannot start qemu-system-nowhere"],
+        ),
+        (
+            "option",
+            [unchanged.clone(), vec!["-no-such-option".to_owned()]].concat(),
+            &["QEMU does not start", "-no-such-option"],
+        ),
+        (
+            "device",
+            with_words(words, &[("virtio-rng-pci", "virtio-keyboard-pci")]),
+            &["did not load the checkpoint", "another attempt can be made"],
+        ),
+        (
+            "fence",
+            [vec!["--fence".to_owned(), "exit 7".to_owned()], unchanged].concat(),
+            &["--fence 'exit 7' failed"],
+        ),
+    ]
+}
+
+fn assert_same(name: &str, before: &Dump, after: &Dump) -> Result<(), LabError> {
+    let content = |dump: &Dump| Ok::<_, LabError>(std::fs::read(dump.block("pc.ram")?).expect("a dump"));
+    assert!(
+        content(before)? == content(after)?,
+        "{name}: the image has changed"
+    );
+    assert_eq!(before.device_state()?, after.device_state()?, "{name}");
+    Ok(())
+}
+
 /// What does not fit is reported before anything is changed; a QEMU that does not start or load leaves the checkpoint.
 #[test]
 fn what_fails_leaves_the_checkpoint_for_another_attempt() {
     experiment(|lab| {
         let machine = Machine::with_devices(96, Guest::Test(load()));
-        let secondary = Secondary::start(lab, 4)?;
-        let mut primary = Qemu::start(lab, "primary", &machine)?;
-        primary.wait_serial("tick 2 ", HANG_LIMIT)?;
-        secondary.protect(&mut primary, INTERVAL_MS)?;
-        primary.wait_checkpoints(2, HANG_LIMIT)?;
         let words = Qemu::command_line(lab, "fresh", &machine, None);
-        let with = |change: &dyn Fn(&str) -> Option<String>| {
-            let changed = words.iter().filter_map(|word| change(word));
-            ["--".to_owned()].into_iter().chain(changed).collect::<Vec<_>>()
-        };
-        let unchanged = with(&|word| Some(word.to_owned()));
-        let connected = secondary.receiver().failover_refused(1, &unchanged)?;
+        let unchanged = with_words(&words, &[]);
+        let (secondary, primary) = protected(lab, &machine)?;
+        let receiver = secondary.receiver();
+        let connected = receiver.failover_refused(1, &unchanged)?;
         assert!(connected.contains("--force"), "{connected}");
         drop(primary);
         secondary.wait_state(1, "ended")?;
-        let before = secondary.receiver().dump(1, &lab.file("before"))?;
+        let before = receiver.dump(1, &lab.file("before"))?;
 
-        let instead = |from: &'static str, to: &'static str| {
-            with(&move |word| Some(if word == from { to } else { word }.to_owned()))
-        };
-        let without_random = with(&|word| match word {
-            "virtio-rng-pci" => Some("virtio-keyboard-pci".to_owned()),
-            _ => Some(word.to_owned()),
-        });
-        let program = words[0].clone();
-        let no_program = with(&|word| {
-            Some(
-                if word == program {
-                    "qemu-system-nowhere"
-                } else {
-                    word
-                }
-                .to_owned(),
-            )
-        });
-        let mut bad_option = unchanged.clone();
-        bad_option.push("-no-such-option".into());
-        let cases: [(&str, Vec<String>, &[&str]); 6] = [
-            (
-                "memory",
-                instead("96M", "128M"),
-                &["memory size differs", "128 MiB there", "pc.ram (96 MiB)"],
-            ),
-            (
-                "machine",
-                instead("pc", "q35"),
-                &["machine type differs", "pc-i440fx-"],
-            ),
-            ("program", no_program, &["cannot start qemu-system-nowhere"]),
-            ("option", bad_option, &["QEMU does not start", "-no-such-option"]),
-            (
-                "device",
-                without_random,
-                &["did not load the checkpoint", "another attempt can be made"],
-            ),
-            (
-                "fence",
-                [vec!["--fence".to_owned(), "exit 7".to_owned()], unchanged.clone()].concat(),
-                &["--fence 'exit 7' failed"],
-            ),
-        ];
-        for (name, arguments, says) in cases {
-            let refused = secondary.receiver().failover_refused(1, &arguments)?;
+        for (name, arguments, says) in refused_failovers(&words) {
+            let refused = receiver.failover_refused(1, &arguments)?;
             println!("{name}: {refused}");
-            assert!(refused.contains("still there"), "{name}: {refused}");
-            for part in says {
+            for part in says.iter().chain(&["still there"]) {
                 assert!(
                     refused.contains(part),
                     "{name}: {part:?} is missing in: {refused}"
                 );
             }
-            let after = secondary.receiver().dump(1, &lab.file("after"))?;
-            let content =
-                |dump: &colo_ring_tests::lab::Dump| std::fs::read(dump.block("pc.ram").expect("pc.ram"));
-            assert!(
-                content(&before).expect("a dump") == content(&after).expect("a dump"),
-                "{name}: the image has changed"
-            );
-            assert_eq!(before.device_state()?, after.device_state()?);
+            assert_same(name, &before, &receiver.dump(1, &lab.file("after"))?)?;
         }
 
         // A guest that runs already is not run over.
-        let other = Qemu::start(
-            lab,
-            "other",
-            &Machine::bare("pc", 96, Guest::Test(TestGuest::idle())),
-        )?;
+        let idle = Machine::bare("pc", 96, Guest::Test(TestGuest::idle()));
+        let other = Qemu::start(lab, "other", &idle)?;
         let monitor = other.free_monitor().display().to_string();
-        let refused = secondary.receiver().failover_refused(1, ["--qmp", &monitor])?;
+        let refused = receiver.failover_refused(1, ["--qmp", &monitor])?;
         assert!(refused.contains("does not wait for a guest"), "{refused}");
 
-        let report = secondary.receiver().failover(1, &unchanged)?;
+        let report = receiver.failover(1, &unchanged)?;
         assert_eq!(
             (&report["way"], &report["status"]),
             (&json!("shared"), &json!("running")),
@@ -329,10 +337,10 @@ fn what_fails_leaves_the_checkpoint_for_another_attempt() {
         );
         let serial = lab.file("fresh-serial.log");
         let tick = lab.tick_in(&before, &machine.guest)?;
-        wait_until("the guest's ticks", || {
+        until("the guest's ticks", || {
             let text = std::fs::read_to_string(&serial).unwrap_or_default();
             assert!(!text.lines().any(|line| line.starts_with("error")), "{text}");
-            text.contains(&format!("tick {} ", tick + 3))
+            text.contains(&format!("tick {} ", tick + 3)).then_some(())
         });
         quit(report["qmp"].as_str().expect("its monitor"))
     });
@@ -342,14 +350,8 @@ fn what_fails_leaves_the_checkpoint_for_another_attempt() {
 #[test]
 fn streams_start_the_guest_anywhere() {
     experiment(|lab| {
-        let machine = Machine::bare("pc", 96, Guest::Test(load()));
-        let secondary = Secondary::start(lab, 4)?;
-        let mut primary = Qemu::start(lab, "primary", &machine)?;
-        primary.wait_serial("tick 2 ", HANG_LIMIT)?;
-        secondary.protect(&mut primary, INTERVAL_MS)?;
-        primary.wait_checkpoints(2, HANG_LIMIT)?;
-        drop(primary);
-        secondary.wait_state(1, "ended")?;
+        let machine = test_guest("pc");
+        let secondary = lost(lab, &machine)?;
         let tick = lab.tick_in(&secondary.receiver().dump(1, &lab.file("dump"))?, &machine.guest)?;
         let [file, kept] = ["stream", "kept"].map(|name| lab.file(name));
         let to_file = format!("file:{}", file.display());
@@ -389,12 +391,7 @@ fn streams_start_the_guest_anywhere() {
 fn a_stream_to_an_address_starts_the_guest_there() {
     experiment(|lab| {
         let machine = test_guest("pc");
-        let secondary = Secondary::start(lab, 4)?;
-        let mut primary = start_primary(lab, "primary", &machine)?;
-        secondary.protect(&mut primary, INTERVAL_MS)?;
-        primary.wait_checkpoints(2, HANG_LIMIT)?;
-        drop(primary);
-        secondary.wait_state(1, "ended")?;
+        let secondary = lost(lab, &machine)?;
         let tick = lab.tick_in(&secondary.receiver().dump(1, &lab.file("dump"))?, &machine.guest)?;
         let mut again: &[&str] = &[];
         for transport in [Transport::Tcp, Transport::Unix] {
@@ -450,9 +447,10 @@ fn a_warm_standby_goes_on_at_once() {
             secondary.wait_state(session, "ended")?;
             let (began, serial) = (Instant::now(), lab.file(&format!("standby{session}-serial.log")));
             let first = std::thread::spawn(move || {
-                let ticked = || std::fs::read_to_string(&serial).is_ok_and(|text| text.contains("\ntick "));
-                wait_until("the first tick", ticked);
-                began.elapsed()
+                until("the first tick", || {
+                    let text = std::fs::read_to_string(&serial).ok()?;
+                    text.contains("\ntick ").then(|| began.elapsed())
+                })
             });
             let report = secondary.failover(session, &standby, Way::Shared)?;
             let microseconds = |time: Duration| u64::try_from(time.as_micros()).expect("a short time");
@@ -474,14 +472,6 @@ fn a_warm_standby_goes_on_at_once() {
         );
         Ok(())
     });
-}
-
-fn wait_until(what: &str, mut is_so: impl FnMut() -> bool) {
-    let since = Instant::now();
-    while !is_so() {
-        assert!(since.elapsed() < HANG_LIMIT, "waited {HANG_LIMIT:?} for {what}");
-        std::thread::sleep(Duration::from_millis(1));
-    }
 }
 
 /// Ends a QEMU that the command has started, and with it its directory.

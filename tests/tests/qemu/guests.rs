@@ -28,12 +28,7 @@ fn a_guest_that_dies_leaves_the_other_and_its_own_checkpoint() {
         let mut pc = start(lab, "pc", "6f1c6ac4-4a5c-4d0e-9b36-1f3c26f7a001", &load)?;
         let mut q35 = start(lab, "q35", "6f1c6ac4-4a5c-4d0e-9b36-1f3c26f7a002", &load)?;
         for primary in [&mut pc, &mut q35] {
-            let protection = Protection {
-                channels: CHANNELS,
-                checkpoint_delay_ms: 200,
-                zero_page_detection: None,
-                compression: None,
-            };
+            let protection = Protection::every_ms(200, CHANNELS);
             primary.protect(&address, &protection)?;
         }
         pc.wait_checkpoints(5, HANG_LIMIT)?;

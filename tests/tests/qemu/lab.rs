@@ -119,15 +119,7 @@ fn qemu_protects_itself_with_its_own_secondary() {
         secondary.be_secondary(&address, 4)?;
         let mut primary = Qemu::start(lab, "primary", &machine)?;
         primary.wait_serial("tick 2 ", HANG_LIMIT)?;
-        primary.protect(
-            &address,
-            &Protection {
-                channels: 4,
-                checkpoint_delay_ms: 200,
-                zero_page_detection: None,
-                compression: None,
-            },
-        )?;
+        primary.protect(&address, &Protection::every_ms(200, 4))?;
         primary.wait_checkpoints(5, HANG_LIMIT)?;
         assert!(primary.pauses_us().len() >= 5);
 

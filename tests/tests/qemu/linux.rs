@@ -38,12 +38,7 @@ fn linux_guest_is_protected_while_it_writes() {
         let mut receiver = Receiver::start(lab, &address, &options)?;
         let mut primary = Qemu::start(lab, "primary", &machine)?;
         primary.wait_serial("tick 1", HANG_LIMIT)?;
-        let protection = Protection {
-            channels: CHANNELS,
-            checkpoint_delay_ms: 300,
-            zero_page_detection: None,
-            compression: None,
-        };
+        let protection = Protection::every_ms(300, CHANNELS);
         primary.protect(&address, &protection)?;
 
         let (began, ticks_before) = (Instant::now(), primary.ticks());

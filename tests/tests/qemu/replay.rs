@@ -45,15 +45,13 @@ fn recorded(lab: &Lab, channels: u8) -> Result<Recorded, LabError> {
     let mut recorder = Recorder::start(lab, &front, &back)?;
     let mut primary = Qemu::start(lab, "primary", &machine())?;
     primary.wait_serial("tick 2 ", HANG_LIMIT)?;
-    let protection = Protection {
-        channels,
-        checkpoint_delay_ms: 150,
-        zero_page_detection: None,
-        compression: None,
-    };
-    primary.protect(&front, &protection)?;
-    primary.wait_checkpoints(CHECKPOINTS_MIN, HANG_LIMIT)?;
-    let saved = primary.commit_stopped(&lab.file("saved.ram"))?;
+    let saved_to = lab.file("saved.ram");
+    let saved = primary.protect_and_stop(
+        &front,
+        &Protection::every_ms(150, channels),
+        CHECKPOINTS_MIN,
+        &saved_to,
+    )?;
     let held = live.dump_only(&lab.file("live"))?;
     saved.assert_equal(&held.block("pc.ram")?)?;
     drop(primary);

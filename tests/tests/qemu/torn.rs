@@ -47,21 +47,18 @@ fn body(lab: &Lab, backend: BackendKind) -> Result<(), LabError> {
         &Machine::bare("pc", 128, Guest::Test(load.clone())),
     )?;
     primary.wait_serial("tick 2 ", HANG_LIMIT)?;
-    let protection = Protection {
-        channels: CHANNELS,
-        checkpoint_delay_ms: 400,
-        zero_page_detection: None,
-        compression: None,
-    };
+    let protection = Protection::every_ms(400, CHANNELS);
     primary.protect(&address, &protection)?;
-    primary.wait_checkpoints(2, HANG_LIMIT)?;
+    primary.wait_checkpoints(4, HANG_LIMIT)?;
+    let pause_us = *primary.pauses_us().iter().min().expect("four checkpoints");
 
     let mut uncommitted = 0;
     for freeze in 0..FREEZES {
         let before = primary.checkpoints()?;
         primary.wait_checkpoints(before + 1, HANG_LIMIT)?;
         primary.wait_paused(HANG_LIMIT)?;
-        std::thread::sleep(Duration::from_millis(4) * freeze);
+        // At another part of the pause every time.
+        std::thread::sleep(Duration::from_micros(pause_us) * freeze / FREEZES);
         primary.freeze()?;
         let complete = u64::try_from(primary.checkpoints()?).expect("a count");
         let out = lab.file(&format!("frozen{freeze}"));

@@ -78,15 +78,9 @@ impl Case {
         let mut receiver = Receiver::start(lab, &back, &options)?;
         let mut recorder = Recorder::start(lab, &front, &back)?;
         let mut primary = self.start_guest(lab)?;
-        let protection = Protection {
-            channels: 0,
-            checkpoint_delay_ms: 150,
-            zero_page_detection: None,
-            compression: None,
-        };
-        primary.protect(&front, &protection)?;
-        primary.wait_checkpoints(CHECKPOINTS_MIN, HANG_LIMIT)?;
-        let saved = primary.commit_stopped(&lab.file("saved.ram"))?;
+        let saved_to = lab.file("saved.ram");
+        let saved =
+            primary.protect_and_stop(&front, &Protection::every_ms(150, 0), CHECKPOINTS_MIN, &saved_to)?;
         let dump = receiver.dump_only(&lab.file("dump"))?;
         drop(primary);
         receiver.wait_exit()?;
