@@ -33,7 +33,7 @@ fn copy_file(from: &Path, to: &Path) -> std::io::Result<()> {
     let copy = File::create(to)?;
     copy.set_len(bytes.len() as u64)?;
     for (at, page) in (0u64..).zip(bytes.chunks(PAGE)) {
-        if page.iter().any(|byte| *byte != 0) {
+        if *page != [0; PAGE][..page.len()] {
             copy.write_all_at(page, at * PAGE as u64)?;
         }
     }
