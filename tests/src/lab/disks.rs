@@ -106,7 +106,7 @@ impl<'a> DiskRuns<'a> {
     /// When the receiver reports another disk than the guest's.
     pub fn run(&mut self, victim: Victim) -> Result<(), LabError> {
         let left = self.kill(victim)?;
-        let resumed = self.resume(&left.secondary, &left.base)?;
+        let resumed = self.resume(&left.secondary, 1, &left.base)?;
         let (sweeps, tick) = (self.sweeps_after(&resumed)?, resumed.ticks());
         println!(
             "{victim:?} killed: checkpoint {}, {sweeps} sweeps, tick {tick}: memory and disk agree",
@@ -169,7 +169,7 @@ impl<'a> DiskRuns<'a> {
         self.wait_instant(&mut primary)?;
         let _ = primary.kill();
         secondary.wait_state(1, "ended")?;
-        let resumed = self.resume(&secondary, &image)?;
+        let resumed = self.resume(&secondary, 1, &image)?;
         match self.sweeps_after(&resumed) {
             Ok(_) => Ok(false),
             // It found something, and is still printing it.
@@ -251,6 +251,53 @@ impl<'a> DiskRuns<'a> {
         secondary.remove_disks()
     }
 
+    /// A guest that lost its receiver is protected again by copying what has changed on its disk, once while it runs, once
+    /// while it stands; then it lives on from the receiver's disk.
+    ///
+    /// # Errors
+    /// When a step fails, or memory and disk do not agree.
+    ///
+    /// # Panics
+    /// When another amount was copied than can have changed.
+    pub fn protect_again(&mut self) -> Result<(), LabError> {
+        // So many that most of them are not written once more before the primary dies.
+        self.guest.slots = 512;
+        let written = u64::from(self.guest.threads * self.guest.slots) * 4096;
+        let mut secondary = Secondary::start_with_disks(self.lab, 2)?;
+        let base = secondary.disk(EXPORT);
+        make_image(&base)?;
+        let image = self.image();
+        let mut primary = self.start(&image)?;
+        let (to, name) = (secondary.disk_address(), format!("disk0={EXPORT}"));
+        let disks = ["--disk", &name, "--disk-to", &to];
+        self.protect(&secondary, &mut primary, &disks)?;
+        self.wait_instant(&mut primary)?;
+        secondary.kill_and_restart(self.lab)?;
+        let changed = [&disks[..], &["--disk-sync", "changed"]].concat();
+        for (stands, session) in [(false, 1), (true, 2)] {
+            super::unprotect_by_command(primary.free_monitor())?;
+            secondary.receiver().discard(session)?;
+            self.sweeps_after(&primary)?;
+            let report = match stands {
+                true => self.protect(&secondary, &mut primary, &changed)?,
+                false => secondary.protect_by_command(&mut primary, &changed)?,
+            };
+            println!("protected again: {}", report["disk_changes"]);
+            let bytes = report["disk_changes"]["bytes"].as_u64().expect("bytes");
+            // A record counts in pieces of 64 KiB.
+            assert!((written / 2..=2 * written).contains(&bytes), "{report}");
+            let stopped = report["disk_changes"]["stopped_ms"].as_u64().expect("time");
+            assert_eq!(stopped == 0, stands, "{report}");
+            self.wait_instant(&mut primary)?;
+        }
+        let _ = primary.kill();
+        secondary.wait_state(3, "ended")?;
+        let resumed = self.resume(&secondary, 3, &base)?;
+        self.sweeps_after(&resumed)?;
+        drop(resumed);
+        secondary.remove_disks()
+    }
+
     fn image(&mut self) -> PathBuf {
         self.runs += 1;
         self.lab.file(&format!("primary{}.raw", self.runs))
@@ -285,18 +332,18 @@ impl<'a> DiskRuns<'a> {
         Ok(())
     }
 
-    fn resume(&self, secondary: &Secondary, image: &Path) -> Result<Qemu, LabError> {
+    fn resume(&self, secondary: &Secondary, session: u64, image: &Path) -> Result<Qemu, LabError> {
         let name = format!("resumed{}", self.runs);
         let way = if self.runs.is_multiple_of(2) {
             Way::Stream
         } else {
             Way::Shared
         };
-        let mut standby = secondary.standby(self.lab, &name, &self.machine(image), way, 1)?;
+        let mut standby = secondary.standby(self.lab, &name, &self.machine(image), way, session)?;
         let monitor = standby.free_monitor().display().to_string();
         let stream = (way == Way::Stream).then_some("--stream");
         let arguments = ["--qmp", &monitor].into_iter().chain(stream);
-        secondary.receiver().failover(1, arguments)?;
+        secondary.receiver().failover(session, arguments)?;
         // It stood when its first copy was made, which is in its state.
         standby.qmp().execute("cont", &json!({}))?;
         Ok(standby)

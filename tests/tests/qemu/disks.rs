@@ -108,6 +108,11 @@ fn a_guest_that_loses_its_receiver_runs_on() {
     });
 }
 
+#[test]
+fn a_guest_is_protected_again_by_copying_what_has_changed() {
+    disk_experiment(|lab| DiskRuns::new(lab, DiskBus::VirtioBlk, DiskContent::Raw).protect_again());
+}
+
 /// A fresh QEMU must use the checkpoint's disk; what it needs for that is printed; a copy that is kept starts the guest, too.
 #[test]
 fn a_failover_checks_the_disk_and_keeps_a_copy() {

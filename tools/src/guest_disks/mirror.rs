@@ -2,7 +2,7 @@
 
 use super::GuestDisk;
 use crate::net::Address;
-use crate::qmp::{Qmp, QmpError};
+use crate::qmp::{Event, Qmp, QmpError};
 use serde_json::{Value, json};
 use std::time::{Duration, Instant};
 use thiserror::Error;
@@ -70,6 +70,19 @@ pub(crate) enum MirrorError {
         /// QEMU's own words.
         reason: String,
     },
+    /// What has changed on it is not known.
+    #[error(
+        "disk {disk}: this QEMU has no record of what has changed since it was copied to {export} at {to}; --disk-sync full \
+         copies everything, and begins one"
+    )]
+    NoRecord {
+        /// The guest's disk.
+        disk: String,
+        /// The receiver's name for it.
+        export: String,
+        /// Where the receiver serves disks.
+        to: String,
+    },
     /// It does not end.
     #[error("QEMU does not end the job {job} even without its connection; `query-block-jobs` shows it")]
     Stuck {
@@ -87,6 +100,14 @@ pub(crate) struct MirrorState {
     pub(crate) all: u64,
     /// Whether every disk is copied, and every write of the guest reaches both sides before it is complete.
     pub(crate) is_synced: bool,
+}
+
+impl MirrorState {
+    /// Adds a job's share.
+    pub(super) fn add(&mut self, job: &Value) {
+        self.done += job["offset"].as_u64().unwrap_or(0);
+        self.all += job["len"].as_u64().unwrap_or(0);
+    }
 }
 
 /// One disk and its export.
@@ -119,7 +140,7 @@ impl Mirrors {
         wanted: Vec<Mirror>,
     ) -> Result<Self, MirrorError> {
         for (number, mirror) in wanted.iter().enumerate() {
-            let node = format!("{TARGET}{number}");
+            let node = target(number);
             let wire_name = match uuid {
                 Some(uuid) => format!("{}@{uuid}", mirror.export),
                 None => mirror.export.clone(),
@@ -151,18 +172,12 @@ impl Mirrors {
     pub(crate) fn start(&self, qmp: &mut Qmp, copies_all: bool) -> Result<(), MirrorError> {
         for (number, mirror) in self.0.iter().enumerate() {
             let options = json!({
-                "job-id": format!("{JOB}{number}"), "device": mirror.disk.node, "target": format!("{TARGET}{number}"),
+                "job-id": job(number), "device": mirror.disk.node, "target": target(number),
                 "sync": if copies_all { "full" } else { "none" }, "copy-mode": "write-blocking",
                 "on-target-error": "report", "filter-node-name": format!("{FILTER}{number}"),
             });
             qmp.execute("blockdev-mirror", &options)
-                .map_err(|error| match error {
-                    QmpError::Refused { description, .. } => MirrorError::Refused {
-                        disk: mirror.disk.name.clone(),
-                        said: description,
-                    },
-                    other => other.into(),
-                })?;
+                .map_err(|error| refused(error, mirror))?;
         }
         Ok(())
     }
@@ -178,24 +193,22 @@ impl Mirrors {
             ..MirrorState::default()
         };
         for (number, mirror) in self.0.iter().enumerate() {
-            let name = format!("{JOB}{number}");
+            let name = job(number);
             let Some(job) = jobs.iter().find(|job| job["device"] == *name) else {
                 return Err(MirrorError::Ended {
                     disk: mirror.disk.name.clone(),
                     reason: why_ended(qmp, &name),
                 });
             };
-            state.done += job["offset"].as_u64().unwrap_or(0);
-            state.all += job["len"].as_u64().unwrap_or(0);
+            state.add(job);
             state.is_synced &= job["ready"] == true && job["actively-synced"] == true;
         }
         Ok(state)
     }
 
     /// The disks and their exports.
-    #[cfg(test)]
-    pub(crate) fn iter(&self) -> impl Iterator<Item = &Mirror> {
-        self.0.iter()
+    pub(crate) fn disks(&self) -> &[Mirror] {
+        &self.0
     }
 }
 
@@ -212,7 +225,7 @@ pub(crate) fn remove_all(qmp: &mut Qmp) -> Result<usize, MirrorError> {
     let nodes = nodes.as_array().map_or(&[][..], Vec::as_slice);
     let targets = ours(nodes.iter().map(|node| &node["node-name"]), TARGET);
     for number in &targets {
-        qmp.execute("blockdev-del", &json!({"node-name": format!("{TARGET}{number}")}))?;
+        qmp.execute("blockdev-del", &json!({"node-name": target(*number)}))?;
     }
     Ok(targets.len())
 }
@@ -224,7 +237,7 @@ pub(crate) fn is_mirrors_connection(instance: &Value) -> bool {
 
 /// Cancels a job and waits until it is gone; with its connection cut, if it does not go otherwise.
 fn end_job(qmp: &mut Qmp, number: usize) -> Result<(), MirrorError> {
-    let job = format!("{JOB}{number}");
+    let job = job(number);
     match qmp.execute("job-cancel", &json!({"id": job})) {
         // It may have ended by itself.
         Ok(_) | Err(QmpError::Refused { .. }) => {}
@@ -247,10 +260,31 @@ fn end_job(qmp: &mut Qmp, number: usize) -> Result<(), MirrorError> {
 }
 
 fn yank_instance(number: usize) -> Value {
-    json!({"type": "block-node", "node-name": format!("{TARGET}{number}")})
+    json!({"type": "block-node", "node-name": target(number)})
 }
 
-fn jobs(qmp: &mut Qmp) -> Result<Vec<Value>, QmpError> {
+/// The id of a disk's job.
+pub(super) fn job(number: usize) -> String {
+    format!("{JOB}{number}")
+}
+
+/// The node of its export.
+pub(super) fn target(number: usize) -> String {
+    format!("{TARGET}{number}")
+}
+
+/// An error of a command about a disk.
+pub(super) fn refused(error: QmpError, mirror: &Mirror) -> MirrorError {
+    match error {
+        QmpError::Refused { description, .. } => MirrorError::Refused {
+            disk: mirror.disk.name.clone(),
+            said: description,
+        },
+        other => other.into(),
+    }
+}
+
+pub(super) fn jobs(qmp: &mut Qmp) -> Result<Vec<Value>, QmpError> {
     let listed = qmp.execute("query-block-jobs", &json!({}))?;
     Ok(listed.as_array().cloned().unwrap_or_default())
 }
@@ -261,12 +295,28 @@ fn ours<'a>(names: impl Iterator<Item = &'a Value>, prefix: &str) -> Vec<usize> 
     numbers.filter(|number| *number < MIRRORS_MAX).collect()
 }
 
+/// What QEMU said last of a job that has ended.
+fn last_words(qmp: &Qmp, job: &str) -> Option<Event> {
+    let events = qmp.events().into_iter().rev();
+    let mut of_job =
+        events.filter(|event| event.name.starts_with("BLOCK_JOB_C") && event.data["device"] == *job);
+    of_job.next()
+}
+
+/// Whether a job that is gone had done all that it was to do.
+pub(super) fn check_completed(qmp: &Qmp, job: &str, mirror: &Mirror) -> Result<(), MirrorError> {
+    match last_words(qmp, job) {
+        Some(event) if event.name == "BLOCK_JOB_COMPLETED" && event.data["error"].is_null() => Ok(()),
+        _ => Err(MirrorError::Ended {
+            disk: mirror.disk.name.clone(),
+            reason: why_ended(qmp, job),
+        }),
+    }
+}
+
 /// What QEMU said when a job ended.
 fn why_ended(qmp: &Qmp, job: &str) -> String {
-    let events = qmp.events();
-    let last = (events.iter().rev())
-        .find(|event| event.name.starts_with("BLOCK_JOB_C") && event.data["device"] == *job);
-    match last {
+    match last_words(qmp, job) {
         Some(event) if event.name == "BLOCK_JOB_CANCELLED" => "it was cancelled".to_owned(),
         Some(event) => event.data["error"]
             .as_str()
@@ -287,16 +337,24 @@ fn server(to: &Address) -> Value {
     }
 }
 
-fn node_bytes(qmp: &mut Qmp, node: &str) -> Result<u64, MirrorError> {
+/// A node, as QEMU describes it.
+pub(super) fn node(qmp: &mut Qmp, name: &str) -> Result<Value, MirrorError> {
     let nodes = qmp.execute("query-named-block-nodes", &json!({"flat": true}))?;
-    let found = nodes.as_array().into_iter().flatten();
-    let bytes = found
-        .filter(|found| found["node-name"] == *node)
-        .find_map(|found| found["image"]["virtual-size"].as_u64());
-    bytes.ok_or_else(|| MirrorError::Refused {
+    let mut found = nodes.as_array().into_iter().flatten();
+    let node = found.find(|found| found["node-name"] == *name);
+    node.cloned().ok_or_else(|| not_listed(name))
+}
+
+fn node_bytes(qmp: &mut Qmp, name: &str) -> Result<u64, MirrorError> {
+    let bytes = node(qmp, name)?["image"]["virtual-size"].as_u64();
+    bytes.ok_or_else(|| not_listed(name))
+}
+
+fn not_listed(node: &str) -> MirrorError {
+    MirrorError::Refused {
         disk: node.to_owned(),
         said: "QEMU does not list it".to_owned(),
-    })
+    }
 }
 
 fn not_connected(error: QmpError, mirror: &Mirror, to: &Address) -> MirrorError {

@@ -3,6 +3,7 @@
 //! A mirror is three things in QEMU, all named here by its number, so that they are found again by whichever command ends
 //! them: an NBD client node to the receiver's export, a filter node over the guest's disk, and the job that copies.
 
+pub(crate) mod changes;
 mod mirror;
 
 pub(crate) use mirror::{Mirror, MirrorError, MirrorState, Mirrors, is_mirrors_connection, remove_all};

@@ -50,10 +50,24 @@ pub(crate) fn monitor(version: (u64, u64, u64), mut answers: Answers) -> SocketP
                 }
             };
             // The client may have seen enough.
-            let _ = writeln!(stream, "{line}");
+            let _ = match (command, line.get("return")) {
+                // A backup that has nothing to do.
+                ("blockdev-backup", Some(_)) => {
+                    writeln!(stream, "{}{line}", completed(&request["arguments"]))
+                }
+                _ => writeln!(stream, "{line}"),
+            };
         }
     });
     path
+}
+
+/// That a job has ended.
+fn completed(job: &Value) -> Value {
+    json!({
+        "event": "BLOCK_JOB_COMPLETED", "timestamp": {"seconds": 1, "microseconds": 0},
+        "data": {"device": job["job-id"], "type": "backup"},
+    })
 }
 
 fn connect(path: &SocketPath) -> Result<Qmp, QmpError> {

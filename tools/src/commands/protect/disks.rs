@@ -1,20 +1,20 @@
 //! The guest's disks: which are mirrored to the receiver, and their first copy.
 
-use crate::guest_disks::{self, DiskUse, GuestDisk, Mirror, MirrorError, MirrorState, Mirrors, remove_all};
+mod copy;
+
+use crate::guest_disks::{self, DiskUse, GuestDisk, Mirror, MirrorError, Mirrors, remove_all};
 use crate::net::Address;
 use crate::options::Size;
-use crate::output::{CommandError, ProgressLine, mebibytes, tell};
+use crate::output::{CommandError, mebibytes, tell};
 use crate::qmp::Qmp;
 use clap::{Args, ValueEnum};
+use copy::{Changes, FirstCopy};
 use serde::Serialize;
 use serde_json::json;
 use std::collections::HashSet;
 use std::str::FromStr;
-use std::sync::mpsc::{self, RecvTimeoutError};
-use std::time::{Duration, Instant};
-
-/// How often QEMU is asked how far the copies are.
-const POLL: Duration = Duration::from_millis(100);
+use std::sync::mpsc;
+use std::time::Duration;
 
 /// Longest name of an export, in bytes.
 const NAME_MAX: usize = 64;
@@ -48,6 +48,9 @@ pub enum DiskSync {
     /// Everything
     #[default]
     Full,
+    /// What the guest has written since this QEMU began to mirror them to the same receiver: it is copied while the guest
+    /// runs, and the last of it while the guest is stopped
+    Changed,
     /// Nothing: you know that the receiver's copies equal the guest's disks now
     None,
 }
@@ -107,6 +110,9 @@ pub(super) struct DiskReport {
     unprotected_disks: Vec<String>,
     read_only_disks: Vec<String>,
     disk_copy_ms: u64,
+    /// Of `--disk-sync changed`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    disk_changes: Option<Changes>,
 }
 
 /// What is to be done with the guest's disks.
@@ -192,28 +198,33 @@ impl DiskPlan {
         args: &DiskArgs,
         wished: &mpsc::Receiver<()>,
         shows: bool,
-    ) -> Result<Mirrors, CommandError> {
+    ) -> Result<(Mirrors, Option<Changes>), CommandError> {
         if self.wanted.is_empty() {
-            return Ok(Mirrors::default());
+            return Ok((Mirrors::default(), None));
         }
-        let mut attempt = || {
+        let mut connect = || {
             if remove_all(qmp)? > 0 {
                 tell("removed what an earlier protection has left: mirrors of disks to another receiver");
             }
-            let mirrors = Mirrors::connect(qmp, &self.to, self.uuid.as_deref(), self.wanted.clone())?;
-            mirrors.start(qmp, args.disk_sync == DiskSync::Full)?;
-            Ok(mirrors)
+            Mirrors::connect(qmp, &self.to, self.uuid.as_deref(), self.wanted.clone())
         };
-        let copied = attempt().map_err(|error: MirrorError| error.to_string());
-        let copied = copied.and_then(|mirrors| {
-            let is_copied = wait_synced(qmp, &mirrors, wished, shows);
-            is_copied.map(|()| mirrors)
+        let connected = connect().map_err(|error: MirrorError| error.to_string());
+        let copied = connected.and_then(|mirrors| {
+            let mut copy = FirstCopy {
+                qmp,
+                to: &self.to,
+                mirrors: &mirrors,
+                wished,
+                shows,
+            };
+            let changes = copy.run(args.disk_sync)?;
+            Ok((mirrors, changes))
         });
         copied.map_err(|why| CommandError::Failed(format!("{why}; {}", give_up(qmp))))
     }
 
     /// For the report.
-    pub(super) fn report(&self, args: &DiskArgs, copying: Duration) -> DiskReport {
+    pub(super) fn report(&self, args: &DiskArgs, changes: Option<Changes>, copying: Duration) -> DiskReport {
         let names = |disks: &[GuestDisk]| disks.iter().map(|disk| disk.name.clone()).collect();
         DiskReport {
             disk_to: (!self.wanted.is_empty()).then(|| self.to.to_string()),
@@ -229,6 +240,7 @@ impl DiskPlan {
             unprotected_disks: names(&self.unprotected),
             read_only_disks: names(&self.read_only),
             disk_copy_ms: u64::try_from(copying.as_millis()).unwrap_or(u64::MAX),
+            disk_changes: changes,
         }
     }
 }
@@ -247,7 +259,12 @@ impl DiskReport {
                 size(disk.bytes)
             )
         };
-        self.disks.iter().map(line).collect()
+        let lines: String = self.disks.iter().map(line).collect();
+        let changes = self.disk_changes.map(|Changes { bytes, stopped_ms }| {
+            let mebibytes = mebibytes(bytes);
+            format!("{mebibytes:.1} MiB of them had changed; the guest was stopped for {stopped_ms} ms to copy the last of it\n")
+        });
+        lines + &changes.unwrap_or_default()
     }
 }
 
@@ -258,54 +275,6 @@ pub(super) fn give_up(qmp: &mut Qmp) -> String {
         Ok(_) => "the guest runs on, unprotected, and its disks are no longer mirrored".to_owned(),
         Err(error) => format!("the guest runs on, unprotected; its mirrors cannot be removed: {error}"),
     }
-}
-
-/// Waits until everything is copied, showing how far it is.
-fn wait_synced(
-    qmp: &mut Qmp,
-    mirrors: &Mirrors,
-    wished: &mpsc::Receiver<()>,
-    shows: bool,
-) -> Result<(), String> {
-    let began = Instant::now();
-    let mut line = ProgressLine::new(shows);
-    loop {
-        let state = mirrors.state(qmp).map_err(|error| error.to_string())?;
-        if state.is_synced {
-            return Ok(());
-        }
-        line.show(&progress(state, began.elapsed()));
-        match wished.recv_timeout(POLL) {
-            Ok(()) => {
-                let done = mebibytes(state.done);
-                return Err(format!(
-                    "interrupted after {done:.0} MiB of its disks were copied"
-                ));
-            }
-            Err(RecvTimeoutError::Timeout) => {}
-            // There is no thread that could interrupt it.
-            Err(RecvTimeoutError::Disconnected) => std::thread::sleep(POLL),
-        }
-    }
-}
-
-/// How far the copies are, how fast, and how long the rest takes at that rate.
-fn progress(state: MirrorState, since: Duration) -> String {
-    const WIDTH: u64 = 20;
-    let MirrorState { done, all, .. } = state;
-    let all = all.max(1);
-    let full = usize::try_from(WIDTH * done.min(all) / all).unwrap_or(0);
-    let rate = mebibytes(done) / since.as_secs_f64().max(0.1);
-    let left = match done {
-        0 => "?".to_owned(),
-        _ => format!("{:.0} s", mebibytes(all.saturating_sub(done)) / rate),
-    };
-    format!(
-        "disks [{:<20}] {:.0} of {:.0} MiB, {rate:.0} MiB/s, {left} left",
-        "=".repeat(full),
-        mebibytes(done),
-        mebibytes(all),
-    )
 }
 
 /// The disks that the operator names.

@@ -116,7 +116,7 @@ pub fn run(args: &ProtectArgs) -> Result<ExitCode, CommandError> {
     plan.tell_what_is_left();
     let changed = set_up(&mut qmp, args, compression, plan.needs_uuid())?;
     let began = Instant::now();
-    let mirrors = plan.mirror(&mut qmp, &args.disks, &wished, !args.json)?;
+    let (mirrors, changes) = plan.mirror(&mut qmp, &args.disks, &wished, !args.json)?;
     let copying = began.elapsed();
     let began = Instant::now();
     let migrate = qmp.execute("migrate", &json!({"uri": args.to.to_string()}));
@@ -138,7 +138,7 @@ pub fn run(args: &ProtectArgs) -> Result<ExitCode, CommandError> {
         ram_bytes: state["ram"]["total"].as_u64(),
         transferred_bytes: state["ram"]["transferred"].as_u64(),
         elapsed_ms: u64::try_from(began.elapsed().as_millis()).unwrap_or(u64::MAX),
-        disks: plan.report(&args.disks, copying),
+        disks: plan.report(&args.disks, changes, copying),
         machine: Machine::read(),
     };
     if args.json {

@@ -1,8 +1,11 @@
 //! Which disks are mirrored under which name, and what is refused.
 
+use super::copy::progress;
 use super::*;
+use crate::guest_disks::MirrorState;
 use crate::qmp::tests::{Answers, SocketPath, monitor};
 use serde_json::Value;
+use std::collections::BTreeSet;
 use std::sync::{Arc, Mutex};
 
 fn entry(device: &str, node: &str, read_only: bool) -> Value {
@@ -15,15 +18,19 @@ fn entry(device: &str, node: &str, read_only: bool) -> Value {
 /// What a QEMU was asked to do.
 type Commands = Arc<Mutex<Vec<String>>>;
 
-/// A guest with two writable disks and a CD. `refuses` names a command that QEMU refuses; the mirrors are ready at once.
+/// A guest with two writable disks and a CD. `refuses` names a command that QEMU refuses. Mirrors are ready at once, and
+/// backups ended; each disk's record has 20 MiB at first and 1 MiB after a backup.
 fn guest(name: Option<&'static str>, uuid: &'static str, refuses: &'static str) -> (SocketPath, Commands) {
     let done = Commands::default();
     let seen = done.clone();
     let answers: Answers = Box::new(move |command, arguments| {
         if !command.starts_with("query") && command != "qom-get" {
-            let what = ["node-name", "job-id", "id"].map(|key| arguments[key].as_str());
+            let what = ["node-name", "job-id", "id", "name", "target"].map(|key| arguments[key].as_str());
             let what = what.into_iter().flatten().next().unwrap_or("");
-            seen.lock().unwrap().push(format!("{command} {what}"));
+            let node = arguments["node"].as_str().map(|node| format!("{node} "));
+            seen.lock()
+                .unwrap()
+                .push(format!("{command} {}{what}", node.unwrap_or_default()));
         }
         if command == refuses {
             return Err(format!("{command}: no"));
@@ -32,6 +39,11 @@ fn guest(name: Option<&'static str>, uuid: &'static str, refuses: &'static str) 
         let named = |verb: &str| -> Vec<String> {
             let with = done.iter().filter_map(|line| line.strip_prefix(verb));
             with.map(str::to_owned).collect()
+        };
+        // Whether there is what one verb made and the other removes.
+        let is_there = |name: &String, makes: &str, removes: &str| {
+            let count = |verb| named(verb).iter().filter(|other| *other == name).count();
+            count(makes) > count(removes)
         };
         match command {
             "query-block" => Ok(json!([
@@ -42,21 +54,38 @@ fn guest(name: Option<&'static str>, uuid: &'static str, refuses: &'static str) 
             "query-name" => Ok(name.map_or(json!({}), |name| json!({"name": name}))),
             "query-uuid" => Ok(json!({"UUID": uuid})),
             "query-named-block-nodes" => {
-                let removed = named("blockdev-del ");
-                let nodes = named("blockdev-add ");
-                let nodes = nodes.iter().filter(|node| !removed.contains(node));
-                Ok(nodes
-                    .map(|node| json!({"node-name": node, "image": {"virtual-size": 1 << 30}}))
-                    .collect())
+                let nodes: BTreeSet<_> = named("blockdev-add ").into_iter().collect();
+                let nodes = nodes
+                    .iter()
+                    .filter(|node| is_there(node, "blockdev-add ", "blockdev-del "));
+                let targets =
+                    nodes.map(|node| json!({"node-name": node, "image": {"virtual-size": 1 << 30}}));
+                let count = if named("blockdev-backup ").is_empty() {
+                    20
+                } else {
+                    1
+                } << 20;
+                let disks = ["n0", "n2"].map(|node| {
+                    let verbs = ["add", "remove"].map(|verb| format!("block-dirty-bitmap-{verb} {node} "));
+                    let mut records = named(&verbs[0]);
+                    records.retain(|name| is_there(name, &verbs[0], &verbs[1]));
+                    let records = records
+                        .iter()
+                        .map(|name| json!({"name": name, "recording": true, "count": count}));
+                    json!({"node-name": node, "drv": "raw", "dirty-bitmaps": records.collect::<Value>()})
+                });
+                Ok(targets.chain(disks).collect())
             }
             "query-block-jobs" => {
-                let ended = named("job-cancel ");
-                let jobs = named("blockdev-mirror ");
-                let jobs = jobs.iter().filter(|job| !ended.contains(job));
+                let jobs: BTreeSet<_> = named("blockdev-mirror ").into_iter().collect();
+                let jobs = jobs
+                    .iter()
+                    .filter(|job| is_there(job, "blockdev-mirror ", "job-cancel "));
                 Ok(jobs
                     .map(|job| json!({"device": job, "offset": 9, "len": 9, "ready": true, "actively-synced": true}))
                     .collect())
             }
+            "query-status" => Ok(json!({"running": true})),
             "qom-get" => Ok(json!("virtio-blk-device")),
             _ => Ok(json!({})),
         }
@@ -140,14 +169,92 @@ fn names_that_are_made_up_are_valid() {
 fn mirrors_are_started_node_before_job() {
     let (path, done) = guest(None, UUID, "");
     let made = plan_and_mirror(&path).unwrap();
-    assert_eq!(made.iter().count(), 2);
+    assert_eq!(made.disks().len(), 2);
     let expected = [
         "blockdev-add colo-ring-nbd0",
         "blockdev-add colo-ring-nbd1",
+        "block-dirty-bitmap-add n0 colo-ring unix:/run/r.nbd vda unfinished",
+        "block-dirty-bitmap-add n2 colo-ring unix:/run/r.nbd vdb unfinished",
         "blockdev-mirror colo-ring-disk0",
         "blockdev-mirror colo-ring-disk1",
+        "block-dirty-bitmap-add n0 colo-ring unix:/run/r.nbd vda",
+        "block-dirty-bitmap-merge n0 colo-ring unix:/run/r.nbd vda",
+        "block-dirty-bitmap-remove n0 colo-ring unix:/run/r.nbd vda unfinished",
+        "block-dirty-bitmap-add n2 colo-ring unix:/run/r.nbd vdb",
+        "block-dirty-bitmap-merge n2 colo-ring unix:/run/r.nbd vdb",
+        "block-dirty-bitmap-remove n2 colo-ring unix:/run/r.nbd vdb unfinished",
     ];
     assert_eq!(*done.lock().unwrap(), expected);
+}
+
+#[test]
+fn changes_are_copied_while_the_guest_runs_and_the_last_while_it_is_stopped() {
+    let (path, done) = guest(None, UUID, "");
+    let mut qmp = connect(&path);
+    let changed = DiskArgs {
+        disk_sync: DiskSync::Changed,
+        ..disks(&[])
+    };
+    let refused = mirror_with(&mut qmp, &changed).unwrap_err().to_string();
+    assert!(
+        refused.contains("no record") && refused.contains("--disk-sync full"),
+        "{refused}"
+    );
+    mirror_with(&mut qmp, &disks(&[])).unwrap();
+    remove_all(&mut qmp).unwrap();
+    done.lock()
+        .unwrap()
+        .retain(|line| line.starts_with("block-dirty"));
+
+    let (_, changes) = mirror_with(&mut qmp, &changed).unwrap();
+    assert_eq!(changes.unwrap().bytes, 40 << 20);
+    let done = done.lock().unwrap();
+    let steps: Vec<_> = done
+        .iter()
+        .filter(|line| !line.starts_with("block-dirty"))
+        .collect();
+    let expected = [
+        "blockdev-add colo-ring-nbd0",
+        "blockdev-add colo-ring-nbd1",
+        "blockdev-backup colo-ring-disk0",
+        "blockdev-backup colo-ring-disk1",
+        "stop ",
+        "blockdev-backup colo-ring-disk0",
+        "blockdev-backup colo-ring-disk1",
+        "blockdev-mirror colo-ring-disk0",
+        "blockdev-mirror colo-ring-disk1",
+        "cont ",
+    ];
+    assert_eq!(steps, expected);
+}
+
+#[test]
+fn a_guest_is_not_left_stopped_when_the_last_of_its_changes_cannot_be_copied() {
+    let (path, done) = guest(None, UUID, "blockdev-mirror");
+    let mut qmp = connect(&path);
+    for node in ["n0", "n2"] {
+        let name = format!(
+            "colo-ring unix:/run/r.nbd {}",
+            if node == "n0" { "vda" } else { "vdb" }
+        );
+        qmp.execute("block-dirty-bitmap-add", &json!({"node": node, "name": name}))
+            .unwrap();
+    }
+    let changed = DiskArgs {
+        disk_sync: DiskSync::Changed,
+        ..disks(&[])
+    };
+    let error = mirror_with(&mut qmp, &changed).unwrap_err().to_string();
+    assert!(
+        error.contains("blockdev-mirror: no; the guest runs on, unprotected"),
+        "{error}"
+    );
+    let done = done.lock().unwrap();
+    let at = |step: &str| done.iter().position(|line| line == step);
+    assert!(
+        at("stop ") < at("cont ") && at("cont ") < at("blockdev-del colo-ring-nbd0"),
+        "{done:?}"
+    );
 }
 
 #[test]
@@ -167,11 +274,13 @@ fn what_fails_leaves_nothing_behind() {
 
 /// One connection, as the monitor takes one client.
 fn plan_and_mirror(path: &SocketPath) -> Result<Mirrors, CommandError> {
+    mirror_with(&mut connect(path), &disks(&[])).map(|(mirrors, _)| mirrors)
+}
+
+fn mirror_with(qmp: &mut Qmp, args: &DiskArgs) -> Result<(Mirrors, Option<Changes>), CommandError> {
     let (_wish, wished) = mpsc::channel();
-    let mut qmp = connect(path);
-    let args = disks(&[]);
-    let plan = DiskPlan::make(&mut qmp, &args, &"unix:/run/r".parse().unwrap())?;
-    plan.mirror(&mut qmp, &args, &wished, false)
+    let plan = DiskPlan::make(qmp, args, &"unix:/run/r".parse().unwrap())?;
+    plan.mirror(qmp, args, &wished, false)
 }
 
 #[test]
