@@ -288,7 +288,11 @@ impl<'a> DiskRuns<'a> {
             assert!((written / 2..=2 * written).contains(&bytes), "{report}");
             let stopped = report["disk_changes"]["stopped_ms"].as_u64().expect("time");
             assert_eq!(stopped == 0, stands, "{report}");
-            self.wait_instant(&mut primary)?;
+            // The primary's own events still have the end of the first protection.
+            wait_for("checkpoints", HANG_LIMIT, || {
+                let committed = secondary.session(session + 1)?["checkpoint"].as_u64();
+                Ok(committed.filter(|checkpoint| *checkpoint >= 3))
+            })?;
         }
         let _ = primary.kill();
         secondary.wait_state(3, "ended")?;
