@@ -303,7 +303,7 @@ fn the_only_copy_of_a_guest_is_kept() {
     let receiver = RunningReceiver::start(wrapped(&[]), &["--once"]);
     let primary = SynthPrimary::connect(receiver.address(), &guest()).expect("precopy");
     primary.close().expect("its end");
-    receiver.wait_for_log("goes on in spite of --once");
+    receiver.wait_for_log("keeps running although it was started with --once");
     receiver.wait_for_log("colo-ring failover --session 1");
     assert_eq!(receiver.status()["sessions"][0]["checkpoint"], 0);
     receiver.signal(nix::sys::signal::Signal::SIGTERM);

@@ -12,7 +12,7 @@ pub enum DiskError {
     NoBase(PathBuf),
     /// The base is a qcow2 image.
     #[error(
-        "{} is a qcow2 image, and bases are raw: `qemu-img convert -O raw` converts it, and an empty base does for a full copy", .0.display()
+        "{} is a qcow2 image, and bases are raw: `qemu-img convert -O raw` converts it; where everything is copied anyway, an empty raw file is enough", .0.display()
     )]
     Qcow2(PathBuf),
     /// The base is neither a file nor a block device.

@@ -240,6 +240,8 @@ impl Index {
 mod tests {
     use super::*;
     use proptest::prelude::*;
+    use rand::rngs::Xoshiro256PlusPlus;
+    use rand::{RngExt, SeedableRng};
 
     const SECTORS: usize = 6000;
 
@@ -273,11 +275,8 @@ mod tests {
         #[test]
         fn an_index_is_what_was_inserted(seed: u64, longest in prop_oneof![Just(1u64), Just(9), Just(3000)], from: u16) {
             let (mut index, mut model) = (Index::default(), vec![None; SECTORS]);
-            let mut state = seed;
-            let mut random = |below: u64| {
-                state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
-                (state >> 33) % below
-            };
+            let mut rng = Xoshiro256PlusPlus::seed_from_u64(seed);
+            let mut random = |below: u64| rng.random_range(0..below);
             for step in 0..4000 {
                 let offset = random(SECTORS as u64);
                 let length = (1 + random(longest)).min(SECTORS as u64 - offset);

@@ -31,7 +31,7 @@ pub(super) enum IdentifyError {
     #[error(transparent)]
     Wire(#[from] WireError),
     /// It was closed too early.
-    #[error("it was closed before it said what it is")]
+    #[error("it was closed before its first bytes identified it")]
     Closed,
     /// It stayed silent.
     #[error("it did not say what it is within {0:?}")]

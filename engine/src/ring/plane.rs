@@ -291,7 +291,7 @@ fn start_core(
                 };
                 if let Err(error) = ended {
                     warn(format!(
-                        "core {core} receives no more, its sessions stand still: {error}"
+                        "core {core} has stopped receiving, and its sessions with it: {error}"
                     ));
                 }
             })?

@@ -171,11 +171,7 @@ impl Store {
     /// # Panics
     /// If there is no such shard, or the page does not lie there; in precopy.
     pub fn adopt(&self, shard: usize, page: PageIndex, buffer: &PoolBuffer, bytes: &[u8; PAGE_SIZE]) {
-        assert_eq!(
-            self.phase(),
-            Phase::Colo,
-            "in precopy pages belong into the image"
-        );
+        assert_eq!(self.phase(), Phase::Colo, "in precopy pages belong in the image");
         buffer.adopt(page, bytes);
         self.dirty.mark(shard, page);
         self.received.insert_all(&[page]);

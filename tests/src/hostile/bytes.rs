@@ -5,7 +5,7 @@ use colo_ring::blocks::BlockTable;
 use colo_ring::units::PAGE_SIZE;
 use colo_ring::wire::codec::Method;
 use colo_ring::wire::colo::Message;
-use colo_ring::wire::multifd::{HEADER_LEN, INIT_LEN, PacketFields, raw_payload_len};
+use colo_ring::wire::multifd::{HEADER_LEN, PacketFields, raw_payload_len};
 use colo_ring::wire::ram::{BlockRef, RamRecord, encode_block_list};
 use colo_ring::wire::return_path::RpMessage;
 use colo_ring::wire::stream::{Command, Section, StreamHeader, encode_footer};
@@ -197,6 +197,3 @@ pub fn answers_to_precopy() -> Vec<u8> {
 pub fn answers_to_checkpoint() -> Vec<u8> {
     [message(Message::VmstateReceived), message(Message::VmstateLoaded)].concat()
 }
-
-/// Bytes of a channel before its first packet.
-pub const INIT_BYTES: u64 = INIT_LEN as u64;

@@ -57,7 +57,7 @@ fn strangers_among_connections() {
         let mut cut = Link::connect(bench.address);
         cut.send(&whole[..sent]);
         cut.half_close();
-        bench.warned("it was closed before it said what it is");
+        bench.warned("it was closed before its first bytes identified it");
         assert!(cut.is_closed());
     }
     let (session, mut primary) = bench.protected();

@@ -44,7 +44,7 @@ impl Wanted {
         })
     }
 
-    /// Lets go of the places.
+    /// Releases the places.
     pub(crate) fn clear(&mut self) {
         self.placed.clear();
         self.segments.clear();

@@ -248,7 +248,7 @@ impl ControlState {
     /// A guest that may exist nowhere else is kept until the operator decides, also with `once`.
     fn keep_the_only_copy(&self, id: u32) {
         let goes_on = match self.context.options.once {
-            true => ". This receiver goes on in spite of --once",
+            true => ". This receiver keeps running although it was started with --once",
             false => "",
         };
         self.warn(format!(

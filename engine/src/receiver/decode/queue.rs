@@ -207,7 +207,7 @@ impl DecodeQueue {
         self.write(shard, normal, contents)
     }
 
-    /// Brings decoded pages to the store, those between two pages of zeros at one go.
+    /// Brings decoded pages to the store, those between two pages of zeros in one call.
     fn write(
         &self,
         shard: usize,

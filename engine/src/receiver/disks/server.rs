@@ -32,7 +32,7 @@ const SILENCE: Duration = Duration::from_secs(1);
 /// Bytes received at a time in a handshake.
 const BUFFER_BYTES: usize = 4096;
 
-/// How long the end of the migration is waited for when a disk's connection ends: a primary that died has lost both.
+/// How long to wait for the end of the migration when a disk's connection ends: a primary that died has lost both.
 const GRACE: Duration = Duration::from_millis(200);
 
 /// Why a client was disconnected in its handshake.

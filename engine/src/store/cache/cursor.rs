@@ -5,7 +5,7 @@ use crate::store::cache::extent_refs::ExtentId;
 use crate::store::cache::extents::{EXTENT_SLOTS, Extents, Slot};
 use crate::store::memory::numa::NodeIndex;
 
-/// Where its owner goes on in an extent, which it holds.
+/// The next free slot of an extent, and a reference to that extent.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Cursor {
     next: Option<Slot>,

@@ -136,7 +136,7 @@ impl DirtyBitmap {
         self.shards[shard].mark(word, mask);
     }
 
-    /// Marks all pages of a packet in `shard`, neighbours at one go.
+    /// Marks all pages of a packet in `shard`, neighbours together.
     ///
     /// # Panics
     /// As [`DirtyBitmap::mark`].

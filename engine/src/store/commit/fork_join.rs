@@ -78,7 +78,7 @@ impl<W: Clone> ForkJoin<W> {
         }
     }
 
-    /// Waits for an fork other than `round`; `None` when closed.
+    /// Waits for a fork other than `round`; `None` when closed.
     fn wait_for_fork(&self, round: &mut u64) -> Option<Joined<'_, W>> {
         let mut shared = self.shared.lock().expect(NEVER_POISONED);
         loop {
@@ -126,8 +126,8 @@ impl<W: Clone> Drop for Joined<'_, W> {
     }
 }
 
-/// An fork that stands until it is joined.
-#[must_use = "an fork that is not joined leaves helpers at work"]
+/// A fork, until it is joined.
+#[must_use = "a fork that is not joined leaves helpers at work"]
 pub(crate) struct Fork<'a, W> {
     fork_join: &'a ForkJoin<W>,
 }

@@ -1,5 +1,5 @@
 //! Copies to, from and within guest memory. Nothing else in the store reads or writes its content, except what the receive
-//! buffer of a pool moves (`cache/pool_buffer.rs`).
+//! buffer of a pool moves (`cache/pool_buffer.rs`) and what the kernel writes to a file (`PageSpan::write_to`).
 //!
 //! # Why this is sound
 //! The same guest page may be written by several writers at the same time: two channels may carry it in one epoch (spec §10:

@@ -11,7 +11,7 @@ pub(crate) const HUGE_2M: u64 = 2 << 20;
 /// Bytes of a 1 GiB page.
 pub(crate) const HUGE_1G: u64 = 1 << 30;
 
-/// Of which pages guest memory is.
+/// The size of the pages that hold guest memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "cli", derive(clap::ValueEnum))]
 pub enum HugePages {

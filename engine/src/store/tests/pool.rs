@@ -110,10 +110,10 @@ fn what_is_held_is_given_back_at_the_end() {
     let mut landing = Landing::default();
     land(&store, 0, &[(1, 11), (2, 12)], &mut landing);
     store.write(1, page(3), &content(13)).unwrap();
-    let window = store.pool_buffer(0).unwrap().unwrap();
+    let buffer = store.pool_buffer(0).unwrap().unwrap();
     store.commit(CheckpointId(0), &mut Vec::new(), &alone());
     land_more(&store, &mut landing);
-    drop(window);
+    drop(buffer);
     store.release_landing(&mut landing);
     store.drop_uncommitted();
     let (free, all) = free_of(&store);
@@ -154,26 +154,26 @@ fn packets_that_were_decoded_leave_no_slot_unused() {
 
 /// Pages at odd addresses among other bytes, as in plain mode, over more than one extent.
 #[test]
-fn pages_stay_where_a_window_received_them() {
+fn pages_stay_where_a_buffer_received_them() {
     let store = Arc::new(pool());
-    let mut window = store.pool_buffer(0).unwrap().unwrap();
+    let mut buffer = store.pool_buffer(0).unwrap().unwrap();
     let mut sent = 0;
     for at in 0..600 {
         // A record: five bytes, and the page.
         let record: Vec<u8> = [0xee; 5].into_iter().chain(content(at + 1)).collect();
         let mut rest = &record[..];
         while !rest.is_empty() {
-            let (space, free) = window.space().unwrap().unwrap();
+            let (space, free) = buffer.space().unwrap().unwrap();
             let count = rest.len().min(free).min(3000);
             copy::fill_bytes(space, &rest[..count]);
-            window.fill(count);
+            buffer.fill(count);
             rest = &rest[count..];
         }
-        let bytes = window.bytes();
+        let bytes = buffer.bytes();
         assert_eq!(bytes.len(), record.len());
         let page_bytes = bytes[5..].first_chunk::<PAGE_SIZE>().unwrap();
-        store.adopt(0, page(at), &window, page_bytes);
-        window.consume(record.len());
+        store.adopt(0, page(at), &buffer, page_bytes);
+        buffer.consume(record.len());
         sent += 1;
     }
     assert_eq!(newest_stamp(&store, 77), 78);
@@ -181,7 +181,7 @@ fn pages_stay_where_a_window_received_them() {
     assert_eq!(report.pages, sent);
     store.finish_flush();
     assert!((0..600).all(|at| image_stamp(&store, at) == at + 1));
-    drop(window);
+    drop(buffer);
     let (free, all) = free_of(&store);
     assert_eq!(free, all, "the extents of flushed pages are free again");
 }

@@ -121,7 +121,7 @@ pub fn fixed_bytes(method: Method) -> u64 {
     }
 }
 
-/// Memory that the first [`Decoder::decode`] takes besides, of which the payload tells: the window of a zstd stream.
+/// Memory that the first [`Decoder::decode`] takes in addition, as its payload demands: the window of a zstd stream.
 ///
 /// # Errors
 /// If the payload cannot begin a stream of that method.
