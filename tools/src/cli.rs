@@ -100,9 +100,10 @@ enum Command {
     /// Be a primary without a guest: make a session of a chosen shape, live or into a capture
     ///
     /// Speaks as a QEMU primary does. The secondary is a receiver or anything else that does not look into the device
-    /// state: QEMU does, and refuses it, because it only looks like that of a machine. Checkpoints are due at fixed times whatever the secondary does, and received and loaded are counted from when
-    /// they were due: one that comes late because the last one was still running has waited, and that shows. Pages
-    /// are made before they are due, and what this side is late by is counted apart. With --out nothing is measured.
+    /// state. QEMU does, and refuses it: it only has the form of a machine's. Checkpoints are due at fixed times
+    /// whatever the secondary does, and received and loaded are counted from these times, so that a checkpoint which
+    /// waits for the one before it counts its wait. Pages are made before they are due, and this side's own delay is
+    /// counted apart. With --out nothing is measured.
     #[command(
         after_help = "Example:\n  colo-ring synth --to tcp:127.0.0.1:4444 --ram 1G --pages lognormal:3000,0.5 --interval 600\n  colo-ring synth --to unix:/run/colo.sock --preset file-upload --run /tmp/upload --name colo-ring\n  colo-ring synth --out /tmp/idle.cap --preset idle --checkpoints 20"
     )]
@@ -129,7 +130,7 @@ enum Command {
 
     /// Be a secondary that keeps nothing: the floor of the transport, for comparison
     ///
-    /// Reads every byte into a small buffer and answers as soon as it may. A guest that is protected by it is not.
+    /// Reads every byte into a small buffer and answers as soon as it may. It keeps nothing: a guest cannot be resumed from it.
     #[command(
         after_help = "Example:\n  colo-ring sink --listen tcp:127.0.0.1:4444 --channels 4\n  colo-ring replay guest.cap --to tcp:127.0.0.1:4444"
     )]

@@ -41,7 +41,7 @@ impl Conversation {
                 io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused => {
                     "; is a receiver running with this --control?"
                 }
-                io::ErrorKind::PermissionDenied => "; only the receiver's own user may speak to it",
+                io::ErrorKind::PermissionDenied => "; only the receiver's own user can connect to it",
                 _ => "",
             };
             CommandError::Failed(format!("cannot connect to {address}: {error}{hint}"))

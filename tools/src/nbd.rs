@@ -29,7 +29,6 @@ const FLAG_WRITE_ZEROES: u16 = 1 << 6;
 
 const CMD_READ: u16 = 0;
 const CMD_WRITE: u16 = 1;
-const CMD_DISCONNECT: u16 = 2;
 const CMD_WRITE_ZEROES: u16 = 6;
 
 /// Requests in flight, as many as QEMU's client has.
@@ -176,14 +175,6 @@ impl NbdClient {
         self.read_exact("read data", buffer)
     }
 
-    /// Ends the connection as the protocol has it.
-    ///
-    /// # Errors
-    /// If it had ended already.
-    pub fn disconnect(mut self) -> Result<(), NbdError> {
-        self.request(CMD_DISCONNECT, 0, 0, &[]).map(drop)
-    }
-
     fn negotiate(&mut self) -> Result<(), NbdError> {
         let greeting = [self.read_u64()?, self.read_u64()?];
         if greeting != GREETING {
@@ -219,7 +210,7 @@ impl NbdClient {
         let (magic, option) = (self.read_u64()?, self.read_u32()?);
         let (kind, length) = (self.read_u32()?, self.read_u32()?);
         if magic != OPTION_REPLY || option != OPT_GO || length > OPTION_REPLY_MAX {
-            return Err(self.protocol("an option reply that is none"));
+            return Err(self.protocol("an invalid option reply"));
         }
         let mut data = vec![0; length as usize];
         self.read_exact("negotiate", &mut data)?;

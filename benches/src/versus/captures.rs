@@ -99,7 +99,7 @@ impl<'a> Captures<'a> {
         Err(LabError::Ended {
             what: format!("a capture of {shape}"),
             detail: format!(
-                "a checkpoint was to have about {} pages; {ATTEMPTS} attempts had {seen:?}: the host is too busy",
+                "a checkpoint should have about {} pages, but {ATTEMPTS} attempts had {seen:?}: the host is too busy",
                 shape.pages()
             ),
         })

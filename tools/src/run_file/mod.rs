@@ -256,7 +256,10 @@ impl RunFile {
         }
         let phases = self.phases();
         if phases.len() > PHASES_MAX {
-            return Err(format!("{} phases: at most {PHASES_MAX} can be", phases.len()));
+            return Err(format!(
+                "{} phases are more than the {PHASES_MAX} that are allowed",
+                phases.len()
+            ));
         }
         match phases.iter().find(|phase| !is_phase_name(phase)) {
             // It becomes part of a file's name.

@@ -179,7 +179,7 @@ fn without_a_primary_it_ends_at_once_and_says_so() {
     proxy.signal(Signal::SIGINT);
     let ended = proxy.wait();
     assert_eq!(ended.code, Some(1));
-    assert!(ended.log.contains("no primary was here"), "{}", ended.log);
+    assert!(ended.log.contains("no primary connected"), "{}", ended.log);
     let contents = read(&scratch);
     assert!(contents.tear.is_none() && contents.flows.is_empty());
 }

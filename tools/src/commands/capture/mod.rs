@@ -220,7 +220,7 @@ fn report(args: &CaptureArgs, described: &Described, outcome: &Outcome) -> Resul
     }
     if !outcome.had_primary {
         return Err(CommandError::failed(
-            "no primary was here: nothing connected that sent a migration stream",
+            "no primary connected: no connection sent a migration stream",
         ));
     }
     Ok(match report.ended_early {

@@ -144,7 +144,7 @@ impl Recorder {
             let waited = tokio::time::timeout(PATIENCE, room).await;
             if waited.is_err() && self.when_behind == WhenBehind::End {
                 self.stop(Some(format!(
-                    "the disk took nothing for {} s",
+                    "the disk did not take any data for {} s",
                     PATIENCE.as_secs()
                 )));
             }

@@ -128,8 +128,8 @@ fn render(checks: &[Check]) -> String {
     }
     let bad = |state| checks.iter().filter(|check| check.state == state).count();
     let verdict = match (bad(State::Missing), bad(State::Warn)) {
-        (0, 0) => "A receiver finds all it can use here.".to_owned(),
-        (0, warnings) => format!("A receiver works here; {warnings} warnings say where it falls short."),
+        (0, 0) => "This host has everything that a receiver can use.".to_owned(),
+        (0, warnings) => format!("A receiver works here, with {warnings} warnings."),
         (missing, _) => format!("A receiver does not work here: {missing} essential things are missing."),
     };
     text.push('\n');

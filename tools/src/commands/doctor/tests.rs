@@ -90,7 +90,7 @@ fn expect(item: &str, state: State, remedy: &str, change: impl FnOnce(&mut Probe
 #[test]
 fn a_good_machine_has_no_complaints() {
     assert_eq!(complaints(&good()), []);
-    assert!(render(&checks(&good())).contains("finds all it can use"));
+    assert!(render(&checks(&good())).contains("has everything that a receiver can use"));
 }
 
 #[test]

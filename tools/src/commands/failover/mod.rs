@@ -315,7 +315,7 @@ fn prepare(
         (None, Some(monitor)) => Waiting::attach(monitor, directory, started)?,
         (None, None) => {
             return Err(CommandError::Usage(
-                "say where to: --qmp, --qemu-args, --to or -- QEMU".to_owned(),
+                "one of --qmp, --qemu-args, --to and -- QEMU is needed".to_owned(),
             ));
         }
     };

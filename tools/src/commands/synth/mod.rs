@@ -188,7 +188,7 @@ pub fn run(args: &SynthArgs) -> Result<ExitCode, CommandError> {
     match (&args.to, &args.out) {
         (Some(address), _) => command.live(address),
         (None, Some(path)) => command.capture(path),
-        (None, None) => Err(CommandError::Usage("--to or --out says where to".to_owned())),
+        (None, None) => Err(CommandError::Usage("one of --to and --out is needed".to_owned())),
     }
 }
 
