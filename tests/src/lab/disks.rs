@@ -280,7 +280,7 @@ impl<'a> DiskRuns<'a> {
             self.sweeps_after(&primary)?;
             let report = match stands {
                 true => self.protect(&secondary, &mut primary, &changed)?,
-                false => secondary.protect_by_command(&mut primary, &changed)?,
+                false => secondary.protect_by_command(&primary, &changed)?,
             };
             println!("protected again: {}", report["disk_changes"]);
             let bytes = report["disk_changes"]["bytes"].as_u64().expect("bytes");
