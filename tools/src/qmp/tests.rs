@@ -53,7 +53,7 @@ pub(crate) fn monitor(version: (u64, u64, u64), mut answers: Answers) -> SocketP
             let _ = match (command, line.get("return")) {
                 // A backup that has nothing to do.
                 ("blockdev-backup", Some(_)) => {
-                    writeln!(stream, "{}{line}", completed(&request["arguments"]))
+                    writeln!(stream, "{}\n{line}", completed(&request["arguments"]))
                 }
                 _ => writeln!(stream, "{line}"),
             };
