@@ -247,7 +247,21 @@ impl<'a> DiskRuns<'a> {
         let nodes = primary
             .qmp()
             .execute("query-named-block-nodes", &json!({"flat": true}))?;
-        assert!(!nodes.to_string().contains("colo-ring"), "{nodes}");
+        let listed = nodes.as_array().expect("a list");
+        let is_ours = |node: &Value| {
+            node["node-name"]
+                .as_str()
+                .is_some_and(|name| name.starts_with("colo-ring"))
+        };
+        assert!(!listed.iter().any(is_ours), "{nodes}");
+        // What the guest writes is noted from the first copy on, for the next protection.
+        let records = listed
+            .iter()
+            .filter_map(|node| node["dirty-bitmaps"][0]["name"].as_str());
+        assert_eq!(
+            records.collect::<Vec<_>>(),
+            [format!("colo-ring {} {EXPORT}", secondary.disk_address())]
+        );
         secondary.remove_disks()
     }
 
