@@ -2,6 +2,7 @@
 
 use super::GuestDisk;
 use crate::net::Address;
+use crate::output::mebibytes;
 use crate::qmp::{Event, Qmp, QmpError};
 use serde_json::{Value, json};
 use std::time::{Duration, Instant};
@@ -82,6 +83,12 @@ pub(crate) enum MirrorError {
         export: String,
         /// Where the receiver serves disks.
         to: String,
+    },
+    /// The operator interrupts the first copy.
+    #[error("interrupted after {:.0} MiB of its disks were copied", mebibytes(*.bytes))]
+    Interrupted {
+        /// What was copied.
+        bytes: u64,
     },
     /// It does not end.
     #[error("QEMU does not end the job {job} even without its connection; `query-block-jobs` shows it")]

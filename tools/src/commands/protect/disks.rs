@@ -202,14 +202,13 @@ impl DiskPlan {
         if self.wanted.is_empty() {
             return Ok((Mirrors::default(), None));
         }
-        let mut connect = || {
+        let mut connect = || -> Result<Mirrors, MirrorError> {
             if remove_all(qmp)? > 0 {
                 tell("removed what an earlier protection has left: mirrors of disks to another receiver");
             }
             Mirrors::connect(qmp, &self.to, self.uuid.as_deref(), self.wanted.clone())
         };
-        let connected = connect().map_err(|error: MirrorError| error.to_string());
-        let copied = connected.and_then(|mirrors| {
+        let copied = connect().and_then(|mirrors| {
             let mut copy = FirstCopy {
                 qmp,
                 to: &self.to,

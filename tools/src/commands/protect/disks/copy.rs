@@ -43,26 +43,26 @@ impl FirstCopy<'_> {
     ///
     /// # Errors
     /// With QEMU's reason, or that it was interrupted.
-    pub(super) fn run(&mut self, sync: DiskSync) -> Result<Option<Changes>, String> {
+    pub(super) fn run(&mut self, sync: DiskSync) -> Result<Option<Changes>, MirrorError> {
         match sync {
             DiskSync::Changed => self.changes().map(Some),
             DiskSync::Full | DiskSync::None => {
-                changes::begin(self.qmp, self.to, self.mirrors.disks()).map_err(in_words)?;
+                changes::begin(self.qmp, self.to, self.mirrors.disks())?;
                 self.mirror(sync == DiskSync::Full)?;
-                changes::keep(self.qmp, self.to, self.mirrors.disks()).map_err(in_words)?;
+                changes::keep(self.qmp, self.to, self.mirrors.disks())?;
                 Ok(None)
             }
         }
     }
 
-    fn mirror(&mut self, copies_all: bool) -> Result<(), String> {
-        self.mirrors.start(self.qmp, copies_all).map_err(in_words)?;
+    fn mirror(&mut self, copies_all: bool) -> Result<(), MirrorError> {
+        self.mirrors.start(self.qmp, copies_all)?;
         self.wait(Mirrors::state)
     }
 
     /// Copies most of it while the guest runs, and stops the guest for the rest: a mirror that copies nothing must begin
     /// when both sides are equal.
-    fn changes(&mut self) -> Result<Changes, String> {
+    fn changes(&mut self) -> Result<Changes, MirrorError> {
         let bytes = self.left()?;
         let mut left = bytes;
         while left > STOPPED_BYTES {
@@ -90,41 +90,34 @@ impl FirstCopy<'_> {
     }
 
     /// Bytes that are not copied.
-    fn left(&mut self) -> Result<u64, String> {
-        changes::bytes(self.qmp, self.to, self.mirrors.disks()).map_err(in_words)
+    fn left(&mut self) -> Result<u64, MirrorError> {
+        changes::bytes(self.qmp, self.to, self.mirrors.disks())
     }
 
-    fn copy(&mut self) -> Result<(), String> {
-        let begun = self.mirrors.start_copy_of_changes(self.qmp, self.to);
-        begun.map_err(in_words)?;
+    fn copy(&mut self) -> Result<(), MirrorError> {
+        self.mirrors.start_copy_of_changes(self.qmp, self.to)?;
         self.wait(Mirrors::copy_of_changes)
     }
 
-    fn ask(&mut self, command: &str) -> Result<serde_json::Value, String> {
-        let answer = self.qmp.execute(command, &json!({}));
-        answer.map_err(|error| error.to_string())
+    fn ask(&mut self, command: &str) -> Result<serde_json::Value, MirrorError> {
+        Ok(self.qmp.execute(command, &json!({}))?)
     }
 
     /// Waits until everything is copied, showing how far it is.
     fn wait(
         &mut self,
         state_of: fn(&Mirrors, &mut Qmp) -> Result<MirrorState, MirrorError>,
-    ) -> Result<(), String> {
+    ) -> Result<(), MirrorError> {
         let began = Instant::now();
         let mut line = ProgressLine::new(self.shows);
         loop {
-            let state = state_of(self.mirrors, self.qmp).map_err(in_words)?;
+            let state = state_of(self.mirrors, self.qmp)?;
             if state.is_synced {
                 return Ok(());
             }
             line.show(&progress(state, began.elapsed()));
             match self.wished.recv_timeout(POLL) {
-                Ok(()) => {
-                    let done = mebibytes(state.done);
-                    return Err(format!(
-                        "interrupted after {done:.0} MiB of its disks were copied"
-                    ));
-                }
+                Ok(()) => return Err(MirrorError::Interrupted { bytes: state.done }),
                 Err(RecvTimeoutError::Timeout) => {}
                 // There is no thread that could interrupt it.
                 Err(RecvTimeoutError::Disconnected) => std::thread::sleep(POLL),
@@ -150,8 +143,4 @@ pub(super) fn progress(state: MirrorState, since: Duration) -> String {
         mebibytes(done),
         mebibytes(all),
     )
-}
-
-fn in_words(error: MirrorError) -> String {
-    error.to_string()
 }
