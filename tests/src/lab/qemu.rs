@@ -285,9 +285,11 @@ impl Qemu {
     /// [`LabError::Timeout`].
     pub fn wait_serial(&self, prefix: &str, limit: Duration) -> Result<String, LabError> {
         wait_for(&format!("the guest to print '{prefix}'"), limit, || {
+            // A line is whole once its end was printed.
             Ok(self
                 .serial()
-                .lines()
+                .split_inclusive('\n')
+                .filter_map(|line| line.strip_suffix('\n'))
                 .find(|line| line.starts_with(prefix))
                 .map(str::to_owned))
         })
