@@ -20,6 +20,9 @@ pub enum MemoryError {
     /// Making it failed unexpectedly.
     #[error("the thread that made it panicked")]
     Panicked,
+    /// Something to be stored came before the block list, which says how much memory the guest has.
+    #[error("a page came before the list of RAM blocks")]
+    NoBlockList,
 }
 
 /// A guest's memory.

@@ -131,8 +131,9 @@ impl MainChannel {
                 }
                 (Action::OpenGate, _) => self.session.rendezvous.open_gate(),
                 (Action::Send(outbound), _) => self.send(outbound)?,
+                // The session does not do that. If it did, a panic here would end the other sessions of the core too.
                 (Action::Page(_) | Action::Commit(_) | Action::FinishFlush, None) => {
-                    unreachable!("the session asks for memory first")
+                    return Err(MemoryError::NoBlockList.into());
                 }
             }
         }
