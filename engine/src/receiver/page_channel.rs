@@ -96,11 +96,13 @@ impl PageChannel {
         let link = &mut self.link;
         link.plan.advance(bytes);
         match (link.state, &mut self.pages) {
-            (State::Header, pages) => match (link.fill_header(bytes)?, pages) {
-                (false, _) => Ok(()),
-                (true, None) => link.first_packet(),
-                (true, Some(pages)) => pages.packet(link),
-            },
+            (State::Header, pages) => {
+                link.fill_header(bytes)?;
+                match pages {
+                    None => link.first_packet(),
+                    Some(pages) => pages.packet(link),
+                }
+            }
             (State::Payload, Some(pages)) if link.plan.remaining() == 0 => pages.payload_received(link),
             _ => Ok(()),
         }
@@ -140,18 +142,20 @@ impl PageChannel {
 }
 
 impl Link {
-    /// Header bytes have arrived. Returns whether the header is complete.
-    fn fill_header(&mut self, bytes: usize) -> Result<bool, ChannelError> {
+    /// Header bytes have arrived.
+    fn fill_header(&mut self, bytes: usize) -> Result<(), ChannelError> {
         self.header.fill(bytes);
         if let Some(start) = self.header.bytes().first_chunk::<START_LEN>() {
             multifd::check_start(start)?;
         }
-        Ok(self.header.bytes().len() == HEADER_LEN)
+        Ok(())
     }
 
-    /// The channel's first header is complete: a SYNC without pages.
+    /// Once the channel's first header is complete: it is a SYNC without pages.
     fn first_packet(&mut self) -> Result<(), ChannelError> {
-        let header = decode(&self.header)?;
+        let Some(header) = decode(&self.header)? else {
+            return Ok(());
+        };
         let action = self.protocol.on_header(&header)?;
         self.header.consume(HEADER_LEN);
         match action {
@@ -206,9 +210,10 @@ impl Link {
     }
 }
 
-fn decode(header: &StreamBuffer) -> Result<PacketHeader<'_>, ChannelError> {
+/// None while the header is incomplete.
+fn decode(header: &StreamBuffer) -> Result<Option<PacketHeader<'_>>, ChannelError> {
     let bytes = header.bytes().first_chunk::<HEADER_LEN>();
-    Ok(PacketHeader::decode(bytes.expect("called with a whole header"))?)
+    Ok(bytes.map(PacketHeader::decode).transpose()?)
 }
 
 impl Connection for PageChannel {

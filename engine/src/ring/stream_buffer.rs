@@ -76,13 +76,19 @@ impl StreamBuffer {
         self.filled += count;
     }
 
+    /// Discards what is in it, and returns all of its space. Only to be called while no receive is posted.
+    pub fn restart(&mut self) -> (*mut u8, usize) {
+        self.pos.set(0);
+        self.filled = 0;
+        (self.memory.as_ptr(), self.capacity)
+    }
+
     /// Free space, after moving what is left to the front when the end is near. None while the buffer is full of
     /// unconsumed bytes. Only to be called while no receive is posted.
     pub fn space(&mut self) -> Option<(*mut u8, usize)> {
         let pos = self.pos.get();
         if pos == self.filled {
-            self.pos.set(0);
-            self.filled = 0;
+            self.restart();
         } else if self.capacity - self.filled < self.capacity / 2 && pos > 0 {
             // SAFETY: both ranges lie in the buffer; no receive is posted, so nothing else touches it.
             unsafe {

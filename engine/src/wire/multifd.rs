@@ -158,7 +158,8 @@ fn check_flags(flags: u32) -> Result<Method, WireError> {
 #[derive(Clone, Copy, Debug)]
 pub struct PacketHeader<'a> {
     bytes: &'a [u8; HEADER_LEN],
-    flags: u32,
+    sync: bool,
+    method: Method,
     normal: u16,
     zero: u16,
     payload_len: u32,
@@ -184,7 +185,8 @@ impl<'a> PacketHeader<'a> {
         }
         Ok(Self {
             bytes,
-            flags,
+            sync: flags & FLAG_SYNC != 0,
+            method,
             normal,
             zero,
             // 7.2 leaves a stale size in packets without pages; nothing follows them.
@@ -194,12 +196,12 @@ impl<'a> PacketHeader<'a> {
 
     /// Whether the channel has reached a sync point once this packet's pages are applied.
     pub fn is_sync(&self) -> bool {
-        self.flags & FLAG_SYNC != 0
+        self.sync
     }
 
     /// How the payload is compressed. Meaningful only with normal pages.
     pub fn method(&self) -> Method {
-        Method::from_flags(self.flags).expect("checked when decoded")
+        self.method
     }
 
     /// Pages whose content is in the payload, up to [`PACKET_PAGES`].
@@ -272,7 +274,7 @@ impl<'a> PacketHeader<'a> {
         normal: &mut PageList,
         zero: &mut PageList,
     ) -> Result<Option<BlockId>, WireError> {
-        (normal.len, zero.len) = (0, 0);
+        (normal.count, zero.count) = (0, 0);
         if !self.has_pages() {
             return Ok(None);
         }
@@ -282,7 +284,7 @@ impl<'a> PacketHeader<'a> {
             .ok_or_else(|| WireError::unknown_block(name))?;
         let filled = self.fill(table, id, normal, zero);
         if filled.is_err() {
-            (normal.len, zero.len) = (0, 0);
+            (normal.count, zero.count) = (0, 0);
         }
         filled.map(|()| Some(id))
     }
@@ -333,14 +335,14 @@ fn count(field: &'static str, seen: u32, limit: u16) -> Result<u16, WireError> {
 #[derive(Clone, Debug)]
 pub struct PageList {
     pages: [PageIndex; PACKET_PAGES],
-    len: usize,
+    count: u16,
 }
 
 impl Default for PageList {
     fn default() -> Self {
         Self {
             pages: [PageIndex::new(0); PACKET_PAGES],
-            len: 0,
+            count: 0,
         }
     }
 }
@@ -348,7 +350,12 @@ impl Default for PageList {
 impl PageList {
     /// The pages, in the packet's order.
     pub fn as_slice(&self) -> &[PageIndex] {
-        &self.pages[..self.len]
+        &self.pages[..usize::from(self.count)]
+    }
+
+    /// How many they are.
+    pub fn count(&self) -> u16 {
+        self.count
     }
 
     fn contains(&self, page: PageIndex) -> bool {
@@ -356,8 +363,8 @@ impl PageList {
     }
 
     fn push(&mut self, page: PageIndex) {
-        self.pages[self.len] = page;
-        self.len += 1;
+        self.pages[usize::from(self.count)] = page;
+        self.count += 1;
     }
 }
 

@@ -87,7 +87,7 @@ impl Compressed {
         packet.place = place;
         std::mem::swap(&mut packet.normal, normal);
         std::mem::swap(&mut packet.zero, zero);
-        let (space, _) = packet.payload.space().expect("its last payload was consumed");
+        let (space, _) = packet.payload.restart();
         space
     }
 

@@ -102,7 +102,7 @@ impl DecodeQueue {
         queue.put_decoder(Box::new(ChannelDecoder { decoder, is_charged }));
         for _ in 0..PACKETS {
             queue.put_free(Box::new(Packet {
-                payload: StreamBuffer::new(PAYLOAD_MAX.try_into().expect("addresses have 64 bits")),
+                payload: StreamBuffer::new(PAYLOAD_MAX as usize),
                 normal: Box::default(),
                 zero: Box::default(),
                 place: PacketPlace::default(),
@@ -152,7 +152,6 @@ impl DecodeQueue {
                 }
             }
         }
-        packet.payload.consume(packet.payload.bytes().len());
         self.put_free(packet);
         let Applied { more, wake } = self.backlog.applied();
         if wake && !canary::is_set(Canary::LostDecodeWake) {
@@ -184,7 +183,6 @@ impl DecodeQueue {
         };
         let decoded = self.decode(&mut decoder, packet, shard, pages);
         self.put_decoder(decoder);
-        packet.payload.consume(packet.payload.bytes().len());
         decoded
     }
 
@@ -201,10 +199,8 @@ impl DecodeQueue {
             self.lease.grow(codec::stream_bytes(decoder.method(), payload)?)?;
             *is_charged = true;
         }
-        let normal = packet.normal.as_slice();
-        let count = u16::try_from(normal.len()).expect("a packet has at most 128 pages");
-        let contents = decoder.decode(payload, count, pages)?;
-        self.write(shard, normal, contents)
+        let contents = decoder.decode(payload, packet.normal.count(), pages)?;
+        self.write(shard, packet.normal.as_slice(), contents)
     }
 
     /// Brings decoded pages to the store, those between two pages of zeros in one call.

@@ -72,7 +72,7 @@ impl Decoding {
         length: u32,
     ) {
         let space = self.compressed.begin(place, normal, zero);
-        self.length = usize::try_from(length).expect("addresses have 64 bits");
+        self.length = length as usize;
         link.begin_plan();
         link.plan.push(space, self.length);
         link.state = State::Payload;
@@ -102,15 +102,17 @@ impl Pages {
         }
     }
 
-    /// The next header is complete: receives or does what follows, once there is room for it.
+    /// Once the next header is complete: receives or does what follows, as soon as there is room for it.
     pub(super) fn packet(&mut self, link: &mut Link) -> Result<(), ChannelError> {
+        let Some(header) = decode(&link.header)? else {
+            return Ok(());
+        };
         if let Payloads::Compressed(decoding) = &mut self.payloads
             && !decoding.compressed.has_room()
         {
             link.state = State::NoRoom;
             return Ok(());
         }
-        let header = decode(&link.header)?;
         let place = link.place();
         let action = link.protocol.on_header(&header)?;
         if header.has_pages() {
@@ -176,7 +178,7 @@ impl Pages {
                 NextHeader::InSlab(slot)
             }
             None => {
-                let (space, bytes) = link.header.space().expect("the header was consumed");
+                let (space, bytes) = link.header.restart();
                 plan.push(space, bytes);
                 NextHeader::InBuffer
             }

@@ -80,7 +80,7 @@ pub(crate) struct Extents {
     inline_growth: AtomicU32,
     /// Consecutive checkpoints that would have needed a slab less.
     spare: AtomicU32,
-    growing: Mutex<Option<SlabMemory>>,
+    growing: Mutex<SlabMemory>,
 }
 
 impl Extents {
@@ -90,7 +90,7 @@ impl Extents {
     /// If there is not even address space. Too few huge pages are a fallback, noted in `notes`.
     pub(crate) fn map(
         mut layout: PoolLayout,
-        mut memory: SlabMemory,
+        memory: SlabMemory,
         notes: &mut Vec<Fallback>,
     ) -> Result<Self, StoreError> {
         let nodes = memory.nodes().count();
@@ -103,35 +103,36 @@ impl Extents {
             refs: ExtentRefs::new(extents, layout.slab_extents, nodes),
             inline_growth: AtomicU32::new(0),
             spare: AtomicU32::new(0),
-            growing: Mutex::new(None),
+            growing: Mutex::new(memory),
         };
+        let mut memory = pool.growing.lock().unwrap_or_else(PoisonError::into_inner);
         for position in 0..layout.first {
             pool.add_slab(&mut memory, NodeIndex(position % nodes))?;
         }
         notes.extend(memory.notes(layout.first));
-        *pool.growing.lock().unwrap_or_else(PoisonError::into_inner) = Some(memory);
+        drop(memory);
         Ok(pool)
     }
 
     /// Maps the next slab for `node`, and frees its extents. One that was in use before is mapped already, for its former node.
-    fn add_slab(&self, memory: &mut SlabMemory, node: NodeIndex) -> Result<&Slab, StoreError> {
+    fn add_slab(&self, memory: &mut SlabMemory, node: NodeIndex) -> Result<(), StoreError> {
         let slab = self.next_slab(memory, node)?;
         // A lack of memory for a file is a signal when the file is touched, and an error here.
         if slab.memory().is_shared() {
             populate(&[slab.memory()]).map_err(|errno| Self::no_memory(self.layout.slab_bytes(), errno))?;
         }
-        self.open_slab();
-        Ok(slab)
+        self.open_slab(slab);
+        Ok(())
     }
 
+    /// The slab after those in use, mapped. One thread at a time has `memory`.
     fn next_slab(&self, memory: &mut SlabMemory, node: NodeIndex) -> Result<&Slab, StoreError> {
         let place = &self.slabs[self.grown.load(Ordering::Relaxed)];
-        if place.get().is_none() {
-            let bytes = self.layout.slab_bytes();
-            let slab = Slab::of_slots(memory, bytes, node)?;
-            assert!(place.set(slab).is_ok(), "slabs are added by one thread at a time");
+        if let Some(slab) = place.get() {
+            return Ok(slab);
         }
-        Ok(place.get().expect("set above"))
+        let slab = Slab::of_slots(memory, self.layout.slab_bytes(), node)?;
+        Ok(place.get_or_init(|| slab))
     }
 
     fn no_memory(bytes: u64, errno: Errno) -> StoreError {
@@ -141,9 +142,9 @@ impl Extents {
         }
     }
 
-    fn open_slab(&self) {
+    /// Frees the extents of the slab after those in use.
+    fn open_slab(&self, slab: &Slab) {
         let position = self.grown.load(Ordering::Relaxed);
-        let slab = self.slabs[position].get().expect("mapped before");
         slab.want(true);
         self.grown.store(position + 1, Ordering::Release);
         self.refs.open_slab(position, slab.node());
@@ -290,12 +291,11 @@ impl Extents {
         if self.revive() || self.grown.load(Ordering::Relaxed) >= self.layout.keep {
             return Ok(());
         }
-        let memory = growing.as_mut().expect("set when the extents were mapped");
-        let slab = self.next_slab(memory, self.refs.shortest_node())?;
+        let slab = self.next_slab(&mut growing, self.refs.shortest_node())?;
         populate(&[slab.memory()]).map_err(|errno| Self::no_memory(self.layout.slab_bytes(), errno))?;
         // A note on memory that cannot be locked was given for the first slabs.
         drop(mlock::lock(std::iter::once(slab.memory())));
-        self.open_slab();
+        self.open_slab(slab);
         Ok(())
     }
 
@@ -311,8 +311,7 @@ impl Extents {
                 mib: self.used().bytes >> 20,
             });
         }
-        let memory = growing.as_mut().expect("set when the extents were mapped");
-        self.add_slab(memory, node)?;
+        self.add_slab(&mut growing, node)?;
         self.inline_growth.fetch_add(1, Ordering::Relaxed);
         Ok(())
     }
