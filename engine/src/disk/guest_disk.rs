@@ -11,7 +11,7 @@ use super::epoch::Epoch;
 use super::pool::{RamPlace, RamShare, SegmentPool};
 use super::record::{DiskRecord, Ownership};
 use crate::canary::{self, Canary};
-pub(crate) use requests::{Piece, Source, Wanted, WriteTarget, nbd_error};
+pub(crate) use requests::{Piece, RequestFailure, Source, Wanted, WriteTarget};
 use std::collections::VecDeque;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -110,10 +110,10 @@ impl Disk {
     /// Opens a disk for a connection.
     ///
     /// # Errors
-    /// If its base cannot be used, or it belongs to someone else.
+    /// If its base cannot be used, or a checkpoint or another receiver has the disk.
     pub(crate) fn open(directory: &Path, name: &str, options: DiskOptions) -> Result<Self, DiskError> {
         let base = Base::open(&super::path_of(directory, name))?;
-        let record = DiskRecord::claim(directory, name, base.size())?;
+        let record = DiskRecord::create(directory, name, base.size())?;
         super::recovery::remove_logs(directory, name)?;
         let pool = SegmentPool::new(directory, name, options.segment_bytes, options.log_max);
         Ok(Self::new(name, base, record, pool, Phase::Copying))

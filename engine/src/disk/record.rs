@@ -67,8 +67,8 @@ pub(crate) struct Ownership {
 pub(crate) struct DiskRecord {
     path: PathBuf,
     words: Mapping,
-    /// The file is removed, or stays.
-    is_settled: AtomicBool,
+    /// Whether the file stays when this is dropped, or is removed already.
+    is_kept_or_removed: AtomicBool,
     _lock: Flock<File>,
 }
 
@@ -112,18 +112,18 @@ impl DiskRecord {
             let record = Self {
                 path: path.to_owned(),
                 words,
-                is_settled: AtomicBool::new(false),
+                is_kept_or_removed: AtomicBool::new(false),
                 _lock: lock,
             };
             return Ok((record, is_new));
         }
     }
 
-    /// Claims a disk of `size` bytes for a connection.
+    /// Creates the record of a disk of `size` bytes for a connection, in place of one that is not needed any more.
     ///
     /// # Errors
-    /// If another receiver serves it, or a checkpoint may need it.
-    pub(crate) fn claim(directory: &Path, disk: &str, size: u64) -> Result<Self, DiskError> {
+    /// If another receiver serves the disk, or a checkpoint may need it.
+    pub(crate) fn create(directory: &Path, disk: &str, size: u64) -> Result<Self, DiskError> {
         let (record, is_new) = Self::open(&Self::path_of(directory, disk), true)?;
         if !is_new
             && record.get(at::MAGIC) == MAGIC
@@ -256,13 +256,13 @@ impl DiskRecord {
 
     /// Leaves the file where it is.
     pub(crate) fn keep(&self) -> &Self {
-        self.is_settled.store(true, Ordering::Relaxed);
+        self.is_kept_or_removed.store(true, Ordering::Relaxed);
         self
     }
 
     /// Removes the file: no checkpoint needs the disk.
     pub(crate) fn remove(&self) {
-        self.is_settled.store(true, Ordering::Relaxed);
+        self.is_kept_or_removed.store(true, Ordering::Relaxed);
         // It fails if the file is gone, which is what is wanted.
         drop(std::fs::remove_file(&self.path));
     }
@@ -270,7 +270,7 @@ impl DiskRecord {
 
 impl Drop for DiskRecord {
     fn drop(&mut self) {
-        if !self.is_settled.load(Ordering::Relaxed) && !std::thread::panicking() {
+        if !self.is_kept_or_removed.load(Ordering::Relaxed) && !std::thread::panicking() {
             self.remove();
         }
     }

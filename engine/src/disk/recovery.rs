@@ -233,20 +233,20 @@ pub(crate) fn recover(
 }
 
 /// What became of a disk that no recovered checkpoint needs.
-pub(crate) enum Settled {
+pub(crate) enum OrphanOutcome {
     /// Its base is at this checkpoint of an earlier receiver, whose RAM is lost.
     At(u64),
     /// No checkpoint was committed, or its copy was never complete; nothing is known of its content.
     Unfinished,
-    /// It belongs to a checkpoint that was not recovered. Its files stay.
-    Stays(DiskError),
+    /// It belongs to a checkpoint that was not recovered. Its files are kept.
+    Kept(DiskError),
 }
 
-/// Settles the disks in a directory that earlier receivers have left and no recovered checkpoint needs.
+/// Recovers the disks in a directory that earlier receivers have left and no recovered checkpoint needs, or leaves them as they are.
 ///
 /// # Errors
 /// If the directory cannot be read.
-pub(crate) fn settle_orphans(directory: &Path) -> Result<Vec<(String, Settled)>, DiskError> {
+pub(crate) fn recover_orphans(directory: &Path) -> Result<Vec<(String, OrphanOutcome)>, DiskError> {
     let failed = file_error(directory);
     let mut names = Vec::new();
     for entry in std::fs::read_dir(directory).map_err(&failed)? {
@@ -256,7 +256,7 @@ pub(crate) fn settle_orphans(directory: &Path) -> Result<Vec<(String, Settled)>,
     }
     names.sort_unstable();
     let mut records = BTreeMap::new();
-    let mut settled = Vec::new();
+    let mut outcomes = Vec::new();
     for name in names {
         match DiskRecord::find(directory, &name) {
             Ok(record) => {
@@ -265,16 +265,16 @@ pub(crate) fn settle_orphans(directory: &Path) -> Result<Vec<(String, Settled)>,
             }
             // Of a checkpoint that was recovered, or another receiver's.
             Err(DiskError::OtherReceiver(_)) => {}
-            Err(error) => settled.push((name, Settled::Stays(error))),
+            Err(error) => outcomes.push((name, OrphanOutcome::Kept(error))),
         }
     }
     let mut done = Vec::new();
     for (name, record) in &records {
-        let result = settle(directory, name, record, &records);
-        if !matches!(result, Ok(Settled::Stays(_)) | Err(_)) {
+        let result = recover_orphan(directory, name, record, &records);
+        if !matches!(result, Ok(OrphanOutcome::Kept(_)) | Err(_)) {
             done.push(name);
         }
-        settled.push((name.clone(), result.unwrap_or_else(Settled::Stays)));
+        outcomes.push((name.clone(), result.unwrap_or_else(OrphanOutcome::Kept)));
     }
     // The records with the word last: until then it can be repeated.
     let (leaders, others): (Vec<&String>, _) = done.into_iter().partition(|name| {
@@ -285,24 +285,24 @@ pub(crate) fn settle_orphans(directory: &Path) -> Result<Vec<(String, Settled)>,
     for name in others.into_iter().chain(leaders) {
         records[name].remove();
     }
-    Ok(settled)
+    Ok(outcomes)
 }
 
-fn settle(
+fn recover_orphan(
     directory: &Path,
     name: &str,
     record: &DiskRecord,
     records: &BTreeMap<String, DiskRecord>,
-) -> Result<Settled, DiskError> {
+) -> Result<OrphanOutcome, DiskError> {
     let owner = record.ownership()?;
     let leader = records.get(&owner.leader);
     let committed = leader.and_then(DiskRecord::committed);
     if !record.is_needed() && committed.is_none() {
         remove_logs(directory, name)?;
-        return Ok(Settled::Unfinished);
+        return Ok(OrphanOutcome::Unfinished);
     }
     if let Some(ram_dir) = owner.ram_dir {
-        return Ok(Settled::Stays(DiskError::Orphan {
+        return Ok(OrphanOutcome::Kept(DiskError::Orphan {
             record: DiskRecord::path_of(directory, name),
             owner: format!("session {} in {ram_dir}", owner.session),
         }));
@@ -326,5 +326,5 @@ fn settle(
     )?;
     replay(&base, record.log(), segments, checkpoint)?;
     remove_logs(directory, name)?;
-    Ok(Settled::At(checkpoint))
+    Ok(OrphanOutcome::At(checkpoint))
 }

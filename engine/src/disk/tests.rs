@@ -3,7 +3,7 @@
 use super::guest_disk::{Binding, Disk, DiskOptions, Piece, Source, Wanted, WriteTarget};
 use super::pool::{RamPlace, RamShare};
 use super::record::Ownership;
-use super::recovery::{Settled, StoredDisk, recover, settle_orphans};
+use super::recovery::{OrphanOutcome, StoredDisk, recover, recover_orphans};
 use super::{DiskError, apply, path_of};
 use crate::store::memory::ram_dir::{RamDirectory, RamFiles};
 use proptest::prelude::*;
@@ -327,8 +327,8 @@ fn disks_without_memory_are_left_at_an_epoch() {
         .err()
         .unwrap();
     assert!(matches!(refused, DiskError::Orphan { .. }));
-    let settled = settle_orphans(bench.bases.path()).unwrap();
-    assert!(matches!(settled[..], [(_, Settled::At(3))]));
+    let outcomes = recover_orphans(bench.bases.path()).unwrap();
+    assert!(matches!(outcomes[..], [(_, OrphanOutcome::At(3))]));
     assert!(bench.base()[..10_000].iter().all(|byte| *byte == 3));
     assert!(bench.base()[10_000..].iter().all(|byte| *byte == 0xee));
     assert!(bench.names().is_empty(), "{:?}", bench.names());
@@ -345,10 +345,10 @@ fn a_disk_of_a_checkpoint_elsewhere_is_left_alone() {
     disk.commit(1, false);
     disk.keep_files();
     drop(disk);
-    let settled = settle_orphans(bench.bases.path()).unwrap();
+    let outcomes = recover_orphans(bench.bases.path()).unwrap();
     assert!(matches!(
-        settled[..],
-        [(_, Settled::Stays(DiskError::Orphan { .. }))]
+        outcomes[..],
+        [(_, OrphanOutcome::Kept(DiskError::Orphan { .. }))]
     ));
     let refused = Disk::open(bench.bases.path(), "disk", options(1 << 30))
         .err()

@@ -6,7 +6,7 @@ use super::guest_memory::Budgets;
 use super::kept_checkpoint::KeptCheckpoint;
 use super::session_codec::{DecodeError, StoredSession, decode};
 use super::{Event, Events};
-use crate::disk::{self, DiskError, Settled, StoredDisk};
+use crate::disk::{self, DiskError, OrphanOutcome, StoredDisk};
 use crate::store::{CommittedImage, Recoverable, RecoverableCheckpoint, StoreError, labels_in};
 use std::path::Path;
 use std::sync::Arc;
@@ -105,22 +105,22 @@ fn recover_disks(
     Ok(SessionDisks::new(disks, false))
 }
 
-/// Settles the disks that no recovered checkpoint needs, and reports on each.
-pub(super) fn settle_disks(directory: &Path, events: &Events) {
-    let settled = match disk::settle_orphans(directory) {
-        Ok(settled) => settled,
+/// Recovers the disks that no recovered checkpoint needs, where that is possible, and reports on each.
+pub(super) fn recover_orphaned_disks(directory: &Path, events: &Events) {
+    let outcomes = match disk::recover_orphans(directory) {
+        Ok(outcomes) => outcomes,
         Err(error) => return events(Event::Warning(error.to_string())),
     };
-    for (name, settled) in settled {
-        events(match settled {
-            Settled::At(checkpoint) => Event::Note(format!(
+    for (name, outcome) in outcomes {
+        events(match outcome {
+            OrphanOutcome::At(checkpoint) => Event::Note(format!(
                 "disk {name} was left at checkpoint {checkpoint} of an earlier receiver, whose memory is lost: a guest finds it as \
                  after a power failure"
             )),
-            Settled::Unfinished => Event::Note(format!(
+            OrphanOutcome::Unfinished => Event::Note(format!(
                 "disk {name}: its receiver ended before a checkpoint was committed; its content is incomplete until it is copied again"
             )),
-            Settled::Stays(error) => Event::Warning(format!("disk {name} is not served: {error}")),
+            OrphanOutcome::Kept(error) => Event::Warning(format!("disk {name} is not served: {error}")),
         });
     }
 }

@@ -7,7 +7,7 @@ use super::disks::{DiskMemory, DiskRegistry, DiskServer, ServerParts, SessionDis
 use super::guest_memory::{Budgets, GuestMemory, MemoryError};
 use super::kept_checkpoint::KeptCheckpoint;
 use super::live_session::LiveSession;
-use super::recovery::{label, recover_all, settle_disks};
+use super::recovery::{label, recover_all, recover_orphaned_disks};
 use super::services::{Services, Shared, Work};
 use super::{Event, Events, ReceiverError, ReceiverOptions};
 use crate::blocks::BlockTable;
@@ -137,13 +137,13 @@ fn flusher(options: &ReceiverOptions) -> Result<Flusher, ReceiverError> {
     }?)
 }
 
-/// The disks of recovered checkpoints belong to these; what no checkpoint needs is settled.
+/// Gives recovered checkpoints their disks, and recovers the disks that no checkpoint needs.
 fn adopt_disks(disks: &DiskRegistry, recovered: &[KeptCheckpoint], events: &Events) {
     for checkpoint in recovered {
         let all = checkpoint.disks.all().iter();
         all.for_each(|disk| disks.adopt(disk, checkpoint.session));
     }
-    settle_disks(disks.directory(), events);
+    recover_orphaned_disks(disks.directory(), events);
 }
 
 /// Part of `--ram-limit` that the logs of all disks may take; beyond that they lie beside the bases.

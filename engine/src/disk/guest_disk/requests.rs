@@ -7,7 +7,7 @@ use crate::disk::epoch::{Content, Epoch, Part, Placed};
 use crate::disk::io::Stretch;
 use crate::disk::pool::NoSegment;
 use crate::disk::segment::Segment;
-use crate::nbd::request::NbdError;
+use std::io;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, MutexGuard};
 
@@ -51,6 +51,29 @@ impl Wanted {
     }
 }
 
+/// Why a client's request fails. The client's protocol has a number for each.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum RequestFailure {
+    /// The disk takes no writes any more: it is lost, or its session has ended.
+    Ended,
+    /// There is no room for the data.
+    NoSpace,
+    /// The base cannot do that.
+    Unsupported,
+    /// Reading or writing the base has failed.
+    Io,
+}
+
+impl From<&io::Error> for RequestFailure {
+    fn from(error: &io::Error) -> Self {
+        match error.kind() {
+            io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => Self::NoSpace,
+            io::ErrorKind::Unsupported => Self::Unsupported,
+            _ => Self::Io,
+        }
+    }
+}
+
 /// A piece of a range that is read.
 pub(crate) struct Piece {
     pub(crate) offset: u64,
@@ -70,7 +93,11 @@ impl Disk {
     ///
     /// # Errors
     /// What to answer; the session is ended.
-    pub(crate) fn begin_write(&self, part: (u64, u64), wanted: &mut Wanted) -> Result<WriteTarget, NbdError> {
+    pub(crate) fn begin_write(
+        &self,
+        part: (u64, u64),
+        wanted: &mut Wanted,
+    ) -> Result<WriteTarget, RequestFailure> {
         let (offset, length) = part;
         wanted.clear();
         self.written.fetch_add(length, Ordering::Relaxed);
@@ -93,12 +120,12 @@ impl Disk {
     }
 
     /// The state, if writes may come now.
-    fn writable(&self) -> Result<MutexGuard<'_, State>, NbdError> {
+    fn writable(&self) -> Result<MutexGuard<'_, State>, RequestFailure> {
         let state = self.state();
         match state.phase {
-            _ if state.loss.is_some() => Err(NbdError::Shutdown),
+            _ if state.loss.is_some() => Err(RequestFailure::Ended),
             Phase::Copying | Phase::Open => Ok(state),
-            Phase::Over => Err(NbdError::Shutdown),
+            Phase::Over => Err(RequestFailure::Ended),
             Phase::Cut => {
                 let checkpoint = state.open.checkpoint;
                 drop(state);
@@ -106,20 +133,20 @@ impl Disk {
                     disk: self.name.clone(),
                     checkpoint,
                 });
-                Err(NbdError::Shutdown)
+                Err(RequestFailure::Ended)
             }
         }
     }
 
     /// Gives the open epoch another segment, when there is room for one.
-    fn add_segment(&self, checkpoint: u64) -> Result<MutexGuard<'_, State>, NbdError> {
+    fn add_segment(&self, checkpoint: u64) -> Result<MutexGuard<'_, State>, RequestFailure> {
         loop {
             // Not under the lock: a new one takes milliseconds.
             let no_segment = match self.pool.take() {
                 Ok(segment) => {
                     let mut state = self.writable()?;
                     if state.open.checkpoint != checkpoint {
-                        return Err(NbdError::Shutdown);
+                        return Err(RequestFailure::Ended);
                     }
                     if state.lease_index() {
                         state.open.add(segment);
@@ -157,7 +184,7 @@ impl Disk {
                         source: Box::new(DiskError::NoIndex),
                     },
                 });
-                return Err(NbdError::NoSpace);
+                return Err(RequestFailure::NoSpace);
             }
             let warning = (!std::mem::replace(&mut state.has_warned, true)).then(|| state.binding.clone());
             if let Some(Some(binding)) = warning {
@@ -175,12 +202,12 @@ impl Disk {
     ///
     /// # Errors
     /// If it came too late; the session is ended.
-    pub(crate) fn end_write(&self, target: WriteTarget, wanted: &Wanted) -> Result<(), NbdError> {
+    pub(crate) fn end_write(&self, target: WriteTarget, wanted: &Wanted) -> Result<(), RequestFailure> {
         let mut state = self.writable()?;
         state.is_writing = false;
         if target == WriteTarget::Log {
             if state.open.checkpoint != wanted.checkpoint {
-                return Err(NbdError::Shutdown);
+                return Err(RequestFailure::Ended);
             }
             state.open.written(&wanted.placed);
         }
@@ -191,14 +218,20 @@ impl Disk {
     ///
     /// # Errors
     /// What to answer.
-    pub(crate) fn zero(&self, offset: u64, length: u64, may_punch: bool, fast: bool) -> Result<(), NbdError> {
+    pub(crate) fn zero(
+        &self,
+        offset: u64,
+        length: u64,
+        may_punch: bool,
+        fast: bool,
+    ) -> Result<(), RequestFailure> {
         let mut state = self.writable()?;
         if state.phase == Phase::Copying {
             state.is_writing = true;
             drop(state);
             let zeroed = self.base.zero(offset, length, may_punch, fast);
             self.state().is_writing = false;
-            return zeroed.map_err(|error| nbd_error(&error));
+            return zeroed.map_err(|error| RequestFailure::from(&error));
         }
         let checkpoint = state.open.checkpoint;
         while !state.open.zero(offset, length, may_punch) {
@@ -212,20 +245,22 @@ impl Disk {
     ///
     /// # Errors
     /// What to answer.
-    pub(crate) fn trim(&self, offset: u64, length: u64) -> Result<(), NbdError> {
+    pub(crate) fn trim(&self, offset: u64, length: u64) -> Result<(), RequestFailure> {
         if !self.is_copying() {
             return self.zero(offset, length, true, true);
         }
-        self.base.trim(offset, length).map_err(|error| nbd_error(&error))
+        self.base
+            .trim(offset, length)
+            .map_err(|error| RequestFailure::from(&error))
     }
 
     /// Makes earlier writes durable. Those of a session's disk are with their commit.
     ///
     /// # Errors
     /// What to answer.
-    pub(crate) fn flush(&self) -> Result<(), NbdError> {
+    pub(crate) fn flush(&self) -> Result<(), RequestFailure> {
         match self.is_copying() {
-            true => self.base.sync().map_err(|error| nbd_error(&error)),
+            true => self.base.sync().map_err(|error| RequestFailure::from(&error)),
             false => Ok(()),
         }
     }
@@ -295,14 +330,5 @@ fn piece(epoch: &Epoch, part: Part) -> Piece {
             Content::Data { segment, place } => Source::Segment(epoch.segments[segment].clone(), place),
             Content::Zero { .. } => Source::Zero,
         },
-    }
-}
-
-/// An error of the system as the client understands it.
-pub(crate) fn nbd_error(error: &std::io::Error) -> NbdError {
-    match error.kind() {
-        std::io::ErrorKind::StorageFull | std::io::ErrorKind::QuotaExceeded => NbdError::NoSpace,
-        std::io::ErrorKind::Unsupported => NbdError::Unsupported,
-        _ => NbdError::Io,
     }
 }

@@ -7,7 +7,7 @@
 mod reads;
 mod replies;
 
-use crate::disk::{Disk, DiskError, Piece, Wanted, WriteTarget, nbd_error, receive};
+use crate::disk::{Disk, DiskError, Piece, RequestFailure, Wanted, WriteTarget, receive};
 use crate::nbd::handshake::Agreed;
 use crate::nbd::request::{
     Command, NbdError, REQUEST_BYTES, Range, Request, RequestError, put_done, put_error,
@@ -49,6 +49,22 @@ pub(super) enum ConnectionEnd {
     /// An error that the protocol has no way to report.
     #[error("reading the base: {0}")]
     Base(io::Error),
+}
+
+impl From<RequestFailure> for NbdError {
+    fn from(failure: RequestFailure) -> Self {
+        match failure {
+            RequestFailure::Ended => Self::Shutdown,
+            RequestFailure::NoSpace => Self::NoSpace,
+            RequestFailure::Unsupported => Self::Unsupported,
+            RequestFailure::Io => Self::Io,
+        }
+    }
+}
+
+/// The number of an error of the system.
+fn nbd_error(error: &io::Error) -> NbdError {
+    RequestFailure::from(error).into()
 }
 
 /// See the module.
@@ -135,14 +151,15 @@ impl Connection {
         Ok(())
     }
 
-    fn done(&mut self, cookie: u64, result: Result<(), NbdError>) {
+    fn done(&mut self, cookie: u64, result: Result<(), RequestFailure>) {
+        let result = result.map_err(NbdError::from);
         self.out.put(|out| put_done(out, &self.agreed, cookie, result));
     }
 
     fn request(&mut self, request: &Request) -> Result<(), ConnectionEnd> {
         let cookie = request.cookie;
         let disk = self.disk.clone();
-        let with_flush = |done: Result<(), NbdError>, fua: bool| match fua {
+        let with_flush = |done: Result<(), RequestFailure>, fua: bool| match fua {
             true => done.and_then(|()| disk.flush()),
             false => done,
         };
@@ -175,7 +192,7 @@ impl Connection {
             }
             Ok(Command::Cache(range)) => {
                 let done = disk.base().cache(range.offset, range.length);
-                self.done(cookie, done.map_err(|error| nbd_error(&error)));
+                self.done(cookie, done.map_err(|error| RequestFailure::from(&error)));
             }
             Ok(Command::BlockStatus { range, one }) => self.block_status(cookie, range, one),
             Err(error) => {
@@ -189,7 +206,7 @@ impl Connection {
     }
 
     /// Takes the payload of a write. The outer error ends the connection.
-    fn write(&mut self, range: Range) -> Result<Result<(), NbdError>, ConnectionEnd> {
+    fn write(&mut self, range: Range) -> Result<Result<(), RequestFailure>, ConnectionEnd> {
         if range.length == 0 {
             return Ok(Ok(()));
         }
@@ -266,14 +283,14 @@ impl Connection {
         Ok(())
     }
 
-    fn take_to_base(&mut self, range: Range) -> Result<Result<(), NbdError>, ConnectionEnd> {
+    fn take_to_base(&mut self, range: Range) -> Result<Result<(), RequestFailure>, ConnectionEnd> {
         let mut at = range.offset;
         let mut result = Ok(());
         loop {
             let here = self.take_buffered(range.end() - at);
             if result.is_ok() {
                 let written = self.disk.base().write(&self.buffer[here.clone()], at);
-                result = written.map_err(|error| nbd_error(&error));
+                result = written.map_err(|error| RequestFailure::from(&error));
             }
             at += u64::try_from(here.len()).unwrap_or(0);
             if at == range.end() {

@@ -1,8 +1,8 @@
 //! Reads, and what is allocated: by the connection's thread from what is in memory, else by threads that wait for the medium.
 
 use super::replies::{Out, Replies};
-use super::{Connection, ConnectionEnd};
-use crate::disk::{Base, Disk, Piece, Source, nbd_error};
+use super::{Connection, ConnectionEnd, nbd_error};
+use crate::disk::{Base, Disk, Piece, Source};
 use crate::nbd::handshake::Agreed;
 use crate::nbd::request::{
     Allocation, REQUEST_BYTES, Range, STATUS_EXTENTS_MAX, put_block_status, put_error, put_read_head,
