@@ -92,11 +92,17 @@ pub(crate) trait Exports {
     /// Their names.
     fn names(&self) -> Vec<String>;
 
-    /// The size of an export; with `claim`, it is this connection's from now on.
+    /// The size of an export.
+    ///
+    /// # Errors
+    /// If there is no such export.
+    fn size(&self, name: &str) -> Result<u64, Unavailable>;
+
+    /// Opens an export for this connection. Returns its size.
     ///
     /// # Errors
     /// If the client does not get it.
-    fn look_up(&mut self, name: &str, claim: bool) -> Result<u64, Unavailable>;
+    fn open(&mut self, name: &str) -> Result<u64, Unavailable>;
 }
 
 /// What client and server have agreed on.
@@ -121,7 +127,7 @@ pub(crate) enum Progress {
 
 /// The handshake with one client. See the module.
 pub(crate) struct Handshake {
-    is_greeted: bool,
+    has_client_flags: bool,
     has_no_zeroes: bool,
     has_structured_replies: bool,
     /// The export for which the context was selected.
@@ -166,7 +172,7 @@ impl Handshake {
     /// A handshake whose greeting is sent.
     pub(crate) fn new() -> Self {
         Self {
-            is_greeted: false,
+            has_client_flags: false,
             has_no_zeroes: false,
             has_structured_replies: false,
             allocation_of: None,
@@ -183,7 +189,7 @@ impl Handshake {
         exports: &mut dyn Exports,
         out: &mut Vec<u8>,
     ) -> Result<(usize, Progress), HandshakeError> {
-        if !self.is_greeted {
+        if !self.has_client_flags {
             let Some((flags, _)) = bytes.split_first_chunk() else {
                 return Ok((0, Progress::NeedMore));
             };
@@ -211,7 +217,7 @@ impl Handshake {
         if flags & FIXED_NEWSTYLE == 0 || flags & !(FIXED_NEWSTYLE | NO_ZEROES) != 0 {
             return Err(HandshakeError::Flags(flags));
         }
-        self.is_greeted = true;
+        self.has_client_flags = true;
         self.has_no_zeroes = flags & NO_ZEROES != 0;
         Ok((4, Progress::Continue))
     }
@@ -273,7 +279,7 @@ impl Handshake {
         out: &mut Vec<u8>,
     ) -> Result<Progress, HandshakeError> {
         let name = std::str::from_utf8(data).map_err(|_| HandshakeError::Name)?;
-        let size = exports.look_up(name, true)?;
+        let size = exports.open(name)?;
         out.extend(size.to_be_bytes());
         out.extend(self.transmission_flags().to_be_bytes());
         if !self.has_no_zeroes {
@@ -295,7 +301,11 @@ impl Handshake {
             refuse(out, option, reply::ERR_INVALID, "malformed option");
             return Progress::Continue;
         };
-        let size = match exports.look_up(name, option == option::GO) {
+        let size = match option {
+            option::GO => exports.open(name),
+            _ => exports.size(name),
+        };
+        let size = match size {
             Ok(size) => size,
             Err(why) => {
                 refuse(out, option, reply::ERR_UNKNOWN, &why.0);
@@ -347,7 +357,7 @@ impl Handshake {
         let Some((name, is_asked)) = parsed else {
             return refuse(out, option, reply::ERR_INVALID, "malformed option");
         };
-        if let Err(why) = exports.look_up(name, false) {
+        if let Err(why) = exports.size(name) {
             return refuse(out, option, reply::ERR_UNKNOWN, &why.0);
         }
         if is_asked {

@@ -17,7 +17,10 @@ pub fn fuzz(bytes: &[u8]) -> (usize, usize) {
         fn names(&self) -> Vec<String> {
             vec!["disk".into()]
         }
-        fn look_up(&mut self, name: &str, _claim: bool) -> Result<u64, handshake::Unavailable> {
+        fn open(&mut self, name: &str) -> Result<u64, handshake::Unavailable> {
+            self.size(name)
+        }
+        fn size(&self, name: &str) -> Result<u64, handshake::Unavailable> {
             match name {
                 "disk" => Ok(1 << 30),
                 _ => Err(handshake::Unavailable("no such export".into())),

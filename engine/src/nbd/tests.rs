@@ -7,7 +7,7 @@ use proptest::prelude::*;
 const SIZE: u64 = 1 << 20;
 
 struct Two {
-    claimed: Option<String>,
+    opened: Option<String>,
 }
 
 impl Exports for Two {
@@ -15,14 +15,17 @@ impl Exports for Two {
         vec!["root".into(), "data".into()]
     }
 
-    fn look_up(&mut self, name: &str, claim: bool) -> Result<u64, Unavailable> {
-        if !self.names().iter().any(|known| known == name) {
-            return Err(Unavailable(format!("no export {name}")));
+    fn size(&self, name: &str) -> Result<u64, Unavailable> {
+        match self.names().iter().any(|known| known == name) {
+            true => Ok(SIZE),
+            false => Err(Unavailable(format!("no export {name}"))),
         }
-        if claim {
-            self.claimed = Some(name.to_owned());
-        }
-        Ok(SIZE)
+    }
+
+    fn open(&mut self, name: &str) -> Result<u64, Unavailable> {
+        let size = self.size(name)?;
+        self.opened = Some(name.to_owned());
+        Ok(size)
     }
 }
 
@@ -68,7 +71,7 @@ impl Client {
     fn new() -> Self {
         let mut client = Self {
             handshake: Handshake::new(),
-            exports: Two { claimed: None },
+            exports: Two { opened: None },
         };
         let (taken, progress, out) = client.send(&3u32.to_be_bytes()).unwrap();
         assert_eq!((taken, progress, out.len()), (4, Progress::Continue, 0));
@@ -102,7 +105,7 @@ fn the_greeting_is_fixed_newstyle() {
     assert_eq!(GREETING[16..], [0, 3]);
     for flags in [0u32, 2, 5, u32::MAX] {
         let mut handshake = Handshake::new();
-        let step = handshake.step(&flags.to_be_bytes(), &mut Two { claimed: None }, &mut Vec::new());
+        let step = handshake.step(&flags.to_be_bytes(), &mut Two { opened: None }, &mut Vec::new());
         assert_eq!(step, Err(HandshakeError::Flags(flags)));
     }
 }
@@ -112,7 +115,7 @@ fn go_chooses_and_info_does_not() {
     let mut client = Client::new();
     let (progress, answers) = client.ask(6, &named("data", &[0, 1, 0, 3]));
     assert_eq!(progress, Progress::Continue);
-    assert_eq!(client.exports.claimed, None);
+    assert_eq!(client.exports.opened, None);
     assert_eq!(
         answers.iter().map(|(_, kind, _)| *kind).collect::<Vec<_>>(),
         [3, 3, 1]
@@ -131,7 +134,7 @@ fn go_chooses_and_info_does_not() {
         has_allocation: false,
     };
     assert_eq!(progress, Progress::Chosen(agreed));
-    assert_eq!(client.exports.claimed.as_deref(), Some("data"));
+    assert_eq!(client.exports.opened.as_deref(), Some("data"));
 }
 
 #[test]

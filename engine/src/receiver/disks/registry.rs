@@ -220,7 +220,7 @@ impl DiskRegistry {
     ///
     /// # Errors
     /// If there is no such disk, or it belongs to another client or a checkpoint.
-    pub(super) fn claim(&self, asked: &str, client: Client) -> Result<Arc<Disk>, ExportError> {
+    pub(super) fn open(&self, asked: &str, client: Client) -> Result<Arc<Disk>, ExportError> {
         let (name, uuid) = parse(asked)?;
         let mut known = self.known();
         if known.opening.iter().any(|opening| opening == name) {

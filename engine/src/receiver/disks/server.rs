@@ -1,5 +1,9 @@
-//! The NBD server: accepts clients, shakes hands with all of them on one thread, and gives those that have chosen an export a thread of
-//! their own.
+//! The NBD server: accepts clients, does the handshakes of all of them on one thread, and gives each that has chosen an export a thread of
+//! its own.
+//!
+//! The handshakes are not tasks of the control thread, for two reasons. They open bases, lock and write the records of disks, and
+//! list the directory: each of these waits for the medium, which a failover must not do. And clients are not authenticated: what
+//! they send costs this thread's time only.
 
 use super::connection::{CONNECTION_BYTES, Connection, ConnectionEnd};
 use super::registry::{Client, DiskRegistry, ExportError};
@@ -20,13 +24,13 @@ use tokio::net::UnixStream;
 use tokio::sync::{Notify, mpsc};
 use tokio::task::{self, AbortHandle, JoinSet};
 
-/// Most clients that shake hands at a time; more are closed.
+/// Most handshakes at a time; more clients are closed.
 const HANDSHAKES_MAX: usize = 1024;
 
 /// Most of them from one origin.
 const HANDSHAKES_OF_ORIGIN_MAX: usize = 64;
 
-/// A client that has said nothing for so long gives its place to another one where there are too many.
+/// Where there are too many clients, one that has sent nothing for so long is closed in favour of another.
 const SILENCE: Duration = Duration::from_secs(1);
 
 /// Bytes received at a time in a handshake.
@@ -115,7 +119,7 @@ async fn serve(parts: ServerParts, listeners: Vec<Listener>, stop: Arc<Notify>) 
             Some(connection) = accepted.recv() => handshakes.accept(connection),
             Some(ended) = handshakes.running.join_next_with_id() => {
                 let id = ended.map_or_else(|error| error.id(), |(id, ())| id);
-                // It is not there any more if it had to make room.
+                // It is not there any more if it was closed to make room.
                 handshakes.clients.remove(&id);
             }
             () = stop.notified() => return,
@@ -123,19 +127,18 @@ async fn serve(parts: ServerParts, listeners: Vec<Listener>, stop: Arc<Notify>) 
     }
 }
 
-/// A client that shakes hands.
-struct Greeted {
+/// A client that has not chosen an export yet.
+struct PendingClient {
     origin: Origin,
     from: String,
-    /// When it was heard last.
-    heard: Rc<Cell<Instant>>,
+    last_received: Rc<Cell<Instant>>,
     task: AbortHandle,
 }
 
 struct Handshakes {
     parts: ServerParts,
     running: JoinSet<()>,
-    clients: HashMap<task::Id, Greeted>,
+    clients: HashMap<task::Id, PendingClient>,
 }
 
 impl Handshakes {
@@ -159,35 +162,35 @@ impl Handshakes {
                 "{from}: closed: too many clients of disks have not chosen an export yet"
             ));
         }
-        let heard = Rc::new(Cell::new(Instant::now()));
-        let (parts, own) = (self.parts.clone(), heard.clone());
+        let last_received = Rc::new(Cell::new(Instant::now()));
+        let (parts, received) = (self.parts.clone(), last_received.clone());
         let task = self.running.spawn_local(async move {
             let from = accepted.from.clone();
-            match greet(&parts, accepted, &own).await {
-                // A client that only looked needs no farewell.
+            match shake_hands(&parts, accepted, &received).await {
+                // A client may disconnect without an export.
                 Ok(()) | Err(Refusal::Io(_)) => {}
                 Err(refusal) => parts.registry.warn(format!("{from}: closed: {refusal}")),
             }
         });
-        let client = Greeted {
+        let client = PendingClient {
             origin,
             from,
-            heard,
+            last_received,
             task,
         };
         self.clients.insert(client.task.id(), client);
     }
 
     /// Closes the client that has been silent longest. False if none is silent.
-    fn make_room(&mut self, which: impl Fn(&Greeted) -> bool) -> bool {
+    fn make_room(&mut self, which: impl Fn(&PendingClient) -> bool) -> bool {
         let all = self.clients.iter().filter(|(_, client)| which(client));
-        let oldest = all.min_by_key(|(_, client)| client.heard.get());
-        let silent = oldest.filter(|(_, client)| client.heard.get().elapsed() >= SILENCE);
+        let oldest = all.min_by_key(|(_, client)| client.last_received.get());
+        let silent = oldest.filter(|(_, client)| client.last_received.get().elapsed() >= SILENCE);
         let Some(client) = silent.map(|(id, _)| *id).and_then(|id| self.clients.remove(&id)) else {
             return false;
         };
         client.task.abort();
-        let silence = client.heard.get().elapsed();
+        let silence = client.last_received.get().elapsed();
         self.parts.registry.warn(format!(
             "{}: closed: it was silent for {silence:.1?}, and other clients of disks wait",
             client.from
@@ -196,59 +199,67 @@ impl Handshakes {
     }
 }
 
-/// The exports as one client sees them.
-struct Seen<'a> {
+/// The exports for one client.
+struct ClientExports<'a> {
     registry: &'a DiskRegistry,
     from: &'a str,
     origin: Origin,
     socket: &'a Arc<OwnedFd>,
-    claimed: Option<Arc<Disk>>,
+    opened: Option<Arc<Disk>>,
 }
 
-impl Exports for Seen<'_> {
+impl Exports for ClientExports<'_> {
     fn names(&self) -> Vec<String> {
         self.registry.names()
     }
 
-    fn look_up(&mut self, name: &str, claim: bool) -> Result<u64, Unavailable> {
-        let unavailable = |error: ExportError| Unavailable(error.to_string());
-        if !claim {
-            return self.registry.size(name).map_err(unavailable);
-        }
+    fn size(&self, name: &str) -> Result<u64, Unavailable> {
+        self.registry.size(name).map_err(unavailable)
+    }
+
+    fn open(&mut self, name: &str) -> Result<u64, Unavailable> {
         let client = Client {
             from: self.from.to_owned(),
             origin: self.origin,
             socket: self.socket.clone(),
         };
-        let claimed = self.registry.claim(name, client);
+        let opened = self.registry.open(name, client);
         let warn = |why: &ExportError| self.registry.warn(format!("{}: refused: {why}", self.from));
-        let disk = claimed.inspect_err(warn).map_err(unavailable)?;
+        let disk = opened.inspect_err(warn).map_err(unavailable)?;
         let size = disk.base().size();
-        self.claimed = Some(disk);
+        self.opened = Some(disk);
         Ok(size)
     }
 }
 
-/// Shakes hands with a client, and hands it over to a thread if it chooses an export.
-async fn greet(parts: &ServerParts, accepted: Accepted, heard: &Cell<Instant>) -> Result<(), Refusal> {
+fn unavailable(error: ExportError) -> Unavailable {
+    Unavailable(error.to_string())
+}
+
+/// Does the handshake with a client, and hands it over to a thread if it chooses an export.
+async fn shake_hands(
+    parts: &ServerParts,
+    accepted: Accepted,
+    last_received: &Cell<Instant>,
+) -> Result<(), Refusal> {
     let kept = Arc::new(accepted.socket.try_clone()?);
-    let mut seen = Seen {
+    let mut exports = ClientExports {
         registry: &parts.registry,
         from: &accepted.from,
         origin: accepted.peer.origin,
         socket: &kept,
-        claimed: None,
+        opened: None,
     };
     // Reading and writing is the same for every family.
     let stream = std::os::unix::net::UnixStream::from(accepted.socket);
     stream.set_nonblocking(true)?;
     let mut stream = UnixStream::from_std(stream)?;
-    let talking = talk(&mut stream, &mut seen, heard);
-    let talked = tokio::time::timeout(parts.deadline, talking).await;
-    let Some((agreed, rest)) = talked.map_err(|_| Refusal::Deadline(parts.deadline))?? else {
+    let negotiating = negotiate(&mut stream, &mut exports, last_received);
+    let negotiated = tokio::time::timeout(parts.deadline, negotiating).await;
+    let Some((agreed, rest)) = negotiated.map_err(|_| Refusal::Deadline(parts.deadline))?? else {
         return Ok(());
     };
-    let Some(disk) = seen.claimed.take() else {
+    let Some(disk) = exports.opened.take() else {
         return Ok(());
     };
     let lease = parts.budget.take(CONNECTION_BYTES)?;
@@ -266,17 +277,17 @@ async fn greet(parts: &ServerParts, accepted: Accepted, heard: &Cell<Instant>) -
 }
 
 /// Answers options until the client has chosen an export or is gone. Returns what was received beyond.
-async fn talk(
+async fn negotiate(
     stream: &mut UnixStream,
-    seen: &mut Seen<'_>,
-    heard: &Cell<Instant>,
+    exports: &mut ClientExports<'_>,
+    last_received: &Cell<Instant>,
 ) -> Result<Option<(Agreed, Vec<u8>)>, Refusal> {
     stream.write_all(&GREETING).await?;
     let mut handshake = Handshake::new();
     let (mut arrived, mut out) = (Vec::new(), Vec::new());
     loop {
         out.clear();
-        let (taken, progress) = handshake.step(&arrived, seen, &mut out)?;
+        let (taken, progress) = handshake.step(&arrived, exports, &mut out)?;
         arrived.drain(..taken);
         stream.write_all(&out).await?;
         match progress {
@@ -289,13 +300,13 @@ async fn talk(
                     0 => return Ok(None),
                     got => arrived.extend(&bytes[..got]),
                 }
-                heard.set(Instant::now());
+                last_received.set(Instant::now());
             }
         }
     }
 }
 
-/// Serves a client to its end, and tells the session what that means.
+/// Serves a client until its connection ends, and then ends the session that has lost its disk by that.
 fn drive(mut connection: Connection, disk: &Disk, registry: &DiskRegistry, from: &str) {
     let end = connection.serve();
     drop(connection);
