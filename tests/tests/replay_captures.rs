@@ -18,7 +18,7 @@ const OPEN_RETURN_PATH: usize = 1;
 const ENABLE_COLO: usize = 8;
 const SWITCHOVER_START: usize = 11;
 
-/// Every backend, both placements and both commit modes.
+/// Every backend, both kinds of cache and both commit modes.
 const KINDS: [(BackendKind, CacheKind, CommitMode); 4] = [
     (BackendKind::Uring, CacheKind::Pool, CommitMode::Deferred),
     (BackendKind::Epoll, CacheKind::Pool, CommitMode::Sync),

@@ -30,7 +30,7 @@ fn table(blocks: &[(&str, u64)]) -> Arc<BlockTable> {
     Arc::new(BlockTable::new(blocks.iter().map(entry).collect(), total).unwrap())
 }
 
-/// Every placement with every commit mode.
+/// Each kind of cache with each commit mode.
 const KINDS: [(CacheKind, CommitMode); 4] = [
     (CacheKind::Mirror, CommitMode::Sync),
     (CacheKind::Mirror, CommitMode::Deferred),

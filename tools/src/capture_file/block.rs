@@ -110,7 +110,7 @@ impl Header {
             let possible = (1..=BLOCK_MAX).contains(&length);
             possible
                 .then_some(length)
-                .ok_or_else(|| format!("it claims {length} bytes; 1 to {BLOCK_MAX} are possible"))
+                .ok_or_else(|| format!("it announces {length} bytes; 1 to {BLOCK_MAX} are possible"))
         };
         let (stored_len, raw_len) = (length(1)?, length(2)?);
         let fits = match kind {
@@ -119,7 +119,7 @@ impl Header {
         };
         if !fits || raw_len < record::HEADER_LEN {
             return Err(format!(
-                "it claims {stored_len} bytes for {raw_len} bytes of records"
+                "it announces {stored_len} bytes for {raw_len} bytes of records"
             ));
         }
         let header = Self {

@@ -326,7 +326,7 @@ fn read_header(file: &mut impl Read) -> Result<(CaptureInfo, u64, Chain), Captur
     let length = u32::from_le_bytes([prefix[12], prefix[13], prefix[14], prefix[15]]);
     let length = usize::try_from(length).unwrap_or(usize::MAX);
     if length > INFO_MAX {
-        return Err(header("it claims to be longer than a header can be"));
+        return Err(header("it announces that it is longer than a header can be"));
     }
     let whole = PREFIX_LEN + length + CHECKSUM_LEN;
     read_up_to(file, whole, &mut bytes)?;

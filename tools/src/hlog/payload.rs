@@ -1,7 +1,7 @@
 //! One histogram as a line encodes it: base64 over zlib over HdrHistogram's V2 encoding.
 //!
-//! The `hdrhistogram` crate decodes it, but it allocates what the header claims and computes with what the counts
-//! claim. Both are checked here before it sees them.
+//! The `hdrhistogram` crate decodes it, but it allocates what the header says and computes with what the counts
+//! say. Both are checked here before it sees them.
 
 use base64::Engine as _;
 use base64::alphabet;

@@ -228,7 +228,7 @@ mod loom_tests {
     use loom::sync::atomic::{AtomicUsize, Ordering};
     use loom::thread;
 
-    /// Two parts, claimed by counter. Loom lets a relaxed read miss any write that nothing orders before it, so that a
+    /// Two parts, taken by counter. Loom lets a relaxed read miss any write that nothing orders before it, so that a
     /// part done without synchronisation shows as one not done.
     struct Work {
         next: AtomicUsize,
