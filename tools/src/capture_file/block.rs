@@ -1,7 +1,7 @@
 //! Block headers as bytes.
 
-use super::BLOCK_MAX;
 use super::record;
+use super::{BLOCK_MAX, BlockError};
 
 /// Bytes of a block before its content.
 pub(super) const HEADER_LEN: usize = 20;
@@ -94,23 +94,21 @@ impl Header {
     ///
     /// # Errors
     /// What is wrong with it. Lengths are within the limits otherwise.
-    pub(super) fn decode(bytes: &[u8; HEADER_LEN], chain: Chain) -> Result<(Self, Chain), String> {
+    pub(super) fn decode(bytes: &[u8; HEADER_LEN], chain: Chain) -> Result<(Self, Chain), BlockError> {
         let (words, _) = bytes.as_chunks::<4>();
         let word = |place: usize| u32::from_le_bytes(words[place]);
         if chain.checksum(&bytes[..CHECKED_LEN]) != word(4) {
-            return Err("the checksum of its header is wrong".to_owned());
+            return Err(BlockError::HeaderChecksum);
         }
         let kind = match words[0] {
             [0, 0, 0, 0] => Kind::Stored,
             [1, 0, 0, 0] => Kind::Zstd,
-            other => return Err(format!("it is of the unknown kind {other:?}")),
+            other => return Err(BlockError::Kind(other)),
         };
         let length = |place: usize| {
             let length = usize::try_from(word(place)).unwrap_or(usize::MAX);
             let possible = (1..=BLOCK_MAX).contains(&length);
-            possible
-                .then_some(length)
-                .ok_or_else(|| format!("it announces {length} bytes; 1 to {BLOCK_MAX} are possible"))
+            possible.then_some(length).ok_or(BlockError::Length(length))
         };
         let (stored_len, raw_len) = (length(1)?, length(2)?);
         let fits = match kind {
@@ -118,9 +116,10 @@ impl Header {
             Kind::Zstd => stored_len < raw_len,
         };
         if !fits || raw_len < record::HEADER_LEN {
-            return Err(format!(
-                "it announces {stored_len} bytes for {raw_len} bytes of records"
-            ));
+            return Err(BlockError::Lengths {
+                stored: stored_len,
+                raw: raw_len,
+            });
         }
         let header = Self {
             kind,

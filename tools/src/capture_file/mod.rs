@@ -34,7 +34,7 @@ mod record;
 mod tests;
 mod writer;
 
-pub use error::CaptureError;
+pub use error::{BlockError, CaptureError, RecordError};
 pub use info::CaptureInfo;
 pub use order::{OrderError, Totals};
 pub use reader::{CaptureReader, Tear, TearReason};

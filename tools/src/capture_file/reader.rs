@@ -3,8 +3,8 @@
 use super::block::{self, Chain, Header, Kind};
 use super::order::Order;
 use super::{
-    BLOCK_MAX, CaptureError, CaptureInfo, FORMAT_VERSION, INFO_MAX, MAGIC, OLDEST_VERSION, Record, Totals,
-    record,
+    BLOCK_MAX, BlockError, CaptureError, CaptureInfo, FORMAT_VERSION, INFO_MAX, MAGIC, OLDEST_VERSION,
+    Record, Totals, record,
 };
 use std::fmt;
 use std::fs::File;
@@ -136,14 +136,11 @@ impl<R: Read + Seek> CaptureReader<R> {
             return Ok(None);
         }
         let (offset, position) = (self.block_at, self.position);
-        let damaged = |what: String| CaptureError::Damaged {
-            offset,
-            what: format!("{position} bytes into its records: {what}"),
-        };
-        let (record, length) = record::decode(&self.records[position..]).map_err(damaged)?;
-        self.order
-            .take(&record.event)
-            .map_err(|error| damaged(error.to_string()))?;
+        let damaged = |what| CaptureError::Damaged { offset, what };
+        let decoded = record::decode(&self.records[position..]);
+        let (record, length) = decoded.map_err(|error| damaged(BlockError::Record { position, error }))?;
+        let fits = self.order.take(&record.event);
+        fits.map_err(|error| damaged(BlockError::Order { position, error }))?;
         self.position += length;
         Ok(Some(record))
     }
@@ -208,7 +205,7 @@ impl<R: Read + Seek> CaptureReader<R> {
         if self.order.is_finished() {
             return match header.len() {
                 0 => Ok(Err(None)),
-                _ => Err(self.damaged("it follows the end of the capture".to_owned())),
+                _ => Err(self.damaged(BlockError::AfterEnd)),
             };
         }
         let Ok(header) = <[u8; block::HEADER_LEN]>::try_from(&header[..]) else {
@@ -247,27 +244,26 @@ impl<R: Read + Seek> CaptureReader<R> {
         if self.only_zeros_left()? {
             return Ok(Some(TearReason::Checksum));
         }
-        Err(self.damaged("the checksum of its content is wrong".to_owned()))
+        Err(self.damaged(BlockError::ContentChecksum))
     }
 
     /// Decompresses `stored` to `records`.
-    fn inflate(&mut self, header: &Header) -> Result<(), String> {
-        let failed = |error: io::Error| format!("it cannot be decompressed: {error}");
+    fn inflate(&mut self, header: &Header) -> Result<(), BlockError> {
         let decompressor = match &mut self.decompressor {
             Some(decompressor) => decompressor,
-            none => none.insert(Decompressor::new().map_err(failed)?),
+            none => none.insert(Decompressor::new().map_err(BlockError::Decompress)?),
         };
         // Once, for the largest block there can be; the frame ends where this ends.
         self.records.reserve_exact(BLOCK_MAX);
         let length = decompressor
             .decompress_to_buffer(&self.stored, &mut self.records)
-            .map_err(failed)?;
+            .map_err(BlockError::Decompress)?;
         if length != header.raw_len {
             self.records.clear();
-            return Err(format!(
-                "it has {length} bytes of records where {} were announced",
-                header.raw_len
-            ));
+            return Err(BlockError::Decompressed {
+                seen: length,
+                announced: header.raw_len,
+            });
         }
         Ok(())
     }
@@ -291,7 +287,7 @@ impl<R: Read + Seek> CaptureReader<R> {
         }
     }
 
-    fn damaged(&self, what: String) -> CaptureError {
+    fn damaged(&self, what: BlockError) -> CaptureError {
         CaptureError::Damaged {
             offset: self.next_at,
             what,

@@ -1,6 +1,6 @@
 //! Records as bytes.
 
-use super::{ConnectionId, DATA_MAX, Direction, EndKind, Event, Record, TEXT_MAX, Totals};
+use super::{ConnectionId, DATA_MAX, Direction, EndKind, Event, Record, RecordError, TEXT_MAX, Totals};
 use std::time::Duration;
 
 /// Bytes of a record before its content.
@@ -108,15 +108,16 @@ fn decode_totals(content: &[u8]) -> Option<Totals> {
 ///
 /// # Errors
 /// What is wrong with it.
-pub(super) fn decode(input: &[u8]) -> Result<(Record<'_>, usize), String> {
-    let cut = || format!("it ends inside a record: {} bytes are left", input.len());
-    let (header, rest) = input.split_first_chunk::<HEADER_LEN>().ok_or_else(cut)?;
+pub(super) fn decode(input: &[u8]) -> Result<(Record<'_>, usize), RecordError> {
+    let left = input.len();
+    let header = input.split_first_chunk::<HEADER_LEN>();
+    let (header, rest) = header.ok_or(RecordError::Header { left })?;
     let length = u32::from_le_bytes([header[4], header[5], header[6], header[7]]);
     let content = usize::try_from(length).ok().and_then(|length| rest.get(..length));
-    let content = content.ok_or_else(|| format!("{}, the record has {length}", cut()))?;
+    let content = content.ok_or(RecordError::Content { left, length })?;
     let checksum = crc32c::crc32c_append(crc32c::crc32c(&header[..CHECKED_LEN]), content);
     if checksum.to_le_bytes() != header[CHECKED_LEN..] {
-        return Err("the checksum of a record is wrong".to_owned());
+        return Err(RecordError::Checksum);
     }
     let at = u64::from_le_bytes([
         header[8], header[9], header[10], header[11], header[12], header[13], header[14], header[15],
@@ -128,19 +129,19 @@ pub(super) fn decode(input: &[u8]) -> Result<(Record<'_>, usize), String> {
     Ok((record, HEADER_LEN + content.len()))
 }
 
-fn event<'a>(header: &[u8; HEADER_LEN], content: &'a [u8]) -> Result<Event<'a>, String> {
+fn event<'a>(header: &[u8; HEADER_LEN], content: &'a [u8]) -> Result<Event<'a>, RecordError> {
     let connection = ConnectionId(u16::from_le_bytes([header[2], header[3]]));
     let direction = || match header[1] {
         0 => Ok(Direction::ToSecondary),
         1 => Ok(Direction::ToPrimary),
-        other => Err(format!("a record has direction {other}")),
+        other => Err(RecordError::Direction(other)),
     };
     match header[0] {
         OPEN => Ok(Event::Open {
             connection,
             label: text(content)?,
         }),
-        DATA if content.len() > DATA_MAX => Err(format!("a record has {} bytes of data", content.len())),
+        DATA if content.len() > DATA_MAX => Err(RecordError::DataLength(content.len())),
         DATA => Ok(Event::Data {
             connection,
             direction: direction()?,
@@ -152,20 +153,20 @@ fn event<'a>(header: &[u8; HEADER_LEN], content: &'a [u8]) -> Result<Event<'a>, 
             how: match content {
                 [0] => EndKind::Eof,
                 [1] => EndKind::Reset,
-                _ => return Err(format!("an end has {} bytes", content.len())),
+                _ => return Err(RecordError::EndLength(content.len())),
             },
         }),
         NOTE => text(content).map(Event::Note),
         FINISH => decode_totals(content)
             .map(Event::Finish)
-            .ok_or_else(|| format!("the totals have {} bytes", content.len())),
-        other => Err(format!("a record is of the unknown kind {other}")),
+            .ok_or(RecordError::TotalsLength(content.len())),
+        other => Err(RecordError::Kind(other)),
     }
 }
 
-fn text(content: &[u8]) -> Result<&str, String> {
+fn text(content: &[u8]) -> Result<&str, RecordError> {
     if content.len() > TEXT_MAX {
-        return Err(format!("a text has {} bytes", content.len()));
+        return Err(RecordError::TextLength(content.len()));
     }
-    str::from_utf8(content).map_err(|error| format!("a text is not UTF-8: {error}"))
+    Ok(str::from_utf8(content)?)
 }

@@ -180,14 +180,14 @@ fn status_of(migration: &Value) -> &str {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::qmp::tests::{Answers, monitor};
+    use crate::qmp::tests::{Responder, monitor};
     use std::sync::{Arc, Mutex};
 
     /// Ends the protection of a QEMU in that state; returns the report's parts and the commands that it was given.
     fn ended(state: &'static str) -> ((String, bool), Vec<String>) {
         let done = Arc::new(Mutex::new(Vec::new()));
         let seen = done.clone();
-        let answers: Answers = Box::new(move |command, _| {
+        let respond: Responder = Box::new(move |command, _| {
             let mut seen = seen.lock().unwrap();
             if !command.starts_with("query") {
                 seen.push(command.to_owned());
@@ -199,7 +199,7 @@ mod tests {
                 _ => Ok(json!({})),
             }
         });
-        let path = monitor((11, 1, 3), answers);
+        let path = monitor((11, 1, 3), respond);
         let mut qmp = Qmp::connect(&path.0, Duration::from_secs(5)).unwrap();
         let result = end_migration(&mut qmp).unwrap();
         let done = done.lock().unwrap().clone();

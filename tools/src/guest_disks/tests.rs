@@ -1,7 +1,7 @@
 //! Disks as a real QEMU 11.1 lists them.
 
 use super::*;
-use crate::qmp::tests::{Answers, monitor};
+use crate::qmp::tests::{Responder, monitor};
 use std::time::Duration;
 
 fn entry(device: &str, qdev: &str, node: &str, read_only: bool) -> Value {
@@ -55,7 +55,7 @@ fn a_disk_is_called_by_its_drive_its_device_or_its_node() {
 
 #[test]
 fn disks_are_told_apart_by_what_the_guest_can_do_to_them() {
-    let answers: Answers = Box::new(|command, arguments| match command {
+    let respond: Responder = Box::new(|command, arguments| match command {
         "query-block" => Ok(json!([
             entry("vda", "/machine/peripheral/d0/virtio-backend", "n0", false),
             entry("", "iso", "n1", true),
@@ -67,7 +67,7 @@ fn disks_are_told_apart_by_what_the_guest_can_do_to_them() {
         "qom-get" => Err("Device not found".to_owned()),
         other => Err(format!("{other}: not now")),
     });
-    let path = monitor((11, 1, 3), answers);
+    let path = monitor((11, 1, 3), respond);
     let mut qmp = Qmp::connect(&path.0, Duration::from_secs(300)).unwrap();
     let uses: Vec<_> = (list(&mut qmp).unwrap().into_iter())
         .map(|disk| (disk.name, disk.usage))

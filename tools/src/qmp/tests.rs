@@ -19,10 +19,10 @@ impl SocketPath {
 
 /// What a monitor answers to a command with these arguments: what it returns, or why it refuses. A name that begins
 /// with "event " is sent as an event.
-pub(crate) type Answers = Box<dyn FnMut(&str, &Value) -> Result<Value, String> + Send>;
+pub(crate) type Responder = Box<dyn FnMut(&str, &Value) -> Result<Value, String> + Send>;
 
 /// A monitor of a QEMU of that version, for one client. It is there when this returns.
-pub(crate) fn monitor(version: (u64, u64, u64), mut answers: Answers) -> SocketPath {
+pub(crate) fn monitor(version: (u64, u64, u64), mut respond: Responder) -> SocketPath {
     let path = SocketPath::new();
     let listener = UnixListener::bind(&path.0).unwrap();
     std::thread::spawn(move || {
@@ -40,7 +40,7 @@ pub(crate) fn monitor(version: (u64, u64, u64), mut answers: Answers) -> SocketP
             let command = request["execute"].as_str().unwrap();
             let answer = match command {
                 "qmp_capabilities" => Ok(json!({})),
-                _ => answers(command, &request["arguments"]),
+                _ => respond(command, &request["arguments"]),
             };
             let id = &request["id"];
             let line = match answer {
@@ -90,11 +90,11 @@ fn says(text: &'static str) -> SocketPath {
 
 #[test]
 fn commands_are_answered_or_refused() {
-    let answers: Answers = Box::new(|command, arguments| match command {
+    let respond: Responder = Box::new(|command, arguments| match command {
         "query-status" => Ok(json!({"status": "running"})),
         _ => Err(format!("{command} with {arguments}? no")),
     });
-    let path = monitor((11, 1, 3), answers);
+    let path = monitor((11, 1, 3), respond);
     let mut qmp = connect(&path).unwrap();
     assert_eq!(qmp.version().to_string(), "11.1.3");
     assert!(

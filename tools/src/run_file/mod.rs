@@ -119,6 +119,26 @@ pub struct Checkpoint {
 )]
 pub struct RunNameError(String);
 
+/// What a run file says that cannot be right.
+#[derive(Debug, Error)]
+pub enum ContentError {
+    /// It is a file of another kind.
+    #[error("the schema is {0:?}, and {SCHEMA:?} was expected")]
+    Schema(String),
+    /// Of another version of colo-ring.
+    #[error("schema version {0}: this colo-ring knows {SCHEMA_VERSION}")]
+    Version(u32),
+    /// A name that no run can have.
+    #[error(transparent)]
+    Name(#[from] RunNameError),
+    /// More phases than a run has.
+    #[error("{0} phases are more than the {PHASES_MAX} that are allowed")]
+    Phases(usize),
+    /// A name that would not be one of a file.
+    #[error("{0:?} cannot be a phase: a phase's name is 1 to 32 of a-z, 0-9, - and _")]
+    Phase(String),
+}
+
 /// Why a run file could not be written or read.
 #[derive(Debug, Error)]
 pub enum RunFileError {
@@ -153,7 +173,7 @@ pub enum RunFileError {
         /// The file.
         path: PathBuf,
         /// What is wrong.
-        reason: String,
+        reason: ContentError,
     },
 }
 
@@ -235,37 +255,26 @@ impl RunFile {
         Ok(run)
     }
 
-    fn check(&self) -> Result<(), String> {
+    fn check(&self) -> Result<(), ContentError> {
         if self.schema != SCHEMA {
-            return Err(format!(
-                "the schema is {:?}, and {SCHEMA:?} was expected",
-                self.schema
-            ));
+            return Err(ContentError::Schema(self.schema.clone()));
         }
         if self.schema_version != SCHEMA_VERSION {
-            return Err(format!(
-                "schema version {}: this colo-ring knows {SCHEMA_VERSION}",
-                self.schema_version
-            ));
+            return Err(ContentError::Version(self.schema_version));
         }
         for name in [Some(&self.name), self.compression.as_ref()]
             .into_iter()
             .flatten()
         {
-            check_name(name).map_err(|error| error.to_string())?;
+            check_name(name)?;
         }
         let phases = self.phases();
         if phases.len() > PHASES_MAX {
-            return Err(format!(
-                "{} phases are more than the {PHASES_MAX} that are allowed",
-                phases.len()
-            ));
+            return Err(ContentError::Phases(phases.len()));
         }
         match phases.iter().find(|phase| !is_phase_name(phase)) {
             // It becomes part of a file's name.
-            Some(phase) => Err(format!(
-                "{phase:?} cannot be a phase: a phase's name is 1 to 32 of a-z, 0-9, - and _"
-            )),
+            Some(phase) => Err(ContentError::Phase((*phase).to_owned())),
             None => Ok(()),
         }
     }

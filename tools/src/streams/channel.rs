@@ -3,9 +3,11 @@
 use super::Connection;
 use colo_ring::session::{ChannelError, MultifdChannel, PacketAction};
 use colo_ring::units::ChannelId;
+use colo_ring::wire::WireError;
 use colo_ring::wire::codec::Method;
 use colo_ring::wire::multifd::{HEADER_LEN, INIT_LEN, Init, PacketHeader};
 use std::ops::Range;
+use thiserror::Error;
 
 /// A multifd channel.
 #[derive(Clone, Debug)]
@@ -20,6 +22,17 @@ pub struct Channel {
     /// How the pages of its first packet with pages are compressed.
     method: Option<Method>,
     stopped: Option<String>,
+}
+
+/// Why a connection is no multifd channel, although it begins as one.
+#[derive(Debug, Error)]
+pub enum InitError {
+    /// The capture ends in its init packet.
+    #[error("its init packet is not complete")]
+    Incomplete,
+    /// Its init packet is wrong.
+    #[error(transparent)]
+    Wire(#[from] WireError),
 }
 
 /// One packet on a channel.
@@ -40,13 +53,13 @@ impl Channel {
     ///
     /// # Errors
     /// If it does not begin with a valid init packet.
-    pub(super) fn new(connection: Connection) -> Result<Self, String> {
+    pub(super) fn new(connection: Connection) -> Result<Self, InitError> {
         let init = connection
             .to_secondary
             .bytes()
             .first_chunk()
-            .ok_or("its init packet is not complete")?;
-        let init = Init::decode(init).map_err(|error| error.to_string())?;
+            .ok_or(InitError::Incomplete)?;
+        let init = Init::decode(init)?;
         let mut channel = Self {
             connection,
             init,

@@ -3,7 +3,7 @@
 
 use super::{Flow, StreamsError};
 use colo_ring::blocks::BlockTable;
-use colo_ring::session::{Action, Outbound, Page, PageContent, Session, SessionLimits};
+use colo_ring::session::{Action, Outbound, Page, PageContent, Session, SessionError, SessionLimits};
 use colo_ring::units::BlockId;
 use colo_ring::wire::ram::{BlockRef, RamRecord};
 use std::ops::Range;
@@ -83,7 +83,7 @@ impl MainIndex {
             let read = reader.read_to(chunk.end);
             reader.piece(chunk.end);
             if let Err(error) = read {
-                reader.index.stopped = Some(error);
+                reader.index.stopped = Some(error.to_string());
                 break;
             }
         }
@@ -141,19 +141,16 @@ impl<'a> Reader<'a> {
     }
 
     /// Steps the session over the bytes up to `end`. The initial state ends where the primary stops sending.
-    fn read_to(&mut self, end: usize) -> Result<(), String> {
+    fn read_to(&mut self, end: usize) -> Result<(), SessionError> {
         loop {
             let begin = self.position;
-            let (consumed, action) = self
-                .session
-                .step(&self.bytes[begin..end])
-                .map_err(|error| error.to_string())?;
+            let (consumed, action) = self.session.step(&self.bytes[begin..end])?;
             self.position += consumed;
             match action {
                 Action::NeedMore => return Ok(()),
                 Action::Continue => {}
                 Action::Memory(blocks) => self.index.blocks = Some(blocks),
-                Action::Page(page) => self.page(begin, page)?,
+                Action::Page(page) => self.page(begin, page),
                 Action::Marker => {
                     self.markers += 1;
                     self.piece(self.position);
@@ -186,7 +183,7 @@ impl<'a> Reader<'a> {
         }
     }
 
-    fn page(&mut self, position: usize, page: Page<'_>) -> Result<(), String> {
+    fn page(&mut self, position: usize, page: Page<'_>) {
         let blocks = self
             .index
             .blocks
@@ -195,7 +192,7 @@ impl<'a> Reader<'a> {
         let (block, _) = blocks.locate(page.page);
         self.last_block = Some(block);
         let Some(current) = &mut self.current else {
-            return Ok(());
+            return;
         };
         match page.content {
             PageContent::Zero => current.zero_pages += 1,
@@ -210,7 +207,8 @@ impl<'a> Reader<'a> {
             }
         }
         if current.first_page.is_none() {
-            let record = RamRecord::parse(&self.bytes[position..]).map_err(|error| error.to_string())?;
+            // The session has parsed it already.
+            let record = RamRecord::parse(&self.bytes[position..]).ok().flatten();
             let continues = record.is_some_and(|(record, _)| block_of(&record) == Some(BlockRef::Continue));
             current.first_page = Some(PageRecord {
                 position,
@@ -218,7 +216,6 @@ impl<'a> Reader<'a> {
                 continues,
             });
         }
-        Ok(())
     }
 
     /// The session sends a message: the primary waits for it here.

@@ -13,7 +13,7 @@ mod main_channel;
 pub(crate) mod tests;
 
 pub use answers::{Answers, CheckpointAnswers};
-pub use channel::{Channel, Packet};
+pub use channel::{Channel, InitError, Packet};
 pub use flow::{Chunk, Flow};
 
 use crate::capture_file::{CaptureError, CaptureInfo, CaptureReader, ConnectionId, Direction, Event, Record};
@@ -148,7 +148,7 @@ pub enum StreamsError {
         /// The connection.
         connection: ConnectionId,
         /// What is wrong.
-        reason: String,
+        reason: InitError,
     },
     /// Channels are missing or duplicated.
     #[error(

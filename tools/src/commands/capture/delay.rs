@@ -43,7 +43,7 @@ pub struct Passed<'a> {
 /// Follows the checkpoints of one main channel.
 pub struct Delays {
     main: Option<ConnectionId>,
-    answers: Answers,
+    to_primary: MessageParser,
     state: State,
     added: Histograms,
     /// Why nothing is measured any more.
@@ -120,7 +120,7 @@ impl Delays {
         let empty = || Histogram::new(SIGNIFICANT_DIGITS).expect("0 to 5 significant digits are allowed");
         Self {
             main: None,
-            answers: Answers::default(),
+            to_primary: MessageParser::default(),
             state: State::Between,
             added: Histograms {
                 to_secondary: empty(),
@@ -182,7 +182,7 @@ impl Delays {
 
     /// Whether the guest is protected: READY has gone through. Where that is not known, it may be.
     pub fn is_protected(&self) -> bool {
-        self.answers.ready || self.given_up.is_some()
+        self.to_primary.ready || self.given_up.is_some()
     }
 
     /// Checkpoints so far.
@@ -193,7 +193,7 @@ impl Delays {
     fn answered(&mut self, passed: &Passed<'_>) {
         let mut bytes = passed.bytes;
         while !bytes.is_empty() {
-            match self.answers.next(&mut bytes) {
+            match self.to_primary.next(&mut bytes) {
                 Ok(Some(message)) => self.message(message, passed),
                 Ok(None) => {}
                 Err(NotColo) => return self.give_up("the secondary's answers are not COLO's, or encrypted"),
@@ -237,9 +237,9 @@ impl Histograms {
     }
 }
 
-/// The secondary's side of the main channel, message by message.
+/// Parses what the secondary sends on the main channel, message by message.
 #[derive(Default)]
-struct Answers {
+struct MessageParser {
     /// The start of a message whose rest has not come.
     pending: Vec<u8>,
     /// READY has come: no return-path message follows.
@@ -249,7 +249,7 @@ struct Answers {
 /// Something else than a COLO secondary's answers.
 struct NotColo;
 
-impl Answers {
+impl MessageParser {
     /// Takes bytes up to the end of a message. None if there is none in them, or one of the return path.
     fn next(&mut self, bytes: &mut &[u8]) -> Result<Option<Message>, NotColo> {
         while let Some((first, rest)) = bytes.split_first() {

@@ -89,7 +89,7 @@ fn disk(disk: &GuestDisk) -> Check {
 mod tests {
     use super::super::State;
     use super::*;
-    use crate::qmp::tests::{Answers, monitor};
+    use crate::qmp::tests::{Responder, monitor};
 
     #[test]
     fn a_guest_is_judged_by_its_devices_and_disks() {
@@ -97,14 +97,14 @@ mod tests {
             json!({"device": name, "qdev": name, "inserted":
                 {"node-name": name, "ro": read_only, "file": "f", "image": {"virtual-size": 1 << 30}}})
         };
-        let answers: Answers = Box::new(move |command, _| match command {
+        let respond: Responder = Box::new(move |command, _| match command {
             "query-migrate-capabilities" => Ok(json!([{"capability": "x-colo", "state": false}])),
             "query-migrate" => Ok(json!({"blocked-reasons": ["non-migratable device: amd-iommu"]})),
             "query-block" => Ok(json!([entry("vda", false), entry("cd", true)])),
             "qom-get" => Ok(json!("virtio-blk-device")),
             other => Err(format!("{other}: not now")),
         });
-        let path = monitor((11, 1, 3), answers);
+        let path = monitor((11, 1, 3), respond);
         let checks = checks(&path.0).unwrap();
         let states: Vec<_> = checks.iter().map(|check| check.state).collect();
         assert_eq!(states, [State::Ok, State::Missing, State::Ok, State::Ok]);

@@ -15,6 +15,7 @@ use std::fs;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::process::ExitCode;
+use thiserror::Error;
 
 /// Longest name of a node in QEMU.
 const NODE_NAME_MAX: usize = 31;
@@ -154,23 +155,42 @@ fn tell_of_others(disks: &[GuestDisk], claimed: &ClaimedCheckpoint) {
     }
 }
 
+/// Why the memory of a checkpoint must not run with a disk.
+#[derive(Debug, PartialEq, Eq, Error)]
+pub(super) enum DiskNotReady {
+    #[error("disk {disk} is at checkpoint {checkpoint} (all of it: {is_all}), and the memory is at {memory}")]
+    At {
+        disk: String,
+        checkpoint: u64,
+        is_all: bool,
+        memory: u64,
+    },
+    #[error("the receiver does not say at which checkpoint disk {0} is")]
+    Unknown(String),
+}
+
 /// Checks that the receiver has left every disk of the checkpoint as the memory needs it.
 ///
 /// # Errors
-/// What does not belong together, in words.
-pub(super) fn check_restored(claimed: &ClaimedCheckpoint, restored: &RestoreReport) -> Result<(), String> {
+/// The first disk of which it has not.
+pub(super) fn check_restored(
+    claimed: &ClaimedCheckpoint,
+    restored: &RestoreReport,
+) -> Result<(), DiskNotReady> {
     for disk in &claimed.disks {
         let found = restored.disks.iter().find(|one| one.name == disk.name);
         let is_ready = |one: &RestoredDisk| one.drained && one.epoch == restored.checkpoint;
         match found {
             Some(one) if is_ready(one) => {}
             Some(one) => {
-                return Err(format!(
-                    "disk {} is at checkpoint {} (all of it: {}), and the memory is at {}",
-                    disk.name, one.epoch, one.drained, restored.checkpoint
-                ));
+                return Err(DiskNotReady::At {
+                    disk: disk.name.clone(),
+                    checkpoint: one.epoch,
+                    is_all: one.drained,
+                    memory: restored.checkpoint,
+                });
             }
-            None => return Err(format!("the receiver does not say where disk {} is", disk.name)),
+            None => return Err(DiskNotReady::Unknown(disk.name.clone())),
         }
     }
     Ok(())
@@ -197,7 +217,7 @@ fn file_id(path: &Path) -> Option<FileId> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::qmp::tests::{Answers, SocketPath, monitor};
+    use crate::qmp::tests::{Responder, SocketPath, monitor};
     use colo_ring::failover::StreamReport;
     use colo_ring::receiver::DiskState;
     use serde_json::Value;
@@ -233,14 +253,14 @@ mod tests {
     /// A QEMU whose only disk is in that file.
     fn qemu(file: PathBuf) -> SocketPath {
         let image = json!({"virtual-size": 4096, "filename": file});
-        let answers: Answers = Box::new(move |command, _| match command {
+        let respond: Responder = Box::new(move |command, _| match command {
             "query-block" => Ok(json!([{"device": "vda", "qdev": "vda", "inserted":
                 {"node-name": "n0", "ro": false, "file": file, "image": image}}])),
             "query-named-block-nodes" => Ok(json!([{"node-name": "n0", "file": file}])),
             "qom-get" => Ok(Value::Null),
             other => Err(format!("{other}: not now")),
         });
-        monitor((11, 1, 3), answers)
+        monitor((11, 1, 3), respond)
     }
 
     fn checked(path: &SocketPath, claimed: &ClaimedCheckpoint, is_waived: bool) -> Result<(), CommandError> {

@@ -271,10 +271,10 @@ fn resume(
         }
     };
     times.restore = began.elapsed();
-    if let Err(why) = disks::check_restored(&claim.claimed, &restored) {
+    if let Err(error) = disks::check_restored(&claim.claimed, &restored) {
         let may_have_run = !waiting.pauses();
         drop(waiting);
-        return Err(claim.release(may_have_run, &why));
+        return Err(claim.release(may_have_run, &error.to_string()));
     }
     let began = Instant::now();
     let status = match waiting.wait_loaded().and_then(|status| waiting.run(status)) {

@@ -1,7 +1,7 @@
 //! What is on the main channel, element by element, as the engine's own session reads it.
 
 use crate::streams::{Flow, Streams};
-use colo_ring::session::{Action, Session, SessionLimits};
+use colo_ring::session::{Action, Session, SessionError, SessionLimits};
 use colo_ring::wire::colo::Message;
 use colo_ring::wire::ram::{BlockEntry, BlockRef, RamRecord};
 use colo_ring::wire::stream::{Command, Section, parse_footer};
@@ -44,7 +44,7 @@ pub(super) fn walk<E>(
         // The end of the initial state is known from the silence behind it, so it goes chunk by chunk.
         match walk.elements_to(chunk.end, &mut each)? {
             Ok(()) => {}
-            Err(stopped) => return Ok(Some(stopped)),
+            Err(error) => return Ok(Some(error.to_string())),
         }
     }
     Ok((walk.position < flow.bytes().len()).then(|| {
@@ -68,12 +68,12 @@ impl Walk<'_> {
         &mut self,
         end: usize,
         each: &mut impl FnMut(Element) -> Result<(), E>,
-    ) -> Result<Result<(), String>, E> {
+    ) -> Result<Result<(), SessionError>, E> {
         let bytes = self.flow.bytes();
         loop {
             let (consumed, action) = match self.session.step(&bytes[self.position..end]) {
                 Ok(step) => step,
-                Err(error) => return Ok(Err(error.to_string())),
+                Err(error) => return Ok(Err(error)),
             };
             self.position += consumed;
             let is_commit = matches!(action, Action::Commit(_));

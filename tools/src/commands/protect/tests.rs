@@ -1,7 +1,7 @@
 //! A primary with scripted answers: the settings that it receives, and the errors where it cannot be protected.
 
 use super::*;
-use crate::qmp::tests::{Answers, SocketPath, monitor};
+use crate::qmp::tests::{Responder, SocketPath, monitor};
 use colo_ring::wire::codec::Method;
 use std::sync::{Arc, Mutex};
 
@@ -22,13 +22,13 @@ fn args(path: &SocketPath) -> ProtectArgs {
 
 /// A QEMU in this state; `kvm` says whether it uses it.
 fn primary(version: (u64, u64, u64), status: &'static str, migration: Value, kvm: bool) -> SocketPath {
-    let answers: Answers = Box::new(move |command, _| match command {
+    let respond: Responder = Box::new(move |command, _| match command {
         "query-status" => Ok(json!({"status": status})),
         "query-migrate" => Ok(migration.clone()),
         "query-kvm" => Ok(json!({"enabled": kvm, "present": kvm})),
         other => Err(format!("{other}: not now")),
     });
-    monitor(version, answers)
+    monitor(version, respond)
 }
 
 fn connect(path: &SocketPath) -> Qmp {
@@ -148,7 +148,7 @@ fn an_interrupted_watch_says_how_the_primary_is_left() {
 fn return_path_is_switched_on_where_it_is_demanded() {
     let set = Arc::new(Mutex::new(Vec::new()));
     let seen = set.clone();
-    let answers: Answers = Box::new(move |command, arguments| match command {
+    let respond: Responder = Box::new(move |command, arguments| match command {
         "query-migrate-capabilities" => Ok(json!([
             {"capability": "x-colo", "state": false}, {"capability": "return-path", "state": false},
             {"capability": "multifd", "state": false}, {"capability": "x-ignore-shared", "state": true}])),
@@ -162,7 +162,7 @@ fn return_path_is_switched_on_where_it_is_demanded() {
         }
         other => Err(format!("{other}: not now")),
     });
-    let path = monitor((10, 2, 0), answers);
+    let path = monitor((10, 2, 0), respond);
     let changed = set_capabilities(
         &mut connect(&path),
         Wanted {
@@ -183,12 +183,12 @@ fn return_path_is_switched_on_where_it_is_demanded() {
 fn parameters_of(change: impl FnOnce(&mut ProtectArgs)) -> Value {
     let set = Arc::new(Mutex::new(Value::Null));
     let seen = set.clone();
-    let answers: Answers = Box::new(move |command, arguments| {
+    let respond: Responder = Box::new(move |command, arguments| {
         assert_eq!(command, "migrate-set-parameters");
         *seen.lock().unwrap() = arguments.clone();
         Ok(json!({}))
     });
-    let path = monitor((11, 1, 3), answers);
+    let path = monitor((11, 1, 3), respond);
     let mut args = args(&path);
     change(&mut args);
     let compression = args.check_modes().unwrap();

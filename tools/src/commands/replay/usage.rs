@@ -6,9 +6,11 @@
 //! checkpoints of a window are *disturbed* if more than [`FOREIGN_SHARE`] of one core was foreign in it.
 
 use crate::run_file::SecondaryUse;
+use nix::errno::Errno;
 use nix::time::{ClockId, clock_gettime};
 use nix::unistd::{Pid, SysconfVar, sysconf};
 use std::time::{Duration, Instant};
+use thiserror::Error;
 
 /// Least length of a window.
 const WINDOW: Duration = Duration::from_millis(250);
@@ -18,6 +20,14 @@ const FOREIGN_SHARE: f64 = 0.2;
 
 /// Foreign processor time that ticks alone can make of nothing.
 const FOREIGN_MIN: Duration = Duration::from_millis(30);
+
+/// Why the secondary's process cannot be watched.
+#[derive(Debug, Error)]
+#[error("process {pid} cannot be watched: {errno}")]
+pub(super) struct NotWatchable {
+    pid: u32,
+    errno: Errno,
+}
 
 /// The secondary's process on this machine.
 #[derive(Debug)]
@@ -36,11 +46,11 @@ impl Secondary {
     ///
     /// # Errors
     /// If there is no such process.
-    pub(super) fn find(pid: u32) -> Result<Self, String> {
+    pub(super) fn find(pid: u32) -> Result<Self, NotWatchable> {
         let found = i32::try_from(pid)
-            .map_err(|_| nix::errno::Errno::ESRCH)
+            .map_err(|_| Errno::ESRCH)
             .and_then(|number| nix::time::clock_getcpuclockid(Pid::from_raw(number)));
-        let clock = found.map_err(|errno| format!("process {pid} cannot be watched: {errno}"))?;
+        let clock = found.map_err(|errno| NotWatchable { pid, errno })?;
         let page_bytes = sysconf(SysconfVar::PAGE_SIZE).ok().flatten();
         Ok(Self {
             pid,

@@ -3,7 +3,7 @@
 use super::copy::progress;
 use super::*;
 use crate::guest_disks::MirrorState;
-use crate::qmp::tests::{Answers, SocketPath, monitor};
+use crate::qmp::tests::{Responder, SocketPath, monitor};
 use serde_json::Value;
 use std::collections::BTreeSet;
 use std::sync::{Arc, Mutex};
@@ -23,7 +23,7 @@ type Commands = Arc<Mutex<Vec<String>>>;
 fn guest(name: Option<&'static str>, uuid: &'static str, refuses: &'static str) -> (SocketPath, Commands) {
     let done = Commands::default();
     let seen = done.clone();
-    let answers: Answers = Box::new(move |command, arguments| {
+    let respond: Responder = Box::new(move |command, arguments| {
         if !command.starts_with("query") && command != "qom-get" {
             let what = ["node-name", "job-id", "id", "name", "target"].map(|key| arguments[key].as_str());
             let what = what.into_iter().flatten().next().unwrap_or("");
@@ -90,7 +90,7 @@ fn guest(name: Option<&'static str>, uuid: &'static str, refuses: &'static str) 
             _ => Ok(json!({})),
         }
     });
-    (monitor((11, 1, 3), answers), done)
+    (monitor((11, 1, 3), respond), done)
 }
 
 const NO_UUID: &str = "00000000-0000-0000-0000-000000000000";
