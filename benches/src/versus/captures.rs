@@ -10,7 +10,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-/// Raised when captures are made differently, so that older ones are made anew.
+/// Raised when captures are made differently, so that older ones are made again.
 const RECIPE: u32 = 1;
 const ATTEMPTS: u32 = 3;
 /// Checkpoints of a capture: the test guest's are far apart, and an emulated primary compresses slowly.

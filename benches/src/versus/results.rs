@@ -1,4 +1,4 @@
-//! The files of results, written anew after each cell, so that whatever ends a measurement leaves what was measured.
+//! The files of results, written again after each cell, so that whatever ends a measurement leaves what was measured.
 
 use super::contest::CellResult;
 use super::figures::{CellFigures, SecondaryFigures};

@@ -11,7 +11,7 @@ use std::path::Path;
 /// Bytes that are copied at a time where the kernel does not copy by itself.
 const STEP: usize = 1 << 20;
 
-/// Copies all of `from` to the file `to`, which is made anew.
+/// Copies all of `from` to the file `to`, which is created or replaced.
 ///
 /// # Errors
 /// What the system says.

@@ -405,7 +405,7 @@ impl Disk {
     pub(super) fn applied(&self, epoch: Arc<Epoch>) {
         let mut state = self.state();
         drop(state.committed.pop_front());
-        // The queue's was the other reference. Under the lock: who finds the queue empty finds the room, too.
+        // The queue's was the other reference. Under the lock: whatever finds the queue empty finds the room, too.
         let mut index = None;
         match Arc::try_unwrap(epoch) {
             Ok(mut epoch) => {

@@ -15,7 +15,7 @@ const RUN_STEP: usize = 8;
 /// Bytes of an extent.
 const EXTENT_BYTES: usize = 20;
 
-/// Bytes that a run takes besides its extents: its vector in a node of the tree that is half full, and the allocator's own.
+/// Bytes that a run takes in addition to its extents: its vector in a node of the tree that is half full, and the allocator's own.
 const RUN_OVERHEAD_BYTES: usize = 96;
 
 /// Numbers in the place of a segment's.

@@ -80,7 +80,7 @@ impl Lease {
         self.budget.take(bytes)
     }
 
-    /// Takes `more` bytes besides.
+    /// Takes `more` bytes in addition.
     ///
     /// # Errors
     /// If the limit does not allow it.

@@ -351,7 +351,7 @@ impl Connection for MainChannel {
 
 impl Drop for MainChannel {
     fn drop(&mut self) {
-        // The guest's memory is in use no more once the last connection has left.
+        // The guest's memory is no longer in use once the last connection is dropped.
         self.checkpoints = None;
         self.session.part_dropped();
     }

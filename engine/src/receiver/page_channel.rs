@@ -284,7 +284,7 @@ impl Connection for PageChannel {
 
 impl Drop for PageChannel {
     fn drop(&mut self) {
-        // The guest's memory is in use no more once the last connection has left.
+        // The guest's memory is no longer in use once the last connection is dropped.
         self.pages = None;
         if !canary::is_set(Canary::LostPart) {
             self.link.session.part_dropped();

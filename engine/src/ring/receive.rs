@@ -5,7 +5,7 @@ use super::plan::ReceivePlan;
 use std::io;
 use std::os::fd::RawFd;
 
-/// Receives into `plan`, with MSG_WAITALL if the plan asks for it, and with `flags` besides.
+/// Receives into `plan`, with MSG_WAITALL if the plan asks for it, and with `flags` in addition.
 ///
 /// # Errors
 /// Of recvmsg(2); EAGAIN where the socket or the flags say not to block.

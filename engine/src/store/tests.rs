@@ -313,7 +313,7 @@ fn two_threads_write_one_page(kind: (CacheKind, CommitMode)) {
     assert_eq!((image_stamp(&store, 6), image_stamp(&store, 8)), (0, 0));
 }
 
-/// A dump that ended a flush did not notify, and the main channel waited for ever before it answered the next request: found by
+/// A dump that ended a flush did not notify, and the main channel waited forever before it answered the next request: found by
 /// the simulation (seed 269843797330736 of its day).
 #[test]
 fn the_end_of_a_flush_is_notified() {

@@ -96,7 +96,7 @@ impl TestGuest {
     }
 }
 
-/// The Linux guest's load: files of random bytes in memory, each checked before it is written anew.
+/// The Linux guest's load: files of random bytes in memory, each checked before it is written again.
 #[derive(Clone, Debug)]
 pub struct LinuxGuest {
     /// Written per turn, KiB.

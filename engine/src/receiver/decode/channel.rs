@@ -18,7 +18,7 @@ thread_local! {
     static PAGES: RefCell<PageBuffer> = RefCell::default();
 }
 
-/// What a channel with compressed payloads has besides.
+/// What a channel needs in addition once its payloads are compressed.
 pub(in crate::receiver) struct Compressed {
     workers: Arc<Workers>,
     queue: Arc<DecodeQueue>,

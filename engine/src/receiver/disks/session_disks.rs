@@ -202,7 +202,7 @@ const CLOSING: Duration = Duration::from_secs(2);
 pub(in crate::receiver) struct WeakDisks(Vec<Weak<Disk>>);
 
 impl WeakDisks {
-    /// Waits until they are closed, so that a client who connects them next is not refused.
+    /// Waits until they are closed, so that a client that connects them next is not refused.
     pub(in crate::receiver) fn wait_closed(&self) {
         let since = Instant::now();
         while self.0.iter().any(|disk| disk.strong_count() > 0) && since.elapsed() < CLOSING {

@@ -15,7 +15,7 @@ use std::sync::Arc;
 /// See the module.
 pub(super) struct Pages {
     store: Arc<Store>,
-    /// The budget of what the channel needs besides.
+    /// The budget of what the channel allocates in addition.
     leases: Arc<MemoryLeases>,
     normal: Box<PageList>,
     zero: Box<PageList>,

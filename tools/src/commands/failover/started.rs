@@ -55,7 +55,7 @@ impl Started {
         Ok(child)
     }
 
-    /// That QEMU is no more, or its id may be reused.
+    /// That QEMU has ended, or its id may be reused.
     pub(super) fn forget(&self) {
         if let Stage::Revocable { qemu, .. } = &mut *self.stage() {
             *qemu = None;
