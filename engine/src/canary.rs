@@ -53,6 +53,12 @@ pub(crate) enum Canary {
     EarlyZero,
     /// A worker that decodes the payload a channel waits for does not wake the channel.
     LostDecodeWake,
+    /// A checkpoint is acknowledged before the guard has drawn its line.
+    EarlyLoaded,
+    /// The guard is told of a commit before it.
+    EarlyCommitted,
+    /// A guard lets go of frames when their line is drawn.
+    EarlyRelease,
 }
 
 #[cfg(test)]

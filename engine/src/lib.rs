@@ -9,6 +9,7 @@ mod disk;
 pub mod failover;
 pub mod host;
 mod killpoint;
+pub mod link;
 pub mod metrics;
 pub mod nbd;
 pub mod net;

@@ -1,5 +1,7 @@
 //! The numbers of this field as types of their own, so that none can be taken for another.
 
+use serde::{Deserialize, Serialize};
+
 /// Bytes of one guest page. The wire format allows others, but only for targets that this receiver refuses
 /// (spec §3, `configuration/target-page-bits`).
 pub const PAGE_SIZE: usize = 4096;
@@ -72,7 +74,8 @@ impl PageRun {
 }
 
 /// Number of a committed checkpoint: 0 is the state at the end of precopy, 1 the first checkpoint after it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(transparent)]
 pub struct CheckpointId(pub u64);
 
 impl std::fmt::Display for ChannelId {

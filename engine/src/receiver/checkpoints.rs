@@ -86,7 +86,9 @@ impl Checkpoints {
     pub(super) fn commit(&self, checkpoint: CheckpointId, protocol: &mut Session) -> Result<(), SessionEnd> {
         let session = &self.session;
         if let Some(description) = protocol.description().filter(|_| checkpoint == CheckpointId(0)) {
-            session.bind_disks(description)?;
+            session.bind(description)?;
+            // The end of precopy has no VMSTATE_SEND, but its guest is stopped.
+            session.output.ask(checkpoint);
         }
         if let Some(disks) = session.disks() {
             disks.check_commit(checkpoint)?;
@@ -113,15 +115,18 @@ impl Checkpoints {
         if let Some(disks) = session.disks() {
             disks.commit(checkpoint);
         }
+        session.output.committed(checkpoint);
         protocol.committed();
         Ok(())
     }
 
-    /// The primary has stopped its guest, and its disks have answered all writes of the epoch.
+    /// The primary has stopped its guest, and its disks have answered all writes of the epoch: the epoch of its disks and of
+    /// its output ends.
     ///
     /// # Errors
     /// If a disk is not whole.
-    pub(super) fn cut_disks(&self, checkpoint: CheckpointId) -> Result<(), SessionEnd> {
+    pub(super) fn end_epoch(&self, checkpoint: CheckpointId) -> Result<(), SessionEnd> {
+        self.session.output.ask(checkpoint);
         match self.session.disks() {
             Some(disks) => Ok(disks.cut(checkpoint)?),
             None => Ok(()),

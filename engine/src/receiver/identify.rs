@@ -1,8 +1,9 @@
 //! Identifies accepted connections: one task a connection, so that a silent one does not delay the others.
 //!
-//! Exactly the bytes that identify a channel are taken off the socket: its magic, and for a multifd channel its init packet.
+//! Exactly the bytes that identify a connection are taken off the socket: its magic, and for a multifd channel its init packet.
 
 use super::assemble::Identity;
+use crate::link::PREFACE;
 use crate::net::Accepted;
 use crate::wire::WireError;
 use crate::wire::multifd::{INIT_LEN, Init};
@@ -20,6 +21,15 @@ pub(super) const FIRST_LEN: usize = 4;
 
 /// Most connections that are accepted and not identified, or wait for the rest of their session. More are closed.
 pub(super) const PENDING_MAX: usize = 1024;
+
+/// What a connection is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum ConnectionKind {
+    /// A channel of a migration.
+    Channel(Identity),
+    /// The link of a guard.
+    Link,
+}
 
 /// Why a connection was not identified.
 #[derive(Debug, Error)]
@@ -42,7 +52,10 @@ pub(super) enum IdentifyError {
 ///
 /// # Errors
 /// If it is no migration channel, ends early or stays silent; it is shut down then.
-pub(super) async fn identify(accepted: &Accepted, deadline: Duration) -> Result<Identity, IdentifyError> {
+pub(super) async fn identify(
+    accepted: &Accepted,
+    deadline: Duration,
+) -> Result<ConnectionKind, IdentifyError> {
     let reading = async {
         // A UNIX socket as well: reading is the same for every family.
         let stream = std::net::TcpStream::from(accepted.socket.try_clone()?);
@@ -50,19 +63,13 @@ pub(super) async fn identify(accepted: &Accepted, deadline: Duration) -> Result<
         let mut stream = TcpStream::from_std(stream)?;
         let mut first = [0; FIRST_LEN];
         read(&mut stream, &mut first).await?;
-        let identity = match classify(first)? {
-            ChannelKind::Main => Identity::Main,
-            ChannelKind::Multifd => {
-                let mut init = [0; INIT_LEN];
-                let (start, rest) = init.split_at_mut(FIRST_LEN);
-                start.copy_from_slice(&first);
-                read(&mut stream, rest).await?;
-                Identity::Multifd(Init::decode(&init)?)
-            }
+        let kind = match first {
+            PREFACE => ConnectionKind::Link,
+            _ => ConnectionKind::Channel(channel(&mut stream, first).await?),
         };
         // The mode belongs to the connection, not to the descriptor, and the data plane expects a blocking socket.
         stream.into_std()?.set_nonblocking(false)?;
-        Ok(identity)
+        Ok(kind)
     };
     let result = match tokio::time::timeout(deadline, reading).await {
         Ok(result) => result,
@@ -72,6 +79,20 @@ pub(super) async fn identify(accepted: &Accepted, deadline: Duration) -> Result<
         let _ = shutdown(accepted.socket.as_raw_fd(), Shutdown::Both);
     }
     result
+}
+
+/// Reads what kind of channel begins with these bytes.
+async fn channel(stream: &mut TcpStream, first: [u8; FIRST_LEN]) -> Result<Identity, IdentifyError> {
+    Ok(match classify(first)? {
+        ChannelKind::Main => Identity::Main,
+        ChannelKind::Multifd => {
+            let mut init = [0; INIT_LEN];
+            let (start, rest) = init.split_at_mut(FIRST_LEN);
+            start.copy_from_slice(&first);
+            read(stream, rest).await?;
+            Identity::Multifd(Init::decode(&init)?)
+        }
+    })
 }
 
 /// Fills `bytes` and reads nothing beyond: what follows belongs to the data plane.

@@ -9,6 +9,7 @@ use super::disks::SessionDisks;
 use super::end::SessionEnd;
 use super::guest_memory::{GuestMemory, MemoryError};
 use super::kept_checkpoint::KeptCheckpoint;
+use super::links::{Guest, SessionOutput};
 use super::services::Services;
 use crate::net::{Origin, is_gone};
 use crate::ring::Waker;
@@ -62,6 +63,8 @@ pub(super) struct LiveSession {
     /// Cores that help, beside that of the main channel.
     helpers: Vec<Waker>,
     memory: OnceLock<GuestMemory>,
+    /// The guest's output, which waits for commits.
+    pub(super) output: Arc<SessionOutput>,
     /// Set just before the first commit, before the checkpoint.
     disks: OnceLock<Arc<SessionDisks>>,
     /// Set just before the first commit.
@@ -96,6 +99,7 @@ impl LiveSession {
             parts: AtomicUsize::new(1 + channels.len() + 1 + helpers.len()),
             memory_asked: AtomicBool::new(false),
             growing: AtomicBool::new(false),
+            output: Arc::new(SessionOutput::new(main.waker.clone())),
             main,
             channels,
             helpers,
@@ -153,12 +157,15 @@ impl LiveSession {
         self.checkpoint.set(Arc::new(kept)).is_ok()
     }
 
-    /// Binds the guest's disks, before its first commit.
+    /// Binds the guest's disks and its guard, before its first commit.
     ///
     /// # Errors
-    /// If it is not clear which they are, or one of them is not ready.
-    pub(super) fn bind_disks(self: &Arc<Self>, description: &GuestDescription) -> Result<(), SessionEnd> {
+    /// If it is not clear which the disks are, or one of them is not ready.
+    pub(super) fn bind(self: &Arc<Self>, description: &GuestDescription) -> Result<(), SessionEnd> {
         let uuid = StreamHeader::parse_whole(&description.header).and_then(|header| header.uuid);
+        let origin = self.origin;
+        let links = &self.services.shared().links;
+        links.session_commits(self.id, Guest { uuid, origin }, &self.output);
         let bound = self.services.bind_disks(self, uuid);
         let bound = bound.map_err(|error| SessionEnd::Disk(Arc::new(error)))?;
         // Set once: there is one first commit.
@@ -253,6 +260,9 @@ impl LiveSession {
         for connection in self.channels.iter().chain([&self.main]) {
             // It fails only where the peer has closed already.
             let _ = shutdown(connection.socket.as_raw_fd(), Shutdown::Both);
+        }
+        if let Some(end) = self.end() {
+            self.output.end(end.to_string());
         }
         self.wake_all();
         self.services.notify_control();

@@ -15,6 +15,7 @@ use crate::net::quick_ack;
 use crate::ring::{Connection, Loss, ReceivePlan, ReceiveStyle};
 use crate::session::{Action, Outbound, Session, SessionLimits};
 use crate::store::{Phase, StoreError};
+use crate::units::CheckpointId;
 use nix::sys::socket::{MsgFlags, send};
 use std::io;
 use std::ops::ControlFlow;
@@ -30,6 +31,8 @@ enum Waiting {
     Memory,
     Sync,
     Flush,
+    /// The guard has to draw the line behind the guest's output.
+    Output(CheckpointId),
 }
 
 pub(super) struct MainChannel {
@@ -109,7 +112,7 @@ impl MainChannel {
                     self.timeline.transfer_begins();
                     if let Some(checkpoints) = checkpoints {
                         checkpoints
-                            .cut_disks(self.protocol.next_checkpoint())
+                            .end_epoch(self.protocol.next_checkpoint())
                             .map_err(|end| self.disk_lost(end))?;
                     }
                 }
@@ -118,6 +121,7 @@ impl MainChannel {
                     self.timeline.everything_here();
                     let committed = checkpoints.commit(checkpoint, &mut self.protocol);
                     committed.map_err(|end| self.disk_lost(end))?;
+                    self.waiting = Waiting::Output(checkpoint);
                 }
                 (Action::FinishFlush, Some(checkpoints)) => {
                     self.timeline.requested();
@@ -174,6 +178,11 @@ impl MainChannel {
                     return Ok(false);
                 }
                 self.protocol.flush_finished();
+            }
+            Waiting::Output(checkpoint) => {
+                if !self.session.output.may_acknowledge(checkpoint) {
+                    return Ok(false);
+                }
             }
         }
         self.waiting = Waiting::Bytes;

@@ -3,6 +3,7 @@
 use super::decode::Workers;
 use super::disks::SessionDisks;
 use super::guest_memory::{GuestMemory, MemoryError};
+use super::links::Links;
 use super::live_session::LiveSession;
 use crate::blocks::BlockTable;
 use crate::disk::DiskError;
@@ -25,6 +26,8 @@ pub(super) struct Shared {
     pub(super) flusher: Arc<Flusher>,
     /// Decode compressed payloads of all guests.
     pub(super) workers: Arc<Workers>,
+    /// Links to guards of primaries.
+    pub(super) links: Arc<Links>,
 }
 
 /// The receiver as its sessions see it. None of this is called per packet.

@@ -88,6 +88,7 @@ pub(super) fn make_context(
             samples: SampleQueue::new(),
             flusher: Arc::new(flusher),
             workers: workers.workers().clone(),
+            links: Arc::default(),
         },
         store: store_options(&options, &placement, workers.workers().shards()),
         budgets: budgets.clone(),

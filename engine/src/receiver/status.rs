@@ -3,6 +3,7 @@
 use super::disks::{DiskStatus, UnboundDisk};
 use super::end::SessionEnd;
 use super::kept_checkpoint::KeptCheckpoint;
+use super::links::GuardStatus;
 use super::live_session::LiveSession;
 use super::promotion::Promotion;
 use crate::host::Placement;
@@ -115,6 +116,9 @@ pub struct SessionStatus {
     /// The RAM blocks, once known.
     #[serde(default)]
     pub blocks: Vec<GuestBlock>,
+    /// Its guard, if there is or was one.
+    #[serde(default)]
+    pub guard: Option<GuardStatus>,
     /// The guest's disks, from the first commit on.
     #[serde(default)]
     pub disks: Vec<DiskStatus>,
@@ -160,6 +164,7 @@ impl SessionStatus {
             pool_bytes: pool.filter(|_| end.is_none()).map(|pool| pool.bytes),
             pool_slabs_in_haste: pool.map_or(0, |pool| pool.inline_growth),
             fallbacks: session.fallbacks().to_vec(),
+            guard: session.output.guard(),
             ..Self::new(session.id, &session.peer, summary)
         };
         let is_ended = end.is_some();
@@ -223,6 +228,7 @@ impl SessionStatus {
             machine: None,
             ram_bytes: None,
             blocks: Vec::new(),
+            guard: None,
             disks: Vec::new(),
             checkpoint: None,
             checkpoint_age_ms: None,

@@ -78,6 +78,7 @@ pub(super) async fn run(
         kept: Vec::new(),
         past: Vec::new(),
         identifying: JoinSet::new(),
+        links: JoinSet::new(),
         next: 1,
         ended_sessions: 0,
         releasing: JoinSet::new(),

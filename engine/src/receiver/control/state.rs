@@ -2,11 +2,12 @@
 
 use super::ControlContext;
 use crate::net::{AcceptError, Accepted};
-use crate::receiver::assemble::{Arrival, Assembler, Assembly, Complete, Identity};
+use crate::receiver::assemble::{Arrival, Assembler, Assembly, Complete};
 use crate::receiver::attach::{DrivingCores, NewSession, attach};
 use crate::receiver::end::SessionEnd;
-use crate::receiver::identify::{IdentifyError, PENDING_MAX, identify};
+use crate::receiver::identify::{ConnectionKind, IdentifyError, PENDING_MAX, identify};
 use crate::receiver::kept_checkpoint::KeptCheckpoint;
+use crate::receiver::links;
 use crate::receiver::live_session::LiveSession;
 use crate::receiver::status::SessionStatus;
 use crate::receiver::{Event, Outcome, ReceiverError};
@@ -53,7 +54,7 @@ pub(super) struct Kept {
     status: SessionStatus,
 }
 
-pub(super) type Identified = (Arrival, Accepted, Result<Identity, IdentifyError>);
+pub(super) type Identified = (Arrival, Accepted, Result<ConnectionKind, IdentifyError>);
 
 /// What the control thread knows: connections that are not complete, sessions, and what is reported of past ones.
 pub(super) struct ControlState {
@@ -67,6 +68,8 @@ pub(super) struct ControlState {
     pub(super) identifying: JoinSet<Identified>,
     pub(super) next: u32,
     pub(super) ended_sessions: u64,
+    /// Links to guards.
+    pub(super) links: JoinSet<()>,
     /// Memory of ended sessions that is being released.
     pub(super) releasing: JoinSet<()>,
 }
@@ -116,7 +119,14 @@ impl ControlState {
         let gone = self.assembler.expel(Accepted::is_gone);
         self.carry_out(gone);
         let assemblies = match result {
-            Ok(identity) => {
+            Ok(ConnectionKind::Link) => {
+                let links = self.context.services.shared().links.clone();
+                let (deadline, events) = (self.context.options.identify_deadline, self.context.events.clone());
+                self.links.spawn_local(links::serve(accepted, links, deadline, events));
+                while self.links.try_join_next().is_some() {}
+                self.assembler.given_up(arrival)
+            }
+            Ok(ConnectionKind::Channel(identity)) => {
                 let peer = accepted.peer;
                 self.assembler
                     .identified(arrival, peer, identity, accepted, Instant::now())
@@ -198,6 +208,7 @@ impl ControlState {
             if let Some(disks) = &self.context.disks {
                 disks.session_ended(session.id);
             }
+            self.context.services.shared().links.session_ended(session.id);
             // What they have not committed is not needed any more, and applying what is goes on.
             let disks = session.disks().cloned().unwrap_or_default();
             disks.end_session();

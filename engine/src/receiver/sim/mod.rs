@@ -30,6 +30,9 @@
 //! Some guests have disks (`disks.rs`), which they write while they run. What is committed of a disk must be what the guest had written
 //! when the checkpoint of its memory was taken, also after a kill and after the end of the session.
 //!
+//! Some guests have a guard (`guard.rs`), which holds what they send. Nothing that the world has seen may be missing in the committed
+//! checkpoint, however late the guard's messages are, and if its link is lost.
+//!
 //! What is not simulated: the backends' own system calls, the threads of a flush, commits between the passes of a dump, a
 //! connection's way to its session, deadlines. Orders between threads are loom's.
 //!
@@ -37,6 +40,7 @@
 
 mod death;
 mod disks;
+mod guard;
 mod memory;
 mod primary;
 mod rng;
@@ -67,6 +71,8 @@ struct Tally {
     /// Writes to disks, and logs that were applied.
     disk_writes: u64,
     applied: u64,
+    /// Frames of guests with a guard that the world has seen.
+    seen: u64,
     /// Times that the receiver was killed.
     kills: u64,
     /// Sessions by how they ended.
@@ -87,6 +93,7 @@ impl Tally {
         self.decoded += other.decoded;
         self.disk_writes += other.disk_writes;
         self.applied += other.applied;
+        self.seen += other.seen;
         self.kills += other.kills;
         for (end, count) in &other.ends {
             *self.ends.entry(end).or_default() += count;

@@ -1,6 +1,7 @@
 //! One session in the simulation: the model primary with the real guest, and the question whether they agree.
 
 use super::disks::{RecoveredDisks, SimDisks};
+use super::guard::SimGuard;
 use super::memory::{Content, PAGE};
 use super::primary::{Primary, Stage};
 use crate::metrics::CheckpointSample;
@@ -35,6 +36,7 @@ pub(super) struct SimSession {
     /// A packet that the primary should not have sent.
     pub(super) intruder: Option<Intruder>,
     pub(super) disks: Option<SimDisks>,
+    pub(super) guard: Option<SimGuard>,
     committed: usize,
     samples: usize,
 }
@@ -82,6 +84,7 @@ impl SimSession {
             is_over: false,
             intruder: None,
             disks: None,
+            guard: None,
             committed: 0,
             samples: 0,
         }
@@ -393,6 +396,7 @@ impl SimSession {
             return Ok(false);
         }
         self.is_over = true;
+        self.live.services.shared().links.session_ended(self.live.id);
         let end = self.live.end().map(ToString::to_string);
         let end = end.ok_or("all connections have left a session that has not ended")?;
         if !self.is_touched && self.primary.stage != Stage::Done {

@@ -46,6 +46,7 @@ fn what_is_committed_is_always_a_checkpoint_whole() {
             && all.moves > 60
             && all.decoded > 600
             && all.disk_writes > 400
+            && all.seen > 400
             && all.applied > 20,
         "{all:?}"
     );
@@ -85,7 +86,7 @@ fn a_seed_is_a_run() {
 }
 
 /// Each break, and within how many seeds it is found.
-const CANARIES: [(Canary, u64); 20] = [
+const CANARIES: [(Canary, u64); 23] = [
     (Canary::EarlySync, 10),
     (Canary::OpenGate, 100),
     (Canary::LostWake, 10),
@@ -106,6 +107,9 @@ const CANARIES: [(Canary, u64); 20] = [
     (Canary::AppliedEarly, 100),
     (Canary::ForgottenDisk, 100),
     (Canary::SkippedBlock, 100),
+    (Canary::EarlyLoaded, 500),
+    (Canary::EarlyCommitted, 500),
+    (Canary::EarlyRelease, 500),
 ];
 
 /// The same for those of a receiver that is killed.

@@ -34,6 +34,9 @@ const STEPS_USUAL: usize = 3000;
 /// In how many turns a core takes a step of a flush, once, where a page is to come during one.
 const HASTENED_FLUSH_TURNS: usize = 300;
 
+/// What the seed of the guards differs by.
+const GUARDS: u64 = 0x6775_6172_6473;
+
 /// Failed tries to find something to do at random, after which everything is looked at.
 const TRIES: usize = 24;
 
@@ -68,6 +71,8 @@ pub(super) struct World {
     faults: Vec<(u64, usize, Fault)>,
     dump_at: Option<u64>,
     disks: DiskPlan,
+    /// For the guards, of its own: a seed of guests without one stays the run that it was.
+    guards: Rng,
     death: Option<Death>,
     wait_all: bool,
     /// In how many tries a core does work that can wait.
@@ -162,6 +167,7 @@ impl World {
             flush_looks: rng.pick(&[4, 100]),
             piece_bytes,
             disks,
+            guards: Rng::new(seed ^ GUARDS),
             death,
             rng: Rng::new(rng.next()),
             trace,
@@ -254,6 +260,7 @@ impl World {
             session.check(&self.net.borrow())?;
             self.tally.untouched += u64::from(!session.is_touched);
             self.tally.commits += session.commits();
+            self.tally.seen += session.guard.as_ref().map_or(0, |guard| guard.seen);
             *self.tally.ends.entry(session.end()).or_default() += 1;
             let live = Arc::downgrade(&session.live);
             let store = session.live.store().map(Arc::downgrade);
@@ -301,6 +308,7 @@ impl World {
             self.sessions[which].recover()?;
         }
         self.disk_step()?;
+        self.guard_step()?;
         if !self.act()? {
             return Ok(false);
         }
@@ -355,6 +363,30 @@ impl World {
         Ok(())
     }
 
+    /// What a guest's guard does in this step.
+    fn guard_step(&mut self) -> Result<(), String> {
+        let which = self.guards.below(self.sessions.len());
+        let session = &mut self.sessions[which];
+        let (stage, state) = (session.primary.stage, session.primary.snapshots.len());
+        let committed = usize::try_from(session.commits()).expect("few");
+        if let Some(guard) = &mut session.guard {
+            guard.step(&mut self.guards, stage, state, committed)?;
+        }
+        Ok(())
+    }
+
+    /// Nothing else goes on: whether a message of a link does.
+    fn links_go_on(&mut self) -> Result<bool, String> {
+        for session in &mut self.sessions {
+            if let Some(guard) = &mut session.guard
+                && guard.go_on(&mut self.guards)?
+            {
+                return Ok(true);
+            }
+        }
+        Ok(false)
+    }
+
     /// If the receiver was killed in this step, before which so many states were committed: what does the next one find?
     fn check_after_kill(&mut self, before: &[u64]) -> Result<(), String> {
         let Some(files) = self.death.as_mut().and_then(Death::take_files) else {
@@ -392,7 +424,7 @@ impl World {
                 }
             }
         }
-        Ok(false)
+        self.links_go_on()
     }
 
     /// Tries to do something of a kind, to the one that `which` says; whether it was done.

@@ -1,6 +1,7 @@
 //! The beginning of a session: a primary has connected all its channels.
 
 use super::super::disks::SimDisks;
+use super::super::guard::SimGuard;
 use super::super::primary::{Kind, Primary};
 use super::super::rng::Rng;
 use super::super::session::SimSession;
@@ -69,6 +70,9 @@ impl World {
             self.services
                 .add_disks(session.live.id, disks.all(), segments_in_ram);
             session.disks = Some(disks);
+        }
+        if self.guards.one_in(2) {
+            session.guard = Some(SimGuard::new(&mut self.guards, &session.live.output));
         }
         self.sessions.push(session);
         self.tally.sessions += 1;

@@ -105,6 +105,7 @@ pub(super) fn services(
             samples: SampleQueue::with_capacity(4),
             flusher: Arc::new(Flusher::new(method, 0, &[]).expect("no helpers, no error")),
             workers: Arc::new(workers),
+            links: Arc::default(),
         },
         store: options,
         granularity,

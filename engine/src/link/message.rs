@@ -1,0 +1,85 @@
+//! The link's messages: JSON lines.
+
+use crate::units::CheckpointId;
+use serde::{Deserialize, Serialize};
+
+/// The version of the protocol that is spoken here.
+pub const LINK_VERSION: u32 = 1;
+
+/// The first bytes of a guard's connection, by which the receiver knows it from a migration.
+pub const PREFACE: [u8; 4] = *b"LINK";
+
+/// Longest line, in bytes, with its end.
+pub const LINE_MAX: usize = 4096;
+
+/// A guard's first message.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Hello {
+    /// [`LINK_VERSION`] of the guard.
+    pub version: u32,
+    /// The operator's name for the guest.
+    pub name: String,
+    /// The guest's UUID, where it has one: 32 hexadecimal digits.
+    pub uuid: Option<String>,
+    /// Whether the guard can let go of frames only while the guest is stopped. LOADED then waits for [`ToReceiver::Released`], too.
+    pub releases_in_pause: bool,
+    /// After so many milliseconds without an answer to a barrier the receiver gives up the link and acknowledges the
+    /// checkpoint: a guard that hangs stops its guest for no longer.
+    pub timeout_ms: u32,
+}
+
+/// From the guard to the receiver.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "type", rename_all = "lowercase")]
+pub enum ToReceiver {
+    /// The first message.
+    Hello(Hello),
+    /// The line of this checkpoint is drawn behind everything that the guest has sent before it stopped.
+    Placed {
+        /// The checkpoint of [`ToGuard::Barrier`].
+        checkpoint: CheckpointId,
+    },
+    /// What is before the line is let go. Only from a guard with [`Hello::releases_in_pause`].
+    Released {
+        /// The checkpoint of [`ToGuard::Committed`].
+        checkpoint: CheckpointId,
+    },
+}
+
+/// From the receiver to the guard.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "type", rename_all = "lowercase")]
+pub enum ToGuard {
+    /// The guard is known from now on.
+    Welcome {
+        /// [`LINK_VERSION`] of the receiver.
+        version: u32,
+    },
+    /// The guard is not taken; the connection ends.
+    Refused {
+        /// Why.
+        reason: String,
+    },
+    /// The link belongs to this session from now on.
+    Bound {
+        /// Its number at the receiver.
+        session: u32,
+    },
+    /// The guest is stopped: draw the line of this checkpoint, and say so.
+    Barrier {
+        /// Counted from 0, the end of precopy.
+        checkpoint: CheckpointId,
+    },
+    /// This checkpoint is the one that a failover would resume.
+    Committed {
+        /// Its number.
+        checkpoint: CheckpointId,
+    },
+    /// The session has ended; the link waits for the next.
+    Ended {
+        /// Its number.
+        session: u32,
+        /// Why.
+        reason: String,
+    },
+}

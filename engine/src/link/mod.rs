@@ -1,0 +1,46 @@
+//! Output commit: the protocol between a receiver and the guard of its primary, without I/O.
+//!
+//! The guard holds what the guest sends until the checkpoint that contains the sending is committed. Then the outside world
+//! has never seen anything that a failover unmakes. For each checkpoint *n*:
+//!
+//! ```text
+//!  primary              receiver                           guard
+//!     │ stops its guest    │                                 │ holds every frame that it reads
+//!     ├── VMSTATE_SEND ───►│── barrier n ───────────────────►│ takes what the guest has sent up to here, and
+//!     │── pages, state ───►│◄─────────────────── placed n ───┤ draws a line behind it
+//!     │                    │ commits n                       │
+//!     │                    │── committed n ─────────────────►│ lets go of what is before the line
+//!     │                    │ (◄──────────────── released n ──┤ where that is safe only while the guest is stopped)
+//!     │◄─ RECEIVED, LOADED ┤                                 │
+//!     │ its guest runs     │                                 │
+//! ```
+//!
+//! # Invariants
+//! 1. A line is drawn while the guest is stopped: the receiver acknowledges checkpoint *n* (LOADED, or READY for the first) only
+//!    after `placed n`. [`Barriers::may_acknowledge`]
+//! 2. Nothing is let go that is behind the last committed line: the guard lets go up to line *n* only after `committed n`, which
+//!    the receiver sends after its commit, and after `placed n`: so a guard that the receiver has given up, since it did not answer,
+//!    has no word that would let go what is behind a line drawn too late. [`Barriers::next_message`]
+//! 3. A commit lets go only up to lines that were drawn on the same link: a guard that has lost its link forgets its lines
+//!    ([`HeldOutput::forget_barriers`]), since the guest may have run on before a line that arrives late was drawn.
+//! 4. A receiver without a link acknowledges at once. Nobody lets anything go meanwhile: a guard without a link holds on to everything,
+//!    until it has a link again, or has ended the protection.
+//!
+//! So: *what the world has seen is in the last committed checkpoint*. Barrier and transfer go on at the same time, so the barrier costs
+//! the pause nothing unless the checkpoint is nearly empty.
+//!
+//! # On the wire
+//! The guard connects to an address of the receiver's `--listen` and sends [`PREFACE`]; from then on both send one JSON
+//! object a line, of at most [`LINE_MAX`] bytes: [`ToReceiver`], [`ToGuard`]. The first is [`ToReceiver::Hello`], which is answered
+//! by [`ToGuard::Welcome`] or [`ToGuard::Refused`]. The receiver binds the link to the session whose stream has the guest's UUID. A
+//! guard whose guest has none is bound to the next session of the same origin.
+
+mod barriers;
+mod held_output;
+mod message;
+#[cfg(test)]
+mod tests;
+
+pub use barriers::{Barriers, LinkError};
+pub use held_output::{Held, HeldOutput};
+pub use message::{Hello, LINE_MAX, LINK_VERSION, PREFACE, ToGuard, ToReceiver};

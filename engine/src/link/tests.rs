@@ -1,0 +1,144 @@
+//! Both sides, one call after the other. Orders and losses are the simulation's ([`crate::receiver`]).
+
+use super::*;
+use crate::units::CheckpointId;
+
+const FIRST: CheckpointId = CheckpointId(0);
+const SECOND: CheckpointId = CheckpointId(1);
+const THIRD: CheckpointId = CheckpointId(2);
+
+const NOTHING: [u32; 0] = [];
+
+fn out(held: &mut HeldOutput<u32>) -> Vec<u32> {
+    std::iter::from_fn(|| held.pop()).collect()
+}
+
+fn push(held: &mut HeldOutput<u32>, frames: impl IntoIterator<Item = u32>) {
+    for frame in frames {
+        assert!(held.push(frame, 100));
+    }
+}
+
+#[test]
+fn frames_pass_before_the_first_line_and_then_leave_by_commits() {
+    let mut held = HeldOutput::new(1 << 20);
+    push(&mut held, [1, 2]);
+    assert_eq!(out(&mut held), [1, 2]);
+    push(&mut held, [3]);
+    held.place(FIRST);
+    push(&mut held, [4, 5]);
+    assert_eq!(out(&mut held), [3], "it came before there was a line");
+    assert_eq!(held.held(), Held { frames: 2, bytes: 200 });
+    held.committed(FIRST);
+    assert_eq!(out(&mut held), NOTHING);
+    held.place(SECOND);
+    push(&mut held, [6]);
+    held.committed(SECOND);
+    assert_eq!(out(&mut held), [4, 5]);
+    held.committed(SECOND);
+    held.committed(THIRD);
+    assert_eq!(out(&mut held), NOTHING, "there is no line of that checkpoint");
+    held.open();
+    assert_eq!(out(&mut held), [6]);
+    push(&mut held, [7]);
+    assert_eq!(out(&mut held), [7]);
+    assert_eq!(held.held(), Held::default());
+}
+
+#[test]
+fn lines_of_a_lost_link_let_nothing_go() {
+    let mut held = HeldOutput::new(1 << 20);
+    held.place(FIRST);
+    push(&mut held, [1]);
+    held.place(SECOND);
+    held.forget_barriers();
+    held.committed(SECOND);
+    assert_eq!(out(&mut held), NOTHING);
+    held.place(THIRD);
+    held.committed(THIRD);
+    assert_eq!(out(&mut held), [1]);
+}
+
+#[test]
+fn what_does_not_fit_is_dropped_and_counted() {
+    let mut held = HeldOutput::new(250);
+    held.place(FIRST);
+    assert!(held.push(1, 100) && held.push(2, 150) && !held.push(3, 1));
+    assert_eq!(held.dropped(), 1);
+    held.place(SECOND);
+    held.committed(SECOND);
+    assert_eq!(out(&mut held), [1, 2]);
+    assert!(held.push(4, 250));
+}
+
+#[test]
+fn a_checkpoint_is_acknowledged_when_its_barrier_is_placed() {
+    let mut barriers = Barriers::default();
+    barriers.ask(FIRST);
+    assert!(barriers.may_acknowledge(FIRST) && barriers.next_message().is_none());
+    barriers.attach(false);
+    assert!(barriers.may_acknowledge(FIRST), "it was stopped before the link came");
+    barriers.ask(SECOND);
+    assert!(!barriers.may_acknowledge(SECOND));
+    assert_eq!(barriers.placed(SECOND), Err(LinkError::NotAsked(SECOND)));
+    assert_eq!(
+        barriers.next_message(),
+        Some(ToGuard::Barrier { checkpoint: SECOND })
+    );
+    assert!(barriers.awaits_answer() && barriers.next_message().is_none());
+    assert_eq!(barriers.placed(FIRST), Err(LinkError::NotAsked(FIRST)));
+    barriers.committed(SECOND);
+    assert_eq!(
+        barriers.next_message(),
+        None,
+        "a guard that hangs must not find both when it goes on"
+    );
+    assert_eq!(barriers.placed(SECOND), Ok(()));
+    assert!(barriers.may_acknowledge(SECOND) && !barriers.awaits_answer());
+    assert_eq!(
+        barriers.next_message(),
+        Some(ToGuard::Committed { checkpoint: SECOND })
+    );
+    assert_eq!(barriers.next_message(), None);
+}
+
+#[test]
+fn a_guard_that_releases_in_the_pause_is_waited_for_twice() {
+    let mut barriers = Barriers::default();
+    barriers.attach(true);
+    barriers.ask(FIRST);
+    assert!(barriers.next_message().is_some());
+    assert_eq!(barriers.placed(FIRST), Ok(()));
+    assert!(!barriers.may_acknowledge(FIRST));
+    assert_eq!(barriers.released(FIRST), Err(LinkError::NotCommitted(FIRST)));
+    barriers.committed(FIRST);
+    assert!(barriers.next_message().is_some() && barriers.awaits_answer());
+    assert_eq!(barriers.released(FIRST), Ok(()));
+    assert!(barriers.may_acknowledge(FIRST) && !barriers.awaits_answer());
+    barriers.ask(SECOND);
+    assert!(!barriers.may_acknowledge(SECOND));
+    barriers.detach();
+    assert!(barriers.may_acknowledge(SECOND), "nobody lets anything go without a link");
+}
+
+#[test]
+fn messages_are_lines_that_people_can_read() {
+    let hello = ToReceiver::Hello(Hello {
+        version: LINK_VERSION,
+        name: "web3".into(),
+        uuid: None,
+        releases_in_pause: false,
+        timeout_ms: 5000,
+    });
+    let text = serde_json::to_string(&hello).unwrap();
+    assert_eq!(
+        text,
+        r#"{"type":"hello","version":1,"name":"web3","uuid":null,"releases_in_pause":false,"timeout_ms":5000}"#
+    );
+    assert_eq!(serde_json::from_str::<ToReceiver>(&text).unwrap(), hello);
+    let barrier = ToGuard::Barrier { checkpoint: SECOND };
+    assert_eq!(
+        serde_json::to_string(&barrier).unwrap(),
+        r#"{"type":"barrier","checkpoint":1}"#
+    );
+}

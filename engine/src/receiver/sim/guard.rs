@@ -1,0 +1,212 @@
+//! The guard of a simulated primary: it holds what the guest sends, and the question is what the world has seen.
+//!
+//! ```text
+//!  guest ──frames──► HeldOutput ──► world        every frame: the state that will contain its sending
+//!                        ▲
+//!        SessionOutput ──┴── link ──► placed     messages wait as long as the seed says, and the link is lost now and then
+//! ```
+
+use super::primary::Stage;
+use super::rng::Rng;
+use crate::link::{Hello, HeldOutput, LINK_VERSION, ToGuard, ToReceiver};
+use crate::receiver::links::{LinkNumber, Next, SessionOutput};
+use std::collections::VecDeque;
+use std::sync::Arc;
+
+/// Frames that are in its memory at most.
+const FRAMES_MAX: u64 = 64;
+
+/// A frame that is held leaves once this state is committed; one that came before there was a line has none.
+type Frame = Option<usize>;
+
+/// How a link ends.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Loss {
+    /// Both ends know it at once.
+    Closed,
+    /// The guard hangs, the receiver gives it up, and later the guard goes on with what it has received.
+    GivenUp,
+}
+
+/// See the module.
+pub(super) struct SimGuard {
+    output: Arc<SessionOutput>,
+    /// As the receiver knows it.
+    link: Option<LinkNumber>,
+    to_guard: VecDeque<ToGuard>,
+    to_receiver: VecDeque<ToReceiver>,
+    held: HeldOutput<Frame>,
+    /// It lets go by opening and closing, as is safe only while the guest is stopped.
+    releases_in_pause: bool,
+    /// It is open, to be closed when this checkpoint is released.
+    opened_for: Option<crate::units::CheckpointId>,
+    /// It was given up while it was open: what the guest sends then may leave.
+    may_leak: bool,
+    /// In how many steps the link is lost, if it is.
+    losses: Option<usize>,
+    pub(super) seen: u64,
+}
+
+impl SimGuard {
+    pub(super) fn new(rng: &mut Rng, output: &Arc<SessionOutput>) -> Self {
+        let mut guard = Self {
+            output: output.clone(),
+            link: None,
+            to_guard: VecDeque::new(),
+            to_receiver: VecDeque::new(),
+            held: HeldOutput::new(FRAMES_MAX),
+            releases_in_pause: rng.one_in(3),
+            opened_for: None,
+            may_leak: false,
+            losses: rng.one_in(2).then(|| rng.pick(&[20, 100, 1000])),
+            seen: 0,
+        };
+        if !rng.one_in(4) {
+            guard.connect();
+        }
+        guard
+    }
+
+    fn connect(&mut self) {
+        // What was said on the link before, the guard has forgotten.
+        self.to_guard.clear();
+        self.to_receiver.clear();
+        if self.opened_for.take().is_some() {
+            self.close_again();
+        }
+        self.held.forget_barriers();
+        self.link = Some(self.output.attach(&Hello {
+            version: LINK_VERSION,
+            name: "model".to_owned(),
+            uuid: None,
+            releases_in_pause: self.releases_in_pause,
+            timeout_ms: 0,
+        }));
+    }
+
+    /// Does something at random, where `state` is the next that the primary will send, and so many are committed. Whether anything was done.
+    pub(super) fn step(
+        &mut self,
+        rng: &mut Rng,
+        stage: Stage,
+        state: usize,
+        committed: usize,
+    ) -> Result<bool, String> {
+        match rng.below(6) {
+            0 | 1 => Ok(self.guest_sends(stage, state)),
+            2 => self.look_out(committed).map(|()| true),
+            3 if self.losses.is_some_and(|losses| rng.one_in(losses)) => Ok(self.lose(rng)),
+            4 if self.link.is_none() && rng.one_in(30) => {
+                self.connect();
+                Ok(true)
+            }
+            _ => self.go_on(rng),
+        }
+    }
+
+    /// The link's next message, in either direction. Whether there was one.
+    pub(super) fn go_on(&mut self, rng: &mut Rng) -> Result<bool, String> {
+        let turn = rng.below(3);
+        for which in (turn..3).chain(0..turn) {
+            let done = match which {
+                0 => self.receiver_sends(),
+                1 => self.guard_reads(),
+                _ => self.receiver_reads()?,
+            };
+            if done {
+                return Ok(true);
+            }
+        }
+        Ok(false)
+    }
+
+    fn guest_sends(&mut self, stage: Stage, state: usize) -> bool {
+        let runs = matches!(stage, Stage::Start | Stage::Idle | Stage::WaitReply | Stage::Done);
+        let frame = self.held.is_holding().then_some(state);
+        runs && self.held.push(frame, 1)
+    }
+
+    /// What may leave does, and the world sees it.
+    fn look_out(&mut self, committed: usize) -> Result<(), String> {
+        while let Some(frame) = self.held.pop() {
+            self.seen += 1;
+            if let Some(state) = frame
+                && state >= committed
+                && !self.may_leak
+            {
+                return Err(format!(
+                    "the world has seen output of state {state} where {committed} states are committed"
+                ));
+            }
+        }
+        Ok(())
+    }
+
+    fn lose(&mut self, rng: &mut Rng) -> bool {
+        let Some(link) = self.link.take() else {
+            return false;
+        };
+        self.may_leak |= self.opened_for.is_some();
+        // A word that lets go in the pause is on its way, or will be carried out late.
+        let is_releasing = |message: &ToGuard| matches!(message, ToGuard::Committed { .. });
+        self.may_leak |= self.releases_in_pause && self.to_guard.iter().any(is_releasing);
+        self.output.detach(link);
+        self.to_receiver.clear();
+        if rng.pick(&[Loss::Closed, Loss::GivenUp]) == Loss::Closed {
+            self.to_guard.clear();
+            self.held.forget_barriers();
+        }
+        true
+    }
+
+    /// The task of the link at the receiver.
+    fn receiver_sends(&mut self) -> bool {
+        let Some(link) = self.link else { return false };
+        match self.output.next(link) {
+            Next::Send(message) => self.to_guard.push_back(message),
+            Next::Wait { .. } | Next::Ended(_) | Next::Replaced => return false,
+        }
+        true
+    }
+
+    fn guard_reads(&mut self) -> bool {
+        if let Some(checkpoint) = self.opened_for.take() {
+            self.close_again();
+            self.to_receiver.push_back(ToReceiver::Released { checkpoint });
+            return true;
+        }
+        match self.to_guard.pop_front() {
+            Some(ToGuard::Barrier { checkpoint }) => {
+                self.held.place(checkpoint);
+                self.to_receiver.push_back(ToReceiver::Placed { checkpoint });
+            }
+            Some(ToGuard::Committed { checkpoint }) if self.releases_in_pause => {
+                self.held.open();
+                self.opened_for = Some(checkpoint);
+            }
+            Some(ToGuard::Committed { checkpoint }) => self.held.committed(checkpoint),
+            Some(_) => {}
+            None => return false,
+        }
+        true
+    }
+
+    /// Holds again what comes. The line has no checkpoint that will be committed.
+    fn close_again(&mut self) {
+        self.held.place(crate::units::CheckpointId(u64::MAX));
+    }
+
+    fn receiver_reads(&mut self) -> Result<bool, String> {
+        let Some(link) = self.link else {
+            self.to_receiver.clear();
+            return Ok(false);
+        };
+        let taken = match self.to_receiver.pop_front() {
+            Some(ToReceiver::Placed { checkpoint }) => self.output.placed(link, checkpoint),
+            Some(ToReceiver::Released { checkpoint }) => self.output.released(link, checkpoint),
+            Some(ToReceiver::Hello(_)) | None => return Ok(false),
+        };
+        taken.map_err(|error| format!("the guard's answer is not taken: {error}"))?;
+        Ok(true)
+    }
+}
