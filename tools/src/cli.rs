@@ -1,8 +1,8 @@
 //! The command line: which subcommands there are.
 
 use crate::commands::{
-    capture, compare, demo, discard, doctor, dump, failover, import, inspect, protect, receive, replay, sink,
-    status, synth, unprotect,
+    capture, compare, demo, discard, doctor, dump, failover, guard, import, inspect, protect, receive,
+    replay, sink, status, synth, unprotect,
 };
 use clap::{Parser, Subcommand};
 use std::process::ExitCode;
@@ -41,6 +41,16 @@ enum Command {
         after_help = "Example:\n  colo-ring protect --qmp /run/guest1.qmp --to tcp:192.0.2.2:4444 --channels 4 --interval 300\n  colo-ring protect --qmp /run/guest1.qmp --to tcp:192.0.2.2:4444 --disk drive0=web3-root --disk drive1=web3-data"
     )]
     Protect(Box<protect::ProtectArgs>),
+
+    /// Stay beside a running QEMU: protect it, hold its output until it is committed, and protect it again when a receiver was lost
+    ///
+    /// What the guest sends waits until the checkpoint that contains it is committed, so that its connections survive the primary; a packet
+    /// that waits asks for a checkpoint at once. When the receiver is lost, the guest runs on within a second and is protected
+    /// again as soon as there is a receiver. SIGINT and SIGTERM end the protection, too, and the guest runs on.
+    #[command(
+        after_help = "Example:\n  colo-ring guard --qmp /run/web3.qmp --to tcp:192.0.2.2:4444 --name web3\n  colo-ring guard --qmp /run/web3.qmp --to tcp:192.0.2.2:4444 --name web3 --relay net0=/run/web3.net,tap3"
+    )]
+    Guard(Box<guard::GuardArgs>),
 
     /// End the protection of a running QEMU, over QMP: its guest runs on, alone
     ///
@@ -180,6 +190,7 @@ pub fn main() -> ExitCode {
     let result = match cli.command {
         Command::Receive(args) => receive::run(*args),
         Command::Protect(args) => protect::run(&args),
+        Command::Guard(args) => guard::run(&args),
         Command::Unprotect(args) => unprotect::run(&args),
         Command::Failover(args) => failover::run(&args),
         Command::Status(args) => status::run(&args),

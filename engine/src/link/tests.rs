@@ -28,7 +28,13 @@ fn frames_pass_before_the_first_line_and_then_leave_by_commits() {
     held.place(FIRST);
     push(&mut held, [4, 5]);
     assert_eq!(out(&mut held), [3], "it came before there was a line");
-    assert_eq!(held.held(), Held { frames: 2, bytes: 200 });
+    assert_eq!(
+        held.held(),
+        Held {
+            frames: 2,
+            bytes: 200
+        }
+    );
     held.committed(FIRST);
     assert_eq!(out(&mut held), NOTHING);
     held.place(SECOND);
@@ -77,7 +83,10 @@ fn a_checkpoint_is_acknowledged_when_its_barrier_is_placed() {
     barriers.ask(FIRST);
     assert!(barriers.may_acknowledge(FIRST) && barriers.next_message().is_none());
     barriers.attach(false);
-    assert!(barriers.may_acknowledge(FIRST), "it was stopped before the link came");
+    assert!(
+        barriers.may_acknowledge(FIRST),
+        "it was stopped before the link came"
+    );
     barriers.ask(SECOND);
     assert!(!barriers.may_acknowledge(SECOND));
     assert_eq!(barriers.placed(SECOND), Err(LinkError::NotAsked(SECOND)));
@@ -118,7 +127,10 @@ fn a_guard_that_releases_in_the_pause_is_waited_for_twice() {
     barriers.ask(SECOND);
     assert!(!barriers.may_acknowledge(SECOND));
     barriers.detach();
-    assert!(barriers.may_acknowledge(SECOND), "nobody lets anything go without a link");
+    assert!(
+        barriers.may_acknowledge(SECOND),
+        "nobody lets anything go without a link"
+    );
 }
 
 #[test]

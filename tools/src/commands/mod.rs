@@ -7,6 +7,7 @@ pub mod discard;
 pub mod doctor;
 pub mod dump;
 pub mod failover;
+pub mod guard;
 pub mod import;
 pub mod inspect;
 pub mod protect;

@@ -58,7 +58,7 @@ struct UnprotectReport<'a> {
 pub fn run(args: &UnprotectArgs) -> Result<ExitCode, CommandError> {
     let mut qmp = Qmp::connect(&args.qmp, CONNECT_LIMIT).map_err(CommandError::failed)?;
     let began = Instant::now();
-    let (before, cut) = end_migration(&mut qmp)?;
+    let (before, cut) = end_migration(&mut qmp, SILENCE_LIMIT)?;
     let disks_released = remove_all(&mut qmp).map_err(|error| {
         CommandError::Failed(format!(
             "the guest is no longer protected, but mirrors of its disks are left: {error}"
@@ -102,9 +102,13 @@ fn words(report: &UnprotectReport) -> String {
     format!("{ended}; {guest}{disks}\n")
 }
 
-/// Ends COLO, or a migration on the way to it. Returns QEMU's word for what it was, and whether connections were cut.
-fn end_migration(qmp: &mut Qmp) -> Result<(String, bool), CommandError> {
-    let asked = qmp.execute_within("query-migrate", &json!({}), SILENCE_LIMIT);
+/// Ends COLO, or a migration on the way to it. When QEMU does not answer or does not leave it within `patience`, its connections are cut.
+/// Returns QEMU's word for what it was, and whether they were.
+///
+/// # Errors
+/// If QEMU does not end it, or is gone.
+pub(crate) fn end_migration(qmp: &mut Qmp, patience: Duration) -> Result<(String, bool), CommandError> {
+    let asked = qmp.execute_within("query-migrate", &json!({}), patience);
     let (state, mut is_cut) = match asked {
         Ok(state) => (state, false),
         Err(QmpError::Timeout { .. }) => {
@@ -121,7 +125,7 @@ fn end_migration(qmp: &mut Qmp) -> Result<(String, bool), CommandError> {
         "colo" => "x-colo-lost-heartbeat",
         _ => "migrate_cancel",
     };
-    match qmp.execute_within(end, &json!({}), SILENCE_LIMIT) {
+    match qmp.execute_within(end, &json!({}), patience) {
         // It may have ended by itself; and what is not answered is run once the connections are cut.
         Ok(_) | Err(QmpError::Refused { .. } | QmpError::Timeout { .. }) => {}
         Err(error) => return Err(CommandError::failed(error)),
@@ -133,7 +137,7 @@ fn end_migration(qmp: &mut Qmp) -> Result<(String, bool), CommandError> {
             Ok(false) | Err(QmpError::Timeout { .. }) => {}
             Err(error) => return Err(CommandError::failed(error)),
         }
-        if !is_cut && since.elapsed() > SILENCE_LIMIT {
+        if !is_cut && since.elapsed() > patience {
             tell("QEMU does not leave the migration: cutting its connections to the receiver");
             cut_connections(qmp)?;
             is_cut = true;
@@ -155,7 +159,7 @@ fn has_ended(qmp: &mut Qmp) -> Result<bool, QmpError> {
     Ok(is_over && guest_status(qmp)? != "colo")
 }
 
-fn guest_status(qmp: &mut Qmp) -> Result<String, QmpError> {
+pub(crate) fn guest_status(qmp: &mut Qmp) -> Result<String, QmpError> {
     let status = qmp.execute_within("query-status", &json!({}), SILENCE_LIMIT)?;
     Ok(status["status"].as_str().unwrap_or("unknown").to_owned())
 }
@@ -201,7 +205,7 @@ mod tests {
         });
         let path = monitor((11, 1, 3), respond);
         let mut qmp = Qmp::connect(&path.0, Duration::from_secs(5)).unwrap();
-        let result = end_migration(&mut qmp).unwrap();
+        let result = end_migration(&mut qmp, SILENCE_LIMIT).unwrap();
         let done = done.lock().unwrap().clone();
         (result, done)
     }

@@ -129,11 +129,15 @@ impl QmpError {
     }
 }
 
+/// Takes events of some names, on the thread that reads.
+type Watcher = Box<dyn Fn(Event) + Send>;
+
 /// Events that have come, and whether more can.
-#[derive(Debug, Default)]
+#[derive(Default)]
 struct Collected {
     state: Mutex<Events>,
     changed: Condvar,
+    watcher: Mutex<Option<(&'static [&'static str], Watcher)>>,
 }
 
 #[derive(Debug, Default)]
@@ -146,18 +150,34 @@ impl Collected {
     fn lock(&self) -> MutexGuard<'_, Events> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
+
+    /// Gives an event to the watcher, if it wants that one; otherwise returns it.
+    fn offer(&self, event: Event) -> Option<Event> {
+        let watcher = self.watcher.lock().unwrap_or_else(PoisonError::into_inner);
+        match &*watcher {
+            Some((names, watch)) if names.contains(&event.name.as_str()) => watch(event),
+            _ => return Some(event),
+        }
+        None
+    }
 }
 
-/// A connection to QEMU's monitor.
+/// What one command at a time uses.
 #[derive(Debug)]
-pub struct Qmp {
-    path: PathBuf,
+struct Conversation {
     writer: UnixStream,
     replies: Receiver<Value>,
+    commands: u64,
+}
+
+/// A connection to QEMU's monitor. Clones share it: a command of one waits for that of another.
+#[derive(Clone)]
+pub struct Qmp {
+    path: PathBuf,
+    conversation: Arc<Mutex<Conversation>>,
     collected: Arc<Collected>,
     version: Version,
     out_of_band: bool,
-    commands: u64,
 }
 
 impl Qmp {
@@ -214,14 +234,17 @@ impl Qmp {
         };
         let offered = greeting["QMP"]["capabilities"].as_array();
         let out_of_band = offered.is_some_and(|list| list.iter().any(|one| one == "oob"));
-        let mut qmp = Self {
-            path: owned,
+        let conversation = Conversation {
             writer,
             replies,
+            commands: 0,
+        };
+        let mut qmp = Self {
+            path: owned,
+            conversation: Arc::new(Mutex::new(conversation)),
             collected,
             version,
             out_of_band,
-            commands: 0,
         };
         let enabled = match out_of_band {
             true => json!({"enable": ["oob"]}),
@@ -288,13 +311,16 @@ impl Qmp {
         let closed = || QmpError::Closed {
             command: command.to_owned(),
         };
-        self.commands += 1;
-        let number = self.commands;
+        let conversation = self.conversation.lock();
+        let mut conversation = conversation.unwrap_or_else(PoisonError::into_inner);
+        conversation.commands += 1;
+        let number = conversation.commands;
         let line = json!({verb: command, "arguments": arguments, "id": number}).to_string();
-        self.writer.write_all(line.as_bytes()).map_err(|_| closed())?;
+        let written = conversation.writer.write_all(line.as_bytes());
+        written.map_err(|_| closed())?;
         let deadline = Instant::now() + limit;
         let mut reply = loop {
-            match self
+            match conversation
                 .replies
                 .recv_timeout(deadline.saturating_duration_since(Instant::now()))
             {
@@ -319,6 +345,18 @@ impl Qmp {
             Some(returned) => Ok(returned.take()),
             None => Err(closed()),
         }
+    }
+
+    /// From now on, events of these names go to `watch`, on the thread that reads, and are not kept.
+    pub fn watch_events(&self, names: &'static [&'static str], watch: impl Fn(Event) + Send + 'static) {
+        let watcher = self.collected.watcher.lock();
+        *watcher.unwrap_or_else(PoisonError::into_inner) = Some((names, Box::new(watch)));
+    }
+
+    /// Whether QEMU has closed the connection.
+    #[must_use]
+    pub fn is_closed(&self) -> bool {
+        self.collected.lock().closed
     }
 
     /// All events so far, in order. An event that QEMU sent before a reply is in the list when the reply is.
@@ -359,6 +397,9 @@ fn read_all(reader: UnixStream, collected: &Collected, replies: &mpsc::Sender<Va
             if replies.send(message).is_err() {
                 return None;
             }
+            continue;
+        };
+        let Some(event) = collected.offer(event) else {
             continue;
         };
         let mut events = collected.lock();

@@ -121,8 +121,12 @@ impl ControlState {
         let assemblies = match result {
             Ok(ConnectionKind::Link) => {
                 let links = self.context.services.shared().links.clone();
-                let (deadline, events) = (self.context.options.identify_deadline, self.context.events.clone());
-                self.links.spawn_local(links::serve(accepted, links, deadline, events));
+                let (deadline, events) = (
+                    self.context.options.identify_deadline,
+                    self.context.events.clone(),
+                );
+                self.links
+                    .spawn_local(links::serve(accepted, links, deadline, events));
                 while self.links.try_join_next().is_some() {}
                 self.assembler.given_up(arrival)
             }

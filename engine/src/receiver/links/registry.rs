@@ -125,12 +125,7 @@ impl Waiting {
 
 impl LinkPlace {
     /// The link waits for a session of its guest. It gets the newest that runs already; else the next.
-    pub(in crate::receiver) fn wait(
-        &self,
-        guest: Guest,
-        hello: Hello,
-        bound: mpsc::UnboundedSender<Bound>,
-    ) {
+    pub(in crate::receiver) fn wait(&self, guest: Guest, hello: Hello, bound: mpsc::UnboundedSender<Bound>) {
         let mut state = self.links.lock();
         let waiting = Waiting {
             number: self.number,

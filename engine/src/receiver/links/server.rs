@@ -281,7 +281,12 @@ mod tests {
         let whole = parse_uuid("00112233-4455-6677-8899-aabbccddeeff").unwrap();
         assert_eq!(parse_uuid("00112233445566778899AABBCCDDEEFF"), Some(whole));
         assert_eq!(whole[..3], [0, 0x11, 0x22]);
-        for wrong in ["", "0011", "g0112233445566778899aabbccddeeff", "00112233445566778899aabbccddeeff0"] {
+        for wrong in [
+            "",
+            "0011",
+            "g0112233445566778899aabbccddeeff",
+            "00112233445566778899aabbccddeeff0",
+        ] {
             assert_eq!(parse_uuid(wrong), None, "{wrong}");
         }
     }

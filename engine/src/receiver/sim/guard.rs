@@ -8,7 +8,7 @@
 
 use super::primary::Stage;
 use super::rng::Rng;
-use crate::link::{Hello, HeldOutput, LINK_VERSION, ToGuard, ToReceiver};
+use crate::link::{HeldOutput, Hello, LINK_VERSION, ToGuard, ToReceiver};
 use crate::receiver::links::{LinkNumber, Next, SessionOutput};
 use std::collections::VecDeque;
 use std::sync::Arc;

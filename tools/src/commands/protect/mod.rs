@@ -12,7 +12,7 @@ use crate::qmp::{Qmp, QmpError, socket_path};
 use crate::signals;
 use clap::Args;
 use colo_ring::host::Machine;
-use disks::{DiskArgs, DiskPlan, DiskReport, give_up};
+use disks::{Changes, DiskArgs, DiskPlan, DiskReport, give_up};
 use serde::Serialize;
 use serde_json::{Value, json};
 use settings::{Wanted, set_capabilities, stops_under_tcg};
@@ -27,16 +27,16 @@ const POLL: Duration = Duration::from_millis(100);
 /// How long the monitor's socket may take to be there.
 const CONNECT_LIMIT: Duration = Duration::from_secs(2);
 
-/// Options of `colo-ring protect`.
+/// What is protected, by which receiver, and how: options of `colo-ring protect` and `colo-ring guard`.
 #[derive(Debug, Args)]
-pub struct ProtectArgs {
+pub struct PrimaryArgs {
     /// QMP socket of the primary, a QEMU whose guest runs (its -qmp unix:PATH,server=on,wait=off)
     #[arg(long, value_name = "PATH", value_parser = socket_path)]
-    qmp: PathBuf,
+    pub(crate) qmp: PathBuf,
 
     /// The receiver, as the primary reaches it: tcp:HOST:PORT or unix:PATH
     #[arg(long, value_name = "ADDRESS")]
-    to: Address,
+    pub(crate) to: Address,
 
     /// multifd connections, as many as the receiver's --channels; 0 = without multifd
     #[arg(long, value_name = "N", default_value_t = 4)]
@@ -44,6 +44,20 @@ pub struct ProtectArgs {
 
     #[command(flatten)]
     compression: CompressionArgs,
+
+    /// Most bytes per second for the first copy
+    #[arg(long, value_name = "SIZE", default_value = "10G")]
+    bandwidth: Size,
+
+    #[command(flatten)]
+    disks: DiskArgs,
+}
+
+/// Options of `colo-ring protect`.
+#[derive(Debug, Args)]
+pub struct ProtectArgs {
+    #[command(flatten)]
+    primary: PrimaryArgs,
 
     /// Send pages that the guest changes often as differences to what was sent before (XBZRLE); needs --channels 0 and a
     /// stopped guest (QMP `stop`), which runs again once it is protected: QEMU up to 11.1 loses bytes of one that runs
@@ -54,17 +68,10 @@ pub struct ProtectArgs {
     #[arg(long, value_name = "MS", default_value_t = 300, value_parser = clap::value_parser!(u32).range(1..))]
     interval: u32,
 
-    /// Most bytes per second for the first copy
-    #[arg(long, value_name = "SIZE", default_value = "10G")]
-    bandwidth: Size,
-
     /// Give up watching after so many seconds; the migration goes on. 0 starts it only. The first copy of disks comes
     /// before, and is always waited for [default: no limit]
     #[arg(long, value_name = "SECONDS")]
     wait: Option<u64>,
-
-    #[command(flatten)]
-    disks: DiskArgs,
 
     /// Print the result as JSON (schema colo-ring.protect, version 1)
     #[arg(long)]
@@ -97,60 +104,93 @@ struct ProtectReport<'a> {
     machine: Machine,
 }
 
+/// How a protection begins.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Beginning<'a> {
+    pub(crate) primary: &'a PrimaryArgs,
+    pub(crate) xbzrle: bool,
+    /// Milliseconds between checkpoints that nothing else asks for.
+    pub(crate) interval_ms: u32,
+    /// Whether the stream is to carry the guest's UUID, where it has one, even if no disk needs it.
+    pub(crate) sends_uuid: bool,
+    /// How long the first copy is watched; none is without a limit.
+    pub(crate) wait: Option<Duration>,
+    /// Whether a line shows how far it is.
+    pub(crate) shows: bool,
+}
+
+/// A protection that has begun.
+pub(crate) struct Begun {
+    plan: DiskPlan,
+    changed: Vec<String>,
+    compression: PageCompression,
+    /// The mirrors of the guest's disks.
+    pub(crate) mirrors: Mirrors,
+    changes: Option<Changes>,
+    copying: Duration,
+    elapsed: Duration,
+    /// QEMU's last word on the migration.
+    state: Value,
+}
+
 /// Protects the guest, and returns once it is.
 ///
 /// # Errors
 /// If the primary cannot be protected: with QEMU's reason, and in what state it is left.
 pub fn run(args: &ProtectArgs) -> Result<ExitCode, CommandError> {
-    let compression = args
-        .check_modes()
-        .map_err(|error| CommandError::Usage(error.to_string()))?;
+    let beginning = Beginning {
+        primary: &args.primary,
+        xbzrle: args.xbzrle,
+        interval_ms: args.interval,
+        sends_uuid: false,
+        wait: args.wait.map(Duration::from_secs),
+        shows: !args.json,
+    };
+    // Before QEMU is asked for anything.
+    beginning.check_modes()?;
     let (wish, wished) = mpsc::channel();
     signals::on_end(move || {
         // Without a receiver the watching is over.
         let _ = wish.send(());
     })?;
-    let mut qmp = Qmp::connect(&args.qmp, CONNECT_LIMIT).map_err(CommandError::failed)?;
-    check_can_begin(&mut qmp, args.xbzrle)?;
-    let plan = DiskPlan::make(&mut qmp, &args.disks, &args.to)?;
-    plan.tell_what_is_left();
-    let changed = set_up(&mut qmp, args, compression, plan.needs_uuid())?;
-    let began = Instant::now();
-    let (mirrors, changes) = plan.mirror(&mut qmp, &args.disks, &wished, !args.json)?;
-    let copying = began.elapsed();
-    let began = Instant::now();
-    let migrate = qmp.execute("migrate", &json!({"uri": args.to.to_string()}));
-    migrate.map_err(|error| not_started(&mut qmp, &error))?;
-    let state = watch(&mut qmp, args, &mirrors, &wished)?;
-    let report = ProtectReport {
-        schema: "colo-ring.protect",
-        schema_version: 1,
-        qemu: qmp.version().to_string(),
-        qmp: &args.qmp,
-        to: args.to.to_string(),
-        channels: args.channels,
-        compression,
-        xbzrle: args.xbzrle,
-        interval_ms: args.interval,
-        bandwidth_bytes_per_s: args.bandwidth.0,
-        changed: &changed,
-        status: status_of(&state).to_owned(),
-        ram_bytes: state["ram"]["total"].as_u64(),
-        transferred_bytes: state["ram"]["transferred"].as_u64(),
-        elapsed_ms: u64::try_from(began.elapsed().as_millis()).unwrap_or(u64::MAX),
-        disks: plan.report(&args.disks, changes, copying),
-        machine: Machine::read(),
-    };
+    let mut qmp = Qmp::connect(&args.primary.qmp, CONNECT_LIMIT).map_err(CommandError::failed)?;
+    let begun = beginning.begin(&mut qmp, &wished)?;
+    let report = begun.report(args, &qmp);
     if args.json {
         print_json(&report)?;
     } else {
-        print(&report.text(args))?;
+        print(&report.text(&beginning))?;
     }
     Ok(ExitCode::SUCCESS)
 }
 
+impl Begun {
+    fn report<'a>(&'a self, args: &'a ProtectArgs, qmp: &Qmp) -> ProtectReport<'a> {
+        let primary = &args.primary;
+        ProtectReport {
+            schema: "colo-ring.protect",
+            schema_version: 1,
+            qemu: qmp.version().to_string(),
+            qmp: &primary.qmp,
+            to: primary.to.to_string(),
+            channels: primary.channels,
+            compression: self.compression,
+            xbzrle: args.xbzrle,
+            interval_ms: args.interval,
+            bandwidth_bytes_per_s: primary.bandwidth.0,
+            changed: &self.changed,
+            status: status_of(&self.state).to_owned(),
+            ram_bytes: self.state["ram"]["total"].as_u64(),
+            transferred_bytes: self.state["ram"]["transferred"].as_u64(),
+            elapsed_ms: u64::try_from(self.elapsed.as_millis()).unwrap_or(u64::MAX),
+            disks: self.plan.report(&primary.disks, self.changes, self.copying),
+            machine: Machine::read(),
+        }
+    }
+}
+
 impl ProtectReport<'_> {
-    fn text(&self, args: &ProtectArgs) -> String {
+    fn text(&self, beginning: &Beginning<'_>) -> String {
         if self.status != "colo" {
             return format!("started: the migration is in state {}\n", self.status);
         }
@@ -159,40 +199,73 @@ impl ProtectReport<'_> {
             self.qemu,
             self.to,
             self.interval_ms,
-            args.modes(self.compression),
+            beginning.modes(self.compression),
             Duration::from_millis(self.elapsed_ms).as_secs_f64(),
             self.disks.lines()
         )
     }
 }
 
-/// Switches the capabilities and parameters of the primary to what is asked for. Returns the capabilities that were changed.
-fn set_up(
-    qmp: &mut Qmp,
-    args: &ProtectArgs,
-    compression: PageCompression,
-    needs_uuid: bool,
-) -> Result<Vec<String>, CommandError> {
-    let wanted = Wanted {
-        channels: args.channels,
-        xbzrle: args.xbzrle,
-        uuid: needs_uuid,
-    };
-    let changed = set_capabilities(qmp, wanted)?;
-    // Those that COLO needs are no news.
-    let news = changed.iter().filter(|change| change.ends_with(" off"));
-    news.for_each(|change| tell(&format!("switched on the primary: {change}")));
-    set_parameters(qmp, args, compression).map_err(CommandError::failed)?;
-    Ok(changed)
-}
+impl Beginning<'_> {
+    /// Puts the guest under protection, and returns once it is protected.
+    ///
+    /// # Errors
+    /// If the primary cannot be protected: with QEMU's reason, and in what state it is left.
+    pub(crate) fn begin(&self, qmp: &mut Qmp, wished: &mpsc::Receiver<()>) -> Result<Begun, CommandError> {
+        let compression = self.check_modes()?;
+        let args = self.primary;
+        check_can_begin(qmp, self.xbzrle)?;
+        let plan = DiskPlan::make(qmp, &args.disks, &args.to)?;
+        plan.tell_what_is_left();
+        let changed = self.set_up(qmp, compression, plan.needs_uuid())?;
+        let began = Instant::now();
+        let (mirrors, changes) = plan.mirror(qmp, &args.disks, wished, self.shows)?;
+        let copying = began.elapsed();
+        let began = Instant::now();
+        let migrate = qmp.execute("migrate", &json!({"uri": args.to.to_string()}));
+        migrate.map_err(|error| not_started(qmp, &error))?;
+        let state = self.watch(qmp, &mirrors, wished)?;
+        Ok(Begun {
+            plan,
+            changed,
+            compression,
+            mirrors,
+            changes,
+            copying,
+            elapsed: began.elapsed(),
+            state,
+        })
+    }
 
-impl ProtectArgs {
+    /// Switches the capabilities and parameters of the primary to what is asked for. Returns the capabilities that were changed.
+    fn set_up(
+        &self,
+        qmp: &mut Qmp,
+        compression: PageCompression,
+        needs_uuid: bool,
+    ) -> Result<Vec<String>, CommandError> {
+        let wanted = Wanted {
+            channels: self.primary.channels,
+            xbzrle: self.xbzrle,
+            uuid: needs_uuid || self.sends_uuid,
+        };
+        let changed = set_capabilities(qmp, wanted)?;
+        // Those that COLO needs are no news.
+        let news = changed.iter().filter(|change| change.ends_with(" off"));
+        news.for_each(|change| tell(&format!("switched on the primary: {change}")));
+        self.set_parameters(qmp, compression)
+            .map_err(CommandError::failed)?;
+        Ok(changed)
+    }
+
     /// What makes pages smaller must be there in the mode that is asked for.
-    fn check_modes(&self) -> Result<PageCompression, CompressionArgsError> {
-        match self.xbzrle && self.channels > 0 {
-            true => Err(CompressionArgsError::XbzrleWithChannels(self.channels)),
-            false => self.compression.check(self.channels),
-        }
+    fn check_modes(&self) -> Result<PageCompression, CommandError> {
+        let channels = self.primary.channels;
+        let checked = match self.xbzrle && channels > 0 {
+            true => Err(CompressionArgsError::XbzrleWithChannels(channels)),
+            false => self.primary.compression.check(channels),
+        };
+        checked.map_err(|error| CommandError::Usage(error.to_string()))
     }
 
     /// What makes pages smaller, in words that follow others.
@@ -278,68 +351,71 @@ fn not_started(qmp: &mut Qmp, error: &QmpError) -> CommandError {
     CommandError::Failed(format!("{error}{hint}; {}", give_up(qmp)))
 }
 
-fn set_parameters(qmp: &mut Qmp, args: &ProtectArgs, compression: PageCompression) -> Result<(), QmpError> {
-    let mut parameters = json!({
-        "x-checkpoint-delay": args.interval,
-        "max-bandwidth": args.bandwidth.0,
-    });
-    if args.channels > 0 {
-        parameters["multifd-channels"] = args.channels.into();
-        // Whatever was set before.
-        let method = compression.method.name();
-        parameters["multifd-compression"] = method.into();
-        if let Some(level) = compression.level {
-            parameters[format!("multifd-{method}-level")] = level.into();
+impl Beginning<'_> {
+    fn set_parameters(&self, qmp: &mut Qmp, compression: PageCompression) -> Result<(), QmpError> {
+        let args = self.primary;
+        let mut parameters = json!({
+            "x-checkpoint-delay": self.interval_ms,
+            "max-bandwidth": args.bandwidth.0,
+        });
+        if args.channels > 0 {
+            parameters["multifd-channels"] = args.channels.into();
+            // Whatever was set before.
+            let method = compression.method.name();
+            parameters["multifd-compression"] = method.into();
+            if let Some(level) = compression.level {
+                parameters[format!("multifd-{method}-level")] = level.into();
+            }
         }
+        qmp.execute("migrate-set-parameters", &parameters).map(drop)
     }
-    qmp.execute("migrate-set-parameters", &parameters).map(drop)
-}
 
-/// Watches the migration until the guest is protected. Returns QEMU's last word on it.
-fn watch(
-    qmp: &mut Qmp,
-    args: &ProtectArgs,
-    mirrors: &Mirrors,
-    wished: &mpsc::Receiver<()>,
-) -> Result<Value, CommandError> {
-    let began = Instant::now();
-    let limit = args.wait.map(Duration::from_secs);
-    let mut line = ProgressLine::new(!args.json);
-    loop {
-        let state = qmp
-            .execute("query-migrate", &json!({}))
-            .map_err(CommandError::failed)?;
-        if let Some(exit) = qmp.events().iter().find(|event| event.name == "COLO_EXIT") {
-            let reason = exit.data["reason"].as_str().unwrap_or("unknown").to_owned();
-            return Err(left(qmp, &format!("it left COLO again ({reason})"), &args.to));
-        }
-        check_mirrors(qmp, mirrors, status_of(&state))?;
-        match status_of(&state) {
-            "colo" if runs(qmp)? => return Ok(state),
-            "failed" | "cancelled" | "completed" => {
-                let reason = state["error-desc"].as_str().unwrap_or("QEMU does not say why");
-                let what = format!("the migration {}: {reason}", status_of(&state));
-                return Err(left(qmp, &what, &args.to));
+    /// Watches the migration until the guest is protected. Returns QEMU's last word on it.
+    fn watch(
+        &self,
+        qmp: &mut Qmp,
+        mirrors: &Mirrors,
+        wished: &mpsc::Receiver<()>,
+    ) -> Result<Value, CommandError> {
+        let began = Instant::now();
+        let (to, limit) = (&self.primary.to, self.wait);
+        let mut line = ProgressLine::new(self.shows);
+        loop {
+            let state = qmp
+                .execute("query-migrate", &json!({}))
+                .map_err(CommandError::failed)?;
+            if let Some(exit) = qmp.events().iter().find(|event| event.name == "COLO_EXIT") {
+                let reason = exit.data["reason"].as_str().unwrap_or("unknown").to_owned();
+                return Err(left(qmp, &format!("it left COLO again ({reason})"), to));
             }
-            _ if limit == Some(Duration::ZERO) => return Ok(state),
-            _ => line.show(&progress(&state)),
-        }
-        let stopped = match wished.recv_timeout(POLL) {
-            Ok(()) => "interrupted",
-            Err(RecvTimeoutError::Timeout | RecvTimeoutError::Disconnected)
-                if limit.is_some_and(|limit| began.elapsed() > limit) =>
-            {
-                "not protected within --wait"
+            check_mirrors(qmp, mirrors, status_of(&state))?;
+            match status_of(&state) {
+                "colo" if runs(qmp)? => return Ok(state),
+                "failed" | "cancelled" | "completed" => {
+                    let reason = state["error-desc"].as_str().unwrap_or("QEMU does not say why");
+                    let what = format!("the migration {}: {reason}", status_of(&state));
+                    return Err(left(qmp, &what, to));
+                }
+                _ if limit == Some(Duration::ZERO) => return Ok(state),
+                _ => line.show(&progress(&state)),
             }
-            Err(_) => continue,
-        };
-        line.clear();
-        return Err(CommandError::Failed(format!(
-            "{stopped}: the migration goes on, in state {}; the guest {}. QMP `query-migrate` shows how far it is, \
+            let stopped = match wished.recv_timeout(POLL) {
+                Ok(()) => "interrupted",
+                Err(RecvTimeoutError::Timeout | RecvTimeoutError::Disconnected)
+                    if limit.is_some_and(|limit| began.elapsed() > limit) =>
+                {
+                    "not protected within --wait"
+                }
+                Err(_) => continue,
+            };
+            line.clear();
+            return Err(CommandError::Failed(format!(
+                "{stopped}: the migration goes on, in state {}; the guest {}. QMP `query-migrate` shows how far it is, \
              `migrate_cancel` ends it and lets the guest run on",
-            progress(&state),
-            guest_state(qmp)
-        )));
+                progress(&state),
+                guest_state(qmp)
+            )));
+        }
     }
 }
 

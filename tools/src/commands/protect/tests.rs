@@ -5,19 +5,39 @@ use crate::qmp::tests::{Responder, SocketPath, monitor};
 use colo_ring::wire::codec::Method;
 use std::sync::{Arc, Mutex};
 
-fn args(path: &SocketPath) -> ProtectArgs {
-    ProtectArgs {
+fn args(path: &SocketPath) -> PrimaryArgs {
+    PrimaryArgs {
         qmp: path.0.clone(),
         to: "tcp:192.0.2.2:4444".parse().unwrap(),
         channels: 4,
         compression: CompressionArgs::default(),
-        xbzrle: false,
-        interval: 300,
         bandwidth: Size(10 << 30),
-        wait: None,
         disks: DiskArgs::default(),
-        json: true,
     }
+}
+
+fn beginning(primary: &PrimaryArgs) -> Beginning<'_> {
+    Beginning {
+        primary,
+        xbzrle: false,
+        interval_ms: 300,
+        sends_uuid: false,
+        wait: None,
+        shows: false,
+    }
+}
+
+fn watch(
+    path: &SocketPath,
+    wait: Option<Duration>,
+    wished: &mpsc::Receiver<()>,
+) -> Result<Value, CommandError> {
+    let args = args(path);
+    let beginning = Beginning {
+        wait,
+        ..beginning(&args)
+    };
+    beginning.watch(&mut connect(path), &Mirrors::default(), wished)
 }
 
 /// A QEMU in this state; `kvm` says whether it uses it.
@@ -107,9 +127,7 @@ fn the_way_it_fails_and_what_the_guest_does_are_reported() {
     ] {
         let path = primary((11, 1, 3), status, migration, true);
         let (_wish, wished) = mpsc::channel();
-        let error = watch(&mut connect(&path), &args(&path), &Mirrors::default(), &wished)
-            .unwrap_err()
-            .to_string();
+        let error = watch(&path, None, &wished).unwrap_err().to_string();
         for part in says {
             assert!(error.contains(part), "{error}");
         }
@@ -123,9 +141,7 @@ fn an_interrupted_watch_says_how_the_primary_is_left() {
     let path = primary((11, 1, 3), "running", migration.clone(), true);
     let (wish, wished) = mpsc::channel();
     wish.send(()).unwrap();
-    let error = watch(&mut connect(&path), &args(&path), &Mirrors::default(), &wished)
-        .unwrap_err()
-        .to_string();
+    let error = watch(&path, None, &wished).unwrap_err().to_string();
     assert!(
         error.starts_with("interrupted: the migration goes on, in state active: 5 MiB sent, 1 of 9 MiB left"),
         "{error}"
@@ -135,11 +151,7 @@ fn an_interrupted_watch_says_how_the_primary_is_left() {
         "{error}"
     );
     let path = primary((11, 1, 3), "running", migration, true);
-    let limited = ProtectArgs {
-        wait: Some(0),
-        ..args(&path)
-    };
-    let state = watch(&mut connect(&path), &limited, &Mirrors::default(), &wished).unwrap();
+    let state = watch(&path, Some(Duration::ZERO), &wished).unwrap();
     assert_eq!(status_of(&state), "active");
 }
 
@@ -180,7 +192,7 @@ fn return_path_is_switched_on_where_it_is_demanded() {
 }
 
 /// The parameters that a primary is given.
-fn parameters_of(change: impl FnOnce(&mut ProtectArgs)) -> Value {
+fn parameters_of(change: impl FnOnce(&mut PrimaryArgs)) -> Value {
     let set = Arc::new(Mutex::new(Value::Null));
     let seen = set.clone();
     let respond: Responder = Box::new(move |command, arguments| {
@@ -191,8 +203,11 @@ fn parameters_of(change: impl FnOnce(&mut ProtectArgs)) -> Value {
     let path = monitor((11, 1, 3), respond);
     let mut args = args(&path);
     change(&mut args);
-    let compression = args.check_modes().unwrap();
-    set_parameters(&mut connect(&path), &args, compression).unwrap();
+    let beginning = beginning(&args);
+    let compression = beginning.check_modes().unwrap();
+    beginning
+        .set_parameters(&mut connect(&path), compression)
+        .unwrap();
     set.lock().unwrap().take()
 }
 
@@ -220,27 +235,23 @@ fn a_primary_is_given_method_and_level() {
         (&"zlib".into(), &1.into())
     );
     assert_eq!(zlib["multifd-zstd-level"], Value::Null);
-    let plain = parameters_of(|args| (args.channels, args.xbzrle) = (0, true));
+    let plain = parameters_of(|args| args.channels = 0);
     assert_eq!(plain["multifd-compression"], Value::Null);
 }
 
 #[test]
 fn what_makes_pages_smaller_is_refused_in_the_other_mode() {
     let path = SocketPath::new();
-    let xbzrle = ProtectArgs {
+    let mut args = args(&path);
+    let xbzrle = Beginning {
         xbzrle: true,
-        ..args(&path)
+        ..beginning(&args)
     };
     let refused = xbzrle.check_modes().unwrap_err().to_string();
     assert!(refused.contains("--channels 0"), "{refused}");
-    let compressed = ProtectArgs {
-        channels: 0,
-        compression: CompressionArgs {
-            compression: Method::Zlib,
-            compression_level: None,
-        },
-        ..args(&path)
-    };
+    args.channels = 0;
+    args.compression.compression = Method::Zlib;
+    let compressed = beginning(&args);
     let refused = compressed.check_modes().unwrap_err().to_string();
     assert!(refused.contains("--channels is 0"), "{refused}");
 }

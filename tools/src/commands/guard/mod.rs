@@ -1,0 +1,148 @@
+//! `colo-ring guard`: stays beside a primary, holds its output until it is committed, and protects it again when a receiver was lost.
+
+mod filter;
+mod gate;
+mod gates;
+mod link;
+mod nics;
+mod pace;
+mod path;
+mod relay;
+mod report;
+mod resident;
+mod tap;
+
+use crate::commands::protect::PrimaryArgs;
+use crate::options::ControlAddress;
+use crate::output::CommandError;
+use crate::signals;
+use clap::{Args, ValueEnum};
+use gates::RelayPlan;
+use path::PathEvent;
+use resident::Guard;
+use serde::Serialize;
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::sync::mpsc;
+
+/// Options of `colo-ring guard`.
+#[derive(Debug, Args)]
+pub struct GuardArgs {
+    #[command(flatten)]
+    primary: PrimaryArgs,
+
+    /// The guest's name, for the receiver and for messages
+    #[arg(long, value_name = "NAME", value_parser = guest_name)]
+    name: String,
+
+    /// How the guest's output is held until it is committed
+    #[arg(long, value_enum, default_value_t = NetMode::Auto)]
+    net: NetMode,
+
+    /// A network card whose QEMU has -netdev stream,id=NETDEV,addr.type=unix,addr.path=PATH,reconnect-ms=1000: this process listens
+    /// at PATH and passes its frames to the tap device IFNAME. Repeatable
+    #[arg(long, value_name = "NETDEV=PATH,IFNAME", conflicts_with = "net")]
+    relay: Vec<RelayPlan>,
+
+    /// Most milliseconds between checkpoints: how much work is at risk
+    #[arg(long, value_name = "MS", default_value_t = 500, value_parser = clap::value_parser!(u32).range(1..))]
+    interval_max: u32,
+
+    /// Most of its time that the guest may be stopped for checkpoints, above 0 and below 1: 0.5 halves its speed at worst
+    #[arg(long, value_name = "SHARE", default_value_t = 0.5, value_parser = share)]
+    pause_share: f64,
+
+    /// What becomes of the guest when its receiver is lost
+    #[arg(long, value_enum, default_value_t = OnReceiverLost::Run)]
+    on_receiver_lost: OnReceiverLost,
+
+    /// Milliseconds that the receiver waits for this guard at a checkpoint, before it lets the guest run without it
+    #[arg(long, value_name = "MS", default_value_t = 5000, value_parser = clap::value_parser!(u32).range(100..=60_000))]
+    guard_timeout: u32,
+
+    /// Write the latencies of `stopped` and `held` as PREFIX.stopped.hlog and PREFIX.held.hlog
+    #[arg(long, value_name = "PREFIX")]
+    hist: Option<PathBuf>,
+
+    /// Answer with the guard's state at this UNIX socket, a line of JSON (schema colo-ring.guard, version 1) for each connection
+    #[arg(long, value_name = "unix:PATH")]
+    control: Option<ControlAddress>,
+
+    /// Look at the guest and say how it would be protected; change nothing
+    #[arg(long)]
+    dry_run: bool,
+}
+
+/// How output is held.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize)]
+#[serde(rename_all = "lowercase")]
+enum NetMode {
+    /// The first way that fits each network card
+    Auto,
+    /// Not at all: connections of the guest may not survive a failover
+    None,
+}
+
+/// What becomes of a guest without a receiver.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize)]
+#[serde(rename_all = "lowercase")]
+enum OnReceiverLost {
+    /// It runs on, unprotected, and its output is let go
+    Run,
+    /// It is stopped, until it is protected again
+    Stop,
+}
+
+/// What the guard waits for.
+#[derive(Debug)]
+enum GuardEvent {
+    Path(PathEvent),
+    /// The guest was stopped, at that time of QEMU's clock in microseconds.
+    Stopped(u64),
+    /// It runs again.
+    Resumed(u64),
+    /// QEMU has left COLO, for this reason.
+    LeftColo(String),
+    /// The operator ends the guard.
+    End,
+}
+
+impl From<PathEvent> for GuardEvent {
+    fn from(event: PathEvent) -> Self {
+        Self::Path(event)
+    }
+}
+
+/// Guards the guest until it is told to end, or its QEMU ends.
+///
+/// # Errors
+/// If QEMU cannot be reached or what is asked for cannot be done with it. A receiver that is not there is waited for.
+pub fn run(args: &GuardArgs) -> Result<ExitCode, CommandError> {
+    let (sender, events) = mpsc::channel();
+    let (wish, wished) = mpsc::channel();
+    let of_signals = sender.clone();
+    signals::on_end(move || {
+        // Whatever the guard does at the moment; one that has ended needs neither.
+        let _ = of_signals.send(GuardEvent::End);
+        let _ = wish.send(());
+    })?;
+    let mut guard = Guard::start(args, sender, events, wished)?;
+    match args.dry_run {
+        true => guard.show_plan(),
+        false => guard.run(),
+    }
+}
+
+fn guest_name(text: &str) -> Result<String, String> {
+    match !text.is_empty() && text.len() <= 128 && !text.chars().any(char::is_control) {
+        true => Ok(text.to_owned()),
+        false => Err("a name has 1 to 128 printable bytes".to_owned()),
+    }
+}
+
+fn share(text: &str) -> Result<f64, String> {
+    match text.parse() {
+        Ok(share) if share > 0.0 && share < 1.0 => Ok(share),
+        _ => Err("write a number above 0 and below 1, like 0.2".to_owned()),
+    }
+}

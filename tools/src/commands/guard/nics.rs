@@ -1,0 +1,58 @@
+//! A guest's network cards, as QEMU lists them.
+
+use crate::qmp::{Qmp, QmpError};
+use serde_json::json;
+
+/// A card's other end in QEMU.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Nic {
+    /// The id of the `-netdev`.
+    pub(super) netdev: String,
+    /// Its kind: `tap`, `stream`, `user`.
+    pub(super) kind: String,
+}
+
+/// All of them.
+///
+/// # Errors
+/// If QEMU does not answer. Only its monitor for people has this list.
+pub(super) fn list(qmp: &mut Qmp) -> Result<Vec<Nic>, QmpError> {
+    let listed = qmp.execute("human-monitor-command", &json!({"command-line": "info network"}))?;
+    Ok(parse(listed.as_str().unwrap_or_default()))
+}
+
+/// Of lines such as ` \ net0: index=0,type=tap,ifname=tap0`: a backend stands behind a backslash below its card.
+fn parse(listed: &str) -> Vec<Nic> {
+    let backends = listed
+        .lines()
+        .filter_map(|line| line.trim_start().strip_prefix('\\'));
+    let nic = |backend: &str| {
+        let (netdev, properties) = backend.trim().split_once(": ")?;
+        let kind = properties
+            .split(',')
+            .find_map(|property| property.strip_prefix("type="))?;
+        Some(Nic {
+            netdev: netdev.to_owned(),
+            kind: kind.to_owned(),
+        })
+    };
+    backends.filter_map(nic).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn cards_are_listed_with_their_backends() {
+        let listed = "virtio-net-pci.0: index=0,type=nic,model=virtio-net-pci,macaddr=52:54:00:00:00:01\r\n \\ n0: \
+                      index=0,type=tap,ifname=tap0,script=no\r\nfilters:\r\n  - hold0: type=filter-buffer,netdev=n0\r\ne1000.0: \
+                      index=0,type=nic,model=e1000\r\n \\ n2: index=0,type=stream,connecting\r\nhub0port0: index=0,type=hubport\r\n";
+        let nic = |netdev: &str, kind: &str| Nic {
+            netdev: netdev.into(),
+            kind: kind.into(),
+        };
+        assert_eq!(parse(listed), [nic("n0", "tap"), nic("n2", "stream")]);
+        assert_eq!(parse(""), []);
+    }
+}

@@ -1,0 +1,300 @@
+//! The thread in the way of the guest's output: it drives the gates and the link, so that no other work delays a barrier.
+
+use super::gate::{Counts, OutputGate};
+use super::link::Link;
+use colo_ring::link::{ToGuard, ToReceiver};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::eventfd::{EfdFlags, EventFd};
+use serde::Serialize;
+use std::io;
+use std::os::fd::AsFd;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError, mpsc};
+
+/// What happens on the thread, for the guard.
+#[derive(Debug)]
+pub(super) enum PathEvent {
+    /// The link belongs to that session of the receiver.
+    Bound { session: u32 },
+    /// The link is over, or the session that it belonged to.
+    LinkLost(String),
+    /// Output waits for a checkpoint that has not begun. Comes once, until [`OutputPath::take_waiting`].
+    OutputWaits,
+    /// A gate does not do what it is told.
+    GateFailed(String),
+}
+
+enum Command {
+    Link(Link),
+    /// Let everything go, and everything pass.
+    Open,
+    End,
+}
+
+/// A card with its gate, in a status.
+#[derive(Clone, Debug, Serialize)]
+pub(super) struct GateStatus {
+    pub(super) nic: String,
+    pub(super) gate: &'static str,
+    #[serde(flatten)]
+    pub(super) counts: Counts,
+}
+
+/// What the thread shows of itself.
+#[derive(Default)]
+struct Shown {
+    gates: Mutex<Vec<GateStatus>>,
+    hold_times_us: Mutex<Vec<u64>>,
+    /// Frames since the last line.
+    waiting: AtomicU64,
+    /// The guard was told that output waits.
+    is_told: AtomicBool,
+}
+
+/// The thread.
+pub(super) struct OutputPath {
+    commands: mpsc::Sender<Command>,
+    wake: Arc<EventFd>,
+    shown: Arc<Shown>,
+    thread: Option<std::thread::JoinHandle<()>>,
+}
+
+impl OutputPath {
+    /// Starts it; output passes.
+    ///
+    /// # Errors
+    /// If there is no descriptor or no thread for it.
+    pub(super) fn start<E>(gates: Vec<Box<dyn OutputGate>>, events: mpsc::Sender<E>) -> io::Result<Self>
+    where
+        E: From<PathEvent> + Send + 'static,
+    {
+        let flags = EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK;
+        let wake = Arc::new(EventFd::from_value_and_flags(0, flags)?);
+        let shown = Arc::new(Shown::default());
+        let (commands, received) = mpsc::channel();
+        let mut own = PathThread {
+            gates,
+            link: None,
+            commands: received,
+            wake: wake.clone(),
+            shown: shown.clone(),
+            report: Box::new(move |event| {
+                // The guard ends this thread when it ends.
+                let _ = events.send(event.into());
+            }),
+        };
+        own.show();
+        let thread = std::thread::Builder::new().name("guard-output".to_owned());
+        let thread = thread.spawn(move || own.run())?;
+        Ok(Self {
+            commands,
+            wake,
+            shown,
+            thread: Some(thread),
+        })
+    }
+
+    /// Barriers come over this link from now on.
+    pub(super) fn set_link(&self, link: Link) {
+        self.command(Command::Link(link));
+    }
+
+    /// The guest is not protected: lets everything go, and everything pass.
+    pub(super) fn open(&self) {
+        self.command(Command::Open);
+    }
+
+    fn command(&self, command: Command) {
+        // The thread ends only at Command::End.
+        let _ = self.commands.send(command);
+        let _ = self.wake.write(1);
+    }
+
+    /// Frames that wait for a checkpoint that has not begun. Where there is none, the guard is told of the next.
+    pub(super) fn take_waiting(&self) -> u64 {
+        self.shown.is_told.store(false, Ordering::SeqCst);
+        self.shown.waiting.load(Ordering::SeqCst)
+    }
+
+    /// The gates and what passes them.
+    pub(super) fn gates(&self) -> Vec<GateStatus> {
+        let gates = self.shown.gates.lock();
+        gates.unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// How long frames waited that have left since the last call, in microseconds.
+    pub(super) fn take_hold_times_us(&self) -> Vec<u64> {
+        let times = self.shown.hold_times_us.lock();
+        std::mem::take(&mut *times.unwrap_or_else(PoisonError::into_inner))
+    }
+}
+
+impl Drop for OutputPath {
+    fn drop(&mut self) {
+        self.command(Command::End);
+        if let Some(thread) = self.thread.take() {
+            // Its panic was printed.
+            let _ = thread.join();
+        }
+    }
+}
+
+struct PathThread {
+    gates: Vec<Box<dyn OutputGate>>,
+    link: Option<Link>,
+    commands: mpsc::Receiver<Command>,
+    wake: Arc<EventFd>,
+    shown: Arc<Shown>,
+    report: Box<dyn Fn(PathEvent) + Send>,
+}
+
+impl PathThread {
+    fn run(mut self) {
+        loop {
+            // EAGAIN: woken by something else.
+            let _ = self.wake.read();
+            while let Ok(command) = self.commands.try_recv() {
+                match command {
+                    Command::Link(link) => {
+                        self.forget_barriers();
+                        self.link = Some(link);
+                    }
+                    Command::Open => self.open(),
+                    Command::End => return,
+                }
+            }
+            let (is_link_ready, ready) = self.wait();
+            if is_link_ready {
+                self.read_link();
+            }
+            for (gate, is_ready) in self.gates.iter_mut().zip(ready) {
+                if is_ready {
+                    gate.go_on();
+                }
+            }
+            self.show();
+        }
+    }
+
+    /// Waits until something has arrived: whether on the link, and for which gates.
+    fn wait(&self) -> (bool, Vec<bool>) {
+        let mut fds = vec![(self.wake.as_fd(), PollFlags::POLLIN)];
+        if let Some(link) = &self.link {
+            fds.push((link.as_fd(), PollFlags::POLLIN));
+        }
+        let link = fds.len() - 1;
+        let ends: Vec<usize> = (self.gates.iter())
+            .map(|gate| {
+                gate.wait_for(&mut fds);
+                fds.len()
+            })
+            .collect();
+        let mut polled: Vec<_> = fds.iter().map(|(fd, flags)| PollFd::new(*fd, *flags)).collect();
+        // EINTR: looked at as if nothing had come.
+        let _ = poll(&mut polled, PollTimeout::NONE);
+        let is_ready = |fd: &PollFd<'_>| fd.revents().is_some_and(|events| !events.is_empty());
+        let mut from = link + 1;
+        let ready = ends.iter().map(|end| {
+            let any = polled[from..*end].iter().any(is_ready);
+            from = *end;
+            any
+        });
+        let ready = ready.collect();
+        (self.link.is_some() && is_ready(&polled[link]), ready)
+    }
+
+    fn read_link(&mut self) {
+        let Some(mut link) = self.link.take() else { return };
+        let read = link.fill().and_then(|()| {
+            while let Some(message) = link.next_message()? {
+                if let Err(lost) = self.carry_out(message, &mut link)? {
+                    return Ok(Some(lost));
+                }
+            }
+            Ok(None)
+        });
+        match read {
+            Ok(None) => self.link = Some(link),
+            Ok(Some(lost)) => self.lost(lost),
+            Err(error) => self.lost(error.to_string()),
+        }
+    }
+
+    /// Does what the receiver asks for. The inner error is the end of the link.
+    fn carry_out(
+        &mut self,
+        message: ToGuard,
+        link: &mut Link,
+    ) -> Result<Result<(), String>, super::link::LinkError> {
+        match message {
+            ToGuard::Bound { session } => (self.report)(PathEvent::Bound { session }),
+            ToGuard::Barrier { checkpoint } => {
+                let placed = self.gates.iter_mut().try_for_each(|gate| gate.place(checkpoint));
+                if let Err(error) = placed {
+                    return Ok(Err(error.to_string()));
+                }
+                link.send(&ToReceiver::Placed { checkpoint })?;
+                self.shown.waiting.store(0, Ordering::SeqCst);
+            }
+            ToGuard::Committed { checkpoint } => {
+                let let_go = self
+                    .gates
+                    .iter_mut()
+                    .try_for_each(|gate| gate.committed(checkpoint));
+                if let Err(error) = let_go {
+                    return Ok(Err(error.to_string()));
+                }
+                if self.gates.iter().any(|gate| gate.releases_in_pause()) {
+                    link.send(&ToReceiver::Released { checkpoint })?;
+                }
+            }
+            ToGuard::Ended { session, reason } => {
+                return Ok(Err(format!("session {session} has ended: {reason}")));
+            }
+            ToGuard::Refused { reason } => return Ok(Err(reason)),
+            ToGuard::Welcome { .. } => {}
+        }
+        Ok(Ok(()))
+    }
+
+    fn lost(&mut self, reason: String) {
+        self.link = None;
+        self.forget_barriers();
+        (self.report)(PathEvent::LinkLost(reason));
+    }
+
+    fn forget_barriers(&mut self) {
+        self.gates.iter_mut().for_each(|gate| gate.forget_barriers());
+    }
+
+    fn open(&mut self) {
+        for gate in &mut self.gates {
+            if let Err(error) = gate.open() {
+                (self.report)(PathEvent::GateFailed(error.to_string()));
+            }
+        }
+    }
+
+    fn show(&mut self) {
+        let waiting = self.gates.iter().map(|gate| gate.waiting()).sum();
+        self.shown.waiting.store(waiting, Ordering::SeqCst);
+        if waiting > 0 && !self.shown.is_told.swap(true, Ordering::SeqCst) {
+            (self.report)(PathEvent::OutputWaits);
+        }
+        let status = |gate: &Box<dyn OutputGate>| GateStatus {
+            nic: gate.nic().to_owned(),
+            gate: gate.kind(),
+            counts: gate.counts(),
+        };
+        let gates = self.gates.iter().map(status).collect();
+        *self.shown.gates.lock().unwrap_or_else(PoisonError::into_inner) = gates;
+        let mut times = self
+            .shown
+            .hold_times_us
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        self.gates
+            .iter_mut()
+            .for_each(|gate| gate.take_hold_times_us(&mut times));
+    }
+}

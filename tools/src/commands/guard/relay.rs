@@ -1,0 +1,318 @@
+//! A gate in the way of the frames: QEMU's network card is a `-netdev stream` to this process, which owns the tap device.
+//!
+//! QEMU sends each frame behind its length, four bytes, big-endian, and takes them in the same form. What the guest sends is held;
+//! what comes for it passes at once.
+
+use super::gate::{Counts, GateError, OutputGate};
+use super::tap::Tap;
+use colo_ring::link::HeldOutput;
+use colo_ring::units::CheckpointId;
+use nix::poll::PollFlags;
+use std::io::{self, ErrorKind, Read, Write};
+use std::os::fd::{AsFd, BorrowedFd};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+use std::time::Instant;
+
+/// Longest frame, in bytes: QEMU's own limit is 68 KiB and a few.
+const FRAME_MAX: usize = 128 << 10;
+
+/// Bytes of frames that are held at most. A guest that sends more between two checkpoints loses some, as on a full queue.
+const HELD_MAX: u64 = 64 << 20;
+
+/// Bytes that are read from QEMU at a time.
+const READ_BYTES: usize = 256 << 10;
+
+/// Frames from the tap that are passed on at a time, before the link has its turn.
+const FRAMES_AT_A_TIME: usize = 64;
+
+/// Hold times that are kept until somebody takes them.
+const TIMES_MAX: usize = 1 << 16;
+
+/// A frame of the guest.
+struct Frame {
+    bytes: Box<[u8]>,
+    at: Instant,
+}
+
+/// QEMU's connection.
+struct Card {
+    socket: UnixStream,
+    /// What has arrived of frames that are not whole.
+    incoming: Vec<u8>,
+    /// What did not fit into the socket.
+    outgoing: Vec<u8>,
+}
+
+/// See the module.
+pub(super) struct Relay {
+    nic: String,
+    path: PathBuf,
+    listener: UnixListener,
+    card: Option<Card>,
+    tap: Tap,
+    held: HeldOutput<Frame>,
+    /// The tap's queue is full.
+    is_tap_full: bool,
+    since_line: u64,
+    sent: u64,
+    hold_times_us: Vec<u64>,
+    buffer: Box<[u8]>,
+}
+
+impl Relay {
+    /// Listens at `path` for QEMU, and passes its frames to the tap device.
+    ///
+    /// # Errors
+    /// If the socket cannot be made.
+    pub(super) fn listen(nic: String, path: &Path, tap: Tap) -> io::Result<Self> {
+        let listener = colo_ring::net::bind_unix(path).map_err(io::Error::other)?;
+        listener.set_nonblocking(true)?;
+        Ok(Self {
+            nic,
+            path: path.to_owned(),
+            listener,
+            card: None,
+            tap,
+            held: HeldOutput::new(HELD_MAX),
+            is_tap_full: false,
+            since_line: 0,
+            sent: 0,
+            hold_times_us: Vec::new(),
+            buffer: vec![0; READ_BYTES].into_boxed_slice(),
+        })
+    }
+
+    /// Where QEMU connects to.
+    pub(super) fn path(&self) -> &Path {
+        &self.path
+    }
+
+    fn accept(&mut self) {
+        // A QEMU that was restarted connects anew; one that goes on has one connection.
+        while let Ok((socket, _)) = self.listener.accept() {
+            if socket.set_nonblocking(true).is_ok() {
+                self.card = Some(Card {
+                    socket,
+                    incoming: Vec::new(),
+                    outgoing: Vec::new(),
+                });
+            }
+        }
+    }
+
+    /// Takes everything that QEMU has written.
+    fn read_card(&mut self) {
+        let Some(card) = &mut self.card else { return };
+        let is_open = loop {
+            match card.socket.read(&mut self.buffer) {
+                Ok(0) => break false,
+                Ok(count) => card.incoming.extend_from_slice(&self.buffer[..count]),
+                Err(error) if error.kind() == ErrorKind::Interrupted => {}
+                Err(error) => break error.kind() == ErrorKind::WouldBlock,
+            }
+            let Some(taken) = take_frames(&card.incoming, |bytes| {
+                self.sent += 1;
+                let frame = Frame {
+                    bytes: bytes.into(),
+                    at: Instant::now(),
+                };
+                if self.held.push(frame, bytes.len()) && self.held.is_holding() {
+                    self.since_line += 1;
+                }
+            }) else {
+                break false;
+            };
+            card.incoming.drain(..taken);
+        };
+        if !is_open {
+            self.card = None;
+        }
+    }
+
+    /// Gives the tap what may leave.
+    fn let_go(&mut self) {
+        self.is_tap_full = false;
+        while let Some(frame) = self.held.front() {
+            match self.tap.write(&frame.bytes) {
+                Err(error) if error.kind() == ErrorKind::WouldBlock => {
+                    self.is_tap_full = true;
+                    return;
+                }
+                // A device that is down loses frames, as a cable that is not plugged in.
+                Ok(()) | Err(_) => {}
+            }
+            if let Some(frame) = self.held.pop()
+                && self.held.is_holding()
+                && self.hold_times_us.len() < TIMES_MAX
+            {
+                let held_us = u64::try_from(frame.at.elapsed().as_micros());
+                self.hold_times_us.push(held_us.unwrap_or(u64::MAX));
+            }
+        }
+    }
+
+    /// Passes on what comes for the guest.
+    fn read_tap(&mut self) {
+        for _ in 0..FRAMES_AT_A_TIME {
+            if !self.write_card() {
+                return;
+            }
+            let Ok(count) = self.tap.read(&mut self.buffer) else {
+                return;
+            };
+            // Without a card nobody takes it.
+            let (Some(card), Ok(length)) = (&mut self.card, u32::try_from(count)) else {
+                continue;
+            };
+            card.outgoing.extend_from_slice(&length.to_be_bytes());
+            card.outgoing.extend_from_slice(&self.buffer[..count]);
+        }
+        self.write_card();
+    }
+
+    /// Writes what is left for QEMU. Whether nothing is.
+    fn write_card(&mut self) -> bool {
+        let Some(card) = &mut self.card else { return true };
+        while !card.outgoing.is_empty() {
+            match card.socket.write(&card.outgoing) {
+                Ok(count) => drop(card.outgoing.drain(..count)),
+                Err(error) if error.kind() == ErrorKind::Interrupted => {}
+                Err(error) if error.kind() == ErrorKind::WouldBlock => return false,
+                Err(_) => {
+                    self.card = None;
+                    return true;
+                }
+            }
+        }
+        true
+    }
+}
+
+/// Gives `take` every whole frame, and returns how many bytes they had; none if a length is no frame's.
+pub(super) fn take_frames(bytes: &[u8], mut take: impl FnMut(&[u8])) -> Option<usize> {
+    let mut taken = 0;
+    while let Some((length, rest)) = bytes[taken..].split_first_chunk::<4>() {
+        let length = usize::try_from(u32::from_be_bytes(*length)).ok()?;
+        if length > FRAME_MAX {
+            return None;
+        }
+        let Some(frame) = rest.get(..length) else { break };
+        take(frame);
+        taken += 4 + length;
+    }
+    Some(taken)
+}
+
+impl OutputGate for Relay {
+    fn nic(&self) -> &str {
+        &self.nic
+    }
+
+    fn kind(&self) -> &'static str {
+        "relay"
+    }
+
+    fn wait_for<'a>(&'a self, fds: &mut Vec<(BorrowedFd<'a>, PollFlags)>) {
+        fds.push((self.listener.as_fd(), PollFlags::POLLIN));
+        let mut tap = PollFlags::empty();
+        if let Some(card) = &self.card {
+            let is_full = !card.outgoing.is_empty();
+            let writes = if is_full {
+                PollFlags::POLLOUT
+            } else {
+                PollFlags::empty()
+            };
+            fds.push((card.socket.as_fd(), PollFlags::POLLIN | writes));
+            // What comes for the guest waits in the tap's queue as long as QEMU takes nothing.
+            tap.set(PollFlags::POLLIN, !is_full);
+        } else {
+            tap.insert(PollFlags::POLLIN);
+        }
+        tap.set(PollFlags::POLLOUT, self.is_tap_full);
+        fds.push((self.tap.as_fd(), tap));
+    }
+
+    fn go_on(&mut self) {
+        self.accept();
+        self.read_card();
+        self.let_go();
+        self.read_tap();
+    }
+
+    fn place(&mut self, checkpoint: CheckpointId) -> Result<(), GateError> {
+        // The guest is stopped: what it has sent is in the socket, whole.
+        self.read_card();
+        self.held.place(checkpoint);
+        self.since_line = 0;
+        Ok(())
+    }
+
+    fn committed(&mut self, checkpoint: CheckpointId) -> Result<(), GateError> {
+        self.held.committed(checkpoint);
+        self.let_go();
+        Ok(())
+    }
+
+    fn forget_barriers(&mut self) {
+        self.held.forget_barriers();
+    }
+
+    fn open(&mut self) -> Result<(), GateError> {
+        self.held.open();
+        self.since_line = 0;
+        self.let_go();
+        Ok(())
+    }
+
+    fn releases_in_pause(&self) -> bool {
+        false
+    }
+
+    fn waiting(&self) -> u64 {
+        self.since_line
+    }
+
+    fn counts(&self) -> Counts {
+        let held = self.held.held();
+        Counts {
+            sent: self.sent,
+            held: held.frames,
+            held_bytes: held.bytes,
+            dropped: self.held.dropped(),
+        }
+    }
+
+    fn take_hold_times_us(&mut self, into: &mut Vec<u64>) {
+        into.append(&mut self.hold_times_us);
+    }
+}
+
+impl Drop for Relay {
+    fn drop(&mut self) {
+        // A path that is left over is taken over by the next.
+        let _ = std::fs::remove_file(&self.path);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn frames_are_taken_whole() {
+        let mut bytes = Vec::new();
+        for frame in [&b"one"[..], b"", b"three"] {
+            bytes.extend_from_slice(&u32::try_from(frame.len()).unwrap().to_be_bytes());
+            bytes.extend_from_slice(frame);
+        }
+        for cut in 0..=bytes.len() {
+            let mut frames = Vec::new();
+            let taken = take_frames(&bytes[..cut], |frame| frames.push(frame.to_vec())).unwrap();
+            let whole = [7, 11, bytes.len()].iter().filter(|end| **end <= cut).count();
+            assert_eq!(frames.len(), whole, "{cut}");
+            assert_eq!(taken, [0, 7, 11, bytes.len()][whole]);
+        }
+        assert_eq!(take_frames(&[0xff, 0, 0, 0], |_| ()), None);
+    }
+}
