@@ -91,6 +91,11 @@ impl<F> HeldOutput<F> {
         }
     }
 
+    /// Holds what comes from now on, without a line: a guard that was restarted does not know what the guest has sent before.
+    pub fn hold(&mut self) {
+        self.is_holding = true;
+    }
+
     /// The link is lost: lines that were drawn on it are of no use on another.
     pub fn forget_barriers(&mut self) {
         self.lines.clear();

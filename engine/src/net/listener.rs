@@ -51,7 +51,7 @@ impl HostWatch {
     ///
     /// # Errors
     /// If it is not a TCP socket.
-    pub fn apply(self, socket: &OwnedFd) -> nix::Result<()> {
+    pub fn apply(self, socket: &impl AsFd) -> nix::Result<()> {
         self.probe(socket)?;
         // This decides, for probes and for unacknowledged data: with it, Linux does not count probes. It ends a connection, too,
         // whose peer is there but reads nothing for so long while more is sent than its buffers hold.
@@ -62,13 +62,13 @@ impl HostWatch {
     ///
     /// # Errors
     /// If it is not a TCP socket.
-    pub fn apply_to_silence(self, socket: &OwnedFd) -> nix::Result<()> {
+    pub fn apply_to_silence(self, socket: &impl AsFd) -> nix::Result<()> {
         self.probe(socket)?;
         let probes = self.give_up_after_s.saturating_sub(self.probe_after_s) / PROBE_EVERY_SECONDS;
         setsockopt(socket, TcpKeepCount, &probes.clamp(1, PROBES_MAX))
     }
 
-    fn probe(self, socket: &OwnedFd) -> nix::Result<()> {
+    fn probe(self, socket: &impl AsFd) -> nix::Result<()> {
         setsockopt(socket, KeepAlive, &true)?;
         setsockopt(socket, TcpKeepIdle, &self.probe_after_s.max(1))?;
         setsockopt(socket, TcpKeepInterval, &PROBE_EVERY_SECONDS)

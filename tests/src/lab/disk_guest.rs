@@ -1,6 +1,6 @@
 //! Guests with a disk: what it hangs on, what is on it, and its image.
 
-use std::fs::{self, File};
+use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
@@ -172,18 +172,5 @@ fn run_tool(name: &str, arguments: &[&str], image: &Path) -> Result<(), LabError
     Err(LabError::Ended {
         what: format!("{name} ({})", output.status),
         detail: String::from_utf8_lossy(&said).into_owned(),
-    })
-}
-
-/// Makes the initramfs of the guest with a disk.
-pub(super) fn build_disk_guest(laboratory: &Path, out: &Path) -> Result<(), LabError> {
-    let script = super::repository().join("tests/guest/build-disk-guest");
-    let output = Command::new(&script).arg(laboratory).arg(out).output();
-    let output = output.map_err(LabError::io(format!("run {}", script.display())))?;
-    if output.status.success() && fs::exists(out).unwrap_or(false) {
-        return Ok(());
-    }
-    Err(LabError::Guest {
-        detail: String::from_utf8_lossy(&output.stderr).into_owned(),
     })
 }

@@ -31,8 +31,8 @@ impl Lab {
         let ram = dump.block("pc.ram")?;
         match guest {
             Guest::Test(_) => self.test_guest_tick(&ram),
-            Guest::Disk(_) => Err(LabError::Malformed {
-                what: "the image of the guest with a disk".into(),
+            Guest::Disk(_) | Guest::Net(_) => Err(LabError::Malformed {
+                what: "the image of a guest with a disk or a network card".into(),
                 detail: "where its program counts is not known from outside".into(),
             }),
             Guest::Linux(_) => {

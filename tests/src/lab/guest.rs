@@ -1,6 +1,6 @@
 //! The guests: what they do to their memory, as QEMU arguments.
 
-use super::{DiskGuest, Lab};
+use super::{DiskGuest, Lab, NetGuest};
 
 /// What a QEMU of the laboratory boots.
 #[derive(Clone, Debug)]
@@ -11,6 +11,8 @@ pub enum Guest {
     Linux(LinuxGuest),
     /// The same kernel with a disk, `tests/guest/disk-init`.
     Disk(DiskGuest),
+    /// The same kernel with a network card, `tests/guest/net-init`.
+    Net(NetGuest),
 }
 
 /// Where the test guest writes.
@@ -119,6 +121,7 @@ impl Guest {
                 ]
             }
             Self::Disk(guest) => guest.args(lab),
+            Self::Net(guest) => guest.args(lab),
             Self::Linux(guest) => vec![
                 "-kernel".into(),
                 lab.kernel.display().to_string(),

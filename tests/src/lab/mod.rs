@@ -8,10 +8,12 @@ mod disk_guest;
 mod disks;
 mod error;
 mod failover;
+mod guard;
 mod guest;
 mod host_guest;
 mod image;
 mod kills;
+mod net_guest;
 mod network;
 mod protect;
 mod qemu;
@@ -37,10 +39,12 @@ pub use disk_guest::{Disk, DiskBus, DiskContent, DiskGuest};
 pub use disks::{DiskRuns, KilledGuest, Victim, disk_runs};
 pub use error::LabError;
 pub use failover::{protect_by_command, unprotect_by_command};
+pub use guard::{Client, ClientReport, Guard};
 pub use guest::{Content, Guest, LinuxGuest, Pattern, TestGuest};
 pub use host_guest::{HostGuest, HostKernel, NumaMap};
 pub use image::check_test_guest_image;
 pub use kills::{Kills, Moment, check_continues, failover_runs};
+pub use net_guest::{GUEST_ADDRESS, NetGuest, Nic, TAP, net_experiment};
 pub use network::{Address, Transport};
 pub use protect::{Compression, Protection, ZeroPageDetection};
 pub use qemu::{Devices, Machine, Qemu};
@@ -61,6 +65,7 @@ pub struct Lab {
     initrd: PathBuf,
     test_guest: PathBuf,
     disk_initrd: PathBuf,
+    net_initrd: PathBuf,
     scratch: TempDir,
     files_made: AtomicU32,
     _turn: Flock<File>,
@@ -89,7 +94,18 @@ impl Lab {
     pub fn open_with_disk_guest() -> Result<Self, LabError> {
         let lab = Self::open()?;
         let laboratory = PathBuf::from(script_output("path")?);
-        disk_guest::build_disk_guest(&laboratory, &lab.disk_initrd)?;
+        build_guest("build-disk-guest", &laboratory, &lab.disk_initrd)?;
+        Ok(lab)
+    }
+
+    /// [`Lab::open`], and makes the guest with a network card.
+    ///
+    /// # Errors
+    /// Those of [`Lab::open`], and when the guest cannot be made.
+    pub fn open_with_net_guest() -> Result<Self, LabError> {
+        let lab = Self::open()?;
+        let laboratory = PathBuf::from(script_output("path")?);
+        build_guest("build-net-guest", &laboratory, &lab.net_initrd)?;
         Ok(lab)
     }
 
@@ -108,6 +124,7 @@ impl Lab {
             initrd: dir.join("linux/initrd.gz"),
             test_guest: scratch.path().join("dirtier.elf"),
             disk_initrd: scratch.path().join("disk-initrd.gz"),
+            net_initrd: scratch.path().join("net-initrd.gz"),
             scratch,
             files_made: AtomicU32::new(0),
             _turn: turn,
@@ -205,6 +222,19 @@ fn take_turn(lock_path: &Path) -> Result<Flock<File>, LabError> {
         .and_then(|()| File::create(lock_path))
         .map_err(LabError::io(failed()))?;
     Flock::lock(file, FlockArg::LockExclusive).map_err(|(_, errno)| LabError::io(failed())(errno.into()))
+}
+
+/// Makes the initramfs of a guest by a script of `tests/guest`.
+fn build_guest(script: &str, laboratory: &Path, out: &Path) -> Result<(), LabError> {
+    let script = repository().join("tests/guest").join(script);
+    let output = Command::new(&script).arg(laboratory).arg(out).output();
+    let output = output.map_err(LabError::io(format!("run {}", script.display())))?;
+    if output.status.success() && fs::exists(out).unwrap_or(false) {
+        return Ok(());
+    }
+    Err(LabError::Guest {
+        detail: String::from_utf8_lossy(&output.stderr).into_owned(),
+    })
 }
 
 fn assemble_test_guest(out: &Path) -> Result<(), LabError> {

@@ -12,7 +12,7 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use serde_json::{Value, json};
 
-use super::{Disk, Event, Guest, Lab, LabError, Qmp, SavedRam, wait_for};
+use super::{Disk, Event, Guest, Lab, LabError, Nic, Qmp, SavedRam, wait_for};
 
 /// A guest machine. Primary and QEMU's own secondary are started from the same one.
 #[derive(Clone, Debug)]
@@ -29,6 +29,8 @@ pub struct Machine {
     pub uuid: Option<String>,
     /// Its disk, if it has one.
     pub disk: Option<Disk>,
+    /// Its network card, if it has one.
+    pub nic: Option<Nic>,
     /// What it boots.
     pub guest: Guest,
 }
@@ -58,6 +60,7 @@ impl Machine {
             prealloc: false,
             uuid: None,
             disk: None,
+            nic: None,
             guest,
         }
     }
@@ -95,6 +98,7 @@ impl Machine {
             args.extend(MANY_DEVICES.split_whitespace().map(str::to_owned));
         }
         args.extend(self.disk.iter().flat_map(Disk::args));
+        args.extend(self.nic.iter().flat_map(Nic::args));
         if let Some(uuid) = &self.uuid {
             args.extend(["-uuid".to_owned(), uuid.clone()]);
         }

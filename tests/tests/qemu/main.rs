@@ -7,6 +7,7 @@ mod disks;
 mod failover;
 mod failover_interrupted;
 mod failover_linux;
+mod guard;
 mod guests;
 mod lab;
 mod linux;

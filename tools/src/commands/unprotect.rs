@@ -177,7 +177,7 @@ fn cut_connections(qmp: &mut Qmp) -> Result<(), CommandError> {
     cut.map(drop).map_err(CommandError::failed)
 }
 
-fn status_of(migration: &Value) -> &str {
+pub(crate) fn status_of(migration: &Value) -> &str {
     migration["status"].as_str().unwrap_or("none")
 }
 

@@ -237,6 +237,14 @@ pub(crate) fn remove_all(qmp: &mut Qmp) -> Result<usize, MirrorError> {
     Ok(targets.len())
 }
 
+/// How many mirrors that this program has started run in that QEMU.
+///
+/// # Errors
+/// If QEMU does not answer.
+pub(crate) fn running(qmp: &mut Qmp) -> Result<usize, QmpError> {
+    Ok(ours(jobs(qmp)?.iter().map(|job| &job["device"]), JOB).len())
+}
+
 /// Whether an entry of `query-yank` is the connection of a mirror.
 pub(crate) fn is_mirrors_connection(instance: &Value) -> bool {
     !ours(std::iter::once(&instance["node-name"]), TARGET).is_empty()

@@ -6,7 +6,9 @@
 pub(crate) mod changes;
 mod mirror;
 
-pub(crate) use mirror::{Mirror, MirrorError, MirrorState, Mirrors, is_mirrors_connection, remove_all};
+pub(crate) use mirror::{
+    Mirror, MirrorError, MirrorState, Mirrors, is_mirrors_connection, remove_all, running as running_mirrors,
+};
 
 use crate::qmp::{Qmp, QmpError};
 use serde_json::{Value, json};

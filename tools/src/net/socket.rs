@@ -2,7 +2,7 @@
 
 use super::Address;
 use std::io::{self, IoSlice, Read, Write};
-use std::net::{Shutdown, TcpStream};
+use std::net::{Shutdown, TcpStream, ToSocketAddrs};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
 use std::time::Duration;
@@ -28,12 +28,12 @@ pub(crate) enum Socket {
 }
 
 impl Socket {
-    /// Connects one channel, called `what`. Reads and writes give up after `patience`.
+    /// Connects one channel, called `what`. This, reads and writes give up after `patience`.
     pub(crate) fn connect(address: &Address, what: &str, patience: Duration) -> Result<Self, ConnectError> {
         let connect = || -> io::Result<Self> {
             Ok(match address {
                 Address::Tcp(host_port) => {
-                    let socket = TcpStream::connect(host_port)?;
+                    let socket = connect_tcp(host_port, patience)?;
                     socket.set_read_timeout(Some(patience))?;
                     socket.set_write_timeout(Some(patience))?;
                     Self::Tcp(socket)
@@ -123,6 +123,18 @@ impl Socket {
         }
         Ok(())
     }
+}
+
+/// Connects to the first of a host's addresses that answers.
+fn connect_tcp(host_port: &str, patience: Duration) -> io::Result<TcpStream> {
+    let mut refused = io::Error::new(io::ErrorKind::NotFound, "this name has no address");
+    for address in host_port.to_socket_addrs()? {
+        match TcpStream::connect_timeout(&address, patience) {
+            Ok(socket) => return Ok(socket),
+            Err(error) => refused = error,
+        }
+    }
+    Err(refused)
 }
 
 impl AsFd for Socket {

@@ -119,6 +119,14 @@ pub enum QmpError {
     },
 }
 
+impl fmt::Debug for Qmp {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Qmp")
+            .field("path", &self.path)
+            .finish_non_exhaustive()
+    }
+}
+
 impl QmpError {
     /// What QEMU said, if it refused a command.
     pub fn refusal(&self) -> Option<&str> {
@@ -129,8 +137,8 @@ impl QmpError {
     }
 }
 
-/// Takes events of some names, on the thread that reads.
-type Watcher = Box<dyn Fn(Event) + Send>;
+/// Takes events of some names, on the thread that reads; none means that QEMU has closed the connection.
+type Watcher = Box<dyn Fn(Option<Event>) + Send>;
 
 /// Events that have come, and whether more can.
 #[derive(Default)]
@@ -155,10 +163,20 @@ impl Collected {
     fn offer(&self, event: Event) -> Option<Event> {
         let watcher = self.watcher.lock().unwrap_or_else(PoisonError::into_inner);
         match &*watcher {
-            Some((names, watch)) if names.contains(&event.name.as_str()) => watch(event),
+            Some((names, watch)) if names.contains(&event.name.as_str()) => watch(Some(event)),
             _ => return Some(event),
         }
         None
+    }
+
+    /// QEMU has closed the connection.
+    fn close(&self) {
+        self.lock().closed = true;
+        self.changed.notify_all();
+        let watcher = self.watcher.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some((_, watch)) = &*watcher {
+            watch(None);
+        }
     }
 }
 
@@ -214,8 +232,7 @@ impl Qmp {
                 // Only the greeting is looked at for it.
                 let _ = said_to.send(Value::String(said));
             }
-            there.lock().closed = true;
-            there.changed.notify_all();
+            there.close();
         });
         let greeting = match replies.recv_timeout(GREETING_LIMIT) {
             Ok(greeting) => greeting,
@@ -347,8 +364,12 @@ impl Qmp {
         }
     }
 
-    /// From now on, events of these names go to `watch`, on the thread that reads, and are not kept.
-    pub fn watch_events(&self, names: &'static [&'static str], watch: impl Fn(Event) + Send + 'static) {
+    /// From now on, events of these names go to `watch`, on the thread that reads, and are not kept. At the end it gets none.
+    pub fn watch_events(
+        &self,
+        names: &'static [&'static str],
+        watch: impl Fn(Option<Event>) + Send + 'static,
+    ) {
         let watcher = self.collected.watcher.lock();
         *watcher.unwrap_or_else(PoisonError::into_inner) = Some((names, Box::new(watch)));
     }

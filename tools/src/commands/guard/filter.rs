@@ -53,11 +53,12 @@ pub(super) struct Filter {
 }
 
 impl Filter {
-    /// Plugs the filters into the running guest's card; frames pass. Those that an earlier guard has left are replaced.
+    /// Plugs the filters into the running guest's card; frames pass. A filter that an earlier guard has left goes on to hold what it
+    /// has, where the guest is protected, and is replaced where it is not.
     ///
     /// # Errors
     /// If QEMU refuses, as for a card with vhost or with several queues.
-    pub(super) fn plug(qmp: &Qmp, netdev: &str, nic: String) -> Result<Self, FilterError> {
+    pub(super) fn plug(qmp: &Qmp, netdev: &str, nic: String, holds: bool) -> Result<Self, FilterError> {
         let directory = tempfile::Builder::new().prefix("colo-ring-guard-").tempdir()?;
         let path = directory.path().join("frames");
         let listener = UnixListener::bind(&path)?;
@@ -76,20 +77,39 @@ impl Filter {
             since_line: 0,
             sent: 0,
         };
-        filter.unplug();
-        filter.add(netdev, &path)?;
+        filter.is_holding = holds && filter.is_closed();
+        filter.remove_mirror();
+        if !filter.is_holding {
+            filter.remove_hold();
+            filter.add_hold(netdev)?;
+        }
+        filter.add_mirror(netdev, &path)?;
         Ok(filter)
     }
 
-    fn add(&mut self, netdev: &str, path: &Path) -> Result<(), QmpError> {
-        let qmp = &mut self.qmp;
+    /// Whether a filter is there that holds.
+    fn is_closed(&mut self) -> bool {
+        let arguments = json!({"path": self.object(), "property": "status"});
+        let status = self.qmp.execute("qom-get", &arguments);
+        status.is_ok_and(|status| status == "on")
+    }
+
+    fn object(&self) -> String {
+        format!("/objects/{}", self.hold)
+    }
+
+    fn add_hold(&mut self, netdev: &str) -> Result<(), QmpError> {
         let hold = json!({
             "qom-type": "filter-buffer", "id": self.hold, "netdev": netdev, "queue": "rx", "interval": INTERVAL_US,
             "status": "off",
         });
-        qmp.execute("object-add", &hold)?;
+        self.qmp.execute("object-add", &hold).map(drop)
+    }
+
+    fn add_mirror(&mut self, netdev: &str, path: &Path) -> Result<(), QmpError> {
         let socket = json!({"addr": {"type": "unix", "data": {"path": path}}, "server": false});
         let backend = json!({"type": "socket", "data": socket});
+        let qmp = &mut self.qmp;
         qmp.execute("chardev-add", &json!({"id": self.seen, "backend": backend}))?;
         let seen = json!({
             "qom-type": "filter-mirror", "id": self.seen, "netdev": netdev, "queue": "rx", "outdev": self.seen,
@@ -97,22 +117,23 @@ impl Filter {
         qmp.execute("object-add", &seen).map(drop)
     }
 
-    /// Removes whatever of it is there.
-    fn unplug(&mut self) {
-        let qmp = &mut self.qmp;
-        // Each may be missing.
-        for (command, id) in [
-            ("object-del", &self.seen),
-            ("chardev-remove", &self.seen),
-            ("object-del", &self.hold),
-        ] {
-            let _ = qmp.execute_within(command, &json!({"id": id}), LIMIT);
+    fn remove_mirror(&mut self) {
+        // Either may be missing.
+        for command in ["object-del", "chardev-remove"] {
+            let _ = self.qmp.execute_within(command, &json!({"id": self.seen}), LIMIT);
         }
     }
 
+    /// What it holds is let go.
+    fn remove_hold(&mut self) {
+        // It may be missing.
+        let _ = self
+            .qmp
+            .execute_within("object-del", &json!({"id": self.hold}), LIMIT);
+    }
+
     fn set(&mut self, status: &str) -> Result<(), GateError> {
-        let arguments =
-            json!({"path": format!("/objects/{}", self.hold), "property": "status", "value": status});
+        let arguments = json!({"path": self.object(), "property": "status", "value": status});
         let done = self.qmp.execute_within("qom-set", &arguments, LIMIT);
         done.map(drop).map_err(|source| GateError::Qmp {
             nic: self.nic.clone(),
@@ -219,6 +240,10 @@ impl OutputGate for Filter {
 
 impl Drop for Filter {
     fn drop(&mut self) {
-        self.unplug();
+        self.remove_mirror();
+        // A guard that could not end the protection leaves output held.
+        if !self.is_holding {
+            self.remove_hold();
+        }
     }
 }

@@ -4,15 +4,12 @@ use crate::qmp::QmpError;
 use colo_ring::units::CheckpointId;
 use nix::poll::PollFlags;
 use serde::Serialize;
-use std::io;
 use std::os::fd::BorrowedFd;
 use thiserror::Error;
 
 /// A gate does not do what it is told.
 #[derive(Debug, Error)]
 pub(super) enum GateError {
-    #[error("{nic}: {source}")]
-    Io { nic: String, source: io::Error },
     #[error("{nic}: {source}")]
     Qmp { nic: String, source: QmpError },
 }
@@ -30,7 +27,7 @@ pub(super) struct Counts {
     pub(super) dropped: u64,
 }
 
-/// Holds what a guest sends on one network card. Opened in the beginning: frames pass until the first line.
+/// Holds what a guest sends on one network card, from the first line on; and from the beginning where the guest is protected already.
 pub(super) trait OutputGate: Send {
     /// The network card, for messages.
     fn nic(&self) -> &str;

@@ -115,7 +115,7 @@ pub(super) fn describe(args: &GuardArgs, qmp: &mut Qmp) -> Result<Vec<String>, G
             nic.netdev, plan.tap
         ),
         Way::Filter => format!(
-            "-netdev {} ({}): filter, by objects plugged into QEMU (its own queue is not this process's)",
+            "-netdev {} ({}): filter, by objects that are plugged into QEMU",
             nic.netdev, nic.kind
         ),
     };
@@ -127,18 +127,22 @@ pub(super) fn describe(args: &GuardArgs, qmp: &mut Qmp) -> Result<Vec<String>, G
     })
 }
 
-/// Makes the gates: frames pass.
+/// Makes the gates: frames pass, unless the guest is protected already and its output `holds`.
 ///
 /// # Errors
 /// If one cannot be made: none is left then.
-pub(super) fn make(args: &GuardArgs, qmp: &mut Qmp) -> Result<Vec<Box<dyn OutputGate>>, GatesError> {
+pub(super) fn make(
+    args: &GuardArgs,
+    qmp: &mut Qmp,
+    holds: bool,
+) -> Result<Vec<Box<dyn OutputGate>>, GatesError> {
     let nics = nics::list(qmp)?;
     let mut gates: Vec<Box<dyn OutputGate>> = Vec::new();
     for (nic, way) in ways(args, &nics)? {
         let name = format!("-netdev {}", nic.netdev);
         let gate: Box<dyn OutputGate> = match way {
             Way::Relay(plan) => {
-                let relay = Relay::listen(name, &plan.path, Tap::open(&plan.tap)?);
+                let relay = Relay::listen(name, &plan.path, Tap::open(&plan.tap)?, holds);
                 let failed = |source| GatesError::Socket {
                     path: plan.path.clone(),
                     source,
@@ -150,7 +154,7 @@ pub(super) fn make(args: &GuardArgs, qmp: &mut Qmp) -> Result<Vec<Box<dyn Output
                     netdev: nic.netdev.clone(),
                     source,
                 };
-                Box::new(Filter::plug(qmp, &nic.netdev, name).map_err(failed)?)
+                Box::new(Filter::plug(qmp, &nic.netdev, name, holds).map_err(failed)?)
             }
         };
         gates.push(gate);

@@ -2,13 +2,20 @@
 
 use crate::net::{Address, ConnectError, Socket};
 use colo_ring::link::{Hello, LINE_MAX, LINK_VERSION, PREFACE, ToGuard, ToReceiver};
+use colo_ring::net::HostWatch;
 use std::io::{self, ErrorKind, IoSlice};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::time::Duration;
 use thiserror::Error;
 
 /// How long the receiver may take for an answer or to take a line.
-const PATIENCE: Duration = Duration::from_secs(5);
+const PATIENCE: Duration = Duration::from_secs(2);
+
+/// When a receiver's host that does not answer is given up. It is a matter of a second or two, since the guest may be stopped.
+const WATCH: HostWatch = HostWatch {
+    probe_after_s: 1,
+    give_up_after_s: 2,
+};
 
 /// Why there is no link, or none any more.
 #[derive(Debug, Error)]
@@ -45,6 +52,10 @@ impl Link {
     pub(super) fn connect(address: &Address, hello: Hello) -> Result<Self, LinkError> {
         let mut socket = Socket::connect(address, "the guard's link", PATIENCE)?;
         socket.set_nodelay()?;
+        if matches!(address, Address::Tcp(_)) {
+            // A host that has vanished says nothing.
+            WATCH.apply(&socket).map_err(io::Error::from)?;
+        }
         let mut first = PREFACE.to_vec();
         add_line(&mut first, &ToReceiver::Hello(hello))?;
         socket.write_parts(&mut [IoSlice::new(&first)])?;

@@ -103,6 +103,8 @@ enum GuardEvent {
     Resumed(u64),
     /// QEMU has left COLO, for this reason.
     LeftColo(String),
+    /// QEMU has closed its monitor.
+    QemuEnded,
     /// The operator ends the guard.
     End,
 }

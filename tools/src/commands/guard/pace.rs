@@ -64,11 +64,6 @@ impl Pace {
         let at_least = Duration::from_secs_f64(pause_s * (1.0 - self.share) / self.share);
         self.interval_max.max(at_least)
     }
-
-    /// The average pause.
-    pub(super) fn pause(&self) -> Option<Duration> {
-        self.pause_s.map(Duration::from_secs_f64)
-    }
 }
 
 #[cfg(test)]
@@ -112,6 +107,5 @@ mod tests {
         pace.paused(300 * MS, now + 300 * MS);
         assert_eq!(pace.interval(), Duration::from_millis(1200));
         assert!(pace.wait(now + 300 * MS) > 500 * MS);
-        assert_eq!(pace.pause(), Some(300 * MS));
     }
 }

@@ -61,31 +61,30 @@ pub(super) struct Relay {
 }
 
 impl Relay {
-    /// Listens at `path` for QEMU, and passes its frames to the tap device.
+    /// Listens at `path` for QEMU, and passes its frames to the tap device; with `holds` only what is committed.
     ///
     /// # Errors
     /// If the socket cannot be made.
-    pub(super) fn listen(nic: String, path: &Path, tap: Tap) -> io::Result<Self> {
+    pub(super) fn listen(nic: String, path: &Path, tap: Tap, holds: bool) -> io::Result<Self> {
         let listener = colo_ring::net::bind_unix(path).map_err(io::Error::other)?;
         listener.set_nonblocking(true)?;
+        let mut held = HeldOutput::new(HELD_MAX);
+        if holds {
+            held.hold();
+        }
         Ok(Self {
             nic,
             path: path.to_owned(),
             listener,
             card: None,
             tap,
-            held: HeldOutput::new(HELD_MAX),
+            held,
             is_tap_full: false,
             since_line: 0,
             sent: 0,
             hold_times_us: Vec::new(),
             buffer: vec![0; READ_BYTES].into_boxed_slice(),
         })
-    }
-
-    /// Where QEMU connects to.
-    pub(super) fn path(&self) -> &Path {
-        &self.path
     }
 
     fn accept(&mut self) {

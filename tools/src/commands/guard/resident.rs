@@ -6,9 +6,9 @@ use super::pace::Pace;
 use super::path::{OutputPath, PathEvent};
 use super::report::{GuardReport, GuardState, Measurements, Shown};
 use super::{GuardArgs, GuardEvent, OnReceiverLost};
-use crate::commands::protect::{Beginning, Begun};
-use crate::commands::unprotect::end_migration;
-use crate::guest_disks::remove_all;
+use crate::commands::protect::Beginning;
+use crate::commands::unprotect::{end_migration, status_of};
+use crate::guest_disks::{Mirrors, remove_all, running_mirrors};
 use crate::output::{CommandError, print, tell};
 use crate::qmp::{Event, Qmp, QmpError};
 use colo_ring::link::{Hello, LINK_VERSION};
@@ -48,6 +48,14 @@ enum End {
     NoGuest(QmpError),
 }
 
+/// The mirrors of a protected guest's disks.
+enum DiskMirrors {
+    /// That this guard has started.
+    Own(Mirrors),
+    /// That it has found: how many.
+    Found(usize),
+}
+
 /// See the module.
 pub(super) struct Guard<'a> {
     args: &'a GuardArgs,
@@ -66,6 +74,10 @@ pub(super) struct Guard<'a> {
     /// A checkpoint was asked for and has not begun.
     is_asked: bool,
     output_waits: bool,
+    /// QEMU was protected when this guard came.
+    is_found: bool,
+    /// The last reason that was told: the same is not told again at each attempt.
+    told: String,
 }
 
 impl<'a> Guard<'a> {
@@ -86,15 +98,20 @@ impl<'a> Guard<'a> {
         let uuid = uuid["UUID"]
             .as_str()
             .filter(|uuid| uuid.bytes().any(|byte| !b"0-".contains(&byte)));
+        let migration = qmp
+            .execute("query-migrate", &json!({}))
+            .map_err(CommandError::failed)?;
+        // Protected by a guard that has ended, or by `protect`.
+        let is_found = status_of(&migration) == "colo";
         let gates = match args.dry_run {
             true => Vec::new(),
-            false => gates::make(args, &mut qmp).map_err(CommandError::failed)?,
+            false => gates::make(args, &mut qmp, is_found).map_err(CommandError::failed)?,
         };
         let releases_in_pause = gates.iter().any(|gate| gate.releases_in_pause());
         let path = OutputPath::start(gates, sender.clone()).map_err(CommandError::failed)?;
         qmp.watch_events(EVENTS, move |event| {
             // The guard may have ended.
-            let _ = sender.send(GuardEvent::of(&event));
+            let _ = sender.send(event.as_ref().map_or(GuardEvent::QemuEnded, GuardEvent::of));
         });
         let now = Instant::now();
         Ok(Self {
@@ -116,6 +133,8 @@ impl<'a> Guard<'a> {
             stopped_at_us: None,
             is_asked: false,
             output_waits: false,
+            is_found,
+            told: String::new(),
         })
     }
 
@@ -157,11 +176,14 @@ impl<'a> Guard<'a> {
     pub(super) fn run(&mut self) -> Result<ExitCode, CommandError> {
         let mut backoff = BACKOFF.0;
         loop {
-            let protected = self.protect();
+            let protected = match std::mem::take(&mut self.is_found) {
+                true => self.take_over(),
+                false => self.protect(),
+            };
             let end = match protected {
-                Ok(begun) => {
+                Ok(mirrors) => {
                     backoff = BACKOFF.0;
-                    self.watch(&begun)
+                    self.watch(&mirrors)
                 }
                 Err(wrong @ CommandError::Usage(_)) => return Err(wrong),
                 Err(_) if self.wished.try_recv().is_ok() => End::Asked,
@@ -179,7 +201,7 @@ impl<'a> Guard<'a> {
     }
 
     /// Puts the guest under protection.
-    fn protect(&mut self) -> Result<Begun, CommandError> {
+    fn protect(&mut self) -> Result<DiskMirrors, CommandError> {
         self.forget_events();
         let link = self.connect().map_err(CommandError::failed)?;
         self.shown.change(|report| report.state = GuardState::Copying);
@@ -192,8 +214,23 @@ impl<'a> Guard<'a> {
             wait: None,
             shows: true,
         };
-        let begun = beginning.begin(&mut self.qmp, &self.wished)?;
+        let mirrors = beginning.begin(&mut self.qmp, &self.wished)?.mirrors;
+        self.mark_protected()?;
+        Ok(DiskMirrors::Own(mirrors))
+    }
+
+    /// Goes on with a protection that is there: it has no output let go since its guard ended.
+    fn take_over(&mut self) -> Result<DiskMirrors, CommandError> {
+        let link = self.connect().map_err(CommandError::failed)?;
+        self.path.set_link(link);
+        let mirrors = running_mirrors(&mut self.qmp).map_err(CommandError::failed)?;
+        self.mark_protected()?;
+        Ok(DiskMirrors::Found(mirrors))
+    }
+
+    fn mark_protected(&mut self) -> Result<(), CommandError> {
         let session = self.wait_for_session()?;
+        self.told.clear();
         self.shown.change(|report| {
             report.state = GuardState::Protected;
             report.session = Some(session);
@@ -204,7 +241,7 @@ impl<'a> Guard<'a> {
             "{} is protected: session {session} of the receiver at {}",
             self.args.name, self.args.primary.to
         ));
-        Ok(begun)
+        Ok(())
     }
 
     fn connect(&self) -> Result<Link, LinkError> {
@@ -249,7 +286,7 @@ impl<'a> Guard<'a> {
     }
 
     /// Keeps the guest protected, until it is not any more.
-    fn watch(&mut self, begun: &Begun) -> End {
+    fn watch(&mut self, mirrors: &DiskMirrors) -> End {
         let mut looked = Instant::now();
         loop {
             let now = Instant::now();
@@ -258,7 +295,7 @@ impl<'a> Guard<'a> {
             }
             if now - looked >= LOOK {
                 looked = now;
-                if let Err(end) = self.look(begun) {
+                if let Err(end) = self.look(mirrors) {
                     return end;
                 }
             }
@@ -272,6 +309,7 @@ impl<'a> Guard<'a> {
                     Err(_) => return End::Lost(reason),
                 },
                 Ok(GuardEvent::LeftColo(reason)) => return End::Lost(format!("QEMU left COLO ({reason})")),
+                Ok(GuardEvent::QemuEnded) => return closed(),
                 Ok(GuardEvent::End) => return End::Asked,
                 Ok(event) => self.note(&event),
                 Err(RecvTimeoutError::Timeout | RecvTimeoutError::Disconnected) => {}
@@ -319,14 +357,10 @@ impl<'a> Guard<'a> {
         }
     }
 
-    /// Whether the disks are mirrored still, and QEMU is there.
-    fn look(&mut self, begun: &Begun) -> Result<(), End> {
-        if self.qmp.is_closed() {
-            let command = "query-block-jobs".to_owned();
-            return Err(End::NoGuest(QmpError::Closed { command }));
-        }
-        self.measurements.write_if_due();
+    /// Whether the disks are mirrored still.
+    fn look(&mut self, mirrors: &DiskMirrors) -> Result<(), End> {
         self.measurements.held(self.path.take_hold_times_us());
+        self.measurements.write_if_due();
         let (stopped, held) = self.measurements.times();
         let interval = self.pace.interval();
         self.shown.change(|report| {
@@ -334,12 +368,23 @@ impl<'a> Guard<'a> {
             report.gates = self.path.gates();
             report.interval_ms = u64::try_from(interval.as_millis()).unwrap_or(u64::MAX);
         });
-        if begun.mirrors.is_empty() || self.stopped_at_us.is_some() {
+        // While it sends a checkpoint, QEMU answers nothing.
+        if self.stopped_at_us.is_some() {
             return Ok(());
         }
-        match begun.mirrors.state(&mut self.qmp) {
-            Ok(_) => Ok(()),
-            Err(error) => Err(End::Lost(error.to_string())),
+        let lost = |error: &dyn std::fmt::Display| End::Lost(error.to_string());
+        match mirrors {
+            DiskMirrors::Own(mirrors) if mirrors.is_empty() => Ok(()),
+            DiskMirrors::Own(mirrors) => mirrors
+                .state(&mut self.qmp)
+                .map(drop)
+                .map_err(|error| lost(&error)),
+            DiskMirrors::Found(0) => Ok(()),
+            DiskMirrors::Found(count) => match running_mirrors(&mut self.qmp) {
+                Ok(running) if running < *count => Err(lost(&"the mirror of a disk has ended")),
+                Ok(_) => Ok(()),
+                Err(error) => Err(lost(&error)),
+            },
         }
     }
 
@@ -382,13 +427,20 @@ impl<'a> Guard<'a> {
             self.path.open();
         }
         let was = self.mark_unprotected(&reason);
+        if was || self.told != reason {
+            self.tell_end(&reason, stops, was);
+        }
+        self.told = reason;
+        Ok(code)
+    }
+
+    fn tell_end(&self, reason: &str, stops: bool, was: bool) {
         let guest = match (stops, was) {
             (true, _) => "the guest is stopped until it is protected again (--on-receiver-lost stop)",
             (false, true) => "the guest runs on, unprotected",
             (false, false) => "the guest is not protected",
         };
         tell(&format!("{}: {reason}; {guest}", self.args.name));
-        Ok(code)
     }
 
     /// Ends COLO and the mirrors. The guest runs then, unless it is to be stopped.
@@ -428,11 +480,18 @@ impl<'a> Guard<'a> {
             let left = deadline.saturating_duration_since(Instant::now());
             match self.events.recv_timeout(left) {
                 Ok(GuardEvent::End) => return true,
+                // The next attempt says so.
+                Ok(GuardEvent::QemuEnded) | Err(_) => return false,
                 Ok(event) => self.note(&event),
-                Err(_) => return false,
             }
         }
     }
+}
+
+/// QEMU has closed its monitor.
+fn closed() -> End {
+    let command = "its events".to_owned();
+    End::NoGuest(QmpError::Closed { command })
 }
 
 impl GuardEvent {

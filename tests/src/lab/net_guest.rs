@@ -1,0 +1,87 @@
+//! Guests with a network card, in a network namespace of their own.
+
+use nix::sched::{CloneFlags, unshare};
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::process::Command;
+
+use super::{Lab, LabError, run_experiment};
+
+/// The tap device of the host's end.
+pub const TAP: &str = "guest0";
+
+/// Link-local, although nobody else is in the namespace.
+const HOST_NETWORK: &str = "169.254.78.1/24";
+
+/// Where the guest's service listens.
+pub const GUEST_ADDRESS: &str = "169.254.78.2:7777";
+
+/// The other end of a guest's network card.
+#[derive(Clone, Debug)]
+pub enum Nic {
+    /// QEMU owns the tap device.
+    Tap,
+    /// QEMU's card is a stream to a guard that listens there, and owns the tap device.
+    Stream(PathBuf),
+}
+
+impl Nic {
+    pub(super) fn args(&self) -> Vec<String> {
+        let backend = match self {
+            Self::Tap => format!("tap,id=net0,ifname={TAP},script=no,downscript=no"),
+            Self::Stream(path) => format!(
+                "stream,id=net0,server=off,addr.type=unix,addr.path={},reconnect-ms=100",
+                path.display()
+            ),
+        };
+        let device = "virtio-net-pci,netdev=net0,mac=52:54:00:00:00:01";
+        ["-netdev", &backend, "-device", device]
+            .map(str::to_owned)
+            .to_vec()
+    }
+}
+
+/// A guest with a TCP service, `tests/guest/net-server.rs`.
+#[derive(Clone, Copy, Debug)]
+pub struct NetGuest;
+
+impl NetGuest {
+    pub(super) fn args(self, lab: &Lab) -> Vec<String> {
+        let address: SocketAddr = GUEST_ADDRESS.parse().expect("an address");
+        let append = format!(
+            "console=ttyS0 quiet no_timer_check address={} port={}",
+            address.ip(),
+            address.port()
+        );
+        let [kernel, initrd] = [&lab.kernel, &lab.net_initrd].map(|path| path.display().to_string());
+        ["-kernel", &kernel, "-initrd", &initrd, "-append", &append]
+            .map(str::to_owned)
+            .to_vec()
+    }
+}
+
+/// Runs the body of a test in a network namespace, which all that it starts is in, with [`TAP`] up. It needs root.
+///
+/// # Panics
+/// As of [`super::experiment`].
+pub fn net_experiment(body: impl FnOnce(&Lab) -> Result<(), LabError> + Send) {
+    // On a thread of its own: a thread that has entered a namespace stays there.
+    std::thread::scope(|scope| {
+        let run = scope.spawn(|| {
+            unshare(CloneFlags::CLONE_NEWNET).expect("a network namespace, as root");
+            ip("link set lo up");
+            ip(&format!("tuntap add {TAP} mode tap"));
+            ip(&format!("address add {HOST_NETWORK} dev {TAP}"));
+            ip(&format!("link set {TAP} up"));
+            run_experiment(Lab::open_with_net_guest(), body);
+        });
+        if let Err(panic) = run.join() {
+            std::panic::resume_unwind(panic);
+        }
+    });
+}
+
+fn ip(words: &str) {
+    let status = Command::new("ip").args(words.split(' ')).status();
+    assert!(status.expect("ip (iproute2)").success(), "ip {words}");
+}

@@ -1,0 +1,312 @@
+//! Output commit: a guest's connections survive its primary, its receiver and its guard.
+
+use colo_ring::ring::BackendKind;
+use colo_ring_tests::HANG_LIMIT;
+use colo_ring_tests::lab::{
+    Address, Client, Guard, Guest, Lab, LabError, Machine, NetGuest, Nic, Qemu, Receiver, ReceiverOptions,
+    TAP, Transport, net_experiment, wait_for,
+};
+use colo_ring_tests::random::generator;
+use nix::sys::signal::Signal;
+use rand::RngExt;
+use serde_json::json;
+use std::time::Duration;
+
+/// How long the client of a kill has counted before it, at most.
+const KILL_SPREAD_MS: u64 = 1500;
+
+/// A pause with which a client asks some 50 times a second.
+const OFTEN: Duration = Duration::from_millis(20);
+
+/// How long a connection that cannot go on is watched for it.
+const HANGS_FOR: Duration = Duration::from_secs(5);
+
+/// An interval that nobody would wait for.
+const INTERVAL_MS: u64 = 2000;
+
+/// How a test guards its guest.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Way {
+    Relay,
+    Filter,
+    /// Its output is not held.
+    None,
+}
+
+/// How many kills of each kind are made: `COLO_RING_GUARD_RUNS`, or 1.
+fn runs() -> u32 {
+    std::env::var("COLO_RING_GUARD_RUNS").map_or(1, |text| text.parse().expect("a number of runs"))
+}
+
+/// A guest with a service, its receiver and its guard.
+struct Scene<'a> {
+    lab: &'a Lab,
+    way: Way,
+    number: u32,
+    address: Address,
+    receiver: Receiver,
+    primary: Qemu,
+    guard: Guard,
+}
+
+impl<'a> Scene<'a> {
+    /// Starts all, and waits until the guest is protected.
+    fn set(lab: &'a Lab, way: Way, number: u32, extra: &[&str]) -> Result<Self, LabError> {
+        let primary = Qemu::start(lab, &format!("primary{number}"), &machine(lab, way, number))?;
+        let address = Address::free(lab, Transport::Unix)?;
+        let receiver = receiver(lab, &address)?;
+        let mut guard = guard(lab, way, number, &primary, &address, extra)?;
+        primary.wait_serial("listening", HANG_LIMIT)?;
+        guard.wait_state("protected")?;
+        Ok(Self {
+            lab,
+            way,
+            number,
+            address,
+            receiver,
+            primary,
+            guard,
+        })
+    }
+
+    /// Kills the primary, and resumes its guest in a fresh QEMU with the same tap device.
+    fn fail_over(self) -> Result<(Receiver, Qemu), LabError> {
+        let Self {
+            lab,
+            receiver,
+            primary,
+            mut guard,
+            number,
+            ..
+        } = self;
+        let session = receiver.sessions()?[0];
+        let _ = primary.kill();
+        // It ends with its QEMU, and the tap device is free.
+        guard.wait_end()?;
+        let fresh = Machine {
+            nic: Some(Nic::Tap),
+            ..machine(lab, Way::Filter, number)
+        };
+        let fresh = Qemu::start_incoming(lab, &format!("fresh{number}"), &fresh)?;
+        let monitor = fresh.free_monitor().display().to_string();
+        wait_for("the end of the session", HANG_LIMIT, || {
+            let status = receiver.status()?;
+            Ok((status["sessions"][0]["state"] == "ended").then_some(()))
+        })?;
+        receiver.failover(session, ["--qmp", &monitor])?;
+        Ok((receiver, fresh))
+    }
+}
+
+fn socket(lab: &Lab, number: u32) -> String {
+    lab.file(&format!("card{number}.sock")).display().to_string()
+}
+
+fn machine(lab: &Lab, way: Way, number: u32) -> Machine {
+    Machine {
+        nic: Some(match way {
+            Way::Relay => Nic::Stream(socket(lab, number).into()),
+            Way::Filter | Way::None => Nic::Tap,
+        }),
+        uuid: Some(format!("6c6f636f-0000-4000-8000-{number:012}")),
+        ..Machine::bare("q35", 128, Guest::Net(NetGuest))
+    }
+}
+
+fn receiver(lab: &Lab, address: &Address) -> Result<Receiver, LabError> {
+    let options = ReceiverOptions {
+        channels: 2,
+        backend: BackendKind::Uring,
+        once: false,
+        extra: Vec::new(),
+    };
+    Receiver::start(lab, address, &options)
+}
+
+fn guard(
+    lab: &Lab,
+    way: Way,
+    number: u32,
+    primary: &Qemu,
+    address: &Address,
+    extra: &[&str],
+) -> Result<Guard, LabError> {
+    let relay = format!("net0={},{TAP}", socket(lab, number));
+    let own: &[&str] = match way {
+        Way::Relay => &["--relay", &relay],
+        Way::Filter => &[],
+        Way::None => &["--net", "none"],
+    };
+    Guard::start(lab, primary, address, &[own, extra].concat())
+}
+
+/// The client's numbers that came back are in the guest that lives on, wherever the primary was killed.
+fn connection_survives(way: Way) {
+    net_experiment(|lab| {
+        let mut random = generator("COLO_RING_GUARD_SEED");
+        for number in 0..runs() {
+            let scene = Scene::set(lab, way, number, &[])?;
+            let client = Client::start(match random.random_range(0..2) {
+                0 => Duration::ZERO,
+                _ => OFTEN,
+            })?;
+            client.wait_answers(5)?;
+            std::thread::sleep(Duration::from_millis(random.random_range(0..KILL_SPREAD_MS)));
+            let (_receiver, fresh) = scene.fail_over()?;
+            client.wait_answers(20)?;
+            let seen = client.end();
+            println!(
+                "{way:?}: {} answers, longest gap {:?}",
+                seen.answers, seen.longest_gap
+            );
+            assert_eq!(seen.error, None);
+            let wrong = fresh
+                .serial()
+                .lines()
+                .find(|line| line.starts_with("error"))
+                .map(str::to_owned);
+            assert_eq!(wrong, None);
+        }
+        Ok(())
+    });
+}
+
+#[test]
+fn a_connection_survives_the_primary_through_a_relay() {
+    connection_survives(Way::Relay);
+}
+
+#[test]
+fn a_connection_survives_the_primary_through_a_filter() {
+    connection_survives(Way::Filter);
+}
+
+/// What the guard is for: without it the guest that lives on has never sent what its client has read.
+#[test]
+fn a_connection_does_not_survive_without_a_gate() {
+    net_experiment(|lab| {
+        let scene = Scene::set(lab, Way::None, 0, &[])?;
+        let client = Client::start(Duration::ZERO)?;
+        client.wait_answers(50)?;
+        let (_receiver, _fresh) = scene.fail_over()?;
+        assert!(
+            !client.goes_on(1, HANGS_FOR),
+            "it goes on, {} answers",
+            client.answers()
+        );
+        Ok(())
+    });
+}
+
+#[test]
+fn a_lost_receiver_costs_the_guest_and_its_connections_nothing() {
+    net_experiment(|lab| {
+        let Scene {
+            way,
+            address,
+            receiver: first,
+            mut primary,
+            mut guard,
+            ..
+        } = Scene::set(lab, Way::Filter, 0, &[])?;
+        let client = Client::start(OFTEN)?;
+        client.wait_answers(20)?;
+        drop(first);
+        guard.wait_state("unprotected")?;
+        client.wait_answers(20)?;
+        let second = receiver(lab, &address)?;
+        let status = guard.wait_state("protected")?;
+        assert_eq!(status["protections"], 2, "{status} {way:?}");
+        client.wait_answers(20)?;
+        let seen = client.end();
+        println!("longest gap {:?}", seen.longest_gap);
+        assert_eq!(seen.error, None);
+        let session = &second.status()?["sessions"][0];
+        assert_eq!(
+            session["guard"],
+            json!({"name": "guest", "linked": true}),
+            "{session}"
+        );
+        // The guard's end is the protection's: nothing of it stays in QEMU.
+        assert!(guard.end(Signal::SIGTERM)?.success(), "{}", guard.log());
+        let state = primary.qmp().execute("query-migrate", &json!({}))?;
+        assert_ne!(state["status"], "colo", "{state}");
+        let objects = primary.qmp().execute("qom-list", &json!({"path": "/objects"}))?;
+        assert!(!objects.to_string().contains("colo-ring"), "{objects}");
+        let runs = primary.qmp().execute("query-status", &json!({}))?;
+        assert_eq!(runs["status"], "running");
+        let client = Client::start(OFTEN)?;
+        client.wait_answers(5)
+    });
+}
+
+#[test]
+fn a_guest_that_is_to_stop_stands_until_it_is_protected_again() {
+    net_experiment(|lab| {
+        let Scene {
+            address,
+            receiver: first,
+            mut primary,
+            mut guard,
+            ..
+        } = Scene::set(lab, Way::Relay, 0, &["--on-receiver-lost", "stop"])?;
+        let client = Client::start(OFTEN)?;
+        client.wait_answers(20)?;
+        drop(first);
+        guard.wait_state("unprotected")?;
+        let stands = primary.qmp().execute("query-status", &json!({}))?;
+        assert_eq!(stands["status"], "paused", "{}", guard.log());
+        let before = client.answers();
+        let _second = receiver(lab, &address)?;
+        guard.wait_state("protected")?;
+        assert!(client.answers() <= before + 1, "the guest ran meanwhile");
+        client.wait_answers(20)?;
+        assert_eq!(client.end().error, None);
+        Ok(())
+    });
+}
+
+#[test]
+fn a_guard_that_was_killed_is_replaced_by_the_next() {
+    for way in [Way::Filter, Way::Relay] {
+        net_experiment(|lab| {
+            let mut scene = Scene::set(lab, way, 0, &[])?;
+            let client = Client::start(OFTEN)?;
+            client.wait_answers(20)?;
+            scene.guard.end(Signal::SIGKILL)?;
+            scene.guard = guard(lab, way, 0, &scene.primary, &scene.address, &[])?;
+            let status = scene.guard.wait_state("protected")?;
+            assert_eq!(status["session"], 1, "it is the same protection: {status}");
+            client.wait_answers(20)?;
+            // Output is held as before.
+            let (_receiver, _fresh) = scene.fail_over()?;
+            client.wait_answers(20)?;
+            let seen = client.end();
+            println!("{way:?}: longest gap {:?}", seen.longest_gap);
+            assert_eq!(seen.error, None);
+            Ok(())
+        });
+    }
+}
+
+/// Nothing is asked for without output, and at once with it.
+#[test]
+fn checkpoints_follow_the_output() {
+    net_experiment(|lab| {
+        let scene = Scene::set(lab, Way::Relay, 0, &["--interval-max", &INTERVAL_MS.to_string()])?;
+        let client = Client::start(Duration::from_millis(100))?;
+        client.wait_answers(30)?;
+        let seen = client.end();
+        let mut latencies = seen.latencies_us.clone();
+        latencies.sort_unstable();
+        let median = latencies[latencies.len() / 2];
+        println!(
+            "median {median} us at an interval of {INTERVAL_MS} ms: {}",
+            scene.guard.status()?
+        );
+        // At a fixed interval an answer would wait for half of it.
+        assert!(median < INTERVAL_MS * 1000 / 4, "{median} us");
+        assert_eq!(scene.way, Way::Relay);
+        Ok(())
+    });
+}
