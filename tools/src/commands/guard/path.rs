@@ -281,12 +281,12 @@ impl PathThread {
         if waiting > 0 && !self.shown.is_told.swap(true, Ordering::SeqCst) {
             (self.report)(PathEvent::OutputWaits);
         }
-        let status = |gate: &Box<dyn OutputGate>| GateStatus {
+        let gates = self.gates.iter().map(|gate| GateStatus {
             nic: gate.nic().to_owned(),
             gate: gate.kind(),
             counts: gate.counts(),
-        };
-        let gates = self.gates.iter().map(status).collect();
+        });
+        let gates = gates.collect();
         *self.shown.gates.lock().unwrap_or_else(PoisonError::into_inner) = gates;
         let mut times = self
             .shown
