@@ -2,7 +2,7 @@
 
 mod copy;
 
-use crate::guest_disks::{self, DiskUse, GuestDisk, Mirror, MirrorError, Mirrors, remove_all};
+use crate::guest_disks::{self, DiskUse, GuestDisk, Mirror, Mirrors, remove_all};
 use crate::net::Address;
 use crate::options::Size;
 use crate::output::{CommandError, mebibytes, tell};
@@ -129,11 +129,15 @@ pub(super) struct DiskPlan {
 }
 
 impl DiskPlan {
-    /// Finds the guest's disks and decides about each; changes nothing.
+    /// Finds the guest's disks and decides about each. Mirrors that an earlier protection has left are removed before:
+    /// as long as one stands, QEMU lists its filter node in place of the disk.
     ///
     /// # Errors
-    /// If QEMU does not answer, or a disk that is asked for is not there.
+    /// If QEMU does not answer or does not end a mirror, or a disk that is asked for is not there.
     pub(super) fn make(qmp: &mut Qmp, args: &DiskArgs, receiver: &Address) -> Result<Self, CommandError> {
+        if remove_all(qmp).map_err(CommandError::failed)? > 0 {
+            tell("removed what an earlier protection has left: mirrors of disks to another receiver");
+        }
         let disks = guest_disks::list(qmp).map_err(CommandError::failed)?;
         let mut ask = |command: &str| qmp.execute(command, &json!({})).map_err(CommandError::failed);
         let guest = ask("query-name")?["name"].as_str().map(str::to_owned);
@@ -203,13 +207,8 @@ impl DiskPlan {
         if self.wanted.is_empty() {
             return Ok((Mirrors::default(), None));
         }
-        let mut connect = || -> Result<Mirrors, MirrorError> {
-            if remove_all(qmp)? > 0 {
-                tell("removed what an earlier protection has left: mirrors of disks to another receiver");
-            }
-            Mirrors::connect(qmp, &self.to, self.uuid.as_deref(), self.wanted.clone())
-        };
-        let copied = connect().and_then(|mirrors| {
+        let connected = Mirrors::connect(qmp, &self.to, self.uuid.as_deref(), self.wanted.clone());
+        let copied = connected.and_then(|mirrors| {
             let mut copy = FirstCopy {
                 qmp,
                 to: &self.to,

@@ -307,8 +307,7 @@ fn check_can_begin(qmp: &mut Qmp, xbzrle: bool) -> Result<(), CommandError> {
         "none" | "completed" | "failed" | "cancelled" => {}
         "colo" => {
             return refuse(
-                "it is under COLO already; if its secondary is lost, `x-colo-lost-heartbeat` ends that and the guest \
-                 runs on",
+                "it is under COLO already; if its receiver is lost, `colo-ring unprotect` ends that and the guest runs on",
             );
         }
         other => {

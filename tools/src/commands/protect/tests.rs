@@ -66,7 +66,7 @@ fn a_primary_that_cannot_be_protected_is_reported_why() {
             "running",
             json!({"status": "colo"}),
             true,
-            "x-colo-lost-heartbeat",
+            "colo-ring unprotect",
         ),
         (
             (11, 1, 3),

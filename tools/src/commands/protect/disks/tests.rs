@@ -19,7 +19,8 @@ fn entry(device: &str, node: &str, read_only: bool) -> Value {
 type Commands = Arc<Mutex<Vec<String>>>;
 
 /// A guest with two writable disks and a CD. `refuses` names a command that QEMU refuses. Mirrors are ready at once, and
-/// backups ended; each disk's record has 20 MiB at first and 1 MiB after a backup.
+/// backups ended; each disk's record has 20 MiB at first and 1 MiB after a backup. While a mirror stands, its filter is listed
+/// in place of the disk.
 fn guest(name: Option<&'static str>, uuid: &'static str, refuses: &'static str) -> (SocketPath, Commands) {
     let done = Commands::default();
     let seen = done.clone();
@@ -45,11 +46,18 @@ fn guest(name: Option<&'static str>, uuid: &'static str, refuses: &'static str) 
             let count = |verb| named(verb).iter().filter(|other| *other == name).count();
             count(makes) > count(removes)
         };
+        let listed = |node: &str, number: usize| {
+            let mirror = format!("colo-ring-disk{number}");
+            match is_there(&mirror, "blockdev-mirror ", "job-cancel ") {
+                true => format!("colo-ring-top{number}"),
+                false => node.to_owned(),
+            }
+        };
         match command {
             "query-block" => Ok(json!([
-                entry("vda", "n0", false),
+                entry("vda", &listed("n0", 0), false),
                 entry("cd0", "n1", true),
-                entry("vdb", "n2", false)
+                entry("vdb", &listed("n2", 1), false)
             ])),
             "query-name" => Ok(name.map_or(json!({}), |name| json!({"name": name}))),
             "query-uuid" => Ok(json!({"UUID": uuid})),
@@ -270,6 +278,27 @@ fn what_fails_leaves_nothing_behind() {
     let (path, _) = guest(None, UUID, "blockdev-add");
     let error = plan_and_mirror(&path).unwrap_err().to_string();
     assert!(error.contains("truncate --size 1073741824 vda.raw"), "{error}");
+}
+
+#[test]
+fn mirrors_that_are_left_over_are_removed_before_disks_are_listed() {
+    let (path, done) = guest(None, UUID, "");
+    let mut qmp = connect(&path);
+    mirror_with(&mut qmp, &disks(&[])).unwrap();
+    let named = disks(&["n2=web3-root"]);
+    let made = DiskPlan::make(&mut qmp, &named, &"unix:/run/r".parse().unwrap()).unwrap();
+    assert_eq!(exports(&made), [("vdb", "web3-root")]);
+    assert_eq!(
+        (&*made.wanted[0].disk.node, &*made.unprotected[0].node),
+        ("n2", "n0")
+    );
+    let removed = [
+        "job-cancel colo-ring-disk0",
+        "job-cancel colo-ring-disk1",
+        "blockdev-del colo-ring-nbd0",
+        "blockdev-del colo-ring-nbd1",
+    ];
+    assert!(done.lock().unwrap().ends_with(&removed.map(str::to_owned)));
 }
 
 /// One connection, as the monitor takes one client.
