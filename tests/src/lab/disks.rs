@@ -14,6 +14,8 @@ use super::disk_guest::{Disk, DiskBus, DiskContent, DiskGuest, make_image};
 use super::{Guest, Lab, LabError, Machine, Qemu, Secondary, Way, wait_for};
 
 const INTERVAL_MS: u64 = 200;
+/// How often the guest prints what it has counted.
+const TICK_MS: u64 = 100;
 /// Passes of the guest's threads over all that they have written, after which it has found memory and disk to agree.
 const SWEEPS: u64 = 12;
 /// By which the receiver knows whose disk is whose.
@@ -234,8 +236,7 @@ impl<'a> DiskRuns<'a> {
         self.wait_instant(&mut primary)?;
         if hangs {
             secondary.receiver().freeze()?;
-            // Until a checkpoint, and the guest's writes, wait for it.
-            std::thread::sleep(Duration::from_millis(3 * INTERVAL_MS));
+            wait_stalled(&mut primary)?;
         } else {
             secondary.kill_receiver();
         }
@@ -244,24 +245,60 @@ impl<'a> DiskRuns<'a> {
         assert_eq!(report["status"], "running", "{report}");
         assert_eq!(report["disks_released"], 1, "{report}");
         self.sweeps_after(&primary)?;
-        let nodes = primary
-            .qmp()
-            .execute("query-named-block-nodes", &json!({"flat": true}))?;
-        let listed = nodes.as_array().expect("a list");
-        let is_ours = |node: &Value| {
-            node["node-name"]
-                .as_str()
-                .is_some_and(|name| name.starts_with("colo-ring"))
-        };
-        assert!(!listed.iter().any(is_ours), "{nodes}");
+        let nodes = nodes(&mut primary)?;
+        assert!(!nodes.iter().any(is_of_mirror), "{nodes:?}");
         // What the guest writes is noted from the first copy on, for the next protection.
-        let records = listed
+        let records = nodes
             .iter()
             .filter_map(|node| node["dirty-bitmaps"][0]["name"].as_str());
         assert_eq!(
             records.collect::<Vec<_>>(),
             [format!("colo-ring {} {EXPORT}", secondary.disk_address())]
         );
+        secondary.remove_disks()
+    }
+
+    /// A guest is protected again over what its last protection has left, which `colo-ring unprotect` has not ended: mirrors
+    /// that stand when the first copy was given up by hand, and those of a receiver that was killed. Then it lives on from
+    /// the receiver's disk.
+    ///
+    /// # Errors
+    /// When a step fails, or memory and disk do not agree.
+    ///
+    /// # Panics
+    /// When no mirror stands over the disk after the first copy was given up.
+    pub fn protect_over_mirrors(&mut self) -> Result<(), LabError> {
+        let mut secondary = Secondary::start_with_disks(self.lab, 2)?;
+        let base = secondary.disk(EXPORT);
+        make_image(&base)?;
+        let image = self.image();
+        let mut primary = self.start(&image)?;
+        let (to, name) = (secondary.disk_address(), format!("disk0={EXPORT}"));
+        let disks = ["--disk", &name, "--disk-to", &to];
+        let slowly = [&disks[..], &["--wait", "0", "--bandwidth", "1M"]].concat();
+        self.protect(&secondary, &mut primary, &slowly)?;
+        // A QEMU that is asked for it before may never answer again.
+        wait_migration(&mut primary, &["active"])?;
+        end_migration(&mut primary, "migrate_cancel")?;
+        let left = nodes(&mut primary)?;
+        assert!(
+            left.iter().any(|node| node["node-name"] == "colo-ring-top0"),
+            "{left:?}"
+        );
+        self.protect(&secondary, &mut primary, &disks)?;
+        let session = wait_committed(&secondary)?;
+
+        secondary.kill_and_restart(self.lab)?;
+        end_migration(&mut primary, "x-colo-lost-heartbeat")?;
+        secondary.receiver().discard(session)?;
+        self.sweeps_after(&primary)?;
+        self.protect(&secondary, &mut primary, &disks)?;
+        let session = wait_committed(&secondary)?;
+        let _ = primary.kill();
+        secondary.wait_state(session, "ended")?;
+        let resumed = self.resume(&secondary, session, &base)?;
+        self.sweeps_after(&resumed)?;
+        drop(resumed);
         secondary.remove_disks()
     }
 
@@ -302,11 +339,7 @@ impl<'a> DiskRuns<'a> {
             assert!((written / 2..=2 * written).contains(&bytes), "{report}");
             let stopped = report["disk_changes"]["stopped_ms"].as_u64().expect("time");
             assert_eq!(stopped == 0, stands, "{report}");
-            // The primary's own events still have the end of the first protection.
-            wait_for("checkpoints", HANG_LIMIT, || {
-                let committed = secondary.session(session + 1)?["checkpoint"].as_u64();
-                Ok(committed.filter(|checkpoint| *checkpoint >= 3))
-            })?;
+            assert_eq!(wait_committed(&secondary)?, session + 1);
         }
         let _ = primary.kill();
         secondary.wait_state(3, "ended")?;
@@ -403,16 +436,79 @@ fn wait_sweeps(guest: &Qemu, count: u64) -> Result<u64, LabError> {
     )
 }
 
-/// The number at the end of the guest's last whole tick line.
+/// Ends a migration or COLO by that command, and waits until it is over.
+fn end_migration(primary: &mut Qemu, command: &str) -> Result<(), LabError> {
+    match primary.qmp().execute(command, &json!({})) {
+        Ok(_) => {}
+        // It may have ended by itself.
+        Err(error) if error.refusal().is_some() => {}
+        Err(error) => return Err(error.into()),
+    }
+    wait_migration(primary, &["cancelled", "completed", "failed"])
+}
+
+/// Waits until a QEMU's migration is in one of these states.
+fn wait_migration(primary: &mut Qemu, states: &[&str]) -> Result<(), LabError> {
+    wait_for(&format!("a migration that is {states:?}"), HANG_LIMIT, || {
+        let state = primary.qmp().execute("query-migrate", &json!({}))?;
+        let is_there = states.iter().any(|wanted| state["status"] == *wanted);
+        Ok(is_there.then_some(()))
+    })
+}
+
+/// Waits for some checkpoints of the last session; returns its number. The primary's own events have the end of an earlier one.
+fn wait_committed(secondary: &Secondary) -> Result<u64, LabError> {
+    wait_for("checkpoints", HANG_LIMIT, || {
+        let last = secondary.receiver().sessions()?.last().copied();
+        let Some(last) = last else { return Ok(None) };
+        let committed = secondary.session(last)?["checkpoint"].as_u64();
+        Ok(committed.filter(|checkpoint| *checkpoint >= 3).map(|_| last))
+    })
+}
+
+/// Waits until a receiver that does not answer has its effect: the guest stands still for a checkpoint, or its writes wait.
+fn wait_stalled(guest: &mut Qemu) -> Result<(), LabError> {
+    wait_for("the guest to wait for its receiver", HANG_LIMIT, || {
+        Ok((guest.is_paused() || has_stalled(&guest.serial())).then_some(()))
+    })
+}
+
+/// All block nodes of a QEMU.
+fn nodes(guest: &mut Qemu) -> Result<Vec<Value>, LabError> {
+    let listed = guest
+        .qmp()
+        .execute("query-named-block-nodes", &json!({"flat": true}))?;
+    Ok(listed.as_array().expect("a list").clone())
+}
+
+fn is_of_mirror(node: &Value) -> bool {
+    let name = node["node-name"].as_str();
+    name.is_some_and(|name| name.starts_with("colo-ring"))
+}
+
+/// The guest's whole tick lines, the last one first.
+fn ticks(serial: &str) -> impl Iterator<Item = &str> {
+    let complete = &serial[..serial.rfind('\n').unwrap_or(0)];
+    complete.lines().rev().filter(|line| line.starts_with("tick "))
+}
+
+/// The number at the end of the guest's last tick line.
 fn sweeps(serial: &str) -> Option<u64> {
-    let complete = &serial[..serial.rfind('\n')?];
-    let last = complete.lines().rfind(|line| line.starts_with("tick "))?;
-    last.trim_end().rsplit(' ').next()?.parse().ok()
+    ticks(serial).next()?.trim_end().rsplit(' ').next()?.parse().ok()
+}
+
+/// Whether the guest has counted no write for longer than from one checkpoint to the next, by its own clock.
+fn has_stalled(serial: &str) -> bool {
+    let lines = INTERVAL_MS / TICK_MS + 2;
+    let writes = |line: &str| line.split(' ').nth(3).map(str::to_owned);
+    let mut last = (0..lines).zip(ticks(serial)).map(|(_, line)| writes(line));
+    let newest = last.next().flatten();
+    newest.is_some() && last.filter(|writes| *writes == newest).count() as u64 == lines - 1
 }
 
 #[cfg(test)]
 mod tests {
-    use super::sweeps;
+    use super::{has_stalled, sweeps};
 
     #[test]
     fn sweeps_are_read_from_whole_lines() {
@@ -420,5 +516,16 @@ mod tests {
             "ready /dev/vda raw\ntick 1 writes 20 sweeps 3\r\ntick 2 writes 40 sweeps 11\r\ntick 3 wri";
         assert_eq!(sweeps(serial), Some(11));
         assert_eq!(sweeps("tick 1 writes 20 sweeps 3"), None);
+    }
+
+    #[test]
+    fn writes_that_are_not_counted_any_more_have_stalled() {
+        let serial = |writes: [u32; 5]| -> String {
+            let line = |(tick, writes): (usize, u32)| format!("tick {tick} writes {writes} sweeps 1\r\n");
+            writes.into_iter().enumerate().map(line).collect()
+        };
+        assert!(has_stalled(&serial([7, 8, 8, 8, 8])));
+        assert!(!has_stalled(&serial([7, 7, 8, 8, 8])));
+        assert!(!has_stalled("tick 1 writes 8 sweeps 1\n"));
     }
 }

@@ -189,14 +189,15 @@ impl Qemu {
     pub fn wait_paused(&mut self, limit: Duration) -> Result<(), LabError> {
         wait_for("a checkpoint to begin", limit, || {
             self.resumes()?;
-            let last = self
-                .qmp()
-                .events()
-                .into_iter()
-                .rev()
-                .find(|event| matches!(&*event.name, "STOP" | "RESUME"));
-            Ok(last.filter(|event| event.name == "STOP").map(|_| ()))
+            Ok(self.is_paused().then_some(()))
         })
+    }
+
+    /// Whether the guest stands still, by QEMU's last event about it.
+    pub fn is_paused(&mut self) -> bool {
+        let mut events = self.qmp().events().into_iter().rev();
+        let last = events.find(|event| matches!(&*event.name, "STOP" | "RESUME"));
+        last.is_some_and(|event| event.name == "STOP")
     }
 
     /// How long the guest stood still at each checkpoint, µs, by the time stamps of QEMU's events.

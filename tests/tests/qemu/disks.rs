@@ -109,6 +109,11 @@ fn a_guest_that_loses_its_receiver_runs_on() {
 }
 
 #[test]
+fn a_guest_is_protected_again_over_mirrors_that_were_left() {
+    disk_experiment(|lab| DiskRuns::new(lab, DiskBus::VirtioBlk, DiskContent::Raw).protect_over_mirrors());
+}
+
+#[test]
 fn a_guest_is_protected_again_by_copying_what_has_changed() {
     disk_experiment(|lab| DiskRuns::new(lab, DiskBus::VirtioBlk, DiskContent::Raw).protect_again());
 }
