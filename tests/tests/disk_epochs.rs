@@ -369,6 +369,28 @@ fn a_receiver_that_starts_again_has_disk_and_memory() {
     assert!(bench.base("root")[..4096].iter().all(|byte| *byte == 1));
     assert!(NbdClient::go(bench.disks, "root").is_err());
     assert_eq!(bench.restore().expect("a checkpoint").disks[0].epoch, 1);
+    // A guest may have run since.
+    let (session, may_have_run) = (1, true);
+    bench
+        .ask(Request::Release {
+            session,
+            may_have_run,
+        })
+        .expect("its claim");
+    let dump = Request::Dump {
+        session,
+        directory: bench.bases.path().to_owned(),
+        without_disks: false,
+    };
+    let dumped = match bench.ask(dump) {
+        Ok(Response::Dumped(dumped)) => dumped,
+        other => panic!("{other:?}"),
+    };
+    let left_out = dumped.disks_left_out.expect("a reason");
+    assert!(
+        dumped.disks.is_empty() && left_out.starts_with("root: a guest may have written"),
+        "{left_out}"
+    );
 }
 
 /// Two primaries on one host: their UUIDs keep their disks apart. Without, the session is refused rather than guessed.

@@ -10,7 +10,7 @@ use colo_ring_tools::capture_file::{CaptureInfo, CaptureWriter, Compression};
 use colo_ring_tools::primary::{SynthOptions, SynthPrimary, check_disk, device_state_at};
 use rand::RngExt;
 use rand::rngs::Xoshiro256PlusPlus;
-use serde_json::Value;
+use serde_json::{Value, json};
 use std::fs::File;
 use std::process::{Child, Stdio};
 use std::time::Duration;
@@ -125,6 +125,10 @@ impl Place {
             let base = self.scratch.path().join(format!("synth-{disk}.raw"));
             let written = check_disk(&base, disk, checkpoint, seed, WRITES);
             assert!(written.unwrap_or_else(|error| panic!("checkpoint {checkpoint}: {error}")) > 0);
+            let dumped = &dumped["disks"][usize::from(disk)];
+            assert_eq!(dumped["size_bytes"], DISK_BYTES, "{dumped}");
+            let copy = read(dumped["file"].as_str().expect("a name"));
+            assert!(copy == std::fs::read(&base).unwrap(), "the dumped disk differs");
         }
         checkpoint
     }
@@ -174,6 +178,33 @@ fn a_killed_primary_leaves_memory_and_disks_of_one_checkpoint() {
         wait_state(&receiver, "ended");
         println!("run {run}: checkpoint {}", place.check(&receiver, seed));
     }
+}
+
+#[test]
+fn a_dump_says_why_it_is_without_disks() {
+    let place = Place::new();
+    let receiver = place.receiver(&[]);
+    let primary = place.primary(&receiver, 1);
+    wait_state(&receiver, "protected");
+    let out = place.scratch.file("dump");
+    let left_out = |more: &[&str]| -> (Value, Value) {
+        let args = ["dump", "--json", "--out", &out, "--session", "1"];
+        let mut dumped = receiver.ask(&[&args, more].concat());
+        (dumped["disks"].take(), dumped["disks_left_out"].take())
+    };
+    let says = |(disks, left_out): (Value, Value), why: &str| {
+        assert_eq!(disks, json!([]));
+        let text = left_out.as_str().expect("a text");
+        assert!(
+            text.starts_with("synth-0, synth-1: ") && text.contains(why),
+            "{text}"
+        );
+    };
+    says(left_out(&[]), "session is live");
+    drop(primary);
+    wait_state(&receiver, "ended");
+    says(left_out(&["--no-disks"]), "not asked for");
+    assert_eq!(left_out(&[]).1, Value::Null);
 }
 
 #[test]

@@ -45,7 +45,11 @@ impl Bench {
 
     fn dump(&self, session: u32) -> Dumped {
         let directory = self.directory.path().to_owned();
-        match self.receiver.ask(Request::Dump { session, directory }) {
+        match self.receiver.ask(Request::Dump {
+            session,
+            directory,
+            without_disks: false,
+        }) {
             Ok(Response::Dumped(dumped)) => dumped,
             other => panic!("{other:?}"),
         }

@@ -76,6 +76,7 @@ fn play_to(receiver: Receiver, name: &str, pace: &[&str], model: &Model) {
     let dump = Request::Dump {
         session: status.sessions[0].session,
         directory: directory.clone(),
+        without_disks: false,
     };
     let Ok(Response::Dumped(dumped)) = receiver.ask(dump) else {
         panic!("no dump")

@@ -75,11 +75,12 @@ enum Command {
     #[command(after_help = "Example:\n  colo-ring status --control unix:/run/colo-ring.sock")]
     Status(status::StatusArgs),
 
-    /// Write the last committed checkpoint of a session to files: RAM blocks and device state
+    /// Write the last committed checkpoint of a session to files: RAM blocks, device state, and disks
     ///
     /// What is written is one checkpoint, the last one when the dump ends; the primary goes on meanwhile, and one of its
     /// checkpoints waits a little at the end. The receiver writes the files: one per RAM block, the device state, and
-    /// checkpoint.json that lists them.
+    /// checkpoint.json that lists them. The guest's disks are written only if the session has ended, because they change
+    /// as long as it is live.
     #[command(
         after_help = "Example:\n  colo-ring dump --control unix:/run/colo-ring.sock --session 1 --out /tmp/checkpoint"
     )]

@@ -51,7 +51,11 @@ impl Secondary {
     fn committed(&self) -> Committed {
         let directory = self.scratch.path().to_owned();
         let session = 1;
-        let Ok(Response::Dumped(dumped)) = self.receiver.ask(Request::Dump { session, directory }) else {
+        let Ok(Response::Dumped(dumped)) = self.receiver.ask(Request::Dump {
+            session,
+            directory,
+            without_disks: false,
+        }) else {
             panic!("no dump")
         };
         let read = |file: &str| std::fs::read(self.scratch.path().join(file)).unwrap();

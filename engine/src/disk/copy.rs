@@ -18,9 +18,14 @@ const STEP: usize = 1 << 20;
 pub(crate) fn copy_base(from: &Path, to: &Path) -> io::Result<()> {
     let source = File::open(from)?;
     let end = lseek64(&source, 0, Whence::SeekEnd)?;
+    // Never written through: it might be a link.
+    match std::fs::remove_file(to) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+        _ => {}
+    }
     let mut options = OpenOptions::new();
     // Readable by its owner only: it holds a guest's secrets.
-    options.write(true).create(true).truncate(true).mode(0o600);
+    options.write(true).create_new(true).mode(0o600);
     let target = options.open(to)?;
     target.set_len(end.unsigned_abs())?;
     let mut at = 0;

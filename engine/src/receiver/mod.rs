@@ -43,7 +43,7 @@ pub use crate::disk::DiskError;
 pub use budget::BudgetError;
 pub use control::{ClaimedCheckpoint, Request, RequestError, Response};
 pub use disks::{DiskState, DiskStatus, RestoredDisk, UnboundDisk};
-pub use dump::{DUMP_SCHEMA, DUMP_VERSION, DumpError, Dumped, DumpedBlock};
+pub use dump::{DUMP_SCHEMA, DUMP_VERSION, DumpError, Dumped, DumpedBlock, DumpedDisk};
 pub use end::{ChannelError, SessionEnd};
 pub use guest_memory::MemoryError;
 pub use links::GuardStatus;

@@ -158,6 +158,11 @@ impl Promotion {
         }
     }
 
+    /// Whether no guest can have written to its disks: no failover has begun since it was committed, but such that gave it back.
+    pub(super) fn is_here(&self) -> bool {
+        *self == Self::Here
+    }
+
     /// For the status; none if no promotion was tried.
     pub(super) fn description(&self) -> Option<String> {
         match self {

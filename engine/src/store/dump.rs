@@ -26,8 +26,8 @@ use std::sync::PoisonError;
 pub const DEVICE_STATE_FILE: &str = "device-state.bin";
 
 /// File names that no block gets, since callers put files of these names beside the dump: its description, the stream's
-/// header, the vmdesc.
-pub const RESERVED_FILES: [&str; 3] = ["checkpoint.json", "stream-header.bin", "vmdesc.json"];
+/// header, the vmdesc, the directory of disks.
+pub const RESERVED_FILES: [&str; 4] = ["checkpoint.json", "stream-header.bin", "vmdesc.json", "disks"];
 
 /// Passes after which more pages are copied under the lock, if the guest leaves no fewer: [`LOCKED_PAGES_MAX`].
 const SHORT_PASSES: u32 = 4;
@@ -226,8 +226,8 @@ struct DumpFiles {
 impl DumpFiles {
     fn create(directory: &Path, table: &BlockTable) -> Result<Self, StoreError> {
         fs::create_dir_all(directory).map_err(|error| StoreError::file(directory, error))?;
-        let [description, header, vmdesc] = RESERVED_FILES;
-        let names = file_names(table, &[DEVICE_STATE_FILE, description, header, vmdesc]);
+        let [description, header, vmdesc, disks] = RESERVED_FILES;
+        let names = file_names(table, &[DEVICE_STATE_FILE, description, header, vmdesc, disks]);
         let blocks = table.iter().zip(names);
         let create = |((_, block), name): ((_, &crate::blocks::RamBlock), String)| {
             DumpFile::create(directory.join(name), block.used_length)

@@ -281,7 +281,11 @@ impl Bench {
     /// What the receiver says.
     pub fn dump(&self, session: u32) -> Result<Dumped, String> {
         let directory = self.directory.path().to_owned();
-        let dumped = self.receiver.ask(Request::Dump { session, directory });
+        let dumped = self.receiver.ask(Request::Dump {
+            session,
+            directory,
+            without_disks: false,
+        });
         match dumped.map_err(|error| error.to_string())? {
             Response::Dumped(dumped) => Ok(dumped),
             other => panic!("{other:?}"),

@@ -2,9 +2,9 @@
 
 use crate::control::ask;
 use crate::options::ControlAddress;
-use crate::output::{CommandError, print, print_json, table};
+use crate::output::{CommandError, print, print_json, table, tell};
 use clap::Args;
-use colo_ring::receiver::{Dumped, DumpedBlock, Request};
+use colo_ring::receiver::{Dumped, DumpedBlock, DumpedDisk, Request};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
@@ -22,6 +22,10 @@ pub struct DumpArgs {
     /// Directory for the files; made if it is not there. The receiver's user must be able to write it
     #[arg(long, value_name = "DIR")]
     out: PathBuf,
+
+    /// Leave the guest's disks out; otherwise they are copied once the session has ended
+    #[arg(long)]
+    no_disks: bool,
 
     /// Print what was written as JSON, as in DIR/checkpoint.json
     #[arg(long)]
@@ -41,6 +45,7 @@ pub fn run(args: &DumpArgs) -> Result<ExitCode, CommandError> {
     let request = Request::Dump {
         session: args.session,
         directory: directory.clone(),
+        without_disks: args.no_disks,
     };
     let dumped: Dumped = ask(&args.control, &request).inspect_err(|_| {
         if is_new {
@@ -48,6 +53,9 @@ pub fn run(args: &DumpArgs) -> Result<ExitCode, CommandError> {
             let _ = std::fs::remove_dir(&directory);
         }
     })?;
+    if let Some(left_out) = dumped.disks_left_out.as_deref().filter(|_| !args.no_disks) {
+        tell(&format!("WARNING: the dump is without disks {left_out}"));
+    }
     if args.json {
         print_json(&dumped)?;
     } else {
@@ -71,6 +79,14 @@ fn render(dumped: &Dumped, directory: &Path) -> String {
             block.name.clone(),
         ]
     };
-    text.push_str(&table(&dumped.blocks.iter().map(row).collect::<Vec<_>>()));
+    let disk = |disk: &DumpedDisk| {
+        vec![
+            disk.file.clone(),
+            format!("{} bytes", disk.size_bytes),
+            format!("disk {}", disk.name),
+        ]
+    };
+    let rows = dumped.blocks.iter().map(row).chain(dumped.disks.iter().map(disk));
+    text.push_str(&table(&rows.collect::<Vec<_>>()));
     text
 }

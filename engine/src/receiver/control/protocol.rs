@@ -31,6 +31,9 @@ pub enum Request {
         session: u32,
         /// An existing directory, absolute, since the receiver may run elsewhere.
         directory: PathBuf,
+        /// The guest's disks are left out.
+        #[serde(default)]
+        without_disks: bool,
     },
     /// Discard the checkpoint of an ended session.
     Discard {

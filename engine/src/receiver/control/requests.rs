@@ -5,7 +5,7 @@ use super::protocol::{ClaimedCheckpoint, Request, Response};
 use super::socket::{ClientEvent, PendingRequest, Reply};
 use super::state::{ControlState, Kept, Live};
 use crate::net::Listener;
-use crate::receiver::dump::dump;
+use crate::receiver::dump::{dump, dump_ended};
 use crate::receiver::kept_checkpoint::KeptCheckpoint;
 use crate::receiver::promotion::{ClientId, Promotion, PromotionError};
 use crate::receiver::restore::restore;
@@ -34,10 +34,19 @@ impl ControlState {
                 Ok(kept) => return release(kept, reply, Response::Discarded { discarded: session }),
                 Err(error) => Err(error),
             },
-            Request::Dump { session, directory } => match self.idle(session) {
+            Request::Dump {
+                session,
+                directory,
+                without_disks,
+            } => match self.idle(session) {
                 Ok(checkpoint) => {
+                    let is_live = self.live(session).is_some();
                     return respond_in_background(reply, move || {
-                        Ok(Response::Dumped(dump(&checkpoint, &directory)?))
+                        let dumped = match is_live {
+                            true => dump(&checkpoint, &directory),
+                            false => dump_ended(&checkpoint, &directory, without_disks),
+                        };
+                        Ok(Response::Dumped(dumped?))
                     });
                 }
                 Err(error) => Err(error),

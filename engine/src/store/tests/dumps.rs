@@ -104,6 +104,7 @@ fn blocks_keep_out_of_the_way_of_other_files() {
         (RESERVED_FILES[0], 1),
         (RESERVED_FILES[1], 1),
         (RESERVED_FILES[2], 1),
+        (RESERVED_FILES[3], 1),
     ]);
     store.begin_colo();
     store.commit(CheckpointId(0), &mut vec![1], &alone());
