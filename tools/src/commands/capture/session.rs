@@ -5,13 +5,20 @@ use super::recorder::Recorder;
 use crate::capture_file::{ConnectionId, Direction, EndKind};
 use crate::net::Address;
 use crate::output::tell;
-use colo_ring::wire::stream::{ChannelKind, classify};
+use colo_ring::wire::stream::{ChannelKind, StreamHeader, classify};
 use serde::Serialize;
 use std::cell::RefCell;
 use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Instant;
+
+/// More than a stream's header and configuration have.
+const HEADER_MAX: usize = 2048;
+
+/// For a stream with its guest's UUID.
+const DISKS_ARE_NOT_HERE: &str = "the stream has its guest's UUID, as `colo-ring protect` asks for where disks are mirrored to \
+     the receiver: what the guest writes to disks does not pass here, so it is not in the recording";
 
 /// How far the end was asked for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -54,6 +61,9 @@ pub struct Connection {
     /// Its first bytes, until its kind is known.
     #[serde(skip)]
     first: Vec<u8>,
+    /// The stream's header as far as it has come; none once it is known, or is none.
+    #[serde(skip)]
+    header: Option<Vec<u8>>,
 }
 
 /// Progress, for another thread to show.
@@ -95,6 +105,7 @@ impl Session {
             bytes_to_primary: 0,
             ends: [None; 2],
             first: Vec::new(),
+            header: Some(Vec::new()),
         });
         self.recorder.open(connection, from.to_owned());
         Some(connection)
@@ -111,15 +122,21 @@ impl Session {
     ) {
         let count = bytes.len() as u64;
         let mut delays = self.delays.borrow_mut();
+        let mut is_found_named = false;
         self.with(connection, |connection| match direction {
             Direction::ToSecondary => {
                 connection.bytes_to_secondary += count;
                 if connection.is_found_main(&bytes) {
                     delays.found_main(connection.connection);
                 }
+                is_found_named = connection.is_found_named(&bytes);
             }
             Direction::ToPrimary => connection.bytes_to_primary += count,
         });
+        if is_found_named {
+            tell(&format!("warning: {DISKS_ARE_NOT_HERE}"));
+            self.recorder.note(DISKS_ARE_NOT_HERE.to_owned());
+        }
         delays.passed(&Passed {
             connection,
             direction,
@@ -191,5 +208,61 @@ impl Connection {
             Err(_) => Kind::Unknown,
         };
         self.kind == Kind::Main
+    }
+
+    /// Looks for a stream's header. Whether it is complete just now, and has the guest's UUID.
+    fn is_found_named(&mut self, bytes: &[u8]) -> bool {
+        let Some(header) = &mut self.header else {
+            return false;
+        };
+        let room = HEADER_MAX - header.len();
+        header.extend_from_slice(&bytes[..room.min(bytes.len())]);
+        let parsed = StreamHeader::parse(header);
+        if parsed == Ok(None) && header.len() < HEADER_MAX {
+            return false;
+        }
+        self.header = None;
+        matches!(parsed, Ok(Some((StreamHeader { uuid: Some(_), .. }, _))))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// How often a connection with these bytes, which come one by one, is found to name its guest.
+    fn times_named(bytes: &[u8]) -> usize {
+        let mut connection = Connection {
+            connection: ConnectionId(0),
+            from: String::new(),
+            kind: Kind::Unknown,
+            bytes_to_secondary: 0,
+            bytes_to_primary: 0,
+            ends: [None; 2],
+            first: Vec::new(),
+            header: Some(Vec::new()),
+        };
+        let found = bytes.chunks(1).filter(|byte| connection.is_found_named(byte));
+        found.count()
+    }
+
+    #[test]
+    fn a_stream_that_names_its_guest_is_found() {
+        for (uuid, times) in [(None, 0), (Some([7; 16]), 1)] {
+            let header = StreamHeader {
+                machine_type: "pc-q35-11.1".to_owned(),
+                target_page_bits: true,
+                capabilities: false,
+                uuid,
+            };
+            let mut bytes = Vec::new();
+            header.encode(&mut bytes);
+            bytes.extend([0; 100]);
+            assert_eq!(times_named(&bytes), times);
+        }
+        assert_eq!(times_named(&[0; 2 * HEADER_MAX]), 0);
+        // A header that never ends.
+        let endless = [b"QEVM\0\0\0\x03\x07".as_slice(), &[0xff; 2 * HEADER_MAX]].concat();
+        assert_eq!(times_named(&endless), 0);
     }
 }
