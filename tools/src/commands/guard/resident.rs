@@ -265,6 +265,7 @@ impl<'a> Guard<'a> {
                 Ok(GuardEvent::Path(PathEvent::LinkLost(reason)) | GuardEvent::LeftColo(reason)) => {
                     return Err(CommandError::Failed(reason));
                 }
+                Ok(GuardEvent::QemuEnded) => return Err(CommandError::Failed("QEMU has ended".to_owned())),
                 Ok(GuardEvent::End) => return Err(CommandError::Failed("interrupted".to_owned())),
                 Ok(event) => self.note(&event),
                 Err(_) => {
@@ -306,6 +307,8 @@ impl<'a> Guard<'a> {
             match self.events.recv_timeout(patience) {
                 Ok(GuardEvent::Path(PathEvent::LinkLost(reason))) => match self.relink() {
                     Ok(()) => tell(&format!("the link to the receiver is back ({reason})")),
+                    // A primary that has ended takes its session along.
+                    Err(_) if self.qmp.is_closed() => return closed(),
                     Err(_) => return End::Lost(reason),
                 },
                 Ok(GuardEvent::LeftColo(reason)) => return End::Lost(format!("QEMU left COLO ({reason})")),
@@ -319,6 +322,9 @@ impl<'a> Guard<'a> {
 
     /// The link alone may be lost: a new one belongs to the same session, or there is no session any more.
     fn relink(&mut self) -> Result<(), CommandError> {
+        if self.qmp.is_closed() {
+            return Err(CommandError::Failed("QEMU has ended".to_owned()));
+        }
         let link = self.connect().map_err(CommandError::failed)?;
         self.path.set_link(link);
         self.wait_for_session().map(drop)
