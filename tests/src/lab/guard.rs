@@ -1,22 +1,17 @@
-//! `colo-ring guard` as a process, and clients of a guest that it guards.
+//! `colo-ring guard` as a process.
 
 use crate::HANG_LIMIT;
 use std::fs::{self, File};
-use std::io::{BufRead, BufReader, Read, Write};
-use std::net::TcpStream;
+use std::io::Read;
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::process::{Child, Command, ExitStatus, Stdio};
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::thread::JoinHandle;
-use std::time::{Duration, Instant};
 
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use serde_json::Value;
 
-use super::{Address, GUEST_ADDRESS, Lab, LabError, Qemu, command_under_test, wait_for};
+use super::{Address, Lab, LabError, Qemu, command_under_test, wait_for};
 
 /// A running guard, killed when dropped.
 #[derive(Debug)]
@@ -125,127 +120,4 @@ impl Drop for Guard {
         let _ = self.process.kill();
         let _ = self.process.wait();
     }
-}
-
-/// What a client has seen.
-#[derive(Clone, Debug, Default)]
-pub struct ClientReport {
-    /// Numbers that came back.
-    pub answers: u64,
-    /// The longest time between two of them.
-    pub longest_gap: Duration,
-    /// How long each took, in microseconds, in order.
-    pub latencies_us: Vec<u64>,
-    /// What went wrong, if something has.
-    pub error: Option<String>,
-}
-
-/// A client of the guest's service, which counts over one connection.
-#[derive(Debug)]
-pub struct Client {
-    answers: Arc<AtomicU64>,
-    stop: Arc<AtomicBool>,
-    thread: JoinHandle<ClientReport>,
-}
-
-impl Client {
-    /// Connects and counts, with that pause after each answer.
-    ///
-    /// # Errors
-    /// When the guest does not answer.
-    pub fn start(pause: Duration) -> Result<Self, LabError> {
-        let stream = wait_for("the guest's service", HANG_LIMIT, || {
-            Ok(TcpStream::connect(GUEST_ADDRESS).ok())
-        })?;
-        let connected = stream
-            .set_nodelay(true)
-            .and_then(|()| stream.set_read_timeout(Some(HANG_LIMIT)));
-        connected.map_err(LabError::io("set up the client"))?;
-        let answers = Arc::new(AtomicU64::new(0));
-        let stop = Arc::new(AtomicBool::new(false));
-        let (counted, stopped) = (answers.clone(), stop.clone());
-        let thread = std::thread::spawn(move || count(&stream, pause, &counted, &stopped));
-        Ok(Self {
-            answers,
-            stop,
-            thread,
-        })
-    }
-
-    /// Answers so far.
-    #[must_use]
-    pub fn answers(&self) -> u64 {
-        self.answers.load(Ordering::Relaxed)
-    }
-
-    /// Waits until so many more answers have come.
-    ///
-    /// # Errors
-    /// [`LabError::Timeout`]; [`LabError::Ended`] when the connection has ended.
-    pub fn wait_answers(&self, more: u64) -> Result<(), LabError> {
-        let goal = self.answers() + more;
-        wait_for(&format!("{goal} answers"), HANG_LIMIT, || {
-            if self.answers() < goal && self.thread.is_finished() {
-                return Err(LabError::Ended {
-                    what: "the client's connection".into(),
-                    detail: format!("after {} answers", self.answers()),
-                });
-            }
-            Ok((self.answers() >= goal).then_some(()))
-        })
-    }
-
-    /// Whether so many answers come within that time.
-    #[must_use]
-    pub fn goes_on(&self, more: u64, within: Duration) -> bool {
-        let (goal, deadline) = (self.answers() + more, Instant::now() + within);
-        while self.answers() < goal && !self.thread.is_finished() && Instant::now() < deadline {
-            std::thread::sleep(Duration::from_millis(5));
-        }
-        self.answers() >= goal
-    }
-
-    /// Ends it.
-    ///
-    /// # Panics
-    /// If its thread has.
-    #[must_use]
-    pub fn end(self) -> ClientReport {
-        self.stop.store(true, Ordering::Relaxed);
-        self.thread.join().expect("the client")
-    }
-}
-
-fn count(stream: &TcpStream, pause: Duration, answers: &AtomicU64, stop: &AtomicBool) -> ClientReport {
-    let mut report = ClientReport::default();
-    let (mut reader, mut last, mut line) = (BufReader::new(stream), Instant::now(), String::new());
-    for number in 1_u64.. {
-        if stop.load(Ordering::Relaxed) {
-            break;
-        }
-        let asked = Instant::now();
-        line.clear();
-        let mut writer = stream;
-        let answered = writer
-            .write_all(format!("{number}\n").as_bytes())
-            .and_then(|()| reader.read_line(&mut line));
-        match answered {
-            Ok(_) if line == format!("{number}\n") => {}
-            Ok(_) => report.error = Some(format!("{number} was answered by {line:?}")),
-            Err(error) => report.error = Some(format!("{number}: {error}")),
-        }
-        if report.error.is_some() {
-            break;
-        }
-        let now = Instant::now();
-        report.answers = number;
-        report.longest_gap = report.longest_gap.max(now - last);
-        report
-            .latencies_us
-            .push(u64::try_from((now - asked).as_micros()).unwrap_or(u64::MAX));
-        last = now;
-        answers.store(number, Ordering::Relaxed);
-        std::thread::sleep(pause);
-    }
-    report
 }

@@ -4,6 +4,7 @@
 //! test passes without QEMU. One `Lab` exists at a time on a machine (a file lock), because its QEMUs and the
 //! receiver would otherwise disturb each other's times. Every process and file of a `Lab` ends with it.
 
+mod client;
 mod disk_guest;
 mod disks;
 mod error;
@@ -35,11 +36,12 @@ use tempfile::TempDir;
 
 use nix::fcntl::{Flock, FlockArg};
 
+pub use client::{Client, ClientReport, Load};
 pub use disk_guest::{Disk, DiskBus, DiskContent, DiskGuest};
 pub use disks::{DiskRuns, KilledGuest, Victim, disk_runs};
 pub use error::LabError;
 pub use failover::{protect_by_command, unprotect_by_command};
-pub use guard::{Client, ClientReport, Guard};
+pub use guard::Guard;
 pub use guest::{Content, Guest, LinuxGuest, Pattern, TestGuest};
 pub use host_guest::{HostGuest, HostKernel, NumaMap};
 pub use image::check_test_guest_image;

@@ -1,14 +1,13 @@
 //! Output commit: a guest's connections survive its primary, its receiver and its guard.
 
-use colo_ring::ring::BackendKind;
-use colo_ring_tests::HANG_LIMIT;
-use colo_ring_tests::lab::{
-    Address, Client, Guard, Guest, Lab, LabError, Machine, NetGuest, Nic, Qemu, Receiver, ReceiverOptions,
-    TAP, Transport, net_experiment, wait_for,
-};
+mod latency;
+mod scene;
+
+use colo_ring_tests::lab::{Client, Load, net_experiment};
 use colo_ring_tests::random::generator;
 use nix::sys::signal::Signal;
 use rand::RngExt;
+use scene::{Scene, Way, guard, receiver};
 use serde_json::json;
 use std::time::Duration;
 
@@ -18,126 +17,23 @@ const KILL_SPREAD_MS: u64 = 1500;
 /// A pause with which a client asks some 50 times a second.
 const OFTEN: Duration = Duration::from_millis(20);
 
+/// What clients of guests ask for whose primary is killed.
+const LOADS: [Load; 4] = [
+    Load::Count(Duration::ZERO),
+    Load::Count(Duration::from_millis(5)),
+    Load::Bulk,
+    Load::Sink,
+];
+
 /// How long a connection that cannot go on is watched for it.
 const HANGS_FOR: Duration = Duration::from_secs(5);
 
 /// An interval that nobody would wait for.
 const INTERVAL_MS: u64 = 2000;
 
-/// How a test guards its guest.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Way {
-    Relay,
-    Filter,
-    /// Its output is not held.
-    None,
-}
-
 /// How many kills of each kind are made: `COLO_RING_GUARD_RUNS`, or 1.
 fn runs() -> u32 {
     std::env::var("COLO_RING_GUARD_RUNS").map_or(1, |text| text.parse().expect("a number of runs"))
-}
-
-/// A guest with a service, its receiver and its guard.
-struct Scene<'a> {
-    lab: &'a Lab,
-    way: Way,
-    number: u32,
-    address: Address,
-    receiver: Receiver,
-    primary: Qemu,
-    guard: Guard,
-}
-
-impl<'a> Scene<'a> {
-    /// Starts all, and waits until the guest is protected.
-    fn set(lab: &'a Lab, way: Way, number: u32, extra: &[&str]) -> Result<Self, LabError> {
-        let primary = Qemu::start(lab, &format!("primary{number}"), &machine(lab, way, number))?;
-        let address = Address::free(lab, Transport::Unix)?;
-        let receiver = receiver(lab, &address)?;
-        let mut guard = guard(lab, way, number, &primary, &address, extra)?;
-        primary.wait_serial("listening", HANG_LIMIT)?;
-        guard.wait_state("protected")?;
-        Ok(Self {
-            lab,
-            way,
-            number,
-            address,
-            receiver,
-            primary,
-            guard,
-        })
-    }
-
-    /// Kills the primary, and resumes its guest in a fresh QEMU with the same tap device.
-    fn fail_over(self) -> Result<(Receiver, Qemu), LabError> {
-        let Self {
-            lab,
-            receiver,
-            primary,
-            mut guard,
-            number,
-            ..
-        } = self;
-        let session = receiver.sessions()?[0];
-        let _ = primary.kill();
-        // It ends with its QEMU, and the tap device is free.
-        guard.wait_end()?;
-        let fresh = Machine {
-            nic: Some(Nic::Tap),
-            ..machine(lab, Way::Filter, number)
-        };
-        let fresh = Qemu::start_incoming(lab, &format!("fresh{number}"), &fresh)?;
-        let monitor = fresh.free_monitor().display().to_string();
-        wait_for("the end of the session", HANG_LIMIT, || {
-            let status = receiver.status()?;
-            Ok((status["sessions"][0]["state"] == "ended").then_some(()))
-        })?;
-        receiver.failover(session, ["--qmp", &monitor])?;
-        Ok((receiver, fresh))
-    }
-}
-
-fn socket(lab: &Lab, number: u32) -> String {
-    lab.file(&format!("card{number}.sock")).display().to_string()
-}
-
-fn machine(lab: &Lab, way: Way, number: u32) -> Machine {
-    Machine {
-        nic: Some(match way {
-            Way::Relay => Nic::Stream(socket(lab, number).into()),
-            Way::Filter | Way::None => Nic::Tap,
-        }),
-        uuid: Some(format!("6c6f636f-0000-4000-8000-{number:012}")),
-        ..Machine::bare("q35", 128, Guest::Net(NetGuest))
-    }
-}
-
-fn receiver(lab: &Lab, address: &Address) -> Result<Receiver, LabError> {
-    let options = ReceiverOptions {
-        channels: 2,
-        backend: BackendKind::Uring,
-        once: false,
-        extra: Vec::new(),
-    };
-    Receiver::start(lab, address, &options)
-}
-
-fn guard(
-    lab: &Lab,
-    way: Way,
-    number: u32,
-    primary: &Qemu,
-    address: &Address,
-    extra: &[&str],
-) -> Result<Guard, LabError> {
-    let relay = format!("net0={},{TAP}", socket(lab, number));
-    let own: &[&str] = match way {
-        Way::Relay => &["--relay", &relay],
-        Way::Filter => &[],
-        Way::None => &["--net", "none"],
-    };
-    Guard::start(lab, primary, address, &[own, extra].concat())
 }
 
 /// The client's numbers that came back are in the guest that lives on, wherever the primary was killed.
@@ -146,10 +42,8 @@ fn connection_survives(way: Way) {
         let mut random = generator("COLO_RING_GUARD_SEED");
         for number in 0..runs() {
             let scene = Scene::set(lab, way, number, &[])?;
-            let client = Client::start(match random.random_range(0..2) {
-                0 => Duration::ZERO,
-                _ => OFTEN,
-            })?;
+            let load = LOADS[random.random_range(0..LOADS.len())];
+            let client = Client::start(load)?;
             client.wait_answers(5)?;
             std::thread::sleep(Duration::from_millis(random.random_range(0..KILL_SPREAD_MS)));
             let (_receiver, fresh) = scene.fail_over()?;
@@ -186,7 +80,7 @@ fn a_connection_survives_the_primary_through_a_filter() {
 fn a_connection_does_not_survive_without_a_gate() {
     net_experiment(|lab| {
         let scene = Scene::set(lab, Way::None, 0, &[])?;
-        let client = Client::start(Duration::ZERO)?;
+        let client = Client::start(Load::Count(Duration::ZERO))?;
         client.wait_answers(50)?;
         let (_receiver, _fresh) = scene.fail_over()?;
         assert!(
@@ -209,7 +103,7 @@ fn a_lost_receiver_costs_the_guest_and_its_connections_nothing() {
             mut guard,
             ..
         } = Scene::set(lab, Way::Filter, 0, &[])?;
-        let client = Client::start(OFTEN)?;
+        let client = Client::start(Load::Count(OFTEN))?;
         client.wait_answers(20)?;
         drop(first);
         guard.wait_state("unprotected")?;
@@ -235,7 +129,7 @@ fn a_lost_receiver_costs_the_guest_and_its_connections_nothing() {
         assert!(!objects.to_string().contains("colo-ring"), "{objects}");
         let runs = primary.qmp().execute("query-status", &json!({}))?;
         assert_eq!(runs["status"], "running");
-        let client = Client::start(OFTEN)?;
+        let client = Client::start(Load::Count(OFTEN))?;
         client.wait_answers(5)
     });
 }
@@ -250,7 +144,7 @@ fn a_guest_that_is_to_stop_stands_until_it_is_protected_again() {
             mut guard,
             ..
         } = Scene::set(lab, Way::Relay, 0, &["--on-receiver-lost", "stop"])?;
-        let client = Client::start(OFTEN)?;
+        let client = Client::start(Load::Count(OFTEN))?;
         client.wait_answers(20)?;
         drop(first);
         guard.wait_state("unprotected")?;
@@ -271,7 +165,7 @@ fn a_guard_that_was_killed_is_replaced_by_the_next() {
     for way in [Way::Filter, Way::Relay] {
         net_experiment(|lab| {
             let mut scene = Scene::set(lab, way, 0, &[])?;
-            let client = Client::start(OFTEN)?;
+            let client = Client::start(Load::Count(OFTEN))?;
             client.wait_answers(20)?;
             scene.guard.end(Signal::SIGKILL)?;
             scene.guard = guard(lab, way, 0, &scene.primary, &scene.address, &[])?;
@@ -294,7 +188,7 @@ fn a_guard_that_was_killed_is_replaced_by_the_next() {
 fn checkpoints_follow_the_output() {
     net_experiment(|lab| {
         let scene = Scene::set(lab, Way::Relay, 0, &["--interval-max", &INTERVAL_MS.to_string()])?;
-        let client = Client::start(Duration::from_millis(100))?;
+        let client = Client::start(Load::Count(Duration::from_millis(100)))?;
         client.wait_answers(30)?;
         let seen = client.end();
         let mut latencies = seen.latencies_us.clone();

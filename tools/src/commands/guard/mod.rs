@@ -13,7 +13,7 @@ mod resident;
 mod tap;
 
 use crate::commands::protect::PrimaryArgs;
-use crate::options::ControlAddress;
+use crate::options::{ControlAddress, Switch};
 use crate::output::CommandError;
 use crate::signals;
 use clap::{Args, ValueEnum};
@@ -47,6 +47,10 @@ pub struct GuardArgs {
     /// Most milliseconds between checkpoints: how much work is at risk
     #[arg(long, value_name = "MS", default_value_t = 500, value_parser = clap::value_parser!(u32).range(1..))]
     interval_max: u32,
+
+    /// Whether a packet that waits asks for a checkpoint at once; off, it waits for the next of --interval-max
+    #[arg(long, value_enum, default_value_t = Switch::On)]
+    output_checkpoints: Switch,
 
     /// Most of its time that the guest may be stopped for checkpoints, above 0 and below 1: 0.5 halves its speed at worst
     #[arg(long, value_name = "SHARE", default_value_t = 0.5, value_parser = share)]

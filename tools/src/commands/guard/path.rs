@@ -1,7 +1,7 @@
 //! The thread in the way of the guest's output: it drives the gates and the link, so that no other work delays a barrier.
 
 use super::gate::{Counts, OutputGate};
-use super::link::Link;
+use super::link::{Link, LinkError};
 use colo_ring::link::{ToGuard, ToReceiver};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::eventfd::{EfdFlags, EventFd};
@@ -207,54 +207,37 @@ impl PathThread {
         let Some(mut link) = self.link.take() else { return };
         let read = link.fill().and_then(|()| {
             while let Some(message) = link.next_message()? {
-                if let Err(lost) = self.carry_out(message, &mut link)? {
-                    return Ok(Some(lost));
-                }
+                self.carry_out(message, &mut link)?;
             }
-            Ok(None)
+            Ok(())
         });
         match read {
-            Ok(None) => self.link = Some(link),
-            Ok(Some(lost)) => self.lost(lost),
+            Ok(()) => self.link = Some(link),
             Err(error) => self.lost(error.to_string()),
         }
     }
 
-    /// Does what the receiver asks for. The inner error is the end of the link.
-    fn carry_out(
-        &mut self,
-        message: ToGuard,
-        link: &mut Link,
-    ) -> Result<Result<(), String>, super::link::LinkError> {
+    /// Does what the receiver asks for.
+    fn carry_out(&mut self, message: ToGuard, link: &mut Link) -> Result<(), LinkError> {
         match message {
             ToGuard::Bound { session } => (self.report)(PathEvent::Bound { session }),
             ToGuard::Barrier { checkpoint } => {
-                let placed = self.gates.iter_mut().try_for_each(|gate| gate.place(checkpoint));
-                if let Err(error) = placed {
-                    return Ok(Err(error.to_string()));
-                }
+                let mut gates = self.gates.iter_mut();
+                gates.try_for_each(|gate| gate.place(checkpoint))?;
                 link.send(&ToReceiver::Placed { checkpoint })?;
-                self.shown.waiting.store(0, Ordering::SeqCst);
             }
             ToGuard::Committed { checkpoint } => {
-                let let_go = self
-                    .gates
-                    .iter_mut()
-                    .try_for_each(|gate| gate.committed(checkpoint));
-                if let Err(error) = let_go {
-                    return Ok(Err(error.to_string()));
-                }
+                let mut gates = self.gates.iter_mut();
+                gates.try_for_each(|gate| gate.committed(checkpoint))?;
                 if self.gates.iter().any(|gate| gate.releases_in_pause()) {
                     link.send(&ToReceiver::Released { checkpoint })?;
                 }
             }
-            ToGuard::Ended { session, reason } => {
-                return Ok(Err(format!("session {session} has ended: {reason}")));
-            }
-            ToGuard::Refused { reason } => return Ok(Err(reason)),
+            ToGuard::Ended { session, reason } => return Err(LinkError::SessionEnded { session, reason }),
+            ToGuard::Refused { reason } => return Err(LinkError::Refused(reason)),
             ToGuard::Welcome { .. } => {}
         }
-        Ok(Ok(()))
+        Ok(())
     }
 
     fn lost(&mut self, reason: String) {

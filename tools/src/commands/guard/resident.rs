@@ -9,6 +9,7 @@ use super::{GuardArgs, GuardEvent, OnReceiverLost};
 use crate::commands::protect::Beginning;
 use crate::commands::unprotect::{end_migration, status_of};
 use crate::guest_disks::{Mirrors, remove_all, running_mirrors};
+use crate::options::Switch;
 use crate::output::{CommandError, print, tell};
 use crate::qmp::{Event, Qmp, QmpError};
 use colo_ring::link::{Hello, LINK_VERSION};
@@ -397,7 +398,7 @@ impl<'a> Guard<'a> {
     /// What any event changes.
     fn note(&mut self, event: &GuardEvent) {
         match event {
-            GuardEvent::Path(PathEvent::OutputWaits) => self.output_waits = true,
+            GuardEvent::Path(PathEvent::OutputWaits) => self.output_waits = self.asks_for_output(),
             GuardEvent::Path(PathEvent::GateFailed(reason)) => tell(&format!("WARNING: {reason}")),
             GuardEvent::Stopped(at_us) => {
                 self.stopped_at_us = Some(*at_us);
@@ -410,10 +411,15 @@ impl<'a> Guard<'a> {
                     self.measurements.stopped(pause);
                     self.shown.change(|report| report.checkpoints += 1);
                 }
-                self.output_waits = self.path.take_waiting() > 0;
+                self.output_waits = self.path.take_waiting() > 0 && self.asks_for_output();
             }
             _ => {}
         }
+    }
+
+    /// Whether checkpoints follow the output.
+    fn asks_for_output(&self) -> bool {
+        self.args.output_checkpoints == Switch::On
     }
 
     /// Ends what is left of a protection. The exit code, if the guard ends by it.
