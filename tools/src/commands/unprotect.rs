@@ -120,6 +120,9 @@ pub(crate) fn end_migration(qmp: &mut Qmp, patience: Duration) -> Result<(String
         Err(error) => return Err(CommandError::failed(error)),
     };
     let before = status_of(&state).to_owned();
+    if before == "setup" {
+        wait_set_up(qmp)?;
+    }
     let end = match &*before {
         "none" | "completed" | "failed" | "cancelled" => return Ok((before, is_cut)),
         "colo" => "x-colo-lost-heartbeat",
@@ -150,6 +153,22 @@ pub(crate) fn end_migration(qmp: &mut Qmp, patience: Duration) -> Result<(String
         }
         std::thread::sleep(POLL);
     }
+}
+
+/// Waits until a migration is set up, but not for long. QEMU 11.1 that is asked to cancel it before may wait for the receiver's end
+/// of the connection, and answer nothing until that comes.
+fn wait_set_up(qmp: &mut Qmp) -> Result<(), CommandError> {
+    let since = Instant::now();
+    while since.elapsed() < SILENCE_LIMIT {
+        let state = qmp
+            .execute("query-migrate", &json!({}))
+            .map_err(CommandError::failed)?;
+        if status_of(&state) != "setup" {
+            break;
+        }
+        std::thread::sleep(POLL);
+    }
+    Ok(())
 }
 
 /// Whether neither the migration nor a checkpoint holds the guest.
