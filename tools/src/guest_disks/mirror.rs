@@ -21,6 +21,9 @@ const YANK_LIMIT: Duration = Duration::from_secs(10);
 /// How often QEMU is asked for a job that is to end.
 const POLL: Duration = Duration::from_millis(20);
 
+/// How long a receiver may take to notice that a mirror was removed; it refuses another connection to the export until then.
+const RELEASE_LIMIT: Duration = Duration::from_secs(1);
+
 /// Most mirrors of one guest, by which those that are left over are looked for.
 pub(crate) const MIRRORS_MAX: usize = 256;
 
@@ -136,7 +139,7 @@ impl Mirrors {
     }
 
     /// Connects every disk to its export, and checks its size: nothing is copied yet. Whatever was connected stays when
-    /// it fails: see [`remove_all`].
+    /// it fails: see [`remove_all`]. `replaces`: mirrors to the same receiver may have been removed just now.
     ///
     /// # Errors
     /// The first disk that cannot be.
@@ -145,7 +148,9 @@ impl Mirrors {
         to: &Address,
         uuid: Option<&str>,
         wanted: Vec<Mirror>,
+        replaces: bool,
     ) -> Result<Self, MirrorError> {
+        let patience = if replaces { RELEASE_LIMIT } else { Duration::ZERO };
         for (number, mirror) in wanted.iter().enumerate() {
             let node = target(number);
             let wire_name = match uuid {
@@ -157,8 +162,7 @@ impl Mirrors {
                 "driver": "nbd", "node-name": node, "server": server(to), "export": wire_name,
                 "reconnect-delay": 0, "cache": {"no-flush": true},
             });
-            qmp.execute("blockdev-add", &options)
-                .map_err(|error| not_connected(error, mirror, to))?;
+            add_node(qmp, &options, patience).map_err(|error| not_connected(error, mirror, to))?;
             let target_bytes = node_bytes(qmp, &node)?;
             if target_bytes != mirror.disk.bytes {
                 return Err(MirrorError::Size {
@@ -243,6 +247,21 @@ pub(crate) fn remove_all(qmp: &mut Qmp) -> Result<usize, MirrorError> {
 /// If QEMU does not answer.
 pub(crate) fn running(qmp: &mut Qmp) -> Result<usize, QmpError> {
     Ok(ours(jobs(qmp)?.iter().map(|job| &job["device"]), JOB).len())
+}
+
+/// Adds the node of an export, which may be in use for so long.
+fn add_node(qmp: &mut Qmp, options: &Value, patience: Duration) -> Result<(), QmpError> {
+    let since = Instant::now();
+    loop {
+        match qmp.execute("blockdev-add", options) {
+            Err(QmpError::Refused { description, .. })
+                if description.contains("not available") && since.elapsed() < patience =>
+            {
+                std::thread::sleep(POLL);
+            }
+            added => return added.map(drop),
+        }
+    }
 }
 
 /// Whether an entry of `query-yank` is the connection of a mirror.

@@ -126,6 +126,8 @@ pub(super) struct DiskPlan {
     to: Address,
     /// The guest's, where it has one.
     uuid: Option<String>,
+    /// Mirrors of an earlier protection were removed.
+    replaces: bool,
 }
 
 impl DiskPlan {
@@ -135,7 +137,8 @@ impl DiskPlan {
     /// # Errors
     /// If QEMU does not answer or does not end a mirror, or a disk that is asked for is not there.
     pub(super) fn make(qmp: &mut Qmp, args: &DiskArgs, receiver: &Address) -> Result<Self, CommandError> {
-        if remove_all(qmp).map_err(CommandError::failed)? > 0 {
+        let replaces = remove_all(qmp).map_err(CommandError::failed)? > 0;
+        if replaces {
             tell("removed what an earlier protection has left: mirrors of disks to another receiver");
         }
         let disks = guest_disks::list(qmp).map_err(CommandError::failed)?;
@@ -164,6 +167,7 @@ impl DiskPlan {
             to: args.disk_to.clone().unwrap_or_else(|| receiver.of_disks()),
             wanted,
             uuid,
+            replaces,
         })
     }
 
@@ -207,7 +211,8 @@ impl DiskPlan {
         if self.wanted.is_empty() {
             return Ok((Mirrors::default(), None));
         }
-        let connected = Mirrors::connect(qmp, &self.to, self.uuid.as_deref(), self.wanted.clone());
+        let wanted = self.wanted.clone();
+        let connected = Mirrors::connect(qmp, &self.to, self.uuid.as_deref(), wanted, self.replaces);
         let copied = connected.and_then(|mirrors| {
             let mut copy = FirstCopy {
                 qmp,

@@ -20,7 +20,7 @@ type Commands = Arc<Mutex<Vec<String>>>;
 
 /// A guest with two writable disks and a CD. `refuses` names a command that QEMU refuses. Mirrors are ready at once, and
 /// backups ended; each disk's record has 20 MiB at first and 1 MiB after a backup. While a mirror stands, its filter is listed
-/// in place of the disk.
+/// in place of the disk. The first export that is asked for after a mirror was removed is still in use.
 fn guest(name: Option<&'static str>, uuid: &'static str, refuses: &'static str) -> (SocketPath, Commands) {
     let done = Commands::default();
     let seen = done.clone();
@@ -37,6 +37,12 @@ fn guest(name: Option<&'static str>, uuid: &'static str, refuses: &'static str) 
             return Err(format!("{command}: no"));
         }
         let done = seen.lock().unwrap();
+        let was_cancelled = done.iter().any(|line| line.starts_with("job-cancel"));
+        let before = done.len().checked_sub(2).map(|at| done[at].as_str());
+        let was_removed = before.is_some_and(|line| line.starts_with("blockdev-del"));
+        if command == "blockdev-add" && was_cancelled && was_removed {
+            return Err("Requested export not available".to_owned());
+        }
         let named = |verb: &str| -> Vec<String> {
             let with = done.iter().filter_map(|line| line.strip_prefix(verb));
             with.map(str::to_owned).collect()
@@ -299,6 +305,12 @@ fn mirrors_that_are_left_over_are_removed_before_disks_are_listed() {
         "blockdev-del colo-ring-nbd1",
     ];
     assert!(done.lock().unwrap().ends_with(&removed.map(str::to_owned)));
+    // The receiver refuses its export once more before it has noticed.
+    let (_wish, wished) = mpsc::channel();
+    made.mirror(&mut qmp, &named, &wished, false).unwrap();
+    let done = done.lock().unwrap();
+    let asked = done.iter().filter(|line| *line == "blockdev-add colo-ring-nbd0");
+    assert_eq!(asked.count(), 1 + 2, "{done:?}");
 }
 
 /// One connection, as the monitor takes one client.
