@@ -19,7 +19,7 @@ pub struct Hello {
     pub version: u32,
     /// The operator's name for the guest.
     pub name: String,
-    /// The guest's UUID, where it has one: 32 hexadecimal digits.
+    /// The guest's UUID, where it has one, as QEMU writes it.
     pub uuid: Option<String>,
     /// Whether the guard can let go of frames only while the guest is stopped. LOADED then waits for [`ToReceiver::Released`], too.
     pub releases_in_pause: bool,
@@ -75,7 +75,7 @@ pub enum ToGuard {
         /// Its number.
         checkpoint: CheckpointId,
     },
-    /// The session has ended; the link waits for the next.
+    /// The session has ended, and with it the link.
     Ended {
         /// Its number.
         session: u32,

@@ -1,5 +1,6 @@
 //! `colo-ring unprotect`: ends a QEMU's protection; its guest runs on.
 
+use crate::commands::guard::filter;
 use crate::guest_disks::{is_mirrors_connection, remove_all};
 use crate::output::{CommandError, print, print_json, tell};
 use crate::qmp::{Qmp, QmpError, socket_path};
@@ -45,6 +46,8 @@ struct UnprotectReport<'a> {
     /// Whether connections had to be cut because QEMU did not answer or did not leave COLO.
     cut: bool,
     disks_released: usize,
+    /// Network cards whose output a guard that has ended had left held.
+    cards_released: usize,
     /// QEMU's word for what the guest does now.
     status: String,
     elapsed_ms: u64,
@@ -64,6 +67,11 @@ pub fn run(args: &UnprotectArgs) -> Result<ExitCode, CommandError> {
             "the guest is no longer protected, but mirrors of its disks are left: {error}"
         ))
     })?;
+    let cards_released = filter::remove_all(&mut qmp).map_err(|error| {
+        CommandError::Failed(format!(
+            "the guest is no longer protected, but a guard's filters may hold its output: {error}"
+        ))
+    })?;
     let report = UnprotectReport {
         schema: "colo-ring.unprotect",
         schema_version: 1,
@@ -72,6 +80,7 @@ pub fn run(args: &UnprotectArgs) -> Result<ExitCode, CommandError> {
         before,
         cut,
         disks_released,
+        cards_released,
         status: guest_status(&mut qmp).map_err(CommandError::failed)?,
         elapsed_ms: u64::try_from(began.elapsed().as_millis()).unwrap_or(u64::MAX),
         machine: Machine::read(),
@@ -99,7 +108,11 @@ fn words(report: &UnprotectReport) -> String {
         1 => "; 1 disk is no longer mirrored".to_owned(),
         many => format!("; {many} disks are no longer mirrored"),
     };
-    format!("{ended}; {guest}{disks}\n")
+    let cards = match report.cards_released {
+        0 => "",
+        _ => "; its output is no longer held",
+    };
+    format!("{ended}; {guest}{disks}{cards}\n")
 }
 
 /// Ends COLO, or a migration on the way to it. When QEMU does not answer or does not leave it within `patience`, its connections are cut.

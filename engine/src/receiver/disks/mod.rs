@@ -6,7 +6,7 @@ mod server;
 mod session_disks;
 
 pub use registry::UnboundDisk;
-pub(super) use registry::{DiskMemory, DiskRegistry};
+pub(super) use registry::{DiskMemory, DiskRegistry, parse_uuid};
 pub(super) use server::{DiskServer, ServerParts};
 pub(super) use session_disks::SessionDisks;
 pub use session_disks::{DiskState, DiskStatus, RestoredDisk};

@@ -125,7 +125,8 @@ fn parse(name: &str) -> Result<(&str, Option<Uuid>), ExportError> {
     }
 }
 
-fn parse_uuid(text: &str) -> Option<Uuid> {
+/// A UUID as QEMU writes it: 36 characters.
+pub(in crate::receiver) fn parse_uuid(text: &str) -> Option<Uuid> {
     let is_dash = |at: &usize| [8, 13, 18, 23].contains(at);
     let bytes = text.as_bytes();
     if bytes.len() != 36 || (0..36).any(|at| is_dash(&at) != (bytes[at] == b'-')) {

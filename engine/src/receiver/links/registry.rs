@@ -24,13 +24,14 @@ pub(in crate::receiver) struct Guest {
 }
 
 impl Guest {
-    /// Whether both are the same guest: by the UUID. Of guests without one, one origin may have one.
+    /// Whether both are the same guest: of one host, where the guard is beside the primary, and by the UUID. Of guests without one,
+    /// a host may have one.
     fn is(self, other: Self) -> bool {
-        match (self.uuid, other.uuid) {
-            (Some(own), Some(other)) => own == other,
-            (None, None) => self.origin == other.origin,
-            _ => false,
-        }
+        let is_one_host = match (self.origin, other.origin) {
+            (Origin::Process(_), Origin::Process(_)) => true,
+            (own, other) => own == other,
+        };
+        is_one_host && self.uuid == other.uuid
     }
 }
 

@@ -3,7 +3,8 @@
 use super::registry::{Bound, Guest, LinkPlace, Links};
 use super::session_output::Next;
 use crate::link::{Hello, LINE_MAX, LINK_VERSION, LinkError, ToGuard, ToReceiver};
-use crate::net::Accepted;
+use crate::net::{Accepted, Origin};
+use crate::receiver::disks::parse_uuid;
 use crate::receiver::{Event, Events};
 use std::future::pending;
 use std::io;
@@ -35,16 +36,19 @@ enum LinkEnd {
     Hangs(Duration),
     #[error("a line of more than {LINE_MAX} bytes")]
     TooLong,
-    #[error("a line that is not understood ({0})")]
+    /// The error's own text may repeat what was sent.
+    #[error("a line that is not understood ({:?} error at byte {})", .0.classify(), .0.column())]
     NotUnderstood(#[from] serde_json::Error),
     #[error("{0}")]
     Protocol(#[from] LinkError),
-    #[error("{0:?} is not expected here")]
-    Unexpected(ToReceiver),
+    #[error("a message that does not belong here")]
+    Unexpected,
     #[error("another guard of the same guest has taken its place")]
     Replaced,
     #[error("{0}")]
     Refused(String),
+    #[error("its session has ended")]
+    Ended,
 }
 
 /// Serves a connection whose preface was read, until it ends.
@@ -56,80 +60,63 @@ pub(in crate::receiver) async fn serve(
 ) {
     let from = accepted.from.clone();
     let mut name = String::new();
-    let end = match serve_until_end(accepted, &links, deadline, &*events, &mut name).await {
-        Ok(never) => match never {},
-        Err(end) => end,
-    };
-    let who = match name.is_empty() {
+    let end = serve_until_end(accepted, &links, deadline, &*events, &mut name).await;
+    let guard = match name.is_empty() {
         true => format!("a guard at {from}"),
         false => format!("the guard of {name} at {from}"),
     };
     events(match end {
-        LinkEnd::Closed | LinkEnd::Broken(_) => Event::Note(format!("{who}: {end}")),
-        end => Event::Warning(format!("{who}: {end}")),
+        // The session's own end was reported.
+        LinkEnd::Ended => return,
+        LinkEnd::Closed | LinkEnd::Broken(_) => Event::Note(format!("{guard}: {end}")),
+        end => Event::Warning(format!("{guard}: {end}")),
     });
 }
 
+/// Serves it, and returns why it ended.
 async fn serve_until_end(
     accepted: Accepted,
     links: &Arc<Links>,
     deadline: Duration,
     events: &Events,
     name: &mut String,
-) -> Result<std::convert::Infallible, LinkEnd> {
+) -> LinkEnd {
+    let Some(place) = links.connected() else {
+        return LinkEnd::Refused("too many guards are connected".to_owned());
+    };
     let origin = accepted.peer.origin;
+    let mut stream = match stream(accepted) {
+        Ok(stream) => stream,
+        Err(error) => return error.into(),
+    };
+    let mut link = Link::new(&mut stream);
+    let end = link.serve(&place, origin, deadline, events, name).await;
+    let Err(end) = end else { return LinkEnd::Ended };
+    if let LinkEnd::Refused(_) | LinkEnd::Replaced = end {
+        let reason = end.to_string();
+        // It may be gone.
+        let _ = tokio::time::timeout(deadline, link.write(&ToGuard::Refused { reason })).await;
+    }
+    end
+}
+
+/// A UNIX socket as well: reading and writing are the same for every family.
+fn stream(accepted: Accepted) -> io::Result<TcpStream> {
     let is_tcp = accepted.is_tcp;
-    // A UNIX socket as well: reading and writing are the same for every family.
     let stream = std::net::TcpStream::from(accepted.socket);
     stream.set_nonblocking(true)?;
     if is_tcp {
         stream.set_nodelay(true)?;
     }
-    let mut stream = TcpStream::from_std(stream)?;
-    let mut link = Link::new(&mut stream);
-    let hello = tokio::time::timeout(deadline, link.read()).await;
-    let (place, guest, hello) = match hello.map_err(|_| LinkEnd::Silent(deadline))?? {
-        ToReceiver::Hello(hello) => match check(&hello, links) {
-            Ok((place, uuid)) => (place, Guest { uuid, origin }, hello),
-            Err(reason) => {
-                link.write(&ToGuard::Refused {
-                    reason: reason.clone(),
-                })
-                .await?;
-                return Err(LinkEnd::Refused(reason));
-            }
-        },
-        other => return Err(LinkEnd::Unexpected(other)),
-    };
-    name.clone_from(&hello.name);
-    link.write(&ToGuard::Welcome {
-        version: LINK_VERSION,
-    })
-    .await?;
-    loop {
-        let bound = link.wait_for_session(&place, guest, &hello).await?;
-        events(Event::Note(format!(
-            "session {} is guarded as {}: its output waits for its commit",
-            bound.session, hello.name
-        )));
-        let served = link.serve_session(&bound, timeout_of(&hello)).await;
-        if served.is_err() && bound.output.detach(bound.link) {
-            events(Event::Warning(format!(
-                "session {}: the link to its guard is lost; checkpoints go on without it, and the guard lets no output go \
-                 until it is back",
-                bound.session
-            )));
-        }
-        served?;
-    }
+    TcpStream::from_std(stream)
 }
 
 fn timeout_of(hello: &Hello) -> Duration {
     Duration::from_millis(hello.timeout_ms.into()).min(TIMEOUT_MAX)
 }
 
-/// Whether a guard is taken: its place, and the UUID of its guest.
-fn check(hello: &Hello, links: &Arc<Links>) -> Result<(LinkPlace, Option<[u8; 16]>), String> {
+/// Whether a guard is taken: the UUID of its guest.
+fn check(hello: &Hello) -> Result<Option<[u8; 16]>, String> {
     if hello.version != LINK_VERSION {
         let version = hello.version;
         return Err(format!(
@@ -141,26 +128,13 @@ fn check(hello: &Hello, links: &Arc<Links>) -> Result<(LinkPlace, Option<[u8; 16
             "the guest's name must have 1 to {NAME_MAX} printable bytes"
         ));
     }
-    let uuid = match &hello.uuid {
-        None => None,
-        Some(text) => Some(parse_uuid(text).ok_or("the guest's UUID must have 32 hexadecimal digits")?),
-    };
-    let place = links.connected().ok_or("too many guards are connected")?;
-    Ok((place, uuid))
-}
-
-/// 32 hexadecimal digits, with or without hyphens.
-fn parse_uuid(text: &str) -> Option<[u8; 16]> {
-    let digits: Vec<u8> = text
-        .chars()
-        .filter(|letter| *letter != '-')
-        .map(|letter| letter.to_digit(16).and_then(|digit| u8::try_from(digit).ok()))
-        .collect::<Option<_>>()?;
-    let (pairs, []) = digits.as_chunks::<2>() else {
-        return None;
-    };
-    let bytes: Vec<u8> = pairs.iter().map(|[high, low]| high << 4 | low).collect();
-    bytes.try_into().ok()
+    match &hello.uuid {
+        None => Ok(None),
+        Some(text) => match parse_uuid(text) {
+            Some(uuid) => Ok(Some(uuid)),
+            None => Err("the guest's UUID must have 36 characters, as QEMU writes it".to_owned()),
+        },
+    }
 }
 
 /// A connection, line by line.
@@ -179,6 +153,41 @@ impl<'a> Link<'a> {
             writer,
             line: Vec::with_capacity(LINE_MAX),
         }
+    }
+
+    /// Serves the guard: it says which guest it guards, and is served while that guest has a session.
+    async fn serve(
+        &mut self,
+        place: &LinkPlace,
+        origin: Origin,
+        deadline: Duration,
+        events: &Events,
+        name: &mut String,
+    ) -> Result<(), LinkEnd> {
+        let hello = tokio::time::timeout(deadline, self.read()).await;
+        let ToReceiver::Hello(hello) = hello.map_err(|_| LinkEnd::Silent(deadline))?? else {
+            return Err(LinkEnd::Unexpected);
+        };
+        let uuid = check(&hello).map_err(LinkEnd::Refused)?;
+        name.clone_from(&hello.name);
+        let version = LINK_VERSION;
+        self.write(&ToGuard::Welcome { version }).await?;
+        let bound = self
+            .wait_for_session(place, Guest { uuid, origin }, &hello)
+            .await?;
+        let session = bound.session;
+        events(Event::Note(format!(
+            "session {session} is guarded as {}: its output waits for its commit",
+            hello.name
+        )));
+        let served = self.serve_session(&bound, timeout_of(&hello)).await;
+        if served.is_err() && bound.output.detach(bound.link) {
+            events(Event::Warning(format!(
+                "session {session}: the link to its guard is lost; checkpoints continue without it, and the guard releases \
+                 no output until it is back"
+            )));
+        }
+        served
     }
 
     /// Reads a message. May be given up at any time, and called again.
@@ -221,7 +230,7 @@ impl<'a> Link<'a> {
                     bound.output.detach(bound.link);
                 }
                 return Err(match read {
-                    Ok(message) => LinkEnd::Unexpected(message),
+                    Ok(_) => LinkEnd::Unexpected,
                     Err(end) => end,
                 });
             }
@@ -264,30 +273,10 @@ impl<'a> Link<'a> {
                 read = self.read() => match read? {
                     ToReceiver::Placed { checkpoint } => bound.output.placed(bound.link, checkpoint)?,
                     ToReceiver::Released { checkpoint } => bound.output.released(bound.link, checkpoint)?,
-                    other @ ToReceiver::Hello(_) => return Err(LinkEnd::Unexpected(other)),
+                    ToReceiver::Hello(_) => return Err(LinkEnd::Unexpected),
                 },
                 () = expired => return Err(LinkEnd::Hangs(timeout)),
             }
-        }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_uuid_is_read_with_and_without_hyphens() {
-        let whole = parse_uuid("00112233-4455-6677-8899-aabbccddeeff").unwrap();
-        assert_eq!(parse_uuid("00112233445566778899AABBCCDDEEFF"), Some(whole));
-        assert_eq!(whole[..3], [0, 0x11, 0x22]);
-        for wrong in [
-            "",
-            "0011",
-            "g0112233445566778899aabbccddeeff",
-            "00112233445566778899aabbccddeeff0",
-        ] {
-            assert_eq!(parse_uuid(wrong), None, "{wrong}");
         }
     }
 }

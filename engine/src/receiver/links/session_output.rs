@@ -76,9 +76,12 @@ impl SessionOutput {
             name: hello.name.clone(),
             linked: true,
         });
-        // The one before, if there is one, sees that it was replaced.
+        let link = LinkNumber(state.link);
+        drop(state);
+        // The one before, if there is one, sees that it was replaced; what the main channel waits for on it, it need not wait for.
         self.changed.notify_waiters();
-        LinkNumber(state.link)
+        self.main.wake();
+        link
     }
 
     /// The link is lost. Whether the session had it still.

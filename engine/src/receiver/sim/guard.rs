@@ -96,7 +96,8 @@ impl SimGuard {
             0 | 1 => Ok(self.guest_sends(stage, state)),
             2 => self.look_out(committed).map(|()| true),
             3 if self.losses.is_some_and(|losses| rng.one_in(losses)) => Ok(self.lose(rng)),
-            4 if self.link.is_none() && rng.one_in(30) => {
+            // One that is there still is replaced.
+            4 if rng.one_in(if self.link.is_none() { 30 } else { 300 }) => {
                 self.connect();
                 Ok(true)
             }

@@ -1,21 +1,19 @@
 //! A gate inside QEMU: its own filter objects, plugged into a running guest over QMP.
 //!
 //! A `filter-buffer` holds what the guest sends on a card. It lets go when its status is set to off, and holds again when it is set to on;
-//! between the two, everything passes, so both are set while the guest is stopped. A `filter-mirror` behind it shows each frame to this
-//! process, which only counts them: so it knows that something waits.
+//! between the two, everything passes, so both are set while the guest is stopped. A `filter-mirror` behind it copies each frame to a
+//! UDP socket of this process, which only counts them: so it knows that something waits. QEMU would wait for the reader of a stream; copies
+//! that do not fit into the UDP socket are lost, and nothing else.
 
 use super::gate::{Counts, GateError, OutputGate};
-use super::relay::take_frames;
 use crate::qmp::{Qmp, QmpError};
 use colo_ring::units::CheckpointId;
 use nix::poll::PollFlags;
 use serde_json::json;
-use std::io::{self, ErrorKind, Read};
+use std::io;
+use std::net::{Ipv4Addr, SocketAddr, UdpSocket};
 use std::os::fd::{AsFd, BorrowedFd};
-use std::os::unix::net::{UnixListener, UnixStream};
-use std::path::Path;
 use std::time::Duration;
-use tempfile::TempDir;
 use thiserror::Error;
 
 /// How long QEMU may take to open or close a filter. The guest is stopped meanwhile.
@@ -24,15 +22,40 @@ const LIMIT: Duration = Duration::from_secs(5);
 /// Microseconds after which the filter lets go by itself: the most that it takes, 71 minutes.
 const INTERVAL_US: u32 = u32::MAX;
 
-/// Bytes that are read at a time.
-const READ_BYTES: usize = 256 << 10;
+/// Bytes before each frame: its length. QEMU sends them as a datagram of their own.
+const LENGTH_BYTES: usize = 4;
+
+/// Datagrams that are read before others have their turn.
+const DATAGRAMS_AT_A_TIME: usize = 1024;
+
+/// Removes every filter that a guard has left in that QEMU: what they hold is released. Returns how many network cards had one.
+///
+/// # Errors
+/// If QEMU does not answer, or refuses.
+pub(crate) fn remove_all(qmp: &mut Qmp) -> Result<usize, QmpError> {
+    let listed = qmp.execute("qom-list", &json!({"path": "/objects"}))?;
+    let names = listed.as_array().into_iter().flatten();
+    let names: Vec<&str> = names.filter_map(|object| object["name"].as_str()).collect();
+    for name in names.iter().filter(|name| name.starts_with(SEEN)) {
+        qmp.execute("object-del", &json!({"id": name}))?;
+        qmp.execute("chardev-remove", &json!({"id": name}))?;
+    }
+    let holds = || names.iter().filter(|name| name.starts_with(HOLD));
+    for name in holds() {
+        qmp.execute("object-del", &json!({"id": name}))?;
+    }
+    Ok(holds().count())
+}
+
+const HOLD: &str = "colo-ring-hold-";
+const SEEN: &str = "colo-ring-seen-";
 
 /// A filter cannot be plugged in.
 #[derive(Debug, Error)]
 pub(super) enum FilterError {
     #[error(transparent)]
     Qmp(#[from] QmpError),
-    #[error("a socket for QEMU's filter-mirror: {0}")]
+    #[error("a UDP socket for QEMU's filter-mirror: {0}")]
     Socket(#[from] io::Error),
 }
 
@@ -42,11 +65,7 @@ pub(super) struct Filter {
     hold: String,
     seen: String,
     qmp: Qmp,
-    listener: UnixListener,
-    _directory: TempDir,
-    mirror: Option<UnixStream>,
-    incoming: Vec<u8>,
-    buffer: Box<[u8]>,
+    mirror: UdpSocket,
     is_holding: bool,
     since_line: u64,
     sent: u64,
@@ -59,20 +78,15 @@ impl Filter {
     /// # Errors
     /// If QEMU refuses, as for a card with vhost or with several queues.
     pub(super) fn plug(qmp: &Qmp, netdev: &str, nic: String, holds: bool) -> Result<Self, FilterError> {
-        let directory = tempfile::Builder::new().prefix("colo-ring-guard-").tempdir()?;
-        let path = directory.path().join("frames");
-        let listener = UnixListener::bind(&path)?;
-        listener.set_nonblocking(true)?;
+        let mirror = UdpSocket::bind((Ipv4Addr::LOCALHOST, 0))?;
+        mirror.set_nonblocking(true)?;
+        let address = mirror.local_addr()?;
         let mut filter = Self {
             nic,
-            hold: format!("colo-ring-hold-{netdev}"),
-            seen: format!("colo-ring-seen-{netdev}"),
+            hold: format!("{HOLD}{netdev}"),
+            seen: format!("{SEEN}{netdev}"),
             qmp: qmp.clone(),
-            listener,
-            _directory: directory,
-            mirror: None,
-            incoming: Vec::new(),
-            buffer: vec![0; READ_BYTES].into_boxed_slice(),
+            mirror,
             is_holding: false,
             since_line: 0,
             sent: 0,
@@ -83,7 +97,7 @@ impl Filter {
             filter.remove_hold();
             filter.add_hold(netdev)?;
         }
-        filter.add_mirror(netdev, &path)?;
+        filter.add_mirror(netdev, address)?;
         Ok(filter)
     }
 
@@ -106,9 +120,10 @@ impl Filter {
         self.qmp.execute("object-add", &hold).map(drop)
     }
 
-    fn add_mirror(&mut self, netdev: &str, path: &Path) -> Result<(), QmpError> {
-        let socket = json!({"addr": {"type": "unix", "data": {"path": path}}, "server": false});
-        let backend = json!({"type": "socket", "data": socket});
+    fn add_mirror(&mut self, netdev: &str, to: SocketAddr) -> Result<(), QmpError> {
+        let inet = json!({"host": to.ip(), "port": to.port().to_string()});
+        let remote = json!({"type": "inet", "data": inet});
+        let backend = json!({"type": "udp", "data": {"remote": remote}});
         let qmp = &mut self.qmp;
         qmp.execute("chardev-add", &json!({"id": self.seen, "backend": backend}))?;
         let seen = json!({
@@ -135,40 +150,44 @@ impl Filter {
     fn set(&mut self, status: &str) -> Result<(), GateError> {
         let arguments = json!({"path": self.object(), "property": "status", "value": status});
         let done = self.qmp.execute_within("qom-set", &arguments, LIMIT);
-        done.map(drop).map_err(|source| GateError::Qmp {
-            nic: self.nic.clone(),
-            source,
-        })
+        done.map(drop).map_err(|source| self.failed(source))
     }
 
-    /// Counts what the mirror has shown.
+    /// Counts what the mirror has copied.
     fn count_frames(&mut self) {
-        while let Ok((socket, _)) = self.listener.accept() {
-            if socket.set_nonblocking(true).is_ok() {
-                self.mirror = Some(socket);
-                self.incoming.clear();
+        let mut length = [0; LENGTH_BYTES + 1];
+        for _ in 0..DATAGRAMS_AT_A_TIME {
+            match self.mirror.recv(&mut length) {
+                // What is longer is cut.
+                Ok(LENGTH_BYTES) => {
+                    self.sent += 1;
+                    self.since_line += u64::from(self.is_holding);
+                }
+                Ok(_) => {}
+                Err(_) => return,
             }
         }
-        let Some(mirror) = &mut self.mirror else { return };
-        let is_open = loop {
-            match mirror.read(&mut self.buffer) {
-                Ok(0) => break false,
-                Ok(count) => self.incoming.extend_from_slice(&self.buffer[..count]),
-                Err(error) if error.kind() == ErrorKind::Interrupted => {}
-                Err(error) => break error.kind() == ErrorKind::WouldBlock,
-            }
-            let mut frames = 0;
-            let Some(taken) = take_frames(&self.incoming, |_| frames += 1) else {
-                break false;
-            };
-            self.incoming.drain(..taken);
-            self.sent += frames;
-            if self.is_holding {
-                self.since_line += frames;
-            }
-        };
-        if !is_open {
-            self.mirror = None;
+    }
+
+    /// Releases what the filter holds, and holds again.
+    fn release(&mut self) -> Result<(), GateError> {
+        let status = self.qmp.execute_within("query-status", &json!({}), LIMIT);
+        let status = status.map_err(|source| self.failed(source))?;
+        if status["running"] == true {
+            // The receiver has given this guard up: what the guest sends now is not committed.
+            return Err(GateError::Runs(self.nic.clone()));
+        }
+        self.is_holding = false;
+        self.set("off")?;
+        self.set("on")?;
+        self.is_holding = true;
+        Ok(())
+    }
+
+    fn failed(&self, source: QmpError) -> GateError {
+        GateError::Qmp {
+            nic: self.nic.clone(),
+            source,
         }
     }
 }
@@ -183,14 +202,12 @@ impl OutputGate for Filter {
     }
 
     fn wait_for<'a>(&'a self, fds: &mut Vec<(BorrowedFd<'a>, PollFlags)>) {
-        fds.push((self.listener.as_fd(), PollFlags::POLLIN));
-        if let Some(mirror) = &self.mirror {
-            fds.push((mirror.as_fd(), PollFlags::POLLIN));
-        }
+        fds.push((self.mirror.as_fd(), PollFlags::POLLIN));
     }
 
-    fn go_on(&mut self) {
+    fn go_on(&mut self) -> Result<(), GateError> {
         self.count_frames();
+        Ok(())
     }
 
     fn place(&mut self, _: CheckpointId) -> Result<(), GateError> {
@@ -206,20 +223,18 @@ impl OutputGate for Filter {
 
     fn committed(&mut self, checkpoint: CheckpointId) -> Result<(), GateError> {
         // It holds since the first line, behind which there is nothing yet.
-        if checkpoint > CheckpointId(0) && self.is_holding {
-            self.set("off")?;
-            self.set("on")?;
+        match checkpoint > CheckpointId(0) && self.is_holding {
+            true => self.release(),
+            false => Ok(()),
         }
-        Ok(())
     }
 
     fn forget_barriers(&mut self) {}
 
     fn open(&mut self) -> Result<(), GateError> {
-        self.set("off")?;
         self.is_holding = false;
         self.since_line = 0;
-        Ok(())
+        self.set("off")
     }
 
     fn releases_in_pause(&self) -> bool {

@@ -4,6 +4,7 @@ use crate::qmp::QmpError;
 use colo_ring::units::CheckpointId;
 use nix::poll::PollFlags;
 use serde::Serialize;
+use std::io;
 use std::os::fd::BorrowedFd;
 use thiserror::Error;
 
@@ -11,7 +12,11 @@ use thiserror::Error;
 #[derive(Debug, Error)]
 pub(super) enum GateError {
     #[error("{nic}: {source}")]
+    Io { nic: String, source: io::Error },
+    #[error("{nic}: {source}")]
     Qmp { nic: String, source: QmpError },
+    #[error("{0}: the guest runs already, so its output stays held")]
+    Runs(String),
 }
 
 /// What passes a gate.
@@ -39,7 +44,10 @@ pub(super) trait OutputGate: Send {
     fn wait_for<'a>(&'a self, fds: &mut Vec<(BorrowedFd<'a>, PollFlags)>);
 
     /// Takes what has arrived on any of them. Never blocks.
-    fn go_on(&mut self);
+    ///
+    /// # Errors
+    /// If the card can no longer be reached.
+    fn go_on(&mut self) -> Result<(), GateError>;
 
     /// The guest is stopped: draws the line of a checkpoint behind everything that it has sent.
     ///

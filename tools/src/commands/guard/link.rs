@@ -1,6 +1,5 @@
 //! The guard's end of the link to a receiver: messages as lines ([`colo_ring::link`]).
 
-use super::gate::GateError;
 use crate::net::{Address, ConnectError, Socket};
 use colo_ring::link::{Hello, LINE_MAX, LINK_VERSION, PREFACE, ToGuard, ToReceiver};
 use colo_ring::net::HostWatch;
@@ -27,11 +26,6 @@ pub(super) enum LinkError {
     Broken(#[from] io::Error),
     #[error("the receiver closed the link")]
     Closed,
-    #[error("session {session} has ended: {reason}")]
-    SessionEnded { session: u32, reason: String },
-    /// The link is of no use to a guard that cannot do what is asked over it.
-    #[error(transparent)]
-    Gate(#[from] GateError),
     #[error("the receiver does not take this guard: {0}")]
     Refused(String),
     #[error("the receiver at {0} does not answer as one with guards does; is it of an older version?")]

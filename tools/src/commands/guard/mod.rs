@@ -1,6 +1,7 @@
 //! `colo-ring guard`: stays beside a primary, holds its output until it is committed, and protects it again when a receiver was lost.
 
-mod filter;
+mod dry_run;
+pub(super) mod filter;
 mod gate;
 mod gates;
 mod link;
@@ -23,7 +24,8 @@ use resident::Guard;
 use serde::Serialize;
 use std::path::PathBuf;
 use std::process::ExitCode;
-use std::sync::mpsc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, mpsc};
 
 /// Options of `colo-ring guard`.
 #[derive(Debug, Args)]
@@ -52,7 +54,7 @@ pub struct GuardArgs {
     #[arg(long, value_enum, default_value_t = Switch::On)]
     output_checkpoints: Switch,
 
-    /// Most of its time that the guest may be stopped for checkpoints, above 0 and below 1: 0.5 halves its speed at worst
+    /// Most of its time that the guest may be stopped for checkpoints, 0.01 to 0.99: 0.5 halves its speed at worst
     #[arg(long, value_name = "SHARE", default_value_t = 0.5, value_parser = share)]
     pause_share: f64,
 
@@ -113,10 +115,33 @@ enum GuardEvent {
     End,
 }
 
-impl From<PathEvent> for GuardEvent {
-    fn from(event: PathEvent) -> Self {
-        Self::Path(event)
+/// Sends events to the guard.
+#[derive(Clone)]
+struct EventSender {
+    events: mpsc::Sender<GuardEvent>,
+    /// Interrupts a first copy.
+    wish: mpsc::Sender<()>,
+}
+
+impl EventSender {
+    fn send(&self, event: GuardEvent) {
+        use GuardEvent::{Path, Resumed, Stopped};
+        use PathEvent::{Bound, OutputWaits};
+        let is_usual = matches!(event, Path(Bound { .. } | OutputWaits) | Stopped(_) | Resumed(_));
+        // A guard that has ended needs neither.
+        let _ = self.events.send(event);
+        if !is_usual {
+            let _ = self.wish.send(());
+        }
     }
+}
+
+/// What reaches the guard.
+struct Channels {
+    sender: EventSender,
+    events: mpsc::Receiver<GuardEvent>,
+    wished: mpsc::Receiver<()>,
+    is_ending: Arc<AtomicBool>,
 }
 
 /// Guards the guest until it is told to end, or its QEMU ends.
@@ -124,19 +149,25 @@ impl From<PathEvent> for GuardEvent {
 /// # Errors
 /// If QEMU cannot be reached or what is asked for cannot be done with it. A receiver that is not there is waited for.
 pub fn run(args: &GuardArgs) -> Result<ExitCode, CommandError> {
-    let (sender, events) = mpsc::channel();
-    let (wish, wished) = mpsc::channel();
-    let of_signals = sender.clone();
-    signals::on_end(move || {
-        // Whatever the guard does at the moment; one that has ended needs neither.
-        let _ = of_signals.send(GuardEvent::End);
-        let _ = wish.send(());
-    })?;
-    let mut guard = Guard::start(args, sender, events, wished)?;
-    match args.dry_run {
-        true => guard.show_plan(),
-        false => guard.run(),
+    if args.dry_run {
+        return dry_run::run(args);
     }
+    let (events, received) = mpsc::channel();
+    let (wish, wished) = mpsc::channel();
+    let sender = EventSender { events, wish };
+    let is_ending = Arc::new(AtomicBool::new(false));
+    let (of_signals, ends) = (sender.clone(), is_ending.clone());
+    signals::on_end(move || {
+        ends.store(true, Ordering::Relaxed);
+        of_signals.send(GuardEvent::End);
+    })?;
+    let channels = Channels {
+        sender,
+        events: received,
+        wished,
+        is_ending,
+    };
+    Guard::start(args, channels)?.run()
 }
 
 fn guest_name(text: &str) -> Result<String, String> {
@@ -148,7 +179,7 @@ fn guest_name(text: &str) -> Result<String, String> {
 
 fn share(text: &str) -> Result<f64, String> {
     match text.parse() {
-        Ok(share) if share > 0.0 && share < 1.0 => Ok(share),
-        _ => Err("write a number above 0 and below 1, like 0.2".to_owned()),
+        Ok(share) if (0.01..=0.99).contains(&share) => Ok(share),
+        _ => Err("write a number from 0.01 to 0.99, like 0.2".to_owned()),
     }
 }

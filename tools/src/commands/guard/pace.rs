@@ -5,6 +5,9 @@ use std::time::{Duration, Instant};
 /// Pause that may be spent at once after a quiet time, however small the share is.
 const CREDIT_MAX: Duration = Duration::from_millis(100);
 
+/// Pause that is owed at most.
+const DEBT_MAX: Duration = Duration::from_secs(1);
+
 /// The weight of a new pause in the average.
 const NEWEST: f64 = 0.2;
 
@@ -43,7 +46,7 @@ impl Pace {
     pub(super) fn paused(&mut self, pause: Duration, now: Instant) {
         self.refill(now);
         let pause_s = pause.as_secs_f64();
-        self.credit_s -= pause_s;
+        self.credit_s = (self.credit_s - pause_s).max(-DEBT_MAX.as_secs_f64());
         let average = self.pause_s.unwrap_or(pause_s);
         self.pause_s = Some(average + NEWEST * (pause_s - average));
     }

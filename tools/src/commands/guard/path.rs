@@ -1,6 +1,6 @@
 //! The thread in the way of the guest's output: it drives the gates and the link, so that no other work delays a barrier.
 
-use super::gate::{Counts, OutputGate};
+use super::gate::{Counts, GateError, OutputGate};
 use super::link::{Link, LinkError};
 use colo_ring::link::{ToGuard, ToReceiver};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
@@ -16,17 +16,21 @@ use std::sync::{Arc, Mutex, PoisonError, mpsc};
 pub(super) enum PathEvent {
     /// The link belongs to that session of the receiver.
     Bound { session: u32 },
-    /// The link is over, or the session that it belonged to.
+    /// The link is lost. The session that it belonged to may be there still.
     LinkLost(String),
+    /// The receiver has ended the session, or does not take this guard.
+    SessionLost(String),
     /// Output waits for a checkpoint that has not begun. Comes once, until [`OutputPath::take_waiting`].
     OutputWaits,
-    /// A gate does not do what it is told.
+    /// A gate has failed: it holds what it has, and the link was closed.
     GateFailed(String),
 }
 
 enum Command {
     Link(Link),
-    /// Let everything go, and everything pass.
+    /// The protection is over.
+    Unlink,
+    /// Release everything, and let everything pass.
     Open,
     End,
 }
@@ -64,10 +68,10 @@ impl OutputPath {
     ///
     /// # Errors
     /// If there is no descriptor or no thread for it.
-    pub(super) fn start<E>(gates: Vec<Box<dyn OutputGate>>, events: mpsc::Sender<E>) -> io::Result<Self>
-    where
-        E: From<PathEvent> + Send + 'static,
-    {
+    pub(super) fn start(
+        gates: Vec<Box<dyn OutputGate>>,
+        report: impl Fn(PathEvent) + Send + 'static,
+    ) -> io::Result<Self> {
         let flags = EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK;
         let wake = Arc::new(EventFd::from_value_and_flags(0, flags)?);
         let shown = Arc::new(Shown::default());
@@ -78,10 +82,7 @@ impl OutputPath {
             commands: received,
             wake: wake.clone(),
             shown: shown.clone(),
-            report: Box::new(move |event| {
-                // The guard ends this thread when it ends.
-                let _ = events.send(event.into());
-            }),
+            report: Box::new(report),
         };
         own.show();
         let thread = std::thread::Builder::new().name("guard-output".to_owned());
@@ -99,7 +100,12 @@ impl OutputPath {
         self.command(Command::Link(link));
     }
 
-    /// The guest is not protected: lets everything go, and everything pass.
+    /// The protection is over, and the output stays held.
+    pub(super) fn unlink(&self) {
+        self.command(Command::Unlink);
+    }
+
+    /// The protection is over: releases everything, and lets everything pass.
     pub(super) fn open(&self) {
         self.command(Command::Open);
     }
@@ -156,20 +162,27 @@ impl PathThread {
             while let Ok(command) = self.commands.try_recv() {
                 match command {
                     Command::Link(link) => {
-                        self.forget_barriers();
+                        self.drop_link();
                         self.link = Some(link);
+                        // What came with the welcome.
+                        self.read_link(false);
                     }
-                    Command::Open => self.open(),
+                    Command::Unlink => self.drop_link(),
+                    Command::Open => {
+                        // No barrier that is on its way closes a gate again.
+                        self.drop_link();
+                        self.open();
+                    }
                     Command::End => return,
                 }
             }
             let (is_link_ready, ready) = self.wait();
             if is_link_ready {
-                self.read_link();
+                self.read_link(true);
             }
-            for (gate, is_ready) in self.gates.iter_mut().zip(ready) {
-                if is_ready {
-                    gate.go_on();
+            for (number, is_ready) in ready.into_iter().enumerate() {
+                if is_ready && let Err(error) = self.gates[number].go_on() {
+                    self.gate_failed(&error);
                 }
             }
             self.show();
@@ -203,47 +216,68 @@ impl PathThread {
         (self.link.is_some() && is_ready(&polled[link]), ready)
     }
 
-    fn read_link(&mut self) {
+    /// Carries out what has arrived; with `fill`, after reading what the socket has.
+    fn read_link(&mut self, fill: bool) {
         let Some(mut link) = self.link.take() else { return };
-        let read = link.fill().and_then(|()| {
-            while let Some(message) = link.next_message()? {
-                self.carry_out(message, &mut link)?;
-            }
-            Ok(())
-        });
-        match read {
+        let filled = if fill { link.fill() } else { Ok(()) };
+        // Lines that came before the end count.
+        let done = self.carry_out_all(&mut link);
+        match done.and(filled.map_err(|error| PathEvent::LinkLost(error.to_string()))) {
             Ok(()) => self.link = Some(link),
-            Err(error) => self.lost(error.to_string()),
+            Err(event) => {
+                self.forget_barriers();
+                (self.report)(event);
+            }
         }
     }
 
-    /// Does what the receiver asks for.
-    fn carry_out(&mut self, message: ToGuard, link: &mut Link) -> Result<(), LinkError> {
-        match message {
-            ToGuard::Bound { session } => (self.report)(PathEvent::Bound { session }),
-            ToGuard::Barrier { checkpoint } => {
-                let mut gates = self.gates.iter_mut();
-                gates.try_for_each(|gate| gate.place(checkpoint))?;
-                link.send(&ToReceiver::Placed { checkpoint })?;
-            }
-            ToGuard::Committed { checkpoint } => {
-                let mut gates = self.gates.iter_mut();
-                gates.try_for_each(|gate| gate.committed(checkpoint))?;
-                if self.gates.iter().any(|gate| gate.releases_in_pause()) {
-                    link.send(&ToReceiver::Released { checkpoint })?;
-                }
-            }
-            ToGuard::Ended { session, reason } => return Err(LinkError::SessionEnded { session, reason }),
-            ToGuard::Refused { reason } => return Err(LinkError::Refused(reason)),
-            ToGuard::Welcome { .. } => {}
+    /// Does what the receiver asks for. The error ends the link.
+    fn carry_out_all(&mut self, link: &mut Link) -> Result<(), PathEvent> {
+        let lost = |error: LinkError| PathEvent::LinkLost(error.to_string());
+        while let Some(message) = link.next_message().map_err(lost)? {
+            let answer = self.carry_out(message)?;
+            answer.map_or(Ok(()), |answer| link.send(&answer)).map_err(lost)?;
         }
         Ok(())
     }
 
-    fn lost(&mut self, reason: String) {
+    fn carry_out(&mut self, message: ToGuard) -> Result<Option<ToReceiver>, PathEvent> {
+        let failed = |error: GateError| PathEvent::GateFailed(error.to_string());
+        let mut gates = self.gates.iter_mut();
+        match message {
+            ToGuard::Bound { session } => (self.report)(PathEvent::Bound { session }),
+            ToGuard::Barrier { checkpoint } => {
+                gates
+                    .try_for_each(|gate| gate.place(checkpoint))
+                    .map_err(failed)?;
+                return Ok(Some(ToReceiver::Placed { checkpoint }));
+            }
+            ToGuard::Committed { checkpoint } => {
+                gates
+                    .try_for_each(|gate| gate.committed(checkpoint))
+                    .map_err(failed)?;
+                let is_awaited = self.gates.iter().any(|gate| gate.releases_in_pause());
+                return Ok(is_awaited.then_some(ToReceiver::Released { checkpoint }));
+            }
+            ToGuard::Ended { session, reason } => {
+                return Err(PathEvent::SessionLost(format!(
+                    "session {session} has ended: {reason}"
+                )));
+            }
+            ToGuard::Refused { reason } => return Err(PathEvent::SessionLost(reason)),
+            ToGuard::Welcome { .. } => {}
+        }
+        Ok(None)
+    }
+
+    fn gate_failed(&mut self, error: &GateError) {
+        self.drop_link();
+        (self.report)(PathEvent::GateFailed(error.to_string()));
+    }
+
+    fn drop_link(&mut self) {
         self.link = None;
         self.forget_barriers();
-        (self.report)(PathEvent::LinkLost(reason));
     }
 
     fn forget_barriers(&mut self) {

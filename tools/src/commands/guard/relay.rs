@@ -20,6 +20,12 @@ const FRAME_MAX: usize = 128 << 10;
 /// Bytes of frames that are held at most. A guest that sends more between two checkpoints loses some, as on a full queue.
 const HELD_MAX: u64 = 64 << 20;
 
+/// What a frame costs beside its bytes.
+const FRAME_COST: usize = 64;
+
+/// Reads from QEMU before others have their turn.
+const READS_AT_A_TIME: usize = 16;
+
 /// Bytes that are read from QEMU at a time.
 const READ_BYTES: usize = 256 << 10;
 
@@ -100,10 +106,15 @@ impl Relay {
         }
     }
 
-    /// Takes everything that QEMU has written.
-    fn read_card(&mut self) {
+    /// Takes what QEMU has written, in at most so many reads.
+    fn read_card(&mut self, reads_max: usize) {
         let Some(card) = &mut self.card else { return };
+        let mut reads = 0;
         let is_open = loop {
+            if reads == reads_max {
+                break true;
+            }
+            reads += 1;
             match card.socket.read(&mut self.buffer) {
                 Ok(0) => break false,
                 Ok(count) => card.incoming.extend_from_slice(&self.buffer[..count]),
@@ -116,7 +127,7 @@ impl Relay {
                     bytes: bytes.into(),
                     at: Instant::now(),
                 };
-                if self.held.push(frame, bytes.len()) && self.held.is_holding() {
+                if self.held.push(frame, bytes.len() + FRAME_COST) && self.held.is_holding() {
                     self.since_line += 1;
                 }
             }) else {
@@ -130,14 +141,15 @@ impl Relay {
     }
 
     /// Gives the tap what may leave.
-    fn let_go(&mut self) {
+    fn release(&mut self) -> Result<(), GateError> {
         self.is_tap_full = false;
         while let Some(frame) = self.held.front() {
             match self.tap.write(&frame.bytes) {
                 Err(error) if error.kind() == ErrorKind::WouldBlock => {
                     self.is_tap_full = true;
-                    return;
+                    return Ok(());
                 }
+                Err(error) if is_gone(&error) => return Err(self.failed(error)),
                 // A device that is down loses frames, as a cable that is not plugged in.
                 Ok(()) | Err(_) => {}
             }
@@ -149,16 +161,20 @@ impl Relay {
                 self.hold_times_us.push(held_us.unwrap_or(u64::MAX));
             }
         }
+        Ok(())
     }
 
     /// Passes on what comes for the guest.
-    fn read_tap(&mut self) {
+    fn read_tap(&mut self) -> Result<(), GateError> {
         for _ in 0..FRAMES_AT_A_TIME {
             if !self.write_card() {
-                return;
+                return Ok(());
             }
-            let Ok(count) = self.tap.read(&mut self.buffer) else {
-                return;
+            let count = match self.tap.read(&mut self.buffer) {
+                Ok(count) => count,
+                Err(error) if is_gone(&error) => return Err(self.failed(error)),
+                // Nothing is there, or the device is down.
+                Err(_) => return Ok(()),
             };
             // Without a card nobody takes it.
             let (Some(card), Ok(length)) = (&mut self.card, u32::try_from(count)) else {
@@ -168,6 +184,14 @@ impl Relay {
             card.outgoing.extend_from_slice(&self.buffer[..count]);
         }
         self.write_card();
+        Ok(())
+    }
+
+    fn failed(&self, source: io::Error) -> GateError {
+        GateError::Io {
+            nic: self.nic.clone(),
+            source,
+        }
     }
 
     /// Writes what is left for QEMU. Whether nothing is.
@@ -188,8 +212,13 @@ impl Relay {
     }
 }
 
+/// Whether the tap device was deleted.
+fn is_gone(error: &io::Error) -> bool {
+    error.raw_os_error() == Some(nix::libc::EBADFD)
+}
+
 /// Gives `take` every whole frame, and returns how many bytes they had; none if a length is no frame's.
-pub(super) fn take_frames(bytes: &[u8], mut take: impl FnMut(&[u8])) -> Option<usize> {
+fn take_frames(bytes: &[u8], mut take: impl FnMut(&[u8])) -> Option<usize> {
     let mut taken = 0;
     while let Some((length, rest)) = bytes[taken..].split_first_chunk::<4>() {
         let length = usize::try_from(u32::from_be_bytes(*length)).ok()?;
@@ -232,16 +261,16 @@ impl OutputGate for Relay {
         fds.push((self.tap.as_fd(), tap));
     }
 
-    fn go_on(&mut self) {
+    fn go_on(&mut self) -> Result<(), GateError> {
         self.accept();
-        self.read_card();
-        self.let_go();
-        self.read_tap();
+        self.read_card(READS_AT_A_TIME);
+        self.release()?;
+        self.read_tap()
     }
 
     fn place(&mut self, checkpoint: CheckpointId) -> Result<(), GateError> {
-        // The guest is stopped: what it has sent is in the socket, whole.
-        self.read_card();
+        // The guest is stopped: what it has sent is in the socket. A frame of which QEMU holds a part belongs behind the line.
+        self.read_card(usize::MAX);
         self.held.place(checkpoint);
         self.since_line = 0;
         Ok(())
@@ -249,8 +278,7 @@ impl OutputGate for Relay {
 
     fn committed(&mut self, checkpoint: CheckpointId) -> Result<(), GateError> {
         self.held.committed(checkpoint);
-        self.let_go();
-        Ok(())
+        self.release()
     }
 
     fn forget_barriers(&mut self) {
@@ -260,8 +288,7 @@ impl OutputGate for Relay {
     fn open(&mut self) -> Result<(), GateError> {
         self.held.open();
         self.since_line = 0;
-        self.let_go();
-        Ok(())
+        self.release()
     }
 
     fn releases_in_pause(&self) -> bool {

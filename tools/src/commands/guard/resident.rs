@@ -5,17 +5,19 @@ use super::link::{Link, LinkError};
 use super::pace::Pace;
 use super::path::{OutputPath, PathEvent};
 use super::report::{GuardReport, GuardState, Measurements, Shown};
-use super::{GuardArgs, GuardEvent, OnReceiverLost};
+use super::{Channels, GuardArgs, GuardEvent, OnReceiverLost};
 use crate::commands::protect::Beginning;
 use crate::commands::unprotect::{end_migration, status_of};
 use crate::guest_disks::{Mirrors, remove_all, running_mirrors};
 use crate::options::Switch;
-use crate::output::{CommandError, print, tell};
+use crate::output::{CommandError, tell};
 use crate::qmp::{Event, Qmp, QmpError};
 use colo_ring::link::{Hello, LINK_VERSION};
 use serde_json::json;
 use std::process::ExitCode;
-use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{Receiver, RecvTimeoutError};
 use std::time::{Duration, Instant};
 
 /// How long QEMU's monitor may take to be there.
@@ -24,8 +26,14 @@ const CONNECT_LIMIT: Duration = Duration::from_secs(5);
 /// How long QEMU may take to leave COLO, when its receiver is lost, before its connections are cut.
 const PATIENCE: Duration = Duration::from_millis(200);
 
-/// How long it may take to start a checkpoint that is asked for. While pages are sent, it answers nothing.
-const ASK_LIMIT: Duration = Duration::from_secs(30);
+/// How long it is waited for to take a parameter. While pages are sent, it answers nothing, and takes it later.
+const ASK_LIMIT: Duration = Duration::from_millis(500);
+
+/// How long a guest may be stopped for a checkpoint, beyond the time that the receiver waits for the guard: then the receiver hangs.
+const STOPPED_MAX: Duration = Duration::from_secs(30);
+
+/// By which part the interval must have changed before QEMU is told.
+const INTERVAL_CHANGE: f64 = 0.2;
 
 /// How long the receiver may take to bind the link to the session that it protects.
 const BIND_LIMIT: Duration = Duration::from_secs(5);
@@ -70,8 +78,17 @@ pub(super) struct Guard<'a> {
     measurements: Measurements,
     shown: Shown,
     unprotected_since: Instant,
-    /// QEMU's clock when the guest was stopped, while it is.
-    stopped_at_us: Option<u64>,
+    /// When the guest was stopped, here and by QEMU's clock, while it is.
+    stopped: Option<(Instant, u64)>,
+    /// The interval that QEMU has.
+    interval: Duration,
+    /// The guest is protected: its stops are checkpoints.
+    is_protected: bool,
+    /// This guard has stopped the guest, since its receiver was lost.
+    has_stopped: bool,
+    /// The receiver's number of the session.
+    session: Option<u32>,
+    is_ending: Arc<AtomicBool>,
     /// A checkpoint was asked for and has not begun.
     is_asked: bool,
     output_waits: bool,
@@ -86,12 +103,13 @@ impl<'a> Guard<'a> {
     ///
     /// # Errors
     /// If QEMU cannot be reached, or the output of a card cannot be held.
-    pub(super) fn start(
-        args: &'a GuardArgs,
-        sender: Sender<GuardEvent>,
-        events: Receiver<GuardEvent>,
-        wished: Receiver<()>,
-    ) -> Result<Self, CommandError> {
+    pub(super) fn start(args: &'a GuardArgs, channels: Channels) -> Result<Self, CommandError> {
+        let Channels {
+            sender,
+            events,
+            wished,
+            is_ending,
+        } = channels;
         let mut qmp = Qmp::connect(&args.primary.qmp, CONNECT_LIMIT).map_err(CommandError::failed)?;
         let uuid = qmp
             .execute("query-uuid", &json!({}))
@@ -104,15 +122,13 @@ impl<'a> Guard<'a> {
             .map_err(CommandError::failed)?;
         // Protected by a guard that has ended, or by `protect`.
         let is_found = status_of(&migration) == "colo";
-        let gates = match args.dry_run {
-            true => Vec::new(),
-            false => gates::make(args, &mut qmp, is_found).map_err(CommandError::failed)?,
-        };
+        let gates = gates::make(args, &mut qmp, is_found).map_err(CommandError::failed)?;
         let releases_in_pause = gates.iter().any(|gate| gate.releases_in_pause());
-        let path = OutputPath::start(gates, sender.clone()).map_err(CommandError::failed)?;
+        let of_path = sender.clone();
+        let path = OutputPath::start(gates, move |event| of_path.send(GuardEvent::Path(event)));
+        let path = path.map_err(CommandError::failed)?;
         qmp.watch_events(EVENTS, move |event| {
-            // The guard may have ended.
-            let _ = sender.send(event.as_ref().map_or(GuardEvent::QemuEnded, GuardEvent::of));
+            sender.send(event.as_ref().map_or(GuardEvent::QemuEnded, GuardEvent::of));
         });
         let now = Instant::now();
         Ok(Self {
@@ -131,43 +147,17 @@ impl<'a> Guard<'a> {
             measurements: Measurements::new(args).map_err(CommandError::failed)?,
             shown: Shown::start(GuardReport::new(args), args.control.as_ref())?,
             unprotected_since: now,
-            stopped_at_us: None,
+            stopped: None,
+            interval: Duration::from_millis(args.interval_max.into()),
+            is_protected: false,
+            has_stopped: false,
+            session: None,
+            is_ending,
             is_asked: false,
             output_waits: false,
             is_found,
             told: String::new(),
         })
-    }
-
-    /// Says how the guest would be protected.
-    ///
-    /// # Errors
-    /// If it could not be.
-    pub(super) fn show_plan(&mut self) -> Result<ExitCode, CommandError> {
-        let mut lines = gates::describe(self.args, &mut self.qmp).map_err(CommandError::failed)?;
-        let rate = self.dirty_rate().map_err(CommandError::failed)?;
-        lines.push(match rate {
-            Some(mebibytes) => format!("the guest dirties {mebibytes} MiB of memory a second"),
-            None => "QEMU cannot measure how much memory the guest dirties".to_owned(),
-        });
-        print(&(lines.join("\n") + "\n"))?;
-        Ok(ExitCode::SUCCESS)
-    }
-
-    /// MiB that the guest dirties in a second, as QEMU measures it.
-    fn dirty_rate(&mut self) -> Result<Option<u64>, QmpError> {
-        match self.qmp.execute("calc-dirty-rate", &json!({"calc-time": 1})) {
-            Ok(_) => {}
-            Err(QmpError::Refused { .. }) => return Ok(None),
-            Err(error) => return Err(error),
-        }
-        loop {
-            std::thread::sleep(Duration::from_millis(200));
-            let rate = self.qmp.execute("query-dirty-rate", &json!({}))?;
-            if rate["status"] != "measuring" {
-                return Ok(rate["dirty-rate"].as_u64());
-            }
-        }
     }
 
     /// Protects the guest for as long as QEMU runs.
@@ -187,8 +177,8 @@ impl<'a> Guard<'a> {
                     self.watch(&mirrors)
                 }
                 Err(wrong @ CommandError::Usage(_)) => return Err(wrong),
-                Err(_) if self.wished.try_recv().is_ok() => End::Asked,
-                Err(error) => End::Lost(error.to_string()),
+                Err(_) if self.is_ending() => End::Asked,
+                Err(error) => self.why_not(&error),
             };
             match self.end(end)? {
                 Some(code) => return Ok(code),
@@ -201,6 +191,26 @@ impl<'a> Guard<'a> {
         }
     }
 
+    fn is_ending(&self) -> bool {
+        self.is_ending.load(Ordering::Relaxed)
+    }
+
+    /// Why the first copy has failed: it was interrupted, where the receiver or QEMU was lost.
+    fn why_not(&mut self, error: &CommandError) -> End {
+        let mut reason = error.to_string();
+        while let Ok(event) = self.events.try_recv() {
+            match event {
+                GuardEvent::QemuEnded => return closed(),
+                GuardEvent::LeftColo(said)
+                | GuardEvent::Path(
+                    PathEvent::LinkLost(said) | PathEvent::SessionLost(said) | PathEvent::GateFailed(said),
+                ) => reason = said,
+                other => self.note(&other),
+            }
+        }
+        End::Lost(reason)
+    }
+
     /// Puts the guest under protection.
     fn protect(&mut self) -> Result<DiskMirrors, CommandError> {
         self.forget_events();
@@ -211,7 +221,6 @@ impl<'a> Guard<'a> {
             primary: &self.args.primary,
             xbzrle: false,
             interval_ms: self.args.interval_max,
-            sends_uuid: true,
             wait: None,
             shows: true,
         };
@@ -226,11 +235,14 @@ impl<'a> Guard<'a> {
         self.path.set_link(link);
         let mirrors = running_mirrors(&mut self.qmp).map_err(CommandError::failed)?;
         self.mark_protected()?;
+        // What was held while there was no guard leaves with the next checkpoint.
+        self.tell_interval()?;
         Ok(DiskMirrors::Found(mirrors))
     }
 
     fn mark_protected(&mut self) -> Result<(), CommandError> {
         let session = self.wait_for_session()?;
+        (self.session, self.is_protected, self.has_stopped) = (Some(session), true, false);
         self.told.clear();
         self.shown.change(|report| {
             report.state = GuardState::Protected;
@@ -263,9 +275,14 @@ impl<'a> Guard<'a> {
             let left = deadline.saturating_duration_since(Instant::now());
             match self.events.recv_timeout(left) {
                 Ok(GuardEvent::Path(PathEvent::Bound { session })) => return Ok(session),
-                Ok(GuardEvent::Path(PathEvent::LinkLost(reason)) | GuardEvent::LeftColo(reason)) => {
-                    return Err(CommandError::Failed(reason));
-                }
+                Ok(
+                    GuardEvent::LeftColo(reason)
+                    | GuardEvent::Path(
+                        PathEvent::LinkLost(reason)
+                        | PathEvent::SessionLost(reason)
+                        | PathEvent::GateFailed(reason),
+                    ),
+                ) => return Err(CommandError::Failed(reason)),
                 Ok(GuardEvent::QemuEnded) => return Err(CommandError::Failed("QEMU has ended".to_owned())),
                 Ok(GuardEvent::End) => return Err(CommandError::Failed("interrupted".to_owned())),
                 Ok(event) => self.note(&event),
@@ -284,6 +301,7 @@ impl<'a> Guard<'a> {
         while let Ok(event) = self.events.try_recv() {
             self.note(&event);
         }
+        while self.wished.try_recv().is_ok() {}
         self.is_asked = false;
     }
 
@@ -292,6 +310,17 @@ impl<'a> Guard<'a> {
         let mut looked = Instant::now();
         loop {
             let now = Instant::now();
+            if self.is_ending() {
+                return End::Asked;
+            }
+            if let Some((since, _)) = self.stopped
+                && now - since > STOPPED_MAX + Duration::from_millis(self.args.guard_timeout.into())
+            {
+                return End::Lost(format!(
+                    "the guest has been stopped for a checkpoint for {:?}",
+                    now - since
+                ));
+            }
             if let Err(end) = self.ask_if_output_waits(now) {
                 return end;
             }
@@ -301,7 +330,7 @@ impl<'a> Guard<'a> {
                     return end;
                 }
             }
-            let patience = match self.output_waits && !self.is_asked && self.stopped_at_us.is_none() {
+            let patience = match self.output_waits && !self.is_asked && self.stopped.is_none() {
                 true => self.pace.wait(now).min(LOOK),
                 false => LOOK,
             };
@@ -312,6 +341,9 @@ impl<'a> Guard<'a> {
                     Err(_) if self.qmp.is_closed() => return closed(),
                     Err(_) => return End::Lost(reason),
                 },
+                Ok(GuardEvent::Path(PathEvent::SessionLost(reason) | PathEvent::GateFailed(reason))) => {
+                    return End::Lost(reason);
+                }
                 Ok(GuardEvent::LeftColo(reason)) => return End::Lost(format!("QEMU left COLO ({reason})")),
                 Ok(GuardEvent::QemuEnded) => return closed(),
                 Ok(GuardEvent::End) => return End::Asked,
@@ -328,16 +360,18 @@ impl<'a> Guard<'a> {
         }
         let link = self.connect().map_err(CommandError::failed)?;
         self.path.set_link(link);
-        self.wait_for_session().map(drop)
+        match Some(self.wait_for_session()?) == self.session {
+            true => Ok(()),
+            // Its commits are not this guest's.
+            false => Err(CommandError::Failed(
+                "the receiver has another session of this guest".to_owned(),
+            )),
+        }
     }
 
     /// Asks for a checkpoint, if output waits for one and the pace allows it.
     fn ask_if_output_waits(&mut self, now: Instant) -> Result<(), End> {
-        if self.stopped_at_us.is_some()
-            || self.is_asked
-            || !self.output_waits
-            || !self.pace.wait(now).is_zero()
-        {
+        if self.stopped.is_some() || self.is_asked || !self.output_waits || !self.pace.wait(now).is_zero() {
             return Ok(());
         }
         // Unless a checkpoint has begun meanwhile, which takes it along.
@@ -347,21 +381,28 @@ impl<'a> Guard<'a> {
         }
         self.is_asked = true;
         self.shown.change(|report| report.asked_for_output += 1);
-        self.ask_for_checkpoint()
+        self.tell_interval().map_err(|error| End::Lost(error.to_string()))
     }
 
-    /// Any value of this parameter starts a checkpoint at once.
-    fn ask_for_checkpoint(&mut self) -> Result<(), End> {
-        let interval = u64::try_from(self.pace.interval().as_millis()).unwrap_or(u64::MAX);
-        let parameters = json!({"x-checkpoint-delay": interval});
-        match self
+    /// Sets the time between checkpoints, which starts one at once.
+    fn tell_interval(&mut self) -> Result<(), CommandError> {
+        self.interval = self.pace.interval();
+        let milliseconds = u32::try_from(self.interval.as_millis()).unwrap_or(u32::MAX);
+        let parameters = json!({"x-checkpoint-delay": milliseconds});
+        let told = self
             .qmp
-            .execute_within("migrate-set-parameters", &parameters, ASK_LIMIT)
-        {
-            Ok(_) => Ok(()),
-            Err(error @ QmpError::Closed { .. }) => Err(End::NoGuest(error)),
-            Err(error) => Err(End::Lost(error.to_string())),
+            .execute_within("migrate-set-parameters", &parameters, ASK_LIMIT);
+        match told {
+            // A checkpoint is under way.
+            Ok(_) | Err(QmpError::Timeout { .. }) => Ok(()),
+            Err(error) => Err(CommandError::failed(error)),
         }
+    }
+
+    /// Whether QEMU's interval is not the one that the pauses ask for any more.
+    fn is_interval_old(&self) -> bool {
+        let (now, told) = (self.pace.interval().as_secs_f64(), self.interval.as_secs_f64());
+        (now - told).abs() > told * INTERVAL_CHANGE
     }
 
     /// Whether the disks are mirrored still.
@@ -376,10 +417,13 @@ impl<'a> Guard<'a> {
             report.interval_ms = u64::try_from(interval.as_millis()).unwrap_or(u64::MAX);
         });
         // While it sends a checkpoint, QEMU answers nothing.
-        if self.stopped_at_us.is_some() {
+        if self.stopped.is_some() || self.is_asked {
             return Ok(());
         }
         let lost = |error: &dyn std::fmt::Display| End::Lost(error.to_string());
+        if self.is_interval_old() {
+            self.tell_interval().map_err(|error| lost(&error))?;
+        }
         match mirrors {
             DiskMirrors::Own(mirrors) if mirrors.is_empty() => Ok(()),
             DiskMirrors::Own(mirrors) => mirrors
@@ -401,11 +445,13 @@ impl<'a> Guard<'a> {
             GuardEvent::Path(PathEvent::OutputWaits) => self.output_waits = self.asks_for_output(),
             GuardEvent::Path(PathEvent::GateFailed(reason)) => tell(&format!("WARNING: {reason}")),
             GuardEvent::Stopped(at_us) => {
-                self.stopped_at_us = Some(*at_us);
+                self.stopped = Some((Instant::now(), *at_us));
                 self.is_asked = false;
             }
             GuardEvent::Resumed(at_us) => {
-                if let Some(stopped_at_us) = self.stopped_at_us.take() {
+                if let Some((_, stopped_at_us)) = self.stopped.take()
+                    && self.is_protected
+                {
                     let pause = Duration::from_micros(at_us.saturating_sub(stopped_at_us));
                     self.pace.paused(pause, Instant::now());
                     self.measurements.stopped(pause);
@@ -429,16 +475,15 @@ impl<'a> Guard<'a> {
             End::Asked => ("the guard was ended".to_owned(), Some(ExitCode::SUCCESS)),
             End::NoGuest(error) => return Err(CommandError::failed(error)),
         };
-        let stops = self.args.on_receiver_lost == OnReceiverLost::Stop && code.is_none();
+        let was = self.mark_unprotected(&reason);
+        // One that was never protected is not stopped for want of a receiver.
+        let stops =
+            self.args.on_receiver_lost == OnReceiverLost::Stop && code.is_none() && (was || self.has_stopped);
         self.leave_colo(stops)
             .map_err(|error| match self.qmp.is_closed() {
                 true => CommandError::Failed(format!("QEMU has ended ({reason})")),
                 false => error,
             })?;
-        if !stops {
-            self.path.open();
-        }
-        let was = self.mark_unprotected(&reason);
         if was || self.told != reason {
             self.tell_end(&reason, stops, was);
         }
@@ -455,16 +500,30 @@ impl<'a> Guard<'a> {
         tell(&format!("{}: {reason}; {guest}", self.args.name));
     }
 
-    /// Ends COLO and the mirrors. The guest runs then, unless it is to be stopped.
+    /// Ends COLO, releases the output unless the guest `stops`, and ends the mirrors.
     fn leave_colo(&mut self, stops: bool) -> Result<(), CommandError> {
         end_migration(&mut self.qmp, PATIENCE)?;
-        if stops {
+        match stops {
+            true => self.path.unlink(),
+            false => self.path.open(),
+        }
+        // What this guard has stopped runs again when it ends.
+        let command = match (stops, std::mem::replace(&mut self.has_stopped, stops)) {
+            (true, _) => Some("stop"),
+            (false, true) => Some("cont"),
+            (false, false) => None,
+        };
+        if let Some(command) = command {
             self.qmp
-                .execute("stop", &json!({}))
+                .execute(command, &json!({}))
                 .map_err(CommandError::failed)?;
         }
-        let removed = remove_all(&mut self.qmp);
-        removed.map(drop).map_err(CommandError::failed)
+        if let Err(error) = remove_all(&mut self.qmp) {
+            tell(&format!(
+                "WARNING: mirrors of the guest's disks are left: {error}"
+            ));
+        }
+        Ok(())
     }
 
     /// Whether it was protected.
@@ -479,7 +538,7 @@ impl<'a> Guard<'a> {
         if was {
             self.unprotected_since = Instant::now();
         }
-        self.stopped_at_us = None;
+        (self.stopped, self.is_protected, self.session) = (None, false, None);
         was
     }
 

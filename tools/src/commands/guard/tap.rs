@@ -60,12 +60,22 @@ mod ioctl {
             nix::request_code_write!(b'T', 202, size_of::<nix::libc::c_int>()),
             super::InterfaceRequest
         );
+        nix::ioctl_write_int_bad!(
+            tunsetoffload,
+            nix::request_code_write!(b'T', 208, size_of::<nix::libc::c_uint>())
+        );
     }
 
     /// TUNSETIFF.
     pub(super) fn set_interface(tun: &File, request: &InterfaceRequest) -> Result<(), Errno> {
         // SAFETY: the kernel reads `struct ifreq`, 40 bytes, which the type has (asserted above), and keeps no pointer.
         unsafe { raw::tunsetiff(tun.as_raw_fd(), request) }.map(drop)
+    }
+
+    /// TUNSETOFFLOAD with nothing.
+    pub(super) fn switch_offloads_off(tun: &File) -> Result<(), Errno> {
+        // SAFETY: its argument is a number.
+        unsafe { raw::tunsetoffload(tun.as_raw_fd(), 0) }.map(drop)
     }
 }
 
@@ -88,7 +98,9 @@ impl Tap {
             padding: [0; 22],
         };
         request.name[..name.len()].copy_from_slice(name.as_bytes());
-        ioctl::set_interface(&file, &request).map_err(|errno| TapError::Attach {
+        // A device that a QEMU had before keeps what that wanted: frames without checksums, and longer than any.
+        let attached = ioctl::set_interface(&file, &request).and_then(|()| ioctl::switch_offloads_off(&file));
+        attached.map_err(|errno| TapError::Attach {
             name: name.to_owned(),
             errno,
         })?;

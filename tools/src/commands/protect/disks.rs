@@ -171,9 +171,9 @@ impl DiskPlan {
         })
     }
 
-    /// Whether the stream is to carry the guest's UUID, by which the receiver knows whose disks are whose.
-    pub(super) fn needs_uuid(&self) -> bool {
-        self.uuid.is_some() && !self.wanted.is_empty()
+    /// Whether the guest has a UUID, by which the receiver knows its disks and its guard.
+    pub(super) fn has_uuid(&self) -> bool {
+        self.uuid.is_some()
     }
 
     /// Says what is left alone, and what that means.

@@ -111,8 +111,6 @@ pub(crate) struct Beginning<'a> {
     pub(crate) xbzrle: bool,
     /// Milliseconds between checkpoints that nothing else asks for.
     pub(crate) interval_ms: u32,
-    /// Whether the stream is to carry the guest's UUID, where it has one, even if no disk needs it.
-    pub(crate) sends_uuid: bool,
     /// How long the first copy is watched; none is without a limit.
     pub(crate) wait: Option<Duration>,
     /// Whether a line shows how far it is.
@@ -142,7 +140,6 @@ pub fn run(args: &ProtectArgs) -> Result<ExitCode, CommandError> {
         primary: &args.primary,
         xbzrle: args.xbzrle,
         interval_ms: args.interval,
-        sends_uuid: false,
         wait: args.wait.map(Duration::from_secs),
         shows: !args.json,
     };
@@ -217,7 +214,7 @@ impl Beginning<'_> {
         check_can_begin(qmp, self.xbzrle)?;
         let plan = DiskPlan::make(qmp, &args.disks, &args.to)?;
         plan.tell_what_is_left();
-        let changed = self.set_up(qmp, compression, plan.needs_uuid())?;
+        let changed = self.set_up(qmp, compression, plan.has_uuid())?;
         let began = Instant::now();
         let (mirrors, changes) = plan.mirror(qmp, &args.disks, wished, self.shows)?;
         let copying = began.elapsed();
@@ -242,12 +239,12 @@ impl Beginning<'_> {
         &self,
         qmp: &mut Qmp,
         compression: PageCompression,
-        needs_uuid: bool,
+        has_uuid: bool,
     ) -> Result<Vec<String>, CommandError> {
         let wanted = Wanted {
             channels: self.primary.channels,
             xbzrle: self.xbzrle,
-            uuid: needs_uuid || self.sends_uuid,
+            uuid: has_uuid,
         };
         let changed = set_capabilities(qmp, wanted)?;
         // Those that COLO needs are no news.

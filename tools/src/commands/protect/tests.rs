@@ -21,7 +21,6 @@ fn beginning(primary: &PrimaryArgs) -> Beginning<'_> {
         primary,
         xbzrle: false,
         interval_ms: 300,
-        sends_uuid: false,
         wait: None,
         shows: false,
     }

@@ -136,12 +136,12 @@ fn disks(names: &[&str]) -> DiskArgs {
 fn every_writable_disk_is_mirrored_by_default() {
     let made = plan(&guest(Some("web 3"), UUID, "").0, &disks(&[])).unwrap();
     assert_eq!(exports(&made), [("vda", "web-3-vda"), ("vdb", "web-3-vdb")]);
-    assert!(made.needs_uuid() && made.unprotected.is_empty());
+    assert!(made.has_uuid() && made.unprotected.is_empty());
     assert_eq!(made.read_only[0].name, "cd0");
     assert_eq!(made.to.to_string(), "tcp:192.0.2.2:10809");
     let made = plan(&guest(None, NO_UUID, "").0, &disks(&[])).unwrap();
     assert_eq!(exports(&made), [("vda", "vda"), ("vdb", "vdb")]);
-    assert!(!made.needs_uuid());
+    assert!(!made.has_uuid());
 }
 
 #[test]
@@ -154,7 +154,7 @@ fn disks_are_named_by_the_operator_and_the_rest_is_unprotected() {
         ..DiskArgs::default()
     };
     let made = plan(&guest(None, UUID, "").0, &none).unwrap();
-    assert!(made.wanted.is_empty() && !made.needs_uuid());
+    assert!(made.wanted.is_empty() && made.has_uuid());
     assert_eq!(made.unprotected.len(), 2);
     for (names, says) in [
         (&["vdc"][..], "it has vda (vda.raw, 1G), cd0 (cd0.raw, 1G), vdb"),
