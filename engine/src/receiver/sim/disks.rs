@@ -149,7 +149,8 @@ impl SimDisks {
         let is_bound = !disk.is_copying();
         let is_time = match fault {
             DiskFault::Lost | DiskFault::Unfinished => is_bound && !disk.is_cut(),
-            DiskFault::LateWrite => disk.is_cut(),
+            // Once that is committed, while the acknowledgement waits for a guard, a write is of the next epoch.
+            DiskFault::LateWrite => disk.has_cut_epoch(),
         };
         if self.is_lost || !is_time {
             return Ok(DiskStep::Nothing);
