@@ -431,12 +431,6 @@ impl Disk {
         });
     }
 
-    /// Whether an epoch is cut and not committed.
-    #[cfg(test)]
-    pub(crate) fn has_cut_epoch(&self) -> bool {
-        self.state().phase == Phase::Cut
-    }
-
     /// Whether the primary's guest stands still for a checkpoint.
     pub(crate) fn is_cut(&self) -> bool {
         self.is_cut.load(Ordering::Relaxed)

@@ -144,13 +144,18 @@ impl SimDisks {
     ///
     /// # Errors
     /// If it goes unnoticed.
-    pub(super) fn break_one(&mut self, rng: &mut Rng, fault: DiskFault) -> Result<DiskStep, String> {
+    pub(super) fn break_one(
+        &mut self,
+        rng: &mut Rng,
+        fault: DiskFault,
+        is_committed: bool,
+    ) -> Result<DiskStep, String> {
         let disk = &self.disks[rng.below(self.disks.len())].disk;
         let is_bound = !disk.is_copying();
         let is_time = match fault {
             DiskFault::Lost | DiskFault::Unfinished => is_bound && !disk.is_cut(),
             // Once that is committed, while the acknowledgement waits for a guard, a write is of the next epoch.
-            DiskFault::LateWrite => disk.has_cut_epoch(),
+            DiskFault::LateWrite => disk.is_cut() && !is_committed,
         };
         if self.is_lost || !is_time {
             return Ok(DiskStep::Nothing);

@@ -339,6 +339,7 @@ impl World {
         let rng = &mut self.disks.rng;
         let which = rng.below(self.sessions.len());
         let session = &mut self.sessions[which];
+        let is_committed = session.commits() == session.primary.snapshots.len() as u64;
         let Some(disks) = session.disks.as_mut().filter(|_| session.live.end().is_none()) else {
             return Ok(());
         };
@@ -346,7 +347,7 @@ impl World {
         if let Some((at, fault)) = self.disks.fault
             && at <= self.tally.steps
         {
-            step = disks.break_one(rng, fault)?;
+            step = disks.break_one(rng, fault, is_committed)?;
             if step == DiskStep::Lost {
                 self.disks.fault = None;
             }
