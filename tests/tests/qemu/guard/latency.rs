@@ -68,14 +68,14 @@ impl Contestant {
     fn row(&mut self) -> String {
         self.latencies_us.sort_unstable();
         let count = self.latencies_us.len();
-        let at = |share: f64| self.latencies_us[(count as f64 * share) as usize] as f64 / 1000.0;
+        let at = |percent: usize| self.latencies_us[(count * percent / 100).min(count - 1)] as f64 / 1000.0;
         let runs = 100.0 - self.stopped_us as f64 * 100.0 / self.all_us as f64;
         format!(
             "| {} | {count} | {:.2} | {:.2} | {:.2} | {runs:.0} % |",
             self.name,
-            at(0.5),
-            at(0.99),
-            at(0.9999)
+            at(50),
+            at(99),
+            at(100)
         )
     }
 }
