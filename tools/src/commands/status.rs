@@ -2,7 +2,7 @@
 
 use crate::control::ask;
 use crate::options::{ControlAddress, Size};
-use crate::output::{CommandError, mebibytes, print, print_json, table};
+use crate::output::{CommandError, mebibytes, print, print_json, printable, table};
 use crate::session_text::end;
 use clap::Args;
 use colo_ring::metrics::{Phase, display_nanoseconds};
@@ -88,6 +88,7 @@ fn render(status: &StatusReport) -> String {
                 file.display()
             ));
         }
+        text.push_str(&guard(session));
         if let Some(promotion) = &session.promotion {
             text.push_str(&format!("session {}: {promotion}\n", session.session));
         }
@@ -98,6 +99,23 @@ fn render(status: &StatusReport) -> String {
     text.push_str(&session_disks(status));
     text.push_str(&unbound_disks(status));
     text
+}
+
+/// A line about the guard of a session that runs; nothing if it has none.
+fn guard(session: &SessionStatus) -> String {
+    let runs = session.state == SessionState::Protected;
+    let Some(guard) = session.guard.as_ref().filter(|_| runs) else {
+        return String::new();
+    };
+    let link = match guard.linked {
+        true => "its output is held until it is committed",
+        false => "the link to its guard is lost, which releases no output until it is back",
+    };
+    format!(
+        "session {}: guarded as {}; {link}\n",
+        session.session,
+        printable(&guard.name)
+    )
 }
 
 /// The disks of the sessions, in lines of at most 80 columns; nothing if there are none.

@@ -364,6 +364,16 @@ impl Qmp {
         }
     }
 
+    /// The guest's UUID, where it has one; without, QEMU says zeroes.
+    ///
+    /// # Errors
+    /// If QEMU does not answer.
+    pub(crate) fn guest_uuid(&mut self) -> Result<Option<String>, QmpError> {
+        let answer = self.execute("query-uuid", &json!({}))?;
+        let is_set = |uuid: &&str| uuid.bytes().any(|byte| byte != b'0' && byte != b'-');
+        Ok(answer["UUID"].as_str().filter(is_set).map(str::to_owned))
+    }
+
     /// From now on, events of these names go to `watch`, on the thread that reads, and are not kept. At the end it gets none.
     pub fn watch_events(
         &self,

@@ -11,6 +11,9 @@ use std::os::fd::AsFd;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, mpsc};
 
+/// Hold times that are kept until the guard takes them.
+const HOLD_TIMES_MAX: usize = 1 << 16;
+
 /// What happens on the thread, for the guard.
 #[derive(Debug)]
 pub(super) enum PathEvent {
@@ -313,5 +316,6 @@ impl PathThread {
         self.gates
             .iter_mut()
             .for_each(|gate| gate.take_hold_times_us(&mut times));
+        times.truncate(HOLD_TIMES_MAX);
     }
 }

@@ -111,12 +111,7 @@ impl<'a> Guard<'a> {
             is_ending,
         } = channels;
         let mut qmp = Qmp::connect(&args.primary.qmp, CONNECT_LIMIT).map_err(CommandError::failed)?;
-        let uuid = qmp
-            .execute("query-uuid", &json!({}))
-            .map_err(CommandError::failed)?;
-        let uuid = uuid["UUID"]
-            .as_str()
-            .filter(|uuid| uuid.bytes().any(|byte| !b"0-".contains(&byte)));
+        let uuid = qmp.guest_uuid().map_err(CommandError::failed)?;
         let migration = qmp
             .execute("query-migrate", &json!({}))
             .map_err(CommandError::failed)?;
@@ -135,7 +130,7 @@ impl<'a> Guard<'a> {
             args,
             events,
             wished,
-            uuid: uuid.map(str::to_owned),
+            uuid,
             qmp,
             path,
             releases_in_pause,

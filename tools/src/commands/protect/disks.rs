@@ -144,9 +144,7 @@ impl DiskPlan {
         let disks = guest_disks::list(qmp).map_err(CommandError::failed)?;
         let mut ask = |command: &str| qmp.execute(command, &json!({})).map_err(CommandError::failed);
         let guest = ask("query-name")?["name"].as_str().map(str::to_owned);
-        let uuid = ask("query-uuid")?["UUID"].as_str().map(str::to_owned);
-        // Without one, QEMU says zeroes.
-        let uuid = uuid.filter(|uuid| uuid.bytes().any(|byte| byte != b'0' && byte != b'-'));
+        let uuid = qmp.guest_uuid().map_err(CommandError::failed)?;
         let wanted = match args.disk.is_empty() {
             false => named_disks(&disks, &args.disk, guest.as_deref())?,
             true if args.no_disks => Vec::new(),

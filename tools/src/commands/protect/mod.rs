@@ -3,6 +3,7 @@
 mod disks;
 mod settings;
 
+use crate::commands::unprotect::status_of;
 use crate::guest_disks::{self, Mirrors};
 use crate::net::Address;
 use crate::options::Size;
@@ -468,10 +469,6 @@ fn left(qmp: &mut Qmp, what: &str, to: &Address) -> CommandError {
         Err(error) => format!("; the mirrors of its disks cannot be removed: {error}"),
     };
     CommandError::Failed(format!("{what}; {hint} On the primary {then}{mirrors}"))
-}
-
-fn status_of(migration: &Value) -> &str {
-    migration["status"].as_str().unwrap_or("none")
 }
 
 fn progress(state: &Value) -> String {
