@@ -17,7 +17,7 @@ pub enum LinkError {
 }
 
 /// How far one checkpoint is on the link.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 struct Round {
     checkpoint: CheckpointId,
     is_barrier_sent: bool,
@@ -28,7 +28,7 @@ struct Round {
 }
 
 /// The state of a link that belongs to a session.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 struct Attached {
     releases_in_pause: bool,
     /// The last checkpoint for which a barrier was asked on this link.
@@ -36,7 +36,7 @@ struct Attached {
 }
 
 /// The barriers of one session. Without a link nothing is asked for, and every checkpoint may be acknowledged.
-#[derive(Debug, Default)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
 pub struct Barriers {
     attached: Option<Attached>,
 }

@@ -14,7 +14,7 @@ pub struct Held {
 }
 
 /// A line: up to here belongs to a checkpoint.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 struct Line {
     checkpoint: CheckpointId,
     /// Frames before it, counted from the first that ever came.
@@ -23,7 +23,7 @@ struct Line {
 
 /// Frames of the guest in the order in which it has sent them, each of which leaves once the checkpoint of its line is committed. Before
 /// the first line, and after [`Self::open`], frames pass.
-#[derive(Debug)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct HeldOutput<F> {
     frames: VecDeque<(F, usize)>,
     /// Frames that have left.

@@ -13,7 +13,7 @@ pub const PREFACE: [u8; 4] = *b"LINK";
 pub const LINE_MAX: usize = 4096;
 
 /// A guard's first message.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct Hello {
     /// [`LINK_VERSION`] of the guard.
     pub version: u32,
@@ -29,7 +29,7 @@ pub struct Hello {
 }
 
 /// From the guard to the receiver.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(tag = "type", rename_all = "lowercase")]
 pub enum ToReceiver {
     /// The first message.
@@ -47,7 +47,7 @@ pub enum ToReceiver {
 }
 
 /// From the receiver to the guard.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(tag = "type", rename_all = "lowercase")]
 pub enum ToGuard {
     /// The guard is known from now on.

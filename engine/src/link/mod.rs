@@ -26,7 +26,8 @@
 //! 4. A receiver without a link acknowledges at once. Nobody lets anything go meanwhile: a guard without a link holds on to everything,
 //!    until it has a link again, or has ended the protection.
 //!
-//! So: *what the world has seen is in the last committed checkpoint*. Barrier and transfer go on at the same time, so the barrier costs
+//! So: *what the world has seen is in the last committed checkpoint*. `model.rs` explores every order of events within small bounds, the
+//! receiver's simulation long runs. Barrier and transfer go on at the same time, so the barrier costs
 //! the pause nothing unless the checkpoint is nearly empty.
 //!
 //! # On the wire
@@ -38,6 +39,8 @@
 mod barriers;
 mod held_output;
 mod message;
+#[cfg(test)]
+mod model;
 #[cfg(test)]
 mod tests;
 

@@ -77,6 +77,11 @@ pub struct GuardArgs {
     /// Look at the guest and say how it would be protected; change nothing
     #[arg(long)]
     dry_run: bool,
+
+    /// Print the guard's state as a line of JSON whenever it changes (schema colo-ring.guard, version 1); with --dry-run, the plan (schema
+    /// colo-ring.guard-plan, version 1)
+    #[arg(long)]
+    json: bool,
 }
 
 /// How output is held.

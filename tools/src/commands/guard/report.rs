@@ -116,10 +116,10 @@ impl Shown {
         let served = shown.clone();
         let serve = move || {
             for mut client in listener.incoming().flatten() {
-                let line = serde_json::to_string(&*served.lock()).unwrap_or_default();
+                let line = served.line().unwrap_or_default();
                 // A client that has gone needs none.
                 let _ = client.set_write_timeout(Some(INTERVAL));
-                let _ = writeln!(client, "{line}");
+                let _ = client.write_all(line.as_bytes());
             }
         };
         let thread = std::thread::Builder::new().name("guard-control".to_owned());
@@ -129,6 +129,11 @@ impl Shown {
 
     fn lock(&self) -> std::sync::MutexGuard<'_, GuardReport> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The report as a line of JSON.
+    pub(super) fn line(&self) -> Result<String, serde_json::Error> {
+        Ok(serde_json::to_string(&*self.lock())? + "\n")
     }
 
     pub(super) fn change(&self, change: impl FnOnce(&mut GuardReport)) {

@@ -10,7 +10,7 @@ use crate::commands::protect::Beginning;
 use crate::commands::unprotect::{end_migration, status_of};
 use crate::guest_disks::{Mirrors, remove_all, running_mirrors};
 use crate::options::Switch;
-use crate::output::{CommandError, tell};
+use crate::output::{CommandError, print, tell};
 use crate::qmp::{Event, Qmp, QmpError};
 use colo_ring::link::{Hello, LINK_VERSION};
 use serde_json::json;
@@ -249,7 +249,7 @@ impl<'a> Guard<'a> {
             "{} is protected: session {session} of the receiver at {}",
             self.args.name, self.args.primary.to
         ));
-        Ok(())
+        self.print_state()
     }
 
     fn connect(&self) -> Result<Link, LinkError> {
@@ -479,11 +479,22 @@ impl<'a> Guard<'a> {
                 true => CommandError::Failed(format!("QEMU has ended ({reason})")),
                 false => error,
             })?;
+        if was {
+            self.print_state()?;
+        }
         if was || self.told != reason {
             self.tell_end(&reason, stops, was);
         }
         self.told = reason;
         Ok(code)
+    }
+
+    /// For machines: the state, when it has changed.
+    fn print_state(&self) -> Result<(), CommandError> {
+        match self.args.json {
+            true => print(&self.shown.line().map_err(CommandError::failed)?),
+            false => Ok(()),
+        }
     }
 
     fn tell_end(&self, reason: &str, stops: bool, was: bool) {

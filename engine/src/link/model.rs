@@ -1,0 +1,319 @@
+//! Every order of events of a primary, a receiver, a link and a guard, within small bounds: the real [`Barriers`] and [`HeldOutput`], and
+//! around them what may happen at any time. What the simulation samples in long runs, this explores whole in short ones.
+//!
+//! After every step: *what the world has seen is in the last committed checkpoint*. Where nothing can happen any more, the primary has all its
+//! checkpoints acknowledged: nothing waits for ever.
+
+use super::{Barriers, HeldOutput, ToGuard, ToReceiver};
+use crate::canary::{self, Canary};
+use crate::units::CheckpointId;
+use std::collections::{HashSet, VecDeque};
+
+/// Checkpoints of a run, the end of precopy counted.
+const CHECKPOINTS: u64 = 3;
+
+/// Frames that the guest sends, at most.
+const FRAMES: u8 = 3;
+
+/// Links that are lost, at most, and guards that are killed.
+const LOSSES: u8 = 2;
+const KILLS: u8 = 1;
+
+/// A frame: the checkpoint that will contain its sending. Those that came before there was a line have none.
+type Frame = Option<u64>;
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+struct Model {
+    /// The checkpoint that is next, or under way.
+    checkpoint: u64,
+    is_stopped: bool,
+    committed: Option<u64>,
+    frames_left: u8,
+    losses_left: u8,
+    kills_left: u8,
+    barriers: Barriers,
+    /// Sent by the guest, and not read by the guard.
+    wire: VecDeque<u64>,
+    held: HeldOutput<Frame>,
+    /// The guard has a link, as it knows; the receiver may have given it up.
+    is_linked: bool,
+    to_guard: VecDeque<ToGuard>,
+    to_receiver: VecDeque<ToReceiver>,
+}
+
+/// What may happen.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Step {
+    GuestSends,
+    GuardTakesFrame,
+    PrimaryStops,
+    ReceiverCommits,
+    ReceiverAcknowledges,
+    ReceiverSends,
+    GuardReads,
+    ReceiverReads,
+    FrameLeaves,
+    /// The receiver gives the link up, or loses it, and the guard does not know yet.
+    ReceiverLoses,
+    /// The guard sees that its link is lost, or loses it first.
+    GuardLoses,
+    GuardConnects,
+    /// The guard is killed, and the next begins: what it had read is gone.
+    GuardDies,
+}
+
+const STEPS: [Step; 13] = [
+    Step::GuestSends,
+    Step::GuardTakesFrame,
+    Step::PrimaryStops,
+    Step::ReceiverCommits,
+    Step::ReceiverAcknowledges,
+    Step::ReceiverSends,
+    Step::GuardReads,
+    Step::ReceiverReads,
+    Step::FrameLeaves,
+    Step::ReceiverLoses,
+    Step::GuardLoses,
+    Step::GuardConnects,
+    Step::GuardDies,
+];
+
+impl Model {
+    /// A guard has connected before precopy.
+    fn new() -> Self {
+        let mut barriers = Barriers::default();
+        barriers.attach(false);
+        Self {
+            checkpoint: 0,
+            is_stopped: false,
+            committed: None,
+            frames_left: FRAMES,
+            losses_left: LOSSES,
+            kills_left: KILLS,
+            barriers,
+            wire: VecDeque::new(),
+            held: HeldOutput::new(u64::MAX),
+            is_linked: true,
+            to_guard: VecDeque::new(),
+            to_receiver: VecDeque::new(),
+        }
+    }
+
+    fn is_done(&self) -> bool {
+        self.checkpoint == CHECKPOINTS
+    }
+
+    /// The state after a step; none if it cannot happen.
+    fn after(&self, step: Step) -> Result<Option<Self>, String> {
+        let mut next = self.clone();
+        let happened = match step {
+            Step::GuestSends => next.guest_sends(),
+            Step::GuardTakesFrame => next.guard_takes_frame(),
+            Step::PrimaryStops => next.primary_stops(),
+            Step::ReceiverCommits => next.receiver_commits(),
+            Step::ReceiverAcknowledges => next.receiver_acknowledges(),
+            Step::ReceiverSends => next.receiver_sends(),
+            Step::GuardReads => next.guard_reads(),
+            Step::ReceiverReads => next.receiver_reads()?,
+            Step::FrameLeaves => next.frame_leaves()?,
+            Step::ReceiverLoses => next.receiver_loses(),
+            Step::GuardLoses => next.guard_loses(),
+            Step::GuardConnects => next.guard_connects(),
+            Step::GuardDies => next.guard_dies(),
+        };
+        Ok(happened.then_some(next))
+    }
+
+    fn guest_sends(&mut self) -> bool {
+        if self.is_stopped || self.frames_left == 0 {
+            return false;
+        }
+        self.frames_left -= 1;
+        self.wire.push_back(self.checkpoint);
+        true
+    }
+
+    fn guard_takes_frame(&mut self) -> bool {
+        let Some(checkpoint) = self.wire.pop_front() else {
+            return false;
+        };
+        let frame = self.held.is_holding().then_some(checkpoint);
+        self.held.push(frame, 1)
+    }
+
+    fn primary_stops(&mut self) -> bool {
+        if self.is_stopped || self.is_done() {
+            return false;
+        }
+        self.is_stopped = true;
+        self.barriers.ask(CheckpointId(self.checkpoint));
+        true
+    }
+
+    fn receiver_commits(&mut self) -> bool {
+        if !self.is_stopped || self.committed == Some(self.checkpoint) {
+            return false;
+        }
+        self.committed = Some(self.checkpoint);
+        self.barriers.committed(CheckpointId(self.checkpoint));
+        true
+    }
+
+    fn receiver_acknowledges(&mut self) -> bool {
+        let is_committed = self.is_stopped && self.committed == Some(self.checkpoint);
+        if !is_committed || !self.barriers.may_acknowledge(CheckpointId(self.checkpoint)) {
+            return false;
+        }
+        self.is_stopped = false;
+        self.checkpoint += 1;
+        true
+    }
+
+    fn receiver_sends(&mut self) -> bool {
+        let Some(message) = self.barriers.next_message() else {
+            return false;
+        };
+        // What is sent on a link that the guard has left arrives nowhere.
+        if self.is_linked {
+            self.to_guard.push_back(message);
+        }
+        true
+    }
+
+    fn guard_reads(&mut self) -> bool {
+        match self.to_guard.pop_front() {
+            Some(ToGuard::Barrier { checkpoint }) => {
+                while self.guard_takes_frame() {}
+                self.held.place(checkpoint);
+                self.to_receiver.push_back(ToReceiver::Placed { checkpoint });
+            }
+            Some(ToGuard::Committed { checkpoint }) => self.held.committed(checkpoint),
+            Some(_) | None => return false,
+        }
+        true
+    }
+
+    fn receiver_reads(&mut self) -> Result<bool, String> {
+        let Some(ToReceiver::Placed { checkpoint }) = self.to_receiver.pop_front() else {
+            return Ok(false);
+        };
+        // A link that was given up is closed.
+        if self.barriers.is_attached() {
+            match self.barriers.placed(checkpoint) {
+                Ok(()) => {}
+                // One that goes on too early is answered late, and ends the link by that.
+                Err(_) if canary::is_set(Canary::EarlyLoaded) => self.barriers.detach(),
+                Err(error) => return Err(error.to_string()),
+            }
+        }
+        Ok(true)
+    }
+
+    fn frame_leaves(&mut self) -> Result<bool, String> {
+        match self.held.pop() {
+            None => Ok(false),
+            Some(Some(checkpoint)) if Some(checkpoint) > self.committed => Err(format!(
+                "the world has seen output of checkpoint {checkpoint} where {:?} is committed",
+                self.committed
+            )),
+            Some(_) => Ok(true),
+        }
+    }
+
+    fn receiver_loses(&mut self) -> bool {
+        if !self.barriers.is_attached() || self.losses_left == 0 {
+            return false;
+        }
+        self.losses_left -= 1;
+        self.barriers.detach();
+        self.to_receiver.clear();
+        true
+    }
+
+    fn guard_loses(&mut self) -> bool {
+        // It notices what the receiver has given up at any time, and may lose a link by itself.
+        let is_own_loss = self.barriers.is_attached();
+        if !self.is_linked || (is_own_loss && self.losses_left == 0) {
+            return false;
+        }
+        self.losses_left -= u8::from(is_own_loss);
+        self.is_linked = false;
+        self.to_guard.clear();
+        self.held.forget_barriers();
+        true
+    }
+
+    /// The receiver may have the old link still: it is replaced.
+    fn guard_connects(&mut self) -> bool {
+        if self.is_linked {
+            return false;
+        }
+        self.is_linked = true;
+        self.to_receiver.clear();
+        self.barriers.attach(false);
+        true
+    }
+
+    fn guard_dies(&mut self) -> bool {
+        if self.kills_left == 0 {
+            return false;
+        }
+        self.kills_left -= 1;
+        self.is_linked = false;
+        self.to_guard.clear();
+        self.wire.clear();
+        self.held = HeldOutput::new(u64::MAX);
+        // The next one finds the guest protected, or on the way to it, and holds from its start.
+        self.held.hold();
+        true
+    }
+}
+
+/// Explores every state. Returns how many there are.
+///
+/// # Errors
+/// The steps that lead to what is wrong.
+fn explore() -> Result<usize, String> {
+    let start = Model::new();
+    let mut known = HashSet::from([start.clone()]);
+    let mut open = VecDeque::from([(start, Vec::new())]);
+    while let Some((state, way)) = open.pop_front() {
+        let mut is_end = true;
+        for step in STEPS {
+            let way = || [&way[..], &[step]].concat();
+            let next = state
+                .after(step)
+                .map_err(|error| format!("{error}, after {:?}", way()))?;
+            let Some(next) = next else { continue };
+            // A link need not be lost, and a guard need not die.
+            is_end &= matches!(step, Step::ReceiverLoses | Step::GuardDies);
+            if known.insert(next.clone()) {
+                open.push_back((next, way()));
+            }
+        }
+        if is_end && !state.is_done() {
+            return Err(format!("nothing goes on after {way:?}"));
+        }
+    }
+    Ok(known.len())
+}
+
+#[test]
+fn no_order_of_events_shows_what_is_not_committed() {
+    let states = explore().unwrap_or_else(|error| panic!("{error}"));
+    println!("{states} states");
+    // A model in which little can happen proves little.
+    assert!(states > 10_000, "{states} states");
+}
+
+#[test]
+fn an_early_guard_or_receiver_is_found() {
+    for canary in [Canary::EarlyRelease, Canary::EarlyCommitted, Canary::EarlyLoaded] {
+        canary::set(Some(canary));
+        let found = explore();
+        canary::set(None);
+        let error = found.expect_err("a break that must be found");
+        println!("{canary:?}: {error}");
+        assert!(error.contains("the world has seen"), "{canary:?}: {error}");
+    }
+}
