@@ -55,7 +55,7 @@ pub(crate) enum Canary {
     LostDecodeWake,
     /// A checkpoint is acknowledged before the guard has drawn its line.
     EarlyLoaded,
-    /// The guard is told of a commit before it.
+    /// The receiver sends the guard a commit before it is made.
     EarlyCommitted,
     /// A guard lets go of frames when their line is drawn.
     EarlyRelease,

@@ -23,8 +23,8 @@
 //!    has no word that would let go what is behind a line drawn too late. [`Barriers::next_message`]
 //! 3. A commit lets go only up to lines that were drawn on the same link: a guard that has lost its link forgets its lines
 //!    ([`HeldOutput::forget_barriers`]), since the guest may have run on before a line that arrives late was drawn.
-//! 4. A receiver without a link acknowledges at once. Nobody lets anything go meanwhile: a guard without a link holds on to everything,
-//!    until it has a link again, or has ended the protection.
+//! 4. A receiver without a link acknowledges at once. Nothing is released meanwhile: a guard without a link holds everything until it
+//!    has a link again, or has ended the protection.
 //!
 //! So: *what the world has seen is in the last committed checkpoint*. `model.rs` explores every order of events within small bounds, the
 //! receiver's simulation long runs. Barrier and transfer go on at the same time, so the barrier costs

@@ -8,7 +8,7 @@ use std::io;
 use std::os::fd::BorrowedFd;
 use thiserror::Error;
 
-/// A gate does not do what it is told.
+/// A gate cannot hold or release output.
 #[derive(Debug, Error)]
 pub(super) enum GateError {
     #[error("{nic}: {source}")]

@@ -149,7 +149,7 @@ struct Channels {
     is_ending: Arc<AtomicBool>,
 }
 
-/// Guards the guest until it is told to end, or its QEMU ends.
+/// Guards the guest until the operator ends the guard, or its QEMU ends.
 ///
 /// # Errors
 /// If QEMU cannot be reached or what is asked for cannot be done with it. A receiver that is not there is waited for.

@@ -11,7 +11,7 @@ use std::os::fd::AsFd;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, mpsc};
 
-/// Hold times that are kept until the guard takes them.
+/// Most hold times that are kept between two calls of [`OutputPath::take_hold_times_us`].
 const HOLD_TIMES_MAX: usize = 1 << 16;
 
 /// What happens on the thread, for the guard.
@@ -54,7 +54,7 @@ struct Shown {
     hold_times_us: Mutex<Vec<u64>>,
     /// Frames since the last line.
     waiting: AtomicU64,
-    /// The guard was told that output waits.
+    /// [`PathEvent::OutputWaits`] was sent.
     is_told: AtomicBool,
 }
 
@@ -119,7 +119,7 @@ impl OutputPath {
         let _ = self.wake.write(1);
     }
 
-    /// Frames that wait for a checkpoint that has not begun. Where there is none, the guard is told of the next.
+    /// Frames that wait for a checkpoint that has not begun. Where there is none, the next one sends [`PathEvent::OutputWaits`].
     pub(super) fn take_waiting(&self) -> u64 {
         self.shown.is_told.store(false, Ordering::SeqCst);
         self.shown.waiting.load(Ordering::SeqCst)

@@ -32,7 +32,7 @@ const READ_BYTES: usize = 256 << 10;
 /// Frames from the tap that are passed on at a time, before the link has its turn.
 const FRAMES_AT_A_TIME: usize = 64;
 
-/// Hold times that are kept until somebody takes them.
+/// Most hold times that are kept between two calls of [`OutputGate::take_hold_times_us`].
 const TIMES_MAX: usize = 1 << 16;
 
 /// A frame of the guest.

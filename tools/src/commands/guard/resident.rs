@@ -34,7 +34,7 @@ const ASK_LIMIT: Duration = Duration::from_millis(500);
 /// How long a guest may be stopped for a checkpoint, beyond the time that the receiver waits for the guard: then the receiver hangs.
 const STOPPED_MAX: Duration = Duration::from_secs(30);
 
-/// By which part the interval must have changed before QEMU is told.
+/// By which part the interval must change before it is set in QEMU.
 const INTERVAL_CHANGE: f64 = 0.2;
 
 /// How long the receiver may take to bind the link to the session that it protects.
@@ -46,7 +46,7 @@ const LOOK: Duration = Duration::from_secs(1);
 /// How long to wait before the guest is protected again: twice as long each time, up to the second.
 const BACKOFF: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(30));
 
-/// Events of QEMU that the guard lives by.
+/// The events of QEMU that the guard handles.
 const EVENTS: &[&str] = &["STOP", "RESUME", "COLO_EXIT"];
 
 /// Why a protection has ended.
@@ -96,12 +96,12 @@ pub(super) struct Guard<'a> {
     output_waits: bool,
     /// QEMU was protected when this guard came.
     is_found: bool,
-    /// The last reason that was told: the same is not told again at each attempt.
+    /// The last reason that was printed: it is not printed again at each attempt.
     told: String,
 }
 
 impl<'a> Guard<'a> {
-    /// Connects to QEMU and gets in the way of its output, which passes.
+    /// Connects to QEMU and makes the gates of its network cards, which are open unless the guest is protected already.
     ///
     /// # Errors
     /// If QEMU cannot be reached, or the output of a card cannot be held.
@@ -226,7 +226,7 @@ impl<'a> Guard<'a> {
         Ok(DiskMirrors::Own(mirrors))
     }
 
-    /// Goes on with a protection that is there: it has no output let go since its guard ended.
+    /// Continues a protection that is there: no output was released since its guard ended.
     fn take_over(&mut self) -> Result<DiskMirrors, CommandError> {
         let link = self.connect().map_err(CommandError::failed)?;
         self.path.set_link(link);
