@@ -115,24 +115,29 @@ fn timeout_of(hello: &Hello) -> Duration {
     Duration::from_millis(hello.timeout_ms.into()).min(TIMEOUT_MAX)
 }
 
-/// Whether a guard is taken: the UUID of its guest.
-fn check(hello: &Hello) -> Result<Option<[u8; 16]>, String> {
+/// The UUID of a guard's guest.
+///
+/// # Errors
+/// [`LinkEnd::Refused`], with the reason.
+fn check(hello: &Hello) -> Result<Option<[u8; 16]>, LinkEnd> {
     if hello.version != LINK_VERSION {
         let version = hello.version;
-        return Err(format!(
+        return Err(LinkEnd::Refused(format!(
             "it speaks version {version} of the link protocol, this receiver version {LINK_VERSION}"
-        ));
+        )));
     }
     if hello.name.is_empty() || hello.name.len() > NAME_MAX || hello.name.chars().any(char::is_control) {
-        return Err(format!(
+        return Err(LinkEnd::Refused(format!(
             "the guest's name must have 1 to {NAME_MAX} printable bytes"
-        ));
+        )));
     }
     match &hello.uuid {
         None => Ok(None),
         Some(text) => match parse_uuid(text) {
             Some(uuid) => Ok(Some(uuid)),
-            None => Err("the guest's UUID must have 36 characters, as QEMU writes it".to_owned()),
+            None => Err(LinkEnd::Refused(
+                "the guest's UUID must have 36 characters, as QEMU writes it".to_owned(),
+            )),
         },
     }
 }
@@ -168,7 +173,7 @@ impl<'a> Link<'a> {
         let ToReceiver::Hello(hello) = hello.map_err(|_| LinkEnd::Silent(deadline))?? else {
             return Err(LinkEnd::Unexpected);
         };
-        let uuid = check(&hello).map_err(LinkEnd::Refused)?;
+        let uuid = check(&hello)?;
         name.clone_from(&hello.name);
         let version = LINK_VERSION;
         self.write(&ToGuard::Welcome { version }).await?;
