@@ -121,11 +121,10 @@ impl<'a> Captures<'a> {
         let recorder = self.start_recorder(&before, &behind, out)?;
         let mut primary = Qemu::start(self.lab, "captured", &shape.machine(shape.delay(), percent))?;
         primary.wait_serial("tick 2 ", LIMIT)?;
+        let delay_ms = u32::try_from(shape.delay().as_millis()).unwrap_or(u32::MAX);
         let protection = Protection {
-            channels: shape.channels,
-            checkpoint_delay_ms: u32::try_from(shape.delay().as_millis()).unwrap_or(u32::MAX),
-            zero_page_detection: None,
             compression: shape.compression,
+            ..Protection::every_ms(delay_ms, shape.channels)
         };
         primary.end_precopy_early()?;
         primary.protect(&before, &protection)?;

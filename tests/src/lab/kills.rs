@@ -204,6 +204,8 @@ impl<'a> Kills<'a> {
         // All that QEMU has said before an answer is there when the answer is.
         primary.qmp().execute("query-status", &json!({}))?;
         let resumes_before = resumes(&primary.qmp().events());
+        // For the image's sake: see `Precopy::Stands`.
+        primary.stop()?;
         let interval = INTERVAL.as_millis().to_string();
         let mut arguments = vec!["--interval".to_owned(), interval];
         if let Some((method, level)) = self.compression.map(Compression::method_and_level) {

@@ -48,7 +48,7 @@ pub use image::check_test_guest_image;
 pub use kills::{Kills, Moment, check_continues, failover_runs};
 pub use net_guest::{GUEST_ADDRESS, NetGuest, Nic, TAP, net_experiment};
 pub use network::{Address, Transport};
-pub use protect::{Compression, Protection, ZeroPageDetection};
+pub use protect::{Compression, Precopy, Protection, ZeroPageDetection};
 pub use qemu::{Devices, Machine, Qemu};
 pub use qmp::{Event, Qmp};
 pub use ram::SavedRam;

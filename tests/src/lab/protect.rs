@@ -25,10 +25,22 @@ pub struct Protection {
     pub zero_page_detection: Option<ZeroPageDetection>,
     /// How multifd channels compress pages; not at all where not given.
     pub compression: Option<Compression>,
+    /// What the guest does until the first checkpoint.
+    pub precopy: Precopy,
+}
+
+/// What a guest does in precopy.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Precopy {
+    /// It is stopped before, and runs again from the switch-over on.
+    Stands,
+    /// It runs. TCG may then miss a page that is being written while the dirty log is cleared, and the primary never
+    /// sends what was written: the receiver can be judged by what was sent only ([`super::Recorder::model_at`]).
+    Runs,
 }
 
 impl Protection {
-    /// With this `x-checkpoint-delay`; the rest is the machine type's default.
+    /// With this `x-checkpoint-delay`; the guest stands in precopy; the rest is the machine type's default.
     #[must_use]
     pub fn every_ms(checkpoint_delay_ms: u32, channels: u8) -> Self {
         Self {
@@ -36,6 +48,7 @@ impl Protection {
             checkpoint_delay_ms,
             zero_page_detection: None,
             compression: None,
+            precopy: Precopy::Stands,
         }
     }
 }
@@ -105,6 +118,9 @@ impl Qemu {
             parameters["zero-page-detection"] = detection.qmp_name().into();
         }
         self.qmp().execute("migrate-set-parameters", &parameters)?;
+        if protection.precopy == Precopy::Stands {
+            self.stop()?;
+        }
         self.qmp()
             .execute("migrate", &json!({"uri": address.to_string()}))?;
         wait_for("the primary to be in COLO", HANG_LIMIT, || {

@@ -47,10 +47,8 @@ impl Case {
         primary.wait_serial("tick 2 ", HANG_LIMIT)?;
         primary.end_precopy_early()?;
         let protection = Protection {
-            channels: self.channels,
-            checkpoint_delay_ms: 150,
-            zero_page_detection: None,
             compression: Some(self.compression),
+            ..Protection::every_ms(150, self.channels)
         };
         primary.protect(&address, &protection)?;
         primary.wait_checkpoints(CHECKPOINTS_MIN / 2, HANG_LIMIT)?;

@@ -14,6 +14,6 @@ mod linux;
 mod matrix;
 mod numa;
 mod protect;
+mod recorded;
 mod replay;
 mod torn;
-mod xbzrle;

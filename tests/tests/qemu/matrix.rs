@@ -72,10 +72,8 @@ impl Case {
         primary.protect(
             &address,
             &Protection {
-                channels: self.channels,
-                checkpoint_delay_ms: 150,
                 zero_page_detection: Some(self.zero_pages),
-                compression: None,
+                ..Protection::every_ms(150, self.channels)
             },
         )?;
 
