@@ -5,7 +5,7 @@ use colo_ring::host;
 use std::time::Duration;
 
 use colo_ring_benches::versus::{Cell, Secondary, Shape, StartOptions, pauses_us};
-use colo_ring_tests::lab::{Distribution, HostSetting, Lab, LabError, Transport, experiment};
+use colo_ring_tests::lab::{Distribution, HostSetting, Lab, LabError, Transport, experiment_alone};
 
 const BLOCKS: usize = 3;
 const CHECKPOINTS_PER_BLOCK: usize = 40;
@@ -25,7 +25,7 @@ const ATTEMPTS: usize = 3;
 
 #[test]
 fn an_idle_primary_pauses_for_a_fifth_of_what_qemus_own_secondary_takes() {
-    experiment(|lab| {
+    experiment_alone(|lab| {
         let congestion_control = HostSetting::cubic();
         for attempt in 1..=ATTEMPTS {
             let (ring, qemu) = measure(lab, &congestion_control)?;

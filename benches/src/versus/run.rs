@@ -9,7 +9,7 @@ use super::published;
 use super::replays::Replays;
 use super::results::Results;
 use super::secondary::StartOptions;
-use colo_ring_tests::lab::{HostSetting, Lab, LabError};
+use colo_ring_tests::lab::{Company, HostSetting, Lab, LabError};
 use colo_ring_tools::output::{CommandError, ProgressLine, print, tell};
 use std::time::{Duration, Instant};
 
@@ -24,9 +24,9 @@ pub fn run(options: &Options, plan: &Plan) -> Result<bool, LabError> {
         return Ok(true);
     }
     let lab = if options.synth {
-        Lab::without_qemu()?
+        Lab::without_qemu(Company::Nobody)?
     } else {
-        Lab::open()?
+        Lab::open(Company::Nobody)?
     };
     let version = if options.synth {
         None

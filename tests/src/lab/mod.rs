@@ -26,15 +26,15 @@ mod secondary;
 mod settings;
 mod shared;
 mod stats;
+mod turn;
 
-use std::fs::{self, File};
+use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 use tempfile::TempDir;
-
-use nix::fcntl::{Flock, FlockArg};
+use turn::Turn;
 
 pub use client::{Client, ClientReport, Load};
 pub use disk_guest::{Disk, DiskBus, DiskContent, DiskGuest};
@@ -58,8 +58,9 @@ pub use secondary::{Secondary, Way};
 pub use settings::HostSetting;
 pub use shared::{SharedDirectory, huge_pages};
 pub use stats::Distribution;
+pub use turn::Company;
 
-/// The laboratory, held by one test at a time.
+/// The laboratory, in which a few experiments run side by side.
 #[derive(Debug)]
 pub struct Lab {
     qemu: PathBuf,
@@ -70,7 +71,7 @@ pub struct Lab {
     net_initrd: PathBuf,
     scratch: TempDir,
     files_made: AtomicU32,
-    _turn: Flock<File>,
+    _turn: Turn,
 }
 
 impl Lab {
@@ -78,8 +79,8 @@ impl Lab {
     ///
     /// # Errors
     /// [`LabError::Missing`] with the command that makes it.
-    pub fn open() -> Result<Self, LabError> {
-        let lab = Self::without_qemu()?;
+    pub fn open(company: Company) -> Result<Self, LabError> {
+        let lab = Self::without_qemu(company)?;
         for file in [&lab.qemu, &lab.kernel, &lab.initrd] {
             if !file.exists() {
                 return Err(LabError::Missing { file: file.clone() });
@@ -93,8 +94,8 @@ impl Lab {
     ///
     /// # Errors
     /// Those of [`Lab::open`], and when the guest cannot be made.
-    pub fn open_with_disk_guest() -> Result<Self, LabError> {
-        let lab = Self::open()?;
+    pub fn open_with_disk_guest(company: Company) -> Result<Self, LabError> {
+        let lab = Self::open(company)?;
         let laboratory = PathBuf::from(script_output("path")?);
         build_guest("build-disk-guest", &laboratory, &lab.disk_initrd)?;
         Ok(lab)
@@ -104,8 +105,8 @@ impl Lab {
     ///
     /// # Errors
     /// Those of [`Lab::open`], and when the guest cannot be made.
-    pub fn open_with_net_guest() -> Result<Self, LabError> {
-        let lab = Self::open()?;
+    pub fn open_with_net_guest(company: Company) -> Result<Self, LabError> {
+        let lab = Self::open(company)?;
         let laboratory = PathBuf::from(script_output("path")?);
         build_guest("build-net-guest", &laboratory, &lab.net_initrd)?;
         Ok(lab)
@@ -115,9 +116,9 @@ impl Lab {
     ///
     /// # Errors
     /// When its files cannot be made.
-    pub fn without_qemu() -> Result<Self, LabError> {
+    pub fn without_qemu(company: Company) -> Result<Self, LabError> {
         let dir = PathBuf::from(script_output("path")?);
-        let turn = take_turn(&dir.with_extension("turn"))?;
+        let turn = Turn::take(&dir, company)?;
         // Short, because the path of a UNIX socket has at most 107 bytes.
         let scratch = tempfile::tempdir().map_err(LabError::io("create a scratch directory"))?;
         Ok(Self {
@@ -171,20 +172,28 @@ impl Lab {
     }
 }
 
-/// Runs the body of a test in the laboratory.
+/// Runs the body of a test in the laboratory, beside others.
 ///
 /// # Panics
 /// With the error's text when the laboratory is missing or the body fails; the ends of all logs are printed then.
 pub fn experiment(body: impl FnOnce(&Lab) -> Result<(), LabError>) {
-    run_experiment(Lab::open(), body);
+    run_experiment(Lab::open(Company::Others), body);
+}
+
+/// The same for one that measures times or changes settings of the host: no other runs meanwhile.
+///
+/// # Panics
+/// As of [`experiment`].
+pub fn experiment_alone(body: impl FnOnce(&Lab) -> Result<(), LabError>) {
+    run_experiment(Lab::open(Company::Nobody), body);
 }
 
 /// The same with a guest that has a disk.
 ///
 /// # Panics
 /// As of [`experiment`].
-pub fn disk_experiment(body: impl FnOnce(&Lab) -> Result<(), LabError>) {
-    run_experiment(Lab::open_with_disk_guest(), body);
+pub fn disk_experiment(company: Company, body: impl FnOnce(&Lab) -> Result<(), LabError>) {
+    run_experiment(Lab::open_with_disk_guest(company), body);
 }
 
 fn run_experiment(lab: Result<Lab, LabError>, body: impl FnOnce(&Lab) -> Result<(), LabError>) {
@@ -213,17 +222,6 @@ fn script_output(word: &str) -> Result<String, LabError> {
         .output()
         .map_err(LabError::io(format!("run {}", script.display())))?;
     Ok(String::from_utf8_lossy(&output.stdout).trim().to_owned())
-}
-
-// Blocks while another process has it.
-fn take_turn(lock_path: &Path) -> Result<Flock<File>, LabError> {
-    let failed = || format!("lock {}", lock_path.display());
-    let file = lock_path
-        .parent()
-        .map_or(Ok(()), fs::create_dir_all)
-        .and_then(|()| File::create(lock_path))
-        .map_err(LabError::io(failed()))?;
-    Flock::lock(file, FlockArg::LockExclusive).map_err(|(_, errno)| LabError::io(failed())(errno.into()))
 }
 
 /// Makes the initramfs of a guest by a script of `tests/guest`.

@@ -5,7 +5,7 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::process::Command;
 
-use super::{Lab, LabError, run_experiment};
+use super::{Company, Lab, LabError, run_experiment};
 
 /// The tap device of the host's end.
 pub const TAP: &str = "guest0";
@@ -64,7 +64,7 @@ impl NetGuest {
 ///
 /// # Panics
 /// As of [`super::experiment`].
-pub fn net_experiment(body: impl FnOnce(&Lab) -> Result<(), LabError> + Send) {
+pub fn net_experiment(company: Company, body: impl FnOnce(&Lab) -> Result<(), LabError> + Send) {
     // On a thread of its own: a thread that has entered a namespace stays there.
     std::thread::scope(|scope| {
         let run = scope.spawn(|| {
@@ -73,7 +73,7 @@ pub fn net_experiment(body: impl FnOnce(&Lab) -> Result<(), LabError> + Send) {
             ip(&format!("tuntap add {TAP} mode tap"));
             ip(&format!("address add {HOST_NETWORK} dev {TAP}"));
             ip(&format!("link set {TAP} up"));
-            run_experiment(Lab::open_with_net_guest(), body);
+            run_experiment(Lab::open_with_net_guest(company), body);
         });
         if let Err(panic) = run.join() {
             std::panic::resume_unwind(panic);

@@ -4,7 +4,7 @@ use colo_ring::ring::BackendKind;
 use colo_ring_tests::HANG_LIMIT;
 use colo_ring_tests::lab::{
     Address, Guest, Lab, LabError, Machine, Protection, Qemu, Receiver, ReceiverOptions, Recorder, TestGuest,
-    Transport, experiment,
+    Transport, experiment, experiment_alone,
 };
 use colo_ring_tools::streams::Streams;
 
@@ -78,7 +78,7 @@ fn options(channels: u8) -> ReceiverOptions {
 /// The primary's pause without the recorder.
 fn directly(channels: u8, transport: Transport) -> u64 {
     let mut direct_us = 0;
-    experiment(|lab| {
+    experiment_alone(|lab| {
         let back = Address::free(lab, transport)?;
         let mut receiver = Receiver::start(lab, &back, &options(channels))?;
         let mut primary = primary(lab)?;
@@ -94,7 +94,7 @@ fn directly(channels: u8, transport: Transport) -> u64 {
 /// The primary's pause with the recorder, whose file is checked.
 fn recorded(channels: u8, transport: Transport) -> u64 {
     let mut recorded_us = 0;
-    experiment(|lab| {
+    experiment_alone(|lab| {
         let (front, back) = (Address::free(lab, transport)?, Address::free(lab, transport)?);
         let mut receiver = Receiver::start(lab, &back, &options(channels))?;
         let mut recorder = Recorder::start(lab, &front, &back)?;

@@ -6,7 +6,7 @@
 //! earlier run. `COLO_RING_DISK_PAUSES` measures the pauses of so many checkpoints in each of four series (10 otherwise).
 
 use colo_ring_tests::lab::{
-    DiskBus, DiskContent, DiskRuns, Distribution, Qemu, Victim, disk_experiment, disk_runs,
+    Company, DiskBus, DiskContent, DiskRuns, Distribution, Qemu, Victim, disk_experiment, disk_runs,
 };
 use serde_json::json;
 use std::fs;
@@ -16,7 +16,7 @@ fn agree(bus: DiskBus, content: DiskContent) {
 }
 
 fn agree_after(bus: DiskBus, content: DiskContent, primaries: u32, receivers: u32) {
-    disk_experiment(|lab| {
+    disk_experiment(Company::Others, |lab| {
         let mut runs = DiskRuns::new(lab, bus, content);
         for _ in 0..primaries {
             runs.run(Victim::Primary)?;
@@ -88,7 +88,7 @@ fn databases_have_what_they_acknowledged() {
 fn an_unprotected_disk_is_ahead_of_memory() {
     // The kill may fall into the moment after a checkpoint, before the guest has written.
     const ATTEMPTS: u32 = 5;
-    disk_experiment(|lab| {
+    disk_experiment(Company::Others, |lab| {
         let mut runs = DiskRuns::new(lab, DiskBus::VirtioBlk, DiskContent::Raw);
         for _ in 0..ATTEMPTS {
             if runs.run_unprotected()? {
@@ -101,7 +101,7 @@ fn an_unprotected_disk_is_ahead_of_memory() {
 
 #[test]
 fn a_guest_that_loses_its_receiver_runs_on() {
-    disk_experiment(|lab| {
+    disk_experiment(Company::Others, |lab| {
         let mut runs = DiskRuns::new(lab, DiskBus::VirtioBlk, DiskContent::Raw);
         runs.lose_receiver(false)?;
         runs.lose_receiver(true)
@@ -110,18 +110,22 @@ fn a_guest_that_loses_its_receiver_runs_on() {
 
 #[test]
 fn a_guest_is_protected_again_over_mirrors_that_were_left() {
-    disk_experiment(|lab| DiskRuns::new(lab, DiskBus::VirtioBlk, DiskContent::Raw).protect_over_mirrors());
+    disk_experiment(Company::Others, |lab| {
+        DiskRuns::new(lab, DiskBus::VirtioBlk, DiskContent::Raw).protect_over_mirrors()
+    });
 }
 
 #[test]
 fn a_guest_is_protected_again_by_copying_what_has_changed() {
-    disk_experiment(|lab| DiskRuns::new(lab, DiskBus::VirtioBlk, DiskContent::Raw).protect_again());
+    disk_experiment(Company::Others, |lab| {
+        DiskRuns::new(lab, DiskBus::VirtioBlk, DiskContent::Raw).protect_again()
+    });
 }
 
 /// A fresh QEMU must use the checkpoint's disk; what it needs for that is printed; a copy that is kept starts the guest, too.
 #[test]
 fn a_failover_checks_the_disk_and_keeps_a_copy() {
-    disk_experiment(|lab| {
+    disk_experiment(Company::Others, |lab| {
         let mut runs = DiskRuns::new(lab, DiskBus::VirtioBlk, DiskContent::Raw);
         let left = runs.kill(Victim::Primary)?;
         let receiver = left.secondary.receiver();
@@ -178,7 +182,7 @@ fn pauses_with_and_without_the_mirror() {
         None => (&[DiskContent::Random], 1),
     };
     for load in loads {
-        disk_experiment(|lab| {
+        disk_experiment(Company::Nobody, |lab| {
             let mut runs = DiskRuns::new(lab, DiskBus::VirtioBlk, *load);
             let [mut with, mut without] = [Vec::new(), Vec::new()];
             for _ in 0..rounds {

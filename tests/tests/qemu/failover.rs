@@ -12,8 +12,8 @@ use std::time::{Duration, Instant};
 
 use colo_ring_tests::lab::{
     Address, Compression, Distribution, Dump, Guest, Kills, Lab, LabError, Machine, Moment, Qemu, Qmp,
-    Secondary, SharedDirectory, TestGuest, Transport, Way, check_continues, experiment, failover_runs,
-    huge_pages,
+    Secondary, SharedDirectory, TestGuest, Transport, Way, check_continues, experiment, experiment_alone,
+    failover_runs, huge_pages,
 };
 use serde_json::{Value, json};
 
@@ -168,7 +168,7 @@ fn a_guest_in_huge_pages_lives_on() {
         return;
     }
     let before = huge_pages().expect("a pool of huge pages");
-    experiment(|lab| {
+    experiment_alone(|lab| {
         let machine = test_guest("pc");
         let ram = SharedDirectory::of_huge_pages(HUGE_PAGES)?;
         let mut secondary = Secondary::start_in(lab, 4, ram)?;

@@ -3,7 +3,7 @@
 mod latency;
 mod scene;
 
-use colo_ring_tests::lab::{Client, Load, net_experiment};
+use colo_ring_tests::lab::{Client, Company, Load, net_experiment};
 use colo_ring_tests::random::generator;
 use nix::sys::signal::Signal;
 use rand::RngExt;
@@ -38,7 +38,7 @@ fn runs() -> u32 {
 
 /// The client's numbers that came back are in the guest that lives on, wherever the primary was killed.
 fn connection_survives(way: Way) {
-    net_experiment(|lab| {
+    net_experiment(Company::Others, |lab| {
         let mut random = generator("COLO_RING_GUARD_SEED");
         for number in 0..runs() {
             let scene = Scene::set(lab, way, number, &[])?;
@@ -78,7 +78,7 @@ fn a_connection_survives_the_primary_through_a_filter() {
 /// What the guard is for: without it the guest that lives on has never sent what its client has read.
 #[test]
 fn a_connection_does_not_survive_without_a_gate() {
-    net_experiment(|lab| {
+    net_experiment(Company::Others, |lab| {
         let scene = Scene::set(lab, Way::None, 0, &[])?;
         let client = Client::start(Load::Count(Duration::ZERO))?;
         client.wait_answers(50)?;
@@ -94,7 +94,7 @@ fn a_connection_does_not_survive_without_a_gate() {
 
 #[test]
 fn a_lost_receiver_costs_the_guest_and_its_connections_nothing() {
-    net_experiment(|lab| {
+    net_experiment(Company::Others, |lab| {
         let Scene {
             way,
             address,
@@ -136,7 +136,7 @@ fn a_lost_receiver_costs_the_guest_and_its_connections_nothing() {
 
 #[test]
 fn a_guest_that_is_to_stop_stands_until_it_is_protected_again() {
-    net_experiment(|lab| {
+    net_experiment(Company::Others, |lab| {
         let Scene {
             address,
             receiver: first,
@@ -163,7 +163,7 @@ fn a_guest_that_is_to_stop_stands_until_it_is_protected_again() {
 #[test]
 fn a_guard_that_was_killed_is_replaced_by_the_next() {
     for way in [Way::Filter, Way::Relay] {
-        net_experiment(|lab| {
+        net_experiment(Company::Others, |lab| {
             let mut scene = Scene::set(lab, way, 0, &[])?;
             let client = Client::start(Load::Count(OFTEN))?;
             client.wait_answers(20)?;
@@ -186,7 +186,7 @@ fn a_guard_that_was_killed_is_replaced_by_the_next() {
 /// Nothing is asked for without output, and at once with it.
 #[test]
 fn checkpoints_follow_the_output() {
-    net_experiment(|lab| {
+    net_experiment(Company::Others, |lab| {
         let scene = Scene::set(lab, Way::Relay, 0, &["--interval-max", &INTERVAL_MS.to_string()])?;
         let client = Client::start(Load::Count(Duration::from_millis(100)))?;
         client.wait_answers(30)?;

@@ -7,7 +7,7 @@ use std::path::Path;
 
 use colo_ring_tests::lab::{
     Address, Content, Guest, LabError, LinuxGuest, Machine, Pattern, Protection, Qemu, TestGuest, Transport,
-    check_test_guest_image, experiment,
+    check_test_guest_image, experiment, experiment_alone,
 };
 
 /// "tick N pages W checked C" → (W, C)
@@ -25,7 +25,7 @@ fn last_counters(qemu: &Qemu) -> Option<(u64, u64)> {
 
 #[test]
 fn test_guest_writes_at_the_rate_asked_for_and_finds_its_pages_right() {
-    experiment(|lab| {
+    experiment_alone(|lab| {
         for (number, (machine, pattern, content)) in [
             ("pc", Pattern::Random, Content::Incompressible),
             ("q35", Pattern::Runs(16), Content::Compressible),

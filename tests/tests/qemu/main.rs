@@ -1,5 +1,6 @@
 //! The command with real QEMU, in the laboratory that `scripts/qemu-lab` makes. One program, because each links the
-//! whole engine. Run it with `--test-threads=1`: guests and latencies disturb each other.
+//! whole engine. The laboratory lets two experiments run side by side, and alone what measures: `--test-threads=2` is
+//! enough.
 
 mod capture;
 mod compression;

@@ -1,7 +1,7 @@
 //! What output waits for: request and response over TCP, one packet each way, by how the guest is guarded.
 
 use super::scene::{Scene, Way};
-use colo_ring_tests::lab::{Client, LabError, Load, net_experiment};
+use colo_ring_tests::lab::{Client, Company, LabError, Load, net_experiment};
 use serde_json::Value;
 use std::time::Duration;
 
@@ -87,7 +87,7 @@ fn stopped_us(scene: &mut Scene<'_>) -> u64 {
 #[test]
 #[ignore = "a measurement: scripts/measure guard"]
 fn what_output_waits_for() {
-    net_experiment(|lab| {
+    net_experiment(Company::Nobody, |lab| {
         let mut all = contestants();
         let mut number = 0;
         for round in 0..ROUNDS {
