@@ -163,7 +163,7 @@ impl ReplayArgs {
 /// Plays the capture and prints what was measured.
 ///
 /// # Errors
-/// If the capture cannot be played, or the secondary fails: what was measured before is written and printed.
+/// If the capture cannot be played, or the secondary fails: what was measured before, if anything, is written and printed.
 pub fn run(args: &ReplayArgs) -> Result<ExitCode, CommandError> {
     let stop = Arc::new(AtomicBool::new(false));
     let wish = stop.clone();
@@ -223,7 +223,7 @@ pub fn run(args: &ReplayArgs) -> Result<ExitCode, CommandError> {
     }
     if args.json {
         print_json(&report)?;
-    } else {
+    } else if report.error.is_none() || report.checkpoints > 0 {
         print(&report.to_string())?;
     }
     match report.error {

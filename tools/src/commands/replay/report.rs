@@ -22,7 +22,7 @@ pub(super) struct Report {
     machine: colo_ring::host::Machine,
     capture: CaptureSummary,
     sessions: u32,
-    checkpoints: u64,
+    pub(super) checkpoints: u64,
     /// Those of them during which other processes were busy. They are in the figures.
     disturbed: u64,
     phases: BTreeMap<String, PhaseFigures>,
