@@ -10,7 +10,8 @@ use crate::disk::{DiskError, copy_base};
 use crate::failover::{Form, StreamError, StreamReport, write_stream};
 use crate::session::GuestDescription;
 use crate::store::CheckpointView;
-use crate::units::BlockId;
+use crate::units::{BlockId, CheckpointId};
+use crate::wire::run_state;
 use serde::{Deserialize, Serialize};
 use std::fs::File;
 use std::io::{self, Write};
@@ -275,9 +276,14 @@ fn write(
     form: Form,
     out: impl Write,
 ) -> Result<StreamReport, StreamError> {
+    // COLO has let it run before any checkpoint but the first copy, whatever it did before it was protected.
+    let device_state = match view.checkpoint() {
+        CheckpointId(0) => view.device_state().into(),
+        _ => run_state::running(view.device_state()),
+    };
     write_stream(
         description,
-        view.device_state(),
+        &device_state,
         |page, out| view.read(page, out),
         form,
         out,

@@ -24,6 +24,7 @@ pub mod limits;
 pub mod multifd;
 pub mod ram;
 pub mod return_path;
+pub mod run_state;
 pub mod stream;
 pub mod vmdesc;
 pub mod xbzrle;
