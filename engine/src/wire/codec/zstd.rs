@@ -1,6 +1,7 @@
 //! zstd (RFC 8878): one frame per channel that never ends, each payload ended by a flush (spec §9).
 
 use super::{Method, Progress, damaged};
+use crate::units::PAGE_SIZE;
 use crate::wire::WireError;
 use zstd_safe::{DCtx, DParameter, InBuffer, OutBuffer};
 
@@ -12,7 +13,10 @@ const HEADER_BYTES: usize = 6;
 /// Largest window, as a binary logarithm: that of zstd's highest level. QEMU's highest, 20, has 25.
 pub(super) const WINDOW_LOG_MAX: u32 = 27;
 
-/// Most bytes of a block.
+/// A block's header: whether it is the last one, its type and its size.
+const BLOCK_HEADER_BYTES: usize = 3;
+
+/// Most bytes of a block, with its content or compressed. A smaller window is the limit instead.
 const BLOCK_BYTES: u64 = 128 << 10;
 
 /// What a decoder takes beside window and blocks: tables of the entropy decoders, with room for other releases.
@@ -55,9 +59,42 @@ pub(super) fn stream_bytes(window: u64) -> u64 {
     window + 2 * BLOCK_BYTES
 }
 
+/// Where the block ends that begins at byte `at` of a payload.
+///
+/// # Errors
+/// If a primary's frame has no such block, or the payload ends within it.
+fn block_end(payload: &[u8], at: usize, most_bytes: u64) -> Result<usize, WireError> {
+    let error = |reason| damaged(Method::Zstd, at, reason);
+    let Some(&[low, middle, high]) = payload[at..].first_chunk::<BLOCK_HEADER_BYTES>() else {
+        return Err(error("it ends in a block's header"));
+    };
+    let header = u32::from_le_bytes([low, middle, high, 0]);
+    let (is_last, kind, size) = (header & 1 == 1, header >> 1 & 3, header >> 3);
+    if is_last {
+        return Err(error("the channel's zstd frame ends, which no primary does"));
+    }
+    if u64::from(size) > most_bytes {
+        return Err(error("a block is larger than the format allows"));
+    }
+    let bytes = match kind {
+        0 | 2 => size as usize,
+        // One byte, which is repeated.
+        1 => 1,
+        _ => return Err(error("a block has the reserved type")),
+    };
+    let end = at + BLOCK_HEADER_BYTES + bytes;
+    if end > payload.len() {
+        return Err(error("it ends in a block"));
+    }
+    Ok(end)
+}
+
+/// A channel's frame. Every payload is a number of whole blocks, the first one with the frame's header before them. The
+/// decoder is given one block at a time: of a payload that is damaged it says that only, not where.
 pub(super) struct Frame {
     context: DCtx<'static>,
-    begun: bool,
+    /// Most bytes of a block; 0 before the first payload.
+    block_bytes: u64,
 }
 
 impl Frame {
@@ -70,7 +107,7 @@ impl Frame {
             .map_err(error)?;
         Ok(Self {
             context,
-            begun: false,
+            block_bytes: 0,
         })
     }
 
@@ -82,30 +119,33 @@ impl Frame {
 
     /// `room` is the packet's pages and one more.
     pub(super) fn decode(&mut self, payload: &[u8], room: &mut [u8]) -> Result<(), WireError> {
-        if !self.begun {
-            window_bytes(payload)?;
-            self.begun = true;
+        let mut block = 0;
+        if self.block_bytes == 0 {
+            self.block_bytes = window_bytes(payload)?.min(BLOCK_BYTES);
+            block = HEADER_BYTES;
         }
-        let room_bytes = room.len();
-        let (mut input, mut output) = (InBuffer::around(payload), OutBuffer::around(&mut *room));
-        let progress = loop {
-            let (in_before, out_before) = (input.pos(), output.pos());
-            let result = self.context.decompress_stream(&mut output, &mut input);
-            let (taken, written) = (input.pos(), output.pos());
-            match result {
-                Ok(0) => {
-                    let reason = "the channel's zstd frame ends, which no primary does";
-                    return Err(damaged(Method::Zstd, taken, reason));
-                }
-                Ok(_) => {}
-                Err(code) => return Err(damaged(Method::Zstd, taken, zstd_safe::get_error_name(code))),
+        let expected = room.len() - PAGE_SIZE;
+        let (mut taken, mut written) = (0, 0);
+        while block < payload.len() {
+            let end = block_end(payload, block, self.block_bytes)?;
+            let before = written;
+            let mut input = InBuffer::around(&payload[taken..end]);
+            let mut output = OutBuffer::around(&mut room[written..]);
+            self.context
+                .decompress_stream(&mut output, &mut input)
+                .map_err(|code| damaged(Method::Zstd, block, zstd_safe::get_error_name(code)))?;
+            taken += input.pos();
+            written += output.pos();
+            if written > expected {
+                taken = block;
+                break;
             }
-            let stuck = (in_before, out_before) == (taken, written);
-            // With room left, all that the input gives has been written.
-            if stuck || (taken == payload.len() && written < room_bytes) {
-                break Progress { taken, written };
+            if before == expected {
+                let reason = "a block without content follows the packet's last page";
+                return Err(damaged(Method::Zstd, block, reason));
             }
-        };
-        progress.check(Method::Zstd, payload, room)
+            block = end;
+        }
+        Progress { taken, written }.check(Method::Zstd, payload, room)
     }
 }

@@ -4,6 +4,8 @@ use super::{Encoder, FULL, STREAMS, content, damage, decode, decoder, encoder};
 use crate::units::PAGE_SIZE;
 use crate::wire::WireError;
 use crate::wire::codec::{Decoder, Method, PAYLOAD_MAX, stream_bytes};
+use rand::rngs::Xoshiro256PlusPlus;
+use rand::{Rng, SeedableRng};
 use zlib_rs::{Deflate, DeflateFlush};
 use zstd_safe::{CCtx, CParameter};
 
@@ -123,6 +125,77 @@ fn bytes_behind_the_last_page_are_an_error() {
         payload.extend(encoder.packet(&content(1, 2)));
         damage(decode(&mut decoder(method), &payload, 1));
     }
+}
+
+/// Less than a block, a block that is not whole, and whole blocks without content: of a zlib stream, bits that begin a block.
+#[test]
+fn a_few_bytes_behind_the_last_page_are_an_error() {
+    for method in STREAMS {
+        let payload = encoder(method, 1).packet(&content(1, 1));
+        for stray in [
+            &[0][..],
+            &[0, 0],
+            &[0, 0, 0],
+            &[8, 0, 0],
+            &[2, 0, 0],
+            &[2, 0, 0, 7],
+        ] {
+            let longer = [&payload, stray].concat();
+            let (at, reason) = damage(decode(&mut decoder(method), &longer, 1));
+            let expected = match method {
+                Method::Zstd => payload.len(),
+                _ => longer.len(),
+            };
+            assert_eq!(at, expected as u64, "{method:?} and {stray:?}: {reason}");
+        }
+    }
+}
+
+#[test]
+fn damage_of_a_zstd_payload_is_said_to_be_where_its_block_is() {
+    let mut random = vec![0; FULL * PAGE_SIZE];
+    Xoshiro256PlusPlus::seed_from_u64(3).fill_bytes(&mut random);
+    let halves = random.iter().map(|byte| byte & 0x0f).collect();
+    for (kind, bytes) in [("compressed", halves), ("raw", random)] {
+        let mut encoder = encoder(Method::Zstd, 1);
+        let first = encoder.packet(&content(2, 7));
+        let payload = encoder.packet(&bytes);
+        let third = third_block(&payload);
+        let damaged = |change: &dyn Fn(&mut Vec<u8>)| {
+            let mut decoder = decoder(Method::Zstd);
+            decode(&mut decoder, &first, 2).unwrap();
+            let mut payload = payload.clone();
+            change(&mut payload);
+            let (at, reason) = damage(decode(&mut decoder, &payload, FULL));
+            assert_eq!(at, third as u64, "{kind}: {reason}");
+            reason
+        };
+        let reserved = damaged(&|payload| payload[third] |= 0x06);
+        assert!(reserved.contains("reserved type"), "{reserved}");
+        let oversized = damaged(&|payload| payload[third + 2] = 0xff);
+        assert!(oversized.contains("larger"), "{oversized}");
+        let last = damaged(&|payload| payload[third] |= 1);
+        assert!(last.contains("ends"), "{last}");
+        for kept in [1, 2, 3, 100] {
+            let cut = damaged(&|payload| payload.truncate(third + kept));
+            assert!(cut.contains("it ends in a block"), "{cut}");
+        }
+        if kind == "compressed" {
+            assert_eq!(payload[third] & 0x06, 4);
+            damaged(&|payload| payload[third + 3..third + 40].fill(0xff));
+        }
+    }
+}
+
+/// Where the third block of a payload without the frame's header begins.
+fn third_block(payload: &[u8]) -> usize {
+    let mut at = 0;
+    for _ in 0..2 {
+        let header = u32::from_le_bytes([payload[at], payload[at + 1], payload[at + 2], 0]);
+        assert_ne!(header >> 1 & 3, 1, "no block of one repeated byte");
+        at += 3 + (header >> 3) as usize;
+    }
+    at
 }
 
 #[test]
