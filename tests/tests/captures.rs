@@ -2,7 +2,8 @@
 //! and pieces in which they were recorded. What is committed must equal a simple reading of the same bytes.
 
 use colo_ring::session::{
-    Action, MultifdChannel, PacketAction, PageContent, Rendezvous, Session, SessionLimits, Ticket,
+    Action, MultifdChannel, PacketAction, PageContent, Rendezvous, Session, SessionLimits, SessionMethod,
+    Ticket,
 };
 use colo_ring::store::{CacheKind, CommitMode, CopyMethod, Flusher, HugePages, Store, StoreOptions};
 use colo_ring::units::{ChannelId, CheckpointId, PAGE_SIZE};
@@ -25,6 +26,7 @@ struct Secondary {
     kind: (CacheKind, CommitMode),
     session: Session,
     rendezvous: Rendezvous,
+    method: SessionMethod,
     main: Vec<u8>,
     channels: Vec<Channel>,
     at_marker: bool,
@@ -50,6 +52,7 @@ impl Secondary {
             kind,
             session: Session::new(limits),
             rendezvous: Rendezvous::new(CHANNELS),
+            method: SessionMethod::default(),
             main: Vec::new(),
             channels: (0..connections).map(channel).collect(),
             at_marker: false,
@@ -177,7 +180,7 @@ impl Secondary {
         if channel.arrived.len() < HEADER_LEN + payload {
             return false;
         }
-        let mut action = channel.protocol.on_header(&header).unwrap();
+        let mut action = channel.protocol.on_header(&header, &self.method).unwrap();
         if header.has_pages() {
             let store = self.store.as_ref().unwrap();
             let (mut normal, mut zero) = (PageList::default(), PageList::default());

@@ -13,7 +13,7 @@ use super::links::{Guest, SessionOutput};
 use super::services::Services;
 use crate::net::{Origin, is_gone};
 use crate::ring::Waker;
-use crate::session::{GuestDescription, Rendezvous};
+use crate::session::{GuestDescription, Rendezvous, SessionMethod};
 use crate::store::Store;
 use crate::units::ChannelId;
 use crate::wire::stream::StreamHeader;
@@ -51,6 +51,8 @@ pub(super) struct LiveSession {
     pub(super) origin: Origin,
     pub(super) services: Arc<dyn Services>,
     pub(super) rendezvous: Rendezvous,
+    /// Of the payloads of all channels.
+    pub(super) method: SessionMethod,
     pub(super) counters: Counters,
     /// The main channel's position while the device state looks as if its vmdesc were suppressed; else 0.
     pub(super) suppressed_at: AtomicU64,
@@ -94,6 +96,7 @@ impl LiveSession {
             origin,
             services,
             rendezvous: Rendezvous::new(count),
+            method: SessionMethod::default(),
             counters: Counters::default(),
             suppressed_at: AtomicU64::new(0),
             parts: AtomicUsize::new(1 + channels.len() + 1 + helpers.len()),

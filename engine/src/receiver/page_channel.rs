@@ -156,7 +156,7 @@ impl Link {
         let Some(header) = decode(&self.header)? else {
             return Ok(());
         };
-        let action = self.protocol.on_header(&header)?;
+        let action = self.protocol.on_header(&header, &self.session.method)?;
         self.header.consume(HEADER_LEN);
         match action {
             PacketAction::Arrive => self.arrive(),

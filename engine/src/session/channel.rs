@@ -17,15 +17,39 @@
 //! * [`PacketAction::Arrive`]: report the sync point and read nothing more until the main channel has released the
 //!   channel; then call [`MultifdChannel::on_release`].
 //!
-//! How a payload becomes pages is the action's variant. The method of the first packet with a payload is the channel's
-//! for the whole session (spec §9), because its decoder is: the driver opens one [`Decoder`] then and keeps it as long as
-//! the channel.
+//! How a payload becomes pages is the action's variant. The method of the first packet with a payload, on whichever
+//! channel, is that of the whole session (spec §9): its channels share a [`SessionMethod`]. With its own first payload a
+//! channel's driver opens a [`Decoder`], and keeps it as long as the channel.
 //!
 //! [`Decoder`]: crate::wire::codec::Decoder
 
 use super::ChannelError;
 use crate::wire::codec::Method;
 use crate::wire::multifd::{HEADER_LEN, INIT_LEN, PacketHeader};
+use std::sync::OnceLock;
+
+/// How the payloads of a session are compressed: as its first one is. All channels of the session share it.
+#[derive(Debug, Default)]
+pub struct SessionMethod(OnceLock<Method>);
+
+impl SessionMethod {
+    /// The method; none before the first payload.
+    pub fn get(&self) -> Option<Method> {
+        self.0.get().copied()
+    }
+
+    /// The method of a packet with a payload.
+    fn pin(&self, seen: Method) -> Result<Method, ChannelError> {
+        let pinned = *self.0.get_or_init(|| seen);
+        if pinned == seen {
+            return Ok(pinned);
+        }
+        Err(ChannelError::OtherMethod {
+            seen: seen.name(),
+            pinned: pinned.name(),
+        })
+    }
+}
 
 /// What the driver does next.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -45,7 +69,7 @@ pub enum PacketAction {
     },
     /// Set the packet's zero pages, if any, to zero, and receive its payload, which decodes to the normal pages.
     Decode {
-        /// How it is compressed: the same in all packets of the channel.
+        /// How it is compressed: the same in all packets of the session.
         method: Method,
         /// Bytes of payload.
         payload_len: u32,
@@ -85,8 +109,6 @@ enum Stage {
 #[derive(Debug)]
 pub struct MultifdChannel {
     stage: Stage,
-    /// Of the first payload, and so of all.
-    method: Option<Method>,
     packets: u64,
     position: u64,
     since_sync: ChannelTraffic,
@@ -96,7 +118,6 @@ impl Default for MultifdChannel {
     fn default() -> Self {
         Self {
             stage: Stage::First,
-            method: None,
             packets: 0,
             position: INIT_LEN as u64,
             since_sync: ChannelTraffic::default(),
@@ -109,11 +130,15 @@ impl MultifdChannel {
     ///
     /// # Errors
     /// If it is the channel's first packet and not a SYNC without pages (spec §8.2), or its payload is compressed by
-    /// another method than the payloads before it.
+    /// another method than the session's payloads before it.
     ///
     /// # Panics
     /// If the last action was not carried out.
-    pub fn on_header(&mut self, header: &PacketHeader<'_>) -> Result<PacketAction, ChannelError> {
+    pub fn on_header(
+        &mut self,
+        header: &PacketHeader<'_>,
+        method: &SessionMethod,
+    ) -> Result<PacketAction, ChannelError> {
         let (sync, payload_len) = (header.is_sync(), header.payload_len());
         match self.stage {
             Stage::First if header.has_pages() || !sync => return Err(ChannelError::NoFirstSync),
@@ -135,7 +160,7 @@ impl MultifdChannel {
         let action = if payload_len == 0 {
             PacketAction::Zero
         } else {
-            match self.pin(header.method())? {
+            match method.pin(header.method())? {
                 Method::None => PacketAction::Place {
                     payload_len,
                     then_header: !sync,
@@ -145,18 +170,6 @@ impl MultifdChannel {
         };
         self.stage = Stage::Pages(packet);
         Ok(action)
-    }
-
-    /// The method of a packet with a payload.
-    fn pin(&mut self, seen: Method) -> Result<Method, ChannelError> {
-        let pinned = *self.method.get_or_insert(seen);
-        if pinned == seen {
-            return Ok(pinned);
-        }
-        Err(ChannelError::OtherMethod {
-            seen: seen.name(),
-            pinned: pinned.name(),
-        })
     }
 
     /// The packet's pages are applied.
@@ -241,10 +254,19 @@ mod tests {
         }
     }
 
+    /// Of a session whose payloads have had no method.
     fn header(channel: &mut MultifdChannel, fields: &PacketFields<'_>) -> Result<PacketAction, ChannelError> {
+        header_in(&SessionMethod::default(), channel, fields)
+    }
+
+    fn header_in(
+        method: &SessionMethod,
+        channel: &mut MultifdChannel,
+        fields: &PacketFields<'_>,
+    ) -> Result<PacketAction, ChannelError> {
         let mut bytes = [0; HEADER_LEN];
         fields.encode(&mut bytes);
-        channel.on_header(&PacketHeader::decode(&bytes).unwrap())
+        channel.on_header(&PacketHeader::decode(&bytes).unwrap(), method)
     }
 
     /// A channel that was released from its first sync point.
@@ -320,8 +342,10 @@ mod tests {
     }
 
     #[test]
-    fn a_compressed_payload_is_decoded_by_the_method_of_the_first() {
-        let mut channel = open();
+    fn a_compressed_payload_is_decoded_by_the_method_of_the_session_s_first() {
+        let (method, mut channel, mut other) = (SessionMethod::default(), open(), open());
+        let header =
+            |channel: &mut MultifdChannel, fields: &PacketFields<'_>| header_in(&method, channel, fields);
         let compressed = |method, payload_len| PacketFields {
             method,
             payload_len,
@@ -344,8 +368,10 @@ mod tests {
             channel.on_pages();
         }
         for fields in [compressed(Method::Zlib, 5), packet(false, 2, 0)] {
-            let error = header(&mut channel, &fields).unwrap_err();
-            assert!(error.to_string().contains("zstd"), "{error}");
+            for channel in [&mut channel, &mut other] {
+                let error = header(channel, &fields).unwrap_err();
+                assert!(error.to_string().contains("zstd"), "{error}");
+            }
         }
     }
 

@@ -30,12 +30,12 @@ pub enum ChannelError {
     /// Every channel begins with a SYNC without pages (spec §8.2).
     #[error("the channel's first packet is not a SYNC without pages")]
     NoFirstSync,
-    /// The method changes within a channel (spec §9).
+    /// The method changes within a session (spec §9).
     #[error("a payload compressed with {seen}, where those before it were compressed with {pinned}")]
     OtherMethod {
         /// The packet's method.
         seen: &'static str,
-        /// That of the channel's first payload.
+        /// That of the session's first payload, on whichever channel.
         pinned: &'static str,
     },
     /// Pages after the last sync of a round (spec §10, quiet channels).

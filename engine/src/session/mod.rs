@@ -14,7 +14,7 @@ mod ram_records;
 mod rendezvous;
 
 pub use action::{Action, Outbound, Page, PageContent};
-pub use channel::{ChannelTraffic, MultifdChannel, PacketAction};
+pub use channel::{ChannelTraffic, MultifdChannel, PacketAction, SessionMethod};
 pub use error::{ChannelError, Ending, SessionError};
 pub use guest_description::GuestDescription;
 pub use limits::SessionLimits;

@@ -56,6 +56,7 @@ type MakeCase = fn(stream: &mut Encoder, count: u8) -> Case;
 
 const DAMAGED: &str = "payload is damaged at its byte";
 const MORE: &str = "gives more than the packet's pages";
+const OTHER_METHOD: &str = "where those before it were compressed with";
 const LESS: &str = "gives less than the packet's pages";
 
 /// After right packets.
@@ -110,18 +111,46 @@ const CASES: &[MakeCase] = &[
         ("a stream that begins anew", anew, DAMAGED)
     },
     |stream, count| {
-        let other = match stream.method() {
-            Method::Zlib => Method::Zstd,
-            _ => Method::Zlib,
-        };
-        let says = "where those before it were compressed with";
-        ("another method", right(&mut encoder(other), count), says)
+        let other = right(&mut encoder(other(stream.method())), count);
+        ("another method", other, OTHER_METHOD)
+    },
+    |stream, count| {
+        let longer = [payload(stream, &vec![5; count.into()]), vec![0]].concat();
+        ("a stray byte", packet(stream.method(), count, &longer), DAMAGED)
+    },
+    |stream, count| {
+        let longer = [payload(stream, &vec![5; count.into()]), vec![0, 0]].concat();
+        (
+            "two stray bytes",
+            packet(stream.method(), count, &longer),
+            DAMAGED,
+        )
+    },
+    |stream, count| {
+        let longer = [payload(stream, &vec![5; count.into()]), vec![0, 0, 0]].concat();
+        ("an empty block", packet(stream.method(), count, &longer), DAMAGED)
     },
     |_, _| ("uncompressed", good_packet(), "compressed with none, where those"),
 ];
 
-/// How a channel's stream must not begin.
+/// A method that compresses, and is not this one.
+fn other(method: Method) -> Method {
+    match method {
+        Method::Zlib => Method::Zstd,
+        _ => Method::Zlib,
+    }
+}
+
+/// How a channel's stream must not begin where the session's other channel has sent payloads of `method`.
 fn wrong_beginnings(method: Method, count: u8) -> Vec<Case> {
+    let mut cases = wrong_streams(method, count);
+    let another = right(&mut encoder(other(method)), count);
+    cases.push(("another channel's method", another, OTHER_METHOD));
+    cases.push(("no method", good_packet(), "compressed with none, where those"));
+    cases
+}
+
+fn wrong_streams(method: Method, count: u8) -> Vec<Case> {
     let window = |byte| {
         let mut zstd = payload(&mut encoder(method), &vec![5; count.into()]);
         zstd[5] = byte;

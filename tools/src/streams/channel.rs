@@ -1,7 +1,7 @@
 //! A captured multifd channel, packet by packet.
 
 use super::Connection;
-use colo_ring::session::{ChannelError, MultifdChannel, PacketAction};
+use colo_ring::session::{ChannelError, MultifdChannel, PacketAction, SessionMethod};
 use colo_ring::units::ChannelId;
 use colo_ring::wire::WireError;
 use colo_ring::wire::codec::Method;
@@ -50,10 +50,11 @@ pub struct Packet {
 
 impl Channel {
     /// Reads the packets of a connection that begins with an init packet, up to its end or the first wrong packet.
+    /// `method` is shared by the session's channels.
     ///
     /// # Errors
     /// If it does not begin with a valid init packet.
-    pub(super) fn new(connection: Connection) -> Result<Self, InitError> {
+    pub(super) fn new(connection: Connection, method: &SessionMethod) -> Result<Self, InitError> {
         let init = connection
             .to_secondary
             .bytes()
@@ -68,25 +69,25 @@ impl Channel {
             method: None,
             stopped: None,
         };
-        channel.walk();
+        channel.walk(method);
         Ok(channel)
     }
 
-    fn walk(&mut self) {
+    fn walk(&mut self, method: &SessionMethod) {
         let bytes = self.connection.to_secondary.bytes();
         let mut protocol = MultifdChannel::default();
         let mut position = INIT_LEN;
         while let Some(header) = bytes[position..].first_chunk::<HEADER_LEN>() {
             let decoded = PacketHeader::decode(header).map_err(ChannelError::from);
-            let (header, action) = match decoded.and_then(|header| Ok((header, protocol.on_header(&header)?)))
-            {
-                Ok(packet) => packet,
-                Err(error) => {
-                    let name = self.init.channel;
-                    self.stopped = Some(format!("{name}, byte {position}: {error}"));
-                    return;
-                }
-            };
+            let (header, action) =
+                match decoded.and_then(|header| Ok((header, protocol.on_header(&header, method)?))) {
+                    Ok(packet) => packet,
+                    Err(error) => {
+                        let name = self.init.channel;
+                        self.stopped = Some(format!("{name}, byte {position}: {error}"));
+                        return;
+                    }
+                };
             let payload = usize::try_from(header.payload_len()).unwrap_or(usize::MAX);
             let Some(end) = (position + HEADER_LEN)
                 .checked_add(payload)

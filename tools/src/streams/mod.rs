@@ -19,6 +19,7 @@ pub use flow::{Chunk, Flow};
 use crate::capture_file::{CaptureError, CaptureInfo, CaptureReader, ConnectionId, Direction, Event, Record};
 use colo_ring::blocks::BlockTable;
 use colo_ring::host::Machine;
+use colo_ring::session::SessionMethod;
 use colo_ring::units::ChannelId;
 use colo_ring::wire::codec::Method;
 use colo_ring::wire::stream::{MAIN_MAGIC, MULTIFD_MAGIC};
@@ -421,12 +422,13 @@ fn sort_connections(
 ) -> Result<(Connection, Vec<Channel>), StreamsError> {
     let count = connections.len();
     let (mut mains, mut channels) = (Vec::new(), Vec::new());
+    let method = SessionMethod::default();
     for connection in connections {
         let (number, bytes) = (connection.id, connection.to_secondary.bytes());
         if bytes.starts_with(&MAIN_MAGIC) {
             mains.push(connection);
         } else if bytes.starts_with(&MULTIFD_MAGIC) {
-            let channel = Channel::new(connection);
+            let channel = Channel::new(connection, &method);
             channels.push(channel.map_err(|reason| StreamsError::Init {
                 connection: number,
                 reason,

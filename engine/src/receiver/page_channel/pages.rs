@@ -114,7 +114,7 @@ impl Pages {
             return Ok(());
         }
         let place = link.place();
-        let action = link.protocol.on_header(&header)?;
+        let action = link.protocol.on_header(&header, &link.session.method)?;
         if header.has_pages() {
             header.resolve(self.store.table(), &mut self.normal, &mut self.zero)?;
             link.session.rendezvous.begin_packet(link.id)?;

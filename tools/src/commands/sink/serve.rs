@@ -3,7 +3,9 @@
 use super::connections::Connections;
 use crate::net::Socket;
 use colo_ring::host::pin;
-use colo_ring::session::{Action, MultifdChannel, Outbound, PacketAction, Session, SessionLimits};
+use colo_ring::session::{
+    Action, MultifdChannel, Outbound, PacketAction, Session, SessionLimits, SessionMethod,
+};
 use colo_ring::wire::multifd::{HEADER_LEN, INIT_LEN, PacketHeader};
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
@@ -30,6 +32,8 @@ struct Shared {
     wake: EventFd,
     /// Bytes of the multifd channels.
     bytes: AtomicU64,
+    /// How their payloads are compressed.
+    method: SessionMethod,
 }
 
 /// Serves a session until its main channel ends.
@@ -39,6 +43,7 @@ pub(super) fn session(connections: Connections, cores: &[usize]) -> io::Result<S
         syncs: (0..count).map(|_| AtomicU64::new(0)).collect(),
         wake: EventFd::from_flags(EfdFlags::EFD_NONBLOCK)?,
         bytes: AtomicU64::new(0),
+        method: SessionMethod::default(),
     };
     let threads = cores.len().clamp(1, count.max(1));
     let mut groups: Vec<Vec<Channel>> = (0..threads).map(|_| Vec::new()).collect();
@@ -175,14 +180,14 @@ impl Channel {
                 break;
             }
             shared.bytes.fetch_add(count as u64, Ordering::Relaxed);
-            syncs += self.follow(self.filled + count)?;
+            syncs += self.follow(self.filled + count, &shared.method)?;
         }
         shared.syncs[self.number].fetch_add(syncs, Ordering::Release);
         Ok(syncs)
     }
 
     /// Parses the packets in the first `end` bytes of the buffer. Returns how many SYNCs were reached.
-    fn follow(&mut self, end: usize) -> io::Result<u64> {
+    fn follow(&mut self, end: usize, method: &SessionMethod) -> io::Result<u64> {
         let (mut begin, mut syncs) = (0, 0);
         loop {
             let skipped = usize::try_from(self.skip).unwrap_or(usize::MAX).min(end - begin);
@@ -196,7 +201,8 @@ impl Channel {
                 break;
             };
             let packet = PacketHeader::decode(header).map_err(io::Error::other)?;
-            let action = self.protocol.on_header(&packet).map_err(io::Error::other)?;
+            let action = self.protocol.on_header(&packet, method);
+            let action = action.map_err(io::Error::other)?;
             begin += HEADER_LEN;
             match action {
                 PacketAction::Zero | PacketAction::Place { .. } | PacketAction::Decode { .. } => {
