@@ -5,6 +5,7 @@
 //! more, and the control thread may drop what was not committed.
 
 use super::budget::BudgetError;
+use super::decode::SharedDecodeMemory;
 use super::disks::SessionDisks;
 use super::end::SessionEnd;
 use super::guest_memory::{GuestMemory, MemoryError};
@@ -53,6 +54,8 @@ pub(super) struct LiveSession {
     pub(super) rendezvous: Rendezvous,
     /// Of the payloads of all channels.
     pub(super) method: SessionMethod,
+    /// What their decoding takes.
+    pub(super) decode_memory: SharedDecodeMemory,
     pub(super) counters: Counters,
     /// The main channel's position while the device state looks as if its vmdesc were suppressed; else 0.
     pub(super) suppressed_at: AtomicU64,
@@ -97,6 +100,7 @@ impl LiveSession {
             services,
             rendezvous: Rendezvous::new(count),
             method: SessionMethod::default(),
+            decode_memory: SharedDecodeMemory::default(),
             counters: Counters::default(),
             suppressed_at: AtomicU64::new(0),
             parts: AtomicUsize::new(1 + channels.len() + 1 + helpers.len()),
@@ -120,6 +124,11 @@ impl LiveSession {
 
     pub(super) fn channel_fd(&self, channel: ChannelId) -> RawFd {
         self.channels[usize::from(channel.0)].socket.as_raw_fd()
+    }
+
+    /// How many multifd channels it has.
+    pub(super) fn channels(&self) -> usize {
+        self.channels.len()
     }
 
     /// The guest's memory, once it is made.

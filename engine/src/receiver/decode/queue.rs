@@ -1,8 +1,8 @@
 //! What a channel with compressed payloads shares with the workers. See [`super`] for the contract.
 
 use super::backlog::{Applied, Backlog};
+use super::memory::DecodeMemory;
 use crate::canary::{self, Canary};
-use crate::receiver::budget::Lease;
 use crate::receiver::end::{ChannelError, SessionEnd};
 use crate::receiver::guest_memory::MemoryLeases;
 use crate::receiver::live_session::{LiveSession, SessionPart};
@@ -63,13 +63,13 @@ pub(in crate::receiver) struct DecodeQueue {
     pending: ArrayQueue<Box<Packet>>,
     /// A place for one: in it whenever no packet is being decoded.
     decoder: ArrayQueue<Box<ChannelDecoder>>,
-    lease: Lease,
+    memory: Arc<DecodeMemory>,
     session: SessionPart,
 }
 
 struct ChannelDecoder {
     decoder: Decoder,
-    /// Whether the lease has what grows with the stream.
+    /// Whether the memory has what grows with the stream.
     is_charged: bool,
 }
 
@@ -85,8 +85,7 @@ impl DecodeQueue {
         leases: &MemoryLeases,
         channel: ChannelId,
     ) -> Result<Self, ChannelError> {
-        let payloads = u64::from(PACKETS) * u64::from(PAYLOAD_MAX);
-        let lease = leases.beside_ram(payloads + codec::fixed_bytes(method))?;
+        let memory = session.decode_memory.open(method, session.channels(), leases)?;
         let decoder = Decoder::open(method)?.expect("uncompressed payloads go straight to their pages");
         let queue = Self {
             store: store.clone(),
@@ -95,7 +94,7 @@ impl DecodeQueue {
             free: ArrayQueue::new(PACKETS as usize),
             pending: ArrayQueue::new(PACKETS as usize),
             decoder: ArrayQueue::new(1),
-            lease,
+            memory,
             session: SessionPart::new(session),
         };
         let is_charged = false;
@@ -160,8 +159,8 @@ impl DecodeQueue {
         more
     }
 
-    /// Applies a packet: its zero pages become zero, and its payload the newest content of its normal pages. `shard` is the
-    /// calling thread's, which has the queue.
+    /// Applies a packet: its zero pages become zero, and its payload the newest content of its normal pages, unless it is
+    /// damaged: then no page changes. `shard` is the calling thread's, which has the queue.
     ///
     /// # Errors
     /// If the payload does not decode to these pages, or there is no memory for them.
@@ -171,36 +170,37 @@ impl DecodeQueue {
         shard: usize,
         pages: &mut PageBuffer,
     ) -> Result<(), ChannelError> {
+        let contents = if packet.payload.bytes().is_empty() {
+            &[]
+        } else {
+            // None after a panic, which has ended the session.
+            let Some(mut decoder) = self.decoder.pop() else {
+                return Ok(());
+            };
+            let decoded = self.decode(&mut decoder, packet, pages);
+            self.put_decoder(decoder);
+            decoded?
+        };
         for page in packet.zero.as_slice() {
             self.store.zero(shard, *page);
         }
-        if packet.payload.bytes().is_empty() {
-            return Ok(());
-        }
-        // None after a panic, which has ended the session.
-        let Some(mut decoder) = self.decoder.pop() else {
-            return Ok(());
-        };
-        let decoded = self.decode(&mut decoder, packet, shard, pages);
-        self.put_decoder(decoder);
-        decoded
+        self.write(shard, packet.normal.as_slice(), contents)
     }
 
-    fn decode(
+    fn decode<'p>(
         &self,
         decoder: &mut ChannelDecoder,
         packet: &Packet,
-        shard: usize,
-        pages: &mut PageBuffer,
-    ) -> Result<(), ChannelError> {
+        pages: &'p mut PageBuffer,
+    ) -> Result<&'p [[u8; PAGE_SIZE]], ChannelError> {
         let ChannelDecoder { decoder, is_charged } = decoder;
         let payload = packet.payload.bytes();
         if !*is_charged {
-            self.lease.grow(codec::stream_bytes(decoder.method(), payload)?)?;
+            self.memory
+                .begin_stream(codec::stream_bytes(decoder.method(), payload)?)?;
             *is_charged = true;
         }
-        let contents = decoder.decode(payload, packet.normal.count(), pages)?;
-        self.write(shard, packet.normal.as_slice(), contents)
+        Ok(decoder.decode(payload, packet.normal.count(), pages)?)
     }
 
     /// Brings decoded pages to the store, those between two pages of zeros in one call.
