@@ -1,10 +1,12 @@
 //! Whole sessions of a synthetic primary, through the recorder to a receiver.
 
 use crate::harness::{By, capture, guest, read, receiver, run};
+use colo_ring::wire::codec::Method;
 use colo_ring_tests::command::{Scratch, until};
 use colo_ring_tools::capture_file::EndKind;
 use colo_ring_tools::net::Address;
-use colo_ring_tools::primary::SynthPrimary;
+use colo_ring_tools::page_compression::PageCompression;
+use colo_ring_tools::primary::{SynthOptions, SynthPrimary};
 use colo_ring_tools::streams::Streams;
 use nix::sys::signal::Signal;
 use std::path::Path;
@@ -61,6 +63,33 @@ fn direct_pause() -> Duration {
 }
 
 #[test]
+fn how_pages_are_compressed_is_reported() {
+    let scratch = Scratch::new();
+    let mut secondary = receiver(&scratch);
+    let mut proxy = capture(&scratch, &secondary.address, By::Itself, &[]);
+    let shape = SynthOptions {
+        compression: PageCompression {
+            method: Method::Zstd,
+            level: Some(1),
+        },
+        ..guest()
+    };
+    let mut primary = SynthPrimary::connect(&proxy.address, &shape).unwrap();
+    primary.checkpoint().unwrap();
+    primary.close().unwrap();
+    assert_eq!(secondary.wait().code, Some(0));
+    let report = proxy.wait().report();
+    assert_eq!(report["compression"], "zstd", "{report}");
+    for connection in report["connections"].as_array().unwrap() {
+        let expected = match connection["kind"].as_str() {
+            Some("multifd") => "zstd".into(),
+            _ => serde_json::Value::Null,
+        };
+        assert_eq!(connection["compression"], expected, "{report}");
+    }
+}
+
+#[test]
 fn a_session_goes_through_and_is_measured() {
     for (by, compress) in [(By::Itself, "zstd"), (By::WithoutUring, "none")] {
         let scratch = Scratch::new();
@@ -85,6 +114,7 @@ fn a_session_goes_through_and_is_measured() {
         let report = ended.report();
         assert_eq!(report["schema"], "colo-ring.capture");
         assert_eq!(report["ended_early"], serde_json::Value::Null);
+        assert_eq!(report["compression"], "none");
         let added = &report["added"];
         assert_eq!(added["checkpoints"], CHECKPOINTS, "{report}");
         for part in ["both", "to_secondary", "to_primary"] {

@@ -11,6 +11,7 @@
 
 mod delay;
 mod pair;
+mod payload;
 mod proxy;
 mod recorder;
 mod runtime;
@@ -27,6 +28,7 @@ use crate::signals;
 use clap::Args;
 use colo_ring::host::Machine;
 use colo_ring::net::{ListenAddress, Listener};
+use colo_ring::wire::codec::Method;
 use delay::Added;
 use proxy::Outcome;
 use recorder::Recorder;
@@ -104,6 +106,8 @@ struct CaptureReport<'a> {
     recorded: Totals,
     /// Why the recording ended early; null if it is complete.
     ended_early: Option<&'a str>,
+    /// How the multifd channels' pages are compressed, as the session's first payload is; null where there was none.
+    compression: Option<Method>,
     /// The first 512.
     connections: &'a [Connection],
     /// By how much forwarding lengthened checkpoints; null where that is not known.
@@ -209,6 +213,10 @@ fn report(args: &CaptureArgs, described: &Described, outcome: &Outcome) -> Resul
         file_bytes: file_bytes(&args.out),
         recorded: outcome.recorded.totals,
         ended_early: outcome.recorded.ended_early.as_deref(),
+        compression: outcome
+            .connections
+            .iter()
+            .find_map(|connection| connection.compression),
         connections: &outcome.connections[..listed],
         added: outcome.added.ok(),
         added_unknown: outcome.added.err(),
@@ -251,6 +259,12 @@ fn render(report: &CaptureReport<'_>) -> String {
     match report.ended_early {
         None => text.push_str("; complete\n"),
         Some(reason) => text.push_str(&format!("\nended early: {reason}\n")),
+    }
+    if let Some(method) = report.compression {
+        text.push_str(&format!(
+            "pages of the multifd channels: compression {}\n",
+            method.name()
+        ));
     }
     match (report.added, report.added_unknown) {
         (Some(added), _) if added.checkpoints > 0 => text.push_str(&format!(

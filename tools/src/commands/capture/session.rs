@@ -1,14 +1,17 @@
 //! What all forwarded connections share: the recording, the measurement, and what is known of each.
 
 use super::delay::{Delays, Passed};
+use super::payload::MethodSearch;
 use super::recorder::Recorder;
 use crate::capture_file::{ConnectionId, Direction, EndKind};
 use crate::net::Address;
 use crate::output::tell;
+use colo_ring::wire::codec::Method;
 use colo_ring::wire::stream::{ChannelKind, StreamHeader, classify};
 use serde::Serialize;
 use std::cell::RefCell;
 use std::io;
+use std::ops::ControlFlow;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Instant;
@@ -56,6 +59,8 @@ pub struct Connection {
     pub bytes_to_secondary: u64,
     /// Bytes forwarded to the primary.
     pub bytes_to_primary: u64,
+    /// How its pages are compressed; null before its first payload, and where it is no multifd channel.
+    pub compression: Option<Method>,
     /// How each direction ended, the one to the secondary first; null while it goes on.
     pub ends: [Option<EndKind>; 2],
     /// Its first bytes, until its kind is known.
@@ -64,6 +69,9 @@ pub struct Connection {
     /// The stream's header as far as it has come; none once it is known, or is none.
     #[serde(skip)]
     header: Option<Vec<u8>>,
+    /// Looks for `compression`; none once that is over.
+    #[serde(skip)]
+    search: Option<MethodSearch>,
 }
 
 /// Progress, for another thread to show.
@@ -103,9 +111,11 @@ impl Session {
             kind: Kind::Unknown,
             bytes_to_secondary: 0,
             bytes_to_primary: 0,
+            compression: None,
             ends: [None; 2],
             first: Vec::new(),
             header: Some(Vec::new()),
+            search: Some(MethodSearch::default()),
         });
         self.recorder.open(connection, from.to_owned());
         Some(connection)
@@ -130,6 +140,7 @@ impl Session {
                     delays.found_main(connection.connection);
                 }
                 is_found_named = connection.is_found_named(&bytes);
+                connection.look_for_method(&bytes);
             }
             Direction::ToPrimary => connection.bytes_to_primary += count,
         });
@@ -210,6 +221,16 @@ impl Connection {
         self.kind == Kind::Main
     }
 
+    /// Looks for the first payload of a multifd channel.
+    fn look_for_method(&mut self, bytes: &[u8]) {
+        if let Some(search) = &mut self.search
+            && let ControlFlow::Break(method) = search.look(bytes)
+        {
+            self.search = None;
+            self.compression = method;
+        }
+    }
+
     /// Looks for a stream's header. Whether it is complete just now, and has the guest's UUID.
     fn is_found_named(&mut self, bytes: &[u8]) -> bool {
         let Some(header) = &mut self.header else {
@@ -238,9 +259,11 @@ mod tests {
             kind: Kind::Unknown,
             bytes_to_secondary: 0,
             bytes_to_primary: 0,
+            compression: None,
             ends: [None; 2],
             first: Vec::new(),
             header: Some(Vec::new()),
+            search: Some(MethodSearch::default()),
         };
         let found = bytes.chunks(1).filter(|byte| connection.is_found_named(byte));
         found.count()
