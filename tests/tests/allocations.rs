@@ -103,15 +103,9 @@ fn allocations_during(work: impl FnOnce()) -> u64 {
     ALLOCATIONS.load(Ordering::Relaxed) - before
 }
 
-fn in_steady_state(backend: BackendKind, channels: u8, version: Version, method: Method) -> u64 {
-    let receiver = Receiver::start(receiver_options(backend, channels), |event| {
-        if let Event::Warning(text) = event {
-            println!("{text}");
-        }
-    });
-    let receiver = receiver.unwrap();
-    let address = receiver.addresses()[0].to_string().parse().unwrap();
-    let shape = SynthOptions {
+/// A session of `channels` channels of this version.
+fn shape(channels: u8, version: Version, method: Method) -> SynthOptions {
+    SynthOptions {
         ram_bytes: 16 << 20,
         channels,
         dirty_pages: Distribution::Fixed(600),
@@ -121,8 +115,20 @@ fn in_steady_state(backend: BackendKind, channels: u8, version: Version, method:
             level: (method != Method::None).then_some(1),
         },
         ..SynthOptions::new(version)
-    };
-    let mut primary = SynthPrimary::connect(&address, &shape).unwrap();
+    }
+}
+
+/// What is allocated in a session of this shape.
+fn in_steady_state(backend: BackendKind, shape: &SynthOptions) -> u64 {
+    let channels = shape.channels;
+    let receiver = Receiver::start(receiver_options(backend, channels), |event| {
+        if let Event::Warning(text) = event {
+            println!("{text}");
+        }
+    });
+    let receiver = receiver.unwrap();
+    let address = receiver.addresses()[0].to_string().parse().unwrap();
+    let mut primary = SynthPrimary::connect(&address, shape).unwrap();
     let mut pages = 0;
     let mut take = |checkpoints| {
         for _ in 0..checkpoints {
@@ -169,15 +175,20 @@ fn nothing_is_allocated_per_packet_or_checkpoint() {
     for backend in [BackendKind::Uring, BackendKind::Epoll, BackendKind::Threads] {
         for channels in [4, 0] {
             for version in [Version::V11_1, Version::V7_2] {
-                let none = Method::None;
-                let allocations = in_steady_state(backend, channels, version, none);
-                table.push((backend.name(), channels, version, none, allocations));
+                let allocations = in_steady_state(backend, &shape(channels, version, Method::None));
+                table.push((backend.name(), channels, version, "none", allocations));
             }
         }
         for method in [Method::Zlib, Method::Zstd] {
-            let allocations = in_steady_state(backend, 4, Version::V11_1, method);
-            table.push((backend.name(), 4, Version::V11_1, method, allocations));
+            let allocations = in_steady_state(backend, &shape(4, Version::V11_1, method));
+            table.push((backend.name(), 4, Version::V11_1, method.name(), allocations));
         }
+        let deltas = SynthOptions {
+            xbzrle: true,
+            ..shape(0, Version::V11_1, Method::None)
+        };
+        let allocations = in_steady_state(backend, &deltas);
+        table.push((backend.name(), 0, Version::V11_1, "xbzrle", allocations));
     }
     assert!(
         table.iter().all(|(.., allocations)| *allocations == 0),

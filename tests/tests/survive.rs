@@ -24,9 +24,14 @@ impl RamDirectory {
         Self(named.prefix("colo-ring-survive-").tempdir_in("/dev/shm").unwrap())
     }
 
+    /// For two channels.
     fn start(&self, args: &[&str]) -> RunningReceiver {
+        self.start_for(2, args)
+    }
+
+    fn start_for(&self, channels: u8, args: &[&str]) -> RunningReceiver {
         let ram_dir = ["--ram-dir", self.0.path().to_str().unwrap()];
-        RunningReceiver::start(wrapped(&[]), &[&ram_dir, args].concat())
+        RunningReceiver::with_channels(wrapped(&[]), channels, &[&ram_dir, args].concat())
     }
 
     fn files(&self) -> Vec<String> {
@@ -125,11 +130,24 @@ fn kill_once(run: u32, delay: Duration) -> bool {
     let began = Instant::now();
     let directory = RamDirectory::new();
     let backend = ["uring", "epoll", "threads"][usize::try_from(run % 3).unwrap()];
-    let commit = if run.is_multiple_of(4) { "sync" } else { "deferred" };
-    let receiver = directory.start(&["--backend", backend, "--commit", commit]);
-    let method = [Method::None, Method::Zstd, Method::Zlib];
-    let method = method[usize::try_from(run / 3 % 3).unwrap()];
+    // Of the sessions of each kind, too.
+    let commit = if (run + run / 12).is_multiple_of(4) {
+        "sync"
+    } else {
+        "deferred"
+    };
+    let kinds = [
+        (Method::None, false),
+        (Method::Zstd, false),
+        (Method::Zlib, false),
+        (Method::None, true),
+    ];
+    let (method, xbzrle) = kinds[usize::try_from(run / 3 % 4).unwrap()];
+    let channels = if xbzrle { 0 } else { 2 };
+    let receiver = directory.start_for(channels, &["--backend", backend, "--commit", commit]);
     let shape = SynthOptions {
+        channels,
+        xbzrle,
         compression: PageCompression {
             method,
             level: (method != Method::None).then_some(1),

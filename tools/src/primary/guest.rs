@@ -9,6 +9,9 @@ use rand::{RngExt, SeedableRng};
 use std::ops::Deref;
 use std::sync::RwLockReadGuard;
 
+/// Bytes of a page that a write changes where deltas are sent.
+const PART_BYTES: usize = 256;
+
 /// Blocks of a small PC beside its RAM, with their lengths in bytes.
 const SMALL_BLOCKS: [(&str, u64); 5] = [
     ("/rom@etc/acpi/tables", 0x2_0000),
@@ -128,6 +131,8 @@ pub(super) struct GuestRam {
     blocks: Vec<Vec<u8>>,
     zero: PageSet,
     content: Content,
+    /// Whether a write changes only a part of a page that has content.
+    writes_parts: bool,
     versions: u64,
     rng: Xoshiro256PlusPlus,
     /// Where [`Pattern::Sequential`] goes on.
@@ -150,6 +155,7 @@ impl GuestRam {
             blocks: blocks.collect(),
             zero: PageSet::full(table.total_pages()),
             content: options.content,
+            writes_parts: options.xbzrle,
             versions: 0,
             rng: Xoshiro256PlusPlus::seed_from_u64(options.seed),
             next_page: 0,
@@ -212,6 +218,7 @@ impl GuestRam {
     /// Gives a page new content, which is zero in that share of cases.
     fn write(&mut self, page: u64, zero_share: f64) {
         let zero = self.rng.random_bool(zero_share);
+        let in_part = self.writes_parts && !self.zero.contains(page);
         self.zero.set(page, zero);
         self.versions += 1;
         let (stamp, kind, version) = (self.rng.random(), self.content, self.versions);
@@ -221,6 +228,17 @@ impl GuestRam {
             .expect("a whole page");
         if zero {
             bytes.fill(0);
+        } else if in_part {
+            let mut other = [0; PAGE_SIZE];
+            content::fill(&mut other, kind, stamp, page, version);
+            let parts = bytes
+                .chunks_exact_mut(PART_BYTES)
+                .zip(other.chunks_exact(PART_BYTES));
+            let number = index(version) % (PAGE_SIZE / PART_BYTES);
+            parts
+                .skip(number)
+                .take(1)
+                .for_each(|(part, other)| part.copy_from_slice(other));
         } else {
             content::fill(bytes, kind, stamp, page, version);
         }

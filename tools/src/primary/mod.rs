@@ -11,6 +11,7 @@
 //! is what the secondary must have committed, see [`SynthPrimary::image`].
 
 mod content;
+mod deltas;
 mod device;
 mod disks;
 mod figures;

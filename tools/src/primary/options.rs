@@ -75,6 +75,9 @@ pub struct SynthOptions {
     pub content: Content,
     /// How the multifd channels compress pages.
     pub compression: PageCompression,
+    /// Whether pages that are sent again on the main channel are sent as deltas. Of a page that has content the guest changes a
+    /// part then. Only without multifd channels.
+    pub xbzrle: bool,
     /// From when one checkpoint is due to when the next one is; zero: each begins as soon as the last one has ended.
     pub interval: Duration,
     /// Whether a checkpoint that takes longer than the interval moves those after it, instead of making them wait.
@@ -110,6 +113,7 @@ impl SynthOptions {
             pattern: Pattern::Random,
             content: Content::Random,
             compression: PageCompression::default(),
+            xbzrle: false,
             interval: Duration::from_millis(100),
             closed_loop: false,
             checkpoints: 20,
@@ -151,6 +155,11 @@ impl SynthOptions {
         if self.compression.is_some() && self.channels == 0 {
             return Err(SynthError::Options(
                 "pages are compressed on multifd channels only, and there are none",
+            ));
+        }
+        if self.xbzrle && self.channels > 0 {
+            return Err(SynthError::Options(
+                "deltas are sent on the main channel, and with multifd channels no page is",
             ));
         }
         if !self.content.is_possible() {

@@ -1,5 +1,6 @@
 //! The session itself: what a primary sends and waits for, in order (spec §1, §12).
 
+use super::deltas::{DeltaCache, Form};
 use super::disks::Disks;
 use super::guest::{GuestRam, Image, Page};
 use super::link::{Destination, MainLink};
@@ -57,6 +58,8 @@ pub struct SynthPrimary {
     packets: u64,
     /// Bytes of page content on the main channel.
     main_payload: u64,
+    /// With XBZRLE.
+    deltas: Option<DeltaCache>,
     /// Looking like 7.2: each channel's newest packet, not sent until it is known whether a SYNC follows.
     unsent: Vec<Option<Packet>>,
     checkpoints: u64,
@@ -113,6 +116,7 @@ impl SynthPrimary {
             next_channel: 0,
             packets: 0,
             main_payload: 0,
+            deltas: options.xbzrle.then(DeltaCache::default),
             checkpoints: 0,
             schedule: Schedule::new(Duration::ZERO, options.interval, options.closed_loop),
             clock,
@@ -452,22 +456,42 @@ impl SynthPrimary {
 
     fn send_record(&mut self, page: &Page) -> Result<(), SynthError> {
         let ram = self.ram.read();
-        let block = if self.last_block.replace(page.block) == Some(page.block) {
+        let Page {
+            block: position,
+            offset,
+            zero,
+        } = *page;
+        let content = ram.page(position, offset);
+        let form = match &mut self.deltas {
+            None => Form::Whole,
+            Some(deltas) if zero => {
+                deltas.send_zero(position, offset);
+                Form::Whole
+            }
+            Some(deltas) => deltas.send(position, offset, content),
+        };
+        if let Form::Unchanged = form {
+            return Ok(());
+        }
+        let block = if self.last_block.replace(position) == Some(position) {
             BlockRef::Continue
         } else {
-            let (_, block) = ram.table().iter().nth(page.block).expect("a block of the list");
+            let (_, block) = ram.table().iter().nth(position).expect("a block of the list");
             BlockRef::Named(&block.name)
         };
-        let offset = page.offset;
-        let record = if page.zero {
-            RamRecord::Zero { block, offset }
-        } else {
-            self.main_payload += PAGE_BYTES;
-            let content = ram.page(page.block, offset);
-            RamRecord::Page {
-                block,
-                offset,
-                content,
+        let record = match form {
+            _ if zero => RamRecord::Zero { block, offset },
+            Form::Delta(delta) => {
+                self.main_payload += delta.len() as u64;
+                RamRecord::Xbzrle { block, offset, delta }
+            }
+            Form::Whole | Form::Unchanged => {
+                self.main_payload += PAGE_BYTES;
+                RamRecord::Page {
+                    block,
+                    offset,
+                    content,
+                }
             }
         };
         record.encode(&mut self.main.out);

@@ -88,6 +88,11 @@ pub struct SynthArgs {
     #[command(flatten)]
     compression: CompressionArgs,
 
+    /// Send pages that are sent again as differences to what was sent before (XBZRLE), of which the guest changes 256 bytes
+    /// each time; needs --channels 0
+    #[arg(long)]
+    xbzrle: bool,
+
     /// Milliseconds from when one checkpoint is due to when the next one is; 0 is --pace max [default: 100]
     #[arg(long, value_name = "MS")]
     interval: Option<u64>,
@@ -206,11 +211,15 @@ impl SynthArgs {
             None => self.interval.map(Duration::from_millis),
         };
         let channels = self.channels.unwrap_or(base.channels);
+        if self.xbzrle && channels > 0 {
+            return Err(CompressionArgsError::XbzrleWithChannels(channels));
+        }
         let content = self.ratio.map(Content::Ratio).or(self.content);
         Ok(SynthOptions {
             ram_bytes: self.ram.map_or(base.ram_bytes, |size| size.0),
             channels,
             compression: self.compression.check(channels)?,
+            xbzrle: self.xbzrle,
             dirty_pages: self.pages.unwrap_or(base.dirty_pages),
             pattern: self.pattern.unwrap_or(base.pattern),
             zero_share: self.zero.unwrap_or(base.zero_share),
@@ -252,7 +261,10 @@ impl Command<'_> {
         let mut primary = SynthPrimary::connect(address, &self.options).map_err(CommandError::failed)?;
         let name = self.args.name.clone().unwrap_or_else(|| address.to_string());
         let mut run = RunFile::new(&name, "synth", self.echo()?, Clock::Primary, started);
-        run.compression = Some(self.options.compression.to_string());
+        run.compression = Some(match self.options.xbzrle {
+            true => "xbzrle".to_owned(),
+            false => self.options.compression.to_string(),
+        });
         let mut figures = Figures::new(self.schedule() == Schedule::OpenLoop);
         let taken = self.take(&mut primary, &mut figures, |figures, report| {
             if self.args.run.is_some() {
@@ -380,6 +392,7 @@ impl Command<'_> {
             zero_share: options.zero_share,
             content: options.content,
             compression: options.compression,
+            xbzrle: options.xbzrle,
             interval_ms: options.interval.as_millis(),
             schedule: self.schedule(),
             checkpoints: options.checkpoints,

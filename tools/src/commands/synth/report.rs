@@ -32,6 +32,7 @@ pub(super) struct Described {
     pub(super) content: Content,
     #[serde(flatten)]
     pub(super) compression: PageCompression,
+    pub(super) xbzrle: bool,
     pub(super) interval_ms: u128,
     pub(super) schedule: Schedule,
     pub(super) checkpoints: u64,
@@ -73,7 +74,7 @@ impl Sent {
             self.zero_pages,
             mebibytes(self.bytes)
         );
-        if options.compression.is_some() {
+        if options.compression.is_some() || options.xbzrle {
             text.push_str(&format!(
                 ", {:.1} MiB of pages in {:.1} MiB of payload ({:.2} to 1)",
                 mebibytes(self.page_bytes),
@@ -135,6 +136,9 @@ impl fmt::Display for Described {
         }
         if self.compression.is_some() {
             write!(f, "compressed with {}; ", self.compression)?;
+        }
+        if self.xbzrle {
+            f.write_str("deltas of pages that are sent again (XBZRLE); ")?;
         }
         match self.schedule {
             Schedule::OpenLoop => write!(f, "every {} ms, open loop", self.interval_ms)?,

@@ -13,6 +13,7 @@ use colo_ring::wire::ram::{BlockEntry, BlockList, BlockRef, RamRecord};
 use colo_ring::wire::return_path::RpMessage;
 use colo_ring::wire::stream::{Command, SECTION_FULL, Section, StreamHeader, parse_footer};
 use colo_ring::wire::vmdesc::EndFinder;
+use colo_ring::wire::xbzrle;
 use std::io::{Read, Write};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::sync::{Arc, Condvar, Mutex, OnceLock};
@@ -41,6 +42,7 @@ pub(super) struct Memory {
     pub(super) syncs_with_pages: u32,
     pub(super) stale_packets: u32,
     pub(super) zero_on_main: u32,
+    pub(super) deltas: u32,
     pub(super) zero_in_packets: u32,
 }
 
@@ -60,6 +62,16 @@ impl Seen {
         memory.received[page] += 1;
         let offset = usize::try_from(offset).unwrap();
         memory.blocks[block][offset..offset + PAGE_SIZE].copy_from_slice(content);
+    }
+
+    /// A page's content after a delta, which is counted.
+    fn with_delta(&self, block: usize, offset: u64, delta: &[u8]) -> [u8; PAGE_SIZE] {
+        let mut memory = self.memory.lock().unwrap();
+        memory.deltas += 1;
+        let bytes = &memory.blocks[block][usize::try_from(offset).unwrap()..];
+        let mut page: [u8; PAGE_SIZE] = *bytes.first_chunk().unwrap();
+        xbzrle::apply(delta, &mut page).unwrap();
+        page
     }
 
     fn block(&self, name: &[u8]) -> usize {
@@ -155,7 +167,16 @@ fn apply_record(seen: &Seen, last: &mut Option<usize>, input: &[u8]) -> Parsed<O
             seen.memory.lock().unwrap().zero_on_main += 1;
             Owned::Page
         }
-        RamRecord::Xbzrle { .. } => panic!("no deltas are sent"),
+        RamRecord::Xbzrle {
+            block: of,
+            offset,
+            delta,
+        } => {
+            let of = block(of);
+            let content = seen.with_delta(of, offset, delta);
+            seen.write(of, offset, &content);
+            Owned::Page
+        }
         RamRecord::MultifdFlush => Owned::Flush,
         RamRecord::Eos => Owned::Eos,
     };
