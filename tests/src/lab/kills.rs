@@ -69,6 +69,8 @@ pub struct Kills<'a> {
     resumed: u32,
     /// How its primaries compress pages.
     compression: Option<Compression>,
+    /// Whether its primaries send deltas.
+    xbzrle: bool,
 }
 
 impl<'a> Kills<'a> {
@@ -84,6 +86,7 @@ impl<'a> Kills<'a> {
             random: generator("COLO_RING_FAILOVER_SEED"),
             resumed: 0,
             compression: None,
+            xbzrle: false,
         }
     }
 
@@ -94,6 +97,12 @@ impl<'a> Kills<'a> {
             compression: Some(compression),
             ..self
         }
+    }
+
+    /// The same of primaries that send deltas (XBZRLE), to a secondary without multifd channels.
+    #[must_use]
+    pub fn of_xbzrle(self) -> Self {
+        Self { xbzrle: true, ..self }
     }
 
     /// Protects a primary, kills it at a random instant, resumes its guest from the secondary and checks that it goes
@@ -212,6 +221,9 @@ impl<'a> Kills<'a> {
             let compression = ["--compression", method, "--compression-level"];
             arguments.extend(compression.map(str::to_owned));
             arguments.push(level.to_string());
+        }
+        if self.xbzrle {
+            arguments.push("--xbzrle".to_owned());
         }
         let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
         let report = secondary.protect_by_command(&primary, &arguments)?;

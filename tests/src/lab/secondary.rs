@@ -40,6 +40,8 @@ pub struct Secondary {
     channels: u8,
     ram: SharedDirectory,
     disks: Option<Disks>,
+    /// Further options of the receiver.
+    options: Vec<String>,
 }
 
 /// Where it keeps guests' disks, and serves them.
@@ -63,7 +65,15 @@ impl Secondary {
     /// # Errors
     /// Those of [`Receiver::start`].
     pub fn start_in(lab: &Lab, channels: u8, ram: SharedDirectory) -> Result<Self, LabError> {
-        Self::launch(lab, channels, ram, None)
+        Self::launch(lab, channels, ram, None, &[])
+    }
+
+    /// The same with these further options of `colo-ring receive`.
+    ///
+    /// # Errors
+    /// Those of [`Receiver::start`].
+    pub fn start_with(lab: &Lab, channels: u8, options: &[&str]) -> Result<Self, LabError> {
+        Self::launch(lab, channels, lab.ram_directory()?, None, options)
     }
 
     /// The same with disks, in a directory of its own.
@@ -75,24 +85,38 @@ impl Secondary {
         fs::create_dir(&directory).map_err(LabError::io(format!("create {}", directory.display())))?;
         let address = Address::Unix(lab.fresh_file("nbd", "sock"));
         let disks = Disks { directory, address };
-        Self::launch(lab, channels, lab.ram_directory()?, Some(disks))
+        Self::launch(lab, channels, lab.ram_directory()?, Some(disks), &[])
     }
 
-    fn launch(lab: &Lab, channels: u8, ram: SharedDirectory, disks: Option<Disks>) -> Result<Self, LabError> {
+    fn launch(
+        lab: &Lab,
+        channels: u8,
+        ram: SharedDirectory,
+        disks: Option<Disks>,
+        options: &[&str],
+    ) -> Result<Self, LabError> {
         let address = Address::free(lab, Transport::Tcp)?;
-        let options = Self::options(channels, &ram, disks.as_ref());
-        let receiver = Receiver::start(lab, &address, &options)?;
+        let options: Vec<String> = options.iter().map(|option| (*option).to_owned()).collect();
+        let all = Self::options(channels, &ram, disks.as_ref(), &options);
+        let receiver = Receiver::start(lab, &address, &all)?;
         Ok(Self {
             receiver,
             address,
             channels,
             ram,
             disks,
+            options,
         })
     }
 
-    fn options(channels: u8, ram: &SharedDirectory, disks: Option<&Disks>) -> ReceiverOptions {
+    fn options(
+        channels: u8,
+        ram: &SharedDirectory,
+        disks: Option<&Disks>,
+        further: &[String],
+    ) -> ReceiverOptions {
         let mut extra = vec!["--ram-dir".to_owned(), ram.path().display().to_string()];
+        extra.extend_from_slice(further);
         if let Some(Disks { directory, address }) = disks {
             let directory = directory.display().to_string();
             extra.extend([
@@ -159,7 +183,7 @@ impl Secondary {
         self.receiver = Receiver::start(
             lab,
             &self.address,
-            &Self::options(self.channels, &self.ram, self.disks.as_ref()),
+            &Self::options(self.channels, &self.ram, self.disks.as_ref(), &self.options),
         )?;
         Ok(())
     }

@@ -11,9 +11,9 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use colo_ring_tests::lab::{
-    Address, Compression, Distribution, Dump, Guest, Kills, Lab, LabError, Machine, Moment, Qemu, Qmp,
-    Secondary, SharedDirectory, TestGuest, Transport, Way, check_continues, experiment, experiment_alone,
-    failover_runs, huge_pages,
+    Address, Distribution, Dump, Guest, Kills, Lab, LabError, Machine, Moment, Qemu, Qmp, Secondary,
+    SharedDirectory, TestGuest, Transport, Way, check_continues, experiment, experiment_alone, failover_runs,
+    huge_pages,
 };
 use serde_json::{Value, json};
 
@@ -23,11 +23,11 @@ fn load() -> TestGuest {
     TestGuest::random(5_000, 48)
 }
 
-fn test_guest(machine: &str) -> Machine {
+pub(super) fn test_guest(machine: &str) -> Machine {
     Machine::bare(machine, 96, Guest::Test(load()))
 }
 
-fn start_primary(lab: &Lab, name: &str, machine: &Machine) -> Result<Qemu, LabError> {
+pub(super) fn start_primary(lab: &Lab, name: &str, machine: &Machine) -> Result<Qemu, LabError> {
     let primary = Qemu::start(lab, name, machine)?;
     primary.wait_serial("tick 2 ", HANG_LIMIT)?;
     Ok(primary)
@@ -125,32 +125,6 @@ fn pc_with_multifd_lives_on_from_the_next_receiver() {
 fn q35_plain_lives_on_from_the_next_receiver() {
     let kinds = [(Way::Stream, Moment::Idle), (Way::Shared, Moment::Idle)];
     lives_on_from_the_next_receiver("q35", 0, kinds);
-}
-
-/// Primaries that compress are killed, and then the receiver itself.
-fn lives_on_from_a_compressed_session(compression: Compression) {
-    experiment(|lab| {
-        let machine = test_guest("pc");
-        let mut secondary = Secondary::start(lab, 4)?;
-        let mut kills = Kills::new(lab, &machine).of_compressed(compression);
-        let mut running = start_primary(lab, "first", &machine)?;
-        for way in (0..failover_runs()).flat_map(|_| [Way::Shared, Way::Stream]) {
-            running = kills.kill_primary(&secondary, running, way, Moment::MidTransfer)?;
-            running = kills.kill_receiver(&mut secondary, running, way, Moment::MidTransfer)?;
-        }
-        assert_eq!(secondary.files(), 0, "images are given up");
-        Ok(())
-    });
-}
-
-#[test]
-fn pc_with_zlib_lives_on() {
-    lives_on_from_a_compressed_session(Compression::Zlib(1));
-}
-
-#[test]
-fn pc_with_zstd_lives_on() {
-    lives_on_from_a_compressed_session(Compression::Zstd(1));
 }
 
 /// Huge pages of 2 MiB for a guest of 96 MiB that runs on an image, the image that protects it, the slabs of the pool, and

@@ -6,6 +6,7 @@ mod capture;
 mod compression;
 mod disks;
 mod failover;
+mod failover_compressed;
 mod failover_interrupted;
 mod failover_linux;
 mod guard;
