@@ -353,6 +353,10 @@ impl Connection for MainChannel {
         self.end_if_err(result)
     }
 
+    fn leaked(&mut self) {
+        self.session.part_dropped();
+    }
+
     fn attached(&mut self, core: usize) {
         self.shard = core;
     }

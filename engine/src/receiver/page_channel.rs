@@ -268,6 +268,11 @@ impl Connection for PageChannel {
         self.link.shard = core;
     }
 
+    /// What decodes for it stays, too: the session of a compressed channel that is leaked does not end.
+    fn leaked(&mut self) {
+        self.link.session.part_dropped();
+    }
+
     fn moves_to(&self) -> Option<Move> {
         let offload = self.link.style.offload;
         let (core, from_queued) = match self.link.state {

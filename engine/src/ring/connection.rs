@@ -39,8 +39,13 @@ pub(crate) trait Connection: Send {
     /// The posted receive has put `bytes` bytes, at least one, into the plan's places.
     fn received(&mut self, bytes: usize) -> ControlFlow<()>;
 
-    /// The connection has ended. It is dropped next.
+    /// The connection has ended. A receive may still be posted: the plan and its memory stay untouched until the connection is
+    /// dropped, which comes once that receive has completed.
     fn lost(&mut self, loss: Loss);
+
+    /// The core has failed while a receive was posted: the connection is never dropped, because the kernel may still write to its
+    /// memory. Nobody has to wait for its end any more.
+    fn leaked(&mut self) {}
 
     /// Its waker was woken. A receive may be posted.
     fn resume(&mut self) -> ControlFlow<()>;

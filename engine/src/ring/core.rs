@@ -318,7 +318,9 @@ impl<B: Backend> Core<B> {
         let mut result = guarded(warn);
         for index in 0..self.slots.len() {
             let closed = guarded(|| {
-                if let Some(slot) = self.slots.get_mut(index) {
+                if let Some(slot) = self.slots.get_mut(index)
+                    && !slot.closing
+                {
                     let error = io::Error::other("its receiving thread panicked");
                     slot.connection.lost(Loss::Error(error));
                     self.go_on(index, ControlFlow::Break(()));

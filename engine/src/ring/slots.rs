@@ -6,6 +6,8 @@
 //! unwinds.
 
 use super::Connection;
+use super::inbox::guarded;
+use std::mem::ManuallyDrop;
 
 /// One connection, and the state of its receive.
 pub(super) struct Slot {
@@ -72,7 +74,9 @@ impl Drop for Slots {
         // Before any destructor runs: one that panics must not drop a slot that has a receive posted.
         for slot in &mut self.0 {
             if let Some(posted) = slot.take_if(|slot| slot.posted) {
-                std::mem::forget(posted);
+                let mut leaked = ManuallyDrop::new(posted);
+                // A panic of one does not keep the others from being leaked.
+                let _ = guarded(|| leaked.connection.leaked());
             }
         }
     }

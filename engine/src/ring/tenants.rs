@@ -2,7 +2,8 @@
 //!
 //! Contract: a tenant stays at least until the last of its connections has left the core, and its regions stay registered
 //! until then, so a connection that is handed over to this core finds them registered. It is removed when its session has
-//! ended and no connection of it is left here; its regions are taken out of the ring before it is dropped.
+//! ended and no connection of it is left here; its regions are taken out of the ring before it is dropped. Where a core fails, the
+//! ring still has them: nothing is posted any more, and the kernel holds the pages of a registered buffer until the ring has ended.
 
 use super::backend::Backend;
 use super::core::Warn;

@@ -159,7 +159,7 @@ impl ControlState {
     fn begin(&mut self, complete: Complete<Accepted>) {
         if self.live.len() + self.kept.len() >= SESSIONS_MAX {
             return self.warn(format!(
-                "{}: closed: {SESSIONS_MAX} sessions are running or kept, and no more are taken; `colo-ring discard` \
+                "{}: closed: {SESSIONS_MAX} sessions are running or kept, which is the limit; `colo-ring discard` \
                  gives up the checkpoint of an ended one",
                 complete.main.from
             ));
@@ -205,7 +205,8 @@ impl ControlState {
         quietest(self.context.options.cores.len(), &home_cores)
     }
 
-    /// Takes the sessions whose connections and tenants are all dropped off the live ones: nothing writes to their memory any more.
+    /// Takes the sessions whose connections and tenants are all dropped off the live ones: nothing writes to their memory any more
+    /// but what a failed core has leaked with it.
     pub(super) fn reap_ended_sessions(&mut self) {
         while let Some(position) = self.live.iter().position(|live| live.session.is_over()) {
             let session = self.live.remove(position).session;
@@ -362,7 +363,7 @@ impl ControlState {
                 changed.notified().await;
             }
         };
-        // Connections of a ring that has failed are never dropped.
+        // A core may hang.
         if tokio::time::timeout(END_TIMEOUT, all_over).await.is_err() {
             self.warn(format!("some connections did not end within {END_TIMEOUT:?}"));
         }

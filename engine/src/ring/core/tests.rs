@@ -186,6 +186,7 @@ fn bytes_gather_where_a_bulk_receive_has_emptied_the_socket() {
 #[derive(Clone, Default)]
 struct Fate {
     losses: Arc<AtomicUsize>,
+    leaks: Arc<AtomicUsize>,
     drops: Arc<AtomicUsize>,
 }
 
@@ -242,6 +243,10 @@ impl Connection for Doomed {
     fn resume(&mut self) -> ControlFlow<()> {
         ControlFlow::Continue(())
     }
+    fn leaked(&mut self) {
+        self.fate.leaks.fetch_add(1, Ordering::Relaxed);
+        assert!(!self.panics_when_lost, "meant by the test");
+    }
     fn attached(&mut self, _core: usize) {}
 }
 
@@ -266,7 +271,13 @@ fn memory_survives(spoil: impl FnOnce(&mut Doomed), warn: Warn) {
     );
     assert!(end.expect("a core ends without unwinding").is_err());
     assert_eq!(second.losses.load(Ordering::Relaxed), 1);
+    assert_eq!(
+        second.leaks.load(Ordering::Relaxed),
+        1,
+        "its session need not wait for it"
+    );
     assert_eq!(first.drops.load(Ordering::Relaxed), 1);
+    assert_eq!(first.leaks.load(Ordering::Relaxed), 0);
 }
 
 #[test]
@@ -286,6 +297,23 @@ fn posted_memory_survives_a_panic_in_lost_and_in_a_destructor() {
 #[test]
 fn posted_memory_survives_a_panic_in_the_warning() {
     memory_survives(|_| {}, Arc::new(|_| panic!("meant by the test")));
+}
+
+#[test]
+fn a_panic_of_one_that_is_leaked_does_not_drop_the_next() {
+    let fates = [Fate::default(), Fate::default()];
+    let cores = Arc::new([CoreHandle::new().unwrap()]);
+    let mut core = Core::new(Scripted::default(), cores, 0, Arc::new(|_| {}));
+    for fate in &fates {
+        let mut doomed = Doomed::new(fate);
+        doomed.panics_when_lost = true;
+        core.attach(Box::new(doomed));
+    }
+    drop(core);
+    for fate in &fates {
+        assert_eq!(fate.drops.load(Ordering::Relaxed), 0);
+        assert_eq!(fate.leaks.load(Ordering::Relaxed), 1);
+    }
 }
 
 /// Also when a destructor panics while the core is dropped.

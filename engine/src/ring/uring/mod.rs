@@ -252,7 +252,7 @@ impl Backend for UringBackend {
             iov_len: region.bytes(),
         };
         // SAFETY: the region stays mapped as long as its tenant lives, and the core unregisters it before it drops the
-        // tenant (contract of `tenants`).
+        // tenant, or has failed and posts nothing more (contract of `tenants`).
         unsafe {
             self.ring
                 .submitter()

@@ -3,7 +3,7 @@
 
 use super::setup::{RingUnavailable, SetupLevel, set_up};
 use crate::host::OsError;
-use io_uring::{IoUring, Probe, opcode};
+use io_uring::{Probe, opcode};
 use serde::Serialize;
 use std::io;
 
@@ -131,7 +131,7 @@ impl RingReport {
 fn try_registration(bytes: usize) -> io::Result<()> {
     // Declared before the ring, so it is dropped after it on every path.
     let mut buffer = vec![0u8; bytes];
-    let ring = IoUring::new(1)?;
+    let (ring, _) = set_up(1, |_| {})?;
     let extent = libc::iovec {
         iov_base: buffer.as_mut_ptr().cast(),
         iov_len: buffer.len(),
