@@ -57,8 +57,8 @@ impl Barriers {
     }
 
     /// Whether a link belongs to the session.
-    #[must_use]
-    pub fn is_attached(&self) -> bool {
+    #[cfg(test)]
+    pub(super) fn is_attached(&self) -> bool {
         self.attached.is_some()
     }
 
@@ -83,7 +83,7 @@ impl Barriers {
         }
     }
 
-    /// Whether the primary may be told that its checkpoint is loaded, so that its guest runs again.
+    /// Whether the primary may get LOADED for that checkpoint, so that its guest runs again.
     #[must_use]
     pub fn may_acknowledge(&self, checkpoint: CheckpointId) -> bool {
         let Some(attached) = self.attached else {
@@ -113,7 +113,7 @@ impl Barriers {
         None
     }
 
-    /// Whether the guard owes an answer without which the primary's guest does not run on.
+    /// Whether an answer of the guard is missing without which the primary's guest does not run on.
     #[must_use]
     pub fn awaits_answer(&self) -> bool {
         let Some(Attached {

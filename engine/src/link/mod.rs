@@ -21,7 +21,7 @@
 //! 2. Nothing is let go that is behind the last committed line: the guard lets go up to line *n* only after `committed n`, which
 //!    the receiver sends after its commit, and after `placed n`: so a guard that the receiver has given up, since it did not answer,
 //!    has no word that would let go what is behind a line drawn too late. [`Barriers::next_message`]
-//! 3. A commit lets go only up to lines that were drawn on the same link: a guard that has lost its link forgets its lines
+//! 3. A commit lets go only up to lines that were drawn on the same link: a guard that has lost its link drops its lines
 //!    ([`HeldOutput::forget_barriers`]), since the guest may have run on before a line that arrives late was drawn.
 //! 4. A receiver without a link acknowledges at once. Nothing is released meanwhile: a guard without a link holds everything until it
 //!    has a link again, or has ended the protection.

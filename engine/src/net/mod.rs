@@ -1,4 +1,5 @@
-//! Listening sockets of the control thread. No page passes here; pages are received by the data plane, [`crate::ring`].
+//! Addresses, listening sockets and socket options. Pages are received by the data plane, [`crate::ring`], which asks for quick
+//! acknowledgements here.
 //!
 //! **Acknowledgements.** QEMU leaves Nagle's algorithm on for its main channel and writes it in small pieces, each of
 //! which waits for the acknowledgement of the one before. Linux delays that by 40 ms, so the receiver of a main channel

@@ -6,7 +6,7 @@
 //! and the dump is of one checkpoint: the one committed at the end.
 
 use crate::blocks::BlockTable;
-use crate::store::cache::plan::Plan;
+use crate::store::cache::plan::FlushPlan;
 use crate::store::commit::bitmap::DirtyBitmap;
 use crate::store::committed::CommittedImage;
 use crate::store::error::StoreError;
@@ -102,7 +102,7 @@ impl CommittedImage {
         // What is committed from here on is tracked; what was committed before is brought into the image.
         self.finish_flush();
         files.write_all(self.image())?;
-        let mut plan = Plan::default();
+        let mut plan = FlushPlan::default();
         let mut passes = 1;
         loop {
             let record = self.lock();
@@ -139,7 +139,7 @@ impl CommittedImage {
 }
 
 /// The pages of `plan`, in its order.
-fn read_plan(image: &RamImage, plan: &Plan) -> Vec<[u8; PAGE_SIZE]> {
+fn read_plan(image: &RamImage, plan: &FlushPlan) -> Vec<[u8; PAGE_SIZE]> {
     let mut pages = Vec::new();
     for run in plan.runs(0..plan.len()) {
         for at in 0..run.pages {
@@ -248,7 +248,7 @@ impl DumpFiles {
         Ok(())
     }
 
-    fn write_plan(&self, image: &RamImage, plan: &Plan) -> Result<(), StoreError> {
+    fn write_plan(&self, image: &RamImage, plan: &FlushPlan) -> Result<(), StoreError> {
         for mut run in plan.runs(0..plan.len()) {
             while run.pages > 0 {
                 let (id, offset) = image.table().locate(run.first);
@@ -264,7 +264,7 @@ impl DumpFiles {
     fn write_pages(
         &self,
         image: &RamImage,
-        plan: &Plan,
+        plan: &FlushPlan,
         pages: &[[u8; PAGE_SIZE]],
     ) -> Result<(), StoreError> {
         let runs = plan.runs(0..plan.len());

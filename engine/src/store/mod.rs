@@ -38,7 +38,7 @@
 //! # Folders
 //! `memory` maps, copies and places memory; `cache` decides where slots are, and flushes them by a plan; `commit` has the
 //! dirty pages and the threads that flush; `durable` has the record of what outlives the process. Each uses only those before
-//! it; the files beside the folders put them together.
+//! it, and [`StoreError`]; the other files beside the folders put them together.
 
 mod cache;
 mod checkpoint_view;
@@ -58,7 +58,7 @@ mod tests;
 
 pub use cache::extents::{PoolTask, PoolUse};
 pub use cache::landing::{HeaderSlot, Landing, Phase};
-pub use cache::plan::Plan;
+pub use cache::plan::FlushPlan;
 pub use cache::pool_buffer::PoolBuffer;
 pub use checkpoint_view::CheckpointView;
 pub use commit::bitmap::DirtyBitmap;
@@ -149,7 +149,7 @@ impl Store {
         if let Some(durable) = self.committed.durable() {
             durable.commit(id, device_state);
         }
-        let plan_it = |plan: &mut Plan| {
+        let plan_it = |plan: &mut FlushPlan| {
             if let Some(running_guest) = &self.running_guest {
                 running_guest.take(plan);
                 self.dirty.mark_plan(0, plan);
@@ -246,7 +246,7 @@ impl Store {
     /// receiving (see the module) and that no ring has a slab registered.
     pub fn drop_uncommitted(&self) {
         let _record = self.committed.end_session();
-        let mut plan = Plan::default();
+        let mut plan = FlushPlan::default();
         self.dirty.take(&mut plan);
         if let Some(pool) = self.cache.pool() {
             pool.drop_pages(&plan, 0..plan.len());

@@ -2,7 +2,7 @@
 
 use crate::store::StoreError;
 use crate::store::cache::landing::{Landing, Target};
-use crate::store::cache::plan::Plan;
+use crate::store::cache::plan::FlushPlan;
 use crate::store::memory::copy::{self, CopyMethod};
 use crate::store::memory::huge::Fallback;
 use crate::store::memory::image::RamImage;
@@ -108,7 +108,7 @@ impl Mirror {
     /// See [`Cache::flush`](super::Cache::flush).
     pub(crate) fn flush(
         &self,
-        plan: &Plan,
+        plan: &FlushPlan,
         words: Range<usize>,
         image: &RamImage,
         method: CopyMethod,

@@ -20,7 +20,7 @@ pub(crate) mod stack;
 use crate::store::StoreError;
 use crate::store::cache::landing::Landing;
 use crate::store::cache::mirror::Mirror;
-use crate::store::cache::plan::Plan;
+use crate::store::cache::plan::FlushPlan;
 use crate::store::cache::pool::Pool;
 use crate::store::memory::copy::CopyMethod;
 use crate::store::memory::image::RamImage;
@@ -141,7 +141,7 @@ impl Cache {
     /// frees the slots that are no longer needed. When it returns, every thread sees the copies.
     pub(crate) fn flush(
         &self,
-        plan: &Plan,
+        plan: &FlushPlan,
         words: Range<usize>,
         image: &RamImage,
         method: CopyMethod,

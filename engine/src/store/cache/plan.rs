@@ -17,12 +17,12 @@ pub(crate) struct DirtyWord {
 /// A set of pages taken from a [`crate::store::DirtyBitmap`], in address order. It is made once and filled again for each
 /// checkpoint; its memory grows to the largest checkpoint seen (16 bytes a word, so at most 16 a page).
 #[derive(Default)]
-pub struct Plan {
+pub struct FlushPlan {
     words: Vec<DirtyWord>,
     pages: u64,
 }
 
-impl Plan {
+impl FlushPlan {
     pub(crate) fn clear(&mut self) {
         self.words.clear();
         self.pages = 0;
@@ -61,7 +61,7 @@ impl Plan {
     }
 }
 
-/// See [`Plan::runs`].
+/// See [`FlushPlan::runs`].
 pub(crate) struct Runs<'a> {
     words: &'a [DirtyWord],
     /// First page of the current word, and what is left of its bits.

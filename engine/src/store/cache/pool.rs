@@ -14,7 +14,7 @@ use crate::store::cache::cursor::Cursor;
 use crate::store::cache::extent_refs::ExtentId;
 use crate::store::cache::extents::{EXTENT_BYTES, Extents, Slot};
 use crate::store::cache::landing::{Landing, Target};
-use crate::store::cache::plan::Plan;
+use crate::store::cache::plan::FlushPlan;
 use crate::store::memory::copy::{self, CopyMethod};
 use crate::store::memory::image::RamImage;
 use crate::store::memory::index;
@@ -226,7 +226,7 @@ impl Pool {
 
     pub(crate) fn flush(
         &self,
-        plan: &Plan,
+        plan: &FlushPlan,
         words: Range<usize>,
         image: &RamImage,
         method: CopyMethod,
@@ -246,7 +246,7 @@ impl Pool {
         pieces
     }
 
-    pub(crate) fn drop_pages(&self, plan: &Plan, words: Range<usize>) {
+    pub(crate) fn drop_pages(&self, plan: &FlushPlan, words: Range<usize>) {
         for run in plan.runs(words) {
             for page in run.first.get()..run.end() {
                 self.supersede(PageIndex::new(page), Place::Image);

@@ -110,6 +110,17 @@ impl PoolBuffer {
         self.filled += count;
     }
 
+    /// As if the kernel had received the first of these bytes: as many as there is space for. Returns how many.
+    #[cfg(test)]
+    pub fn receive(&mut self, bytes: &[u8]) -> usize {
+        let (space, free) = self.space().unwrap().expect("space");
+        let count = bytes.len().min(free);
+        // SAFETY: the space is free, as the exclusive reference says that no receive is posted.
+        unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), space, count) };
+        self.fill(count);
+        count
+    }
+
     /// Free space, if what has arrived and was not consumed leaves any. Only to be called while no receive is posted.
     ///
     /// # Errors

@@ -12,7 +12,7 @@
 //! hand-over: a lock, a channel's SYNC) is in that take; one that runs beside a take is in that take or in the
 //! next, never lost. That last sentence is what the loom tests below check.
 
-use crate::store::cache::plan::{Plan, WORD_PAGES};
+use crate::store::cache::plan::{FlushPlan, WORD_PAGES};
 use crate::store::memory::index;
 use crate::store::memory::words::zeroed_words;
 use crate::sync::{AtomicU64, Ordering};
@@ -146,7 +146,7 @@ impl DirtyBitmap {
     }
 
     /// Marks every page of `plan` in `shard`.
-    pub(crate) fn mark_plan(&self, shard: usize, plan: &Plan) {
+    pub(crate) fn mark_plan(&self, shard: usize, plan: &FlushPlan) {
         let shard = &self.shards[shard];
         for word in plan.words() {
             shard.mark(word.index, word.bits);
@@ -154,7 +154,7 @@ impl DirtyBitmap {
     }
 
     /// Moves all marks into `plan`, in address order; what `plan` held before is dropped.
-    pub fn take(&self, plan: &mut Plan) {
+    pub fn take(&self, plan: &mut FlushPlan) {
         plan.clear();
         for at in self.marked_summaries() {
             self.merge(at, take_word, |word, bits| plan.push(word, bits));
@@ -163,7 +163,7 @@ impl DirtyBitmap {
 
     /// Drops all marks.
     pub fn clear(&self) {
-        self.take(&mut Plan::default());
+        self.take(&mut FlushPlan::default());
     }
 
     /// How many pages are marked now. Marks made meanwhile may be counted or not.
@@ -258,7 +258,7 @@ mod tests {
     }
 
     /// The pages of a plan, after a check that its runs ascend and do not touch each other.
-    fn content(plan: &Plan) -> Vec<u64> {
+    fn content(plan: &FlushPlan) -> Vec<u64> {
         let runs: Vec<PageRun> = plan.runs(0..plan.len()).collect();
         for pair in runs.windows(2) {
             assert!(
@@ -300,7 +300,7 @@ mod tests {
             let bitmap = DirtyBitmap::new(PAGES, SHARDS);
             let received = PageSet::new(PAGES);
             let (mut model, mut ever) = (BTreeSet::new(), BTreeSet::new());
-            let mut plan = Plan::default();
+            let mut plan = FlushPlan::default();
             for step in steps {
                 match step {
                     Step::Mark(shard, marked) => {
@@ -337,7 +337,7 @@ mod tests {
         let bitmap = DirtyBitmap::new(1000, 2);
         bitmap.mark_all(0, &pages(&[1, 2, 700]));
         bitmap.mark_all(1, &pages(&[2, 3, 999]));
-        let mut plan = Plan::default();
+        let mut plan = FlushPlan::default();
         bitmap.take(&mut plan);
         let again = DirtyBitmap::new(1000, 1);
         again.mark_plan(0, &plan);
@@ -362,7 +362,7 @@ mod loom_tests {
     use loom::sync::atomic::AtomicBool;
     use loom::thread;
 
-    fn count(plan: &Plan) -> u64 {
+    fn count(plan: &FlushPlan) -> u64 {
         plan.pages()
     }
 
@@ -380,7 +380,7 @@ mod loom_tests {
                     bitmap.mark(0, PageIndex::new(4));
                 })
             };
-            let mut plan = Plan::default();
+            let mut plan = FlushPlan::default();
             bitmap.take(&mut plan);
             let early = count(&plan);
             if early > 0 {
@@ -414,7 +414,7 @@ mod loom_tests {
                     })
                 })
                 .collect();
-            let mut plan = Plan::default();
+            let mut plan = FlushPlan::default();
             if synced.iter().all(|flag| flag.load(Ordering::Acquire)) {
                 bitmap.take(&mut plan);
                 assert_eq!(count(&plan), 1);

@@ -7,7 +7,7 @@
 use crate::canary::{self, Canary};
 use crate::host::pin;
 use crate::store::cache::Cache;
-use crate::store::cache::plan::Plan;
+use crate::store::cache::plan::FlushPlan;
 use crate::store::commit::fork_join::{Fork, ForkJoin};
 use crate::store::commit::work_queue::WorkQueue;
 use crate::store::memory::copy::CopyMethod;
@@ -90,7 +90,7 @@ pub(crate) struct Flush {
 
 /// What one flush is to do: written by the committing thread, then read by all.
 struct Round {
-    plan: Plan,
+    plan: FlushPlan,
     method: CopyMethod,
 }
 
@@ -105,7 +105,7 @@ impl Flush {
         complete: Box<dyn Fn() + Send + Sync>,
         sizes: FlushSizes,
     ) -> Arc<Self> {
-        let (plan, method) = (Plan::default(), CopyMethod::NonTemporal);
+        let (plan, method) = (FlushPlan::default(), CopyMethod::NonTemporal);
         Arc::new(Self {
             image,
             cache,
@@ -123,7 +123,7 @@ impl Flush {
 
     /// Begins a flush of what `plan_it` puts into the plan, and returns how many pages that is. The caller holds the lock of the
     /// commit record, and has finished the flush before, so there is one at a time.
-    pub(crate) fn begin(&self, method: CopyMethod, plan_it: impl FnOnce(&mut Plan)) -> u64 {
+    pub(crate) fn begin(&self, method: CopyMethod, plan_it: impl FnOnce(&mut FlushPlan)) -> u64 {
         debug_assert!(!self.is_open(), "one flush after the other");
         let mut round = self.round.write().expect(NEVER_POISONED);
         plan_it(&mut round.plan);
@@ -158,7 +158,11 @@ impl Flush {
     }
 
     /// Begins a flush and does all of it, with the helpers where they are free.
-    pub(crate) fn run(self: &Arc<Self>, flusher: &Flusher, plan_it: impl FnOnce(&mut Plan)) -> FlushReport {
+    pub(crate) fn run(
+        self: &Arc<Self>,
+        flusher: &Flusher,
+        plan_it: impl FnOnce(&mut FlushPlan),
+    ) -> FlushReport {
         let pages = self.begin(flusher.method, plan_it);
         let helpers = match pages {
             ..HELP_FROM_PAGES => 0,

@@ -94,13 +94,6 @@ pub(crate) fn fill_all(target: PageSpan<'_>, pages: &[[u8; PAGE_SIZE]]) {
     unsafe { arch::copy_non_temporal(to, from, bytes.len()) }
 }
 
-/// What a kernel does for a receive.
-#[cfg(test)]
-pub(crate) fn fill_bytes(to: *mut u8, bytes: &[u8]) {
-    // SAFETY: the tests give the free space of a pool's receive buffer, at least as long, which nothing else uses.
-    unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), to, bytes.len()) }
-}
-
 /// Reads the first page of a span to ordinary memory.
 pub(crate) fn read<'a>(source: impl Into<ReadSpan<'a>>, bytes: &mut [u8; PAGE_SIZE]) {
     // SAFETY: the span has the bytes of a page that can be read.
@@ -311,14 +304,16 @@ mod x86_64 {
         use crate::units::{PAGE_BYTES, PAGE_SIZE};
 
         #[test]
-        fn every_instruction_set_copies_every_byte() {
+        fn each_instruction_set_that_the_processor_has_copies_every_byte() {
             type Copy = unsafe fn(*mut u8, *const u8, usize);
             let mut sets: Vec<(&str, Copy)> = vec![("sse2", super::copy_sse2), ("memcpy", super::copy)];
-            if is_x86_feature_detected!("avx2") {
-                sets.push(("avx2", super::copy_avx2));
+            match is_x86_feature_detected!("avx2") {
+                true => sets.push(("avx2", super::copy_avx2)),
+                false => println!("this processor has no AVX2"),
             }
-            if is_x86_feature_detected!("avx512f") {
-                sets.push(("avx512", super::copy_avx512));
+            match is_x86_feature_detected!("avx512f") {
+                true => sets.push(("avx512", super::copy_avx512)),
+                false => println!("this processor has no AVX-512"),
             }
             let bytes: [u8; PAGE_SIZE] = std::array::from_fn(|at| (at % 251).to_le_bytes()[0]);
             for (name, copy) in sets {

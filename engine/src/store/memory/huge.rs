@@ -100,7 +100,7 @@ pub enum Fallback {
         wanted: &'static str,
     },
     /// The kernel refuses to bind memory to NUMA nodes.
-    #[error("{what} lies where the kernel puts it, not on NUMA nodes {nodes:?} ({reason}); remedy: {remedy}")]
+    #[error("{what} is not bound to NUMA nodes {nodes:?} ({reason}); remedy: {remedy}")]
     Placement {
         /// Which memory.
         what: &'static str,

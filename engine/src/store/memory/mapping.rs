@@ -48,7 +48,7 @@ pub(crate) enum Policy<'a> {
 // SAFETY: a Mapping owns its memory, which is not bound to a thread; it lends raw pointers only, and what reads or writes
 // through them (`copy.rs`, the kernel) allows other threads to do so at the same time.
 unsafe impl Send for Mapping {}
-// SAFETY: as above: no method gives out a reference into the memory.
+// SAFETY: as above: no method gives out a reference into the memory but to a word, which is atomic.
 unsafe impl Sync for Mapping {}
 
 fn pages_only(length: u64) -> NonZeroUsize {

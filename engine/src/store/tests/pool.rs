@@ -163,10 +163,7 @@ fn pages_stay_where_a_buffer_received_them() {
         let record: Vec<u8> = [0xee; 5].into_iter().chain(content(at + 1)).collect();
         let mut rest = &record[..];
         while !rest.is_empty() {
-            let (space, free) = buffer.space().unwrap().unwrap();
-            let count = rest.len().min(free).min(3000);
-            copy::fill_bytes(space, &rest[..count]);
-            buffer.fill(count);
+            let count = buffer.receive(&rest[..rest.len().min(3000)]);
             rest = &rest[count..];
         }
         let bytes = buffer.bytes();
