@@ -1,7 +1,7 @@
 //! The secondary's receive side of QEMU COLO: everything between a socket and a committed checkpoint.
 //!
-//! The way of a page: [`ring`] receives it to where [`store`] placed it, as [`receiver`]'s page channel learnt from
-//! [`wire`]; [`session`] says when a checkpoint is complete; [`store`] commits it.
+//! The way of a page: [`session`]'s channel reads the header of its packet, [`store`] gives the place of each page, [`ring`] receives the
+//! pages there, and [`store`] commits them once [`session`] has seen the whole checkpoint. [`receiver`] joins them.
 
 pub mod blocks;
 mod canary;

@@ -44,7 +44,7 @@ pub(super) enum IdentifyError {
     #[error("it was closed before its first bytes identified it")]
     Closed,
     /// It stayed silent.
-    #[error("it did not say what it is within {0:?}")]
+    #[error("it sent nothing that identifies it within {0:?}")]
     Deadline(Duration),
 }
 

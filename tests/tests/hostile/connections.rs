@@ -49,8 +49,8 @@ fn strangers_among_connections() {
         slow.send(&[*byte]);
         std::thread::sleep(Duration::from_millis(100));
     }
-    bench.warned(&format!("it did not say what it is within {deadline:?}"));
-    bench.warned(&format!("it did not say what it is within {deadline:?}"));
+    bench.warned(&format!("it sent nothing that identifies it within {deadline:?}"));
+    bench.warned(&format!("it sent nothing that identifies it within {deadline:?}"));
     assert!(silent.is_closed() && slow.is_closed());
     // Cut in the middle of what identifies it.
     for sent in [0, 1, 3, 4, 24, 25, 63] {

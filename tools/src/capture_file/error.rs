@@ -47,7 +47,7 @@ pub enum CaptureError {
     )]
     Version(u16),
     /// The header is damaged or cut short.
-    #[error("the header of the capture is damaged: {0}; nothing of it can be read")]
+    #[error("the header of the capture is damaged, so that it cannot be read: {0}")]
     Header(String),
     /// A block is damaged, and there is more behind it.
     #[error("the capture is damaged: the block at byte {offset}: {what}")]

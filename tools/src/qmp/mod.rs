@@ -84,11 +84,11 @@ pub enum QmpError {
     },
     /// Connected, but no greeting came.
     #[error(
-        "QEMU's monitor {} does not greet; it serves one client at a time: is another one connected?", .0.display()
+        "QEMU's monitor {} sent no greeting; it serves one client at a time: is another one connected?", .0.display()
     )]
     Busy(PathBuf),
     /// Something else listens there.
-    #[error("{} is not QEMU's QMP monitor: it said {said:?} (a monitor for people has mode=readline)", .path.display())]
+    #[error("{} is not QEMU's QMP monitor: it sent {said:?} (a human monitor has mode=readline)", .path.display())]
     NotQmp {
         /// The socket.
         path: PathBuf,

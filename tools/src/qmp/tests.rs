@@ -144,9 +144,9 @@ fn what_is_no_monitor_is_reported() {
     for (text, says_what) in [
         (
             "QEMU 11.1.3 monitor - type 'help'\n",
-            "it said \"QEMU 11.1.3 monitor",
+            "it sent \"QEMU 11.1.3 monitor",
         ),
-        ("{\"hello\": 1}\n", "it said \"{\\\"hello\\\":1}\""),
+        ("{\"hello\": 1}\n", "it sent \"{\\\"hello\\\":1}\""),
         ("", "closed its monitor at the greeting"),
     ] {
         let path = says(text);

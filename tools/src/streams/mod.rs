@@ -157,7 +157,7 @@ pub enum StreamsError {
     )]
     Channels(Vec<u8>),
     /// It ends in precopy, or does not hold a session.
-    #[error("the capture has no complete precopy, so nothing of it can be played: {0}")]
+    #[error("the capture has no complete precopy, so that it cannot be played: {0}")]
     NoPrecopy(String),
     /// Its checkpoints cannot be played again in the same session.
     #[error(

@@ -64,8 +64,8 @@ pub(in crate::receiver) struct Links {
     state: Mutex<State>,
 }
 
-/// A place among the links, given back when it is dropped.
-pub(in crate::receiver) struct LinkPlace {
+/// The right to one of the links, given back when it is dropped.
+pub(in crate::receiver) struct LinkTicket {
     links: Arc<Links>,
     number: u64,
 }
@@ -76,14 +76,14 @@ impl Links {
     }
 
     /// A guard has connected; none if there are too many.
-    pub(in crate::receiver) fn connected(self: &Arc<Self>) -> Option<LinkPlace> {
+    pub(in crate::receiver) fn connected(self: &Arc<Self>) -> Option<LinkTicket> {
         let mut state = self.lock();
         if state.links == LINKS_MAX {
             return None;
         }
         state.links += 1;
         state.next += 1;
-        Some(LinkPlace {
+        Some(LinkTicket {
             links: self.clone(),
             number: state.next,
         })
@@ -124,7 +124,7 @@ impl Waiting {
     }
 }
 
-impl LinkPlace {
+impl LinkTicket {
     /// The link waits for a session of its guest. It gets the newest that runs already; else the next.
     pub(in crate::receiver) fn wait(&self, guest: Guest, hello: Hello, bound: mpsc::UnboundedSender<Bound>) {
         let mut state = self.links.lock();
@@ -143,7 +143,7 @@ impl LinkPlace {
     }
 }
 
-impl Drop for LinkPlace {
+impl Drop for LinkTicket {
     fn drop(&mut self) {
         let mut state = self.links.lock();
         state.links -= 1;

@@ -1,6 +1,6 @@
 //! Serves a guard's connection, as a task of the control thread.
 
-use super::registry::{Bound, Guest, LinkPlace, Links};
+use super::registry::{Bound, Guest, LinkTicket, Links};
 use super::session_output::Next;
 use crate::link::{Hello, LINE_MAX, LINK_VERSION, LinkError, ToGuard, ToReceiver};
 use crate::net::{Accepted, Origin};
@@ -30,7 +30,7 @@ enum LinkEnd {
     Closed,
     #[error("its connection broke: {0}")]
     Broken(#[from] io::Error),
-    #[error("it did not say which guest it guards within {0:?}")]
+    #[error("no hello within {0:?}")]
     Silent(Duration),
     #[error("it did not answer a barrier within {0:?}")]
     Hangs(Duration),
@@ -81,7 +81,7 @@ async fn serve_until_end(
     events: &Events,
     name: &mut String,
 ) -> LinkEnd {
-    let Some(place) = links.connected() else {
+    let Some(ticket) = links.connected() else {
         return LinkEnd::Refused("too many guards are connected".to_owned());
     };
     let origin = accepted.peer.origin;
@@ -90,7 +90,7 @@ async fn serve_until_end(
         Err(error) => return error.into(),
     };
     let mut link = Link::new(&mut stream);
-    let end = link.serve(&place, origin, deadline, events, name).await;
+    let end = link.serve(&ticket, origin, deadline, events, name).await;
     let Err(end) = end else { return LinkEnd::Ended };
     if let LinkEnd::Refused(_) | LinkEnd::Replaced = end {
         let reason = end.to_string();
@@ -163,7 +163,7 @@ impl<'a> Link<'a> {
     /// Serves the guard: it says which guest it guards, and is served while that guest has a session.
     async fn serve(
         &mut self,
-        place: &LinkPlace,
+        ticket: &LinkTicket,
         origin: Origin,
         deadline: Duration,
         events: &Events,
@@ -178,7 +178,7 @@ impl<'a> Link<'a> {
         let version = LINK_VERSION;
         self.write(&ToGuard::Welcome { version }).await?;
         let bound = self
-            .wait_for_session(place, Guest { uuid, origin }, &hello)
+            .wait_for_session(ticket, Guest { uuid, origin }, &hello)
             .await?;
         let session = bound.session;
         events(Event::Note(format!(
@@ -220,12 +220,12 @@ impl<'a> Link<'a> {
     /// Waits until the link belongs to a session. The guard has nothing to say meanwhile.
     async fn wait_for_session(
         &mut self,
-        place: &LinkPlace,
+        ticket: &LinkTicket,
         guest: Guest,
         hello: &Hello,
     ) -> Result<Bound, LinkEnd> {
         let (sender, mut receiver) = mpsc::unbounded_channel();
-        place.wait(guest, hello.clone(), sender);
+        ticket.wait(guest, hello.clone(), sender);
         let bound = tokio::select! {
             bound = receiver.recv() => bound.ok_or(LinkEnd::Closed)?,
             read = self.read() => {
@@ -247,7 +247,7 @@ impl<'a> Link<'a> {
         Ok(bound)
     }
 
-    /// Asks and tells until the session ends.
+    /// Exchanges messages until the session ends.
     async fn serve_session(&mut self, bound: &Bound, timeout: Duration) -> Result<(), LinkEnd> {
         let mut deadline = None;
         loop {

@@ -1,4 +1,4 @@
-//! `colo-ring failover`: the guest lives on from the last committed checkpoint.
+//! `colo-ring failover`: resumes the guest from the last committed checkpoint.
 
 mod command_line;
 mod disks;

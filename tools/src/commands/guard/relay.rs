@@ -176,7 +176,7 @@ impl Relay {
                 // Nothing is there, or the device is down.
                 Err(_) => return Ok(()),
             };
-            // Without a card nobody takes it.
+            // Without a card there is nowhere to send it.
             let (Some(card), Ok(length)) = (&mut self.card, u32::try_from(count)) else {
                 continue;
             };
