@@ -78,17 +78,20 @@ fn a_connection_survives_the_primary_through_a_filter() {
 /// What the guard is for: without it the guest that lives on has never sent what its client has read.
 #[test]
 fn a_connection_does_not_survive_without_a_gate() {
+    // The kill may fall into the moment after a checkpoint, before the guest has sent anything.
+    const ATTEMPTS: u32 = 5;
     net_experiment(Company::Others, |lab| {
-        let scene = Scene::set(lab, Way::None, 0, &[])?;
-        let client = Client::start(Load::Count(Duration::ZERO))?;
-        client.wait_answers(50)?;
-        let (_receiver, _fresh) = scene.fail_over()?;
-        assert!(
-            !client.goes_on(1, HANGS_FOR),
-            "it goes on, {} answers",
-            client.answers()
-        );
-        Ok(())
+        for attempt in 0..ATTEMPTS {
+            let scene = Scene::set(lab, Way::None, attempt, &[])?;
+            let client = Client::start(Load::Count(Duration::ZERO))?;
+            client.wait_answers(50)?;
+            let (_receiver, _fresh) = scene.fail_over()?;
+            if !client.goes_on(1, HANGS_FOR) {
+                return Ok(());
+            }
+            println!("it goes on, {} answers", client.answers());
+        }
+        panic!("the connection has survived {ATTEMPTS} times");
     });
 }
 

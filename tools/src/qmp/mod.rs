@@ -6,15 +6,18 @@
 //! A thread reads; it ends when QEMU closes the connection. A line is at most `LINE_MAX` bytes and at most
 //! `EVENTS_MAX` events are kept, so that whatever listens at the path cannot fill this process's memory.
 
+mod error;
+
 use serde_json::{Value, json};
 use std::fmt;
-use std::io::{self, BufRead, BufReader, Read, Write};
+use std::io::{BufRead, BufReader, Read, Write};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::sync::mpsc::{self, Receiver, RecvTimeoutError};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
-use thiserror::Error;
+
+pub use error::QmpError;
 
 /// `PATH` or `unix:PATH`.
 pub(crate) fn socket_path(text: &str) -> Result<PathBuf, String> {
@@ -68,72 +71,11 @@ impl fmt::Display for Version {
     }
 }
 
-/// Why QEMU's monitor could not be used.
-#[derive(Debug, Error)]
-pub enum QmpError {
-    /// No process listens there.
-    #[error(
-        "cannot connect to QEMU's monitor {}: {source}; QEMU needs -qmp unix:{},server=on,wait=off",
-        .path.display(), .path.display()
-    )]
-    Connect {
-        /// The socket.
-        path: PathBuf,
-        /// What the system said.
-        source: io::Error,
-    },
-    /// Connected, but no greeting came.
-    #[error(
-        "QEMU's monitor {} sent no greeting; it serves one client at a time: is another one connected?", .0.display()
-    )]
-    Busy(PathBuf),
-    /// Something else listens there.
-    #[error("{} is not QEMU's QMP monitor: it sent {said:?} (a human monitor has mode=readline)", .path.display())]
-    NotQmp {
-        /// The socket.
-        path: PathBuf,
-        /// The beginning of what it said.
-        said: String,
-    },
-    /// QEMU refused a command.
-    #[error("QEMU refused {command}: {description}")]
-    Refused {
-        /// The command.
-        command: String,
-        /// QEMU's own words.
-        description: String,
-    },
-    /// The connection ended.
-    #[error("QEMU closed its monitor at {command}: it has ended, or another client has ended it")]
-    Closed {
-        /// The command that was not answered.
-        command: String,
-    },
-    /// QEMU does not answer.
-    #[error("QEMU did not answer {command} within {limit:?}")]
-    Timeout {
-        /// The command.
-        command: String,
-        /// How long it was waited for.
-        limit: Duration,
-    },
-}
-
 impl fmt::Debug for Qmp {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Qmp")
             .field("path", &self.path)
             .finish_non_exhaustive()
-    }
-}
-
-impl QmpError {
-    /// What QEMU said, if it refused a command.
-    pub fn refusal(&self) -> Option<&str> {
-        match self {
-            Self::Refused { description, .. } => Some(description),
-            _ => None,
-        }
     }
 }
 
@@ -186,6 +128,61 @@ struct Conversation {
     writer: UnixStream,
     replies: Receiver<Value>,
     commands: u64,
+}
+
+impl Conversation {
+    /// Adds a command to what is to be sent. Returns its number.
+    fn add(&mut self, verb: &str, command: &str, arguments: &Value, lines: &mut String) -> u64 {
+        self.commands += 1;
+        let number = self.commands;
+        lines.push_str(&json!({verb: command, "arguments": arguments, "id": number}).to_string());
+        number
+    }
+
+    fn send(&mut self, command: &str, lines: &str) -> Result<(), QmpError> {
+        let written = self.writer.write_all(lines.as_bytes());
+        written.map_err(|_| closed(command))
+    }
+
+    /// What the command of that number returned.
+    fn reply(
+        &mut self,
+        command: &str,
+        number: u64,
+        deadline: Instant,
+        limit: Duration,
+    ) -> Result<Value, QmpError> {
+        let mut reply = loop {
+            let left = deadline.saturating_duration_since(Instant::now());
+            match self.replies.recv_timeout(left) {
+                // One without a number is to something that was not understood.
+                Ok(reply) if reply["id"].as_u64().is_none_or(|id| id == number) => break reply,
+                Ok(_) => {}
+                Err(RecvTimeoutError::Timeout) => {
+                    let command = command.to_owned();
+                    return Err(QmpError::Timeout { command, limit });
+                }
+                Err(RecvTimeoutError::Disconnected) => return Err(closed(command)),
+            }
+        };
+        if let Some(error) = reply.get("error") {
+            let description = error["desc"].as_str().unwrap_or("it did not say why");
+            return Err(QmpError::Refused {
+                command: command.to_owned(),
+                description: description.to_owned(),
+            });
+        }
+        match reply.get_mut("return") {
+            Some(returned) => Ok(returned.take()),
+            None => Err(closed(command)),
+        }
+    }
+}
+
+fn closed(command: &str) -> QmpError {
+    QmpError::Closed {
+        command: command.to_owned(),
+    }
 }
 
 /// A connection to QEMU's monitor. Clones share it: a command of one waits for that of another.
@@ -318,6 +315,30 @@ impl Qmp {
         self.run(verb, command, arguments, limit)
     }
 
+    /// Runs commands one after the other that are sent together: nothing else comes between them, and QEMU waits for none.
+    ///
+    /// # Errors
+    /// As of [`Self::execute_within`], for the first that failed; those after it may have been run.
+    pub(crate) fn execute_together(
+        &mut self,
+        commands: &[(&str, Value)],
+        limit: Duration,
+    ) -> Result<(), QmpError> {
+        let mut conversation = self.lock();
+        let mut lines = String::new();
+        let numbers: Vec<_> = commands
+            .iter()
+            .map(|(command, arguments)| conversation.add("execute", command, arguments, &mut lines))
+            .collect();
+        let first = commands.first().map_or("nothing", |(command, _)| *command);
+        conversation.send(first, &lines)?;
+        let deadline = Instant::now() + limit;
+        let mut replies = commands.iter().zip(numbers);
+        replies.try_for_each(|((command, _), number)| {
+            conversation.reply(command, number, deadline, limit).map(drop)
+        })
+    }
+
     fn run(
         &mut self,
         verb: &str,
@@ -325,43 +346,15 @@ impl Qmp {
         arguments: &Value,
         limit: Duration,
     ) -> Result<Value, QmpError> {
-        let closed = || QmpError::Closed {
-            command: command.to_owned(),
-        };
-        let conversation = self.conversation.lock();
-        let mut conversation = conversation.unwrap_or_else(PoisonError::into_inner);
-        conversation.commands += 1;
-        let number = conversation.commands;
-        let line = json!({verb: command, "arguments": arguments, "id": number}).to_string();
-        let written = conversation.writer.write_all(line.as_bytes());
-        written.map_err(|_| closed())?;
-        let deadline = Instant::now() + limit;
-        let mut reply = loop {
-            match conversation
-                .replies
-                .recv_timeout(deadline.saturating_duration_since(Instant::now()))
-            {
-                // One without a number is to something that was not understood.
-                Ok(reply) if reply["id"].as_u64().is_none_or(|id| id == number) => break reply,
-                Ok(_) => {}
-                Err(RecvTimeoutError::Timeout) => {
-                    let command = command.to_owned();
-                    return Err(QmpError::Timeout { command, limit });
-                }
-                Err(RecvTimeoutError::Disconnected) => return Err(closed()),
-            }
-        };
-        if let Some(error) = reply.get("error") {
-            let description = error["desc"].as_str().unwrap_or("it did not say why");
-            return Err(QmpError::Refused {
-                command: command.to_owned(),
-                description: description.to_owned(),
-            });
-        }
-        match reply.get_mut("return") {
-            Some(returned) => Ok(returned.take()),
-            None => Err(closed()),
-        }
+        let mut conversation = self.lock();
+        let mut line = String::new();
+        let number = conversation.add(verb, command, arguments, &mut line);
+        conversation.send(command, &line)?;
+        conversation.reply(command, number, Instant::now() + limit, limit)
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Conversation> {
+        self.conversation.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// The guest's UUID, where it has one; without, QEMU says zeroes.

@@ -115,6 +115,36 @@ fn commands_are_answered_or_refused() {
 }
 
 #[test]
+fn commands_that_are_sent_together_are_run_in_turn() {
+    let done = Arc::new(Mutex::new(Vec::new()));
+    let seen = done.clone();
+    let respond: Responder = Box::new(move |command, arguments| {
+        seen.lock().unwrap().push(arguments["value"].clone());
+        match command {
+            "qom-set" => Ok(json!({})),
+            _ => Err("no".to_owned()),
+        }
+    });
+    let path = monitor((11, 1, 3), respond);
+    let mut qmp = connect(&path).unwrap();
+    let set = |value: &str| ("qom-set", json!({"value": value}));
+    let limit = Duration::from_secs(300);
+    qmp.execute_together(&[set("off"), set("on")], limit).unwrap();
+    let refused = qmp.execute_together(&[("quit", json!({})), set("off")], limit);
+    assert_eq!(refused.unwrap_err().refusal(), Some("no"));
+    // The answer to the last of those is not taken for this one's.
+    let again = qmp.execute("qom-set", &json!({"value": "on"}));
+    assert_eq!(again.unwrap(), json!({}));
+    assert_eq!(
+        *done.lock().unwrap(),
+        ["off", "on", "null", "off", "on"].map(|word| match word {
+            "null" => Value::Null,
+            word => json!(word),
+        })
+    );
+}
+
+#[test]
 fn events_are_waited_for() {
     const SAID: &str = concat!(
         r#"{"QMP": {"version": {"qemu": {"major": 7, "minor": 2, "micro": 0}}}}"#,

@@ -178,8 +178,10 @@ impl Filter {
             return Err(GateError::Runs(self.nic.clone()));
         }
         self.is_holding = false;
-        self.set("off")?;
-        self.set("on")?;
+        let set = |status| json!({"path": self.object(), "property": "status", "value": status});
+        let both = [("qom-set", set("off")), ("qom-set", set("on"))];
+        let done = self.qmp.execute_together(&both, LIMIT);
+        done.map_err(|source| self.failed(source))?;
         self.is_holding = true;
         Ok(())
     }
