@@ -11,7 +11,7 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use serde_json::Value;
 
-use super::{Address, Lab, LabError, Qemu, command_under_test, wait_for};
+use super::{Address, Lab, LabError, Qemu, Receiver, command_under_test, wait_for};
 
 /// A running guard, killed when dropped.
 #[derive(Debug)]
@@ -45,6 +45,44 @@ impl Guard {
         let process = process.map_err(LabError::io(format!("start {}", command.display())))?;
         Ok(Self {
             process,
+            control,
+            log,
+        })
+    }
+
+    /// Resumes a session's guest in a QEMU that waits, by a failover that becomes its guard.
+    ///
+    /// # Errors
+    /// When there is no command.
+    pub fn by_failover(
+        lab: &Lab,
+        receiver: &Receiver,
+        session: u64,
+        waits: &Qemu,
+        to: &Address,
+    ) -> Result<Self, LabError> {
+        let control = lab.fresh_file("guard", "sock");
+        let log = lab.fresh_file("guard", "log");
+        let stderr = File::create(&log).map_err(LabError::io(format!("create {}", log.display())))?;
+        let options = format!(
+            "--to {to} --channels 2 --name guest --control unix:{}",
+            control.display()
+        );
+        let process = receiver
+            .command("failover")
+            .args([
+                "--session",
+                &session.to_string(),
+                "--then-guard",
+                &options,
+                "--qmp",
+            ])
+            .arg(waits.free_monitor())
+            .stdout(Stdio::null())
+            .stderr(stderr)
+            .spawn();
+        Ok(Self {
+            process: process.map_err(LabError::io("run colo-ring failover"))?,
             control,
             log,
         })

@@ -75,6 +75,24 @@ fn a_connection_survives_the_primary_through_a_filter() {
     connection_survives(Way::Filter);
 }
 
+/// A guest that has survived one primary survives the next, and so does its connection.
+#[test]
+fn a_failover_guards_its_guest_again() {
+    net_experiment(Company::Others, |lab| {
+        let scene = Scene::set(lab, Way::Relay, 0, &[])?;
+        let client = Client::start(Load::Count(OFTEN))?;
+        client.wait_answers(20)?;
+        let scene = scene.fail_over_and_guard()?;
+        client.wait_answers(20)?;
+        let (_receiver, _fresh) = scene.fail_over()?;
+        client.wait_answers(20)?;
+        let seen = client.end();
+        println!("longest gap {:?}", seen.longest_gap);
+        assert_eq!(seen.error, None);
+        Ok(())
+    });
+}
+
 /// What the guard is for: without it the guest that lives on has never sent what its client has read.
 #[test]
 fn a_connection_does_not_survive_without_a_gate() {

@@ -49,8 +49,33 @@ impl<'a> Scene<'a> {
 
     /// Kills the primary, and resumes its guest in a fresh QEMU with the same tap device.
     pub(super) fn fail_over(self) -> Result<(Receiver, Qemu), LabError> {
+        let (lost, session, fresh) = self.lose_primary()?;
+        let monitor = fresh.free_monitor().display().to_string();
+        lost.receiver.failover(session, ["--qmp", &monitor])?;
+        Ok((lost.receiver, fresh))
+    }
+
+    /// The same, and the failover becomes the guard of the fresh QEMU, which is protected by the same receiver.
+    pub(super) fn fail_over_and_guard(self) -> Result<Self, LabError> {
+        let (lost, session, primary) = self.lose_primary()?;
+        let mut guard = Guard::by_failover(lost.lab, &lost.receiver, session, &primary, &lost.address)?;
+        guard.wait_state("protected")?;
+        Ok(Self {
+            lab: lost.lab,
+            way: Way::Filter,
+            number: lost.number,
+            address: lost.address,
+            receiver: lost.receiver,
+            primary,
+            guard,
+        })
+    }
+
+    /// Kills the primary, and starts a fresh QEMU that waits with the same tap device. Returns what is left, and the session.
+    fn lose_primary(self) -> Result<(Lost<'a>, u64, Qemu), LabError> {
         let Self {
             lab,
+            address,
             receiver,
             primary,
             mut guard,
@@ -65,15 +90,27 @@ impl<'a> Scene<'a> {
             nic: Some(Nic::Tap),
             ..machine(lab, Way::Filter, number)
         };
-        let fresh = Qemu::start_incoming(lab, &format!("fresh{number}"), &fresh)?;
-        let monitor = fresh.free_monitor().display().to_string();
+        let fresh = Qemu::start_incoming(lab, &format!("fresh{number}-{session}"), &fresh)?;
         wait_for("the end of the session", HANG_LIMIT, || {
             let status = receiver.status()?;
             Ok((status["sessions"][0]["state"] == "ended").then_some(()))
         })?;
-        receiver.failover(session, ["--qmp", &monitor])?;
-        Ok((receiver, fresh))
+        let lost = Lost {
+            lab,
+            number,
+            address,
+            receiver,
+        };
+        Ok((lost, session, fresh))
     }
+}
+
+/// A scene without its primary.
+struct Lost<'a> {
+    lab: &'a Lab,
+    number: u32,
+    address: Address,
+    receiver: Receiver,
 }
 
 fn socket(lab: &Lab, number: u32) -> String {

@@ -5,6 +5,7 @@ mod disks;
 mod relay;
 mod report;
 mod started;
+mod then_guard;
 mod waiting;
 
 use crate::control::Conversation;
@@ -23,6 +24,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode, Stdio};
 use std::str::FromStr;
 use std::time::Instant;
+use then_guard::GuardOptions;
 use waiting::{RunDirectory, Waiting};
 
 /// Options of `colo-ring failover`.
@@ -86,6 +88,12 @@ pub struct FailoverArgs {
     /// Directory for sockets and the log of the QEMU that is started [default: a new one in the temporary directory]
     #[arg(long, value_name = "DIR")]
     run_dir: Option<PathBuf>,
+
+    /// Then become the guard of the guest, `colo-ring guard`, with these options, read as a shell reads them: like
+    /// '--to tcp:192.0.2.3:4444 --name web3'
+    #[arg(long, value_name = "OPTIONS", value_parser = GuardOptions::parse, allow_hyphen_values = true)]
+    #[arg(conflicts_with_all = ["to", "print_blockdev"])]
+    then_guard: Option<GuardOptions>,
 
     /// Print the result as JSON (schema colo-ring.failover, version 1)
     #[arg(long)]
@@ -163,7 +171,10 @@ pub fn run(args: &FailoverArgs) -> Result<ExitCode, CommandError> {
     times.total = began.elapsed() - times.give_up;
     outcome.times = times;
     report::print_outcome(args, &claim.claimed, &outcome)?;
-    Ok(ExitCode::SUCCESS)
+    match (&args.then_guard, &outcome.qmp) {
+        (Some(options), Some(monitor)) => options.become_guard(monitor),
+        _ => Ok(ExitCode::SUCCESS),
+    }
 }
 
 impl FailoverArgs {

@@ -40,7 +40,7 @@ pub(super) struct Outcome {
     /// QEMU's word for what the guest does.
     status: Option<String>,
     qemu: Option<String>,
-    qmp: Option<PathBuf>,
+    pub(super) qmp: Option<PathBuf>,
     pid: Option<u32>,
     to: Option<String>,
     restored: RestoreReport,
