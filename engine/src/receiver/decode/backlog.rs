@@ -1,6 +1,6 @@
 //! The count of a channel's packets that are received and not applied yet, and the one thing that its channel waits for.
 //!
-//! The channel alone raises the count; whoever applies a packet lowers it. The channel may wait until the count has fallen to
+//! The channel alone raises the count; the thread that applies a packet lowers it. The channel may wait until the count has fallen to
 //! a limit. Of "the count falls to it" and "the channel waits for it" the later one sees the other, so no wake-up is lost,
 //! and only one is made.
 
@@ -34,7 +34,7 @@ impl Backlog {
         }
     }
 
-    /// Whether all packets are applied. Whoever sees that sees their pages.
+    /// Whether all packets are applied. A thread that sees that sees their pages.
     pub(super) fn is_empty(&self) -> bool {
         self.packets.load(Ordering::Acquire) == 0
     }
@@ -45,9 +45,9 @@ impl Backlog {
         self.packets.fetch_add(1, Ordering::AcqRel) == 0
     }
 
-    /// A packet is applied, by whoever has the queue.
+    /// A packet is applied, by the thread that has the queue.
     pub(super) fn applied(&self) -> Applied {
-        // Release: whoever sees the count sees the pages and the free packet.
+        // Release: a thread that sees the count sees the pages and the free packet.
         let left = self.packets.fetch_sub(1, Ordering::AcqRel) - 1;
         // With its twin in `reaches`.
         fence(Ordering::SeqCst);

@@ -24,8 +24,8 @@
 //! * [`Compressed`] is the channel's end.
 //!
 //! # Contract
-//! * A queue is in the run queue or in the hands of one worker exactly as long as its backlog is not 0. Whoever raises it
-//!   from 0 hands the queue over, whoever lowers it to 0 releases it. So the packets of a channel are applied in order, one
+//! * A queue is in the run queue or in the hands of one worker exactly as long as its backlog is not 0. The thread that raises
+//!   it from 0 hands the queue over, the one that lowers it to 0 releases it. So the packets of a channel are applied in order, one
 //!   at a time, and nothing needs a lock. While the backlog is 0 the queue is the channel's alone, and the thread that drives
 //!   the channel may use its decoder: it does so for packets of few pages, for which a worker's wake-up would cost more than
 //!   it saves, and for all packets where there is no worker.

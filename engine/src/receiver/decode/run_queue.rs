@@ -1,6 +1,6 @@
 //! The queue of work that worker threads share, and which of them are idle.
 //!
-//! Whoever adds work wakes one idle worker, if there is any. A worker first says that it is idle and then looks at the queue
+//! A thread that adds work wakes one idle worker, if there is any. A worker first says that it is idle and then looks at the queue
 //! once more; of that and of an addition, the later one sees the other, so no work is left while a worker sleeps.
 
 use crate::sync::{ArrayQueue, AtomicBool, AtomicU64, Ordering, fence};
@@ -62,7 +62,7 @@ impl<T> RunQueue<T> {
     /// What a worker does next.
     pub(super) fn next(&self, worker: usize) -> Next<T> {
         let own = 1 << worker;
-        // Before it looks at the queue: whoever sees the stop also sees the work before it.
+        // Before it looks at the queue: a thread that sees the stop also sees the work before it.
         let has_stopped = self.stopped.load(Ordering::Acquire);
         let work = self.work.pop().or_else(|| {
             self.idle.fetch_or(own, Ordering::Relaxed);

@@ -164,7 +164,7 @@ impl WorkerThreads {
             let (workers, cores) = (workers.clone(), cores.to_vec());
             let thread = thread::Builder::new().name(format!("colo-decode-{number}"));
             let thread = thread.spawn(move || {
-                // It sleeps only after this, so whoever is to wake it finds it.
+                // It sleeps only after this, so a thread that is to wake it finds it.
                 let _ = workers.threads[number].set(thread::current());
                 // The receiving threads were pinned to them; if a core has gone since, the scheduler decides.
                 let _ = pin(&cores);
