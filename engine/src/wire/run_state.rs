@@ -60,7 +60,8 @@ mod tests {
     fn device_state(text: &[u8], footer: u8) -> Vec<u8> {
         let mut bytes = b"\x04\0\0\0\x06\x04apic...\x7e\0\0\0\x06\x04\0\0\0\x2c".to_vec();
         bytes.extend_from_slice(NAME);
-        bytes.extend_from_slice(&(text.len() as u32 + 1).to_be_bytes());
+        let length = u32::try_from(text.len()).unwrap() + 1;
+        bytes.extend_from_slice(&length.to_be_bytes());
         bytes.extend_from_slice(text);
         bytes.resize(bytes.len() + TEXT_BYTES - text.len(), 0);
         bytes.extend_from_slice(&[FOOTER, 0, 0, 0, footer, 0]);
