@@ -29,7 +29,8 @@
 //!   at a time, and nothing needs a lock. While the backlog is 0 the queue is the channel's alone, and the thread that drives
 //!   the channel may use its decoder: it does so for packets of few pages, for which a worker's wake-up would cost more than
 //!   it saves, and for all packets where there is no worker.
-//! * Zero pages of a packet are applied with it, once its payload is decoded, because payloads of the packets before it may have the same pages.
+//! * Zero pages of a packet are applied with it, once its payload is decoded, because payloads of the packets before it may have
+//!   the same pages.
 //! * A channel without a free packet is parked, and its socket fills: that is the limit of what is in flight. It arrives at a
 //!   sync when its backlog is 0, and only then ends its packets for the gate ([`crate::session::Rendezvous`]): a commit never
 //!   runs beside a worker that writes to the store.
