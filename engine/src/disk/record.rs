@@ -101,7 +101,16 @@ impl DiskRecord {
             if !about.is_file() || about.uid() != nix::unistd::geteuid().as_raw() {
                 return Err(failed(io::Error::other("it is not a file of this user")));
             }
-            let is_new = about.len() < PAGE_BYTES;
+            let is_new = about.len() == 0;
+            if !is_new && about.len() < PAGE_BYTES {
+                return Err(DiskError::Damaged {
+                    path: path.to_owned(),
+                    what: format!(
+                        "it has {} bytes, and a record has {PAGE_BYTES}: remove it if no checkpoint of this disk is needed",
+                        about.len()
+                    ),
+                });
+            }
             if is_new {
                 lock.set_len(PAGE_BYTES).map_err(failed)?;
             }
@@ -125,20 +134,23 @@ impl DiskRecord {
     /// If another receiver serves the disk, or a checkpoint may need it.
     pub(crate) fn create(directory: &Path, disk: &str, size: u64) -> Result<Self, DiskError> {
         let (record, is_new) = Self::open(&Self::path_of(directory, disk), true)?;
-        if !is_new
-            && record.get(at::MAGIC) == MAGIC
-            && record.get(at::VERSION) != VERSION
-            && record.is_needed()
-        {
-            return Err(record.keep().damaged(
-                "another version of colo-ring has left it: let that one fail over or discard the checkpoint, or remove the file",
-            ));
-        }
-        if !is_new && record.is_valid() && record.is_needed() {
+        if !is_new && record.is_needed() {
+            // Whatever is wrong with it: it stays, as long as a checkpoint may need it.
+            record.keep();
+            if record.get(at::MAGIC) == MAGIC && record.get(at::VERSION) != VERSION {
+                return Err(record.damaged(
+                    "another version of colo-ring has left it: let that one fail over or discard the checkpoint, or remove the file",
+                ));
+            }
+            if !record.is_valid() {
+                return Err(record.damaged(
+                    "wrong magic or checksum, and a checkpoint may need it: remove it if none of this disk is needed",
+                ));
+            }
             let Ownership { session, ram_dir, .. } = record.ownership()?;
             let ram_dir = ram_dir.unwrap_or_else(|| "no RAM directory".to_owned());
             return Err(DiskError::Orphan {
-                record: record.keep().path.clone(),
+                record: record.path.clone(),
                 owner: format!("session {session} in {ram_dir}"),
             });
         }
