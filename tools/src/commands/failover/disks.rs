@@ -12,7 +12,7 @@ use serde::Serialize;
 use serde_json::json;
 use std::collections::HashSet;
 use std::fs;
-use std::os::unix::fs::MetadataExt;
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::Path;
 use std::process::ExitCode;
 use thiserror::Error;
@@ -45,7 +45,7 @@ pub(super) fn print_blockdev(args: &FailoverArgs) -> Result<ExitCode, CommandErr
             args.session
         )));
     };
-    let arguments = blockdev_words(&session.disks);
+    let arguments = blockdev_words(&session.disks, is_block_device);
     if args.json {
         print_json(&BlockdevReport {
             schema: "colo-ring.blockdev",
@@ -75,12 +75,21 @@ pub(super) fn print_blockdev(args: &FailoverArgs) -> Result<ExitCode, CommandErr
     Ok(ExitCode::SUCCESS)
 }
 
+/// Whether a path is that of a block device, which QEMU has another driver for.
+fn is_block_device(path: &Path) -> bool {
+    fs::metadata(path).is_ok_and(|about| about.file_type().is_block_device())
+}
+
 /// `-blockdev` for each disk, with a node of its name.
-fn blockdev_words(disks: &[DiskStatus]) -> Vec<String> {
+fn blockdev_words(disks: &[DiskStatus], is_block_device: impl Fn(&Path) -> bool) -> Vec<String> {
     let words = disks.iter().enumerate().flat_map(|(number, disk)| {
         let file = disk.base.display().to_string().replace(',', ",,");
         let node = node_name(number, &disk.name);
-        let blockdev = format!("driver=raw,node-name={node},file.driver=file,file.filename={file}");
+        let driver = match is_block_device(&disk.base) {
+            true => "host_device",
+            false => "file",
+        };
+        let blockdev = format!("driver=raw,node-name={node},file.driver={driver},file.filename={file}");
         ["-blockdev".to_owned(), blockdev]
     });
     words.collect()
@@ -301,7 +310,12 @@ mod tests {
             "-blockdev",
             "driver=raw,node-name=disk1,file.driver=file,file.filename=/srv/x.raw",
         ];
-        assert_eq!(blockdev_words(&disks), expected);
+        assert_eq!(blockdev_words(&disks, is_block_device), expected);
+        let device = disk("web3-root", Path::new("/srv/a,b.raw"));
+        assert_eq!(
+            blockdev_words(&[device], |base| base == Path::new("/srv/a,b.raw"))[1],
+            "driver=raw,node-name=web3-root,file.driver=host_device,file.filename=/srv/a,,b.raw"
+        );
     }
 
     #[test]
