@@ -42,6 +42,18 @@ impl Address {
     }
 }
 
+impl Address {
+    /// Whether both are on the same host, as they are written: the same name, or both UNIX sockets.
+    #[must_use]
+    pub fn has_host_of(&self, other: &Self) -> bool {
+        let host = |address: &Self| match address {
+            Self::Tcp(host_port) => host_port.rsplit_once(':').map(|(host, _)| host.to_owned()),
+            Self::Unix(_) => None,
+        };
+        host(self) == host(other)
+    }
+}
+
 impl FromStr for Address {
     type Err = AddressError;
 
@@ -76,6 +88,16 @@ mod tests {
             let receiver: Address = receiver.parse().unwrap();
             assert_eq!(receiver.of_disks().to_string(), disks);
         }
+    }
+
+    #[test]
+    fn hosts_are_compared_as_they_are_written() {
+        let same = |one: &str, other: &str| {
+            let [one, other] = [one, other].map(|text| text.parse::<Address>().unwrap());
+            one.has_host_of(&other)
+        };
+        assert!(same("tcp:[::1]:4444", "tcp:[::1]:10809") && same("unix:/a", "unix:/b"));
+        assert!(!same("tcp:a:1", "tcp:b:1") && !same("tcp:a:1", "unix:/a"));
     }
 
     #[test]

@@ -124,6 +124,8 @@ pub(super) struct DiskPlan {
     unprotected: Vec<GuestDisk>,
     read_only: Vec<GuestDisk>,
     to: Address,
+    /// The receiver.
+    receiver: Address,
     /// The guest's, where it has one.
     uuid: Option<String>,
     /// Mirrors of an earlier protection were removed.
@@ -163,6 +165,7 @@ impl DiskPlan {
             unprotected: unprotected.collect(),
             read_only: of_usage(DiskUse::ReadOnly).collect(),
             to: args.disk_to.clone().unwrap_or_else(|| receiver.of_disks()),
+            receiver: receiver.clone(),
             wanted,
             uuid,
             replaces,
@@ -174,8 +177,30 @@ impl DiskPlan {
         self.uuid.is_some()
     }
 
+    /// What may be wrong with disks of a guest that has no UUID.
+    fn doubt(&self) -> Option<String> {
+        if self.has_uuid() || self.wanted.is_empty() {
+            return None;
+        }
+        if !self.to.has_host_of(&self.receiver) {
+            return Some(format!(
+                "the guest has no UUID, so the receiver finds its disks by the address that they are mirrored from, which may be \
+                 another one at {} than at {}: then they are not protected, and the receiver warns. A -uuid of the guest prevents that",
+                self.to, self.receiver
+            ));
+        }
+        matches!(self.to, Address::Tcp(_)).then(|| {
+            "the guest has no UUID, so the receiver knows its disks by this host's address alone: only one such guest of this host \
+             can be protected. A -uuid of each guest allows more"
+                .to_owned()
+        })
+    }
+
     /// Says what is left alone, and what that means.
     pub(super) fn tell_what_is_left(&self) {
+        if let Some(doubt) = self.doubt() {
+            tell(&format!("WARNING: {doubt}"));
+        }
         for disk in &self.read_only {
             tell(&format!(
                 "disk {} is read-only and left alone: a fresh QEMU needs the same {}",

@@ -287,6 +287,28 @@ fn what_fails_leaves_nothing_behind() {
 }
 
 #[test]
+fn a_guest_without_a_uuid_is_told_how_its_disks_are_known() {
+    let doubt = |uuid, to: Option<&str>| {
+        let args = DiskArgs {
+            disk_to: to.map(|to| to.parse().unwrap()),
+            ..disks(&[])
+        };
+        plan(&guest(None, uuid, "").0, &args).unwrap().doubt()
+    };
+    assert_eq!(doubt(UUID, Some("tcp:192.0.2.9:10809")), None);
+    assert!(doubt(NO_UUID, Some("unix:/run/r.nbd")).is_some());
+    let elsewhere = doubt(NO_UUID, Some("tcp:192.0.2.9:10809")).unwrap();
+    assert!(elsewhere.contains("tcp:192.0.2.9:10809"), "{elsewhere}");
+    let one_host = doubt(NO_UUID, None).unwrap();
+    assert!(one_host.contains("only one such guest"), "{one_host}");
+    let none = DiskArgs {
+        no_disks: true,
+        ..disks(&[])
+    };
+    assert_eq!(plan(&guest(None, NO_UUID, "").0, &none).unwrap().doubt(), None);
+}
+
+#[test]
 fn mirrors_that_are_left_over_are_removed_before_disks_are_listed() {
     let (path, done) = guest(None, UUID, "");
     let mut qmp = connect(&path);
