@@ -151,6 +151,21 @@ impl NbdClient {
         }
     }
 
+    /// Sends reads and a DISC at once, and returns how many bytes of answers come before the connection is closed.
+    ///
+    /// # Errors
+    /// If the connection breaks.
+    pub fn read_and_disconnect(&mut self, reads: &[(u64, u32)]) -> io::Result<usize> {
+        let mut bytes = Vec::new();
+        for (cookie, (offset, length)) in (1u64..).zip(reads) {
+            bytes.extend(request(kind::READ, cookie, *offset, *length));
+        }
+        bytes.extend(request(kind::DISCONNECT, 0, 0, 0));
+        self.stream.write_all(&bytes)?;
+        let mut answers = Vec::new();
+        self.stream.read_to_end(&mut answers)
+    }
+
     /// Whether the server has closed the connection; waits for that.
     pub fn is_closed(&mut self) -> bool {
         matches!(self.stream.read(&mut [0]), Ok(0) | Err(_))

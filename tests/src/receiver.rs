@@ -87,6 +87,19 @@ impl LocalReceiver {
         HostilePrimary::protected(tcp(&self.get().addresses()[0]), self.channels)
     }
 
+    /// Waits for a warning with these words.
+    ///
+    /// # Panics
+    /// If none comes.
+    pub fn warned(&self, words: &str) {
+        loop {
+            match self.events.recv_timeout(HANG_LIMIT).expect("a warning") {
+                Event::Warning(text) if text.contains(words) => return,
+                _ => {}
+            }
+        }
+    }
+
     /// Waits for the end of a session.
     ///
     /// # Panics

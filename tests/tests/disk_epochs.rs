@@ -417,6 +417,97 @@ fn connections_of_several_guests_are_not_guessed() {
     assert_eq!(status.checkpoint, None);
 }
 
+/// Without a UUID a disk is found by its host's address, which can be wrong in both directions.
+#[test]
+fn disks_that_are_known_by_their_address_alone_are_reported() {
+    let bench = Bench::start();
+    let _root = bench.client("root");
+    let _primary = protected(&bench);
+    bench.receiver().warned("session 1 took root");
+    // The session has its disks.
+    let _data = bench.client("data");
+}
+
+/// A session whose first checkpoint is committed with the second SYNC of its channels.
+fn in_precopy(bench: &Bench) -> HostilePrimary {
+    let mut primary = bench.receiver().connected();
+    for (_, bytes) in primary.precopy_parts() {
+        primary.main.send(&bytes);
+    }
+    until("the session", || {
+        (!bench.status().sessions.is_empty()).then_some(())
+    });
+    primary
+}
+
+#[test]
+fn a_disk_that_is_lost_in_its_first_copy_prevents_the_first_checkpoint() {
+    let bench = Bench::start();
+    let mut root = bench.client("root");
+    root.write(0, &[1; 4096]).expect("a copy");
+    let mut primary = in_precopy(&bench);
+    drop(root);
+    until("its end", || bench.status().disks.is_empty().then_some(()));
+    primary.sync();
+    primary.sync();
+    let status = bench.receiver().ended();
+    let end = status.end.unwrap_or_default();
+    assert!(end.contains("disk root") && end.contains("first copy"), "{end}");
+    assert_eq!(status.checkpoint, None);
+}
+
+#[test]
+fn a_client_that_only_looks_costs_no_session() {
+    let bench = Bench::start();
+    let mut earlier = bench.client("data");
+    earlier.write(0, &[1; 4096]).expect("a disk");
+    drop(earlier);
+    until("its end", || bench.status().disks.is_empty().then_some(()));
+    let mut primary = in_precopy(&bench);
+    assert!(bench.client("root").read(0, 4096).is_ok());
+    until("its end", || bench.status().disks.is_empty().then_some(()));
+    primary.sync();
+    primary.sync();
+    until("a checkpoint", || {
+        (bench.status().sessions[0].state == SessionState::Protected).then_some(())
+    });
+}
+
+#[test]
+fn a_refused_write_ends_the_session() {
+    for kind in [kind::WRITE, kind::WRITE_ZEROES, kind::TRIM] {
+        let bench = Bench::start();
+        let mut root = bench.client("root");
+        let _primary = protected(&bench);
+        let payload = match kind {
+            kind::WRITE => vec![1; 512],
+            _ => Vec::new(),
+        };
+        // The session's end may close the connection before the answer is out.
+        let answer = root.ask(kind, SIZE as u64, 512, &payload);
+        assert!(answer.is_err() || answer.is_ok_and(|error| error != 0));
+        let end = bench.receiver().ended().end.unwrap_or_default();
+        assert!(end.contains("disk root") && end.contains("not valid"), "{end}");
+    }
+}
+
+#[test]
+fn reads_before_a_disc_are_answered() {
+    const LENGTH: u32 = 512 << 10;
+    let bench = Bench::start();
+    for _ in 0..20 {
+        let reads = [(0, LENGTH), (1 << 20, LENGTH), (2 << 20, LENGTH)];
+        let answered = bench
+            .client_soon("root")
+            .read_and_disconnect(&reads)
+            .expect("answers");
+        assert_eq!(
+            answered,
+            3 * (16 + usize::try_from(LENGTH).expect("a short read"))
+        );
+    }
+}
+
 #[test]
 fn hostile_clients_cost_themselves_alone() {
     let bench = Bench::start();

@@ -1,12 +1,13 @@
 //! The base of a disk: a raw file or a block device, and the names that it may have.
 
 use super::DiskError;
+use super::io::{Stretch, write_at};
 use nix::errno::Errno;
 use nix::fcntl::{FallocateFlags, FcntlArg, PosixFadviseAdvice, fallocate, fcntl, posix_fadvise};
 use nix::unistd::{Whence, lseek};
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::AsFd;
 use std::os::unix::fs::{FileExt, FileTypeExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
@@ -58,6 +59,9 @@ pub(crate) struct Base {
     file: File,
     path: PathBuf,
     size: u64,
+    /// The error of every change, where a test wants one.
+    #[cfg(test)]
+    fault: std::sync::atomic::AtomicI32,
 }
 
 impl Base {
@@ -113,7 +117,24 @@ impl Base {
             file,
             path: path.to_owned(),
             size,
+            #[cfg(test)]
+            fault: 0.into(),
         })
+    }
+
+    /// Lets every change of it fail from now on, or none.
+    #[cfg(test)]
+    pub(super) fn fail(&self, errno: Option<Errno>) {
+        let number = errno.map_or(0, |errno| errno as i32);
+        self.fault.store(number, std::sync::atomic::Ordering::Relaxed);
+    }
+
+    #[cfg(test)]
+    fn check_fault(&self) -> io::Result<()> {
+        match self.fault.load(std::sync::atomic::Ordering::Relaxed) {
+            0 => Ok(()),
+            number => Err(io::Error::from_raw_os_error(number)),
+        }
     }
 
     /// Whether a QEMU has it open, by the locks that it takes on images.
@@ -138,10 +159,6 @@ impl Base {
         self.size
     }
 
-    pub(crate) fn fd(&self) -> BorrowedFd<'_> {
-        self.file.as_fd()
-    }
-
     /// Fills `bytes` from `offset` on.
     pub(crate) fn read(&self, bytes: &mut [u8], offset: u64) -> io::Result<()> {
         self.file.read_exact_at(bytes, offset)
@@ -161,11 +178,22 @@ impl Base {
     }
 
     pub(crate) fn write(&self, bytes: &[u8], offset: u64) -> io::Result<()> {
+        #[cfg(test)]
+        self.check_fault()?;
         self.file.write_all_at(bytes, offset)
+    }
+
+    /// Writes what is in a log, one stretch behind the other from `offset` on.
+    pub(super) fn write_stretches(&self, stretches: &[Stretch<'_>], offset: u64) -> io::Result<()> {
+        #[cfg(test)]
+        self.check_fault()?;
+        write_at(self.file.as_fd(), stretches, offset)
     }
 
     /// Makes a range zero; with `may_punch` also by a hole. Returns `Unsupported` if it is to be `fast` and would take writing.
     pub(crate) fn zero(&self, offset: u64, length: u64, may_punch: bool, fast: bool) -> io::Result<()> {
+        #[cfg(test)]
+        self.check_fault()?;
         let (signed_offset, signed_length) = (signed(offset)?, signed(length)?);
         if length == 0 {
             return Ok(());
@@ -204,6 +232,8 @@ impl Base {
     }
 
     pub(crate) fn sync(&self) -> io::Result<()> {
+        #[cfg(test)]
+        self.check_fault()?;
         self.file.sync_data()
     }
 
@@ -216,16 +246,29 @@ impl Base {
 
     /// Whether there is data at `offset`, and where that ends, at most at `end`.
     pub(crate) fn extent(&self, offset: u64, end: u64) -> io::Result<(bool, u64)> {
-        let seek = |whence| match lseek(&self.file, signed(offset)?, whence) {
-            Ok(found) => Ok(u64::try_from(found).unwrap_or(end).min(end)),
-            // Nothing of that kind up to the end of the file.
-            Err(Errno::ENXIO) => Ok(end),
-            Err(errno) => Err(io::Error::from(errno)),
-        };
-        match seek(Whence::SeekData)? {
-            data if data > offset => Ok((false, data)),
-            _ => Ok((true, seek(Whence::SeekHole)?)),
-        }
+        let from = signed(offset)?;
+        extent_by(|whence| lseek(&self.file, from, whence), offset, end)
+    }
+}
+
+/// Whether there is data at `offset`, and where that ends, by what a file answers to a seek from there.
+fn extent_by(seek: impl Fn(Whence) -> nix::Result<i64>, offset: u64, end: u64) -> io::Result<(bool, u64)> {
+    let seek = |whence| match seek(whence) {
+        Ok(found) => Ok(u64::try_from(found).unwrap_or(end).min(end)),
+        // Nothing of that kind up to the end of the file.
+        Err(Errno::ENXIO) => Ok(end),
+        Err(errno) => Err(errno),
+    };
+    let found = match seek(Whence::SeekData) {
+        Ok(data) if data > offset => return Ok((false, data)),
+        Ok(_) => seek(Whence::SeekHole),
+        Err(errno) => Err(errno),
+    };
+    match found {
+        Ok(hole) => Ok((true, hole)),
+        // A block device knows no holes.
+        Err(Errno::EINVAL) => Ok((true, end)),
+        Err(errno) => Err(errno.into()),
     }
 }
 
@@ -299,5 +342,23 @@ mod tests {
         }
         let (is_data, end) = base.extent(0, 1 << 20).unwrap();
         assert!(is_data && end <= 1 << 20);
+    }
+
+    #[test]
+    fn extents_by_what_seeks_find() {
+        let by = |data: nix::Result<i64>, hole: nix::Result<i64>| {
+            let seek = move |whence| match whence {
+                Whence::SeekData => data,
+                _ => hole,
+            };
+            extent_by(seek, 100, 1000).unwrap()
+        };
+        assert_eq!(by(Ok(100), Ok(300)), (true, 300));
+        assert_eq!(by(Ok(100), Ok(5000)), (true, 1000));
+        assert_eq!(by(Ok(200), Ok(100)), (false, 200));
+        assert_eq!(by(Err(Errno::ENXIO), Ok(100)), (false, 1000));
+        // A block device.
+        assert_eq!(by(Err(Errno::EINVAL), Err(Errno::EINVAL)), (true, 1000));
+        assert!(extent_by(|_| Err(Errno::EIO), 100, 1000).is_err());
     }
 }

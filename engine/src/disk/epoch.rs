@@ -216,14 +216,16 @@ impl Epoch {
         self.index.insert(part);
     }
 
-    /// Goes through a range in order: what the epoch holds of it, and what it does not.
+    /// Goes through a range in order: what the epoch holds of it, and what it does not. Stops before another part once it has
+    /// gone through `left` of them, which it counts down. Returns where it has stopped.
     pub(crate) fn resolve(
         &self,
         offset: u64,
         end: u64,
+        left: &mut usize,
         mut known: impl FnMut(Part),
         mut unknown: impl FnMut(u64, u64),
-    ) {
+    ) -> u64 {
         let mut at = offset;
         if offset < end {
             for part in self.index.parts_from(offset).take_while(|part| part.offset < end) {
@@ -231,6 +233,11 @@ impl Epoch {
                 if part.offset > at {
                     unknown(at, part.offset);
                 }
+                at = part.offset;
+                if *left == 0 {
+                    return at;
+                }
+                *left -= 1;
                 at = part.end();
                 known(part);
             }
@@ -238,6 +245,7 @@ impl Epoch {
         if at < end {
             unknown(at, end);
         }
+        end
     }
 
     /// All parts in order of their offsets.
@@ -342,7 +350,13 @@ mod tests {
             let mut read = vec![0xee; SIZE];
             let mut ranges = Vec::new();
             let known = std::cell::RefCell::new(Vec::new());
-            epoch.resolve(from, to, |part| known.borrow_mut().push(part), |from, to| ranges.push((from, to)));
+            let mut at = from;
+            while at < to {
+                let mut left = 3;
+                let reached = epoch.resolve(at, to, &mut left, |part| known.borrow_mut().push(part), |from, to| ranges.push((from, to)));
+                prop_assert!(reached > at && (reached == to || left == 0));
+                at = reached;
+            }
             let known = known.into_inner();
             known.iter().for_each(|part| content(&epoch, &mut read, *part));
             for at in from..to {

@@ -87,6 +87,26 @@ pub enum DiskError {
         /// The checkpoint.
         checkpoint: u64,
     },
+    /// The first copy is not whole.
+    #[error(
+        "disk {disk}: something of its first copy was answered with an error ({reason}), so the base is not the guest's disk: mirror it again"
+    )]
+    CopyFailed {
+        /// The disk.
+        disk: String,
+        /// The error.
+        reason: String,
+    },
+    /// A write of a session that was not taken.
+    #[error(
+        "disk {disk}: a write was answered with an error ({reason}), so its content is not what the guest has written"
+    )]
+    WriteFailed {
+        /// The disk.
+        disk: String,
+        /// The error.
+        reason: String,
+    },
     /// The log of one epoch is full.
     #[error(
         "disk {disk}: the writes since the last checkpoint fill its log of {limit} bytes; give more with --disk-log-max, or checkpoint more often"

@@ -3,6 +3,7 @@
 //! One connection writes, one write at a time; anyone reads. A session's main channel cuts and commits; a thread of its own applies
 //! (`apply.rs`). What its client asks for is in `requests.rs`. The lock is held for steps on the index only, never for I/O, so a commit waits for none.
 
+mod applying;
 mod requests;
 
 use super::DiskError;
@@ -45,8 +46,24 @@ pub(crate) struct Binding {
     pub(crate) on_loss: Box<dyn Fn(Arc<DiskError>) + Send + Sync>,
     /// Called once, when the log is full and the client has to wait.
     pub(crate) on_full: Box<dyn Fn(String) + Send + Sync>,
-    /// Ends the connection.
+    /// Called once, when the base has no room for what is committed.
+    pub(crate) on_base_full: Box<dyn Fn(String, &std::io::Error) + Send + Sync>,
+    /// The client's connection.
+    pub(crate) link: Option<Link>,
+}
+
+/// The connection of a disk's client.
+pub(crate) struct Link {
+    /// Ends it.
     pub(crate) hang_up: Box<dyn Fn() + Send + Sync>,
+    /// Whether the client has closed it, even if not all that it sent was read. Does not wait.
+    pub(crate) is_gone: Box<dyn Fn() -> bool + Send + Sync>,
+}
+
+impl Binding {
+    fn is_gone(&self) -> bool {
+        self.link.as_ref().is_some_and(|link| (link.is_gone)())
+    }
 }
 
 struct State {
@@ -58,9 +75,15 @@ struct State {
     /// A write has begun and not ended.
     is_writing: bool,
     is_connected: bool,
+    /// The client has changed the base.
+    is_changed: bool,
+    /// Why the base is not what the client has written.
+    copy_failure: Option<RequestFailure>,
     has_warned: bool,
+    has_warned_of_base: bool,
     loss: Option<Arc<DiskError>>,
-    apply_error: Option<String>,
+    /// The thread that applies has given up.
+    has_apply_failed: bool,
     binding: Option<Arc<Binding>>,
 }
 
@@ -92,6 +115,8 @@ pub(crate) struct Disk {
     changed: Condvar,
     /// Between the cut of an epoch and its acknowledgement: the primary's guest stands still.
     is_cut: AtomicBool,
+    /// Held by a caller that applies again what the thread could not apply.
+    applying: Mutex<()>,
     written: AtomicU64,
 }
 
@@ -141,9 +166,12 @@ impl Disk {
             epoch: None,
             is_writing: false,
             is_connected: phase == Phase::Copying,
+            is_changed: false,
+            copy_failure: None,
             has_warned: false,
+            has_warned_of_base: false,
             loss: None,
-            apply_error: None,
+            has_apply_failed: false,
             binding: None,
         };
         Self {
@@ -154,6 +182,7 @@ impl Disk {
             state: Mutex::new(state),
             changed: Condvar::new(),
             is_cut: AtomicBool::new(false),
+            applying: Mutex::new(()),
             written: AtomicU64::new(0),
         }
     }
@@ -192,22 +221,32 @@ impl Disk {
         self.state().phase == Phase::Copying
     }
 
+    /// Whether its client has changed its base, or tried to.
+    pub(crate) fn is_changed(&self) -> bool {
+        let state = self.state();
+        state.is_changed || state.copy_failure.is_some()
+    }
+
     // --- a session -------------------------------------------------------------------------------------------------
 
     /// A session takes the disk: its writes go to the log from now on, and commit with checkpoint 1.
     ///
     /// # Errors
-    /// If a write is under way or the connection is gone.
+    /// If a write is under way or has failed, or the connection is gone.
     pub(crate) fn bind(&self, binding: Binding) -> Result<(), DiskError> {
+        let is_gone = binding.is_gone();
         let mut state = self.state();
         if state.is_writing {
             return Err(self.unfinished(0));
         }
-        if !state.is_connected {
-            return Err(DiskError::ConnectionLost {
+        if let Some(failure) = state.copy_failure {
+            return Err(DiskError::CopyFailed {
                 disk: self.name.clone(),
-                reason: "before checkpoint 0".to_owned(),
+                reason: failure.to_string(),
             });
+        }
+        if is_gone || !state.is_connected {
+            return Err(self.closed_before(0));
         }
         self.record.bind(&binding.owner);
         let mut binding = binding;
@@ -218,6 +257,13 @@ impl Disk {
         state.open = Epoch::new(self.record.log(), 1);
         state.phase = Phase::Open;
         Ok(())
+    }
+
+    fn closed_before(&self, checkpoint: u64) -> DiskError {
+        DiskError::ConnectionLost {
+            disk: self.name.clone(),
+            reason: format!("before checkpoint {checkpoint}"),
+        }
     }
 
     fn unfinished(&self, checkpoint: u64) -> DiskError {
@@ -232,6 +278,11 @@ impl Disk {
     /// # Errors
     /// If it is not.
     pub(crate) fn cut(&self, checkpoint: u64) -> Result<(), Arc<DiskError>> {
+        // The connection's own thread may not have noticed yet.
+        let binding = self.state().binding.clone();
+        if binding.is_some_and(|binding| binding.is_gone()) {
+            return Err(self.note_loss(self.closed_before(checkpoint)));
+        }
         let mut state = self.state();
         if let Some(loss) = &state.loss {
             return Err(loss.clone());
@@ -317,27 +368,9 @@ impl Disk {
         let binding = state.binding.clone();
         drop(state);
         self.acknowledged();
-        if let Some(binding) = binding {
-            (binding.hang_up)();
+        if let Some(link) = binding.as_ref().and_then(|binding| binding.link.as_ref()) {
+            (link.hang_up)();
         }
-    }
-
-    /// Waits until all committed epochs are in the base.
-    ///
-    /// # Errors
-    /// If they cannot be written.
-    pub(crate) fn wait_drained(&self) -> Result<(), DiskError> {
-        let mut state = self.state();
-        while !state.committed.is_empty() {
-            if let Some(error) = &state.apply_error {
-                return Err(DiskError::Apply {
-                    disk: self.name.clone(),
-                    source: std::io::Error::other(error.clone()),
-                });
-            }
-            state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
-        }
-        Ok(())
     }
 
     /// Keeps the files for the next receiver: a checkpoint needs the disk.
@@ -376,59 +409,6 @@ impl Disk {
         if let Some(binding) = binding {
             (binding.on_loss)(loss);
         }
-    }
-
-    /// The oldest epoch that is committed and not in the base.
-    #[cfg(test)]
-    pub(super) fn oldest(&self) -> Option<Arc<Epoch>> {
-        self.state().committed.front().cloned()
-    }
-
-    /// Waits for an epoch to apply; none when there will be no more.
-    pub(super) fn wait_for_epoch(&self) -> Option<Arc<Epoch>> {
-        let mut state = self.state();
-        loop {
-            if state.apply_error.is_some() {
-                return None;
-            }
-            if let Some(epoch) = state.committed.front() {
-                return Some(epoch.clone());
-            }
-            if state.phase == Phase::Over {
-                return None;
-            }
-            state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
-        }
-    }
-
-    /// The oldest epoch is in the base, and its segments are free.
-    pub(super) fn applied(&self, epoch: Arc<Epoch>) {
-        let mut state = self.state();
-        drop(state.committed.pop_front());
-        // The queue's was the other reference. Under the lock: whatever finds the queue empty finds the room, too.
-        let mut index = None;
-        match Arc::try_unwrap(epoch) {
-            Ok(mut epoch) => {
-                self.pool.put(std::mem::take(&mut epoch.segments));
-                epoch.leases.clear();
-                index = Some(epoch);
-            }
-            Err(shared) => self.pool.put(shared.segments.clone()),
-        }
-        drop(state);
-        drop(index);
-        self.changed.notify_all();
-    }
-
-    /// The base cannot be written: nothing is applied any more.
-    pub(super) fn apply_failed(&self, error: std::io::Error) {
-        self.state().apply_error = Some(error.to_string());
-        // What is committed stays in its log.
-        self.keep_files();
-        self.lose(DiskError::Apply {
-            disk: self.name.clone(),
-            source: error,
-        });
     }
 
     /// Whether the primary's guest stands still for a checkpoint.

@@ -38,7 +38,9 @@ pub(crate) use apply::step as apply_step;
 pub(crate) use base::{Base, is_name, names_in, path_of};
 pub(crate) use copy::copy_base;
 pub use error::DiskError;
-pub(crate) use guest_disk::{Binding, Disk, DiskOptions, Piece, RequestFailure, Source, Wanted, WriteTarget};
+pub(crate) use guest_disk::{
+    Binding, Disk, DiskOptions, Link, Piece, RequestFailure, Source, Wanted, WriteTarget,
+};
 pub(crate) use io::receive;
 pub(crate) use pool::RamPlace;
 pub(crate) use pool::RamShare;

@@ -1,14 +1,19 @@
 //! A disk with its epochs against an array of bytes; its files after a kill.
 
-use super::guest_disk::{Binding, Disk, DiskOptions, Piece, Source, Wanted, WriteTarget};
+use super::guest_disk::{
+    Binding, Disk, DiskOptions, Link, Piece, RequestFailure, Source, Wanted, WriteTarget,
+};
 use super::pool::{RamPlace, RamShare};
 use super::record::Ownership;
 use super::recovery::{OrphanOutcome, StoredDisk, recover, recover_orphans};
 use super::{DiskError, apply, path_of};
 use crate::store::memory::ram_dir::{RamDirectory, RamFiles};
+use nix::errno::Errno;
 use proptest::prelude::*;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
 const SIZE: usize = 256 << 10;
 const SEGMENT: u64 = 16 << 10;
@@ -35,6 +40,9 @@ struct Bench {
     bases: tempfile::TempDir,
     ram: PathBuf,
     losses: Arc<Mutex<Vec<String>>>,
+    warnings: Arc<Mutex<Vec<String>>>,
+    /// Whether the client has closed its connection.
+    is_gone: Arc<AtomicBool>,
     /// How often memory for an index may be taken.
     indexes: usize,
 }
@@ -54,6 +62,8 @@ impl Bench {
             bases,
             ram,
             losses: Arc::default(),
+            warnings: Arc::default(),
+            is_gone: Arc::default(),
             indexes: usize::MAX,
         }
     }
@@ -71,6 +81,13 @@ impl Bench {
 
     /// A session takes the disk; so many segments are in memory.
     fn bind(&self, disk: &Disk, segments_in_ram: Option<usize>) {
+        self.try_bind(disk, segments_in_ram).unwrap();
+        disk.commit(0, segments_in_ram.is_none());
+    }
+
+    fn try_bind(&self, disk: &Disk, segments_in_ram: Option<usize>) -> Result<(), DiskError> {
+        let [full, base_full] = [self.warnings.clone(), self.warnings.clone()];
+        let is_gone = self.is_gone.clone();
         let losses = self.losses.clone();
         let ram = segments_in_ram.map(|count| RamPlace {
             files: self.files(),
@@ -85,11 +102,13 @@ impl Bench {
             ram,
             index: Arc::new(Segments(Mutex::new(self.indexes))),
             on_loss: Box::new(move |error| losses.lock().unwrap().push(error.to_string())),
-            on_full: Box::new(|_| {}),
-            hang_up: Box::new(|| {}),
+            on_full: Box::new(move |_| full.lock().unwrap().push("log".to_owned())),
+            on_base_full: Box::new(move |_, error| base_full.lock().unwrap().push(error.to_string())),
+            link: Some(Link {
+                hang_up: Box::new(|| {}),
+                is_gone: Box::new(move || is_gone.load(Ordering::Relaxed)),
+            }),
         })
-        .unwrap();
-        disk.commit(0, segments_in_ram.is_none());
     }
 
     fn base(&self) -> Vec<u8> {
@@ -132,17 +151,21 @@ pub(crate) fn write(disk: &Disk, offset: usize, bytes: &[u8]) -> bool {
 /// Reads as a connection does.
 pub(crate) fn read(disk: &Disk, offset: usize, length: usize) -> Vec<u8> {
     let mut pieces: Vec<Piece> = Vec::new();
-    disk.pieces(offset as u64, length as u64, &mut pieces);
     let mut out = Vec::new();
-    for piece in pieces {
-        assert_eq!(piece.offset, (offset + out.len()) as u64);
-        let start = out.len();
-        out.resize(start + usize::try_from(piece.length).unwrap(), 0);
-        match piece.source {
-            Source::Segment(segment, place) => segment.read(place, &mut out[start..]),
-            Source::Zero => {}
-            Source::Base => disk.base().read(&mut out[start..], piece.offset).unwrap(),
+    let (mut at, end) = (offset as u64, (offset + length) as u64);
+    while at < end {
+        at = disk.pieces(at, end - at, &mut pieces);
+        for piece in &pieces {
+            assert_eq!(piece.offset, (offset + out.len()) as u64);
+            let start = out.len();
+            out.resize(start + usize::try_from(piece.length).unwrap(), 0);
+            match &piece.source {
+                Source::Segment(segment, place) => segment.read(*place, &mut out[start..]),
+                Source::Zero => {}
+                Source::Base => disk.base().read(&mut out[start..], piece.offset).unwrap(),
+            }
         }
+        assert_eq!(at, (offset + out.len()) as u64);
     }
     assert_eq!(out.len(), length);
     out
@@ -264,6 +287,187 @@ fn a_lost_connection_prevents_the_next_checkpoint() {
     });
     assert!(disk.cut(2).is_err());
     assert!(!write(&disk, 0, &[1]));
+}
+
+/// The connection's own thread has not noticed yet.
+#[test]
+fn a_connection_that_is_closed_prevents_the_cut() {
+    let bench = Bench::new();
+    let disk = bench.open(1 << 30);
+    bench.bind(&disk, Some(9));
+    disk.cut(1).unwrap();
+    disk.commit(1, false);
+    bench.is_gone.store(true, Ordering::Relaxed);
+    assert!(matches!(
+        *disk.cut(2).unwrap_err(),
+        DiskError::ConnectionLost { .. }
+    ));
+    assert!(disk.check_commit(2).is_err());
+    disk.end_session();
+    drop(disk);
+    // Nor is it taken.
+    let disk = bench.open(1 << 30);
+    let refused = bench.try_bind(&disk, Some(9)).unwrap_err();
+    assert!(matches!(refused, DiskError::ConnectionLost { .. }));
+}
+
+#[test]
+fn a_copy_with_an_error_is_not_taken() {
+    let steps: [fn(&Disk) -> Result<(), RequestFailure>; 4] = [
+        |disk| disk.zero(0, 4096, true, false),
+        |disk| disk.trim(0, 4096),
+        Disk::flush,
+        |disk| {
+            disk.change_failed(RequestFailure::Invalid);
+            Err(RequestFailure::Invalid)
+        },
+    ];
+    for step in steps {
+        let bench = Bench::new();
+        let disk = bench.open(1 << 30);
+        disk.base().fail(Some(Errno::ENOSPC));
+        assert!(step(&disk).is_err());
+        disk.base().fail(None);
+        assert!(write(&disk, 0, &[1; 4096]) && disk.is_changed());
+        let refused = bench.try_bind(&disk, Some(9)).unwrap_err();
+        assert!(matches!(refused, DiskError::CopyFailed { .. }), "{refused}");
+    }
+    // What cannot be done fast is done in another way.
+    let bench = Bench::new();
+    let disk = bench.open(1 << 30);
+    disk.base().fail(Some(Errno::EOPNOTSUPP));
+    assert_eq!(disk.zero(0, 4096, true, true), Err(RequestFailure::Unsupported));
+    disk.base().fail(None);
+    bench.bind(&disk, Some(9));
+}
+
+#[test]
+fn a_write_that_fails_loses_the_disk_of_a_session() {
+    let bench = Bench::new();
+    let disk = bench.open(1 << 30);
+    bench.bind(&disk, Some(9));
+    disk.change_failed(RequestFailure::Invalid);
+    assert!(bench.losses.lock().unwrap()[0].contains("not valid"));
+    assert!(disk.cut(1).is_err());
+}
+
+#[test]
+fn zeros_that_wait_for_room_prevent_the_cut() {
+    let bench = Bench::new();
+    let disk = Arc::new(bench.open(SEGMENT));
+    bench.bind(&disk, Some(9));
+    assert!(write(&disk, 0, &[1; 4096]));
+    disk.cut(1).unwrap();
+    disk.commit(1, false);
+    disk.acknowledged();
+    let zeroing = disk.clone();
+    let thread = std::thread::spawn(move || zeroing.zero(0, 4096, true, true));
+    while bench.warnings.lock().unwrap().is_empty() {
+        std::thread::yield_now();
+    }
+    assert!(matches!(*disk.cut(2).unwrap_err(), DiskError::Unfinished { .. }));
+    disk.end_session();
+    assert!(thread.join().unwrap().is_err());
+    while apply::step(&disk) {}
+}
+
+fn wait(what: impl Fn() -> bool) {
+    while !what() {
+        std::thread::sleep(Duration::from_millis(1));
+    }
+}
+
+#[test]
+fn a_base_without_room_is_tried_again() {
+    let bench = Bench::new();
+    let disk = Arc::new(bench.open(1 << 30));
+    bench.bind(&disk, Some(9));
+    let applying = disk.clone();
+    let thread = std::thread::spawn(move || apply::run(&applying));
+    let epoch = |checkpoint: u8| {
+        assert!(write(&disk, 0, &[checkpoint; 4096]));
+        disk.cut(checkpoint.into()).unwrap();
+        disk.commit(checkpoint.into(), false);
+        disk.acknowledged();
+    };
+    disk.base().fail(Some(Errno::ENOSPC));
+    epoch(1);
+    epoch(2);
+    wait(|| !bench.warnings.lock().unwrap().is_empty());
+    disk.base().fail(None);
+    wait(|| disk.figures().lag_epochs == 0);
+    assert!(bench.base()[..4096].iter().all(|byte| *byte == 2));
+    assert!(bench.losses.lock().unwrap().is_empty());
+    assert_eq!(bench.warnings.lock().unwrap().len(), 1);
+    // Once the session is over, each caller that needs the disk tries again.
+    disk.base().fail(Some(Errno::ENOSPC));
+    epoch(3);
+    disk.end_session();
+    thread.join().unwrap();
+    assert!(disk.wait_drained().is_err());
+    assert!(disk.wait_drained().is_err());
+    disk.base().fail(None);
+    disk.wait_drained().unwrap();
+    assert!(bench.base()[..4096].iter().all(|byte| *byte == 3));
+    disk.remove_files();
+    drop(disk);
+    assert!(
+        bench.names().iter().all(|name| !name.contains(".~")),
+        "{:?}",
+        bench.names()
+    );
+}
+
+#[test]
+fn a_base_that_cannot_be_written_loses_the_disk_and_not_the_log() {
+    let bench = Bench::new();
+    let disk = Arc::new(bench.open(1 << 30));
+    bench.bind(&disk, Some(9));
+    let applying = disk.clone();
+    let thread = std::thread::spawn(move || apply::run(&applying));
+    disk.base().fail(Some(Errno::EIO));
+    assert!(write(&disk, 0, &[1; 4096]));
+    disk.cut(1).unwrap();
+    disk.commit(1, false);
+    disk.acknowledged();
+    thread.join().unwrap();
+    assert!(bench.losses.lock().unwrap()[0].contains("writing its base"));
+    disk.end_session();
+    assert!(disk.wait_drained().is_err());
+    disk.base().fail(None);
+    disk.wait_drained().unwrap();
+    assert!(bench.base()[..4096].iter().all(|byte| *byte == 1));
+}
+
+#[test]
+fn a_damaged_record_of_a_checkpoint_stays() {
+    /// Its words: the magic, the checksum, the length of a text.
+    const WORDS: [u64; 3] = [0, 32, 128];
+    for at in WORDS {
+        let bench = Bench::new();
+        let disk = bench.open(1 << 30);
+        bench.bind(&disk, Some(9));
+        disk.keep_files();
+        drop(disk);
+        let path = bench.bases.path().join("disk.~record");
+        let file = std::fs::File::options().write(true).open(&path).unwrap();
+        std::os::unix::fs::FileExt::write_all_at(&file, &[0xff; 8], at).unwrap();
+        drop(file);
+        let damaged = std::fs::read(&path).unwrap();
+        for _ in 0..2 {
+            let refused = Disk::open(bench.bases.path(), "disk", options(1 << 30))
+                .err()
+                .unwrap();
+            assert!(matches!(refused, DiskError::Damaged { .. }), "{at}: {refused}");
+            assert!(std::fs::read(&path).unwrap() == damaged, "{at}");
+        }
+        std::fs::write(&path, &damaged[..500]).unwrap();
+        let refused = Disk::open(bench.bases.path(), "disk", options(1 << 30))
+            .err()
+            .unwrap();
+        assert!(matches!(refused, DiskError::Damaged { .. }), "{refused}");
+        assert_eq!(std::fs::read(&path).unwrap().len(), 500);
+    }
 }
 
 #[test]

@@ -144,6 +144,11 @@ impl Request {
         }
     }
 
+    /// Whether it changes the disk.
+    pub(crate) fn is_change(&self) -> bool {
+        matches!(self.kind, kind::WRITE | kind::TRIM | kind::WRITE_ZEROES)
+    }
+
     /// Whether its reply is a chunk where structured replies are agreed on.
     pub(crate) fn has_data_reply(&self) -> bool {
         matches!(self.kind, kind::READ | kind::BLOCK_STATUS)

@@ -10,6 +10,10 @@ use crate::disk::segment::Segment;
 use std::io;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, MutexGuard};
+use thiserror::Error;
+
+/// Most pieces that are looked up in one epoch at a time.
+const LAYER_PIECES_MAX: usize = if cfg!(test) { 5 } else { 1024 };
 
 /// Where the data of a write goes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -52,16 +56,20 @@ impl Wanted {
 }
 
 /// Why a client's request fails. The client's protocol has a number for each.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Error)]
 pub(crate) enum RequestFailure {
-    /// The disk takes no writes any more: it is lost, or its session has ended.
+    /// The disk is lost, or its session has ended.
+    #[error("the disk takes no writes any more")]
     Ended,
-    /// There is no room for the data.
+    #[error("there is no room for the data")]
     NoSpace,
-    /// The base cannot do that.
+    #[error("the base cannot do that")]
     Unsupported,
-    /// Reading or writing the base has failed.
+    #[error("reading or writing the base has failed")]
     Io,
+    /// Outside of the disk, or with flags that do not exist.
+    #[error("the request is not valid")]
+    Invalid,
 }
 
 impl From<&io::Error> for RequestFailure {
@@ -121,10 +129,14 @@ impl Disk {
 
     /// The state, if writes may come now.
     fn writable(&self) -> Result<MutexGuard<'_, State>, RequestFailure> {
-        let state = self.state();
+        let mut state = self.state();
         match state.phase {
             _ if state.loss.is_some() => Err(RequestFailure::Ended),
-            Phase::Copying | Phase::Open => Ok(state),
+            Phase::Copying => {
+                state.is_changed = true;
+                Ok(state)
+            }
+            Phase::Open => Ok(state),
             Phase::Over => Err(RequestFailure::Ended),
             Phase::Cut => {
                 let checkpoint = state.open.checkpoint;
@@ -167,7 +179,7 @@ impl Disk {
             if has_room {
                 continue;
             }
-            if state.committed.is_empty() || state.apply_error.is_some() {
+            if state.committed.is_empty() || state.has_apply_failed {
                 drop(state);
                 let disk = self.name.clone();
                 self.lose(match no_segment {
@@ -226,19 +238,52 @@ impl Disk {
         fast: bool,
     ) -> Result<(), RequestFailure> {
         let mut state = self.writable()?;
+        state.is_writing = true;
         if state.phase == Phase::Copying {
-            state.is_writing = true;
             drop(state);
-            let zeroed = self.base.zero(offset, length, may_punch, fast);
-            self.state().is_writing = false;
-            return zeroed.map_err(|error| RequestFailure::from(&error));
+            return self.end_change(self.base.zero(offset, length, may_punch, fast));
         }
         let checkpoint = state.open.checkpoint;
         while !state.open.zero(offset, length, may_punch) {
             drop(state);
             state = self.add_segment(checkpoint)?;
         }
+        state.is_writing = false;
         Ok(())
+    }
+
+    /// A change of the base has ended. No session can have taken the disk meanwhile.
+    fn end_change(&self, result: io::Result<()>) -> Result<(), RequestFailure> {
+        let done = result.map_err(|error| RequestFailure::from(&error));
+        let mut state = self.state();
+        state.is_writing = false;
+        // One that is not possible fast is asked for again in another way.
+        if let Some(failure) = done
+            .err()
+            .filter(|failure| *failure != RequestFailure::Unsupported)
+        {
+            state.copy_failure.get_or_insert(failure);
+        }
+        done
+    }
+
+    /// A change of the disk is answered with an error, so the client's disk is another one from now on: no session can take it
+    /// any more, and the one that has it ends.
+    pub(crate) fn change_failed(&self, failure: RequestFailure) {
+        let mut state = self.state();
+        match state.phase {
+            Phase::Copying => {
+                state.copy_failure.get_or_insert(failure);
+            }
+            Phase::Open | Phase::Cut => {
+                drop(state);
+                self.lose(DiskError::WriteFailed {
+                    disk: self.name.clone(),
+                    reason: failure.to_string(),
+                });
+            }
+            Phase::Over => {}
+        }
     }
 
     /// Frees a range.
@@ -246,12 +291,14 @@ impl Disk {
     /// # Errors
     /// What to answer.
     pub(crate) fn trim(&self, offset: u64, length: u64) -> Result<(), RequestFailure> {
-        if !self.is_copying() {
+        let mut state = self.writable()?;
+        if state.phase != Phase::Copying {
+            drop(state);
             return self.zero(offset, length, true, true);
         }
-        self.base
-            .trim(offset, length)
-            .map_err(|error| RequestFailure::from(&error))
+        state.is_writing = true;
+        drop(state);
+        self.end_change(self.base.trim(offset, length))
     }
 
     /// Makes earlier writes durable. Those of a session's disk are with their commit.
@@ -260,31 +307,38 @@ impl Disk {
     /// What to answer.
     pub(crate) fn flush(&self) -> Result<(), RequestFailure> {
         match self.is_copying() {
-            true => self.base.sync().map_err(|error| RequestFailure::from(&error)),
+            true => self.base.sync().map_err(|error| {
+                let failure = RequestFailure::from(&error);
+                self.change_failed(failure);
+                failure
+            }),
             false => Ok(()),
         }
     }
 
-    /// The pieces of a range, in order: the newest content of each.
-    pub(crate) fn pieces(&self, offset: u64, length: u64, pieces: &mut Vec<Piece>) {
-        self.pieces_of(offset, length, true, pieces);
+    /// The first pieces of a range, in order: the newest content of each. Returns where they end, before the end of the range
+    /// if they are many: the lock is not held for longer.
+    pub(crate) fn pieces(&self, offset: u64, length: u64, pieces: &mut Vec<Piece>) -> u64 {
+        self.pieces_of(offset, length, true, pieces)
     }
 
-    fn pieces_of(&self, offset: u64, length: u64, with_open: bool, pieces: &mut Vec<Piece>) {
+    fn pieces_of(&self, offset: u64, length: u64, with_open: bool, pieces: &mut Vec<Piece>) -> u64 {
         pieces.clear();
         let state = self.state();
-        let mut open = vec![(offset, offset + length)];
+        let mut end = offset + length;
+        let mut open = vec![(offset, end)];
         let newest = std::iter::once(&state.open).filter(|_| with_open);
         let layers = newest.chain(state.committed.iter().rev().map(|epoch| &**epoch));
         for layer in layers.filter(|layer| !layer.is_empty()) {
             let mut unknown = Vec::new();
+            let mut left = LAYER_PIECES_MAX;
             for (from, to) in open {
-                layer.resolve(
-                    from,
-                    to,
-                    |part| pieces.push(piece(layer, part)),
-                    |from, to| unknown.push((from, to)),
-                );
+                let known = |part| pieces.push(piece(layer, part));
+                let reached = layer.resolve(from, to, &mut left, known, |from, to| unknown.push((from, to)));
+                if reached < to {
+                    end = reached;
+                    break;
+                }
             }
             open = unknown;
         }
@@ -294,22 +348,29 @@ impl Disk {
             length: to - from,
             source: Source::Base,
         }));
+        // Those of newer epochs may lie beyond the end that an older one has set.
+        pieces.retain(|piece| piece.offset < end);
         pieces.sort_unstable_by_key(|piece| piece.offset);
+        if let Some(last) = pieces.last_mut() {
+            last.length = last.length.min(end - last.offset);
+        }
+        end
     }
 
     /// All of what is committed.
     #[cfg(test)]
     pub(crate) fn read_committed(&self) -> Vec<u8> {
-        let mut pieces = Vec::new();
-        self.pieces_of(0, self.base.size(), false, &mut pieces);
-        let mut out = Vec::new();
-        for piece in pieces {
-            let start = out.len();
-            out.resize(start + usize::try_from(piece.length).expect("a small disk"), 0);
-            match piece.source {
-                Source::Segment(segment, place) => segment.read(place, &mut out[start..]),
-                Source::Zero => {}
-                Source::Base => self.base.read(&mut out[start..], piece.offset).expect("a base"),
+        let (mut pieces, mut out, mut at) = (Vec::new(), Vec::new(), 0);
+        while at < self.base.size() {
+            at = self.pieces_of(at, self.base.size() - at, false, &mut pieces);
+            for piece in &pieces {
+                let start = out.len();
+                out.resize(start + usize::try_from(piece.length).expect("a small disk"), 0);
+                match &piece.source {
+                    Source::Segment(segment, place) => segment.read(*place, &mut out[start..]),
+                    Source::Zero => {}
+                    Source::Base => self.base.read(&mut out[start..], piece.offset).expect("a base"),
+                }
             }
         }
         out

@@ -31,7 +31,9 @@ impl ControlState {
         let response = match request {
             Request::Status => Ok(Response::Status(Box::new(self.status(listeners)))),
             Request::Discard { session } => match self.discard(session) {
-                Ok(kept) => return release(kept, reply, Response::Discarded { discarded: session }),
+                Ok(kept) => {
+                    return self.release_kept(kept, reply, Response::Discarded { discarded: session });
+                }
                 Err(error) => Err(error),
             },
             Request::Dump {
@@ -71,7 +73,7 @@ impl ControlState {
                 may_have_run,
             } => self.release(session, by, may_have_run),
             Request::Promoted { session } => match self.promoted(session, by) {
-                Ok(kept) => return release(kept, reply, Response::Promoted { promoted: session }),
+                Ok(kept) => return self.release_kept(kept, reply, Response::Promoted { promoted: session }),
                 Err(error) => Err(error),
             },
         };
@@ -222,6 +224,29 @@ impl ControlState {
         self.reap_ended_sessions();
         self.take_kept(session).ok_or(RequestError::Running(session))
     }
+
+    /// Releases a checkpoint's memory, which takes seconds for a large guest, and responds then.
+    fn release_kept(&self, kept: Kept, reply: Reply, response: Response) {
+        let services = self.context.services.clone();
+        respond_in_background(reply, move || {
+            // The bases are left at the checkpoint, as the session's end does.
+            if let Err(error) = kept.checkpoint.disks.drain() {
+                services.warn(format!(
+                    "session {}: {error}. Its checkpoint is given up all the same: that base is not at a checkpoint, and must be \
+                     mirrored again in full",
+                    kept.checkpoint.session
+                ));
+            }
+            // Removed now, and not with the last reference to the image: the thread that ends the session may hold one, and a
+            // receiver killed meanwhile would leave files of a session that the response says is gone.
+            kept.checkpoint.image.remove_files();
+            kept.checkpoint.disks.remove_files();
+            let disks = kept.checkpoint.disks.weak();
+            drop(kept);
+            disks.wait_closed();
+            Ok(response)
+        });
+    }
 }
 
 fn of(session: u32) -> impl Fn(PromotionError) -> RequestError {
@@ -236,21 +261,5 @@ fn respond_in_background(
     tokio::task::spawn_blocking(move || {
         // The client may have disconnected.
         let _ = reply.send(respond());
-    });
-}
-
-/// Releases a checkpoint's memory, which takes seconds for a large guest, and responds then.
-fn release(kept: Kept, reply: Reply, response: Response) {
-    respond_in_background(reply, move || {
-        // The bases are left at the checkpoint, as the session's end does.
-        kept.checkpoint.disks.drain()?;
-        // Removed now, and not with the last reference to the image: the thread that ends the session may hold one, and a
-        // receiver killed meanwhile would leave files of a session that the response says is gone.
-        kept.checkpoint.image.remove_files();
-        kept.checkpoint.disks.remove_files();
-        let disks = kept.checkpoint.disks.weak();
-        drop(kept);
-        disks.wait_closed();
-        Ok(response)
     });
 }

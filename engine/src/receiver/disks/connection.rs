@@ -12,13 +12,12 @@ use crate::nbd::handshake::Agreed;
 use crate::nbd::request::{
     Command, NbdError, REQUEST_BYTES, Range, Request, RequestError, put_done, put_error,
 };
-use reads::Waiting;
+use reads::Readers;
 use replies::{Out, Replies};
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
-use std::sync::mpsc::Sender;
 use thiserror::Error;
 
 /// Bytes of a payload that are on their way to the base at a time: few enough to be in a processor's cache when they are written.
@@ -58,6 +57,7 @@ impl From<RequestFailure> for NbdError {
             RequestFailure::NoSpace => Self::NoSpace,
             RequestFailure::Unsupported => Self::Unsupported,
             RequestFailure::Io => Self::Io,
+            RequestFailure::Invalid => Self::Invalid,
         }
     }
 }
@@ -80,7 +80,7 @@ pub(super) struct Connection {
     pieces: Vec<Piece>,
     out: Out,
     replies: Arc<Replies>,
-    readers: Option<Sender<Waiting>>,
+    readers: Option<Readers>,
 }
 
 impl Connection {
@@ -113,6 +113,13 @@ impl Connection {
                 let _ = self.flush();
                 return end;
             }
+        }
+    }
+
+    /// Answers the reads that other threads have: the protocol wants all requests before a DISC answered.
+    pub(super) fn finish_reads(&mut self) {
+        if let Some(readers) = self.readers.take() {
+            readers.finish();
         }
     }
 
@@ -156,6 +163,17 @@ impl Connection {
         self.out.put(|out| put_done(out, &self.agreed, cookie, result));
     }
 
+    /// Answers a request that changes the disk.
+    fn changed(&mut self, cookie: u64, result: Result<(), RequestFailure>) {
+        // What is not possible fast is asked for again in another way.
+        if let Err(failure) = result
+            && failure != RequestFailure::Unsupported
+        {
+            self.disk.change_failed(failure);
+        }
+        self.done(cookie, result);
+    }
+
     fn request(&mut self, request: &Request) -> Result<(), ConnectionEnd> {
         let cookie = request.cookie;
         let disk = self.disk.clone();
@@ -168,7 +186,7 @@ impl Connection {
             Ok(Command::Read(range)) => self.read(cookie, range)?,
             Ok(Command::Write { range, fua }) => {
                 let done = self.write(range)?;
-                self.done(cookie, with_flush(done, fua));
+                self.changed(cookie, with_flush(done, fua));
             }
             Ok(Command::Flush) => self.done(cookie, disk.flush()),
             Ok(Command::Trim { range, fua }) => {
@@ -176,7 +194,7 @@ impl Connection {
                     0 => Ok(()),
                     length => disk.trim(range.offset, length),
                 };
-                self.done(cookie, with_flush(done, fua));
+                self.changed(cookie, with_flush(done, fua));
             }
             Ok(Command::WriteZeroes {
                 range,
@@ -188,7 +206,7 @@ impl Connection {
                     0 => Ok(()),
                     length => disk.zero(range.offset, length, may_punch, fast),
                 };
-                self.done(cookie, with_flush(done, fua));
+                self.changed(cookie, with_flush(done, fua));
             }
             Ok(Command::Cache(range)) => {
                 let done = disk.base().cache(range.offset, range.length);
@@ -196,6 +214,9 @@ impl Connection {
             }
             Ok(Command::BlockStatus { range, one }) => self.block_status(cookie, range, one),
             Err(error) => {
+                if request.is_change() {
+                    self.disk.change_failed(RequestFailure::Invalid);
+                }
                 self.skip(request.payload())?;
                 let is_read = request.has_data_reply();
                 self.out
@@ -223,6 +244,10 @@ impl Connection {
             }
             Ok(WriteTarget::Base) => {
                 let taken = self.take_to_base(range)?;
+                if let Err(failure) = taken {
+                    // Before a session can take the disk.
+                    self.disk.change_failed(failure);
+                }
                 self.disk.end_write(WriteTarget::Base, &wanted).and(taken)
             }
         };

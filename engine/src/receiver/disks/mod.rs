@@ -1,12 +1,15 @@
 //! Guests' disks in the receiver: the NBD server, which disk belongs to which session, and what a session does with its disks.
 
+mod attribution;
 mod connection;
 mod registry;
 mod server;
 mod session_disks;
+mod uuid;
 
 pub use registry::UnboundDisk;
-pub(super) use registry::{DiskMemory, DiskRegistry, parse_uuid};
+pub(super) use registry::{DiskMemory, DiskRegistry};
 pub(super) use server::{DiskServer, ServerParts};
 pub(super) use session_disks::SessionDisks;
 pub use session_disks::{DiskState, DiskStatus, RestoredDisk};
+pub(super) use uuid::parse_uuid;

@@ -3,18 +3,22 @@
 //! A disk exists as long as its connection, its session or its kept checkpoint does; the registry only knows of it. So that no guest gets
 //! another guest's disk, connections go to a session by UUID, or by origin where that is unique.
 
+use super::attribution::{Identity, Unclaimed, doubts, find_own};
 use super::session_disks::DiskState;
+use super::uuid::{Uuid, format_uuid, parse_uuid};
 use crate::disk::{
-    Base, Binding, Disk, DiskError, DiskOptions, Ownership, RamPlace, RamShare, is_name, names_in, path_of,
+    Base, Binding, Disk, DiskError, DiskOptions, Link, Ownership, RamPlace, RamShare, is_name, names_in,
+    path_of,
 };
-use crate::net::Origin;
+use crate::net::{Origin, is_gone};
 use crate::receiver::end::SessionEnd;
 use crate::receiver::live_session::LiveSession;
 use crate::receiver::{Event, Events};
 use crate::store::memory::ram_dir::RamFiles;
 use nix::sys::socket::{Shutdown, shutdown};
 use serde::{Deserialize, Serialize};
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use thiserror::Error;
@@ -22,8 +26,8 @@ use thiserror::Error;
 /// Most exports that are listed.
 const NAMES_MAX: usize = 1024;
 
-/// A guest's UUID.
-pub(in crate::receiver) type Uuid = [u8; 16];
+/// Most lost connections that are remembered, so that clients cannot make it take memory without end.
+const LOST_MAX: usize = 1024;
 
 /// A disk that no session has taken yet.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -59,6 +63,28 @@ struct Entry {
     session: Option<u32>,
 }
 
+impl Entry {
+    /// As a connection that no session has taken, if it is one.
+    fn unclaimed(&self) -> Option<Unclaimed> {
+        let client = self.client.as_ref().filter(|_| self.session.is_none())?;
+        Some(Unclaimed {
+            name: self.name.clone(),
+            from: client.from.clone(),
+            identity: Identity {
+                origin: client.origin,
+                uuid: self.uuid,
+            },
+        })
+    }
+}
+
+/// A connection that ended in the first copy of its disk.
+struct LostCopy {
+    connection: Unclaimed,
+    /// The sessions that had begun then.
+    sessions: Vec<u32>,
+}
+
 /// A session that has not committed yet.
 struct Candidate {
     session: u32,
@@ -71,6 +97,17 @@ struct Known {
     /// Names of disks that are being opened.
     opening: Vec<String>,
     candidates: Vec<Candidate>,
+    lost: Vec<LostCopy>,
+}
+
+impl Known {
+    fn forget_candidate(&mut self, session: u32) {
+        self.candidates.retain(|candidate| candidate.session != session);
+        for lost in &mut self.lost {
+            lost.sessions.retain(|other| *other != session);
+        }
+        self.lost.retain(|lost| !lost.sessions.is_empty());
+    }
 }
 
 /// See the module.
@@ -123,39 +160,6 @@ fn parse(name: &str) -> Result<(&str, Option<Uuid>), ExportError> {
         true => Ok((name, uuid)),
         false => Err(ExportError::Name(name.to_owned())),
     }
-}
-
-/// A UUID as QEMU writes it: 36 characters.
-pub(in crate::receiver) fn parse_uuid(text: &str) -> Option<Uuid> {
-    let is_dash = |at: &usize| [8, 13, 18, 23].contains(at);
-    let bytes = text.as_bytes();
-    if bytes.len() != 36 || (0..36).any(|at| is_dash(&at) != (bytes[at] == b'-')) {
-        return None;
-    }
-    let digits: Vec<u8> = (0..36)
-        .filter(|at| !is_dash(at))
-        .map(|at| {
-            char::from(bytes[at])
-                .to_digit(16)
-                .and_then(|digit| u8::try_from(digit).ok())
-        })
-        .collect::<Option<_>>()?;
-    let mut uuid = [0; 16];
-    for (byte, pair) in uuid.iter_mut().zip(digits.chunks_exact(2)) {
-        *byte = pair[0] << 4 | pair[1];
-    }
-    Some(uuid)
-}
-
-fn format_uuid(uuid: &Uuid) -> String {
-    let mut text = String::new();
-    for (at, byte) in uuid.iter().enumerate() {
-        if [4, 6, 8, 10].contains(&at) {
-            text.push('-');
-        }
-        text.push_str(&format!("{byte:02x}"));
-    }
-    text
 }
 
 impl DiskRegistry {
@@ -255,6 +259,29 @@ impl DiskRegistry {
         Ok(disk)
     }
 
+    /// The connection of a disk has ended. If no session had taken it, those that have begun and whose disk it could be must
+    /// not commit without it. A client that has only read, and whose guest is not known for certain, was no mirror and is forgotten.
+    pub(super) fn disconnected(&self, disk: &Disk) {
+        let mut known = self.known();
+        let sessions: Vec<u32> = known.candidates.iter().map(|one| one.session).collect();
+        let entry = known.entries.iter().find(|entry| entry.name == disk.name());
+        let Some(connection) = entry.and_then(Entry::unclaimed) else {
+            return;
+        };
+        let Identity { origin, uuid } = connection.identity;
+        let is_mirror = disk.is_changed() || uuid.is_some() || matches!(origin, Origin::Process(_));
+        if sessions.is_empty() || !is_mirror {
+            return;
+        }
+        known.lost.retain(|lost| {
+            lost.connection.name != connection.name || lost.connection.identity != connection.identity
+        });
+        if known.lost.len() == LOST_MAX {
+            known.lost.remove(0);
+        }
+        known.lost.push(LostCopy { connection, sessions });
+    }
+
     /// Ends all connections.
     pub(super) fn hang_up_all(&self) {
         for entry in &self.known().entries {
@@ -272,9 +299,7 @@ impl DiskRegistry {
     }
 
     pub(in crate::receiver) fn session_ended(&self, session: u32) {
-        self.known()
-            .candidates
-            .retain(|candidate| candidate.session != session);
+        self.known().forget_candidate(session);
     }
 
     /// A recovered checkpoint has this disk.
@@ -299,11 +324,49 @@ impl DiskRegistry {
         ram: Option<&Arc<RamFiles>>,
     ) -> Result<Vec<Arc<Disk>>, DiskError> {
         let mut known = self.known();
-        known
-            .candidates
-            .retain(|candidate| candidate.session != session.id);
-        let mut own = find_own(&known, session.origin, uuid)?;
-        own.sort_by(|one, other| known.entries[*one].name.cmp(&known.entries[*other].name));
+        let identity = Identity {
+            origin: session.origin,
+            uuid,
+        };
+        let lost: Vec<Unclaimed> = (known.lost.iter())
+            .filter(|lost| lost.sessions.contains(&session.id))
+            .map(|lost| lost.connection.clone())
+            .collect();
+        known.forget_candidate(session.id);
+        let rivals: Vec<Origin> = known.candidates.iter().map(|one| one.origin).collect();
+        let mut positions: Vec<usize> = (0..known.entries.len())
+            .filter(|position| known.entries[*position].unclaimed().is_some())
+            .collect();
+        positions.sort_by(|one, other| known.entries[*one].name.cmp(&known.entries[*other].name));
+        let connected = positions
+            .iter()
+            .filter_map(|position| known.entries[*position].unclaimed());
+        let mut all: Vec<Unclaimed> = connected.chain(lost).collect();
+        let (own, by) = find_own(&all, identity, &rivals)?;
+        if let Some(lost) = own.iter().find(|position| **position >= positions.len()) {
+            return Err(DiskError::ConnectionLost {
+                disk: all[*lost].name.clone(),
+                reason: "in the first copy, after the migration had begun".to_owned(),
+            });
+        }
+        all.truncate(positions.len());
+        let doubts = doubts(session.id, identity, &all, &own, by);
+        let own = own.iter().map(|position| positions[*position]).collect();
+        let bound = self.bind_own(&mut known, session, own, ram);
+        // Not under the lock: a warning may wait for a terminal.
+        drop(known);
+        doubts.into_iter().for_each(|doubt| self.warn(doubt));
+        bound
+    }
+
+    /// Binds the disks at these positions, which are in the order of their names.
+    fn bind_own(
+        &self,
+        known: &mut Known,
+        session: &Arc<LiveSession>,
+        own: Vec<usize>,
+        ram: Option<&Arc<RamFiles>>,
+    ) -> Result<Vec<Arc<Disk>>, DiskError> {
         let Some(first) = own.first() else {
             return Ok(Vec::new());
         };
@@ -328,13 +391,8 @@ impl DiskRegistry {
                 index: self.memory.indexes.clone(),
                 on_loss: on_loss(session),
                 on_full: self.on_full(session.id),
-                hang_up: match &entry.client {
-                    Some(client) => {
-                        let socket = client.socket.clone();
-                        Box::new(move || hang_up(&socket))
-                    }
-                    None => Box::new(|| {}),
-                },
+                on_base_full: self.on_base_full(session.id),
+                link: entry.client.as_ref().map(link),
             });
             if let Err(error) = bound.and_then(|()| start_applying(&disk)) {
                 disks.iter().chain([&disk]).for_each(|disk| disk.end_session());
@@ -352,6 +410,16 @@ impl DiskRegistry {
             events(Event::Warning(format!(
                 "session {session}: the log of disk {disk} is full; its guest's writes wait until some of it is applied. If this lasts, \
                  give more with --disk-log-max or a faster disk"
+            )));
+        })
+    }
+
+    fn on_base_full(&self, session: u32) -> Box<dyn Fn(String, &io::Error) + Send + Sync> {
+        let events = self.events.clone();
+        Box::new(move |disk, error| {
+            events(Event::Warning(format!(
+                "session {session}: what is committed cannot be written to the base of disk {disk}: {error}. It stays in the log, and is tried again \
+                 every second: make room on that file system"
             )));
         })
     }
@@ -375,45 +443,12 @@ impl DiskRegistry {
     }
 }
 
-/// The positions of a session's connections.
-fn find_own(known: &Known, origin: Origin, uuid: Option<Uuid>) -> Result<Vec<usize>, DiskError> {
-    let (mut own, mut uuids, mut by_origin) = (Vec::new(), Vec::new(), None);
-    for (position, entry) in known.entries.iter().enumerate() {
-        let Some(client) = entry.client.as_ref().filter(|_| entry.session.is_none()) else {
-            continue;
-        };
-        match (entry.uuid, uuid) {
-            (Some(one), Some(other)) if one == other => own.push(position),
-            (Some(_), Some(_)) => {}
-            (one, _) if client.origin == origin => {
-                own.push(position);
-                by_origin = Some(&entry.name);
-                uuids.extend(one);
-            }
-            _ => {}
-        }
-    }
-    let Some(name) = by_origin else {
-        return Ok(own);
-    };
-    let remedy =
-        "give each guest a -uuid, switch the capability validate-uuid on, and ask for exports as NAME@UUID";
-    if known
-        .candidates
-        .iter()
-        .any(|candidate| candidate.origin == origin)
-    {
-        return Err(DiskError::Ambiguous(format!(
-            "disk {name} could belong to another session that begins from the same host: {remedy}"
-        )));
-    }
-    uuids.sort_unstable();
-    uuids.dedup();
-    match uuids[..] {
-        [] | [_] => Ok(own),
-        _ => Err(DiskError::Ambiguous(format!(
-            "disks of several guests are connected from the same host, and this session's stream has no UUID: {remedy}"
-        ))),
+/// What a disk does with the connection of its client.
+fn link(client: &Client) -> Link {
+    let [ended, looked_at] = [client.socket.clone(), client.socket.clone()];
+    Link {
+        hang_up: Box::new(move || hang_up(&ended)),
+        is_gone: Box::new(move || is_gone(looked_at.as_fd())),
     }
 }
 

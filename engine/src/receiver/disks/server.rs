@@ -309,17 +309,24 @@ async fn negotiate(
 /// Serves a client until its connection ends, and then ends the session that has lost its disk by that.
 fn drive(mut connection: Connection, disk: &Disk, registry: &DiskRegistry, from: &str) {
     let end = connection.serve();
+    let lost = || DiskError::ConnectionLost {
+        disk: disk.name().to_owned(),
+        reason: end.to_string(),
+    };
+    let is_lost = disk.disconnected();
+    match is_lost {
+        // No further epoch can be cut from now on.
+        true => drop(disk.note_loss(lost())),
+        false => registry.disconnected(disk),
+    }
+    if matches!(end, ConnectionEnd::Disconnected) {
+        connection.finish_reads();
+    }
     drop(connection);
     if !matches!(end, ConnectionEnd::Disconnected | ConnectionEnd::Closed) {
         registry.warn(format!("{from}: disk {}: {end}", disk.name()));
     }
-    if disk.disconnected() {
-        let lost = || DiskError::ConnectionLost {
-            disk: disk.name().to_owned(),
-            reason: end.to_string(),
-        };
-        // No further epoch can be cut from now on.
-        disk.note_loss(lost());
+    if is_lost {
         std::thread::sleep(GRACE);
         disk.lose(lost());
     }

@@ -123,9 +123,10 @@ impl SessionDisks {
     /// Waits until the bases are at the last committed checkpoint. The session has ended.
     ///
     /// # Errors
-    /// If a base cannot be written.
+    /// If a base cannot be written; the others are at it then.
     pub(in crate::receiver) fn drain(&self) -> Result<(), DiskError> {
-        self.disks.iter().try_for_each(|disk| disk.wait_drained())
+        let drained = self.disks.iter().map(|disk| disk.wait_drained());
+        drained.fold(Ok(()), Result::and)
     }
 
     /// The disks as they belong to the RAM of `checkpoint`; their bases are at it. Waits until their logs are applied.

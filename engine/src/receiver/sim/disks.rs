@@ -310,7 +310,8 @@ pub(super) fn bind(
                 }
             }),
             on_full: Box::new(|_| {}),
-            hang_up: Box::new(|| {}),
+            on_base_full: Box::new(|_, _| {}),
+            link: None,
         })?;
     }
     Ok(SessionDisks::new(disks, has_own_record))

@@ -11,6 +11,7 @@ use std::io::{self, Write};
 use std::sync::atomic::Ordering;
 use std::sync::mpsc::{self, Receiver, Sender};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::JoinHandle;
 
 /// A longer read is done and sent in parts of that size.
 const PART_BYTES: u64 = 1 << 20;
@@ -29,6 +30,23 @@ const READERS: usize = 4;
 pub(super) struct Waiting {
     cookie: u64,
     range: Range,
+}
+
+/// The threads that read for a connection.
+pub(super) struct Readers {
+    queue: Sender<Waiting>,
+    threads: Vec<JoinHandle<()>>,
+}
+
+impl Readers {
+    /// Waits until all that they have is answered.
+    pub(super) fn finish(self) {
+        drop(self.queue);
+        for thread in self.threads {
+            // It reports its own panic.
+            let _ = thread.join();
+        }
+    }
 }
 
 impl Connection {
@@ -85,7 +103,7 @@ impl Connection {
         let sent = self
             .readers
             .as_ref()
-            .is_some_and(|readers| readers.send(Waiting { cookie, range }).is_ok());
+            .is_some_and(|readers| readers.queue.send(Waiting { cookie, range }).is_ok());
         if !sent {
             self.replies.waiting.fetch_sub(bytes, Ordering::Relaxed);
         }
@@ -93,18 +111,18 @@ impl Connection {
     }
 
     /// Starts the readers; none if there is no thread for them.
-    fn start_readers(&self) -> Option<Sender<Waiting>> {
-        let (sender, receiver) = mpsc::channel();
+    fn start_readers(&self) -> Option<Readers> {
+        let (queue, receiver) = mpsc::channel();
         let receiver = Arc::new(Mutex::new(receiver));
+        let mut threads = Vec::new();
         for _ in 0..READERS {
             let (disk, agreed) = (self.disk.clone(), self.agreed.clone());
             let (replies, receiver) = (self.replies.clone(), receiver.clone());
             let thread = std::thread::Builder::new().name("nbd-reader".into());
-            thread
-                .spawn(move || serve_waiting(&disk, &agreed, &replies, &receiver))
-                .ok()?;
+            let started = thread.spawn(move || serve_waiting(&disk, &agreed, &replies, &receiver));
+            threads.push(started.ok()?);
         }
-        Some(sender)
+        Some(Readers { queue, threads })
     }
 
     fn read_in_parts(&mut self, cookie: u64, range: Range) -> Result<(), ConnectionEnd> {
@@ -153,16 +171,19 @@ fn fill(
     out: &mut Out,
     read: impl Fn(&Base, &mut [u8], u64) -> io::Result<bool>,
 ) -> io::Result<bool> {
-    disk.pieces(range.offset, range.length, pieces);
-    for piece in &*pieces {
-        // At most a part's.
-        let bytes = out.room(usize::try_from(piece.length).unwrap_or(0));
-        match &piece.source {
-            Source::Segment(segment, place) => segment.read(*place, bytes),
-            Source::Zero => bytes.fill(0),
-            Source::Base => {
-                if !read(disk.base(), bytes, piece.offset)? {
-                    return Ok(false);
+    let mut at = range.offset;
+    while at < range.end() {
+        at = disk.pieces(at, range.end() - at, pieces);
+        for piece in &*pieces {
+            // At most a part's.
+            let bytes = out.room(usize::try_from(piece.length).unwrap_or(0));
+            match &piece.source {
+                Source::Segment(segment, place) => segment.read(*place, bytes),
+                Source::Zero => bytes.fill(0),
+                Source::Base => {
+                    if !read(disk.base(), bytes, piece.offset)? {
+                        return Ok(false);
+                    }
                 }
             }
         }
@@ -213,30 +234,46 @@ fn allocation(
     pieces: &mut Vec<Piece>,
 ) -> io::Result<Vec<(u32, Allocation)>> {
     let mut extents: Vec<(u32, Allocation)> = Vec::new();
-    disk.pieces(range.offset, range.length, pieces);
-    for piece in &*pieces {
-        let (mut at, end) = (piece.offset, piece.offset + piece.length);
-        while at < end {
-            let (is_data, to) = match piece.source {
-                Source::Segment(..) => (true, end),
-                Source::Zero => (false, end),
-                Source::Base => disk.base().extent(at, end)?,
-            };
-            let kind = if is_data {
-                Allocation::Data
-            } else {
-                Allocation::Hole
-            };
-            // A request's length has 32 bits.
-            let length = u32::try_from(to - at).unwrap_or(u32::MAX);
-            let count = extents.len();
-            match extents.last_mut() {
-                Some((known, last)) if *last == kind => *known += length,
-                _ if count == most => return Ok(extents),
-                _ => extents.push((length, kind)),
+    let mut looked_up = range.offset;
+    while looked_up < range.end() {
+        looked_up = disk.pieces(looked_up, range.end() - looked_up, pieces);
+        for piece in &*pieces {
+            if !add_extents(disk.base(), piece, most, &mut extents)? {
+                return Ok(extents);
             }
-            at = to;
         }
     }
     Ok(extents)
+}
+
+/// Appends the extents of a piece. False if there are enough before its end.
+fn add_extents(
+    base: &Base,
+    piece: &Piece,
+    most: usize,
+    extents: &mut Vec<(u32, Allocation)>,
+) -> io::Result<bool> {
+    let (mut at, end) = (piece.offset, piece.offset + piece.length);
+    while at < end {
+        let (is_data, to) = match piece.source {
+            Source::Segment(..) => (true, end),
+            Source::Zero => (false, end),
+            Source::Base => base.extent(at, end)?,
+        };
+        let kind = if is_data {
+            Allocation::Data
+        } else {
+            Allocation::Hole
+        };
+        // A request's length has 32 bits.
+        let length = u32::try_from(to - at).unwrap_or(u32::MAX);
+        let count = extents.len();
+        match extents.last_mut() {
+            Some((known, last)) if *last == kind => *known += length,
+            _ if count == most => return Ok(false),
+            _ => extents.push((length, kind)),
+        }
+        at = to;
+    }
+    Ok(true)
 }

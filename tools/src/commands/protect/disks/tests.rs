@@ -287,7 +287,7 @@ fn what_fails_leaves_nothing_behind() {
 }
 
 #[test]
-fn a_guest_without_a_uuid_is_told_how_its_disks_are_known() {
+fn a_guest_without_a_uuid_is_warned_of() {
     let doubt = |uuid, to: Option<&str>| {
         let args = DiskArgs {
             disk_to: to.map(|to| to.parse().unwrap()),
