@@ -35,6 +35,9 @@ enum Phase {
     Over,
 }
 
+/// Takes the name of a disk and the error of its base.
+pub(crate) type OnBaseFull = Box<dyn Fn(String, &std::io::Error) + Send + Sync>;
+
 /// What a session that takes a disk gives it.
 pub(crate) struct Binding {
     pub(crate) owner: Ownership,
@@ -47,7 +50,7 @@ pub(crate) struct Binding {
     /// Called once, when the log is full and the client has to wait.
     pub(crate) on_full: Box<dyn Fn(String) + Send + Sync>,
     /// Called once, when the base has no room for what is committed.
-    pub(crate) on_base_full: Box<dyn Fn(String, &std::io::Error) + Send + Sync>,
+    pub(crate) on_base_full: OnBaseFull,
     /// The client's connection.
     pub(crate) link: Option<Link>,
 }

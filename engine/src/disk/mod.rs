@@ -39,7 +39,7 @@ pub(crate) use base::{Base, is_name, names_in, path_of};
 pub(crate) use copy::copy_base;
 pub use error::DiskError;
 pub(crate) use guest_disk::{
-    Binding, Disk, DiskOptions, Link, Piece, RequestFailure, Source, Wanted, WriteTarget,
+    Binding, Disk, DiskOptions, Link, OnBaseFull, Piece, RequestFailure, Source, Wanted, WriteTarget,
 };
 pub(crate) use io::receive;
 pub(crate) use pool::RamPlace;

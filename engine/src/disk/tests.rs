@@ -313,7 +313,8 @@ fn a_connection_that_is_closed_prevents_the_cut() {
 
 #[test]
 fn a_copy_with_an_error_is_not_taken() {
-    let steps: [fn(&Disk) -> Result<(), RequestFailure>; 4] = [
+    type Step = fn(&Disk) -> Result<(), RequestFailure>;
+    let steps: [Step; 4] = [
         |disk| disk.zero(0, 4096, true, false),
         |disk| disk.trim(0, 4096),
         Disk::flush,

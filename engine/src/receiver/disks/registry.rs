@@ -7,8 +7,8 @@ use super::attribution::{Identity, Unclaimed, doubts, find_own};
 use super::session_disks::DiskState;
 use super::uuid::{Uuid, format_uuid, parse_uuid};
 use crate::disk::{
-    Base, Binding, Disk, DiskError, DiskOptions, Link, Ownership, RamPlace, RamShare, is_name, names_in,
-    path_of,
+    Base, Binding, Disk, DiskError, DiskOptions, Link, OnBaseFull, Ownership, RamPlace, RamShare, is_name,
+    names_in, path_of,
 };
 use crate::net::{Origin, is_gone};
 use crate::receiver::end::SessionEnd;
@@ -17,7 +17,6 @@ use crate::receiver::{Event, Events};
 use crate::store::memory::ram_dir::RamFiles;
 use nix::sys::socket::{Shutdown, shutdown};
 use serde::{Deserialize, Serialize};
-use std::io;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
@@ -414,7 +413,7 @@ impl DiskRegistry {
         })
     }
 
-    fn on_base_full(&self, session: u32) -> Box<dyn Fn(String, &io::Error) + Send + Sync> {
+    fn on_base_full(&self, session: u32) -> OnBaseFull {
         let events = self.events.clone();
         Box::new(move |disk, error| {
             events(Event::Warning(format!(
