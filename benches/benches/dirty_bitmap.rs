@@ -5,7 +5,7 @@
 //! four; pages are random, and marked by packets of 128 where it says so.
 
 use colo_ring::host::Machine;
-use colo_ring::store::{DirtyBitmap, Plan};
+use colo_ring::store::{DirtyBitmap, FlushPlan};
 use colo_ring::units::{PACKET_PAGES, PageIndex};
 use colo_ring_benches::{guest, median, random_pages};
 use rand::SeedableRng;
@@ -67,7 +67,7 @@ fn compare(pages: u64, dirty: usize) -> [(&'static str, Timing); 4] {
         DirtyBitmap::new(pages, 4),
     );
     let [mut flat_time, mut one_time, mut packets_time, mut four_time] = <[Timing; 4]>::default();
-    let (mut plan, mut words) = (Plan::default(), Vec::new());
+    let (mut plan, mut words) = (FlushPlan::default(), Vec::new());
     for _ in 0..ROUNDS {
         let dirty_pages = random_pages(&table, dirty, &mut numbers);
         let each = |mark: &dyn Fn(PageIndex)| dirty_pages.iter().for_each(|page| mark(*page));
@@ -98,7 +98,7 @@ fn compare(pages: u64, dirty: usize) -> [(&'static str, Timing); 4] {
     ]
 }
 
-fn take(bitmap: &DirtyBitmap, plan: &mut Plan) -> u64 {
+fn take(bitmap: &DirtyBitmap, plan: &mut FlushPlan) -> u64 {
     bitmap.take(plan);
     plan.pages()
 }

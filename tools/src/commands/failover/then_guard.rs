@@ -28,7 +28,10 @@ impl GuardOptions {
         let any_monitor = ["--qmp".to_owned(), "/".to_owned()];
         OnlyGuard::try_parse_from(any_monitor.iter().chain(&words)).map_err(|error| {
             let said = error.to_string();
-            said.lines().next().unwrap_or_default().replacen("error: ", "", 1)
+            // Without hints and usage, which are the failover's.
+            let reason = said.split("\n\n").next().unwrap_or_default();
+            let words: Vec<_> = reason.split_whitespace().collect();
+            words.join(" ").replacen("error: ", "", 1)
         })?;
         Ok(Self(words))
     }
