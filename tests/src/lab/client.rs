@@ -8,6 +8,9 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+use rand::rngs::Xoshiro256PlusPlus;
+use rand::{RngExt, SeedableRng};
+
 use super::{GUEST_ADDRESS, LabError, wait_for};
 
 /// What a client has seen.
@@ -28,6 +31,8 @@ pub struct ClientReport {
 pub enum Load {
     /// The next number, again and again, with this pause after each.
     Count(Duration),
+    /// The same, with pauses from half of that to one and a half, so that it is in step with nothing.
+    CountIrregularly(Duration),
     /// Numbered lines out of the guest, as fast as they come.
     Bulk,
     /// Bytes into the guest, as fast as it takes them.
@@ -113,13 +118,14 @@ impl Client {
 fn ask(stream: &TcpStream, load: Load, answers: &AtomicU64, stop: &AtomicBool) -> ClientReport {
     let mut report = ClientReport::default();
     let (mut reader, mut last) = (BufReader::new(stream), Instant::now());
+    let mut random = Xoshiro256PlusPlus::seed_from_u64(1);
     for number in 1_u64.. {
         if stop.load(Ordering::Relaxed) {
             break;
         }
         let asked = Instant::now();
         let answered = match load {
-            Load::Count(_) => count(stream, &mut reader, number),
+            Load::Count(_) | Load::CountIrregularly(_) => count(stream, &mut reader, number),
             Load::Bulk => bulk(stream, &mut reader),
             Load::Sink => sink(stream, &mut reader),
         };
@@ -135,8 +141,10 @@ fn ask(stream: &TcpStream, load: Load, answers: &AtomicU64, stop: &AtomicBool) -
             .push(u64::try_from((now - asked).as_micros()).unwrap_or(u64::MAX));
         last = now;
         answers.store(number, Ordering::Relaxed);
-        if let Load::Count(pause) = load {
-            std::thread::sleep(pause);
+        match load {
+            Load::Count(pause) => std::thread::sleep(pause),
+            Load::CountIrregularly(pause) => std::thread::sleep(pause.mul_f64(random.random_range(0.5..1.5))),
+            Load::Bulk | Load::Sink => {}
         }
     }
     report

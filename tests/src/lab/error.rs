@@ -2,6 +2,7 @@
 
 use std::io;
 use std::path::PathBuf;
+use std::process::ExitStatus;
 use std::time::Duration;
 
 /// A failure of the laboratory; its text is what a failing test shows.
@@ -53,6 +54,12 @@ pub enum LabError {
         what: String,
         /// What it left: exit status, event, the end of its log.
         detail: String,
+    },
+    /// A QEMU that nothing here has killed.
+    #[error("QEMU itself has crashed: {status}")]
+    QemuCrashed {
+        /// Its exit status, with the signal.
+        status: ExitStatus,
     },
     /// An answer is not of the documented form.
     #[error("{what} is not as documented: {detail}")]

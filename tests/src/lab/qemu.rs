@@ -4,6 +4,7 @@ use crate::HANG_LIMIT;
 use std::fs::{self, File};
 use std::io::Write;
 use std::os::unix::net::UnixStream;
+use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
@@ -342,6 +343,19 @@ impl Qemu {
             _ => None,
         };
         Ok(SavedRam::new(to.to_owned(), block))
+    }
+
+    /// Whether it has crashed by a fault of its own; waits a little, as its monitor is closed before it has ended.
+    #[must_use]
+    pub fn crash(&mut self) -> Option<LabError> {
+        const ENDING: Duration = Duration::from_secs(2);
+        let faults = [Signal::SIGSEGV, Signal::SIGBUS, Signal::SIGILL, Signal::SIGABRT];
+        let ended = wait_for("QEMU's end", ENDING, || {
+            self.process.try_wait().map_err(LabError::io("wait for QEMU"))
+        });
+        let status = ended.ok()?;
+        let is_fault = |signal| faults.iter().any(|fault| *fault as i32 == signal);
+        (status.signal().is_some_and(is_fault)).then_some(LabError::QemuCrashed { status })
     }
 
     /// Kills it by SIGKILL. Returns all events that it has sent.

@@ -8,11 +8,13 @@ use std::time::Duration;
 /// Rounds, in each of which every contestant has its turn, in another order.
 const ROUNDS: usize = 5;
 
-/// Requests of a turn, and how many before them are not counted.
-const REQUESTS: u64 = 200;
+/// Requests of a turn, of a closed loop as well, and how many before them are not counted. The guard's credit of 100 ms is then a small
+/// part of a turn.
+const REQUESTS: u64 = 220;
+const CLOSED_LOOP_REQUESTS: u64 = 2000;
 const WARM_UP: usize = 10;
 
-/// The pause between requests: about ten a second.
+/// The mean pause between requests: about ten a second.
 const PAUSE: Duration = Duration::from_millis(95);
 
 /// A way to be guarded.
@@ -51,10 +53,14 @@ fn contestants() -> Vec<Contestant> {
 impl Contestant {
     fn take_turn(&mut self, lab: &colo_ring_tests::lab::Lab, number: u32) -> Result<(), LabError> {
         let mut scene = Scene::set(lab, self.way, number, self.extra)?;
-        let client = Client::start(Load::Count(self.pause))?;
+        let (load, requests) = match self.pause.is_zero() {
+            true => (Load::Count(Duration::ZERO), CLOSED_LOOP_REQUESTS),
+            false => (Load::CountIrregularly(self.pause), REQUESTS),
+        };
+        let client = Client::start(load)?;
         let began = std::time::Instant::now();
         let before = stopped_us(&mut scene);
-        client.wait_answers(REQUESTS)?;
+        client.wait_answers(requests)?;
         self.stopped_us += stopped_us(&mut scene) - before;
         self.all_us += u64::try_from(began.elapsed().as_micros()).unwrap_or(u64::MAX);
         let seen = client.end();
