@@ -10,7 +10,7 @@ use crate::disk::{DiskError, copy_base};
 use crate::failover::{Form, StreamError, StreamReport, write_stream};
 use crate::session::GuestDescription;
 use crate::store::CheckpointView;
-use crate::units::{BlockId, CheckpointId};
+use crate::units::BlockId;
 use crate::wire::run_state;
 use serde::{Deserialize, Serialize};
 use std::fs::File;
@@ -276,11 +276,8 @@ fn write(
     form: Form,
     out: impl Write,
 ) -> Result<StreamReport, StreamError> {
-    // COLO has let it run before any checkpoint but the first copy, whatever it did before it was protected.
-    let device_state = match view.checkpoint() {
-        CheckpointId(0) => view.device_state().into(),
-        _ => run_state::running(view.device_state()),
-    };
+    // It is to go on, and COLO has let it run or would have, whatever it did before it was protected.
+    let device_state = run_state::running(view.device_state());
     write_stream(
         description,
         &device_state,
