@@ -284,8 +284,10 @@ impl<'a> DiskRuns<'a> {
         let disks = ["--disk", &name, "--disk-to", &to];
         let slowly = [&disks[..], &["--wait", "0", "--bandwidth", "1M"]].concat();
         self.protect(&secondary, &mut primary, &slowly)?;
-        // A QEMU that is asked for it before may never answer again.
+        // A QEMU that is asked for it before may never answer again; and one whose channels are still connecting may let an old one
+        // arrive among those of the next migration.
         wait_migration(&mut primary, &["active"])?;
+        secondary.wait_state(1, "precopy")?;
         end_migration(&mut primary, "migrate_cancel")?;
         let left = nodes(&mut primary)?;
         assert!(
