@@ -333,4 +333,4 @@ impl<B: Backend> Core<B> {
 }
 
 #[cfg(all(test, not(loom), not(miri)))]
-mod tests;
+pub(super) mod tests;

@@ -53,42 +53,9 @@ fn drive(connection: &mut dyn Connection, tenant: &mut Option<Box<dyn Tenant>>, 
 #[cfg(all(test, not(loom), not(miri)))]
 mod tests {
     use super::*;
-    use crate::ring::ReceivePlan;
+    use crate::ring::core::tests::Fragile;
     use std::io::{Read, Write};
-    use std::ops::ControlFlow;
-    use std::os::fd::{AsRawFd, RawFd};
     use std::os::unix::net::UnixStream;
-
-    /// Panics at the first byte; shuts its socket down when it is lost, as a session does.
-    struct Fragile {
-        socket: UnixStream,
-        plan: Box<ReceivePlan>,
-        byte: Box<[u8; 1]>,
-    }
-
-    impl Connection for Fragile {
-        fn fd(&self) -> RawFd {
-            self.socket.as_raw_fd()
-        }
-        fn tenant(&self) -> u64 {
-            1
-        }
-        fn plan(&mut self) -> Option<&mut ReceivePlan> {
-            self.plan.clear();
-            self.plan.push(self.byte.as_mut_ptr(), 1);
-            Some(&mut self.plan)
-        }
-        fn received(&mut self, _bytes: usize) -> ControlFlow<()> {
-            panic!("meant by the test");
-        }
-        fn lost(&mut self, _loss: Loss) {
-            self.socket.shutdown(std::net::Shutdown::Both).unwrap();
-        }
-        fn resume(&mut self) -> ControlFlow<()> {
-            ControlFlow::Continue(())
-        }
-        fn attached(&mut self, _core: usize) {}
-    }
 
     #[test]
     fn a_panic_ends_the_session() {
@@ -96,12 +63,7 @@ mod tests {
         // Open beside the connection, as a session's sockets are: its drop alone does not reach the peer.
         let _session = socket.try_clone().unwrap();
         peer.write_all(&[1]).unwrap();
-        let connection = Fragile {
-            socket,
-            plan: ReceivePlan::new(),
-            byte: Box::new([0]),
-        };
-        run(Box::new(connection), None, &Semaphore::default());
+        run(Box::new(Fragile::new(socket)), None, &Semaphore::default());
         peer.set_nonblocking(true).unwrap();
         assert_eq!(peer.read(&mut [0]).unwrap(), 0);
     }

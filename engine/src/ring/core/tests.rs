@@ -17,10 +17,17 @@ use std::time::Duration;
 const HANG: Duration = Duration::from_secs(300);
 
 /// Panics at the first byte that it receives; shuts its socket down when it is lost, as a session does.
-struct Fragile {
+pub(in crate::ring) struct Fragile {
     socket: UnixStream,
     plan: Box<ReceivePlan>,
     byte: Box<[u8; 1]>,
+}
+
+impl Fragile {
+    pub(in crate::ring) fn new(socket: UnixStream) -> Self {
+        let (plan, byte) = (ReceivePlan::new(), Box::new([0]));
+        Self { socket, plan, byte }
+    }
 }
 
 impl Connection for Fragile {
@@ -54,8 +61,7 @@ fn no_primary_waits_for_a_thread_that_panicked() {
     for _ in 0..2 {
         let (peer, socket) = UnixStream::pair().unwrap();
         peer.set_read_timeout(Some(HANG)).unwrap();
-        let (plan, byte) = (ReceivePlan::new(), Box::new([0]));
-        let connection: Box<dyn Connection> = Box::new(Fragile { socket, plan, byte });
+        let connection: Box<dyn Connection> = Box::new(Fragile::new(socket));
         assert!(handle.push(Arrival::Connection(connection)).is_ok());
         peers.push(peer);
     }
