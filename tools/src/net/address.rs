@@ -40,9 +40,7 @@ impl Address {
             }
         }
     }
-}
 
-impl Address {
     /// Whether both are on the same host, as they are written: the same name, or both UNIX sockets.
     #[must_use]
     pub fn has_host_of(&self, other: &Self) -> bool {
