@@ -39,6 +39,8 @@ pub(crate) enum Canary {
     EarlyGate,
     /// A disk takes writes after its epoch was cut.
     LateCut,
+    /// An epoch is cut and committed although its disk is lost.
+    IgnoredLoss,
     /// The open epoch of a disk is applied when its session ends.
     AppliedEarly,
     /// A commit leaves out the last disk.

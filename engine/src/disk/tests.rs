@@ -133,8 +133,14 @@ pub(crate) fn write(disk: &Disk, offset: usize, bytes: &[u8]) -> bool {
     let Ok(target) = disk.begin_write((offset as u64, bytes.len() as u64), &mut wanted) else {
         return false;
     };
+    let mut is_taken = true;
     match target {
-        WriteTarget::Base => disk.base().write(bytes, offset as u64).unwrap(),
+        WriteTarget::Base => {
+            if let Err(error) = disk.base().write(bytes, offset as u64) {
+                disk.change_failed(RequestFailure::from(&error));
+                is_taken = false;
+            }
+        }
         WriteTarget::Log => {
             let mut rest = bytes;
             for stretch in wanted.stretches() {
@@ -145,7 +151,15 @@ pub(crate) fn write(disk: &Disk, offset: usize, bytes: &[u8]) -> bool {
             assert!(rest.is_empty());
         }
     }
-    disk.end_write(target, &wanted).is_ok()
+    disk.end_write(target, &wanted).is_ok() && is_taken
+}
+
+/// Does something while every change of the base fails.
+pub(crate) fn with_faulty_base<T>(disk: &Disk, errno: Errno, work: impl FnOnce(&Disk) -> T) -> T {
+    disk.base().fail(Some(errno));
+    let done = work(disk);
+    disk.base().fail(None);
+    done
 }
 
 /// Reads as a connection does.

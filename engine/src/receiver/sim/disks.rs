@@ -5,7 +5,7 @@
 
 use super::primary::Stage;
 use super::rng::Rng;
-use crate::disk::tests::{read, write};
+use crate::disk::tests::{read, with_faulty_base, write};
 use crate::disk::{
     self, Binding, Disk, DiskError, DiskOptions, Ownership, RamPlace, RamShare, apply_step, path_of,
 };
@@ -13,6 +13,7 @@ use crate::receiver::disks::SessionDisks;
 use crate::receiver::end::SessionEnd;
 use crate::receiver::live_session::LiveSession;
 use crate::units::CheckpointId;
+use nix::errno::Errno;
 use std::path::Path;
 use std::rc::Rc;
 use std::sync::Arc;
@@ -34,14 +35,23 @@ const SEGMENTS_OF_WRITE: u64 = 3;
 pub(super) enum DiskFault {
     /// Its connection breaks.
     Lost,
+    /// Its connection breaks, and its thread waits for the session to end by itself.
+    LostQuietly,
+    /// A write of the first copy is answered with an error.
+    CopyFails,
+    /// The base takes nothing of a committed log.
+    ApplyFails,
     /// A write comes after the cut.
     LateWrite,
     /// A write does not become complete.
     Unfinished,
 }
 
-pub(super) const DISK_FAULTS: [DiskFault; 4] = [
+pub(super) const DISK_FAULTS: [DiskFault; 7] = [
     DiskFault::Lost,
+    DiskFault::LostQuietly,
+    DiskFault::CopyFails,
+    DiskFault::ApplyFails,
     DiskFault::LateWrite,
     DiskFault::LateWrite,
     DiskFault::Unfinished,
@@ -114,13 +124,18 @@ impl SimDisks {
     /// The guest writes, if it runs.
     pub(super) fn run(&mut self, rng: &mut Rng, stage: Stage) -> DiskStep {
         let runs = matches!(stage, Stage::Start | Stage::Idle | Stage::WaitReply | Stage::Done);
-        if !runs || self.is_lost {
+        if !runs {
             return DiskStep::Nothing;
         }
         let which = rng.below(self.disks.len());
         let SimDisk { disk, content } = &mut self.disks[which];
         let at = rng.below(SIZE / SECTOR) * SECTOR;
         let length = (rng.any_size(20) * SECTOR).min(SIZE - at);
+        if self.is_lost {
+            // The guest writes on, and the receiver does not have it: no checkpoint may be committed any more.
+            content[at..at + length].fill(0xdd);
+            return DiskStep::Nothing;
+        }
         while !disk.has_room_for(SEGMENTS_OF_WRITE) && apply_step(disk) {}
         let value = u8::try_from(rng.below(256)).expect("a byte");
         let is_done = match rng.below(4) {
@@ -150,10 +165,13 @@ impl SimDisks {
         fault: DiskFault,
         is_committed: bool,
     ) -> Result<DiskStep, String> {
-        let disk = &self.disks[rng.below(self.disks.len())].disk;
+        let which = rng.below(self.disks.len());
+        let SimDisk { disk, content } = &mut self.disks[which];
         let is_bound = !disk.is_copying();
         let is_time = match fault {
-            DiskFault::Lost | DiskFault::Unfinished => is_bound && !disk.is_cut(),
+            DiskFault::Lost | DiskFault::LostQuietly | DiskFault::Unfinished => is_bound && !disk.is_cut(),
+            DiskFault::CopyFails => !is_bound,
+            DiskFault::ApplyFails => is_bound,
             // Once that is committed, while the acknowledgement waits for a guard, a write is of the next epoch.
             DiskFault::LateWrite => disk.is_cut() && !is_committed,
         };
@@ -161,12 +179,27 @@ impl SimDisks {
             return Ok(DiskStep::Nothing);
         }
         match fault {
-            DiskFault::Lost => {
+            DiskFault::Lost | DiskFault::LostQuietly => {
                 disk.disconnected();
-                disk.lose(DiskError::ConnectionLost {
+                let lost = DiskError::ConnectionLost {
                     disk: disk.name().to_owned(),
                     reason: "a fault".to_owned(),
-                });
+                };
+                match fault {
+                    DiskFault::Lost => disk.lose(lost),
+                    _ => drop(disk.note_loss(lost)),
+                }
+            }
+            DiskFault::CopyFails => {
+                if with_faulty_base(disk, Errno::ENOSPC, |disk| write(disk, 0, &[1; SECTOR])) {
+                    return Err("a write that the base did not take is answered as done".to_owned());
+                }
+                content[..SECTOR].fill(1);
+            }
+            DiskFault::ApplyFails => {
+                if !with_faulty_base(disk, Errno::EIO, apply_step) {
+                    return Ok(DiskStep::Nothing);
+                }
             }
             DiskFault::LateWrite => {
                 if write(disk, 0, &[1; SECTOR]) {

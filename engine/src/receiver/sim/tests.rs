@@ -86,7 +86,7 @@ fn a_seed_is_a_run() {
 }
 
 /// Each break, and within how many seeds it is found.
-const CANARIES: [(Canary, u64); 23] = [
+const CANARIES: [(Canary, u64); 24] = [
     (Canary::EarlySync, 10),
     (Canary::OpenGate, 100),
     (Canary::LostWake, 10),
@@ -104,6 +104,7 @@ const CANARIES: [(Canary, u64); 23] = [
     (Canary::EarlyZero, 500),
     (Canary::LostDecodeWake, 100),
     (Canary::LateCut, 500),
+    (Canary::IgnoredLoss, 500),
     (Canary::AppliedEarly, 100),
     (Canary::ForgottenDisk, 100),
     (Canary::SkippedBlock, 100),
