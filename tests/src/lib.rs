@@ -13,6 +13,7 @@ pub mod capture;
 pub mod command;
 pub mod hostile;
 pub mod lab;
+pub mod loop_device;
 pub mod model;
 pub mod nbd;
 pub mod random;

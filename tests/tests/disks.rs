@@ -5,6 +5,7 @@
 
 use colo_ring_tests::command::{RunningReceiver, Scratch, guest, until, wrapped};
 use colo_ring_tests::lab::SharedDirectory;
+use colo_ring_tests::loop_device::LoopDevice;
 use colo_ring_tests::random::generator;
 use colo_ring_tools::capture_file::{CaptureInfo, CaptureWriter, Compression};
 use colo_ring_tools::primary::{SynthOptions, SynthPrimary, check_disk, device_state_at};
@@ -12,6 +13,7 @@ use rand::RngExt;
 use rand::rngs::Xoshiro256PlusPlus;
 use serde_json::{Value, json};
 use std::fs::File;
+use std::os::unix::fs::symlink;
 use std::process::{Child, Stdio};
 use std::time::Duration;
 
@@ -28,6 +30,9 @@ fn runs() -> u32 {
 struct Place {
     scratch: Scratch,
     ram: SharedDirectory,
+    /// The last disk's base, where that is not a file.
+    #[expect(dead_code, reason = "the device goes when it is dropped")]
+    device: Option<LoopDevice>,
 }
 
 /// A primary as a process, killed when dropped.
@@ -51,7 +56,22 @@ impl Place {
         Self {
             scratch,
             ram: SharedDirectory::new().unwrap(),
+            device: None,
         }
+    }
+
+    /// With a block device for its last disk.
+    fn with_a_block_device() -> Result<Self, String> {
+        let place = Self::new();
+        let base = place.scratch.path().join(format!("synth-{}.raw", DISKS - 1));
+        let backing = place.scratch.path().join("backing");
+        std::fs::rename(&base, &backing).unwrap();
+        let device = LoopDevice::of(&backing)?;
+        symlink(device.path(), &base).unwrap();
+        Ok(Self {
+            device: Some(device),
+            ..place
+        })
     }
 
     fn receiver(&self, more: &[&str]) -> RunningReceiver {
@@ -169,15 +189,20 @@ fn a_killed_primary_leaves_memory_and_disks_of_one_checkpoint() {
     let mut random = generator("COLO_RING_DISK_SEED");
     for run in 0..runs() {
         let seed = u64::from(run) + 1;
-        let place = Place::new();
-        let receiver = place.receiver(&[]);
-        let primary = place.primary(&receiver, seed);
-        wait_state(&receiver, "protected");
-        std::thread::sleep(delay(&mut random));
-        drop(primary);
-        wait_state(&receiver, "ended");
-        println!("run {run}: checkpoint {}", place.check(&receiver, seed));
+        let checkpoint = kill_primary(&Place::new(), seed, delay(&mut random));
+        println!("run {run}: checkpoint {checkpoint}");
     }
+}
+
+/// Kills the primary some time after it is protected. Returns the checkpoint of which all is.
+fn kill_primary(place: &Place, seed: u64, after: Duration) -> u64 {
+    let receiver = place.receiver(&[]);
+    let primary = place.primary(&receiver, seed);
+    wait_state(&receiver, "protected");
+    std::thread::sleep(after);
+    drop(primary);
+    wait_state(&receiver, "ended");
+    place.check(&receiver, seed)
 }
 
 #[test]
@@ -211,25 +236,50 @@ fn a_dump_says_why_it_is_without_disks() {
 fn a_killed_receiver_leaves_memory_and_disks_of_one_checkpoint() {
     let mut random = generator("COLO_RING_DISK_SEED");
     for run in 0..runs() {
-        let seed = u64::from(run) + 1;
-        let place = Place::new();
-        let backend = ["uring", "epoll", "threads"][usize::try_from(run % 3).unwrap()];
-        // With little memory, logs are spilled to files beside the bases.
-        let limit = ["1G", "96M"][usize::try_from(run % 2).unwrap()];
-        let receiver = place.receiver(&["--backend", backend, "--ram-limit", limit]);
-        let primary = place.primary(&receiver, seed);
-        wait_state(&receiver, "protected");
-        std::thread::sleep(delay(&mut random));
-        // By SIGKILL, and waits for it.
-        drop(receiver);
-        drop(primary);
-        let receiver = place.receiver(&[]);
-        wait_state(&receiver, "recovered");
-        println!("run {run}: checkpoint {}", place.check(&receiver, seed));
-        assert_eq!(
-            receiver.ask(&["discard", "--json", "--session", "1"])["discarded"],
-            1
-        );
-        assert_eq!(place.ram.files(), 0);
+        let checkpoint = kill_receiver(&Place::new(), run, delay(&mut random));
+        println!("run {run}: checkpoint {checkpoint}");
+    }
+}
+
+/// Kills the receiver some time after it has a protected guest. Returns the checkpoint of which all is for its successor.
+fn kill_receiver(place: &Place, run: u32, after: Duration) -> u64 {
+    let seed = u64::from(run) + 1;
+    let backend = ["uring", "epoll", "threads"][usize::try_from(run % 3).unwrap()];
+    // With little memory, logs are spilled to files beside the bases.
+    let limit = ["1G", "96M"][usize::try_from(run % 2).unwrap()];
+    let receiver = place.receiver(&["--backend", backend, "--ram-limit", limit]);
+    let primary = place.primary(&receiver, seed);
+    wait_state(&receiver, "protected");
+    std::thread::sleep(after);
+    // By SIGKILL, and waits for it.
+    drop(receiver);
+    drop(primary);
+    let receiver = place.receiver(&[]);
+    wait_state(&receiver, "recovered");
+    let checkpoint = place.check(&receiver, seed);
+    assert_eq!(
+        receiver.ask(&["discard", "--json", "--session", "1"])["discarded"],
+        1
+    );
+    assert_eq!(place.ram.files(), 0);
+    checkpoint
+}
+
+#[test]
+fn a_block_device_is_a_base_like_a_file() {
+    let mut random = generator("COLO_RING_DISK_SEED");
+    for run in 0..2 {
+        for is_primary in [true, false] {
+            let place = match Place::with_a_block_device() {
+                Ok(place) => place,
+                Err(why) => return colo_ring_skip::skip("a_block_device_is_a_base_like_a_file", &why),
+            };
+            let after = delay(&mut random);
+            let checkpoint = match is_primary {
+                true => kill_primary(&place, u64::from(run) + 1, after),
+                false => kill_receiver(&place, run, after),
+            };
+            println!("run {run}: checkpoint {checkpoint}");
+        }
     }
 }

@@ -11,6 +11,7 @@ use rand::rngs::Xoshiro256PlusPlus;
 use rand::{RngExt, SeedableRng};
 use std::collections::{HashMap, HashSet};
 use std::fs::File;
+use std::io::{Seek, SeekFrom};
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 use thiserror::Error;
@@ -202,8 +203,9 @@ pub fn check_disk(
         path: path.display().to_string(),
         source,
     };
-    let file = File::open(path).map_err(failed)?;
-    let blocks = file.metadata().map_err(failed)?.len() / DISK_BLOCK_BYTES;
+    let mut file = File::open(path).map_err(failed)?;
+    // A block device has a length for a seek alone.
+    let blocks = file.seek(SeekFrom::End(0)).map_err(failed)? / DISK_BLOCK_BYTES;
     let mut last = HashMap::new();
     for number in 0..=checkpoint {
         last.extend(
