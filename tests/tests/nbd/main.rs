@@ -1,5 +1,5 @@
-//! The receiver's disks with other programs' NBD clients: qemu-img and qemu-io, libnbd's nbdinfo and nbdcopy, fio.
-//! They need the Debian packages qemu-utils, libnbd-bin and fio.
+//! The receiver's disks with other programs' NBD clients: qemu-img and qemu-io, libnbd's nbdinfo, nbdcopy and nbdsh, nbdkit's
+//! plugin `nbd` and its filter `checkwrite`, fio. They need the Debian packages qemu-utils, libnbd-bin, python3-libnbd, nbdkit and fio.
 
 use colo_ring_tests::command::{RunningReceiver, Scratch, wrapped};
 use serde_json::Value;
@@ -44,10 +44,9 @@ impl Served {
 
 /// Runs a client to its end, which must be a success, and returns what it printed.
 fn client(program: &str, args: &[&str]) -> String {
-    let output = Command::new(program)
-        .args(args)
-        .output()
-        .unwrap_or_else(|error| panic!("{program}: {error}; apt-get install qemu-utils libnbd-bin fio"));
+    let output = Command::new(program).args(args).output().unwrap_or_else(|error| {
+        panic!("{program}: {error}; apt-get install qemu-utils libnbd-bin python3-libnbd nbdkit fio")
+    });
     let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
     assert!(
         output.status.success(),
@@ -151,6 +150,58 @@ fn libnbd_lists_and_copies() {
     assert!(!refused.status.success());
     // It serves on.
     client("nbdinfo", &["--size", &uri]);
+}
+
+#[test]
+fn libnbd_asks_for_all_and_for_what_is_not_allowed() {
+    let served = Served::new();
+    let script = include_str!("conversation.py");
+    // nbdsh takes the first python3, and Debian's has the module.
+    let path = std::env::var("PATH").unwrap_or_default();
+    let output = Command::new("nbdsh")
+        .args(["-c", script])
+        .env("URI", served.uri("d"))
+        .env("PATH", format!("/usr/bin:{path}"))
+        .output();
+    let output = output.unwrap_or_else(|error| panic!("nbdsh: {error}; apt-get install python3-libnbd"));
+    let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+    assert!(
+        output.status.success(),
+        "{}{}",
+        text(&output.stdout),
+        text(&output.stderr)
+    );
+    assert!(
+        text(&output.stdout).contains("all answered"),
+        "{}",
+        text(&output.stdout)
+    );
+    client("nbdinfo", &["--size", &served.uri("d")]);
+}
+
+#[test]
+fn nbdkit_forwards_and_checks() {
+    let served = Served::new();
+    let (uri, image) = (served.uri("d"), image(&served.scratch));
+    let back = served.scratch.file("back.raw");
+    let forwarded = format!("nbdcopy {image} \"$uri\" && nbdcopy \"$uri\" {back}");
+    let plugin_uri = format!("uri={uri}");
+    client("nbdkit", &["-U", "-", "nbd", &plugin_uri, "--run", &forwarded]);
+    assert!(fs::read(&image).unwrap() == fs::read(&back).unwrap());
+    // The filter takes no byte that its file does not have at that place, and no end before all of it was written.
+    let checked = format!("nbdcopy '{uri}' \"$uri\"");
+    client(
+        "nbdkit",
+        &[
+            "-U",
+            "-",
+            "--filter=checkwrite",
+            "file",
+            &image,
+            "--run",
+            &checked,
+        ],
+    );
 }
 
 #[test]
