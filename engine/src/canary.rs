@@ -59,6 +59,8 @@ pub(crate) enum Canary {
     EarlyLoaded,
     /// The receiver sends the guard a commit before it is made.
     EarlyCommitted,
+    /// A guest that is handed over is acknowledged its last checkpoint.
+    TwoGuests,
     /// A guard lets go of frames when their line is drawn.
     EarlyRelease,
 }

@@ -14,6 +14,56 @@ pub enum LinkError {
     /// A release before the commit.
     #[error("it says that checkpoint {0} is released, which was not committed")]
     NotCommitted(CheckpointId),
+    /// The end of a QEMU that was not to end.
+    #[error("it says that the primary has ended, which it was not told to end")]
+    NotLast,
+}
+
+/// Why a guest cannot be handed over.
+#[derive(Clone, Debug, PartialEq, Eq, Error)]
+pub enum HandoverError {
+    /// Nobody beside the primary can end it.
+    #[error("no guard of it is linked, and only `colo-ring guard` beside the primary can end that")]
+    NoGuard,
+    /// One at a time.
+    #[error("it is being handed over already")]
+    UnderWay,
+    /// The guard cannot end its QEMU.
+    #[error("its guard cannot end the primary: {0}. The guest runs on there")]
+    Refused(String),
+    /// The session or the link ended before the guard was told to end the primary.
+    #[error("it was given up before the last checkpoint: {0}")]
+    GivenUp(String),
+    /// The guard was told to end the primary, and did not answer.
+    #[error(
+        "whether its primary has ended is unknown: {0}. Make sure that it has, then call failover without --planned"
+    )]
+    Unknown(String),
+}
+
+/// How far the handing over of a guest is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+enum Handover {
+    /// The guard is to be asked.
+    Wanted,
+    Asked,
+    /// The guard can end its QEMU: the next checkpoint is the last.
+    Ready,
+    /// This checkpoint is the last.
+    Last(CheckpointId),
+    /// The guard was told so, and ends its QEMU.
+    Told(CheckpointId),
+    /// The primary has ended.
+    Done(CheckpointId),
+}
+
+impl Handover {
+    fn last(self) -> Option<CheckpointId> {
+        match self {
+            Self::Wanted | Self::Asked | Self::Ready => None,
+            Self::Last(checkpoint) | Self::Told(checkpoint) | Self::Done(checkpoint) => Some(checkpoint),
+        }
+    }
 }
 
 /// How far one checkpoint is on the link.
@@ -33,6 +83,15 @@ struct Attached {
     releases_in_pause: bool,
     /// The last checkpoint for which a barrier was asked on this link.
     round: Option<Round>,
+    handover: Option<Handover>,
+}
+
+impl Attached {
+    /// Whether nothing of the round is to come any more.
+    fn is_round_over(&self) -> bool {
+        self.round
+            .is_some_and(|round| round.is_commit_sent && (round.is_released || !self.releases_in_pause))
+    }
 }
 
 /// The barriers of one session. Without a link nothing is asked for, and every checkpoint may be acknowledged.
@@ -48,6 +107,7 @@ impl Barriers {
         self.attached = Some(Attached {
             releases_in_pause,
             round: None,
+            handover: None,
         });
     }
 
@@ -65,6 +125,9 @@ impl Barriers {
     /// The primary's guest is stopped for this checkpoint.
     pub fn ask(&mut self, checkpoint: CheckpointId) {
         if let Some(attached) = &mut self.attached {
+            if attached.handover == Some(Handover::Ready) {
+                attached.handover = Some(Handover::Last(checkpoint));
+            }
             attached.round = Some(Round {
                 checkpoint,
                 is_barrier_sent: false,
@@ -93,13 +156,27 @@ impl Barriers {
         let Some(round) = attached.round.filter(|round| round.checkpoint == checkpoint) else {
             return true;
         };
+        if attached.handover.and_then(Handover::last).is_some() && !canary::is_set(Canary::TwoGuests) {
+            return false;
+        }
         let is_placed = round.is_placed || canary::is_set(Canary::EarlyLoaded);
         is_placed && (round.is_released || !attached.releases_in_pause)
     }
 
     /// The next message to the guard, if there is one to be sent now.
     pub fn next_message(&mut self) -> Option<ToGuard> {
-        let round = self.attached.as_mut()?.round.as_mut()?;
+        let attached = self.attached.as_mut()?;
+        if attached.handover == Some(Handover::Wanted) {
+            attached.handover = Some(Handover::Asked);
+            return Some(ToGuard::Handover);
+        }
+        if let Some(Handover::Last(checkpoint)) = attached.handover
+            && attached.is_round_over()
+        {
+            attached.handover = Some(Handover::Told(checkpoint));
+            return Some(ToGuard::Last { checkpoint });
+        }
+        let round = attached.round.as_mut()?;
         let checkpoint = round.checkpoint;
         if !round.is_barrier_sent {
             round.is_barrier_sent = true;
@@ -119,11 +196,13 @@ impl Barriers {
         let Some(Attached {
             releases_in_pause,
             round: Some(round),
+            handover,
         }) = self.attached
         else {
             return false;
         };
-        (round.is_barrier_sent && !round.is_placed)
+        matches!(handover, Some(Handover::Told(_)))
+            || (round.is_barrier_sent && !round.is_placed)
             || (round.is_commit_sent && releases_in_pause && !round.is_released)
     }
 
@@ -145,6 +224,74 @@ impl Barriers {
         let round = self.round(checkpoint).filter(|round| round.is_commit_sent);
         round.ok_or(LinkError::NotCommitted(checkpoint))?.is_released = true;
         Ok(())
+    }
+
+    /// The guest is to go on here: its guard is asked for a last checkpoint and the end of the primary.
+    ///
+    /// # Errors
+    /// If there is no guard, or it is asked already.
+    pub fn begin_handover(&mut self) -> Result<(), HandoverError> {
+        let attached = self.attached.as_mut().ok_or(HandoverError::NoGuard)?;
+        match attached.handover {
+            None => attached.handover = Some(Handover::Wanted),
+            Some(_) => return Err(HandoverError::UnderWay),
+        }
+        Ok(())
+    }
+
+    /// The guest stays where it is, unless its last checkpoint has begun. Whether that is so.
+    pub fn cancel_handover(&mut self) -> bool {
+        let Some(attached) = &mut self.attached else {
+            return true;
+        };
+        let is_cancelled = attached.handover.and_then(Handover::last).is_none();
+        if is_cancelled {
+            attached.handover = None;
+        }
+        is_cancelled
+    }
+
+    /// The guard can end the primary. One that was asked in vain says it in vain.
+    pub fn handover_ready(&mut self) {
+        if let Some(attached) = &mut self.attached
+            && attached.handover == Some(Handover::Asked)
+        {
+            attached.handover = Some(Handover::Ready);
+        }
+    }
+
+    /// The guard cannot end the primary. Whether that ends a handing over.
+    pub fn handover_refused(&mut self) -> bool {
+        let handover = self
+            .attached
+            .as_mut()
+            .and_then(|attached| attached.handover.take());
+        handover.is_some()
+    }
+
+    /// The guard has ended the primary. Returns the last checkpoint.
+    ///
+    /// # Errors
+    /// If it was not told to.
+    pub fn primary_ended(&mut self) -> Result<CheckpointId, LinkError> {
+        match &mut self.attached {
+            Some(Attached {
+                handover: Some(handover @ Handover::Told(_)),
+                ..
+            }) => {
+                let checkpoint = handover.last().ok_or(LinkError::NotLast)?;
+                *handover = Handover::Done(checkpoint);
+                Ok(checkpoint)
+            }
+            _ => Err(LinkError::NotLast),
+        }
+    }
+
+    /// Whether the guard was told to end the primary, and has not answered.
+    #[must_use]
+    pub fn awaits_end(&self) -> bool {
+        let handover = self.attached.and_then(|attached| attached.handover);
+        matches!(handover, Some(Handover::Told(_)))
     }
 
     fn round(&mut self, checkpoint: CheckpointId) -> Option<&mut Round> {

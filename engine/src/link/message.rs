@@ -4,7 +4,7 @@ use crate::units::CheckpointId;
 use serde::{Deserialize, Serialize};
 
 /// The version of the protocol that is spoken here.
-pub const LINK_VERSION: u32 = 1;
+pub const LINK_VERSION: u32 = 2;
 
 /// The first bytes of a guard's connection, by which the receiver knows it from a migration.
 pub const PREFACE: [u8; 4] = *b"LINK";
@@ -30,7 +30,7 @@ pub struct Hello {
 
 /// From the guard to the receiver.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
-#[serde(tag = "type", rename_all = "lowercase")]
+#[serde(tag = "type", rename_all = "snake_case")]
 pub enum ToReceiver {
     /// The first message.
     Hello(Hello),
@@ -44,11 +44,20 @@ pub enum ToReceiver {
         /// The checkpoint of [`ToGuard::Committed`].
         checkpoint: CheckpointId,
     },
+    /// To [`ToGuard::Handover`]: the guard can end the guest's QEMU, and has it make a checkpoint now.
+    HandoverReady,
+    /// To [`ToGuard::Handover`] or [`ToGuard::Last`]: the guard cannot end it. The guest runs on there.
+    HandoverRefused {
+        /// Why.
+        reason: String,
+    },
+    /// To [`ToGuard::Last`]: the guest's QEMU has ended.
+    PrimaryEnded,
 }
 
 /// From the receiver to the guard.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
-#[serde(tag = "type", rename_all = "lowercase")]
+#[serde(tag = "type", rename_all = "snake_case")]
 pub enum ToGuard {
     /// The guard is known from now on.
     Welcome {
@@ -72,6 +81,14 @@ pub enum ToGuard {
     },
     /// This checkpoint is the one that a failover would resume.
     Committed {
+        /// Its number.
+        checkpoint: CheckpointId,
+    },
+    /// The operator wants the guest to go on at the receiver. A guard that can end its QEMU says so and asks that for a checkpoint: the next
+    /// one that begins after its answer is the last.
+    Handover,
+    /// The last checkpoint is committed, and its output is let go: the guest, which is stopped, must never run there again.
+    Last {
         /// Its number.
         checkpoint: CheckpointId,
     },

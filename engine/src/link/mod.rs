@@ -23,7 +23,10 @@
 //!    has no word that would let go what is behind a line drawn too late. [`Barriers::next_message`]
 //! 3. A commit lets go only up to lines that were drawn on the same link: a guard that has lost its link drops its lines
 //!    ([`HeldOutput::forget_barriers`]), since the guest may have run on before a line that arrives late was drawn.
-//! 4. A receiver without a link acknowledges at once. Nothing is released meanwhile: a guard without a link holds everything until it
+//! 4. A guest that is handed over runs in one place: once its last checkpoint has begun, the receiver acknowledges nothing any more
+//!    ([`Barriers::begin_handover`]), and resumes it only after the guard's `primary_ended`. A guard that cannot end its QEMU
+//!    refuses, and a link that is lost before the guard was told to do so leaves the guest where it is.
+//! 5. A receiver without a link acknowledges at once. Nothing is released meanwhile: a guard without a link holds everything until it
 //!    has a link again, or has ended the protection.
 //!
 //! So: *what the world has seen is in the last committed checkpoint*. `model.rs` explores every order of events within small bounds, the
@@ -44,6 +47,6 @@ mod model;
 #[cfg(test)]
 mod tests;
 
-pub use barriers::{Barriers, LinkError};
+pub use barriers::{Barriers, HandoverError, LinkError};
 pub use held_output::{Held, HeldOutput};
 pub use message::{Hello, LINE_MAX, LINK_VERSION, PREFACE, ToGuard, ToReceiver};

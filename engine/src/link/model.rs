@@ -19,6 +19,9 @@ const FRAMES: u8 = 3;
 const LOSSES: u8 = 2;
 const KILLS: u8 = 1;
 
+/// Guests that are handed over, at most.
+const HANDOVERS: u8 = 1;
+
 /// A frame: the checkpoint that will contain its sending. Those that came before there was a line have none.
 type Frame = Option<u64>;
 
@@ -31,6 +34,11 @@ struct Model {
     frames_left: u8,
     losses_left: u8,
     kills_left: u8,
+    handovers_left: u8,
+    /// The guard has ended its QEMU.
+    has_primary_ended: bool,
+    /// The receiver may resume the guest.
+    is_handed_over: bool,
     barriers: Barriers,
     /// Sent by the guest, and not read by the guard.
     wire: VecDeque<u64>,
@@ -60,9 +68,11 @@ enum Step {
     GuardConnects,
     /// The guard is killed, and the next begins: what it had read is gone.
     GuardDies,
+    OperatorHandsOver,
+    OperatorGivesUp,
 }
 
-const STEPS: [Step; 13] = [
+const STEPS: [Step; 15] = [
     Step::GuestSends,
     Step::GuardTakesFrame,
     Step::PrimaryStops,
@@ -76,6 +86,8 @@ const STEPS: [Step; 13] = [
     Step::GuardLoses,
     Step::GuardConnects,
     Step::GuardDies,
+    Step::OperatorHandsOver,
+    Step::OperatorGivesUp,
 ];
 
 impl Model {
@@ -90,6 +102,9 @@ impl Model {
             frames_left: FRAMES,
             losses_left: LOSSES,
             kills_left: KILLS,
+            handovers_left: HANDOVERS,
+            has_primary_ended: false,
+            is_handed_over: false,
             barriers,
             wire: VecDeque::new(),
             held: HeldOutput::new(u64::MAX),
@@ -100,7 +115,7 @@ impl Model {
     }
 
     fn is_done(&self) -> bool {
-        self.checkpoint == CHECKPOINTS
+        self.checkpoint == CHECKPOINTS || self.has_primary_ended
     }
 
     /// The state after a step; none if it cannot happen.
@@ -111,7 +126,7 @@ impl Model {
             Step::GuardTakesFrame => next.guard_takes_frame(),
             Step::PrimaryStops => next.primary_stops(),
             Step::ReceiverCommits => next.receiver_commits(),
-            Step::ReceiverAcknowledges => next.receiver_acknowledges(),
+            Step::ReceiverAcknowledges => next.receiver_acknowledges()?,
             Step::ReceiverSends => next.receiver_sends(),
             Step::GuardReads => next.guard_reads(),
             Step::ReceiverReads => next.receiver_reads()?,
@@ -120,12 +135,14 @@ impl Model {
             Step::GuardLoses => next.guard_loses(),
             Step::GuardConnects => next.guard_connects(),
             Step::GuardDies => next.guard_dies(),
+            Step::OperatorHandsOver => next.operator_hands_over(),
+            Step::OperatorGivesUp => next.operator_gives_up(),
         };
         Ok(happened.then_some(next))
     }
 
     fn guest_sends(&mut self) -> bool {
-        if self.is_stopped || self.frames_left == 0 {
+        if self.is_stopped || self.has_primary_ended || self.frames_left == 0 {
             return false;
         }
         self.frames_left -= 1;
@@ -159,14 +176,44 @@ impl Model {
         true
     }
 
-    fn receiver_acknowledges(&mut self) -> bool {
+    fn receiver_acknowledges(&mut self) -> Result<bool, String> {
         let is_committed = self.is_stopped && self.committed == Some(self.checkpoint);
         if !is_committed || !self.barriers.may_acknowledge(CheckpointId(self.checkpoint)) {
-            return false;
+            return Ok(false);
+        }
+        if self.has_primary_ended {
+            // To nobody.
+            return Ok(false);
         }
         self.is_stopped = false;
         self.checkpoint += 1;
+        Ok(true)
+    }
+
+    fn operator_hands_over(&mut self) -> bool {
+        if self.handovers_left == 0 || self.barriers.begin_handover().is_err() {
+            return false;
+        }
+        self.handovers_left -= 1;
         true
+    }
+
+    fn operator_gives_up(&mut self) -> bool {
+        let before = self.barriers.clone();
+        self.barriers.cancel_handover() && self.barriers != before
+    }
+
+    /// The guard's last word on a QEMU is kept: what is resumed here must run nowhere else, and be all that the world has seen.
+    fn hand_over(&mut self) -> Result<(), String> {
+        let checkpoint = self.barriers.primary_ended().map_err(|error| error.to_string())?;
+        self.is_handed_over = true;
+        let is_last = self.committed == Some(checkpoint.0) && self.checkpoint == checkpoint.0;
+        match self.has_primary_ended && self.is_stopped && is_last {
+            true => Ok(()),
+            false => Err(format!(
+                "checkpoint {checkpoint} is resumed while its primary runs"
+            )),
+        }
     }
 
     fn receiver_sends(&mut self) -> bool {
@@ -188,14 +235,27 @@ impl Model {
                 self.to_receiver.push_back(ToReceiver::Placed { checkpoint });
             }
             Some(ToGuard::Committed { checkpoint }) => self.held.committed(checkpoint),
+            Some(ToGuard::Handover) => self.to_receiver.push_back(ToReceiver::HandoverReady),
+            Some(ToGuard::Last { .. }) => {
+                self.has_primary_ended = true;
+                self.to_receiver.push_back(ToReceiver::PrimaryEnded);
+            }
             Some(_) | None => return false,
         }
         true
     }
 
     fn receiver_reads(&mut self) -> Result<bool, String> {
-        let Some(ToReceiver::Placed { checkpoint }) = self.to_receiver.pop_front() else {
-            return Ok(false);
+        let checkpoint = match self.to_receiver.pop_front() {
+            Some(ToReceiver::Placed { checkpoint }) => checkpoint,
+            Some(ToReceiver::HandoverReady) => {
+                self.barriers.handover_ready();
+                return Ok(true);
+            }
+            Some(ToReceiver::PrimaryEnded) if self.barriers.is_attached() => {
+                return self.hand_over().map(|()| true);
+            }
+            _ => return Ok(false),
         };
         // A link that was given up is closed.
         if self.barriers.is_attached() {
@@ -286,7 +346,10 @@ fn explore() -> Result<usize, String> {
                 .map_err(|error| format!("{error}, after {:?}", way()))?;
             let Some(next) = next else { continue };
             // A link need not be lost, and a guard need not die.
-            is_end &= matches!(step, Step::ReceiverLoses | Step::GuardDies);
+            is_end &= matches!(
+                step,
+                Step::ReceiverLoses | Step::GuardDies | Step::OperatorHandsOver | Step::OperatorGivesUp
+            );
             if known.insert(next.clone()) {
                 open.push_back((next, way()));
             }
@@ -304,6 +367,16 @@ fn no_order_of_events_shows_what_is_not_committed() {
     println!("{states} states");
     // A model in which little can happen proves little.
     assert!(states > 10_000, "{states} states");
+}
+
+#[test]
+fn a_guest_in_two_places_is_found() {
+    canary::set(Some(Canary::TwoGuests));
+    let found = explore();
+    canary::set(None);
+    let error = found.expect_err("a break that must be found");
+    println!("{error}");
+    assert!(error.contains("while its primary runs"), "{error}");
 }
 
 #[test]

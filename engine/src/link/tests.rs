@@ -134,6 +134,83 @@ fn a_guard_that_releases_in_the_pause_is_waited_for_twice() {
 }
 
 #[test]
+fn a_guest_is_handed_over_by_its_last_checkpoint() {
+    let mut barriers = Barriers::default();
+    assert_eq!(barriers.begin_handover(), Err(HandoverError::NoGuard));
+    barriers.attach(false);
+    assert_eq!(barriers.begin_handover(), Ok(()));
+    assert_eq!(barriers.begin_handover(), Err(HandoverError::UnderWay));
+    assert_eq!(barriers.next_message(), Some(ToGuard::Handover));
+    // One that is under way is not the last.
+    barriers.ask(FIRST);
+    barriers.handover_ready();
+    barriers.committed(FIRST);
+    assert!(barriers.next_message().is_some());
+    assert_eq!(barriers.placed(FIRST), Ok(()));
+    assert!(barriers.may_acknowledge(FIRST) && barriers.next_message().is_some());
+    assert_eq!(barriers.next_message(), None);
+    barriers.ask(SECOND);
+    assert!(!barriers.cancel_handover(), "its last checkpoint has begun");
+    assert!(barriers.next_message().is_some());
+    assert_eq!(barriers.placed(SECOND), Ok(()));
+    assert!(!barriers.may_acknowledge(SECOND));
+    assert_eq!(barriers.primary_ended(), Err(LinkError::NotLast));
+    barriers.committed(SECOND);
+    let messages: Vec<_> = std::iter::from_fn(|| barriers.next_message()).collect();
+    assert_eq!(
+        messages,
+        [
+            ToGuard::Committed { checkpoint: SECOND },
+            ToGuard::Last { checkpoint: SECOND }
+        ]
+    );
+    assert!(barriers.awaits_end() && barriers.awaits_answer());
+    assert_eq!(barriers.primary_ended(), Ok(SECOND));
+    assert!(!barriers.may_acknowledge(SECOND) && !barriers.awaits_end());
+}
+
+#[test]
+fn a_guest_that_is_not_handed_over_runs_on() {
+    let until_told = || {
+        let mut barriers = Barriers::default();
+        barriers.attach(true);
+        assert_eq!(barriers.begin_handover(), Ok(()));
+        assert_eq!(barriers.next_message(), Some(ToGuard::Handover));
+        barriers.handover_ready();
+        barriers.ask(FIRST);
+        barriers.committed(FIRST);
+        assert!(barriers.next_message().is_some());
+        assert_eq!(barriers.placed(FIRST), Ok(()));
+        assert_eq!(
+            barriers.next_message(),
+            Some(ToGuard::Committed { checkpoint: FIRST })
+        );
+        assert_eq!(
+            barriers.next_message(),
+            None,
+            "it has to let go before its QEMU ends"
+        );
+        assert_eq!(barriers.released(FIRST), Ok(()));
+        assert_eq!(barriers.next_message(), Some(ToGuard::Last { checkpoint: FIRST }));
+        barriers
+    };
+    let mut refused = until_told();
+    assert!(refused.handover_refused() && refused.may_acknowledge(FIRST));
+    let mut lost = until_told();
+    lost.detach();
+    assert!(lost.may_acknowledge(FIRST) && !lost.awaits_end());
+    let mut cancelled = Barriers::default();
+    cancelled.attach(false);
+    assert_eq!(cancelled.begin_handover(), Ok(()));
+    assert!(cancelled.cancel_handover());
+    cancelled.handover_ready();
+    cancelled.ask(FIRST);
+    assert!(cancelled.next_message().is_some());
+    assert_eq!(cancelled.placed(FIRST), Ok(()));
+    assert!(cancelled.may_acknowledge(FIRST));
+}
+
+#[test]
 fn messages_are_lines_that_people_can_read() {
     let hello = ToReceiver::Hello(Hello {
         version: LINK_VERSION,
@@ -145,7 +222,7 @@ fn messages_are_lines_that_people_can_read() {
     let text = serde_json::to_string(&hello).unwrap();
     assert_eq!(
         text,
-        r#"{"type":"hello","version":1,"name":"web3","uuid":null,"releases_in_pause":false,"timeout_ms":5000}"#
+        r#"{"type":"hello","version":2,"name":"web3","uuid":null,"releases_in_pause":false,"timeout_ms":5000}"#
     );
     assert_eq!(serde_json::from_str::<ToReceiver>(&text).unwrap(), hello);
     let barrier = ToGuard::Barrier { checkpoint: SECOND };
