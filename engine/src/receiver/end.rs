@@ -66,6 +66,9 @@ pub enum SessionEnd {
     /// Its checkpoint is given to a fresh QEMU, so nothing more is received from its primary.
     #[error("its checkpoint was claimed by a failover")]
     Promoted,
+    /// Its guard was told to end the primary, so that the guest goes on here.
+    #[error("its guest was handed over: its guard ended the primary")]
+    HandedOver,
     /// The receiver was stopped.
     #[error("the receiver was stopped")]
     Stopped,
@@ -79,13 +82,21 @@ impl SessionEnd {
     pub fn is_orderly(&self) -> bool {
         matches!(
             self,
-            Self::PrimaryLost(_) | Self::Broken { .. } | Self::Promoted | Self::Stopped | Self::Recovered
+            Self::PrimaryLost(_)
+                | Self::Broken { .. }
+                | Self::Promoted
+                | Self::HandedOver
+                | Self::Stopped
+                | Self::Recovered
         )
     }
 
     /// Whether the primary was lost, or had to be given up.
     pub(super) fn is_loss(&self) -> bool {
-        !matches!(self, Self::Promoted | Self::Stopped | Self::Recovered)
+        !matches!(
+            self,
+            Self::Promoted | Self::HandedOver | Self::Stopped | Self::Recovered
+        )
     }
 
     /// Whether this receiver may hold the only copy of the guest (spec §5).

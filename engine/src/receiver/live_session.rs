@@ -266,6 +266,10 @@ impl LiveSession {
 
     /// Ends the session. The first reason stays.
     pub(super) fn finish(&self, end: SessionEnd) {
+        let end = match end.is_loss() && self.output.ends_primary() {
+            true => SessionEnd::HandedOver,
+            false => end,
+        };
         if self.end.set(end).is_err() {
             return;
         }

@@ -1,6 +1,7 @@
 //! Why a request to the receiver fails.
 
 use crate::disk::DiskError;
+use crate::link::HandoverError;
 use crate::receiver::dump::DumpError;
 use crate::receiver::promotion::PromotionError;
 use crate::receiver::restore::RestoreError;
@@ -55,6 +56,17 @@ pub enum RequestError {
     /// The session is live.
     #[error("session {0} is running: its primary is connected")]
     Running(u32),
+    /// Only a connected primary's guest can be handed over.
+    #[error("session {0} has ended: its guest is resumed by failover without --planned")]
+    HasEnded(u32),
+    /// The guest is not handed over.
+    #[error("session {session} was not handed over: {source}")]
+    Handover {
+        /// The session.
+        session: u32,
+        /// Why.
+        source: HandoverError,
+    },
     /// The session is live, and so is its guest.
     #[error(
         "the primary of session {session} ({peer}) is connected, and its last checkpoint is {age_ms} ms old: its guest \

@@ -6,11 +6,12 @@
 //! | `{"command":"dump","session":1,"directory":"/absolute"}` | the checkpoint's number and the files written |
 //! | `{"command":"discard","session":1}` | an ended session's checkpoint was discarded, and its memory released |
 //! | `{"command":"claim","session":1,"force":false,"retry":false}` | the checkpoint is claimed: a [`ClaimedCheckpoint`] |
+//! | `{"command":"handover","session":1}` | the guard of the claimed session has ended its primary, after a last checkpoint |
 //! | `{"command":"restore","session":1,"to":"unix:/q","shared":"pc.ram","keep":null}` | the checkpoint was written: a [`RestoreReport`] |
 //! | `{"command":"release","session":1,"may_have_run":false}` | the claim was released: the failover has failed |
 //! | `{"command":"promoted","session":1}` | the memory was released: a guest runs from the checkpoint |
 //!
-//! The last four are sent over one connection: a claim ends with it (`promotion.rs`).
+//! The last five are sent over one connection: a claim ends with it (`promotion.rs`).
 //!
 //! A response is `{"ok":true,"answer":…}` or `{"ok":false,"error":"…"}`. Only its owner may connect to the socket (mode
 //! 0600), because a client can read the guests' memory.
@@ -48,6 +49,11 @@ pub enum Request {
         force: bool,
         /// Also if it was given away before with unknown result.
         retry: bool,
+    },
+    /// Have the guard of the claimed, live session make a last checkpoint and end the primary. Answered when that has ended.
+    Handover {
+        /// The session's number.
+        session: u32,
     },
     /// Restore the claimed checkpoint.
     Restore(RestoreRequest),
@@ -103,6 +109,13 @@ pub enum Response {
     },
     /// To [`Request::Claim`].
     Claimed(ClaimedCheckpoint),
+    /// To [`Request::Handover`].
+    HandedOver {
+        /// The session.
+        handed_over: u32,
+        /// Its last checkpoint.
+        checkpoint: u64,
+    },
     /// To [`Request::Restore`].
     Restored(RestoreReport),
     /// To [`Request::Release`].

@@ -7,6 +7,7 @@ use super::state::{ControlState, Kept, Live};
 use crate::net::Listener;
 use crate::receiver::dump::{dump, dump_ended};
 use crate::receiver::kept_checkpoint::KeptCheckpoint;
+use crate::receiver::live_session::LiveSession;
 use crate::receiver::promotion::{ClientId, Promotion, PromotionError};
 use crate::receiver::restore::restore;
 use crate::receiver::status::{STATUS_SCHEMA, STATUS_VERSION, SessionState, StatusReport};
@@ -18,6 +19,14 @@ impl ControlState {
         match event {
             ClientEvent::Request(pending) => self.handle_request(pending, listeners),
             ClientEvent::Disconnected(client) => {
+                for live in &self.live {
+                    let claimed = |checkpoint: &Arc<KeptCheckpoint>| {
+                        checkpoint.promotion().check_claimed(client).is_ok()
+                    };
+                    if live.session.checkpoint().is_some_and(claimed) {
+                        live.session.output.cancel_handover();
+                    }
+                }
                 for checkpoint in self.checkpoints() {
                     checkpoint.promotion().disconnected(client);
                 }
@@ -58,6 +67,20 @@ impl ControlState {
                 force,
                 retry,
             } => self.claim(session, by, force, retry),
+            Request::Handover { session } => match self.begin_handover(session, by) {
+                Ok(live) => {
+                    return respond_in_background(reply, move || {
+                        let handed_over = live.output.wait_handed_over();
+                        let checkpoint =
+                            handed_over.map_err(|source| RequestError::Handover { session, source })?;
+                        Ok(Response::HandedOver {
+                            handed_over: session,
+                            checkpoint: checkpoint.0,
+                        })
+                    });
+                }
+                Err(error) => Err(error),
+            },
             Request::Restore(request) => match self.claimed(request.session, by) {
                 Ok(checkpoint) => {
                     let live = self.live(request.session).map(|live| live.session.clone());
@@ -201,6 +224,15 @@ impl ControlState {
         let checkpoint = self.checkpoint(session)?;
         checkpoint.promotion().check_claimed(by).map_err(of(session))?;
         Ok(checkpoint.clone())
+    }
+
+    /// Asks the guard of a session that this client has claimed.
+    fn begin_handover(&self, session: u32, by: ClientId) -> Result<Arc<LiveSession>, RequestError> {
+        self.claimed(session, by)?;
+        let live = self.live(session).ok_or(RequestError::HasEnded(session))?;
+        let begun = live.session.output.begin_handover();
+        begun.map_err(|source| RequestError::Handover { session, source })?;
+        Ok(live.session.clone())
     }
 
     fn release(&self, session: u32, by: ClientId, may_have_run: bool) -> Result<Response, RequestError> {

@@ -278,6 +278,9 @@ impl<'a> Link<'a> {
                 read = self.read() => match read? {
                     ToReceiver::Placed { checkpoint } => bound.output.placed(bound.link, checkpoint)?,
                     ToReceiver::Released { checkpoint } => bound.output.released(bound.link, checkpoint)?,
+                    ToReceiver::HandoverReady => bound.output.handover_ready(bound.link),
+                    ToReceiver::HandoverRefused { reason } => bound.output.handover_refused(bound.link, reason),
+                    ToReceiver::PrimaryEnded => bound.output.primary_ended(bound.link)?,
                     ToReceiver::Hello(_) => return Err(LinkEnd::Unexpected),
                 },
                 () = expired => return Err(LinkEnd::Hangs(timeout)),

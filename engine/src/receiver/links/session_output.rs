@@ -1,10 +1,10 @@
 //! What a session's main channel and its link share: locked a few times a checkpoint, never per packet.
 
-use crate::link::{Barriers, Hello, LinkError, ToGuard};
+use crate::link::{Barriers, HandoverError, Hello, LinkError, ToGuard};
 use crate::ring::Waker;
 use crate::units::CheckpointId;
 use serde::{Deserialize, Serialize};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use tokio::sync::Notify;
 
 /// The guard of a session, in its status.
@@ -23,6 +23,24 @@ struct State {
     link: u64,
     guard: Option<GuardStatus>,
     end: Option<String>,
+    /// What has become of handing the guest over; none while that is under way.
+    handed_over: Option<Result<CheckpointId, HandoverError>>,
+}
+
+impl State {
+    /// The guest is not handed over, if it was to be.
+    fn give_up_handover(&mut self, error: HandoverError) {
+        self.handed_over.get_or_insert(Err(error));
+    }
+
+    /// The link has ended.
+    fn link_ended(&mut self, why: &str) {
+        let why = why.to_owned();
+        self.give_up_handover(match self.barriers.awaits_end() {
+            true => HandoverError::Unknown(why),
+            false => HandoverError::GivenUp(why),
+        });
+    }
 }
 
 /// See the module.
@@ -33,6 +51,8 @@ pub(in crate::receiver) struct SessionOutput {
     changed: Notify,
     /// The main channel may go on.
     main: Waker,
+    /// A handing over has ended.
+    handed_over: Condvar,
 }
 
 /// Which of a session's links calls.
@@ -60,6 +80,7 @@ impl SessionOutput {
             state: Mutex::default(),
             changed: Notify::new(),
             main,
+            handed_over: Condvar::new(),
         }
     }
 
@@ -71,6 +92,7 @@ impl SessionOutput {
     pub(in crate::receiver) fn attach(&self, hello: &Hello) -> LinkNumber {
         let mut state = self.lock();
         state.link += 1;
+        state.link_ended("another guard has taken the place of its guard");
         state.barriers.attach(hello.releases_in_pause);
         state.guard = Some(GuardStatus {
             name: hello.name.clone(),
@@ -78,6 +100,7 @@ impl SessionOutput {
         });
         let link = LinkNumber(state.link);
         drop(state);
+        self.handed_over.notify_all();
         // The one before, if there is one, sees that it was replaced; what the main channel waits for on it, it need not wait for.
         self.changed.notify_waiters();
         self.main.wake();
@@ -90,11 +113,13 @@ impl SessionOutput {
         if state.link != link.0 {
             return false;
         }
+        state.link_ended("the link to its guard is lost");
         state.barriers.detach();
         if let Some(guard) = &mut state.guard {
             guard.linked = false;
         }
         drop(state);
+        self.handed_over.notify_all();
         self.main.wake();
         true
     }
@@ -118,7 +143,14 @@ impl SessionOutput {
 
     /// The session has ended.
     pub(in crate::receiver) fn end(&self, reason: String) {
-        self.lock().end = Some(reason);
+        let mut state = self.lock();
+        // Where the guard ends the primary, that is what has ended the session.
+        if !state.barriers.awaits_end() {
+            state.give_up_handover(HandoverError::GivenUp(reason.clone()));
+        }
+        state.end = Some(reason);
+        drop(state);
+        self.handed_over.notify_all();
         self.changed.notify_one();
     }
 
@@ -137,8 +169,8 @@ impl SessionOutput {
             return Next::Send(message);
         }
         match &state.end {
-            Some(reason) => Next::Ended(reason.clone()),
-            None => Next::Wait {
+            Some(reason) if !state.barriers.awaits_end() => Next::Ended(reason.clone()),
+            _ => Next::Wait {
                 for_answer: state.barriers.awaits_answer(),
             },
         }
@@ -171,6 +203,84 @@ impl SessionOutput {
         checkpoint: CheckpointId,
     ) -> Result<(), LinkError> {
         self.answered(link, |barriers| barriers.released(checkpoint))
+    }
+
+    /// The guest is to go on at this receiver: its guard is to have it make a last checkpoint, and to end its primary.
+    ///
+    /// # Errors
+    /// If there is no guard, or it is asked already.
+    pub(in crate::receiver) fn begin_handover(&self) -> Result<(), HandoverError> {
+        let mut state = self.lock();
+        state.barriers.begin_handover()?;
+        state.handed_over = None;
+        drop(state);
+        self.changed.notify_one();
+        Ok(())
+    }
+
+    /// The client that wanted it is gone: the guest stays where it is, unless its last checkpoint has begun.
+    pub(in crate::receiver) fn cancel_handover(&self) {
+        let mut state = self.lock();
+        if state.barriers.cancel_handover() {
+            state.give_up_handover(HandoverError::GivenUp("its client has disconnected".to_owned()));
+        }
+        drop(state);
+        self.handed_over.notify_all();
+    }
+
+    /// Waits until the guest is handed over, after [`Self::begin_handover`]. Returns the last checkpoint.
+    ///
+    /// # Errors
+    /// If it is not, and why.
+    pub(in crate::receiver) fn wait_handed_over(&self) -> Result<CheckpointId, HandoverError> {
+        let state = self.lock();
+        let is_pending = |state: &mut State| state.handed_over.is_none();
+        let state = self.handed_over.wait_while(state, is_pending);
+        let state = state.unwrap_or_else(PoisonError::into_inner);
+        state
+            .handed_over
+            .clone()
+            .unwrap_or_else(|| Err(HandoverError::GivenUp("nobody knows why".to_owned())))
+    }
+
+    /// Whether the guard was told to end the primary, or has.
+    pub(in crate::receiver) fn ends_primary(&self) -> bool {
+        let state = self.lock();
+        state.barriers.awaits_end() || matches!(state.handed_over, Some(Ok(_)))
+    }
+
+    /// The guard can end the primary: the next checkpoint is the last.
+    pub(in crate::receiver) fn handover_ready(&self, link: LinkNumber) {
+        let mut state = self.lock();
+        if state.link == link.0 {
+            state.barriers.handover_ready();
+        }
+    }
+
+    /// The guard cannot end the primary, which runs on.
+    pub(in crate::receiver) fn handover_refused(&self, link: LinkNumber, reason: String) {
+        let mut state = self.lock();
+        if state.link == link.0 && state.barriers.handover_refused() {
+            state.give_up_handover(HandoverError::Refused(reason));
+        }
+        drop(state);
+        self.handed_over.notify_all();
+        self.main.wake();
+    }
+
+    /// The guard has ended the primary.
+    ///
+    /// # Errors
+    /// If it was not told to.
+    pub(in crate::receiver) fn primary_ended(&self, link: LinkNumber) -> Result<(), LinkError> {
+        let mut state = self.lock();
+        if state.link != link.0 {
+            return Ok(());
+        }
+        state.handed_over = Some(Ok(state.barriers.primary_ended()?));
+        drop(state);
+        self.handed_over.notify_all();
+        Ok(())
     }
 
     fn answered(

@@ -205,7 +205,7 @@ impl SimGuard {
         let taken = match self.to_receiver.pop_front() {
             Some(ToReceiver::Placed { checkpoint }) => self.output.placed(link, checkpoint),
             Some(ToReceiver::Released { checkpoint }) => self.output.released(link, checkpoint),
-            Some(ToReceiver::Hello(_)) | None => return Ok(false),
+            Some(_) | None => return Ok(false),
         };
         taken.map_err(|error| format!("the guard's answer is not taken: {error}"))?;
         Ok(true)
