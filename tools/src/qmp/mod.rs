@@ -7,6 +7,7 @@
 //! `EVENTS_MAX` events are kept, so that whatever listens at the path cannot fill this process's memory.
 
 mod error;
+mod process;
 
 use serde_json::{Value, json};
 use std::fmt;
@@ -18,6 +19,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 pub use error::QmpError;
+pub use process::{ProcessError, QemuProcess};
 
 /// `PATH` or `unix:PATH`.
 pub(crate) fn socket_path(text: &str) -> Result<PathBuf, String> {

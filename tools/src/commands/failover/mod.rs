@@ -81,6 +81,11 @@ pub struct FailoverArgs {
     #[arg(long)]
     force: bool,
 
+    /// The primary is well: its guard takes a last checkpoint, and ends it before the guest is resumed here. Nothing is lost, and no
+    /// connection breaks
+    #[arg(long, conflicts_with_all = ["force", "fence", "retry", "print_blockdev"])]
+    planned: bool,
+
     /// Also if the checkpoint was given away before and it is unknown what became of it
     #[arg(long)]
     retry: bool,
@@ -152,7 +157,7 @@ pub fn run(args: &FailoverArgs) -> Result<ExitCode, CommandError> {
     let mut conversation = Conversation::open(&args.control)?;
     let claim = Request::Claim {
         session: args.session,
-        force: args.force,
+        force: args.force || args.planned,
         retry: args.retry,
     };
     let claimed: ClaimedCheckpoint = conversation.ask(&claim)?;
@@ -254,6 +259,12 @@ impl Claim {
     }
 }
 
+/// A guest that was handed over by its guard.
+#[derive(Deserialize)]
+struct HandedOver {
+    checkpoint: u64,
+}
+
 /// The state of a checkpoint after its claim was given up.
 #[derive(Deserialize)]
 struct Released {
@@ -313,7 +324,7 @@ fn resume(
 /// name of the block that it has mapped, if it has.
 fn prepare(
     args: &FailoverArgs,
-    claim: &Claim,
+    claim: &mut Claim,
     line: Option<CommandLine>,
     started: &Started,
     times: &mut Times,
@@ -345,7 +356,21 @@ fn prepare(
     let began = Instant::now();
     waiting.listen(shared.is_some())?;
     times.check += began.elapsed();
+    hand_over(args, claim, times)?;
     Ok((waiting, shared))
+}
+
+/// Has the primary's guard make a last checkpoint and end the primary, if that is asked for.
+fn hand_over(args: &FailoverArgs, claim: &mut Claim, times: &mut Times) -> Result<(), CommandError> {
+    if !args.planned {
+        return Ok(());
+    }
+    let began = Instant::now();
+    let session = args.session;
+    let handed_over: HandedOver = claim.conversation.ask(&Request::Handover { session })?;
+    (claim.claimed.checkpoint, claim.claimed.checkpoint_age_ms) = (handed_over.checkpoint, 0);
+    times.handover = began.elapsed();
+    Ok(())
 }
 
 /// The command line with what must be added, checked against the checkpoint as far as it says something.
@@ -411,7 +436,9 @@ fn write_only(
     started: &Started,
     times: &mut Times,
 ) -> Result<Outcome, CommandError> {
-    fence(args, claim, times).map_err(|error| claim.untouched(&error))?;
+    fence(args, claim, times)
+        .and_then(|()| hand_over(args, claim, times))
+        .map_err(|error| claim.untouched(&error))?;
     let keep = args.keep()?;
     let began = Instant::now();
     let (name, restored) = match target {

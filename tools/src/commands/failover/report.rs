@@ -23,6 +23,8 @@ pub(super) struct Times {
     pub(super) check: Duration,
     /// The operator's fence.
     pub(super) fence: Duration,
+    /// The last checkpoint of a primary that was well, and its end.
+    pub(super) handover: Duration,
     /// The receiver's part: holding the checkpoint, and writing it while QEMU loads.
     pub(super) restore: Duration,
     /// From the stream's last byte until the guest runs.
@@ -53,6 +55,7 @@ struct Steps {
     start_ns: u64,
     check_ns: u64,
     fence_ns: u64,
+    handover_ns: u64,
     restore_ns: u64,
     hold_ns: u64,
     keep_ns: u64,
@@ -127,6 +130,7 @@ impl Outcome {
             start_ns: nanoseconds(times.start),
             check_ns: nanoseconds(times.check),
             fence_ns: nanoseconds(times.fence),
+            handover_ns: nanoseconds(times.handover),
             restore_ns: nanoseconds(times.restore),
             hold_ns: self.restored.hold_ns,
             keep_ns: self.restored.keep_ns,
@@ -177,6 +181,7 @@ fn report<'a>(
             "control": args.control.to_string(),
             "stream": args.stream,
             "force": args.force,
+            "planned": args.planned,
             "retry": args.retry,
             "fence": args.fence,
             "qemu": args.qemu,
@@ -218,8 +223,12 @@ fn words(
                 format!("stopped ({status})")
             };
             let qemu = outcome.qemu.as_deref().unwrap_or_default();
+            let of_when = match args.planned {
+                true => ", its last; its primary has ended".to_owned(),
+                false => format!(", which was {age} ms old"),
+            };
             format!(
-                "the guest of session {session} {does} in QEMU {qemu} from checkpoint {checkpoint}, which was {age} ms old\n"
+                "the guest of session {session} {does} in QEMU {qemu} from checkpoint {checkpoint}{of_when}\n"
             )
         }
         (None, to) => format!(
@@ -260,6 +269,7 @@ fn words(
         ("QEMU's start", steps.start_ns),
         ("check", steps.check_ns),
         ("fence", steps.fence_ns),
+        ("last checkpoint and primary's end", steps.handover_ns),
         ("stream", steps.restore_ns),
         ("QEMU's loading", steps.load_ns),
         ("all", steps.total_ns),

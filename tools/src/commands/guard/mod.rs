@@ -132,8 +132,11 @@ struct EventSender {
 impl EventSender {
     fn send(&self, event: GuardEvent) {
         use GuardEvent::{Path, Resumed, Stopped};
-        use PathEvent::{Bound, OutputWaits};
-        let is_usual = matches!(event, Path(Bound { .. } | OutputWaits) | Stopped(_) | Resumed(_));
+        use PathEvent::{Bound, HandedOver, HandoverAsked, OutputWaits};
+        let is_usual = matches!(
+            event,
+            Path(Bound { .. } | OutputWaits | HandoverAsked | HandedOver) | Stopped(_) | Resumed(_)
+        );
         // A guard that has ended needs neither.
         let _ = self.events.send(event);
         if !is_usual {

@@ -2,6 +2,7 @@
 
 use super::gate::{Counts, GateError, OutputGate};
 use super::link::{Link, LinkError};
+use crate::qmp::{ProcessError, QemuProcess};
 use colo_ring::link::{ToGuard, ToReceiver};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::eventfd::{EfdFlags, EventFd};
@@ -27,6 +28,10 @@ pub(super) enum PathEvent {
     OutputWaits,
     /// A gate has failed: it holds what it has, and the link was closed.
     GateFailed(String),
+    /// The operator wants the guest to go on at the receiver: it waits for [`OutputPath::hand_over`].
+    HandoverAsked,
+    /// The last checkpoint is committed, what it has let go has left, and QEMU was ended.
+    HandedOver,
 }
 
 enum Command {
@@ -35,6 +40,8 @@ enum Command {
     Unlink,
     /// Release everything, and let everything pass.
     Open,
+    /// The process to end at the last checkpoint, or why it cannot be ended.
+    Handover(Result<QemuProcess, ProcessError>),
     End,
 }
 
@@ -82,6 +89,7 @@ impl OutputPath {
         let mut own = PathThread {
             gates,
             link: None,
+            process: None,
             commands: received,
             wake: wake.clone(),
             shown: shown.clone(),
@@ -101,6 +109,11 @@ impl OutputPath {
     /// Barriers come over this link from now on.
     pub(super) fn set_link(&self, link: Link) {
         self.command(Command::Link(link));
+    }
+
+    /// Answers [`PathEvent::HandoverAsked`]: with the process to end at the last checkpoint, or why it cannot be ended.
+    pub(super) fn hand_over(&self, process: Result<QemuProcess, ProcessError>) {
+        self.command(Command::Handover(process));
     }
 
     /// The protection is over, and the output stays held.
@@ -151,6 +164,8 @@ impl Drop for OutputPath {
 struct PathThread {
     gates: Vec<Box<dyn OutputGate>>,
     link: Option<Link>,
+    /// To be ended at the last checkpoint.
+    process: Option<QemuProcess>,
     commands: mpsc::Receiver<Command>,
     wake: Arc<EventFd>,
     shown: Arc<Shown>,
@@ -176,6 +191,7 @@ impl PathThread {
                         self.drop_link();
                         self.open();
                     }
+                    Command::Handover(process) => self.answer_handover(process),
                     Command::End => return,
                 }
             }
@@ -262,6 +278,8 @@ impl PathThread {
                 let is_awaited = self.gates.iter().any(|gate| gate.releases_in_pause());
                 return Ok(is_awaited.then_some(ToReceiver::Released { checkpoint }));
             }
+            ToGuard::Handover => (self.report)(PathEvent::HandoverAsked),
+            ToGuard::Last { .. } => return Ok(Some(self.end_primary())),
             ToGuard::Ended { session, reason } => {
                 return Err(PathEvent::SessionLost(format!(
                     "session {session} has ended: {reason}"
@@ -273,13 +291,44 @@ impl PathThread {
         Ok(None)
     }
 
+    fn answer_handover(&mut self, process: Result<QemuProcess, ProcessError>) {
+        let answer = match process {
+            Ok(process) => {
+                self.process = Some(process);
+                ToReceiver::HandoverReady
+            }
+            Err(error) => ToReceiver::HandoverRefused {
+                reason: error.to_string(),
+            },
+        };
+        // Without a link there is nobody to answer, and one that is broken is noticed when it is read.
+        if let Some(link) = &mut self.link {
+            let _ = link.send(&answer);
+        }
+    }
+
+    /// The guest, which is stopped, must not run here any more.
+    fn end_primary(&mut self) -> ToReceiver {
+        let ended = match self.process.take() {
+            Some(process) => process.end().map_err(|error| error.to_string()),
+            None => Err("it is not known which process to end".to_owned()),
+        };
+        match ended {
+            Ok(()) => {
+                (self.report)(PathEvent::HandedOver);
+                ToReceiver::PrimaryEnded
+            }
+            Err(reason) => ToReceiver::HandoverRefused { reason },
+        }
+    }
+
     fn gate_failed(&mut self, error: &GateError) {
         self.drop_link();
         (self.report)(PathEvent::GateFailed(error.to_string()));
     }
 
     fn drop_link(&mut self) {
-        self.link = None;
+        (self.link, self.process) = (None, None);
         self.forget_barriers();
     }
 

@@ -40,6 +40,10 @@ const INTERVAL_CHANGE: f64 = 0.2;
 /// How long the receiver may take to bind the link to the session that it protects.
 const BIND_LIMIT: Duration = Duration::from_secs(5);
 
+/// How often a guest that is handed over is asked for a checkpoint: the first may have begun before the receiver knew that it was to be the
+/// last. Then that of the interval is.
+const LAST_ASKS: u8 = 2;
+
 /// How often QEMU is asked whether all is well.
 const LOOK: Duration = Duration::from_secs(1);
 
@@ -57,6 +61,8 @@ enum End {
     Asked,
     /// QEMU has ended.
     NoGuest(QmpError),
+    /// The guest goes on at the receiver, and QEMU was ended.
+    HandedOver,
 }
 
 /// The mirrors of a protected guest's disks.
@@ -91,6 +97,8 @@ pub(super) struct Guard<'a> {
     /// The receiver's number of the session.
     session: Option<u32>,
     is_ending: Arc<AtomicBool>,
+    /// The guest is to be handed over: how often a checkpoint is still asked for, of which one is the last.
+    last_asks: Option<u8>,
     /// A checkpoint was asked for and has not begun.
     is_asked: bool,
     output_waits: bool,
@@ -150,6 +158,7 @@ impl<'a> Guard<'a> {
             has_stopped: false,
             session: None,
             is_ending,
+            last_asks: None,
             is_asked: false,
             output_waits: false,
             is_found,
@@ -299,7 +308,7 @@ impl<'a> Guard<'a> {
             self.note(&event);
         }
         while self.wished.try_recv().is_ok() {}
-        self.is_asked = false;
+        (self.is_asked, self.last_asks) = (false, None);
     }
 
     /// Keeps the guest protected, until it is not any more.
@@ -318,7 +327,10 @@ impl<'a> Guard<'a> {
                     now - since
                 ));
             }
-            if let Err(end) = self.ask_if_output_waits(now) {
+            if let Err(end) = self
+                .ask_for_the_last()
+                .and_then(|()| self.ask_if_output_waits(now))
+            {
                 return end;
             }
             if now - looked >= LOOK {
@@ -342,12 +354,57 @@ impl<'a> Guard<'a> {
                     return End::Lost(reason);
                 }
                 Ok(GuardEvent::LeftColo(reason)) => return End::Lost(format!("QEMU left COLO ({reason})")),
-                Ok(GuardEvent::QemuEnded) => return closed(),
+                Ok(GuardEvent::Path(PathEvent::HandoverAsked)) => self.prepare_handover(),
+                Ok(GuardEvent::Path(PathEvent::HandedOver)) => return End::HandedOver,
+                Ok(GuardEvent::QemuEnded) => return self.qemu_ended(),
                 Ok(GuardEvent::End) => return End::Asked,
                 Ok(event) => self.note(&event),
                 Err(RecvTimeoutError::Timeout | RecvTimeoutError::Disconnected) => {}
             }
         }
+    }
+
+    /// The operator wants the guest to go on at the receiver: it gets a last checkpoint, and then QEMU is ended.
+    fn prepare_handover(&mut self) {
+        let process = self.qmp.process();
+        match &process {
+            Ok(_) => {
+                tell(&format!(
+                    "{}: it is handed over to the receiver with the next checkpoint",
+                    self.args.name
+                ));
+                self.last_asks = Some(LAST_ASKS);
+            }
+            Err(error) => tell(&format!(
+                "{}: WARNING: it cannot be handed over to the receiver: {error}",
+                self.args.name
+            )),
+        }
+        self.path.hand_over(process);
+    }
+
+    /// Asks for the last checkpoint at once.
+    fn ask_for_the_last(&mut self) -> Result<(), End> {
+        let Some(left @ 1..) = self.last_asks else {
+            return Ok(());
+        };
+        if self.stopped.is_some() || self.is_asked {
+            return Ok(());
+        }
+        (self.last_asks, self.is_asked) = (Some(left - 1), true);
+        self.tell_interval().map_err(|error| End::Lost(error.to_string()))
+    }
+
+    /// QEMU has ended: by itself, or because its guest was handed over.
+    fn qemu_ended(&mut self) -> End {
+        while self.last_asks.is_some() {
+            match self.events.recv_timeout(BIND_LIMIT) {
+                Ok(GuardEvent::Path(PathEvent::HandedOver)) => return End::HandedOver,
+                Ok(event) => self.note(&event),
+                Err(_) => break,
+            }
+        }
+        closed()
     }
 
     /// The link alone may be lost: a new one belongs to the same session, or there is no session any more.

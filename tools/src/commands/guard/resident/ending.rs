@@ -17,6 +17,7 @@ impl Guard<'_> {
             End::Lost(reason) => (reason, None),
             End::Asked => ("the guard was ended".to_owned(), Some(ExitCode::SUCCESS)),
             End::NoGuest(error) => return Err(CommandError::failed(error)),
+            End::HandedOver => return self.handed_over().map(Some),
         };
         let was = self.mark_unprotected(&reason);
         // One that was never protected is not stopped for want of a receiver.
@@ -35,6 +36,18 @@ impl Guard<'_> {
         }
         self.told = reason;
         Ok(code)
+    }
+
+    /// QEMU was ended, and what was let go has left.
+    fn handed_over(&mut self) -> Result<ExitCode, CommandError> {
+        let to = &self.args.primary.to;
+        tell(&format!(
+            "{}: handed over to the receiver at {to}; its QEMU was ended",
+            self.args.name
+        ));
+        self.mark_unprotected("handed over to its receiver");
+        self.print_state()?;
+        Ok(ExitCode::SUCCESS)
     }
 
     /// For machines: the state, when it has changed.
