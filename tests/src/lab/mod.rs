@@ -46,7 +46,7 @@ pub use guest::{Content, Guest, LinuxGuest, Pattern, TestGuest};
 pub use host_guest::{HostGuest, HostKernel, NumaMap};
 pub use image::check_test_guest_image;
 pub use kills::{Kills, Moment, check_continues, failover_runs};
-pub use net_guest::{GUEST_ADDRESS, NetGuest, Nic, TAP, net_experiment};
+pub use net_guest::{GUEST_ADDRESS, NetGuest, Nic, TAP, join_networks, net_experiment};
 pub use network::{Address, Transport};
 pub use protect::{Compression, Precopy, Protection, ZeroPageDetection};
 pub use qemu::{Devices, Machine, Qemu};

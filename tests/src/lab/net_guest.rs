@@ -10,6 +10,9 @@ use super::{Company, Lab, LabError, run_experiment};
 /// The tap device of the host's end.
 pub const TAP: &str = "guest0";
 
+/// The tap device of another host on the same network, once [`join_networks`] has made it.
+const OTHER_TAP: &str = "guest1";
+
 /// Link-local, although nobody else is in the namespace.
 const HOST_NETWORK: &str = "169.254.78.1/24";
 
@@ -21,14 +24,18 @@ pub const GUEST_ADDRESS: &str = "169.254.78.2:7777";
 pub enum Nic {
     /// QEMU owns the tap device.
     Tap,
+    /// QEMU owns the tap device of the other host.
+    OtherTap,
     /// QEMU's card is a stream to a guard that listens there, and owns the tap device.
     Stream(PathBuf),
 }
 
 impl Nic {
     pub(super) fn args(&self) -> Vec<String> {
+        let tap = |name: &str| format!("tap,id=net0,ifname={name},script=no,downscript=no");
         let backend = match self {
-            Self::Tap => format!("tap,id=net0,ifname={TAP},script=no,downscript=no"),
+            Self::Tap => tap(TAP),
+            Self::OtherTap => tap(OTHER_TAP),
             Self::Stream(path) => format!(
                 "stream,id=net0,server=off,addr.type=unix,addr.path={},reconnect-ms=100",
                 path.display()
@@ -79,6 +86,22 @@ pub fn net_experiment(company: Company, body: impl FnOnce(&Lab) -> Result<(), La
             std::panic::resume_unwind(panic);
         }
     });
+}
+
+/// Makes a switch of the experiment's network, with a second tap device, as another host on it has one.
+///
+/// # Panics
+/// If it cannot be made.
+pub fn join_networks() {
+    ip(&format!("address flush dev {TAP}"));
+    ip("link add lan type bridge");
+    ip(&format!("tuntap add {OTHER_TAP} mode tap"));
+    for port in [TAP, OTHER_TAP] {
+        ip(&format!("link set {port} master lan"));
+        ip(&format!("link set {port} up"));
+    }
+    ip(&format!("address add {HOST_NETWORK} dev lan"));
+    ip("link set lan up");
 }
 
 fn ip(words: &str) {

@@ -3,7 +3,8 @@
 mod latency;
 mod scene;
 
-use colo_ring_tests::lab::{Client, Company, Load, net_experiment};
+use colo_ring_tests::HANG_LIMIT;
+use colo_ring_tests::lab::{Client, Company, Load, join_networks, net_experiment, wait_for};
 use colo_ring_tests::random::generator;
 use nix::sys::signal::Signal;
 use rand::RngExt;
@@ -222,6 +223,61 @@ fn checkpoints_follow_the_output() {
         // At a fixed interval an answer would wait for half of it.
         assert!(median < INTERVAL_MS * 1000 / 4, "{median} us");
         assert_eq!(scene.way, Way::Relay);
+        Ok(())
+    });
+}
+
+/// The primary is well: the guest goes on at the receiver with all that it has done, and its connection goes on.
+fn connection_moves(way: Way) {
+    net_experiment(Company::Others, |lab| {
+        join_networks();
+        let scene = Scene::set(lab, way, 0, &[])?;
+        let client = Client::start(Load::Count(OFTEN))?;
+        client.wait_answers(20)?;
+        let (moved, (_receiver, fresh)) = scene.hand_over()?;
+        client.wait_answers(20)?;
+        let seen = client.end();
+        println!("{way:?}: longest gap {:?}; {moved}", seen.longest_gap);
+        assert_eq!(seen.error, None);
+        let wrong = fresh
+            .serial()
+            .lines()
+            .find(|line| line.starts_with("error"))
+            .map(str::to_owned);
+        assert_eq!(wrong, None);
+        Ok(())
+    });
+}
+
+#[test]
+fn a_guest_moves_with_its_connection_through_a_relay() {
+    connection_moves(Way::Relay);
+}
+
+#[test]
+fn a_guest_moves_with_its_connection_through_a_filter() {
+    connection_moves(Way::Filter);
+}
+
+/// Without a guard nobody ends the primary, so the guest stays there.
+#[test]
+fn a_guest_without_a_guard_is_not_moved() {
+    net_experiment(Company::Others, |lab| {
+        let mut scene = Scene::set(lab, Way::None, 0, &[])?;
+        scene.guard.end(Signal::SIGKILL)?;
+        wait_for("the link to be lost", HANG_LIMIT, || {
+            let status = scene.receiver.status()?;
+            Ok((status["sessions"][0]["guard"]["linked"] == false).then_some(()))
+        })?;
+        let to = scene.somewhere();
+        let refused = scene.receiver.failover(1, ["--planned", "--to", &to]);
+        let text = refused.expect_err("nobody can end the primary").to_string();
+        assert!(
+            text.contains("no guard of it is linked") && text.contains("nothing was given away"),
+            "{text}"
+        );
+        let runs = scene.primary.qmp().execute("query-status", &json!({}))?;
+        assert_eq!(runs["status"], "running");
         Ok(())
     });
 }

@@ -6,6 +6,7 @@ use colo_ring_tests::lab::{
     Address, Guard, Guest, Lab, LabError, Machine, NetGuest, Nic, Qemu, Receiver, ReceiverOptions, TAP,
     Transport, wait_for,
 };
+use serde_json::Value;
 
 /// How a test guards its guest.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -53,6 +54,35 @@ impl<'a> Scene<'a> {
         let monitor = fresh.free_monitor().display().to_string();
         lost.receiver.failover(session, ["--qmp", &monitor])?;
         Ok((lost.receiver, fresh))
+    }
+
+    /// Moves the guest to a fresh QEMU on another host's tap device ([`colo_ring_tests::lab::join_networks`]) by a planned failover. Returns its report, too.
+    pub(super) fn hand_over(self) -> Result<(Value, (Receiver, Qemu)), LabError> {
+        let Self {
+            lab,
+            receiver,
+            primary,
+            mut guard,
+            number,
+            ..
+        } = self;
+        let session = receiver.sessions()?[0];
+        let fresh = Machine {
+            nic: Some(Nic::OtherTap),
+            ..machine(lab, Way::Filter, number)
+        };
+        let fresh = Qemu::start_incoming(lab, &format!("fresh{number}"), &fresh)?;
+        let monitor = fresh.free_monitor().display().to_string();
+        let moved = receiver.failover(session, ["--planned", "--qmp", &monitor])?;
+        assert!(guard.wait_end()?.success(), "{}", guard.log());
+        assert!(guard.log().contains("handed over"), "{}", guard.log());
+        drop(primary);
+        Ok((moved, (receiver, fresh)))
+    }
+
+    /// Where a stream could be written to.
+    pub(super) fn somewhere(&self) -> String {
+        format!("file:{}", self.lab.file("moved").display())
     }
 
     /// The same, and the failover becomes the guard of the fresh QEMU, which is protected by the same receiver.
