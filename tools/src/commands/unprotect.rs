@@ -61,17 +61,12 @@ struct UnprotectReport<'a> {
 pub fn run(args: &UnprotectArgs) -> Result<ExitCode, CommandError> {
     let mut qmp = Qmp::connect(&args.qmp, CONNECT_LIMIT).map_err(CommandError::failed)?;
     let began = Instant::now();
-    let (before, cut) = end_migration(&mut qmp, SILENCE_LIMIT)?;
-    let disks_released = remove_all(&mut qmp).map_err(|error| {
-        CommandError::Failed(format!(
-            "the guest is no longer protected, but mirrors of its disks are left: {error}"
-        ))
-    })?;
-    let cards_released = filter::remove_all(&mut qmp).map_err(|error| {
-        CommandError::Failed(format!(
-            "the guest is no longer protected, but a guard's filters may hold its output: {error}"
-        ))
-    })?;
+    let Released {
+        before,
+        cut,
+        disks: disks_released,
+        cards: cards_released,
+    } = release(&mut qmp, SILENCE_LIMIT)?;
     let report = UnprotectReport {
         schema: "colo-ring.unprotect",
         schema_version: 1,
@@ -113,6 +108,42 @@ fn words(report: &UnprotectReport) -> String {
         _ => "; its output is no longer held",
     };
     format!("{ended}; {guest}{disks}{cards}\n")
+}
+
+/// A guest that is not protected any more.
+pub(crate) struct Released {
+    /// QEMU's word for the migration before.
+    before: String,
+    /// Whether connections had to be cut.
+    cut: bool,
+    /// Mirrors that were removed.
+    disks: usize,
+    /// Network cards whose output was held.
+    cards: usize,
+}
+
+/// Ends the protection and what belongs to it: QEMU's connections are cut if it does not leave COLO within `patience`.
+///
+/// # Errors
+/// If something is left; the error says what.
+pub(crate) fn release(qmp: &mut Qmp, patience: Duration) -> Result<Released, CommandError> {
+    let (before, cut) = end_migration(qmp, patience)?;
+    let disks = remove_all(qmp).map_err(|error| {
+        CommandError::Failed(format!(
+            "the guest is no longer protected, but mirrors of its disks are left: {error}"
+        ))
+    })?;
+    let cards = filter::remove_all(qmp).map_err(|error| {
+        CommandError::Failed(format!(
+            "the guest is no longer protected, but a guard's filters may hold its output: {error}"
+        ))
+    })?;
+    Ok(Released {
+        before,
+        cut,
+        disks,
+        cards,
+    })
 }
 
 /// Ends COLO, or a migration on the way to it. When QEMU does not answer or does not leave it within `patience`, its connections are cut.

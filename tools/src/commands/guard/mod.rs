@@ -11,12 +11,12 @@ mod path;
 mod relay;
 mod report;
 mod resident;
+mod supervisor;
 mod tap;
 
 use crate::commands::protect::PrimaryArgs;
 use crate::options::{ControlAddress, Switch};
 use crate::output::CommandError;
-use crate::signals;
 use clap::{Args, ValueEnum};
 use gates::RelayPlan;
 use path::PathEvent;
@@ -26,6 +26,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, mpsc};
+use supervisor::Heartbeat;
 
 /// Options of `colo-ring guard`.
 #[derive(Debug, Args)]
@@ -74,6 +75,10 @@ pub struct GuardArgs {
     /// Answer with the guard's state at this UNIX socket, a line of JSON (schema colo-ring.guard, version 1) for each connection
     #[arg(long, value_name = "unix:PATH")]
     control: Option<ControlAddress>,
+
+    /// This is the worker of a supervisor, which its standard input leads to
+    #[arg(long, hide = true)]
+    supervised: bool,
 
     /// Look at the guest and say how it would be protected; change nothing
     #[arg(long)]
@@ -151,6 +156,7 @@ struct Channels {
     events: mpsc::Receiver<GuardEvent>,
     wished: mpsc::Receiver<()>,
     is_ending: Arc<AtomicBool>,
+    heartbeat: Heartbeat,
 }
 
 /// Guards the guest until the operator ends the guard, or its QEMU ends.
@@ -161,20 +167,29 @@ pub fn run(args: &GuardArgs) -> Result<ExitCode, CommandError> {
     if args.dry_run {
         return dry_run::run(args);
     }
+    match args.supervised {
+        true => guard(args),
+        false => supervisor::run(args),
+    }
+}
+
+/// The guard itself.
+fn guard(args: &GuardArgs) -> Result<ExitCode, CommandError> {
     let (events, received) = mpsc::channel();
     let (wish, wished) = mpsc::channel();
     let sender = EventSender { events, wish };
     let is_ending = Arc::new(AtomicBool::new(false));
-    let (of_signals, ends) = (sender.clone(), is_ending.clone());
-    signals::on_end(move || {
+    let (of_supervisor, ends) = (sender.clone(), is_ending.clone());
+    let heartbeat = Heartbeat::of_worker(move || {
         ends.store(true, Ordering::Relaxed);
-        of_signals.send(GuardEvent::End);
+        of_supervisor.send(GuardEvent::End);
     })?;
     let channels = Channels {
         sender,
         events: received,
         wished,
         is_ending,
+        heartbeat,
     };
     Guard::start(args, channels)?.run()
 }

@@ -2,18 +2,23 @@
 
 use super::gate::{Counts, GateError, OutputGate};
 use super::link::{Link, LinkError};
+use super::supervisor::Heartbeat;
 use crate::qmp::{ProcessError, QemuProcess};
 use colo_ring::link::{ToGuard, ToReceiver};
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::poll::{PollFd, PollFlags, poll};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use serde::Serialize;
 use std::io;
 use std::os::fd::AsFd;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, mpsc};
+use std::time::Instant;
 
 /// Most hold times that are kept between two calls of [`OutputPath::take_hold_times_us`].
 const HOLD_TIMES_MAX: usize = 1 << 16;
+
+/// How long nothing is waited for at most.
+const BEAT: u16 = 1000;
 
 /// What happens on the thread, for the guard.
 #[derive(Debug)]
@@ -80,6 +85,7 @@ impl OutputPath {
     /// If there is no descriptor or no thread for it.
     pub(super) fn start(
         gates: Vec<Box<dyn OutputGate>>,
+        heartbeat: Heartbeat,
         report: impl Fn(PathEvent) + Send + 'static,
     ) -> io::Result<Self> {
         let flags = EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK;
@@ -90,6 +96,7 @@ impl OutputPath {
             gates,
             link: None,
             process: None,
+            heartbeat,
             commands: received,
             wake: wake.clone(),
             shown: shown.clone(),
@@ -166,6 +173,7 @@ struct PathThread {
     link: Option<Link>,
     /// To be ended at the last checkpoint.
     process: Option<QemuProcess>,
+    heartbeat: Heartbeat,
     commands: mpsc::Receiver<Command>,
     wake: Arc<EventFd>,
     shown: Arc<Shown>,
@@ -174,7 +182,13 @@ struct PathThread {
 
 impl PathThread {
     fn run(mut self) {
+        let mut beaten = Instant::now();
+        self.heartbeat.beat();
         loop {
+            if beaten.elapsed() >= Heartbeat::EVERY {
+                beaten = Instant::now();
+                self.heartbeat.beat();
+            }
             // EAGAIN: woken by something else.
             let _ = self.wake.read();
             while let Ok(command) = self.commands.try_recv() {
@@ -223,7 +237,7 @@ impl PathThread {
             .collect();
         let mut polled: Vec<_> = fds.iter().map(|(fd, flags)| PollFd::new(*fd, *flags)).collect();
         // EINTR: looked at as if nothing had come.
-        let _ = poll(&mut polled, PollTimeout::NONE);
+        let _ = poll(&mut polled, BEAT);
         let is_ready = |fd: &PollFd<'_>| fd.revents().is_some_and(|events| !events.is_empty());
         let mut from = link + 1;
         let ready = ends.iter().map(|end| {

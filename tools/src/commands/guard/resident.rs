@@ -119,6 +119,7 @@ impl<'a> Guard<'a> {
             events,
             wished,
             is_ending,
+            heartbeat,
         } = channels;
         let mut qmp = Qmp::connect(&args.primary.qmp, CONNECT_LIMIT).map_err(CommandError::failed)?;
         let uuid = qmp.guest_uuid().map_err(CommandError::failed)?;
@@ -130,7 +131,9 @@ impl<'a> Guard<'a> {
         let gates = gates::make(args, &mut qmp, is_found).map_err(CommandError::failed)?;
         let releases_in_pause = gates.iter().any(|gate| gate.releases_in_pause());
         let of_path = sender.clone();
-        let path = OutputPath::start(gates, move |event| of_path.send(GuardEvent::Path(event)));
+        let path = OutputPath::start(gates, heartbeat, move |event| {
+            of_path.send(GuardEvent::Path(event))
+        });
         let path = path.map_err(CommandError::failed)?;
         qmp.watch_events(EVENTS, move |event| {
             sender.send(event.as_ref().map_or(GuardEvent::QemuEnded, GuardEvent::of));
