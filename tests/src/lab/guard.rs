@@ -4,10 +4,11 @@ use crate::HANG_LIMIT;
 use std::fs::{self, File};
 use std::io::Read;
 use std::os::unix::net::UnixStream;
+use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
 use std::process::{Child, Command, ExitStatus, Stdio};
 
-use nix::sys::signal::{Signal, kill};
+use nix::sys::signal::{Signal, kill, killpg};
 use nix::unistd::Pid;
 use serde_json::Value;
 
@@ -41,6 +42,7 @@ impl Guard {
             .stdin(Stdio::null())
             .stdout(Stdio::null())
             .stderr(stderr)
+            .process_group(0)
             .spawn();
         let process = process.map_err(LabError::io(format!("start {}", command.display())))?;
         Ok(Self {
@@ -80,6 +82,7 @@ impl Guard {
             .arg(waits.free_monitor())
             .stdout(Stdio::null())
             .stderr(stderr)
+            .process_group(0)
             .spawn();
         Ok(Self {
             process: process.map_err(LabError::io("run colo-ring failover"))?,
@@ -131,13 +134,37 @@ impl Guard {
     /// # Errors
     /// When it does not end.
     pub fn end(&mut self, signal: Signal) -> Result<ExitStatus, LabError> {
-        let pid = i32::try_from(self.process.id()).map_err(|_| LabError::Malformed {
-            what: "the guard's process id".into(),
-            detail: self.process.id().to_string(),
-        })?;
-        // It may have ended.
-        let _ = kill(Pid::from_raw(pid), signal);
+        let supervisor = self.supervisor();
+        // It may have ended. A kill is one of all its processes, as that of a service is.
+        let _ = match signal {
+            Signal::SIGKILL => killpg(supervisor, signal),
+            _ => kill(supervisor, signal),
+        };
         self.wait_end()
+    }
+
+    /// Kills its worker alone, or stops it for ever.
+    ///
+    /// # Errors
+    /// When it has none.
+    pub fn lose_worker(&self, signal: Signal) -> Result<(), LabError> {
+        let supervisor = self.supervisor();
+        let path = format!("/proc/{supervisor}/task/{supervisor}/children");
+        let children = fs::read_to_string(&path).map_err(LabError::io(format!("read {path}")))?;
+        let worker = children
+            .split_whitespace()
+            .next()
+            .and_then(|word| word.parse().ok());
+        let worker = worker.ok_or_else(|| LabError::Malformed {
+            what: "the guard's children".into(),
+            detail: children.clone(),
+        })?;
+        kill(Pid::from_raw(worker), signal)
+            .map_err(|errno| LabError::io("kill the guard's worker")(errno.into()))
+    }
+
+    fn supervisor(&self) -> Pid {
+        Pid::from_raw(i32::try_from(self.process.id()).expect("process ids are below 2^22 on Linux"))
     }
 
     /// Waits for its end.
@@ -155,7 +182,7 @@ impl Guard {
 
 impl Drop for Guard {
     fn drop(&mut self) {
-        let _ = self.process.kill();
+        let _ = killpg(self.supervisor(), Signal::SIGKILL);
         let _ = self.process.wait();
     }
 }

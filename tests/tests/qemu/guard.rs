@@ -4,7 +4,7 @@ mod latency;
 mod scene;
 
 use colo_ring_tests::HANG_LIMIT;
-use colo_ring_tests::lab::{Client, Company, Load, join_networks, net_experiment, wait_for};
+use colo_ring_tests::lab::{Client, Company, Guard, Load, join_networks, net_experiment, wait_for};
 use colo_ring_tests::random::generator;
 use nix::sys::signal::Signal;
 use rand::RngExt;
@@ -203,6 +203,63 @@ fn a_guard_that_was_killed_is_replaced_by_the_next() {
             Ok(())
         });
     }
+}
+
+/// Nobody starts another guard: its supervisor does, and what was held is released.
+#[test]
+fn a_guard_that_dies_is_replaced_by_itself() {
+    for way in [Way::Filter, Way::Relay] {
+        net_experiment(Company::Others, |lab| {
+            let mut scene = Scene::set(lab, way, 0, &[])?;
+            let client = Client::start(Load::Count(OFTEN))?;
+            client.wait_answers(20)?;
+            scene.guard.lose_worker(Signal::SIGKILL)?;
+            wait_for("the next worker", HANG_LIMIT, || {
+                Ok(scene.guard.log().contains("the guard died").then_some(()))
+            })?;
+            client.wait_answers(20)?;
+            let status = scene.guard.wait_state("protected")?;
+            assert_eq!(status["session"], 1, "it is the same protection: {status}");
+            let (_receiver, _fresh) = scene.fail_over()?;
+            client.wait_answers(20)?;
+            let seen = client.end();
+            println!("{way:?}: longest gap {:?}", seen.longest_gap);
+            assert_eq!(seen.error, None);
+            Ok(())
+        });
+    }
+}
+
+/// A guard that cannot live strands nothing: the guest runs on without.
+#[test]
+fn a_guard_that_dies_again_and_again_is_given_up() {
+    net_experiment(Company::Others, |lab| {
+        let mut scene = Scene::set(lab, Way::Filter, 0, &[])?;
+        let client = Client::start(Load::Count(OFTEN))?;
+        client.wait_answers(20)?;
+        let deaths = |guard: &Guard| guard.log().matches("the guard died").count();
+        for death in 1..=3 {
+            // The first worker may have lived for longer than counts as quickly.
+            let _ = scene.guard.lose_worker(Signal::SIGKILL);
+            wait_for("a worker's death", HANG_LIMIT, || {
+                Ok((deaths(&scene.guard) >= death).then_some(()))
+            })?;
+        }
+        while scene.guard.lose_worker(Signal::SIGKILL).is_ok() {
+            std::thread::sleep(Duration::from_millis(50));
+        }
+        assert!(!scene.guard.wait_end()?.success());
+        let log = scene.guard.log();
+        assert!(
+            log.contains("dies again and again") && log.contains("runs on"),
+            "{log}"
+        );
+        client.wait_answers(20)?;
+        assert_eq!(client.end().error, None);
+        let state = scene.primary.qmp().execute("query-migrate", &json!({}))?;
+        assert_ne!(state["status"], "colo", "{state}");
+        Ok(())
+    });
 }
 
 /// Nothing is asked for without output, and at once with it.
