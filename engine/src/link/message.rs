@@ -53,6 +53,8 @@ pub enum ToReceiver {
     },
     /// To [`ToGuard::Last`]: the guest's QEMU has ended.
     PrimaryEnded,
+    /// The operator ends the protection: the end of the session that comes now is no loss, and the guest runs on.
+    Leaving,
 }
 
 /// From the receiver to the guard.

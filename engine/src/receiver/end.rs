@@ -69,6 +69,11 @@ pub enum SessionEnd {
     /// Its guard was told to end the primary, so that the guest goes on here.
     #[error("its guest was handed over: its guard ended the primary")]
     HandedOver,
+    /// Its guard has ended the protection.
+    #[error(
+        "its guard ended the protection: the guest runs on at its primary, and is ahead of this checkpoint"
+    )]
+    Unprotected,
     /// The receiver was stopped.
     #[error("the receiver was stopped")]
     Stopped,
@@ -86,6 +91,7 @@ impl SessionEnd {
                 | Self::Broken { .. }
                 | Self::Promoted
                 | Self::HandedOver
+                | Self::Unprotected
                 | Self::Stopped
                 | Self::Recovered
         )
@@ -95,7 +101,7 @@ impl SessionEnd {
     pub(super) fn is_loss(&self) -> bool {
         !matches!(
             self,
-            Self::Promoted | Self::HandedOver | Self::Stopped | Self::Recovered
+            Self::Promoted | Self::HandedOver | Self::Unprotected | Self::Stopped | Self::Recovered
         )
     }
 

@@ -266,9 +266,10 @@ impl LiveSession {
 
     /// Ends the session. The first reason stays.
     pub(super) fn finish(&self, end: SessionEnd) {
-        let end = match end.is_loss() && self.output.ends_primary() {
-            true => SessionEnd::HandedOver,
-            false => end,
+        let end = match end.is_loss() {
+            true if self.output.ends_primary() => SessionEnd::HandedOver,
+            true if self.output.is_leaving() => SessionEnd::Unprotected,
+            _ => end,
         };
         if self.end.set(end).is_err() {
             return;

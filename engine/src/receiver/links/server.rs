@@ -280,6 +280,7 @@ impl<'a> Link<'a> {
                     ToReceiver::Released { checkpoint } => bound.output.released(bound.link, checkpoint)?,
                     ToReceiver::HandoverReady => bound.output.handover_ready(bound.link),
                     ToReceiver::HandoverRefused { reason } => bound.output.handover_refused(bound.link, reason),
+                    ToReceiver::Leaving => bound.output.leaving(bound.link),
                     ToReceiver::PrimaryEnded => bound.output.primary_ended(bound.link)?,
                     ToReceiver::Hello(_) => return Err(LinkEnd::Unexpected),
                 },

@@ -22,6 +22,8 @@ struct State {
     /// Counts links: one that was replaced has no say any more.
     link: u64,
     guard: Option<GuardStatus>,
+    /// The guard ends the protection.
+    is_leaving: bool,
     end: Option<String>,
     /// What has become of handing the guest over; none while that is under way.
     handed_over: Option<Result<CheckpointId, HandoverError>>,
@@ -247,6 +249,17 @@ impl SessionOutput {
     pub(in crate::receiver) fn ends_primary(&self) -> bool {
         let state = self.lock();
         state.barriers.awaits_end() || matches!(state.handed_over, Some(Ok(_)))
+    }
+
+    /// The guard ends the protection, and the guest runs on.
+    pub(in crate::receiver) fn leaving(&self, link: LinkNumber) {
+        let mut state = self.lock();
+        state.is_leaving |= state.link == link.0;
+    }
+
+    /// Whether the guard ends the protection.
+    pub(in crate::receiver) fn is_leaving(&self) -> bool {
+        self.lock().is_leaving
     }
 
     /// The guard can end the primary: the next checkpoint is the last.
