@@ -64,6 +64,10 @@ pub struct GuardArgs {
     #[arg(long, value_enum, default_value_t = OnReceiverLost::Run)]
     on_receiver_lost: OnReceiverLost,
 
+    /// Run by sh when the protection is lost, with COLO_RING_NAME, COLO_RING_REASON, COLO_RING_QMP and COLO_RING_TO in its environment
+    #[arg(long, value_name = "CMD")]
+    on_loss: Option<String>,
+
     /// Milliseconds that the receiver waits for this guard at a checkpoint, before it lets the guest run without it
     #[arg(long, value_name = "MS", default_value_t = 5000, value_parser = clap::value_parser!(u32).range(100..=60_000))]
     guard_timeout: u32,

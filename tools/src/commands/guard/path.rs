@@ -12,10 +12,13 @@ use std::io;
 use std::os::fd::AsFd;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, mpsc};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 /// Most hold times that are kept between two calls of [`OutputPath::take_hold_times_us`].
 const HOLD_TIMES_MAX: usize = 1 << 16;
+
+/// How long telling the receiver that the protection ends may take.
+const LEAVE_LIMIT: Duration = Duration::from_secs(1);
 
 /// How long nothing is waited for at most.
 const BEAT: u16 = 1000;
@@ -45,6 +48,8 @@ enum Command {
     Unlink,
     /// Release everything, and let everything pass.
     Open,
+    /// The operator ends the protection: the receiver is told, and then the sender.
+    Leave(mpsc::Sender<()>),
     /// The process to end at the last checkpoint, or why it cannot be ended.
     Handover(Result<QemuProcess, ProcessError>),
     End,
@@ -121,6 +126,14 @@ impl OutputPath {
     /// Answers [`PathEvent::HandoverAsked`]: with the process to end at the last checkpoint, or why it cannot be ended.
     pub(super) fn hand_over(&self, process: Result<QemuProcess, ProcessError>) {
         self.command(Command::Handover(process));
+    }
+
+    /// Tells the receiver that the protection is ended on purpose, if there is a link.
+    pub(super) fn leave(&self) {
+        let (told, wait) = mpsc::channel();
+        self.command(Command::Leave(told));
+        // A thread that has ended drops the sender.
+        let _ = wait.recv_timeout(LEAVE_LIMIT);
     }
 
     /// The protection is over, and the output stays held.
@@ -204,6 +217,10 @@ impl PathThread {
                         // No barrier that is on its way closes a gate again.
                         self.drop_link();
                         self.open();
+                    }
+                    Command::Leave(told) => {
+                        self.tell(&ToReceiver::Leaving);
+                        let _ = told.send(());
                     }
                     Command::Handover(process) => self.answer_handover(process),
                     Command::End => return,
@@ -315,9 +332,13 @@ impl PathThread {
                 reason: error.to_string(),
             },
         };
-        // Without a link there is nobody to answer, and one that is broken is noticed when it is read.
+        self.tell(&answer);
+    }
+
+    /// Without a link there is nobody to tell, and one that is broken is noticed when it is read.
+    fn tell(&mut self, message: &ToReceiver) {
         if let Some(link) = &mut self.link {
-            let _ = link.send(&answer);
+            let _ = link.send(message);
         }
     }
 

@@ -7,7 +7,7 @@ use crate::commands::unprotect::end_migration;
 use crate::guest_disks::remove_all;
 use crate::output::{CommandError, print, tell};
 use serde_json::json;
-use std::process::ExitCode;
+use std::process::{Command, ExitCode, Stdio};
 use std::time::Instant;
 
 impl Guard<'_> {
@@ -15,7 +15,10 @@ impl Guard<'_> {
     pub(super) fn end(&mut self, end: End) -> Result<Option<ExitCode>, CommandError> {
         let (reason, code) = match end {
             End::Lost(reason) => (reason, None),
-            End::Asked => ("the guard was ended".to_owned(), Some(ExitCode::SUCCESS)),
+            End::Asked => {
+                self.path.leave();
+                ("the guard was ended".to_owned(), Some(ExitCode::SUCCESS))
+            }
             End::NoGuest(error) => return Err(CommandError::failed(error)),
             End::HandedOver => return self.handed_over().map(Some),
         };
@@ -33,6 +36,9 @@ impl Guard<'_> {
         }
         if was || self.told != reason {
             self.tell_end(&reason, stops, was);
+        }
+        if was && code.is_none() {
+            self.on_loss(&reason);
         }
         self.told = reason;
         Ok(code)
@@ -55,6 +61,33 @@ impl Guard<'_> {
         match self.args.json {
             true => print(&self.shown.line().map_err(CommandError::failed)?),
             false => Ok(()),
+        }
+    }
+
+    /// Runs the operator's command, which is not waited for.
+    fn on_loss(&self, reason: &str) {
+        let Some(command) = &self.args.on_loss else { return };
+        let mut shell = Command::new("sh");
+        shell
+            .args(["-c", command])
+            .env("COLO_RING_NAME", &self.args.name)
+            .env("COLO_RING_REASON", reason)
+            .env("COLO_RING_QMP", &self.args.primary.qmp)
+            .env("COLO_RING_TO", self.args.primary.to.to_string())
+            .stdin(Stdio::null())
+            // Standard output is for the states.
+            .stdout(std::io::stderr());
+        let name = self.args.name.clone();
+        let run = move || match shell.status() {
+            Ok(status) if status.success() => {}
+            Ok(status) => tell(&format!("{name}: WARNING: --on-loss failed ({status})")),
+            Err(error) => tell(&format!("{name}: WARNING: --on-loss: {error}")),
+        };
+        if let Err(error) = std::thread::Builder::new().name("on-loss".to_owned()).spawn(run) {
+            tell(&format!(
+                "{}: WARNING: --on-loss was not run: no thread for it: {error}",
+                self.args.name
+            ));
         }
     }
 
