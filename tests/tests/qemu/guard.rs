@@ -124,11 +124,19 @@ fn a_lost_receiver_costs_the_guest_and_its_connections_nothing() {
             mut primary,
             mut guard,
             ..
-        } = Scene::set(lab, Way::Filter, 0, &[])?;
+        } = Scene::set(
+            lab,
+            Way::Filter,
+            0,
+            &["--on-loss", "echo told of $COLO_RING_NAME: $COLO_RING_REASON"],
+        )?;
         let client = Client::start(Load::Count(OFTEN))?;
         client.wait_answers(20)?;
         drop(first);
         guard.wait_state("unprotected")?;
+        wait_for("the hook", HANG_LIMIT, || {
+            Ok(guard.log().contains("told of guest: ").then_some(()))
+        })?;
         client.wait_answers(20)?;
         let second = receiver(lab, &address)?;
         let status = guard.wait_state("protected")?;
@@ -145,6 +153,16 @@ fn a_lost_receiver_costs_the_guest_and_its_connections_nothing() {
         );
         // The guard's end is the protection's: nothing of it stays in QEMU.
         assert!(guard.end(Signal::SIGTERM)?.success(), "{}", guard.log());
+        assert_eq!(guard.log().matches("told of").count(), 1, "{}", guard.log());
+        let session = wait_for("the end of the session", HANG_LIMIT, || {
+            let session = second.status()?["sessions"][0].clone();
+            Ok((session["state"] == "ended").then_some(session))
+        })?;
+        let end = session["end"].as_str().unwrap_or_default();
+        assert!(
+            session["lost"] == false && end.contains("runs on at its primary"),
+            "{session}"
+        );
         let state = primary.qmp().execute("query-migrate", &json!({}))?;
         assert_ne!(state["status"], "colo", "{state}");
         let objects = primary.qmp().execute("qom-list", &json!({"path": "/objects"}))?;
