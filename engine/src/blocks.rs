@@ -6,8 +6,9 @@
 use crate::units::{BlockId, PAGE_BYTES, PageIndex};
 use thiserror::Error;
 
-/// Most RAM blocks a guest may have (spec §21). A PC with many devices has some dozens.
-pub const BLOCKS_MAX: usize = 4096;
+/// Most RAM blocks a guest may have (spec §21). A PC with many devices has some dozens; with a DIMM in each of QEMU's 256 slots
+/// and a ROM in each PCI slot it has fewer than this.
+pub const BLOCKS_MAX: usize = 512;
 
 /// Longest name of a block: a `str8` (spec §4).
 pub const BLOCK_NAME_MAX: usize = 255;

@@ -14,7 +14,7 @@ use crate::blocks::BlockTable;
 use crate::canary::{self, Canary};
 use crate::store::commit::bitmap::DirtyBitmap;
 use crate::store::commit::flusher::Flush;
-use crate::store::durable::record::DurableRecord;
+use crate::store::durable::record::{self, DurableRecord};
 use crate::store::memory::image::RamImage;
 use crate::store::memory::ram_dir::RamFiles;
 use crate::units::{BlockId, CheckpointId};
@@ -67,6 +67,11 @@ impl LastCommit {
 }
 
 impl CommittedImage {
+    /// Most memory mappings of a recovered image of the guest of `table`.
+    pub fn mappings_max(table: &BlockTable) -> u64 {
+        RamImage::mappings_max(table, true) as u64 + record::MAPPINGS_MAX
+    }
+
     /// The image of a session that begins, whose commits are flushed by `flush`.
     pub(crate) fn of_session(image: Arc<RamImage>, files: CheckpointFiles, flush: Arc<Flush>) -> Self {
         Self {

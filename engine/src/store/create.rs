@@ -11,7 +11,7 @@ use crate::store::cache::pool_layout::PoolLayout;
 use crate::store::commit::bitmap::{DirtyBitmap, PageSet};
 use crate::store::commit::flusher::{Flush, FlushSizes};
 use crate::store::committed::{CheckpointFiles, CommittedImage};
-use crate::store::durable::record::{DurableRecord, GuestShape};
+use crate::store::durable::record::{self, DurableRecord, GuestShape};
 use crate::store::memory::image::RamImage;
 use crate::store::memory::index;
 use crate::store::memory::mapping::Mapping;
@@ -65,6 +65,17 @@ impl Store {
         options: &StoreOptions,
     ) -> Result<(Self, Vec<Fallback>), StoreError> {
         Self::with_granularity(table, label, options, Granularity::default())
+    }
+
+    /// Most memory mappings that a store for the guest of `table` ever has.
+    pub fn mappings_max(table: &BlockTable, options: &StoreOptions) -> u64 {
+        let pages = table.total_pages();
+        let cache = match options.cache {
+            CacheKind::Mirror => index(pages.div_ceil(mirror::SLAB_PAGES)),
+            CacheKind::Pool => PoolLayout::of_guest(pages, options.pool_max).limit,
+        };
+        let image = RamImage::mappings_max(table, options.ram_dir.is_some());
+        (image + cache) as u64 + record::MAPPINGS_MAX
     }
 
     /// As [`Store::create`], with another granularity.

@@ -22,6 +22,17 @@ pub enum StoreError {
         /// The error of the kernel.
         source: io::Error,
     },
+    /// No memory for the RAM blocks that share a mapping.
+    #[error(
+        "no memory for the small ram blocks, {bytes} bytes: {source}; free some, or raise the memory limit of this process's \
+         cgroup"
+    )]
+    NoSmallMemory {
+        /// What they take together.
+        bytes: u64,
+        /// The error of the kernel.
+        source: io::Error,
+    },
     /// No address space for the cache.
     #[error(
         "no memory for a cache of {bytes} bytes: {source}; free some, raise the memory limit of this process's cgroup, or (for \
@@ -109,6 +120,11 @@ impl StoreError {
     pub(crate) fn damaged(path: &Path, what: impl Into<String>) -> Self {
         let (path, what) = (path.to_owned(), what.into());
         Self::Damaged { path, what }
+    }
+
+    pub(crate) fn no_small_memory(bytes: u64, errno: Errno) -> Self {
+        let source = errno.into();
+        Self::NoSmallMemory { bytes, source }
     }
 
     pub(crate) fn no_memory(block: &RamBlock, bytes: u64, errno: Errno) -> Self {

@@ -51,6 +51,9 @@ const SESSION_FILE: &str = "~session";
 const DEVICE_FILES: [&str; 2] = ["~device-0", "~device-1"];
 pub(crate) const PLACES_FILE: &str = "~places";
 
+/// Most memory mappings of these files, but for image and slabs; two of a device state while it grows.
+pub(crate) const MAPPINGS_MAX: u64 = 8;
+
 /// First word of a record, `\x89CLREC\r\n`, and the second, its version.
 const MAGIC: u64 = u64::from_be_bytes(*b"\x89CLREC\r\n");
 const VERSION: u64 = 2;

@@ -1,7 +1,7 @@
-//! The RAM image: one shared mapping per RAM block, in a file that a QEMU can map.
+//! The RAM image: a shared mapping for each RAM block, and one for all small blocks together.
 //!
-//! Byte `o` of a block is byte `o` of its file. The files are memfds, or named files in a directory of the
-//! operator's choice, on hugetlbfs or tmpfs.
+//! The files are memfds, or named files in a directory of the operator's choice, on hugetlbfs or tmpfs. Byte `o` of a block is
+//! byte `o` of its named file, so that a QEMU can map it.
 
 use crate::blocks::{BlockTable, RamBlock};
 use crate::store::StoreError;
@@ -20,13 +20,44 @@ use std::sync::Arc;
 /// The RAM of a guest. See the module.
 pub(crate) struct RamImage {
     table: Arc<BlockTable>,
+    mappings: Vec<Mapping>,
     /// In the order of the table.
-    blocks: Vec<Mapping>,
-    /// The named file of each block that has one.
-    files: Vec<Option<PathBuf>>,
+    places: Vec<BlockPlace>,
 }
 
+/// Where a block lies.
+struct BlockPlace {
+    /// Position among the mappings.
+    mapping: usize,
+    /// Its first byte there.
+    offset: u64,
+    /// Its named file, if it has one.
+    file: Option<PathBuf>,
+}
+
+/// Blocks below this size share a mapping where they need no file of their own: a mapping is scarce (`vm.max_map_count`),
+/// and they could not be of huge pages anyway.
+const SMALL_BYTES: u64 = HUGE_2M;
+
 impl RamImage {
+    fn new(table: &Arc<BlockTable>) -> Self {
+        Self {
+            table: table.clone(),
+            mappings: Vec::new(),
+            places: Vec::with_capacity(table.iter().len()),
+        }
+    }
+
+    /// How many mappings [`Self::map`] makes at most, with or without files.
+    pub(crate) fn mappings_max(table: &BlockTable, has_files: bool) -> usize {
+        let blocks = table.iter().len();
+        let small = match has_files {
+            true => 0,
+            false => table.iter().filter(|(_, block)| is_small(block)).count(),
+        };
+        blocks - small + usize::from(small > 0)
+    }
+
     /// Maps the blocks of `table`; their memory is not yet populated. With `files` they are named files, but for blocks
     /// smaller than a huge page of theirs, unless `all_named` is set: a QEMU maps only the guest's main memory.
     ///
@@ -39,32 +70,49 @@ impl RamImage {
         all_named: bool,
         notes: &mut Vec<Fallback>,
     ) -> Result<Self, StoreError> {
-        let mut image = Self {
-            table: table.clone(),
-            blocks: Vec::with_capacity(table.iter().len()),
-            files: Vec::new(),
-        };
+        let mut image = Self::new(&table);
         let mut transparent = pages == HugePages::Thp;
+        let named = |block: &RamBlock| files.filter(|files| all_named || files.suits(block.used_length));
+        let shares = |block: &RamBlock| named(block).is_none() && is_small(block);
+        let all_small = table.iter().filter(|(_, block)| shares(block));
+        // At most BLOCKS_MAX times SMALL_BYTES.
+        let small_bytes: u64 = all_small.map(|(_, block)| block.used_length).sum();
+        let mut small_used = 0;
+        if small_bytes > 0 {
+            let mapping =
+                memfd(small_bytes).map_err(|errno| StoreError::no_small_memory(small_bytes, errno))?;
+            image.mappings.push(mapping);
+        }
         for ((_, block), name) in table.iter().zip(file_names(&table, &[])) {
-            let files = files.filter(|files| all_named || files.suits(block.used_length));
-            let mapping = match files {
+            if shares(block) {
+                image.places.push(BlockPlace {
+                    mapping: 0,
+                    offset: small_used,
+                    file: None,
+                });
+                small_used += block.used_length;
+                continue;
+            }
+            let no_memory = |errno| StoreError::no_memory(block, block.used_length, errno);
+            let (mapping, path) = match named(block) {
                 Some(files) => {
                     let file = files.create(&name, block.used_length)?;
-                    image.files.push(Some(file.path.clone()));
-                    map(&file, block)?
+                    let mapping = file.map();
+                    let mapping =
+                        mapping.map_err(|errno| StoreError::no_memory(block, file.length, errno))?;
+                    (mapping, Some(file.path))
                 }
                 None => match memfd_of_huge_pages(block, pages) {
-                    Some(Ok(mapping)) => mapping,
+                    Some(Ok(mapping)) => (mapping, None),
                     Some(Err(lack)) => {
                         transparent = true;
                         notes.push(lack.note(block));
-                        memfd(block)?
+                        (memfd(block.used_length).map_err(no_memory)?, None)
                     }
-                    None => memfd(block)?,
+                    None => (memfd(block.used_length).map_err(no_memory)?, None),
                 },
             };
-            image.files.resize(image.blocks.len() + 1, None);
-            image.blocks.push(mapping);
+            image.add(mapping, path);
         }
         if transparent {
             image.ask_for_transparent_pages(pages, notes);
@@ -74,11 +122,7 @@ impl RamImage {
 
     /// Maps the blocks of `table` in the files of an earlier receiver.
     pub(crate) fn map_existing(table: Arc<BlockTable>, files: &RamFiles) -> Result<Self, StoreError> {
-        let mut image = Self {
-            table: table.clone(),
-            blocks: Vec::with_capacity(table.iter().len()),
-            files: Vec::new(),
-        };
+        let mut image = Self::new(&table);
         for ((_, block), name) in table.iter().zip(file_names(&table, &[])) {
             let path = files.path(&name);
             let file = files.open(&name)?;
@@ -87,20 +131,28 @@ impl RamImage {
                 return Err(StoreError::damaged(&path, "it is shorter than its ram block"));
             }
             let mapping = file.map_owned();
-            image
-                .blocks
-                .push(mapping.map_err(|errno| StoreError::file(&path, errno.into()))?);
-            image.files.push(Some(path));
+            let mapping = mapping.map_err(|errno| StoreError::file(&path, errno.into()))?;
+            image.add(mapping, Some(path));
         }
         Ok(image)
+    }
+
+    /// The next block has a mapping of its own.
+    fn add(&mut self, mapping: Mapping, file: Option<PathBuf>) {
+        self.places.push(BlockPlace {
+            mapping: self.mappings.len(),
+            offset: 0,
+            file,
+        });
+        self.mappings.push(mapping);
     }
 
     fn ask_for_transparent_pages(&self, asked: HugePages, notes: &mut Vec<Fallback>) {
         match huge::transparent_shared() {
             // Advice: a mapping that cannot follow it (hugetlb, or too small) is no worse than before.
             None => {
-                for block in &self.blocks {
-                    let _ = block.advise_huge();
+                for mapping in &self.mappings {
+                    let _ = mapping.advise_huge();
                 }
             }
             Some(note) if asked == HugePages::Thp => notes.push(note),
@@ -114,33 +166,31 @@ impl RamImage {
     }
 
     pub(crate) fn mappings(&self) -> &[Mapping] {
-        &self.blocks
+        &self.mappings
     }
 
     /// The named file of a block, for a QEMU to map: absolute.
     pub(crate) fn file(&self, id: BlockId) -> Option<&Path> {
-        self.files[usize::from(id.0)].as_deref()
+        self.places[usize::from(id.0)].file.as_deref()
     }
 
     /// The pages of `run`, or the first of them where its block ends before it does.
     pub(crate) fn span(&self, run: PageRun) -> PageSpan<'_> {
         let (id, offset) = self.table.locate(run.first);
         let left = (self.table.block(id).used_length - offset) / PAGE_BYTES;
-        self.blocks[usize::from(id.0)].span(offset, run.pages.min(left))
+        let place = &self.places[usize::from(id.0)];
+        self.mappings[place.mapping].span(place.offset + offset, run.pages.min(left))
     }
 }
 
-/// Maps the file of a block.
-fn map(file: &MemoryFile, block: &RamBlock) -> Result<Mapping, StoreError> {
-    file.map()
-        .map_err(|errno| StoreError::no_memory(block, file.length, errno))
+fn is_small(block: &RamBlock) -> bool {
+    block.used_length < SMALL_BYTES
 }
 
-fn memfd(block: &RamBlock) -> Result<Mapping, StoreError> {
-    let length = block.used_length;
-    let refused = |errno| StoreError::no_memory(block, length, errno);
-    let file = memfd_create(memfd_name(), MFdFlags::MFD_CLOEXEC).map_err(refused)?;
-    map(&MemoryFile::unnamed(file, length, false), block)
+/// Memory without a name, of ordinary pages.
+fn memfd(length: u64) -> Result<Mapping, Errno> {
+    let file = memfd_create(memfd_name(), MFdFlags::MFD_CLOEXEC)?;
+    MemoryFile::unnamed(file, length, false).map()
 }
 
 fn memfd_name() -> &'static std::ffi::CStr {

@@ -109,3 +109,34 @@ fn transparent_huge_pages_are_used_or_the_lack_is_reported() {
         assert!(!text.contains("[always]"), "{note}");
     }
 }
+
+/// A mapping is scarce: small blocks share one. Blocks that a QEMU may map, or that outlive the receiver, have their own.
+#[test]
+fn small_blocks_share_a_mapping() {
+    let names: Vec<String> = (0..300).map(|number| format!("block {number}")).collect();
+    let mut blocks: Vec<(&str, u64)> = names.iter().map(|name| (&**name, 3)).collect();
+    blocks.insert(200, ("pc.ram", 1024));
+    for kind in KINDS {
+        let store = store_of(kind, &blocks);
+        assert_eq!(store.image().mappings().len(), 2);
+        let last = page(store.table().total_pages() - 1);
+        // In a small block before the large one, in the large one, in the next one, in the last.
+        let pages = [page(5), page(600), page(1623), page(1624), last];
+        for (fill, page) in (1..).zip(pages) {
+            store.write(0, page, &content(fill)).unwrap();
+        }
+        for (fill, page) in (1..).zip(pages) {
+            let mut read = [0; PAGE_SIZE];
+            store.read_newest(page, &mut read);
+            assert_eq!(read, content(fill), "page {page:?}");
+        }
+    }
+    let most = |options: &StoreOptions| Store::mappings_max(&table(&blocks), options);
+    let mirror = options();
+    assert!((3..20).contains(&most(&mirror)), "{}", most(&mirror));
+    let named = StoreOptions {
+        ram_dir: Some("/dev/shm".into()),
+        ..options()
+    };
+    assert!((302..320).contains(&most(&named)), "{}", most(&named));
+}
