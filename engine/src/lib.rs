@@ -13,6 +13,7 @@ pub mod link;
 pub mod metrics;
 pub mod nbd;
 pub mod net;
+pub mod rate_limit;
 pub mod receiver;
 pub mod ring;
 pub mod session;
