@@ -7,7 +7,7 @@ use nix::sys::socket::sockopt::{
 };
 use nix::sys::socket::{Shutdown, getsockopt, setsockopt, shutdown};
 use std::io;
-use std::net::{IpAddr, TcpListener, TcpStream};
+use std::net::{IpAddr, Ipv6Addr, TcpListener, TcpStream};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::FileTypeExt;
 use std::os::unix::net::{UnixListener, UnixStream};
@@ -82,6 +82,20 @@ pub enum Origin {
     Host(IpAddr),
     /// A process of this host, over a UNIX socket.
     Process(i32),
+}
+
+impl Origin {
+    /// What counts as one where there is a limit by origin: a host, or with IPv6 its network of 64 bits, of which one host
+    /// may have every address.
+    pub fn group(self) -> Self {
+        match self {
+            Self::Host(address) => Self::Host(match address.to_canonical() {
+                IpAddr::V6(address) => Ipv6Addr::from_bits(address.to_bits() & !u128::from(u64::MAX)).into(),
+                IpAddr::V4(address) => address.into(),
+            }),
+            Self::Process(_) => self,
+        }
+    }
 }
 
 /// What the connections of one session have in common.
@@ -345,6 +359,16 @@ mod tests {
             ListenAddress::Tcp(address) => (listener, address),
             ListenAddress::Unix(_) => unreachable!("a TCP address was bound"),
         }
+    }
+
+    #[test]
+    fn a_network_of_ipv6_is_one_origin() {
+        let host = |text: &str| Origin::Host(text.parse().unwrap()).group();
+        assert_eq!(host("2001:db8::1"), host("2001:db8::ffff:1"));
+        assert_ne!(host("2001:db8::1"), host("2001:db8:0:1::1"));
+        assert_eq!(host("::ffff:192.0.2.1"), host("192.0.2.1"));
+        assert_ne!(host("192.0.2.1"), host("192.0.2.2"));
+        assert_eq!(Origin::Process(7).group(), Origin::Process(7));
     }
 
     #[test]

@@ -6,10 +6,12 @@
 //! requests quick ones after every read *and* every write of its own, since the kernel falls back to delayed ones by itself.
 
 mod address;
+mod descriptors;
 mod listener;
 mod sockopt;
 
 pub use address::{AddressError, ListenAddress};
+pub(crate) use descriptors::DescriptorReserve;
 pub(crate) use listener::is_gone;
 pub use listener::{AcceptError, Accepted, HostWatch, ListenError, Listener, Origin, Peer, bind_unix};
 pub use sockopt::quick_ack;
