@@ -20,7 +20,7 @@ pub use network::NetworkReport;
 pub(crate) use numa::NODES_MAX;
 pub use numa::{CorePlace, NumaError, NumaNode, Placement, Topology};
 pub use os_error::OsError;
-pub(crate) use proc::io_uring_disabled;
+pub(crate) use proc::{io_uring_disabled, max_mappings};
 
 use serde::Serialize;
 

@@ -18,6 +18,11 @@ pub(crate) fn io_uring_disabled() -> Option<u64> {
     number("/proc/sys/kernel/io_uring_disabled")
 }
 
+/// Most memory mappings of a process: `vm.max_map_count`, or the kernel's default where it cannot be read.
+pub(crate) fn max_mappings() -> u64 {
+    number("/proc/sys/vm/max_map_count").unwrap_or(65_530)
+}
+
 /// The value behind `key:` in a text of `key: value` lines.
 pub(super) fn field<'a>(text: &'a str, key: &str) -> Option<&'a str> {
     text.lines().find_map(|line| {

@@ -8,7 +8,7 @@
 #[cfg(test)]
 mod tests;
 
-use crate::net::Peer;
+use crate::net::{Origin, Peer};
 use crate::units::ChannelId;
 use crate::wire::multifd::Init;
 use std::time::{Duration, Instant};
@@ -22,7 +22,7 @@ pub(super) enum Identity {
 }
 
 /// An accepted connection, in the order of acceptance.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub(super) struct Arrival(u64);
 
 /// All connections of a session.
@@ -74,6 +74,13 @@ struct Set<S> {
     since: Instant,
 }
 
+/// A connection whose first bytes have not arrived.
+struct Unidentified {
+    arrival: Arrival,
+    peer: Peer,
+    since: Instant,
+}
+
 struct Waiting<S> {
     arrival: Arrival,
     peer: Peer,
@@ -87,8 +94,8 @@ pub(super) struct Assembler<S> {
     channels: u8,
     deadline: Duration,
     next: u64,
-    /// Accepted, but their first bytes have not arrived: any of them may be a main channel.
-    unidentified: Vec<(Arrival, Peer)>,
+    /// In the order of acceptance. Any of them may be a main channel.
+    unidentified: Vec<Unidentified>,
     waiting: Vec<Waiting<S>>,
     sets: Vec<Set<S>>,
 }
@@ -115,17 +122,50 @@ impl<S> Assembler<S> {
         self.unidentified.len() + self.waiting.len() + in_sets
     }
 
+    /// Those of one origin.
+    pub(super) fn pending_of(&self, origin: Origin) -> usize {
+        let is_of = |peer: &Peer| peer.origin.group() == origin;
+        let unidentified = self.unidentified.iter().filter(|other| is_of(&other.peer));
+        let waiting = self.waiting.iter().filter(|channel| is_of(&channel.peer));
+        let sets = self.sets.iter().filter(|set| is_of(&set.peer));
+        let in_sets: usize = sets.map(|set| set.channels.iter().flatten().count() + 1).sum();
+        unidentified.count() + waiting.count() + in_sets
+    }
+
     /// A connection was accepted.
-    pub(super) fn accepted(&mut self, peer: Peer) -> Arrival {
+    pub(super) fn accepted(&mut self, peer: Peer, now: Instant) -> Arrival {
         let arrival = Arrival(self.next);
         self.next += 1;
-        self.unidentified.push((arrival, peer));
+        self.unidentified.push(Unidentified {
+            arrival,
+            peer,
+            since: now,
+        });
         arrival
+    }
+
+    /// The oldest connection of these origins whose first bytes have not arrived.
+    pub(super) fn oldest_silent(&self, is_of: impl Fn(Origin) -> bool) -> Option<Arrival> {
+        let mut silent = self.unidentified.iter();
+        silent
+            .find(|other| is_of(other.peer.origin))
+            .map(|other| other.arrival)
+    }
+
+    /// Connections that have been silent for longer than `allowed` and that channels wait for.
+    pub(super) fn in_the_way(&self, now: Instant, allowed: Duration) -> Vec<Arrival> {
+        let is_late = |other: &&Unidentified| now.saturating_duration_since(other.since) > allowed;
+        let waits_for = |other: &&Unidentified| {
+            let mut waiting = self.waiting.iter();
+            waiting.any(|channel| channel.peer == other.peer && other.arrival < channel.arrival)
+        };
+        let late = self.unidentified.iter().filter(is_late).filter(waits_for);
+        late.map(|other| other.arrival).collect()
     }
 
     /// An accepted connection will not be identified.
     pub(super) fn given_up(&mut self, arrival: Arrival) -> Vec<Assembly<S>> {
-        self.unidentified.retain(|(other, _)| *other != arrival);
+        self.unidentified.retain(|other| other.arrival != arrival);
         self.place_waiting()
     }
 
@@ -138,7 +178,7 @@ impl<S> Assembler<S> {
         connection: S,
         now: Instant,
     ) -> Vec<Assembly<S>> {
-        self.unidentified.retain(|(other, _)| *other != arrival);
+        self.unidentified.retain(|other| other.arrival != arrival);
         let mut outcomes = Vec::new();
         match identity {
             Identity::Main => outcomes.extend(self.add_main(peer, connection, now)),
@@ -250,7 +290,7 @@ impl<S> Assembler<S> {
             let older = self
                 .unidentified
                 .iter()
-                .any(|(a, peer)| *a < channel.arrival && *peer == channel.peer);
+                .any(|other| other.arrival < channel.arrival && other.peer == channel.peer);
             if !known && older {
                 position += 1;
                 continue;

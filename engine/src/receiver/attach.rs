@@ -81,10 +81,7 @@ pub(super) fn attach<D: DrivingCores>(
     let helpers: Vec<_> = (1..cores.driving_cores())
         .map(|n| cores.driver(home_core + n, 0))
         .collect();
-    let socket = |socket, driver| ChannelSocket {
-        socket,
-        waker: cores.waker(driver),
-    };
+    let socket = |socket, driver| ChannelSocket::new(socket, cores.waker(driver));
     let main = socket(new.main, &main_driver);
     let channels = new.channels.into_iter().zip(&drivers);
     let channels = channels

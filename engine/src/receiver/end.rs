@@ -51,6 +51,9 @@ pub enum SessionEnd {
     /// All connections came, but nothing that makes them a migration.
     #[error("the main channel sent no list of RAM blocks within {0:?}")]
     Silent(std::time::Duration),
+    /// Its first copy stands still.
+    #[error("in its first copy the primary sent nothing for {0:?} (--precopy-timeout)")]
+    NoProgress(std::time::Duration),
     /// The primary does not read messages to it.
     #[error("the primary does not read its answers: {0}")]
     Answer(std::io::Error),
@@ -74,6 +77,9 @@ pub enum SessionEnd {
         "its guard ended the protection: the guest runs on at its primary, and is ahead of this checkpoint"
     )]
     Unprotected,
+    /// A client of the control socket has ended it.
+    #[error("it was ended by the operator")]
+    Operator,
     /// The receiver was stopped.
     #[error("the receiver was stopped")]
     Stopped,
@@ -92,6 +98,7 @@ impl SessionEnd {
                 | Self::Promoted
                 | Self::HandedOver
                 | Self::Unprotected
+                | Self::Operator
                 | Self::Stopped
                 | Self::Recovered
         )
@@ -101,7 +108,12 @@ impl SessionEnd {
     pub(super) fn is_loss(&self) -> bool {
         !matches!(
             self,
-            Self::Promoted | Self::HandedOver | Self::Unprotected | Self::Stopped | Self::Recovered
+            Self::Promoted
+                | Self::HandedOver
+                | Self::Unprotected
+                | Self::Operator
+                | Self::Stopped
+                | Self::Recovered
         )
     }
 

@@ -38,12 +38,22 @@ pub(super) struct GuestMemory {
 pub(super) struct Budgets {
     pub(super) ram: Arc<Budget>,
     pub(super) device_states: Arc<Budget>,
+    pub(super) mappings: Arc<Budget>,
+}
+
+/// What a guest needs of the limits.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct GuestNeeds {
+    pub(super) ram_bytes: u64,
+    pub(super) device_state_bytes: u64,
+    pub(super) mappings: u64,
 }
 
 /// A guest's parts of the limits, held as long as its session or its checkpoint exists.
 pub(super) struct MemoryLeases {
     ram: Lease,
     device_state: Lease,
+    _mappings: Lease,
 }
 
 impl Budgets {
@@ -51,14 +61,11 @@ impl Budgets {
     ///
     /// # Errors
     /// If one of the limits does not allow it.
-    pub(super) fn take(
-        &self,
-        ram_bytes: u64,
-        device_state_bytes: u64,
-    ) -> Result<Arc<MemoryLeases>, BudgetError> {
+    pub(super) fn take(&self, needs: GuestNeeds) -> Result<Arc<MemoryLeases>, BudgetError> {
         Ok(Arc::new(MemoryLeases {
-            ram: self.ram.take(ram_bytes)?,
-            device_state: self.device_states.take(device_state_bytes)?,
+            ram: self.ram.take(needs.ram_bytes)?,
+            device_state: self.device_states.take(needs.device_state_bytes)?,
+            _mappings: self.mappings.take(needs.mappings)?,
         }))
     }
 }

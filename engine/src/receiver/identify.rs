@@ -18,10 +18,6 @@ use tokio::net::TcpStream;
 
 /// Bytes that identify the kind of a connection.
 pub(super) const FIRST_LEN: usize = 4;
-
-/// Most connections that are accepted and not identified, or wait for the rest of their session. More are closed.
-pub(super) const PENDING_MAX: usize = 1024;
-
 /// What a connection is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum ConnectionKind {

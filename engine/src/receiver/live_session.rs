@@ -29,6 +29,27 @@ use std::time::Duration;
 pub(super) struct ChannelSocket {
     pub(super) socket: OwnedFd,
     pub(super) waker: Waker,
+    received: Received,
+}
+
+/// Bytes that have come on a channel. Only its driver changes it; on a cache line of its own, as drivers are on different cores.
+#[derive(Debug, Default)]
+#[repr(align(64))]
+struct Received(AtomicU64);
+
+impl ChannelSocket {
+    pub(super) fn new(socket: OwnedFd, waker: Waker) -> Self {
+        Self {
+            socket,
+            waker,
+            received: Received::default(),
+        }
+    }
+
+    fn add_received(&self, bytes: usize) {
+        let before = self.received.0.load(Ordering::Relaxed);
+        self.received.0.store(before + bytes as u64, Ordering::Relaxed);
+    }
 }
 
 /// Counters for the status; written at syncs and commits, never per packet.
@@ -61,6 +82,8 @@ pub(super) struct LiveSession {
     pub(super) suppressed_at: AtomicU64,
     /// Whether its block list has arrived.
     pub(super) memory_asked: AtomicBool,
+    /// Whether a checkpoint was asked for and is not acknowledged.
+    pub(super) in_checkpoint: AtomicBool,
     /// Whether a background thread resizes its pool.
     pub(super) growing: AtomicBool,
     main: ChannelSocket,
@@ -105,6 +128,7 @@ impl LiveSession {
             suppressed_at: AtomicU64::new(0),
             parts: AtomicUsize::new(1 + channels.len() + 1 + helpers.len()),
             memory_asked: AtomicBool::new(false),
+            in_checkpoint: AtomicBool::new(false),
             growing: AtomicBool::new(false),
             output: Arc::new(SessionOutput::new(main.waker.clone())),
             main,
@@ -124,6 +148,23 @@ impl LiveSession {
 
     pub(super) fn channel_fd(&self, channel: ChannelId) -> RawFd {
         self.channels[usize::from(channel.0)].socket.as_raw_fd()
+    }
+
+    /// Bytes have come on the main channel.
+    pub(super) fn main_received(&self, bytes: usize) {
+        self.main.add_received(bytes);
+    }
+
+    /// Bytes have come on a multifd channel.
+    pub(super) fn channel_received(&self, channel: ChannelId, bytes: usize) {
+        self.channels[usize::from(channel.0)].add_received(bytes);
+    }
+
+    /// Bytes that have come on all channels: whether the session makes progress.
+    pub(super) fn received_bytes(&self) -> u64 {
+        let all = self.channels.iter().chain([&self.main]);
+        all.map(|channel| channel.received.0.load(Ordering::Relaxed))
+            .sum()
     }
 
     /// How many multifd channels it has.
@@ -199,6 +240,7 @@ impl LiveSession {
     pub(super) fn note_commit(&self, pause: Duration) {
         let pause_ns = u64::try_from(pause.as_nanos()).unwrap_or(u64::MAX);
         self.counters.pause_ns.store(pause_ns, Ordering::Relaxed);
+        self.in_checkpoint.store(false, Ordering::Relaxed);
         if let Some(checkpoint) = self.checkpoint.get() {
             checkpoint.committed_at(self.uptime(), Duration::ZERO);
         }

@@ -125,6 +125,7 @@ impl MainChannel {
                 }
                 (Action::FinishFlush, Some(checkpoints)) => {
                     self.timeline.requested();
+                    self.session.in_checkpoint.store(true, Ordering::Relaxed);
                     self.waiting = Waiting::Flush;
                     if canary::is_set(Canary::EarlyGate) {
                         self.session.rendezvous.open_gate();
@@ -319,6 +320,7 @@ impl Connection for MainChannel {
     fn received(&mut self, bytes: usize) -> ControlFlow<()> {
         self.timeline.bytes_came();
         self.buffer.fill(bytes);
+        self.session.main_received(bytes);
         self.session
             .counters
             .bytes

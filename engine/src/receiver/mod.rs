@@ -10,6 +10,7 @@
 
 mod assemble;
 mod attach;
+mod background;
 mod budget;
 mod checkpoints;
 mod control;
@@ -121,9 +122,12 @@ pub enum ReceiverError {
         /// The error of the system.
         source: std::io::Error,
     },
-    /// The control thread.
-    #[error("the control thread: {0}")]
+    /// A thread that every receiver has.
+    #[error("cannot start a thread: {0}")]
     Thread(std::io::Error),
+    /// The control thread's end.
+    #[error("the control thread panicked")]
+    Panicked,
 }
 
 /// The result of a receiver that has ended.
@@ -270,7 +274,7 @@ impl Receiver {
     /// # Errors
     /// If it could not go on.
     pub fn wait(self) -> Result<Outcome, ReceiverError> {
-        let panicked = |_| Err(ReceiverError::Thread(std::io::Error::other("it panicked")));
+        let panicked = |_| Err(ReceiverError::Panicked);
         self.thread.join().unwrap_or_else(panicked)
     }
 }

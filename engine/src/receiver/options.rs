@@ -47,6 +47,10 @@ pub struct ReceiverOptions {
     pub once: bool,
     /// From a session's first connection until all of its channels must be identified.
     pub identify_deadline: Duration,
+    /// How long a primary may send nothing in its first copy.
+    pub precopy_deadline: Duration,
+    /// Most sessions of one origin, running or kept.
+    pub sessions_per_origin: usize,
     /// When a primary whose host is silent counts as lost.
     pub host_watch: HostWatch,
 }

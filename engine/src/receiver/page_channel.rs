@@ -238,6 +238,7 @@ impl Connection for PageChannel {
         if self.link.session.end().is_some() {
             return ControlFlow::Break(());
         }
+        self.link.session.channel_received(self.link.id, bytes);
         let result = self.step(bytes);
         self.end_if_err(result)
     }

@@ -2,7 +2,7 @@
 
 use super::budget::BudgetError;
 use super::disks::SessionDisks;
-use super::guest_memory::Budgets;
+use super::guest_memory::{Budgets, GuestNeeds};
 use super::kept_checkpoint::KeptCheckpoint;
 use super::session_codec::{DecodeError, StoredSession, decode};
 use super::{Event, Events};
@@ -70,10 +70,11 @@ fn recover(
         description,
         disks,
     } = decode(found.session())?;
-    let leases = budgets.take(
-        description.blocks.total_bytes(),
-        found.device_state_bytes() as u64 * 2,
-    )?;
+    let leases = budgets.take(GuestNeeds {
+        ram_bytes: description.blocks.total_bytes(),
+        device_state_bytes: found.device_state_bytes() as u64 * 2,
+        mappings: CommittedImage::mappings_max(&description.blocks),
+    })?;
     let (age, is_given) = (found.age(), found.is_given());
     let uptime = started.elapsed();
     let image = found.recover(description.blocks.clone())?;

@@ -1,10 +1,11 @@
 //! Starts what a receiver is made of: data plane, flush threads, measurements, recovered checkpoints.
 
+use super::background::Background;
 use super::budget::Budget;
 use super::control::ControlContext;
 use super::decode::WorkerThreads;
 use super::disks::{DiskMemory, DiskRegistry, DiskServer, ServerParts, SessionDisks};
-use super::guest_memory::{Budgets, GuestMemory, MemoryError};
+use super::guest_memory::{Budgets, GuestMemory, GuestNeeds, MemoryError};
 use super::kept_checkpoint::KeptCheckpoint;
 use super::live_session::LiveSession;
 use super::recovery::{label, recover_all, recover_orphaned_disks};
@@ -12,7 +13,7 @@ use super::services::{Services, Shared, Work};
 use super::{Event, Events, ReceiverError, ReceiverOptions};
 use crate::blocks::BlockTable;
 use crate::disk::{DiskError, DiskOptions, RamShare, SEGMENT_BYTES};
-use crate::host::{Machine, Placement};
+use crate::host::{Machine, Placement, max_mappings};
 use crate::metrics::{Recorder, RunDescription, SampleQueue};
 use crate::net::Listener;
 use crate::ring::{BackendKind, Plane, PlaneError, PlaneOptions};
@@ -73,6 +74,7 @@ pub(super) fn make_context(
     let budgets = Budgets {
         ram: Arc::new(Budget::new(options.ram_limit_bytes, "--ram-limit")),
         device_states: Arc::new(Budget::new(DEVICE_STATES_MAX, "device state")),
+        mappings: Arc::new(Budget::of_mappings(max_mappings())),
     };
     let run = RunDescription {
         started: SystemTime::now(),
@@ -110,6 +112,7 @@ pub(super) fn make_context(
     });
     let started = parts.map(|parts| DiskServer::start(parts, disk_listeners));
     let disk_server = started.transpose().map_err(ReceiverError::Thread)?;
+    let background = Background::start().map_err(ReceiverError::Thread)?;
     // Last: its threads would not end if something else failed after it.
     let plane = start_plane(&mut options, &events)?;
     Ok(ControlContext {
@@ -118,6 +121,7 @@ pub(super) fn make_context(
         services,
         plane,
         workers,
+        background,
         budget: budgets.ram,
         recorder,
         events,
@@ -253,7 +257,11 @@ impl Services for ReceiverServices {
     }
 
     fn make_memory(&self, session: u32, table: Arc<BlockTable>) -> Result<GuestMemory, MemoryError> {
-        let leases = self.budgets.take(table.total_bytes(), 0)?;
+        let leases = self.budgets.take(GuestNeeds {
+            ram_bytes: table.total_bytes(),
+            device_state_bytes: 0,
+            mappings: Store::mappings_max(&table, &self.store),
+        })?;
         let (store, notes) = Store::create(table, &label(session), &self.store)?;
         let fallbacks: Vec<String> = notes.iter().map(ToString::to_string).collect();
         for note in &fallbacks {

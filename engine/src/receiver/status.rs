@@ -20,6 +20,12 @@ pub const STATUS_SCHEMA: &str = "colo-ring.status";
 /// Its version: raised when a key changes its meaning or goes.
 pub const STATUS_VERSION: u32 = 1;
 
+/// Most RAM blocks of a session in a [`StatusReport`].
+const BLOCKS_SHOWN: usize = 64;
+
+/// Longest text of a session that is gone, in bytes.
+const TEXT_MAX: usize = 512;
+
 /// The receiver and its sessions.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct StatusReport {
@@ -80,7 +86,7 @@ pub struct GuestBlock {
 
 impl GuestBlock {
     /// Those of an image, in its primary's order.
-    fn all(image: &CommittedImage) -> Vec<Self> {
+    pub(super) fn all(image: &CommittedImage) -> Vec<Self> {
         let block = |(id, block): (_, &crate::blocks::RamBlock)| Self {
             name: block.display_name().into_owned(),
             used_length: block.used_length,
@@ -103,6 +109,9 @@ pub struct SessionStatus {
     pub end: Option<String>,
     /// Whether it ended in an orderly way, and not by an error.
     pub orderly: Option<bool>,
+    /// Milliseconds without progress, if it is stalled: longer than is usual for it.
+    #[serde(default)]
+    pub stalled_ms: Option<u64>,
     /// Whether it ended because its primary was lost: not by the receiver's end, and not by a failover.
     #[serde(default)]
     pub lost: bool,
@@ -113,7 +122,7 @@ pub struct SessionStatus {
     pub machine: Option<String>,
     /// Bytes over all RAM blocks, once known.
     pub ram_bytes: Option<u64>,
-    /// The RAM blocks, once known.
+    /// The RAM blocks, once known; in a [`StatusReport`] the largest 64 at most.
     #[serde(default)]
     pub blocks: Vec<GuestBlock>,
     /// Its guard, if there is or was one.
@@ -215,6 +224,33 @@ impl SessionStatus {
         }
     }
 
+    /// What stays of a session that is gone: its figures, and no texts that its primary has chosen.
+    #[must_use]
+    pub(super) fn as_line(mut self) -> Self {
+        self.blocks = Vec::new();
+        self.fallbacks = Vec::new();
+        self.disks = Vec::new();
+        for text in [&mut self.end, &mut self.promotion, &mut self.machine]
+            .into_iter()
+            .flatten()
+        {
+            let end = (0..=text.len().min(TEXT_MAX)).rfind(|end| text.is_char_boundary(*end));
+            text.truncate(end.unwrap_or(0));
+        }
+        self
+    }
+
+    /// Without the small ones of very many RAM blocks.
+    #[must_use]
+    pub(super) fn with_few_blocks(mut self) -> Self {
+        if self.blocks.len() > BLOCKS_SHOWN {
+            self.blocks
+                .sort_by_key(|block| std::cmp::Reverse(block.used_length));
+            self.blocks.truncate(BLOCKS_SHOWN);
+        }
+        self
+    }
+
     /// Of a session of which nothing is known.
     fn new(session: u32, peer: &str, summary: Summary) -> Self {
         Self {
@@ -223,6 +259,7 @@ impl SessionStatus {
             state: SessionState::Precopy,
             end: None,
             orderly: None,
+            stalled_ms: None,
             lost: false,
             promotion: None,
             machine: None,

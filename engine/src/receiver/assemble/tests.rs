@@ -31,7 +31,7 @@ impl Bench {
     }
 
     fn come(&mut self, identity: Identity, name: &'static str) -> Vec<Assembly<&'static str>> {
-        let arrival = self.assembler.accepted(PEER);
+        let arrival = self.assembler.accepted(PEER, Instant::now());
         self.say(arrival, identity, name)
     }
 }
@@ -100,7 +100,7 @@ fn a_channel_waits_for_an_older_silent_connection() {
     let mut bench = Bench::new(1);
     // Two primaries: the first main channel has spoken, the second has not when its channel does.
     bench.come(Identity::Main, "main a");
-    let main_b = bench.assembler.accepted(PEER);
+    let main_b = bench.assembler.accepted(PEER, Instant::now());
     assert!(bench.come(channel(2, 0), "b0").is_empty());
     // Now both main channels are there and one channel: it could belong to either.
     let (connections, refusal) = refused(&bench.say(main_b, Identity::Main, "main b"));
@@ -111,7 +111,7 @@ fn a_channel_waits_for_an_older_silent_connection() {
 #[test]
 fn a_silent_stranger_only_delays() {
     let mut bench = Bench::new(1);
-    let stranger = bench.assembler.accepted(PEER);
+    let stranger = bench.assembler.accepted(PEER, Instant::now());
     bench.come(Identity::Main, "main");
     assert!(bench.come(channel(1, 0), "c0").is_empty());
     assert_eq!(complete(&bench.assembler.given_up(stranger)), ["main", "c0"]);
@@ -134,7 +134,7 @@ fn other_hosts_and_listeners_are_other_sessions() {
         listener: 1,
         origin: HOST,
     };
-    let arrival = bench.assembler.accepted(other);
+    let arrival = bench.assembler.accepted(other, Instant::now());
     let now = bench.now;
     assert!(
         bench
@@ -181,4 +181,30 @@ fn incomplete_sessions_expire() {
             .starts_with("1 of 4 multifd channels and a main channel came within 10s")
     );
     assert_eq!(bench.assembler.pending(), 0);
+}
+
+/// Neither one that nothing waits for, nor one that came later, nor one of another origin.
+#[test]
+fn a_silent_connection_is_in_the_way_of_channels_behind_it() {
+    let mut bench = Bench::new(1);
+    let (start, allowed) = (bench.now, Duration::from_secs(3));
+    let first = bench.assembler.accepted(PEER, start);
+    bench.come(Identity::Main, "main");
+    let late = start + Duration::from_secs(4);
+    assert!(
+        bench.assembler.in_the_way(late, allowed).is_empty(),
+        "nothing waits"
+    );
+    assert!(bench.come(channel(1, 0), "c0").is_empty());
+    let _behind = bench.assembler.accepted(PEER, start);
+    let other = Peer {
+        listener: 1,
+        origin: HOST,
+    };
+    let _elsewhere = bench.assembler.accepted(other, start);
+    assert!(bench.assembler.in_the_way(start + allowed, allowed).is_empty());
+    assert_eq!(bench.assembler.in_the_way(late, allowed), [first]);
+    assert_eq!(bench.assembler.oldest_silent(|_| true), Some(first));
+    assert_eq!(complete(&bench.assembler.given_up(first)), ["main", "c0"]);
+    assert_eq!(bench.assembler.pending_of(HOST), 2);
 }

@@ -54,11 +54,11 @@ pub enum RequestError {
     #[error("session {0} is in precopy: there is nothing to resume, and its guest runs on the primary")]
     Precopy(u32),
     /// The session is live.
-    #[error("session {0} is running: its primary is connected")]
+    #[error("session {0} is running: its primary is connected; `colo-ring end` ends it")]
     Running(u32),
     /// Only a connected primary's guest can be handed over.
     #[error("session {0} has ended: its guest is resumed by failover without --planned")]
-    HasEnded(u32),
+    NotConnected(u32),
     /// The guest is not handed over.
     #[error("session {session} was not handed over: {source}")]
     Handover {
@@ -67,6 +67,9 @@ pub enum RequestError {
         /// Why.
         source: HandoverError,
     },
+    /// The session has ended already.
+    #[error("session {0} has ended already; `colo-ring discard` gives up its checkpoint")]
+    HasEnded(u32),
     /// The session is live, and so is its guest.
     #[error(
         "the primary of session {session} ({peer}) is connected, and its last checkpoint is {age_ms} ms old: its guest \

@@ -1,17 +1,20 @@
 //! The control thread: assembles connections to sessions, starts them, reaps them when they have ended, serves the control
 //! socket's requests and writes the measurements. No page passes through it.
 
+mod connections;
 mod error;
+mod limits;
 mod protocol;
 mod requests;
 mod socket;
 mod state;
+mod watch;
 
 pub use error::RequestError;
 pub use protocol::{ClaimedCheckpoint, Request, Response};
 pub(super) use socket::{ClientEvent, PendingRequest, serve};
 
-use super::assemble::Assembler;
+use super::background::Background;
 use super::budget::Budget;
 use super::decode::WorkerThreads;
 use super::disks::{DiskRegistry, DiskServer};
@@ -22,6 +25,7 @@ use crate::host::Placement;
 use crate::metrics::{self, Recorder};
 use crate::net::Listener;
 use crate::ring::Plane;
+use connections::Connections;
 use state::ControlState;
 use std::rc::Rc;
 use std::sync::Arc;
@@ -40,6 +44,7 @@ pub(super) struct ControlContext {
     pub(super) plane: Plane,
     /// They end after the plane, whose connections hand work to them.
     pub(super) workers: WorkerThreads,
+    pub(super) background: Background,
     pub(super) budget: Arc<Budget>,
     pub(super) recorder: Recorder,
     pub(super) events: Arc<Events>,
@@ -70,18 +75,16 @@ pub(super) async fn run(
             tokio::task::spawn_local(listener)
         })
         .collect();
-    let assembler = Assembler::new(context.options.channels, context.options.identify_deadline);
+    let connections = Connections::new(context.options.channels, context.options.identify_deadline);
     let mut state = ControlState {
         context,
-        assembler,
+        connections,
         live: Vec::new(),
         kept: Vec::new(),
         past: Vec::new(),
-        identifying: JoinSet::new(),
-        links: JoinSet::new(),
         next: 1,
         ended_sessions: 0,
-        releasing: JoinSet::new(),
+        background: JoinSet::new(),
     };
     state.take_recovered();
     let mut tick = tokio::time::interval(TICK);
@@ -89,7 +92,7 @@ pub(super) async fn run(
     loop {
         tokio::select! {
             Some(connection) = accepted.recv() => state.accept(connection),
-            Some(Ok(result)) = state.identifying.join_next() => state.identify(result),
+            Some(result) = state.connections.identifying.join_next() => state.identify(result),
             Some(event) = inputs.client_events.recv() => state.handle_client_event(event, &listeners),
             () = inputs.changed.notified() => state.reap_ended_sessions(),
             _ = tick.tick() => state.tick(),

@@ -5,6 +5,7 @@
 //! | `{"command":"status"}` | a [`StatusReport`] |
 //! | `{"command":"dump","session":1,"directory":"/absolute"}` | the checkpoint's number and the files written |
 //! | `{"command":"discard","session":1}` | an ended session's checkpoint was discarded, and its memory released |
+//! | `{"command":"end","session":1}` | a running session has ended; its checkpoint, if there is one, is kept |
 //! | `{"command":"claim","session":1,"force":false,"retry":false}` | the checkpoint is claimed: a [`ClaimedCheckpoint`] |
 //! | `{"command":"handover","session":1}` | the guard of the claimed session has ended its primary, after a last checkpoint |
 //! | `{"command":"restore","session":1,"to":"unix:/q","shared":"pc.ram","keep":null}` | the checkpoint was written: a [`RestoreReport`] |
@@ -38,6 +39,11 @@ pub enum Request {
     },
     /// Discard the checkpoint of an ended session.
     Discard {
+        /// The session's number.
+        session: u32,
+    },
+    /// End a running session, as if its primary were lost.
+    End {
         /// The session's number.
         session: u32,
     },
@@ -106,6 +112,13 @@ pub enum Response {
     Discarded {
         /// The session whose memory was released.
         discarded: u32,
+    },
+    /// To [`Request::End`].
+    SessionEnded {
+        /// The session.
+        ended: u32,
+        /// Its last committed checkpoint, which is kept.
+        checkpoint: Option<u64>,
     },
     /// To [`Request::Claim`].
     Claimed(ClaimedCheckpoint),

@@ -5,12 +5,15 @@ use super::protocol::{ClaimedCheckpoint, Request, Response};
 use super::socket::{ClientEvent, PendingRequest, Reply};
 use super::state::{ControlState, Kept, Live};
 use crate::net::Listener;
+use crate::receiver::background::WorkKind;
 use crate::receiver::dump::{dump, dump_ended};
+use crate::receiver::end::SessionEnd;
 use crate::receiver::kept_checkpoint::KeptCheckpoint;
 use crate::receiver::live_session::LiveSession;
 use crate::receiver::promotion::{ClientId, Promotion, PromotionError};
 use crate::receiver::restore::restore;
-use crate::receiver::status::{STATUS_SCHEMA, STATUS_VERSION, SessionState, StatusReport};
+use crate::receiver::services::Services;
+use crate::receiver::status::{STATUS_SCHEMA, STATUS_VERSION, SessionState, SessionStatus, StatusReport};
 use std::rc::Rc;
 use std::sync::Arc;
 
@@ -41,8 +44,13 @@ impl ControlState {
             Request::Status => Ok(Response::Status(Box::new(self.status(listeners)))),
             Request::Discard { session } => match self.discard(session) {
                 Ok(kept) => {
-                    return self.release_kept(kept, reply, Response::Discarded { discarded: session });
+                    let discarded = Response::Discarded { discarded: session };
+                    return self.release_kept(WorkKind::Release, kept, reply, discarded);
                 }
+                Err(error) => Err(error),
+            },
+            Request::End { session } => match self.end(session) {
+                Ok(live) => return live.end_asked.push(reply),
                 Err(error) => Err(error),
             },
             Request::Dump {
@@ -52,7 +60,7 @@ impl ControlState {
             } => match self.idle(session) {
                 Ok(checkpoint) => {
                     let is_live = self.live(session).is_some();
-                    return respond_in_background(reply, move || {
+                    return self.respond_in_background(WorkKind::Dump, reply, move || {
                         let dumped = match is_live {
                             true => dump(&checkpoint, &directory),
                             false => dump_ended(&checkpoint, &directory, without_disks),
@@ -84,7 +92,7 @@ impl ControlState {
             Request::Restore(request) => match self.claimed(request.session, by) {
                 Ok(checkpoint) => {
                     let live = self.live(request.session).map(|live| live.session.clone());
-                    return respond_in_background(reply, move || {
+                    return self.respond_in_background(WorkKind::Restore, reply, move || {
                         let report = restore(&checkpoint, live.as_deref(), by, &request)?;
                         Ok(Response::Restored(report))
                     });
@@ -96,7 +104,10 @@ impl ControlState {
                 may_have_run,
             } => self.release(session, by, may_have_run),
             Request::Promoted { session } => match self.promoted(session, by) {
-                Ok(kept) => return self.release_kept(kept, reply, Response::Promoted { promoted: session }),
+                Ok(kept) => {
+                    let promoted = Response::Promoted { promoted: session };
+                    return self.release_kept(WorkKind::Restore, kept, reply, promoted);
+                }
                 Err(error) => Err(error),
             },
         };
@@ -125,7 +136,9 @@ impl ControlState {
                 .disks
                 .as_ref()
                 .map_or_else(Vec::new, |disks| disks.unbound()),
-            sessions: self.session_statuses(),
+            sessions: (self.session_statuses().into_iter())
+                .map(SessionStatus::with_few_blocks)
+                .collect(),
         }
     }
 
@@ -182,6 +195,18 @@ impl ControlState {
         self.take_kept(session).ok_or(RequestError::Running(session))
     }
 
+    /// Ends a running session. Its client is answered when it is over.
+    fn end(&mut self, session: u32) -> Result<&mut Live, RequestError> {
+        if self.kept(session).is_some() {
+            return Err(RequestError::HasEnded(session));
+        }
+        let none = self.no_session(session);
+        let live = self.live.iter_mut().find(|live| live.session.id == session);
+        let live = live.ok_or(none)?;
+        live.session.finish(SessionEnd::Operator);
+        Ok(live)
+    }
+
     fn claim(
         &mut self,
         session: u32,
@@ -194,7 +219,7 @@ impl ControlState {
             checkpoint => checkpoint?,
         };
         let status = match (self.live(session), self.kept(session)) {
-            (Some(live), _) => self.status_of(&live.session),
+            (Some(live), _) => self.status_of(live),
             (None, kept) => kept
                 .map(|kept| self.status_of_kept(kept))
                 .ok_or(RequestError::NoSession(session))?,
@@ -229,7 +254,7 @@ impl ControlState {
     /// Asks the guard of a session that this client has claimed.
     fn begin_handover(&self, session: u32, by: ClientId) -> Result<Arc<LiveSession>, RequestError> {
         self.claimed(session, by)?;
-        let live = self.live(session).ok_or(RequestError::HasEnded(session))?;
+        let live = self.live(session).ok_or(RequestError::NotConnected(session))?;
         let begun = live.session.output.begin_handover();
         begun.map_err(|source| RequestError::Handover { session, source })?;
         Ok(live.session.clone())
@@ -258,40 +283,50 @@ impl ControlState {
     }
 
     /// Releases a checkpoint's memory, which takes seconds for a large guest, and responds then.
-    fn release_kept(&self, kept: Kept, reply: Reply, response: Response) {
+    fn release_kept(&mut self, kind: WorkKind, kept: Kept, reply: Reply, response: Response) {
         let services = self.context.services.clone();
-        respond_in_background(reply, move || {
-            // The bases are left at the checkpoint, as the session's end does.
-            if let Err(error) = kept.checkpoint.disks.drain() {
-                services.warn(format!(
-                    "session {}: {error}. Its checkpoint is given up all the same: that base is not at a checkpoint, and must be \
-                     mirrored again in full",
-                    kept.checkpoint.session
-                ));
-            }
-            // Removed now, and not with the last reference to the image: the thread that ends the session may hold one, and a
-            // receiver killed meanwhile would leave files of a session that the response says is gone.
-            kept.checkpoint.image.remove_files();
-            kept.checkpoint.disks.remove_files();
-            let disks = kept.checkpoint.disks.weak();
-            drop(kept);
-            disks.wait_closed();
+        self.respond_in_background(kind, reply, move || {
+            kept.release(&*services);
             Ok(response)
         });
+    }
+
+    /// Responds from a thread that may wait for disks and sockets.
+    fn respond_in_background(
+        &mut self,
+        kind: WorkKind,
+        reply: Reply,
+        respond: impl FnOnce() -> Result<Response, RequestError> + Send + 'static,
+    ) {
+        self.in_background(kind, move || {
+            // The client may have disconnected.
+            let _ = reply.send(respond());
+        });
+    }
+}
+
+impl Kept {
+    /// Gives the checkpoint up, its memory and its files. Takes as long as the disks' logs need to be applied.
+    pub(super) fn release(self, services: &dyn Services) {
+        let checkpoint = self.checkpoint;
+        // The bases are left at the checkpoint, as the session's end does.
+        if let Err(error) = checkpoint.disks.drain() {
+            services.warn(format!(
+                "session {}: {error}. Its checkpoint is given up all the same: that base is not at a checkpoint, and must be \
+                 mirrored again in full",
+                checkpoint.session
+            ));
+        }
+        // Removed now, and not with the last reference to the image: the thread that ends the session may hold one, and a
+        // receiver killed meanwhile would leave files of a session that the response says is gone.
+        checkpoint.image.remove_files();
+        checkpoint.disks.remove_files();
+        let disks = checkpoint.disks.weak();
+        drop(checkpoint);
+        disks.wait_closed();
     }
 }
 
 fn of(session: u32) -> impl Fn(PromotionError) -> RequestError {
     move |source| RequestError::Promotion { session, source }
-}
-
-/// Responds from a thread that may wait for disks and sockets.
-fn respond_in_background(
-    reply: Reply,
-    respond: impl FnOnce() -> Result<Response, RequestError> + Send + 'static,
-) {
-    tokio::task::spawn_blocking(move || {
-        // The client may have disconnected.
-        let _ = reply.send(respond());
-    });
 }

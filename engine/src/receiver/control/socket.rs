@@ -1,19 +1,29 @@
 //! Serves the control socket: one task a client.
+//!
+//! A client that has claimed nothing and asks nothing is disconnected after a while, and at once where its place is needed: a monitor that leaks
+//! its connections must not keep a failover out.
 
 use super::error::RequestError;
 use super::protocol::{Request, Response};
 use crate::receiver::promotion::ClientId;
 use serde::Serialize;
-use std::sync::Arc;
+use std::cell::Cell;
+use std::io;
+use std::rc::Rc;
+use std::time::{Duration, Instant};
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
 use tokio::net::{UnixListener, UnixStream};
-use tokio::sync::{Semaphore, mpsc, oneshot};
+use tokio::sync::{Notify, mpsc, oneshot};
+use tokio::task::{AbortHandle, JoinSet};
 
 /// Longest request line, in bytes.
 const REQUEST_MAX: u64 = 64 << 10;
 
-/// Clients at a time; more wait to be accepted.
+/// Clients at a time. Then one that is idle makes room for a new one.
 const CLIENTS_MAX: usize = 16;
+
+/// How long a client without a claim may ask nothing, or not read an answer.
+const IDLE_MAX: Duration = Duration::from_secs(60);
 
 /// Takes the response to a request.
 pub(in crate::receiver) type Reply = oneshot::Sender<Result<Response, RequestError>>;
@@ -45,49 +55,122 @@ struct Line {
 
 /// Serves the socket until the receiver ends.
 pub(in crate::receiver) async fn serve(listener: UnixListener, ask: mpsc::Sender<ClientEvent>) {
-    let places = Arc::new(Semaphore::new(CLIENTS_MAX));
+    let mut clients: Vec<Client> = Vec::new();
+    let mut tasks = JoinSet::new();
     let mut last = ClientId::OWN;
     loop {
-        let Ok(place) = places.clone().acquire_owned().await else {
-            return;
-        };
-        match listener.accept().await {
-            Ok((stream, _)) => {
-                let ask = ask.clone();
-                last = ClientId(last.0 + 1);
-                let by = last;
-                tokio::task::spawn_local(async move {
-                    // A client that has disconnected needs no response.
-                    let _ = serve_client(stream, by, &ask).await;
-                    // It fails when the receiver has ended: then there are no claims.
-                    let _ = ask.send(ClientEvent::Disconnected(by)).await;
-                    drop(place);
-                });
+        let stream = tokio::select! {
+            accepted = listener.accept() => match accepted {
+                Ok((stream, _)) => stream,
+                // A shortage of descriptors: temporary.
+                Err(_) => {
+                    tokio::time::sleep(Duration::from_millis(100)).await;
+                    continue;
+                }
+            },
+            Some(_) = tasks.join_next() => {
+                clients.retain(|client| !client.task.is_finished());
+                continue;
             }
-            // A shortage of descriptors: temporary.
-            Err(_) => tokio::time::sleep(std::time::Duration::from_millis(100)).await,
+        };
+        clients.retain(|client| !client.task.is_finished());
+        while clients.len() >= CLIENTS_MAX {
+            match oldest_idle(&clients) {
+                Some(position) => clients.swap_remove(position).conversation.close.notify_one(),
+                // All of them wait for answers: one will be idle soon.
+                None => tokio::time::sleep(Duration::from_millis(10)).await,
+            }
+            clients.retain(|client| !client.task.is_finished());
+        }
+        last = ClientId(last.0 + 1);
+        let conversation = Rc::new(Conversation::new(last));
+        let (served, ask) = (conversation.clone(), ask.clone());
+        let task = tasks.spawn_local(async move {
+            tokio::select! {
+                // A client that has disconnected needs no response.
+                _ = serve_client(stream, &served, &ask) => {}
+                () = served.close.notified() => {}
+            }
+            // It fails when the receiver has ended: then there are no claims.
+            let _ = ask.send(ClientEvent::Disconnected(served.by)).await;
+        });
+        clients.push(Client { conversation, task });
+    }
+}
+
+/// A client and the task that serves it.
+struct Client {
+    conversation: Rc<Conversation>,
+    task: AbortHandle,
+}
+
+/// The client that has asked nothing for the longest time, and has claimed nothing.
+fn oldest_idle(clients: &[Client]) -> Option<usize> {
+    let idle = clients.iter().enumerate();
+    let idle = idle.filter_map(|(position, client)| Some((client.conversation.idle_since.get()?, position)));
+    idle.min().map(|(_, position)| position)
+}
+
+/// What is known of a client.
+struct Conversation {
+    by: ClientId,
+    /// Ends it.
+    close: Notify,
+    /// None while it waits for an answer, and while it has a claim: its failover may be waiting for QEMU.
+    idle_since: Cell<Option<Instant>>,
+    claims: Cell<u32>,
+}
+
+impl Conversation {
+    fn new(by: ClientId) -> Self {
+        Self {
+            by,
+            close: Notify::new(),
+            idle_since: Cell::new(Some(Instant::now())),
+            claims: Cell::new(0),
+        }
+    }
+
+    /// A request was answered.
+    fn answered(&self, response: Option<&Response>) {
+        let claims = self.claims.get();
+        self.claims.set(match response {
+            Some(Response::Claimed(_)) => claims + 1,
+            Some(Response::Released { .. } | Response::Promoted { .. }) => claims.saturating_sub(1),
+            _ => claims,
+        });
+        self.idle_since.set((self.claims.get() == 0).then(Instant::now));
+    }
+
+    /// Waits for what it sends or reads; without a claim not for ever.
+    async fn within<T>(&self, doing: impl Future<Output = io::Result<T>>) -> io::Result<T> {
+        match self.claims.get() {
+            0 => tokio::time::timeout(IDLE_MAX, doing).await?,
+            _ => doing.await,
         }
     }
 }
 
 async fn serve_client(
     mut stream: UnixStream,
-    by: ClientId,
+    conversation: &Conversation,
     ask: &mpsc::Sender<ClientEvent>,
-) -> std::io::Result<()> {
+) -> io::Result<()> {
     let (read, mut write) = stream.split();
     let mut read = BufReader::new(read);
     loop {
         let mut line = Vec::new();
-        let count = (&mut read).take(REQUEST_MAX).read_until(b'\n', &mut line).await?;
-        if count == 0 {
+        let reading = async { (&mut read).take(REQUEST_MAX).read_until(b'\n', &mut line).await };
+        if conversation.within(reading).await? == 0 {
             return Ok(());
         }
         let is_whole = line.ends_with(b"\n");
+        conversation.idle_since.set(None);
         let result = match is_whole {
-            true => ask_control(&line, by, ask).await,
+            true => ask_control(&line, conversation.by, ask).await,
             false => Err(RequestError::TooLong(REQUEST_MAX)),
         };
+        conversation.answered(result.as_ref().ok());
         let (answer, error) = match result {
             Ok(response) => (Some(response), None),
             Err(error) => (None, Some(error.to_string())),
@@ -98,7 +181,7 @@ async fn serve_client(
             error,
         })?;
         text.push(b'\n');
-        write.write_all(&text).await?;
+        conversation.within(write.write_all(&text)).await?;
         if !is_whole {
             return Ok(());
         }

@@ -1,39 +1,23 @@
 //! The state of the control thread and what changes it, but for requests (`requests.rs`).
 
 use super::ControlContext;
-use crate::net::{AcceptError, Accepted};
-use crate::receiver::assemble::{Arrival, Assembler, Assembly, Complete};
-use crate::receiver::attach::{DrivingCores, NewSession, attach};
+use super::connections::Connections;
+use super::protocol::Response;
+use super::socket::Reply;
+use super::watch::Watch;
+use crate::receiver::background::{Done, WorkKind};
 use crate::receiver::end::SessionEnd;
-use crate::receiver::identify::{ConnectionKind, IdentifyError, PENDING_MAX, identify};
 use crate::receiver::kept_checkpoint::KeptCheckpoint;
-use crate::receiver::links;
 use crate::receiver::live_session::LiveSession;
-use crate::receiver::status::SessionStatus;
+use crate::receiver::status::{GuestBlock, SessionStatus};
 use crate::receiver::{Event, Outcome, ReceiverError};
-use crate::ring::{Connection, Driver, Plane, Tenant, Waker};
-use crate::session::SessionLimits;
-use crate::wire::vmdesc::EndFinder;
-use std::io;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 use tokio::sync::Notify;
 use tokio::task::JoinSet;
 
 /// How long sessions may take to end when the receiver does.
 const END_TIMEOUT: Duration = Duration::from_secs(10);
-
-/// How long a primary may be silent after what looks like device state without vmdesc.
-const SUPPRESSED_AFTER: Duration = Duration::from_secs(5);
-
-/// How long a session may be without its block list. A primary sends it as soon as it has all connections; from then
-/// on nothing is too slow, since its guest may be idle.
-const BLOCK_LIST_WITHIN: Duration = Duration::from_secs(60);
-
-/// Most sessions at a time: running ones, and ended ones whose checkpoint is kept. More are refused, since each takes
-/// descriptors, threads and memory that nothing else limits.
-const SESSIONS_MAX: usize = 256;
 
 /// Ended sessions without a checkpoint that stay in reports.
 const ENDED_KEPT: usize = 1024;
@@ -42,36 +26,34 @@ const ENDED_KEPT: usize = 1024;
 pub(super) struct Live {
     pub(super) session: Arc<LiveSession>,
     /// The core that drives its main channel: a position among the plane's cores.
-    home_core: usize,
-    suppressed: Option<(u64, Instant)>,
-    began: Instant,
+    pub(super) home_core: usize,
+    pub(super) suppressed: Option<(u64, Instant)>,
+    pub(super) began: Instant,
+    /// Whether it makes progress.
+    pub(super) watch: Watch,
+    /// Clients that wait for its end.
+    pub(super) end_asked: Vec<Reply>,
 }
 
 /// A session that has ended and left a checkpoint.
 pub(super) struct Kept {
     pub(super) checkpoint: Arc<KeptCheckpoint>,
-    /// As the session was at its end.
+    /// As the session was at its end; its blocks are the checkpoint's.
     status: SessionStatus,
 }
-
-pub(super) type Identified = (Arrival, Accepted, Result<ConnectionKind, IdentifyError>);
 
 /// What the control thread knows: connections that are not complete, sessions, and what is reported of past ones.
 pub(super) struct ControlState {
     pub(super) context: ControlContext,
-    pub(super) assembler: Assembler<Accepted>,
+    pub(super) connections: Connections,
     pub(super) live: Vec<Live>,
     pub(super) kept: Vec<Kept>,
     /// Sessions that left no checkpoint, and discarded ones.
     pub(super) past: Vec<SessionStatus>,
-    /// Reads of first bytes that are under way.
-    pub(super) identifying: JoinSet<Identified>,
     pub(super) next: u32,
     pub(super) ended_sessions: u64,
-    /// Links to guards.
-    pub(super) links: JoinSet<()>,
-    /// Memory of ended sessions that is being released.
-    pub(super) releasing: JoinSet<()>,
+    /// Work of other threads that is under way.
+    pub(super) background: JoinSet<()>,
 }
 
 impl ControlState {
@@ -89,127 +71,24 @@ impl ControlState {
         self.next = next;
         for checkpoint in recovered {
             let summary = self.context.recorder.session(checkpoint.session);
+            let status = SessionStatus::recovered(&checkpoint, summary, self.uptime());
             self.kept.push(Kept {
-                status: SessionStatus::recovered(&checkpoint, summary, self.uptime()),
+                status: SessionStatus {
+                    blocks: Vec::new(),
+                    ..status
+                },
                 checkpoint: Arc::new(checkpoint),
             });
         }
-    }
-
-    pub(super) fn accept(&mut self, accepted: Result<Accepted, AcceptError>) {
-        let accepted = match accepted {
-            Ok(accepted) => accepted,
-            Err(error) => return self.warn(error.to_string()),
-        };
-        if self.assembler.pending() >= PENDING_MAX {
-            return self.warn(format!(
-                "{}: closed: too many connections wait to be identified",
-                accepted.from
-            ));
-        }
-        let arrival = self.assembler.accepted(accepted.peer);
-        let deadline = self.context.options.identify_deadline;
-        self.identifying.spawn(async move {
-            let result = identify(&accepted, deadline).await;
-            (arrival, accepted, result)
-        });
-    }
-
-    pub(super) fn identify(&mut self, (arrival, accepted, result): Identified) {
-        let gone = self.assembler.expel(Accepted::is_gone);
-        self.carry_out(gone);
-        let assemblies = match result {
-            Ok(ConnectionKind::Link) => {
-                let links = self.context.services.shared().links.clone();
-                let (deadline, events) = (
-                    self.context.options.identify_deadline,
-                    self.context.events.clone(),
-                );
-                self.links
-                    .spawn_local(links::serve(accepted, links, deadline, events));
-                while self.links.try_join_next().is_some() {}
-                self.assembler.given_up(arrival)
-            }
-            Ok(ConnectionKind::Channel(identity)) => {
-                let peer = accepted.peer;
-                self.assembler
-                    .identified(arrival, peer, identity, accepted, Instant::now())
-            }
-            Err(reason) => {
-                self.warn(format!("{}: closed: {reason}", accepted.from));
-                self.assembler.given_up(arrival)
-            }
-        };
-        self.carry_out(assemblies);
-    }
-
-    fn carry_out(&mut self, assemblies: Vec<Assembly<Accepted>>) {
-        for assembly in assemblies {
-            match assembly {
-                Assembly::Complete(complete) => self.begin(complete),
-                Assembly::Refused(connections, refusal) => {
-                    let from: Vec<_> = connections.iter().map(|c| c.from.as_str()).collect();
-                    self.warn(format!("{}: closed: {refusal}", from.join(" and ")));
-                }
-            }
-        }
-    }
-
-    /// All connections of a session are here: it begins.
-    fn begin(&mut self, complete: Complete<Accepted>) {
-        if self.live.len() + self.kept.len() >= SESSIONS_MAX {
-            return self.warn(format!(
-                "{}: closed: {SESSIONS_MAX} sessions are running or kept, which is the limit; `colo-ring discard` \
-                 gives up the checkpoint of an ended one",
-                complete.main.from
-            ));
-        }
-        let id = self.next;
-        self.next += 1;
-        let Complete { main, channels } = complete;
-        let options = &self.context.options;
-        let home_core = self.quietest_core();
-        let new = NewSession {
-            id,
-            peer: main.from,
-            origin: main.peer.origin,
-            is_tcp: main.is_tcp,
-            main: main.socket,
-            channels: channels.into_iter().map(|channel| channel.socket).collect(),
-            limits: SessionLimits {
-                channels: options.channels,
-                ram_limit_bytes: options.ram_limit_bytes,
-            },
-            style: options.backend.style(),
-            home_core,
-        };
-        (self.context.events)(Event::Began {
-            session: id,
-            peer: new.peer.clone(),
-        });
-        if let Some(disks) = &self.context.disks {
-            disks.session_began(id, new.origin);
-        }
-        let session = attach(new, self.context.services.clone(), &self.context.plane);
-        self.live.push(Live {
-            session,
-            home_core,
-            suppressed: None,
-            began: Instant::now(),
-        });
-    }
-
-    /// The core that is the home core of the fewest live sessions: the first such in the order that was asked for.
-    fn quietest_core(&self) -> usize {
-        let home_cores: Vec<_> = self.live.iter().map(|live| live.home_core).collect();
-        quietest(self.context.options.cores.len(), &home_cores)
     }
 
     /// Takes the sessions whose connections and tenants are all dropped off the live ones: nothing writes to their memory any more
     /// but what a failed core has leaked with it.
     pub(super) fn reap_ended_sessions(&mut self) {
         while let Some(position) = self.live.iter().position(|live| live.session.is_over()) {
-            let session = self.live.remove(position).session;
+            let Live {
+                session, end_asked, ..
+            } = self.live.remove(position);
             if let Some(disks) = &self.context.disks {
                 disks.session_ended(session.id);
             }
@@ -228,6 +107,10 @@ impl ControlState {
             } else {
                 self.ended_sessions += 1;
             }
+            let ended = Response::SessionEnded {
+                ended: session.id,
+                checkpoint: status.checkpoint,
+            };
             let store = session.store().cloned();
             // In the background: releasing a large guest's cache takes seconds.
             match session
@@ -236,9 +119,15 @@ impl ControlState {
             {
                 Some(checkpoint) => {
                     let checkpoint = checkpoint.clone();
-                    self.kept.push(Kept { checkpoint, status });
+                    self.kept.push(Kept {
+                        checkpoint,
+                        status: SessionStatus {
+                            blocks: Vec::new(),
+                            ..status
+                        },
+                    });
                     // With the session: its memory is credited to the budget when it is free, and never freed here.
-                    self.releasing.spawn_blocking(move || {
+                    self.in_background(WorkKind::Release, move || {
                         if let Some(store) = store {
                             store.drop_uncommitted();
                         }
@@ -249,16 +138,29 @@ impl ControlState {
                 }
                 None => {
                     self.remember(status);
-                    self.releasing.spawn_blocking(move || {
+                    self.in_background(WorkKind::Release, move || {
                         drop(store);
                         drop(disks);
                         drop(session);
                     });
                 }
             }
+            for reply in end_asked {
+                // The client may have disconnected.
+                let _ = reply.send(Ok(ended.clone()));
+            }
         }
+    }
+
+    /// Does work on another thread. The receiver does not end before it is done.
+    pub(super) fn in_background(&mut self, kind: WorkKind, work: impl FnOnce() + Send + 'static) {
+        let done: Done = self.context.background.run(kind, work);
+        self.background.spawn_local(async move {
+            // Also after a panic, which its hook has reported.
+            let _ = done.await;
+        });
         // Those that have finished.
-        while self.releasing.try_join_next().is_some() {}
+        while self.background.try_join_next().is_some() {}
     }
 
     /// A guest that may exist nowhere else is kept until the operator decides, also with `once`.
@@ -278,7 +180,7 @@ impl ControlState {
         if self.past.len() == ENDED_KEPT {
             self.past.remove(0);
         }
-        self.past.push(status);
+        self.past.push(status.as_line());
     }
 
     pub(super) fn kept(&self, session: u32) -> Option<&Kept> {
@@ -292,50 +194,33 @@ impl ControlState {
             .iter()
             .position(|kept| kept.checkpoint.session == session)?;
         let kept = self.kept.remove(position);
-        self.remember(self.status_of_kept(&kept));
+        let status = kept.status.clone().with(&kept.checkpoint, self.uptime());
+        self.remember(status);
         Some(kept)
     }
 
-    pub(super) fn status_of(&self, session: &LiveSession) -> SessionStatus {
-        SessionStatus::of(session, self.context.recorder.session(session.id))
+    pub(super) fn status_of(&self, live: &Live) -> SessionStatus {
+        let summary = self.context.recorder.session(live.session.id);
+        SessionStatus {
+            stalled_ms: live.watch.stalled_ms(Instant::now()),
+            ..SessionStatus::of(&live.session, summary)
+        }
     }
 
     pub(super) fn status_of_kept(&self, kept: &Kept) -> SessionStatus {
-        kept.status.clone().with(&kept.checkpoint, self.uptime())
+        SessionStatus {
+            blocks: GuestBlock::all(&kept.checkpoint.image),
+            ..kept.status.clone().with(&kept.checkpoint, self.uptime())
+        }
     }
 
     /// Live sessions and kept checkpoints, by their numbers.
     pub(super) fn session_statuses(&self) -> Vec<SessionStatus> {
         let kept = self.kept.iter().map(|kept| self.status_of_kept(kept));
-        let live = self.live.iter().map(|live| self.status_of(&live.session));
+        let live = self.live.iter().map(|live| self.status_of(live));
         let mut statuses: Vec<_> = kept.chain(live).collect();
         statuses.sort_by_key(|status| status.session);
         statuses
-    }
-
-    pub(super) fn tick(&mut self) {
-        let now = Instant::now();
-        let assemblies = self.assembler.expire(now);
-        self.carry_out(assemblies);
-        self.context
-            .recorder
-            .drain(&self.context.services.shared().samples);
-        for live in &mut self.live {
-            if !live.session.memory_asked.load(Ordering::Relaxed) && now - live.began > BLOCK_LIST_WITHIN {
-                live.session.finish(SessionEnd::Silent(BLOCK_LIST_WITHIN));
-            }
-            let position = live.session.suppressed_at.load(Ordering::Relaxed);
-            match live.suppressed {
-                _ if position == 0 => live.suppressed = None,
-                Some((same, since)) if same == position => {
-                    if now - since > SUPPRESSED_AFTER {
-                        live.session
-                            .finish(SessionEnd::Suppressed(EndFinder::suppressed()));
-                    }
-                }
-                _ => live.suppressed = Some((position, now)),
-            }
-        }
     }
 
     /// Appends to the interval logs. A full disk costs measurements, never a session.
@@ -354,7 +239,7 @@ impl ControlState {
 
     /// Ends all sessions and waits until they are over.
     pub(super) async fn end_all(&mut self, changed: &Notify) {
-        self.identifying.abort_all();
+        self.connections.identifying.abort_all();
         for live in &self.live {
             live.session.finish(SessionEnd::Stopped);
         }
@@ -390,7 +275,7 @@ impl ControlState {
     pub(super) async fn close(mut self) -> Result<Outcome, ReceiverError> {
         drop(self.context.disk_server.take());
         // Only then are checkpoints whole in their images.
-        while self.releasing.join_next().await.is_some() {}
+        while self.background.join_next().await.is_some() {}
         let mut sessions = std::mem::take(&mut self.past);
         sessions.append(&mut self.session_statuses());
         sessions.sort_by_key(|session| session.session);
@@ -404,57 +289,5 @@ impl ControlState {
         drop(self.context.workers);
         let report = self.context.recorder.finish(uptime)?;
         Ok(Outcome { sessions, report })
-    }
-}
-
-impl DrivingCores for Plane {
-    type Driver = Driver;
-
-    fn cores(&self) -> usize {
-        self.options().cores.len()
-    }
-
-    fn driving_cores(&self) -> usize {
-        self.driving_cores()
-    }
-
-    fn driver(&self, core: usize, _connection: usize) -> Driver {
-        self.driver(core)
-    }
-
-    fn core(&self, driver: &Driver) -> usize {
-        driver.core()
-    }
-
-    fn waker(&self, driver: &Driver) -> Waker {
-        driver.waker.clone()
-    }
-
-    fn admit(&self, driver: &Driver, tenant: Box<dyn Tenant>) -> io::Result<()> {
-        self.admit(driver, tenant)
-    }
-
-    fn attach(&self, driver: &Driver, connection: Box<dyn Connection>) -> io::Result<()> {
-        self.attach(driver, connection)
-    }
-}
-
-/// The first of the cores that the fewest sessions have as their home core.
-fn quietest(cores: usize, home_cores: &[usize]) -> usize {
-    let guests = |core: &usize| home_cores.iter().filter(|home| *home == core).count();
-    (0..cores).min_by_key(guests).unwrap_or(0)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::quietest;
-
-    #[test]
-    fn guests_go_where_fewest_are_and_first_to_the_first() {
-        assert_eq!(quietest(1, &[0, 0]), 0);
-        assert_eq!(quietest(3, &[]), 0);
-        assert_eq!(quietest(3, &[0]), 1);
-        assert_eq!(quietest(3, &[0, 1, 2]), 0);
-        assert_eq!(quietest(3, &[0, 2, 0, 2]), 1);
     }
 }

@@ -66,7 +66,7 @@ impl DecodeMemory {
 mod tests {
     use super::*;
     use crate::receiver::budget::Budget;
-    use crate::receiver::guest_memory::Budgets;
+    use crate::receiver::guest_memory::{Budgets, GuestNeeds};
 
     #[test]
     fn all_channels_are_charged_with_the_first_payload() {
@@ -74,8 +74,14 @@ mod tests {
         let budgets = Budgets {
             ram: ram.clone(),
             device_states: Arc::new(Budget::new(0, "--device-state-limit")),
+            mappings: Arc::new(Budget::of_mappings(0)),
         };
-        let leases = budgets.take(1 << 20, 0).unwrap();
+        let leases = budgets
+            .take(GuestNeeds {
+                ram_bytes: 1 << 20,
+                ..GuestNeeds::default()
+            })
+            .unwrap();
         let shared = SharedDecodeMemory::default();
         let first = shared.open(Method::Zstd, 4, &leases).unwrap();
         let opened = ram.used();
@@ -104,8 +110,9 @@ mod tests {
         let budgets = Budgets {
             ram: Arc::new(Budget::new(3 * one, "--ram-limit")),
             device_states: Arc::new(Budget::new(0, "--device-state-limit")),
+            mappings: Arc::new(Budget::of_mappings(0)),
         };
-        let leases = budgets.take(0, 0).unwrap();
+        let leases = budgets.take(GuestNeeds::default()).unwrap();
         let shared = SharedDecodeMemory::default();
         assert!(shared.open(Method::Zlib, 4, &leases).is_err());
         assert!(shared.open(Method::Zlib, 3, &leases).is_ok());

@@ -9,7 +9,7 @@ use super::connection::{CONNECTION_BYTES, Connection, ConnectionEnd};
 use super::registry::{Client, DiskRegistry, ExportError};
 use crate::disk::{Disk, DiskError};
 use crate::nbd::handshake::{Agreed, Exports, GREETING, Handshake, HandshakeError, Progress, Unavailable};
-use crate::net::{AcceptError, Accepted, Listener, Origin};
+use crate::net::{AcceptError, Accepted, DescriptorReserve, Listener, Origin};
 use crate::receiver::budget::{Budget, BudgetError};
 use std::cell::Cell;
 use std::collections::HashMap;
@@ -113,6 +113,7 @@ async fn serve(parts: ServerParts, listeners: Vec<Listener>, stop: Arc<Notify>) 
         parts,
         running: JoinSet::new(),
         clients: HashMap::new(),
+        descriptors: DescriptorReserve::of_process(),
     };
     loop {
         tokio::select! {
@@ -139,6 +140,7 @@ struct Handshakes {
     parts: ServerParts,
     running: JoinSet<()>,
     clients: HashMap<task::Id, PendingClient>,
+    descriptors: DescriptorReserve,
 }
 
 impl Handshakes {
@@ -153,13 +155,15 @@ impl Handshakes {
             () if of_origin.count() >= HANDSHAKES_OF_ORIGIN_MAX => {
                 self.make_room(|client| client.origin == origin)
             }
-            () if self.clients.len() >= HANDSHAKES_MAX => self.make_room(|_| true),
+            () if self.clients.len() >= HANDSHAKES_MAX || self.descriptors.has(&accepted.socket) => {
+                self.make_room(|_| true)
+            }
             () => true,
         };
         let from = accepted.from.clone();
         if !has_room {
             return self.parts.registry.warn(format!(
-                "{from}: closed: too many clients of disks have not chosen an export yet"
+                "{from}: closed: too many clients of disks have not chosen an export yet, or too many files are open"
             ));
         }
         let last_received = Rc::new(Cell::new(Instant::now()));

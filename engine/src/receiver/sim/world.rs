@@ -118,6 +118,7 @@ fn budgets(no_memory: bool) -> Budgets {
     Budgets {
         ram: Arc::new(Budget::new(ram, "ram")),
         device_states: Arc::new(Budget::new(1 << 30, "device state")),
+        mappings: Arc::new(Budget::of_mappings(1 << 16)),
     }
 }
 

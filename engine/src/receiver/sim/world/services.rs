@@ -7,7 +7,7 @@ use crate::disk::{Disk, DiskError};
 use crate::metrics::SampleQueue;
 use crate::receiver::decode::Workers;
 use crate::receiver::disks::SessionDisks;
-use crate::receiver::guest_memory::{Budgets, GuestMemory, MemoryError};
+use crate::receiver::guest_memory::{Budgets, GuestMemory, GuestNeeds, MemoryError};
 use crate::receiver::live_session::LiveSession;
 use crate::receiver::recovery::label;
 use crate::receiver::services::{Services, Shared, Work};
@@ -121,7 +121,10 @@ impl Services for SimServices {
     }
 
     fn make_memory(&self, session: u32, table: Arc<BlockTable>) -> Result<GuestMemory, MemoryError> {
-        let leases = self.budgets.take(table.total_bytes(), 0)?;
+        let leases = self.budgets.take(GuestNeeds {
+            ram_bytes: table.total_bytes(),
+            ..GuestNeeds::default()
+        })?;
         let (store, _) = Store::with_granularity(table, &label(session), &self.store, self.granularity)?;
         Ok(GuestMemory {
             store: Arc::new(store),
