@@ -1,9 +1,10 @@
 //! The command line: which subcommands there are.
 
 use crate::commands::{
-    capture, compare, demo, discard, doctor, dump, failover, guard, import, inspect, protect, receive,
+    capture, compare, demo, discard, doctor, dump, end, failover, guard, import, inspect, protect, receive,
     replay, sink, status, synth, unprotect,
 };
+use crate::stderr;
 use clap::{Parser, Subcommand};
 use std::process::ExitCode;
 
@@ -89,6 +90,13 @@ enum Command {
     /// Give up the checkpoint and the memory of a session that has ended
     #[command(after_help = "Example:\n  colo-ring discard --control unix:/run/colo-ring.sock --session 1")]
     Discard(discard::DiscardArgs),
+
+    /// End a running session: its primary loses its receiver, and its last committed checkpoint is kept
+    ///
+    /// Also in its first copy, of which nothing is kept. For the primary it is as if the receiver had ended: `unprotect` or
+    /// `guard` on its host lets its guest run on. It returns when the session is over. --on-loss is not run.
+    #[command(after_help = "Example:\n  colo-ring end --control unix:/run/colo-ring.sock --session 1")]
+    End(end::EndArgs),
 
     /// Record a session: a transparent recorder between a primary and any secondary
     ///
@@ -197,6 +205,7 @@ pub fn main() -> ExitCode {
         Command::Status(args) => status::run(&args),
         Command::Dump(args) => dump::run(&args),
         Command::Discard(args) => discard::run(&args),
+        Command::End(args) => end::run(&args),
         Command::Capture(args) => capture::run(&args),
         Command::Synth(args) => synth::run(&args),
         Command::Import(args) => import::run(&args),
@@ -207,7 +216,9 @@ pub fn main() -> ExitCode {
         Command::Compare(args) => compare::run(&args),
         Command::Doctor(args) => doctor::run(&args),
     };
-    result.unwrap_or_else(|error| error.report())
+    let code = result.unwrap_or_else(|error| error.report());
+    stderr::flush();
+    code
 }
 
 #[cfg(test)]

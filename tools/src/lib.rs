@@ -20,6 +20,7 @@ pub mod qmp;
 pub mod run_file;
 mod session_text;
 mod signals;
+mod stderr;
 pub mod streams;
 mod units;
 

@@ -1,5 +1,6 @@
 //! What the command prints: results on standard output, everything else on standard error.
 
+use crate::stderr;
 use serde::Serialize;
 use std::fmt::Display;
 use std::io::{self, BufWriter, IsTerminal, StdoutLock, Write};
@@ -40,9 +41,9 @@ impl CommandError {
     }
 }
 
-/// A line on standard error. It has nowhere to go if that is closed, so it is lost then.
+/// A line on standard error.
 pub fn tell(line: &str) {
-    let _ = writeln!(io::stderr(), "{line}");
+    stderr::write(format!("{line}\n"));
 }
 
 /// A result for people, on standard output.
@@ -88,7 +89,7 @@ impl ProgressLine {
     /// Shows `text` in place of what was shown.
     pub fn show(&mut self, text: &str) {
         if self.terminal {
-            let _ = write!(io::stderr(), "\r\x1b[K{text}");
+            stderr::write(format!("\r\x1b[K{text}"));
             self.shown = true;
         }
     }
@@ -101,7 +102,7 @@ impl ProgressLine {
     /// Takes the line away, before another line is printed.
     pub fn clear(&mut self) {
         if std::mem::take(&mut self.shown) {
-            let _ = write!(io::stderr(), "\r\x1b[K");
+            stderr::write("\r\x1b[K".to_owned());
         }
     }
 }

@@ -30,6 +30,7 @@ pub fn on_each(mut act: impl FnMut() -> bool + Send + 'static) -> Result<(), Com
             if !act() {
                 let name = signal_name(signal).unwrap_or("signal");
                 tell(&format!("colo-ring: {name} again: ending at once"));
+                crate::stderr::flush();
                 std::process::exit(1);
             }
         }

@@ -6,6 +6,7 @@ pub mod demo;
 pub mod discard;
 pub mod doctor;
 pub mod dump;
+pub mod end;
 pub mod failover;
 pub mod guard;
 pub mod import;

@@ -88,6 +88,12 @@ fn render(status: &StatusReport) -> String {
                 file.display()
             ));
         }
+        if let Some(ms) = session.stalled_ms {
+            let (number, seconds) = (session.session, ms / 1000);
+            text.push_str(&format!(
+                "session {number} is stalled: nothing has come for {seconds} s\n"
+            ));
+        }
         text.push_str(&guard(session));
         if let Some(promotion) = &session.promotion {
             text.push_str(&format!("session {}: {promotion}\n", session.session));

@@ -24,7 +24,7 @@ use crate::capture_file::{CaptureError, CaptureInfo, CaptureWriter, Compression,
 use crate::net::Address;
 use crate::options::Size;
 use crate::output::{CommandError, ProgressLine, mebibytes, print, print_json, tell};
-use crate::signals;
+use crate::{signals, stderr};
 use clap::Args;
 use colo_ring::host::Machine;
 use colo_ring::net::{ListenAddress, Listener};
@@ -121,6 +121,7 @@ struct CaptureReport<'a> {
 /// # Errors
 /// If it cannot start or go on.
 pub fn run(args: &CaptureArgs) -> Result<ExitCode, CommandError> {
+    stderr::never_wait().map_err(CommandError::failed)?;
     let (wish, wished) = watch::channel(Wish::Record);
     signals::on_each(move || ask_for_the_end(&wish))?;
     signals::survive_file_limit()?;

@@ -154,6 +154,8 @@ impl Contestant {
             control: None,
             once: false,
             identify_deadline: Duration::from_secs(10),
+            precopy_deadline: Duration::from_secs(300),
+            sessions_per_origin: 64,
             host_watch: colo_ring::net::HostWatch::default(),
         };
         let collected = warnings.clone();

@@ -17,6 +17,7 @@ mod tap;
 use crate::commands::protect::PrimaryArgs;
 use crate::options::{ControlAddress, Switch};
 use crate::output::CommandError;
+use crate::stderr;
 use clap::{Args, ValueEnum};
 use gates::RelayPlan;
 use path::PathEvent;
@@ -179,6 +180,7 @@ pub fn run(args: &GuardArgs) -> Result<ExitCode, CommandError> {
 
 /// The guard itself.
 fn guard(args: &GuardArgs) -> Result<ExitCode, CommandError> {
+    stderr::never_wait().map_err(CommandError::failed)?;
     let (events, received) = mpsc::channel();
     let (wish, wished) = mpsc::channel();
     let sender = EventSender { events, wish };

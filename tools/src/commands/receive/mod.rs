@@ -1,5 +1,6 @@
 //! `colo-ring receive`: the secondary.
 
+mod event_log;
 mod on_loss;
 #[cfg(test)]
 mod tests;
@@ -7,7 +8,7 @@ mod tests;
 use crate::cores::{cores_of_node, default_cores};
 use crate::options::{ControlAddress, CoreList, Size, Switch};
 use crate::output::{CommandError, ProgressLine, print, print_json, tell};
-use crate::{session_text, signals};
+use crate::{session_text, signals, stderr};
 use clap::Args;
 use colo_ring::host::{Machine, Placement, Topology};
 use colo_ring::metrics::Report;
@@ -18,11 +19,13 @@ use colo_ring::receiver::{
 };
 use colo_ring::ring::BackendKind;
 use colo_ring::store::{CacheKind, CommitMode, HugePages, StoreOptions};
+use event_log::EventLog;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use on_loss::OnLoss;
 use serde::Serialize;
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::sync::Arc;
 use std::sync::mpsc::{self, RecvTimeoutError};
 use std::time::Duration;
 
@@ -100,7 +103,7 @@ pub struct ReceiveArgs {
     #[arg(long, value_name = "PREFIX")]
     hist: Option<PathBuf>,
 
-    /// Answer `colo-ring status`, `dump` and `discard` there; only this user may connect
+    /// Answer `colo-ring status`, `dump`, `discard`, `end` and `failover` there; only this user may connect
     #[arg(long, value_name = "unix:PATH")]
     control: Option<ControlAddress>,
 
@@ -112,10 +115,22 @@ pub struct ReceiveArgs {
     #[arg(long, value_name = "SECONDS", default_value_t = 10, value_parser = clap::value_parser!(u64).range(1..=3600))]
     accept_timeout: u64,
 
-    /// Run CMD by sh when a primary is lost: with COLO_RING_SESSION, COLO_RING_CHECKPOINT (empty: nothing to resume),
+    /// Seconds that a primary may send nothing in its first copy, before its session is ended
+    #[arg(long, value_name = "SECONDS", default_value_t = 300, value_parser = clap::value_parser!(u64).range(1..=86400))]
+    precopy_timeout: u64,
+
+    /// Most sessions, running or kept, of one host (with IPv6, of one network of 64 bits)
+    #[arg(long, value_name = "N", default_value_t = 64, value_parser = clap::value_parser!(u16).range(1..))]
+    sessions_per_origin: u16,
+
+    /// Run CMD by sh when a primary is lost that has committed a checkpoint: with COLO_RING_SESSION, COLO_RING_CHECKPOINT (empty: nothing to resume),
     /// COLO_RING_CHECKPOINT_AGE_MS, COLO_RING_REASON, COLO_RING_PEER, COLO_RING_MACHINE and COLO_RING_CONTROL
     #[arg(long, value_name = "CMD")]
     on_loss: Option<String>,
+
+    /// Run it also for primaries that are lost before their first checkpoint; anyone who can connect can cause that
+    #[arg(long, requires = "on_loss")]
+    on_loss_unprotected: bool,
 
     /// Seconds of silence after which a primary's host is probed (TCP keep-alive)
     #[arg(long, value_name = "SECONDS", default_value_t = HostWatch::default().probe_after_s, value_parser = clap::value_parser!(u32).range(1..=32767))]
@@ -150,6 +165,8 @@ struct Described {
     disk_log_max_bytes: u64,
     once: bool,
     accept_timeout_s: u64,
+    precopy_timeout_s: u64,
+    sessions_per_origin: usize,
     keepalive_s: u32,
     user_timeout_s: u32,
     on_loss: Option<String>,
@@ -179,18 +196,21 @@ fn raise_open_files() {
 /// If it cannot start or go on.
 pub fn run(args: ReceiveArgs) -> Result<ExitCode, CommandError> {
     let (once, json, hist) = (args.once, args.json, args.hist.clone());
-    let on_loss = (args.on_loss.clone()).map(|command| OnLoss::new(command, args.control.as_ref()));
+    let on_loss = OnLoss::of(&args)?;
     let options = args.into_options()?;
+    stderr::never_wait().map_err(CommandError::failed)?;
     let (wish, wished) = mpsc::channel();
     signals::on_end(move || {
         // Without a receiver it is ending already.
         let _ = wish.send(());
     })?;
     raise_open_files();
+    let log = Arc::new(EventLog::new());
+    let (event_log, hooks) = (log.clone(), on_loss.as_ref().map(OnLoss::sender));
     let on_event = move |event: Event| {
-        tell(&describe(&event));
-        if let (Some(on_loss), Event::Ended(status)) = (&on_loss, &event) {
-            on_loss.session_ended(status);
+        event_log.tell(&event);
+        if let (Some(hooks), Event::Ended(status)) = (&hooks, &event) {
+            hooks.session_ended(status);
         }
     };
     let receiver = Receiver::start(options, on_event).map_err(CommandError::failed)?;
@@ -201,8 +221,12 @@ pub fn run(args: ReceiveArgs) -> Result<ExitCode, CommandError> {
         tell(&format!("serving disks on {address}"));
     }
     tell(&format!("receiving on {}", receiver.placement()));
-    watch(&receiver, &wished);
-    let outcome = receiver.wait().map_err(CommandError::failed)?;
+    watch(&receiver, &wished, &log);
+    let outcome = receiver.wait();
+    if let Some(on_loss) = on_loss {
+        on_loss.finish();
+    }
+    let outcome = outcome.map_err(CommandError::failed)?;
     if json {
         print_json(&ReceiveReport {
             schema: "colo-ring.receive",
@@ -258,6 +282,8 @@ impl ReceiveArgs {
             control: self.control.map(|address| address.0),
             once: self.once,
             identify_deadline: Duration::from_secs(self.accept_timeout),
+            precopy_deadline: Duration::from_secs(self.precopy_timeout),
+            sessions_per_origin: self.sessions_per_origin.into(),
             host_watch: HostWatch {
                 probe_after_s: self.keepalive,
                 give_up_after_s: self.user_timeout,
@@ -315,6 +341,8 @@ impl Described {
             ram_limit_bytes: options.ram_limit_bytes,
             once: options.once,
             accept_timeout_s: options.identify_deadline.as_secs(),
+            precopy_timeout_s: options.precopy_deadline.as_secs(),
+            sessions_per_origin: options.sessions_per_origin,
             keepalive_s: options.host_watch.probe_after_s,
             user_timeout_s: options.host_watch.give_up_after_s,
             on_loss,
@@ -352,7 +380,7 @@ fn default_nbd(listen: &[ListenAddress]) -> Vec<ListenAddress> {
 }
 
 /// Shows progress until the receiver has ended; stops it when a signal asks for that.
-fn watch(receiver: &Receiver, wished: &mpsc::Receiver<()>) {
+fn watch(receiver: &Receiver, wished: &mpsc::Receiver<()>, log: &EventLog) {
     const REFRESH: Duration = Duration::from_millis(250);
     let mut line = ProgressLine::new(true);
     while !receiver.is_finished() {
@@ -365,6 +393,7 @@ fn watch(receiver: &Receiver, wished: &mpsc::Receiver<()>) {
             // The signals' thread never ends, so the other end is always there.
             Err(RecvTimeoutError::Timeout | RecvTimeoutError::Disconnected) => {}
         }
+        log.count_up();
         // Without an answer it is about to end.
         if let (true, Ok(Response::Status(status))) = (line.is_shown(), receiver.ask(Request::Status)) {
             line.show(&progress(&status));
@@ -379,15 +408,6 @@ fn progress(status: &StatusReport) -> String {
         0 => "waiting for a primary".to_owned(),
         1..=3 => sessions.join(" | "),
         many => format!("{many} sessions; colo-ring status lists them"),
-    }
-}
-
-fn describe(event: &Event) -> String {
-    match event {
-        Event::Warning(text) => format!("warning: {text}"),
-        Event::Note(text) => text.clone(),
-        Event::Began { session, peer } => format!("session {session} began: {peer}"),
-        Event::Ended(status) => format!("session {} ended: {}", status.session, session_text::end(status)),
     }
 }
 

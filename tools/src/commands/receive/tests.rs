@@ -38,6 +38,8 @@ fn what_is_asked_for_is_what_is_used_and_reported() {
         ("hugepages", serde_json::json!("thp")),
         ("ram_limit_bytes", serde_json::json!(6u64 << 30)),
         ("accept_timeout_s", serde_json::json!(3)),
+        ("precopy_timeout_s", serde_json::json!(300)),
+        ("sessions_per_origin", serde_json::json!(64)),
         ("registered", serde_json::json!(false)),
     ] {
         assert_eq!(options.described[key], value, "{key}");
@@ -84,6 +86,8 @@ fn nonsense_is_refused() {
         ("--listen unix:/tmp/x --disks /srv --disk-log-max 1M", "8M"),
         ("--listen unix:/tmp/x --accept-timeout 0", "0"),
         ("--listen unix:/tmp/x --user-timeout 2", "--keepalive"),
+        ("--listen unix:/tmp/x --sessions-per-origin 0", "0"),
+        ("--listen unix:/tmp/x --on-loss-unprotected", "--on-loss"),
         ("--listen unix:/tmp/x --control /tmp/c", "unix:PATH"),
         ("--listen unix:/tmp/x --backend rdma", "uring"),
     ] {

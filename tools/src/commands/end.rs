@@ -1,0 +1,49 @@
+//! `colo-ring end`: ending a session whose primary is connected.
+
+use crate::control::ask;
+use crate::options::ControlAddress;
+use crate::output::{CommandError, print, print_json};
+use clap::Args;
+use colo_ring::receiver::Request;
+use serde::{Deserialize, Serialize};
+use std::process::ExitCode;
+
+/// Options of `colo-ring end`.
+#[derive(Debug, Args)]
+pub struct EndArgs {
+    /// The receiver's control socket
+    #[arg(long, value_name = "unix:PATH")]
+    control: ControlAddress,
+
+    /// Number of the session, which must be running
+    #[arg(long, value_name = "N")]
+    session: u32,
+
+    /// Print the number and the checkpoint that is kept as JSON
+    #[arg(long)]
+    json: bool,
+}
+
+/// Makes the receiver end a session, and waits until it is over.
+///
+/// # Errors
+/// If the receiver does not answer or refuses.
+pub fn run(args: &EndArgs) -> Result<ExitCode, CommandError> {
+    #[derive(Deserialize, Serialize)]
+    struct Ended {
+        ended: u32,
+        checkpoint: Option<u64>,
+    }
+    let session = args.session;
+    let done: Ended = ask(&args.control, &Request::End { session })?;
+    if args.json {
+        print_json(&done)?;
+    } else {
+        let left = match done.checkpoint {
+            Some(checkpoint) => format!("checkpoint {checkpoint} is kept"),
+            None => "nothing was committed".to_owned(),
+        };
+        print(&format!("session {session} has ended; {left}\n"))?;
+    }
+    Ok(ExitCode::SUCCESS)
+}
