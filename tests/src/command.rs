@@ -4,14 +4,16 @@ use crate::HANG_LIMIT;
 use crate::lab::command_under_test;
 use colo_ring_tools::net::Address;
 use colo_ring_tools::primary::{Distribution, SynthOptions, SynthPrimary, Version};
+use nix::fcntl::{FcntlArg, fcntl};
 use nix::libc;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use seccompiler::{BpfProgram, SeccompAction, SeccompFilter, TargetArch};
 use serde_json::Value;
 use std::fs::File;
+use std::io::Read;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, ExitStatus, Output, Stdio};
+use std::process::{Child, ChildStderr, Command, ExitStatus, Output, Stdio};
 use std::time::{Duration, Instant};
 use tempfile::TempDir;
 
@@ -106,6 +108,21 @@ pub fn without_io_uring<T: Send>(errno: i32, start: impl FnOnce() -> T + Send) -
     })
 }
 
+/// Starts a receiver by this command line, to which what every test needs is added.
+fn spawn(mut command: Command, channels: u8, args: &[&str], scratch: &Scratch, stderr: Stdio) -> Child {
+    command
+        .args(["receive", "--listen", "tcp:127.0.0.1:0", "--json"])
+        .args(["--channels", &channels.to_string()])
+        .args(["--control", &format!("unix:{}", scratch.file("control"))])
+        .args(["--hist", &scratch.file("hist")])
+        .args(args)
+        .stdin(Stdio::null())
+        .stdout(File::create(scratch.file("out")).expect("a file"))
+        .stderr(stderr);
+    let spawned = command.spawn();
+    spawned.unwrap_or_else(|error| panic!("{command:?}: {error}: install it (util-linux)"))
+}
+
 /// A running `colo-ring receive` on a free port of this host, killed when dropped.
 #[derive(Debug)]
 pub struct RunningReceiver {
@@ -155,20 +172,10 @@ impl RunningReceiver {
     /// # Panics
     /// If it does not listen.
     #[must_use]
-    pub fn with_channels(mut command: Command, channels: u8, args: &[&str]) -> Self {
+    pub fn with_channels(command: Command, channels: u8, args: &[&str]) -> Self {
         let scratch = Scratch::new();
-        let file = |name: &str| File::create(scratch.file(name)).expect("a file");
-        let mut process = command
-            .args(["receive", "--listen", "tcp:127.0.0.1:0", "--json"])
-            .args(["--channels", &channels.to_string()])
-            .args(["--control", &format!("unix:{}", scratch.file("control"))])
-            .args(["--hist", &scratch.file("hist")])
-            .args(args)
-            .stdin(Stdio::null())
-            .stdout(file("out"))
-            .stderr(file("log"))
-            .spawn()
-            .unwrap_or_else(|error| panic!("{command:?}: {error}: install it (util-linux)"));
+        let log = File::create(scratch.file("log")).expect("a file");
+        let mut process = spawn(command, channels, args, &scratch, log.into());
         let address = until("it listens", || {
             let log = scratch.read("log");
             let line = log.lines().find_map(|line| line.strip_prefix("listening on "));
@@ -183,10 +190,49 @@ impl RunningReceiver {
         }
     }
 
+    /// Like [`Self::start`], with a standard error that is not read once it listens: the smallest pipe there is, whose end to
+    /// read from is returned. Its log is empty.
+    ///
+    /// # Panics
+    /// If it does not listen.
+    #[must_use]
+    pub fn with_unread_log(command: Command, args: &[&str]) -> (Self, ChildStderr) {
+        let scratch = Scratch::new();
+        drop(File::create(scratch.file("log")).expect("a file"));
+        let mut process = spawn(command, 2, args, &scratch, Stdio::piped());
+        let mut pipe = process.stderr.take().expect("a pipe");
+        fcntl(&pipe, FcntlArg::F_SETPIPE_SZ(4096)).expect("a size of a pipe");
+        let mut log = String::new();
+        let address = loop {
+            let mut bytes = [0; 256];
+            let read = pipe.read(&mut bytes).expect("a pipe");
+            assert!(read > 0, "it ended: {log}");
+            log.push_str(&String::from_utf8_lossy(&bytes[..read]));
+            let lines = log
+                .split_inclusive('\n')
+                .filter_map(|line| line.strip_suffix('\n'));
+            if let Some(address) = lines.filter_map(|line| line.strip_prefix("listening on ")).next() {
+                break address.parse().expect("an address");
+            }
+        };
+        let receiver = Self {
+            process,
+            scratch,
+            address,
+        };
+        (receiver, pipe)
+    }
+
     /// Where it listens.
     #[must_use]
     pub fn address(&self) -> &Address {
         &self.address
+    }
+
+    /// The path of its control socket.
+    #[must_use]
+    pub fn control_path(&self) -> String {
+        self.scratch.file("control")
     }
 
     /// Where it serves disks.

@@ -10,6 +10,7 @@ use std::time::Duration;
 pub const HANG_LIMIT: Duration = Duration::from_secs(300);
 
 pub mod capture;
+pub mod cgroup;
 pub mod command;
 pub mod hostile;
 pub mod lab;
@@ -43,6 +44,8 @@ pub fn receiver_options(backend: BackendKind, channels: u8) -> ReceiverOptions {
         control: None,
         once: false,
         identify_deadline: HANG_LIMIT,
+        precopy_deadline: HANG_LIMIT,
+        sessions_per_origin: usize::MAX,
         host_watch: HostWatch::default(),
     }
 }

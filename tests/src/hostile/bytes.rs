@@ -1,7 +1,7 @@
 //! The bytes of a session, piece by piece.
 
-use super::{BLOCKS, RAM, STATE_BYTES};
-use colo_ring::blocks::BlockTable;
+use super::{BLOCKS, PAGE, RAM, STATE_BYTES};
+use colo_ring::blocks::{BLOCK_NAME_MAX, BlockTable};
 use colo_ring::units::PAGE_SIZE;
 use colo_ring::wire::codec::Method;
 use colo_ring::wire::colo::Message;
@@ -104,6 +104,27 @@ pub fn block_list() -> Vec<u8> {
     encode_block_list(
         &mut out,
         &BlockTable::new(entries.collect(), total).expect("a good list"),
+    );
+    out
+}
+
+/// A list of so many blocks of one page with names as long as they can be, of bytes that are no text.
+///
+/// # Panics
+/// With more blocks than a guest may have.
+#[must_use]
+pub fn list_of_tiny_blocks(count: usize) -> Vec<u8> {
+    let name = |number: usize| {
+        let mut name = vec![0xff; BLOCK_NAME_MAX];
+        let digits = format!("{number:08}");
+        name[..digits.len()].copy_from_slice(digits.as_bytes());
+        name.into_boxed_slice()
+    };
+    let entries = (0..count).map(|number| (name(number), PAGE)).collect();
+    let mut out = Vec::new();
+    encode_block_list(
+        &mut out,
+        &BlockTable::new(entries, count as u64 * PAGE).expect("a good list"),
     );
     out
 }

@@ -1,0 +1,200 @@
+//! What sessions of strangers may take, and how they end.
+
+use super::socket_address;
+use colo_ring::blocks::BLOCKS_MAX;
+use colo_ring::wire::stream::Command;
+use colo_ring_tests::command::{RunningReceiver, Scratch, guest, until, wrapped};
+use colo_ring_tests::hostile::{
+    Cut, HostilePrimary, Link, commands, end_of_body, header, list_of_tiny_blocks, ram_start,
+};
+use colo_ring_tests::lab::SharedDirectory;
+use colo_ring_tests::receiver::{LocalReceiver, options_with_files};
+use colo_ring_tools::net::Address;
+use colo_ring_tools::primary::SynthPrimary;
+use serde_json::Value;
+use std::net::SocketAddr;
+
+/// Each with as many blocks as a guest may have, of one page each, and in plain mode.
+fn guest_of_tiny_blocks(address: SocketAddr) -> Link {
+    let mut main = Link::connect(address);
+    let list = list_of_tiny_blocks(BLOCKS_MAX);
+    main.send(
+        &[
+            header(),
+            commands(&[Command::OpenReturnPath, Command::Ping(1)]),
+            ram_start(),
+            list,
+            end_of_body(),
+        ]
+        .concat(),
+    );
+    main
+}
+
+fn with_memory(receiver: &RunningReceiver) -> usize {
+    let status = receiver.status();
+    let sessions = status["sessions"].as_array().expect("a list");
+    sessions
+        .iter()
+        .filter(|session| session["ram_bytes"].is_u64())
+        .count()
+}
+
+/// The kernel allows a process 65,530 of them, and without one its allocator fails.
+#[test]
+fn tiny_ram_blocks_share_a_mapping() {
+    const SESSIONS: usize = 16;
+    let receiver = RunningReceiver::with_channels(wrapped(&[]), 0, &["--hugepages", "off"]);
+    let mappings = || {
+        let maps = std::fs::read_to_string(format!("/proc/{}/maps", receiver.pid()));
+        maps.expect("it runs").lines().count()
+    };
+    let before = mappings();
+    let address = socket_address(&receiver);
+    let guests: Vec<_> = (0..SESSIONS).map(|_| guest_of_tiny_blocks(address)).collect();
+    until("memory of all guests", || {
+        (with_memory(&receiver) == SESSIONS).then_some(())
+    });
+    let each = (mappings() - before) / SESSIONS;
+    println!("{each} mappings for each guest of {BLOCKS_MAX} blocks");
+    assert!(each < 32, "{each}");
+    // Its status is readable, too.
+    let blocks = receiver.status()["sessions"][0]["blocks"]
+        .as_array()
+        .map(Vec::len);
+    assert_eq!(blocks, Some(64));
+    drop(guests);
+}
+
+#[test]
+fn ended_sessions_keep_a_line() {
+    const SESSIONS: usize = 200;
+    let receiver = RunningReceiver::with_channels(wrapped(&[]), 0, &["--hugepages", "off"]);
+    let address = socket_address(&receiver);
+    let end_some = |sessions: usize, ended: usize| {
+        for number in 1..=sessions {
+            let mut guest = guest_of_tiny_blocks(address);
+            until("its memory", || (with_memory(&receiver) == 1).then_some(()));
+            guest.cut(Cut::Fin);
+            let number = ended + number;
+            until("its end", || {
+                (receiver.status()["sessions"].as_array()?.is_empty()).then_some(())
+            });
+            println!("session {number} has ended");
+        }
+    };
+    end_some(20, 0);
+    let before = receiver.resident_bytes();
+    end_some(SESSIONS, 20);
+    let grown = receiver.resident_bytes().saturating_sub(before);
+    println!("{} KiB for each ended session", (grown >> 10) / SESSIONS as u64);
+    // The names alone would be some 400 KiB each.
+    assert!(grown < 20 << 20, "{grown} bytes");
+}
+
+#[test]
+fn an_operator_ends_a_session_at_any_time() {
+    let scratch = Scratch::new();
+    let told = scratch.file("told");
+    let hook = format!("echo $COLO_RING_SESSION >> {told}");
+    let args = ["--hugepages", "off", "--on-loss", &hook, "--on-loss-unprotected"];
+    let receiver = RunningReceiver::start(wrapped(&[]), &args);
+    // In precopy.
+    let mut primary = HostilePrimary::connect(socket_address(&receiver), 2);
+    for (_, bytes) in &primary.precopy_parts()[..3] {
+        primary.main.send(bytes);
+    }
+    until("its memory", || (with_memory(&receiver) == 1).then_some(()));
+    let ended = receiver.ask(&["end", "--json", "--session", "1"]);
+    assert_eq!((&ended["ended"], &ended["checkpoint"]), (&1.into(), &Value::Null));
+    assert!(primary.is_closed());
+    until("its memory's return", || {
+        (receiver.status()["ram_held_bytes"] == 0).then_some(())
+    });
+    // Protected: its checkpoint is kept, and can be given up at once.
+    let mut primary = HostilePrimary::protected(socket_address(&receiver), 2);
+    let said = receiver.command(&["discard", "--session", "2"]).stderr;
+    assert!(String::from_utf8_lossy(&said).contains("`colo-ring end` ends it"));
+    let ended = receiver.ask(&["end", "--json", "--session", "2"]);
+    assert_eq!((&ended["ended"], &ended["checkpoint"]), (&2.into(), &1.into()));
+    assert!(primary.is_closed());
+    let again = receiver.command(&["end", "--session", "2"]).stderr;
+    assert!(String::from_utf8_lossy(&again).contains("session 2 has ended already"));
+    assert_eq!(
+        receiver.ask(&["discard", "--json", "--session", "2"])["discarded"],
+        2
+    );
+    let unknown = receiver.command(&["end", "--session", "77"]).stderr;
+    assert!(String::from_utf8_lossy(&unknown).contains("there is no session 77"));
+    // It was no loss.
+    receiver.signal(nix::sys::signal::Signal::SIGTERM);
+    let ended = receiver.wait();
+    assert!(ended.status.success(), "{}", ended.log);
+    assert!(!std::path::Path::new(&told).exists(), "{}", ended.log);
+}
+
+#[test]
+fn a_first_copy_that_stands_still_ends() {
+    let receiver = RunningReceiver::start(wrapped(&[]), &["--hugepages", "off", "--precopy-timeout", "2"]);
+    let mut primary = HostilePrimary::connect(socket_address(&receiver), 2);
+    for (_, bytes) in &primary.precopy_parts()[..3] {
+        primary.main.send(bytes);
+    }
+    receiver.wait_for_log("in its first copy the primary sent nothing for 2s");
+    assert!(primary.is_closed());
+    assert_eq!(receiver.protect()["checkpoint"], 5);
+    // A protected one may be silent for as long as it likes.
+    let mut quiet = SynthPrimary::connect(receiver.address(), &guest()).expect("precopy");
+    quiet.checkpoint().expect("a checkpoint");
+    std::thread::sleep(std::time::Duration::from_secs(4));
+    quiet.checkpoint().expect("another one");
+}
+
+#[test]
+fn an_origin_cannot_fill_all_places() {
+    let scratch = Scratch::new();
+    let listen = format!("unix:{}", scratch.file("listen"));
+    let args = [
+        "--hugepages",
+        "off",
+        "--sessions-per-origin",
+        "2",
+        "--listen",
+        &listen,
+    ];
+    let receiver = RunningReceiver::start(wrapped(&[]), &args);
+    assert_eq!(receiver.protect()["checkpoint"], 5);
+    let _second = SynthPrimary::connect(receiver.address(), &guest()).expect("precopy");
+    // One is kept, one runs.
+    assert!(SynthPrimary::connect(receiver.address(), &guest()).is_err());
+    receiver.wait_for_log("2 sessions of its origin are running or kept");
+    let address: Address = listen.parse().expect("an address");
+    let mut other = SynthPrimary::connect(&address, &guest()).expect("precopy");
+    other.checkpoint().expect("a checkpoint");
+    assert_eq!(
+        receiver.ask(&["discard", "--json", "--session", "1"])["discarded"],
+        1
+    );
+    let mut third = SynthPrimary::connect(receiver.address(), &guest()).expect("precopy");
+    third.checkpoint().expect("a checkpoint");
+}
+
+/// Also of an earlier receiver.
+#[test]
+fn kept_checkpoints_of_tiny_guests_make_room() {
+    const PLACES: usize = 256;
+    let ram = SharedDirectory::new().expect("a directory");
+    {
+        let receiver = LocalReceiver::start(options_with_files(2, &ram));
+        for _ in 0..PLACES {
+            receiver.protected().cut(Cut::Fin);
+            receiver.ended();
+        }
+    }
+    let receiver = LocalReceiver::start(options_with_files(2, &ram));
+    let mut primary = receiver.protected();
+    receiver.warned("session 1: its checkpoint is given up, because all 256 places are taken");
+    primary.checkpoint(&[(0, 5, 0x55)]);
+    assert!(!ram.path().join("session-1.pc.ram").exists());
+    assert!(ram.path().join("session-2.pc.ram").exists());
+}
