@@ -37,8 +37,9 @@ impl PoolPolicy {
 
 /// Resizes the pool in the background, because it takes milliseconds. Without a thread for it the pool stays as it is.
 fn resize(session: Arc<LiveSession>, store: Arc<Store>, task: PoolTask) {
-    let services = session.services.clone();
+    let (services, of_thread) = (session.services.clone(), session.clone());
     let resize = move || {
+        let session = of_thread;
         let done = match task {
             PoolTask::Grow => store.grow(),
             PoolTask::Shrink | PoolTask::Nothing => {
@@ -51,5 +52,8 @@ fn resize(session: Arc<LiveSession>, store: Arc<Store>, task: PoolTask) {
         }
         session.growing.store(false, Ordering::Release);
     };
-    let _ = services.run_in_background(Box::new(resize));
+    if services.run_in_background(Box::new(resize)).is_err() {
+        // The next checkpoint tries again.
+        session.growing.store(false, Ordering::Release);
+    }
 }
