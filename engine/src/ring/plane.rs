@@ -311,9 +311,12 @@ fn start_core(
 
 /// Tries a core on a thread of its own, so that the caller's affinity stays as it is.
 fn check_core(core: usize) -> Result<(), PlaneError> {
-    let tried = thread::spawn(move || pin(&[core])).join();
-    let result = tried.unwrap_or_else(|_| Err(io::Error::other("the thread that tried it panicked")));
-    result.map_err(|source| PlaneError::Pin { core, source })
+    let failed = |source| PlaneError::Pin { core, source };
+    let thread = thread::Builder::new()
+        .spawn(move || pin(&[core]))
+        .map_err(failed)?;
+    let panicked = |_| Err(io::Error::other("the thread that tried it panicked"));
+    thread.join().unwrap_or_else(panicked).map_err(failed)
 }
 
 fn explain(error: &io::Error) -> String {
