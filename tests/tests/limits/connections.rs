@@ -40,7 +40,9 @@ fn beside_silent_connections<T>(address: SocketAddr, meanwhile: impl FnOnce() ->
 
 #[test]
 fn silent_connections_keep_no_guest_out() {
-    let receiver = RunningReceiver::start(wrapped(&[]), &["--hugepages", "off"]);
+    // They do not go by themselves.
+    let args = ["--hugepages", "off", "--accept-timeout", "3600"];
+    let receiver = RunningReceiver::start(wrapped(&[]), &args);
     beside_silent_connections(socket_address(&receiver), || {
         for _ in 0..3 {
             assert_eq!(receiver.protect()["checkpoint"], 5);
@@ -56,7 +58,8 @@ fn silent_connections_keep_no_guest_out() {
 /// As few as a shell allows a receiver by default: what strangers cannot take is for dumps, failovers and the control socket.
 #[test]
 fn few_descriptors_leave_some_for_the_operator() {
-    let receiver = RunningReceiver::start(wrapped(&["prlimit", "--nofile=512"]), &["--hugepages", "off"]);
+    let args = ["--hugepages", "off", "--accept-timeout", "3600"];
+    let receiver = RunningReceiver::start(wrapped(&["prlimit", "--nofile=512"]), &args);
     let mut primary = SynthPrimary::connect(receiver.address(), &guest()).expect("precopy");
     primary.checkpoint().expect("a checkpoint");
     beside_silent_connections(socket_address(&receiver), || {
