@@ -172,6 +172,7 @@ pub fn run(args: &GuardArgs) -> Result<ExitCode, CommandError> {
     if args.dry_run {
         return dry_run::run(args);
     }
+    stderr::never_wait().map_err(CommandError::failed)?;
     match args.supervised {
         true => guard(args),
         false => supervisor::run(args),
@@ -180,7 +181,6 @@ pub fn run(args: &GuardArgs) -> Result<ExitCode, CommandError> {
 
 /// The guard itself.
 fn guard(args: &GuardArgs) -> Result<ExitCode, CommandError> {
-    stderr::never_wait().map_err(CommandError::failed)?;
     let (events, received) = mpsc::channel();
     let (wish, wished) = mpsc::channel();
     let sender = EventSender { events, wish };

@@ -9,9 +9,9 @@ use crate::commands::unprotect::{end_migration, release};
 use crate::output::{CommandError, tell};
 use crate::qmp::Qmp;
 use crate::signals;
-use nix::sys::signal::{SigSet, Signal};
 use nix::sys::socket::{MsgFlags, send};
 use serde_json::json;
+use signal_hook::consts::{SIGINT, SIGTERM};
 use std::io::{ErrorKind, Read, Write};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
@@ -184,10 +184,10 @@ impl Heartbeat {
     /// If this is no worker of a supervisor.
     pub(super) fn of_worker(end: impl FnOnce() + Send + 'static) -> Result<Self, CommandError> {
         let failed = |error: std::io::Error| CommandError::Failed(format!("no supervisor: {error}"));
-        // Its supervisor has the signals, and tells it.
-        SigSet::from_iter([Signal::SIGINT, Signal::SIGTERM])
-            .thread_block()
-            .map_err(|errno| failed(errno.into()))?;
+        // Its supervisor gets them, too, and tells it.
+        for signal in [SIGINT, SIGTERM] {
+            signal_hook::flag::register(signal, Arc::default()).map_err(failed)?;
+        }
         let socket = std::io::stdin().as_fd().try_clone_to_owned().map_err(failed)?;
         let socket = UnixStream::from(socket);
         let mut listens = socket.try_clone().map_err(failed)?;
