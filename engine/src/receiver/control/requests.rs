@@ -77,15 +77,16 @@ impl ControlState {
             } => self.claim(session, by, force, retry),
             Request::Handover { session } => match self.begin_handover(session, by) {
                 Ok(live) => {
-                    return respond_in_background(reply, move || {
-                        let handed_over = live.output.wait_handed_over();
-                        let checkpoint =
-                            handed_over.map_err(|source| RequestError::Handover { session, source })?;
-                        Ok(Response::HandedOver {
+                    return drop(tokio::task::spawn_local(async move {
+                        let handed_over = live.output.wait_handed_over().await;
+                        let response = handed_over.map(|checkpoint| Response::HandedOver {
                             handed_over: session,
                             checkpoint: checkpoint.0,
-                        })
-                    });
+                        });
+                        // The client may have disconnected.
+                        let _ =
+                            reply.send(response.map_err(|source| RequestError::Handover { session, source }));
+                    }));
                 }
                 Err(error) => Err(error),
             },

@@ -4,7 +4,7 @@ use crate::link::{Barriers, HandoverError, Hello, LinkError, ToGuard};
 use crate::ring::Waker;
 use crate::units::CheckpointId;
 use serde::{Deserialize, Serialize};
-use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use tokio::sync::Notify;
 
 /// The guard of a session, in its status.
@@ -54,7 +54,7 @@ pub(in crate::receiver) struct SessionOutput {
     /// The main channel may go on.
     main: Waker,
     /// A handing over has ended.
-    handed_over: Condvar,
+    handed_over: Notify,
 }
 
 /// Which of a session's links calls.
@@ -82,7 +82,7 @@ impl SessionOutput {
             state: Mutex::default(),
             changed: Notify::new(),
             main,
-            handed_over: Condvar::new(),
+            handed_over: Notify::new(),
         }
     }
 
@@ -102,7 +102,7 @@ impl SessionOutput {
         });
         let link = LinkNumber(state.link);
         drop(state);
-        self.handed_over.notify_all();
+        self.handed_over.notify_waiters();
         // The one before, if there is one, sees that it was replaced; what the main channel waits for on it, it need not wait for.
         self.changed.notify_waiters();
         self.main.wake();
@@ -121,7 +121,7 @@ impl SessionOutput {
             guard.linked = false;
         }
         drop(state);
-        self.handed_over.notify_all();
+        self.handed_over.notify_waiters();
         self.main.wake();
         true
     }
@@ -152,7 +152,7 @@ impl SessionOutput {
         }
         state.end = Some(reason);
         drop(state);
-        self.handed_over.notify_all();
+        self.handed_over.notify_waiters();
         self.changed.notify_one();
     }
 
@@ -227,22 +227,22 @@ impl SessionOutput {
             state.give_up_handover(HandoverError::GivenUp("its client has disconnected".to_owned()));
         }
         drop(state);
-        self.handed_over.notify_all();
+        self.handed_over.notify_waiters();
     }
 
     /// Waits until the guest is handed over, after [`Self::begin_handover`]. Returns the last checkpoint.
     ///
     /// # Errors
     /// If it is not, and why.
-    pub(in crate::receiver) fn wait_handed_over(&self) -> Result<CheckpointId, HandoverError> {
-        let state = self.lock();
-        let is_pending = |state: &mut State| state.handed_over.is_none();
-        let state = self.handed_over.wait_while(state, is_pending);
-        let state = state.unwrap_or_else(PoisonError::into_inner);
-        state
-            .handed_over
-            .clone()
-            .unwrap_or_else(|| Err(HandoverError::GivenUp("nobody knows why".to_owned())))
+    pub(in crate::receiver) async fn wait_handed_over(&self) -> Result<CheckpointId, HandoverError> {
+        loop {
+            // Before the look: what comes in between wakes it.
+            let ended = self.handed_over.notified();
+            if let Some(handed_over) = self.lock().handed_over.clone() {
+                return handed_over;
+            }
+            ended.await;
+        }
     }
 
     /// Whether the guard was told to end the primary, or has.
@@ -277,7 +277,7 @@ impl SessionOutput {
             state.give_up_handover(HandoverError::Refused(reason));
         }
         drop(state);
-        self.handed_over.notify_all();
+        self.handed_over.notify_waiters();
         self.main.wake();
     }
 
@@ -292,7 +292,7 @@ impl SessionOutput {
         }
         state.handed_over = Some(Ok(state.barriers.primary_ended()?));
         drop(state);
-        self.handed_over.notify_all();
+        self.handed_over.notify_waiters();
         Ok(())
     }
 
