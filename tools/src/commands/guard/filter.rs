@@ -22,6 +22,9 @@ const LIMIT: Duration = Duration::from_secs(5);
 /// Microseconds after which the filter lets go by itself: the most that it takes, 71 minutes.
 const INTERVAL_US: u32 = u32::MAX;
 
+/// Frames that the filter holds: it drops what comes after.
+const HELD_MAX: u64 = 10_000;
+
 /// Bytes before each frame: its length. QEMU sends them as a datagram of their own.
 const LENGTH_BYTES: usize = 4;
 
@@ -69,6 +72,8 @@ pub(super) struct Filter {
     is_holding: bool,
     since_line: u64,
     sent: u64,
+    /// In all epochs before this one.
+    dropped: u64,
 }
 
 impl Filter {
@@ -90,6 +95,7 @@ impl Filter {
             is_holding: false,
             since_line: 0,
             sent: 0,
+            dropped: 0,
         };
         filter.is_holding = holds && filter.is_closed();
         filter.remove_mirror();
@@ -169,6 +175,11 @@ impl Filter {
         }
     }
 
+    /// Frames of this epoch that did not fit. There may be more: copies may be lost, by which they are counted.
+    fn over_limit(&self) -> u64 {
+        self.since_line.saturating_sub(HELD_MAX)
+    }
+
     /// Releases what the filter holds, and holds again.
     fn release(&mut self) -> Result<(), GateError> {
         let status = self.qmp.execute_within("query-status", &json!({}), LIMIT);
@@ -219,6 +230,7 @@ impl OutputGate for Filter {
             self.set("on")?;
             self.is_holding = true;
         }
+        self.dropped += self.over_limit();
         self.since_line = 0;
         Ok(())
     }
@@ -235,6 +247,7 @@ impl OutputGate for Filter {
 
     fn open(&mut self) -> Result<(), GateError> {
         self.is_holding = false;
+        self.dropped += self.over_limit();
         self.since_line = 0;
         self.set("off")
     }
@@ -250,6 +263,7 @@ impl OutputGate for Filter {
     fn counts(&self) -> Counts {
         Counts {
             sent: self.sent,
+            dropped: self.dropped + self.over_limit(),
             ..Counts::default()
         }
     }
