@@ -3,6 +3,7 @@
 use crate::HANG_LIMIT;
 use std::fs::{self, File};
 use std::io::Write;
+use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
@@ -279,9 +280,13 @@ impl Qemu {
     /// # Errors
     /// When the serial port's socket does not take them.
     pub fn send_serial(&self, bytes: &[u8]) -> Result<(), LabError> {
-        UnixStream::connect(&self.serial_socket)
-            .and_then(|mut socket| socket.write_all(bytes))
-            .map_err(LabError::io("write to the serial port"))
+        // QEMU forgets what the guest has not taken when its client has gone: it closes the connection once all was taken.
+        let sent = UnixStream::connect(&self.serial_socket).and_then(|mut socket| {
+            socket.write_all(bytes)?;
+            socket.shutdown(Shutdown::Write)?;
+            std::io::copy(&mut socket, &mut std::io::sink())
+        });
+        sent.map(drop).map_err(LabError::io("write to the serial port"))
     }
 
     /// Waits until a line of the guest starts with `prefix`, and returns the first such line.
