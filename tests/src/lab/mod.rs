@@ -9,6 +9,7 @@ mod disk_guest;
 mod disks;
 mod error;
 mod failover;
+mod frames;
 mod guard;
 mod guest;
 mod host_guest;
@@ -41,12 +42,16 @@ pub use disk_guest::{Disk, DiskBus, DiskContent, DiskGuest};
 pub use disks::{DiskRuns, KilledGuest, Victim, disk_runs};
 pub use error::LabError;
 pub use failover::{protect_by_command, unprotect_by_command};
+pub use frames::{FrameCapture, FrameKind, SeenFrame, ask_for_frames};
 pub use guard::Guard;
 pub use guest::{Content, Guest, LinuxGuest, Pattern, TestGuest};
 pub use host_guest::{HostGuest, HostKernel, NumaMap};
 pub use image::check_test_guest_image;
 pub use kills::{Kills, Moment, check_continues, failover_runs};
-pub use net_guest::{GUEST_ADDRESS, NetGuest, Nic, TAP, join_networks, net_experiment};
+pub use net_guest::{
+    GUEST_ADDRESS, GUEST_ADDRESS_6, NetGuest, Nic, TAP, add_other_tap, join_networks, net_experiment,
+    wait_tap_free,
+};
 pub use network::{Address, Transport};
 pub use protect::{Compression, Precopy, Protection, ZeroPageDetection};
 pub use qemu::{Devices, Machine, Qemu};

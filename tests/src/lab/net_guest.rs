@@ -5,12 +5,13 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::process::Command;
 
-use super::{Company, Lab, LabError, run_experiment};
+use super::{Company, Lab, LabError, run_experiment, wait_for};
+use crate::HANG_LIMIT;
 
 /// The tap device of the host's end.
 pub const TAP: &str = "guest0";
 
-/// The tap device of another host on the same network, once [`join_networks`] has made it.
+/// The tap device of another host on the same network, once [`join_networks`] or [`add_other_tap`] has made it.
 const OTHER_TAP: &str = "guest1";
 
 /// Link-local, although nobody else is in the namespace.
@@ -18,6 +19,9 @@ const HOST_NETWORK: &str = "169.254.78.1/24";
 
 /// Where the guest's service listens.
 pub const GUEST_ADDRESS: &str = "169.254.78.2:7777";
+
+/// The same over IPv6, at the address that the guest makes of its card's.
+pub const GUEST_ADDRESS_6: (&str, u16) = ("fe80::5054:ff:fe00:1%guest0", 7777);
 
 /// The other end of a guest's network card.
 #[derive(Clone, Debug)]
@@ -72,15 +76,19 @@ impl NetGuest {
 /// # Panics
 /// As of [`super::experiment`].
 pub fn net_experiment(company: Company, body: impl FnOnce(&Lab) -> Result<(), LabError> + Send) {
+    in_namespace(|| run_experiment(Lab::open_with_net_guest(company), body));
+}
+
+/// Runs `body` in a network namespace of its own.
+pub(super) fn in_namespace(body: impl FnOnce() + Send) {
     // On a thread of its own: a thread that has entered a namespace stays there.
     std::thread::scope(|scope| {
         let run = scope.spawn(|| {
             unshare(CloneFlags::CLONE_NEWNET).expect("a network namespace, as root");
             ip("link set lo up");
-            ip(&format!("tuntap add {TAP} mode tap"));
+            add_tap(TAP);
             ip(&format!("address add {HOST_NETWORK} dev {TAP}"));
-            ip(&format!("link set {TAP} up"));
-            run_experiment(Lab::open_with_net_guest(company), body);
+            body();
         });
         if let Err(panic) = run.join() {
             std::panic::resume_unwind(panic);
@@ -95,13 +103,39 @@ pub fn net_experiment(company: Company, body: impl FnOnce(&Lab) -> Result<(), La
 pub fn join_networks() {
     ip(&format!("address flush dev {TAP}"));
     ip("link add lan type bridge");
-    ip(&format!("tuntap add {OTHER_TAP} mode tap"));
+    add_other_tap();
     for port in [TAP, OTHER_TAP] {
         ip(&format!("link set {port} master lan"));
-        ip(&format!("link set {port} up"));
     }
     ip(&format!("address add {HOST_NETWORK} dev lan"));
     ip("link set lan up");
+}
+
+/// Makes the tap device of [`Nic::OtherTap`], with nothing behind it.
+///
+/// # Panics
+/// If it cannot be made.
+pub fn add_other_tap() {
+    add_tap(OTHER_TAP);
+}
+
+fn add_tap(name: &str) {
+    ip(&format!("tuntap add {name} mode tap"));
+    ip(&format!("link set {name} up"));
+}
+
+/// Waits until no process has [`TAP`] open: the kernel may close it a moment after the end of a QEMU that was killed.
+///
+/// # Errors
+/// [`LabError::Timeout`].
+pub fn wait_tap_free() -> Result<(), LabError> {
+    wait_for("the tap device to be free", HANG_LIMIT, || {
+        let shown = Command::new("ip").args(["-o", "link", "show", TAP]).output();
+        let shown = shown.map_err(LabError::io("run ip"))?.stdout;
+        Ok(String::from_utf8_lossy(&shown)
+            .contains("NO-CARRIER")
+            .then_some(()))
+    })
 }
 
 fn ip(words: &str) {
