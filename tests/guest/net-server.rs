@@ -4,12 +4,13 @@
 //!
 //! A client sends the numbers 1, 2, 3 and so on, a line each, and gets each back. The number that comes next is kept in memory: a number
 //! that is not the one after the last means that what the client has seen and what the guest remembers are not of the same
-//! instant. Such a client gets "error expected N", and the serial port a line "error …". `bulk N` sends N bytes of numbered lines; what
-//! comes after `sink N` is read, N bytes, and answered by `done N`.
+//! instant. Such a client gets "error expected N", and the serial port a line "error …". `bulk N` sends N bytes of numbered lines of 16; what
+//! comes after `sink N` is read, N bytes, and answered by `done N`. After `exchange` both sides send lines of 64 bytes as fast as they go,
+//! until the connection ends: the client 1, 2, 3 and so on, the guest the same with the number of client's lines that it has read.
 //!
 //! Lines: "tick N answered A", ten times a second.
 
-use std::io::{BufRead, BufReader, Read, Write};
+use std::io::{BufRead, BufReader, BufWriter, Read, Write};
 use std::net::{TcpListener, TcpStream};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -22,26 +23,26 @@ fn serve(stream: TcpStream, answered: &AtomicU64) -> std::io::Result<()> {
     let (mut last, mut line) = (0_u64, String::new());
     loop {
         line.clear();
-        if reader.read_line(&mut line)? == 0 {
+        reader.read_line(&mut line)?;
+        // Cut off by the connection's end.
+        if !line.ends_with('\n') {
             return Ok(());
         }
         let words: Vec<&str> = line.split_whitespace().collect();
         match words[..] {
             ["bulk", bytes] => {
-                let (mut left, mut number) = (bytes.parse::<u64>().unwrap_or(0), 0_u64);
-                while left > 0 {
-                    number += 1;
-                    let text = format!("{number:015}\n");
-                    let part = usize::try_from(left.min(16)).unwrap_or(16);
-                    writer.write_all(&text.as_bytes()[..part])?;
-                    left -= part as u64;
+                let mut buffered = BufWriter::with_capacity(64 << 10, &mut writer);
+                for number in 1..=bytes.parse::<u64>().unwrap_or(0) / 16 {
+                    buffered.write_all(format!("{number:015}\n").as_bytes())?;
                 }
+                buffered.flush()?;
             }
             ["sink", bytes] => {
                 let bytes: u64 = bytes.parse().unwrap_or(0);
                 std::io::copy(&mut (&mut reader).take(bytes), &mut std::io::sink())?;
                 writer.write_all(format!("done {bytes}\n").as_bytes())?;
             }
+            ["exchange"] => return exchange(&mut reader, writer),
             [number] if number.parse() == Ok(last + 1) => {
                 last += 1;
                 writer.write_all(line.as_bytes())?;
@@ -54,6 +55,35 @@ fn serve(stream: TcpStream, answered: &AtomicU64) -> std::io::Result<()> {
             }
         }
     }
+}
+
+/// Numbered lines in both directions.
+fn exchange(reader: &mut impl BufRead, mut writer: TcpStream) -> std::io::Result<()> {
+    let read = Arc::new(AtomicU64::new(0));
+    let counted = read.clone();
+    // Ends with the connection.
+    std::thread::spawn(move || {
+        for number in 1_u64.. {
+            let line = format!("{number} {}", counted.load(Ordering::SeqCst));
+            if writer.write_all(format!("{line:<63}\n").as_bytes()).is_err() {
+                return;
+            }
+        }
+    });
+    let mut line = String::new();
+    for number in 1_u64.. {
+        line.clear();
+        reader.read_line(&mut line)?;
+        if !line.ends_with('\n') {
+            break;
+        }
+        if line.trim().parse() != Ok(number) {
+            println!("error: {:?} came, and {number} was expected", line.trim());
+            break;
+        }
+        read.store(number, Ordering::SeqCst);
+    }
+    Ok(())
 }
 
 fn main() {
@@ -69,7 +99,7 @@ fn main() {
             std::thread::sleep(Duration::from_millis(100));
         }
     });
-    let listener = TcpListener::bind(("0.0.0.0", port)).expect("a listener");
+    let listener = TcpListener::bind(("::", port)).expect("a listener");
     println!("listening {port}");
     for stream in listener.incoming() {
         let answered = answered.clone();

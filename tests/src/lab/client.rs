@@ -1,8 +1,8 @@
 //! Clients of the service of a guest with a network card, `tests/guest/net-server.rs`.
 
 use crate::HANG_LIMIT;
-use std::io::{BufRead, BufReader, Write};
-use std::net::TcpStream;
+use std::io::{BufRead, BufReader, ErrorKind, Write};
+use std::net::{Shutdown, TcpStream, ToSocketAddrs};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread::JoinHandle;
@@ -23,7 +23,26 @@ pub struct ClientReport {
     /// How long each took, in microseconds, in order.
     pub latencies_us: Vec<u64>,
     /// What went wrong, if something has.
-    pub error: Option<String>,
+    pub error: Option<ClientError>,
+}
+
+/// What can go wrong with a connection.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum ClientError {
+    /// The guest has answered something that it may not.
+    Wrong(String),
+    /// The connection has ended.
+    Ended(String),
+}
+
+impl ClientError {
+    fn of(number: u64, error: &std::io::Error) -> Self {
+        let text = format!("answer {number}: {error}");
+        match error.kind() {
+            ErrorKind::InvalidData => Self::Wrong(text),
+            _ => Self::Ended(text),
+        }
+    }
 }
 
 /// What a client asks for, over one connection.
@@ -33,10 +52,10 @@ pub enum Load {
     Count(Duration),
     /// The same, with pauses from half of that to one and a half, so that it is in step with nothing.
     CountIrregularly(Duration),
-    /// Numbered lines out of the guest, as fast as they come.
-    Bulk,
-    /// Bytes into the guest, as fast as it takes them.
-    Sink,
+    /// The next number this often, whether or not the last one came back.
+    CountEvery(Duration),
+    /// Numbered lines both ways at a time, as fast as they go.
+    Exchange,
 }
 
 /// A client of the guest's service.
@@ -53,8 +72,16 @@ impl Client {
     /// # Errors
     /// When the guest does not answer.
     pub fn start(load: Load) -> Result<Self, LabError> {
+        Self::start_at(GUEST_ADDRESS, load)
+    }
+
+    /// The same, at that address of the guest.
+    ///
+    /// # Errors
+    /// As [`Client::start`].
+    pub fn start_at(address: impl ToSocketAddrs, load: Load) -> Result<Self, LabError> {
         let stream = wait_for("the guest's service", HANG_LIMIT, || {
-            Ok(TcpStream::connect(GUEST_ADDRESS).ok())
+            Ok(TcpStream::connect(&address).ok())
         })?;
         let connected = stream
             .set_nodelay(true)
@@ -117,8 +144,32 @@ impl Client {
 
 fn ask(stream: &TcpStream, load: Load, answers: &AtomicU64, stop: &AtomicBool) -> ClientReport {
     let mut report = ClientReport::default();
+    // The writer outlives the reader, which waits for what the guest answers.
+    let (sent, is_read) = (AtomicU64::new(0), AtomicBool::new(false));
+    std::thread::scope(|scope| {
+        let is_read = &is_read;
+        match load {
+            Load::CountEvery(pause) => drop(scope.spawn(move || send_numbers(stream, pause, is_read))),
+            Load::Exchange => drop(scope.spawn(|| send_lines(stream, &sent, is_read))),
+            _ => {}
+        }
+        read_answers(stream, load, (answers, &sent), stop, &mut report);
+        is_read.store(true, Ordering::Relaxed);
+        let _ = stream.shutdown(Shutdown::Both);
+    });
+    report
+}
+
+fn read_answers(
+    stream: &TcpStream,
+    load: Load,
+    (answers, sent): (&AtomicU64, &AtomicU64),
+    stop: &AtomicBool,
+    report: &mut ClientReport,
+) {
     let (mut reader, mut last) = (BufReader::new(stream), Instant::now());
     let mut random = Xoshiro256PlusPlus::seed_from_u64(1);
+    let mut arrived = 0;
     for number in 1_u64.. {
         if stop.load(Ordering::Relaxed) {
             break;
@@ -126,35 +177,74 @@ fn ask(stream: &TcpStream, load: Load, answers: &AtomicU64, stop: &AtomicBool) -
         let asked = Instant::now();
         let answered = match load {
             Load::Count(_) | Load::CountIrregularly(_) => count(stream, &mut reader, number),
-            Load::Bulk => bulk(stream, &mut reader),
-            Load::Sink => sink(stream, &mut reader),
+            Load::CountEvery(_) => expect(&mut reader, &format!("{number}\n")),
+            Load::Exchange => read_line(&mut reader, number, &mut arrived, sent),
         };
         if let Err(error) = answered {
-            report.error = Some(format!("request {number}: {error}"));
+            report.error = Some(ClientError::of(number, &error));
             break;
         }
         let now = Instant::now();
         report.answers = number;
         report.longest_gap = report.longest_gap.max(now - last);
-        report
-            .latencies_us
-            .push(u64::try_from((now - asked).as_micros()).unwrap_or(u64::MAX));
+        if load != Load::Exchange {
+            let latency_us = u64::try_from((now - asked).as_micros());
+            report.latencies_us.push(latency_us.unwrap_or(u64::MAX));
+        }
         last = now;
         answers.store(number, Ordering::Relaxed);
         match load {
             Load::Count(pause) => std::thread::sleep(pause),
             Load::CountIrregularly(pause) => std::thread::sleep(pause.mul_f64(random.random_range(0.5..1.5))),
-            Load::Bulk | Load::Sink => {}
+            Load::CountEvery(_) | Load::Exchange => {}
         }
     }
-    report
 }
 
-/// Bytes of a request for bulk data: 1024 lines of 16 bytes.
-const BULK_BYTES: u64 = 16 << 10;
+/// Sends 1, 2, 3 and so on, whatever comes back. Its reader reports a connection that ends.
+fn send_numbers(mut stream: &TcpStream, pause: Duration, is_read: &AtomicBool) {
+    for number in 1_u64.. {
+        if is_read.load(Ordering::Relaxed) || stream.write_all(format!("{number}\n").as_bytes()).is_err() {
+            return;
+        }
+        std::thread::sleep(pause);
+    }
+}
+
+/// The client's side of [`Load::Exchange`].
+fn send_lines(mut stream: &TcpStream, sent: &AtomicU64, is_read: &AtomicBool) {
+    let mut is_sent = stream.write_all(b"exchange\n").is_ok();
+    for number in 1_u64.. {
+        if !is_sent || is_read.load(Ordering::Relaxed) {
+            return;
+        }
+        sent.store(number, Ordering::SeqCst);
+        is_sent = stream.write_all(format!("{number:<63}\n").as_bytes()).is_ok();
+    }
+}
+
+/// A line of the guest: its number, and how many of the client's lines have arrived.
+fn read_line(
+    reader: &mut impl BufRead,
+    number: u64,
+    arrived: &mut u64,
+    sent: &AtomicU64,
+) -> std::io::Result<()> {
+    let line = next_line(reader)?;
+    let words: Vec<Option<u64>> = line.split_whitespace().map(|word| word.parse().ok()).collect();
+    match words[..] {
+        [Some(found), Some(now)]
+            if found == number && now >= *arrived && now <= sent.load(Ordering::SeqCst) =>
+        {
+            *arrived = now;
+            Ok(())
+        }
+        _ => Err(wrong(&format!("{} after {arrived} had arrived", line.trim()))),
+    }
+}
 
 fn wrong(answer: &str) -> std::io::Error {
-    std::io::Error::other(format!("answered by {answer:?}"))
+    std::io::Error::new(ErrorKind::InvalidData, format!("{answer:?}"))
 }
 
 fn count(mut stream: &TcpStream, reader: &mut impl BufRead, number: u64) -> std::io::Result<()> {
@@ -162,23 +252,20 @@ fn count(mut stream: &TcpStream, reader: &mut impl BufRead, number: u64) -> std:
     expect(reader, &format!("{number}\n"))
 }
 
-fn bulk(mut stream: &TcpStream, reader: &mut impl BufRead) -> std::io::Result<()> {
-    stream.write_all(format!("bulk {BULK_BYTES}\n").as_bytes())?;
-    (1..=BULK_BYTES / 16).try_for_each(|number| expect(reader, &format!("{number:015}\n")))
-}
-
-fn sink(mut stream: &TcpStream, reader: &mut impl BufRead) -> std::io::Result<()> {
-    let mut request = format!("sink {BULK_BYTES}\n").into_bytes();
-    request.extend((0..BULK_BYTES).map(|_| b'x'));
-    stream.write_all(&request)?;
-    expect(reader, &format!("done {BULK_BYTES}\n"))
-}
-
 fn expect(reader: &mut impl BufRead, expected: &str) -> std::io::Result<()> {
-    let mut line = String::new();
-    reader.read_line(&mut line)?;
+    let line = next_line(reader)?;
     match line == expected {
         true => Ok(()),
         false => Err(wrong(&line)),
+    }
+}
+
+fn next_line(reader: &mut impl BufRead) -> std::io::Result<String> {
+    let mut line = String::new();
+    reader.read_line(&mut line)?;
+    // Cut off by the connection's end.
+    match line.ends_with('\n') {
+        true => Ok(line),
+        false => Err(ErrorKind::UnexpectedEof.into()),
     }
 }

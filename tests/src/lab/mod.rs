@@ -15,6 +15,7 @@ mod guest;
 mod host_guest;
 mod image;
 mod kills;
+mod link_proxy;
 mod net_guest;
 mod network;
 mod protect;
@@ -37,7 +38,7 @@ use std::time::{Duration, Instant};
 use tempfile::TempDir;
 use turn::Turn;
 
-pub use client::{Client, ClientReport, Load};
+pub use client::{Client, ClientError, ClientReport, Load};
 pub use disk_guest::{Disk, DiskBus, DiskContent, DiskGuest};
 pub use disks::{DiskRuns, KilledGuest, Victim, disk_runs};
 pub use error::LabError;
@@ -48,6 +49,7 @@ pub use guest::{Content, Guest, LinuxGuest, Pattern, TestGuest};
 pub use host_guest::{HostGuest, HostKernel, NumaMap};
 pub use image::check_test_guest_image;
 pub use kills::{Kills, Moment, check_continues, failover_runs};
+pub use link_proxy::{LinkMoment, LinkProxy};
 pub use net_guest::{
     GUEST_ADDRESS, GUEST_ADDRESS_6, NetGuest, Nic, TAP, add_other_tap, join_networks, net_experiment,
     wait_tap_free,

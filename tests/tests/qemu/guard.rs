@@ -1,81 +1,25 @@
 //! Output commit: a guest's connections survive its primary, its receiver and its guard.
 
+mod campaign;
 mod frames;
 mod latency;
 mod scene;
 
 use colo_ring_tests::HANG_LIMIT;
 use colo_ring_tests::lab::{Client, Company, Guard, Load, join_networks, net_experiment, wait_for};
-use colo_ring_tests::random::generator;
 use nix::sys::signal::Signal;
-use rand::RngExt;
 use scene::{Scene, Way, guard, receiver};
 use serde_json::json;
 use std::time::Duration;
 
-/// How long the client of a kill has counted before it, at most.
-const KILL_SPREAD_MS: u64 = 1500;
-
 /// A pause with which a client asks some 50 times a second.
 const OFTEN: Duration = Duration::from_millis(20);
-
-/// What clients of guests ask for whose primary is killed.
-const LOADS: [Load; 4] = [
-    Load::Count(Duration::ZERO),
-    Load::Count(Duration::from_millis(5)),
-    Load::Bulk,
-    Load::Sink,
-];
 
 /// How long a connection that cannot go on is watched for it.
 const HANGS_FOR: Duration = Duration::from_secs(5);
 
 /// An interval that nobody would wait for.
 const INTERVAL_MS: u64 = 2000;
-
-/// How many kills of each kind are made: `COLO_RING_GUARD_RUNS`, or 1.
-fn runs() -> u32 {
-    std::env::var("COLO_RING_GUARD_RUNS").map_or(1, |text| text.parse().expect("a number of runs"))
-}
-
-/// The client's numbers that came back are in the guest that lives on, wherever the primary was killed.
-fn connection_survives(way: Way) {
-    net_experiment(Company::Others, |lab| {
-        let mut random = generator("COLO_RING_GUARD_SEED");
-        for number in 0..runs() {
-            let scene = Scene::set(lab, way, number, &[])?;
-            let load = LOADS[random.random_range(0..LOADS.len())];
-            let client = Client::start(load)?;
-            client.wait_answers(5)?;
-            std::thread::sleep(Duration::from_millis(random.random_range(0..KILL_SPREAD_MS)));
-            let (_receiver, fresh) = scene.fail_over()?;
-            client.wait_answers(20)?;
-            let seen = client.end();
-            println!(
-                "{way:?}: {} answers, longest gap {:?}",
-                seen.answers, seen.longest_gap
-            );
-            assert_eq!(seen.error, None);
-            let wrong = fresh
-                .serial()
-                .lines()
-                .find(|line| line.starts_with("error"))
-                .map(str::to_owned);
-            assert_eq!(wrong, None);
-        }
-        Ok(())
-    });
-}
-
-#[test]
-fn a_connection_survives_the_primary_through_a_relay() {
-    connection_survives(Way::Relay);
-}
-
-#[test]
-fn a_connection_survives_the_primary_through_a_filter() {
-    connection_survives(Way::Filter);
-}
 
 /// A guest that has survived one primary survives the next, and so does its connection.
 #[test]

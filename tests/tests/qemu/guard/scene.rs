@@ -3,8 +3,8 @@
 use colo_ring::ring::BackendKind;
 use colo_ring_tests::HANG_LIMIT;
 use colo_ring_tests::lab::{
-    Address, Guard, Guest, Lab, LabError, Machine, NetGuest, Nic, Qemu, Receiver, ReceiverOptions, TAP,
-    Transport, wait_for,
+    Address, Guard, Guest, Lab, LabError, LinkProxy, Machine, NetGuest, Nic, Qemu, Receiver, ReceiverOptions,
+    TAP, Transport, wait_for, wait_tap_free,
 };
 use serde_json::Value;
 
@@ -31,11 +31,33 @@ pub(super) struct Scene<'a> {
 impl<'a> Scene<'a> {
     /// Starts all, and waits until the guest is protected.
     pub(super) fn set(lab: &'a Lab, way: Way, number: u32, extra: &[&str]) -> Result<Self, LabError> {
-        let primary = Qemu::start(lab, &format!("primary{number}"), &machine(lab, way, number))?;
         let address = Address::free(lab, Transport::Unix)?;
         let receiver = receiver(lab, &address)?;
-        let mut guard = guard(lab, way, number, &primary, &address, extra)?;
+        Self::set_around(lab, way, number, receiver, address, extra)
+    }
+
+    /// The same with a proxy between primary and guard on one side, and the receiver on the other.
+    pub(super) fn set_with_proxy(lab: &'a Lab, way: Way, number: u32) -> Result<(Self, LinkProxy), LabError> {
+        let address = Address::free(lab, Transport::Unix)?;
+        let receiver = receiver(lab, &address)?;
+        let proxy = LinkProxy::start(lab, &address)?;
+        let scene = Self::set_around(lab, way, number, receiver, proxy.address(), &[])?;
+        Ok((scene, proxy))
+    }
+
+    fn set_around(
+        lab: &'a Lab,
+        way: Way,
+        number: u32,
+        receiver: Receiver,
+        address: Address,
+        extra: &[&str],
+    ) -> Result<Self, LabError> {
+        let mut primary = Qemu::start(lab, &format!("primary{number}"), &machine(lab, way, number))?;
         primary.wait_serial("listening", HANG_LIMIT)?;
+        // The guest stands during the first copy: with TCG, QEMU may miss pages that it dirties meanwhile.
+        primary.stop()?;
+        let mut guard = guard(lab, way, number, &primary, &address, extra)?;
         guard.wait_state("protected")?;
         Ok(Self {
             lab,
@@ -114,8 +136,9 @@ impl<'a> Scene<'a> {
         } = self;
         let session = receiver.sessions()?[0];
         let _ = primary.kill();
-        // It ends with its QEMU, and the tap device is free.
+        // It ends with its QEMU.
         guard.wait_end()?;
+        wait_tap_free()?;
         let fresh = Machine {
             nic: Some(Nic::Tap),
             ..machine(lab, Way::Filter, number)
@@ -147,7 +170,7 @@ fn socket(lab: &Lab, number: u32) -> String {
     lab.file(&format!("card{number}.sock")).display().to_string()
 }
 
-fn machine(lab: &Lab, way: Way, number: u32) -> Machine {
+pub(super) fn machine(lab: &Lab, way: Way, number: u32) -> Machine {
     Machine {
         nic: Some(match way {
             Way::Relay => Nic::Stream(socket(lab, number).into()),
