@@ -4,6 +4,7 @@
 //! test passes without QEMU. One `Lab` exists at a time on a machine (a file lock), because its QEMUs and the
 //! receiver would otherwise disturb each other's times. Every process and file of a `Lab` ends with it.
 
+mod bulk;
 mod client;
 mod disk_guest;
 mod disks;
@@ -38,6 +39,7 @@ use std::time::{Duration, Instant};
 use tempfile::TempDir;
 use turn::Turn;
 
+pub use bulk::{Direction, bulk_mib_per_s};
 pub use client::{Client, ClientError, ClientReport, Load};
 pub use disk_guest::{Disk, DiskBus, DiskContent, DiskGuest};
 pub use disks::{DiskRuns, KilledGuest, Victim, disk_runs};

@@ -1,6 +1,8 @@
 //! Output commit: a guest's connections survive its primary, its receiver and its guard.
 
+mod bulk;
 mod campaign;
+mod colo_compare;
 mod frames;
 mod latency;
 mod scene;
