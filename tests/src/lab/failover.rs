@@ -31,7 +31,7 @@ impl Lab {
         let ram = dump.block("pc.ram")?;
         match guest {
             Guest::Test(_) => self.test_guest_tick(&ram),
-            Guest::Disk(_) | Guest::Net(_) => Err(LabError::Malformed {
+            Guest::Disk(_) | Guest::Net(_) | Guest::Services(_) => Err(LabError::Malformed {
                 what: "the image of a guest with a disk or a network card".into(),
                 detail: "where its program counts is not known from outside".into(),
             }),

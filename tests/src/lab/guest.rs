@@ -1,6 +1,6 @@
 //! The guests: what they do to their memory, as QEMU arguments.
 
-use super::{DiskGuest, Lab, NetGuest};
+use super::{DiskGuest, Lab, NetGuest, ServicesGuest};
 
 /// What a QEMU of the laboratory boots.
 #[derive(Clone, Debug)]
@@ -13,6 +13,8 @@ pub enum Guest {
     Disk(DiskGuest),
     /// The same kernel with a network card, `tests/guest/net-init`.
     Net(NetGuest),
+    /// The same kernel with servers on a disk, `tests/guest/services-init`.
+    Services(ServicesGuest),
 }
 
 /// Where the test guest writes.
@@ -122,6 +124,7 @@ impl Guest {
             }
             Self::Disk(guest) => guest.args(lab),
             Self::Net(guest) => guest.args(lab),
+            Self::Services(guest) => guest.args(lab),
             Self::Linux(guest) => vec![
                 "-kernel".into(),
                 lab.kernel.display().to_string(),

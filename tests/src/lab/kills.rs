@@ -385,7 +385,7 @@ impl Mark {
 pub fn check_continues(resumed: &Qemu, machine: &Machine, tick: u64) -> Result<(), LabError> {
     // Until the Linux guest has read every file that it had before.
     let more = match &machine.guest {
-        Guest::Test(_) | Guest::Disk(_) | Guest::Net(_) => 5,
+        Guest::Test(_) | Guest::Disk(_) | Guest::Net(_) | Guest::Services(_) => 5,
         Guest::Linux(load) => u64::from(load.files) + 1,
     };
     super::wait_for("the resumed guest's ticks", HANG_LIMIT, || {

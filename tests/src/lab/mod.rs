@@ -26,6 +26,7 @@ mod ram;
 mod receiver;
 mod recorder;
 mod secondary;
+mod services_guest;
 mod settings;
 mod shared;
 mod stats;
@@ -64,6 +65,7 @@ pub use ram::SavedRam;
 pub use receiver::{Dump, Receiver, ReceiverOptions, command_under_test};
 pub use recorder::Recorder;
 pub use secondary::{Secondary, Way};
+pub use services_guest::{ServicesGuest, services_experiment};
 pub use settings::HostSetting;
 pub use shared::{SharedDirectory, huge_pages};
 pub use stats::Distribution;
@@ -78,6 +80,7 @@ pub struct Lab {
     test_guest: PathBuf,
     disk_initrd: PathBuf,
     net_initrd: PathBuf,
+    services_initrd: PathBuf,
     scratch: TempDir,
     files_made: AtomicU32,
     _turn: Turn,
@@ -137,6 +140,7 @@ impl Lab {
             test_guest: scratch.path().join("dirtier.elf"),
             disk_initrd: scratch.path().join("disk-initrd.gz"),
             net_initrd: scratch.path().join("net-initrd.gz"),
+            services_initrd: scratch.path().join("services-initrd.gz"),
             scratch,
             files_made: AtomicU32::new(0),
             _turn: turn,

@@ -6,6 +6,7 @@ mod colo_compare;
 mod frames;
 mod latency;
 mod scene;
+mod sessions;
 
 use colo_ring_tests::HANG_LIMIT;
 use colo_ring_tests::lab::{Client, Company, Guard, Load, join_networks, net_experiment, wait_for};
