@@ -226,7 +226,7 @@ impl SessionStatus {
 
     /// What stays of a session that is gone: its figures, and no texts that its primary has chosen.
     #[must_use]
-    pub(super) fn as_line(mut self) -> Self {
+    pub(super) fn without_details(mut self) -> Self {
         self.blocks = Vec::new();
         self.fallbacks = Vec::new();
         self.disks = Vec::new();

@@ -180,7 +180,7 @@ impl ControlState {
         if self.past.len() == ENDED_KEPT {
             self.past.remove(0);
         }
-        self.past.push(status.as_line());
+        self.past.push(status.without_details());
     }
 
     pub(super) fn kept(&self, session: u32) -> Option<&Kept> {

@@ -54,7 +54,7 @@ struct Line {
 }
 
 enum Message {
-    Lost(Loss),
+    Lost(Box<Loss>),
     /// Start what waits, and return.
     Finish,
 }
@@ -119,11 +119,11 @@ impl Hooks {
             return;
         }
         // Its thread ends only at the very end.
-        let _ = self.losses.send(Message::Lost(Loss {
+        let _ = self.losses.send(Message::Lost(Box::new(Loss {
             session: status.session,
             origin: origin(&status.peer),
             command: self.line.shell(status),
-        }));
+        })));
     }
 }
 
@@ -179,7 +179,7 @@ fn run(lost: &Receiver<Message>) {
             false => lost.recv_timeout(POLL),
         };
         match message {
-            Ok(Message::Lost(loss)) => queue.push(loss),
+            Ok(Message::Lost(loss)) => queue.push(*loss),
             Err(RecvTimeoutError::Timeout) => {}
             Ok(Message::Finish) | Err(RecvTimeoutError::Disconnected) => return queue.finish(),
         }
