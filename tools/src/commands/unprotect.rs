@@ -1,6 +1,6 @@
 //! `colo-ring unprotect`: ends a QEMU's protection; its guest runs on.
 
-use crate::commands::guard::filter;
+use crate::commands::guard::{filter, plug};
 use crate::guest_disks::{is_mirrors_connection, remove_all};
 use crate::output::{CommandError, print, print_json, tell};
 use crate::qmp::{Qmp, QmpError, socket_path};
@@ -133,16 +133,18 @@ pub(crate) fn release(qmp: &mut Qmp, patience: Duration) -> Result<Released, Com
             "the guest is no longer protected, but mirrors of its disks are left: {error}"
         ))
     })?;
-    let cards = filter::remove_all(qmp).map_err(|error| {
+    let holds = |gates: &str, error: &dyn std::fmt::Display| {
         CommandError::Failed(format!(
-            "the guest is no longer protected, but a guard's filters may hold its output: {error}"
+            "the guest is no longer protected, but a guard's {gates} may hold its output: {error}"
         ))
-    })?;
+    };
+    let filters = filter::remove_all(qmp).map_err(|error| holds("filters", &error))?;
+    let plugs = plug::remove_all(qmp).map_err(|error| holds("plugs", &error))?;
     Ok(Released {
         before,
         cut,
         disks,
-        cards,
+        cards: filters + plugs,
     })
 }
 

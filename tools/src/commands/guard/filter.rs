@@ -9,7 +9,7 @@ use super::gate::{Counts, GateError, OutputGate};
 use crate::qmp::{Qmp, QmpError};
 use colo_ring::units::CheckpointId;
 use nix::poll::PollFlags;
-use serde_json::json;
+use serde_json::{Value, json};
 use std::io;
 use std::net::{Ipv4Addr, SocketAddr, UdpSocket};
 use std::os::fd::{AsFd, BorrowedFd};
@@ -52,6 +52,7 @@ pub(crate) fn remove_all(qmp: &mut Qmp) -> Result<usize, QmpError> {
 
 const HOLD: &str = "colo-ring-hold-";
 const SEEN: &str = "colo-ring-seen-";
+const PROBE: &str = "colo-ring-try-";
 
 /// A filter cannot be plugged in.
 #[derive(Debug, Error)]
@@ -60,6 +61,13 @@ pub(super) enum FilterError {
     Qmp(#[from] QmpError),
     #[error("a UDP socket for QEMU's filter-mirror: {0}")]
     Socket(#[from] io::Error),
+}
+
+/// What holds on a card, and is open.
+fn hold(id: &str, netdev: &str) -> Value {
+    json!({
+        "qom-type": "filter-buffer", "id": id, "netdev": netdev, "queue": "rx", "interval": INTERVAL_US, "status": "off",
+    })
 }
 
 /// See the module.
@@ -77,6 +85,16 @@ pub(super) struct Filter {
 }
 
 impl Filter {
+    /// Whether QEMU takes a filter for that card. One is plugged in, open, and removed again.
+    ///
+    /// # Errors
+    /// If QEMU refuses, as for a card with vhost or with several queues.
+    pub(super) fn probe(qmp: &mut Qmp, netdev: &str) -> Result<(), QmpError> {
+        let id = format!("{PROBE}{netdev}");
+        qmp.execute("object-add", &hold(&id, netdev))?;
+        qmp.execute("object-del", &json!({"id": id})).map(drop)
+    }
+
     /// Plugs the filters into the running guest's card; frames pass. A filter that an earlier guard has left goes on to hold what it
     /// has, where the guest is protected, and is replaced where it is not.
     ///
@@ -119,11 +137,9 @@ impl Filter {
     }
 
     fn add_hold(&mut self, netdev: &str) -> Result<(), QmpError> {
-        let hold = json!({
-            "qom-type": "filter-buffer", "id": self.hold, "netdev": netdev, "queue": "rx", "interval": INTERVAL_US,
-            "status": "off",
-        });
-        self.qmp.execute("object-add", &hold).map(drop)
+        self.qmp
+            .execute("object-add", &hold(&self.hold, netdev))
+            .map(drop)
     }
 
     fn add_mirror(&mut self, netdev: &str, to: SocketAddr) -> Result<(), QmpError> {

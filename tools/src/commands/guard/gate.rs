@@ -37,7 +37,7 @@ pub(super) trait OutputGate: Send {
     /// The network card, for messages.
     fn nic(&self) -> &str;
 
-    /// The way in which it holds frames: `relay`, `filter`.
+    /// The way in which it holds frames: `relay`, `filter`, `plug`.
     fn kind(&self) -> &'static str;
 
     /// Adds the descriptors that it waits for, with what it waits for.

@@ -3,9 +3,10 @@
 use super::filter::{Filter, FilterError};
 use super::gate::OutputGate;
 use super::nics::{self, Nic};
+use super::plug::{self, Plug, PlugError};
 use super::relay::Relay;
 use super::tap::{Tap, TapError};
-use super::{GuardArgs, NetMode};
+use super::{GuardArgs, MIB, NetMode};
 use crate::output::tell;
 use crate::qmp::{Qmp, QmpError};
 use std::io;
@@ -43,6 +44,32 @@ impl FromStr for RelayPlan {
     }
 }
 
+/// A card whose output the kernel holds: `NETDEV=IFNAME`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct PlugPlan {
+    netdev: String,
+    tap: String,
+}
+
+/// `--plug` is not `NETDEV=IFNAME`.
+#[derive(Clone, Debug, PartialEq, Eq, Error)]
+#[error("write NETDEV=IFNAME, like net0=vnet3")]
+pub(super) struct PlugPlanError;
+
+impl FromStr for PlugPlan {
+    type Err = PlugPlanError;
+
+    fn from_str(text: &str) -> Result<Self, PlugPlanError> {
+        match text.split_once('=') {
+            Some((netdev, tap)) if !netdev.is_empty() && !tap.is_empty() => Ok(Self {
+                netdev: netdev.to_owned(),
+                tap: tap.to_owned(),
+            }),
+            _ => Err(PlugPlanError),
+        }
+    }
+}
+
 /// The guest's output cannot be held.
 #[derive(Debug, Error)]
 pub(super) enum GatesError {
@@ -52,74 +79,154 @@ pub(super) enum GatesError {
     Tap(#[from] TapError),
     #[error("{}: {source}", .path.display())]
     Socket { path: PathBuf, source: io::Error },
-    #[error("--relay {0}: the guest has no such -netdev; it has {1}")]
-    NoSuchNic(String, String),
+    #[error("{option} {netdev}: the guest has no such -netdev; it has {known}")]
+    NoSuchNic {
+        option: &'static str,
+        netdev: String,
+        known: String,
+    },
     #[error("--relay {netdev}: it is a -netdev {kind}, and must be a -netdev stream to the socket")]
     NoStream { netdev: String, kind: String },
     #[error("-netdev {netdev}: its output cannot be held: {source}; --net none protects the guest without")]
     Filter { netdev: String, source: FilterError },
+    #[error("-netdev {netdev}: its output cannot be held by a plug: {source}")]
+    Plug { netdev: String, source: PlugError },
+    #[error(
+        "-netdev {netdev}: its output cannot be held: by a filter, because {filter}; nor by a plug, because {plug}; \
+         --net none protects the guest without"
+    )]
+    Neither {
+        netdev: String,
+        filter: QmpError,
+        plug: String,
+    },
     #[error(
         "-netdev {0} is a stream to another process, and a filter does not hold what that process has; give --relay, or --net none"
     )]
     ForeignStream(String),
+    #[error("a plug of an earlier guard is left before {tap}: {source}")]
+    Left { tap: String, source: PlugError },
 }
 
 /// How a card's output is held, and why so.
 enum Way<'a> {
     Relay(&'a RelayPlan),
     Filter,
+    Plug { tap: String, why: String },
+}
+
+impl Way<'_> {
+    fn describe(&self, nic: &Nic) -> String {
+        let Nic { netdev, kind, .. } = nic;
+        match self {
+            Self::Relay(plan) => format!(
+                "-netdev {netdev}: relay, through this process to the tap device {}",
+                plan.tap
+            ),
+            Self::Filter => {
+                format!("-netdev {netdev} ({kind}): filter, by objects that are plugged into QEMU")
+            }
+            Self::Plug { tap, why } => {
+                format!("-netdev {netdev} ({kind}): plug, by the kernel before the tap device {tap}: {why}")
+            }
+        }
+    }
+}
+
+/// The plans are of cards that there are, and that fit.
+fn check_plans(args: &GuardArgs, nics: &[Nic]) -> Result<(), GatesError> {
+    let relays = args.relay.iter().map(|plan| ("--relay", &plan.netdev));
+    let plugs = args.plug.iter().map(|plan| ("--plug", &plan.netdev));
+    for (option, netdev) in relays.chain(plugs) {
+        let Some(nic) = nics.iter().find(|nic| nic.netdev == *netdev) else {
+            let names: Vec<_> = nics.iter().map(|nic| nic.netdev.as_str()).collect();
+            return Err(GatesError::NoSuchNic {
+                option,
+                netdev: netdev.clone(),
+                known: match names.is_empty() {
+                    true => "none".to_owned(),
+                    false => names.join(", "),
+                },
+            });
+        };
+        if option == "--relay" && nic.kind != "stream" {
+            return Err(GatesError::NoStream {
+                netdev: nic.netdev.clone(),
+                kind: nic.kind.clone(),
+            });
+        }
+    }
+    Ok(())
+}
+
+/// Decides for a card: what the operator has said, or else the first that fits.
+fn way<'a>(args: &'a GuardArgs, qmp: &mut Qmp, nic: &Nic) -> Result<Way<'a>, GatesError> {
+    if let Some(plan) = args.relay.iter().find(|plan| plan.netdev == nic.netdev) {
+        return Ok(Way::Relay(plan));
+    }
+    if let Some(plan) = args.plug.iter().find(|plan| plan.netdev == nic.netdev) {
+        return Ok(Way::Plug {
+            tap: plan.tap.clone(),
+            why: "as --plug says".to_owned(),
+        });
+    }
+    if nic.kind == "stream" {
+        return Err(GatesError::ForeignStream(nic.netdev.clone()));
+    }
+    let refused = match Filter::probe(qmp, &nic.netdev) {
+        Ok(()) => return Ok(Way::Filter),
+        Err(error @ QmpError::Refused { .. }) => error,
+        Err(error) => return Err(error.into()),
+    };
+    match plug_for(nic) {
+        Ok(tap) => Ok(Way::Plug {
+            tap,
+            why: refused.to_string(),
+        }),
+        Err(plug) => Err(GatesError::Neither {
+            netdev: nic.netdev.clone(),
+            filter: refused,
+            plug,
+        }),
+    }
+}
+
+/// The tap device before which a plug can be put for that card, or why there is none.
+fn plug_for(nic: &Nic) -> Result<String, String> {
+    if nic.kind != "tap" {
+        return Err(format!("a -netdev {} has no tap device", nic.kind));
+    }
+    let Some(tap) = &nic.interface else {
+        return Err(format!(
+            "QEMU does not tell the name of its tap device; give --plug {}=IFNAME",
+            nic.netdev
+        ));
+    };
+    plug::check(tap).map_err(|error| error.to_string())?;
+    Ok(tap.clone())
 }
 
 /// Decides for each card.
-fn ways<'a>(args: &'a GuardArgs, nics: &'a [Nic]) -> Result<Vec<(&'a Nic, Way<'a>)>, GatesError> {
-    let known = || {
-        let names: Vec<_> = nics.iter().map(|nic| nic.netdev.as_str()).collect();
-        if names.is_empty() {
-            "none".to_owned()
-        } else {
-            names.join(", ")
-        }
-    };
-    for plan in &args.relay {
-        match nics.iter().find(|nic| nic.netdev == plan.netdev) {
-            None => return Err(GatesError::NoSuchNic(plan.netdev.clone(), known())),
-            Some(nic) if nic.kind != "stream" => {
-                return Err(GatesError::NoStream {
-                    netdev: nic.netdev.clone(),
-                    kind: nic.kind.clone(),
-                });
-            }
-            Some(_) => {}
-        }
-    }
-    let way = |nic: &'a Nic| match args.relay.iter().find(|plan| plan.netdev == nic.netdev) {
-        Some(plan) => Ok((nic, Way::Relay(plan))),
-        None if nic.kind == "stream" => Err(GatesError::ForeignStream(nic.netdev.clone())),
-        None => Ok((nic, Way::Filter)),
-    };
+fn ways<'a, 'n>(
+    args: &'a GuardArgs,
+    qmp: &mut Qmp,
+    nics: &'n [Nic],
+) -> Result<Vec<(&'n Nic, Way<'a>)>, GatesError> {
+    check_plans(args, nics)?;
     match args.net {
-        NetMode::Auto => nics.iter().map(way).collect(),
+        NetMode::Auto => (nics.iter().map(|nic| Ok((nic, way(args, qmp, nic)?)))).collect(),
         NetMode::None => Ok(Vec::new()),
     }
 }
 
-/// Says how the output of each card would be held.
+/// Says how the output of each card would be held. What it tries for that is removed again.
 ///
 /// # Errors
 /// If one cannot be.
 pub(super) fn describe(args: &GuardArgs, qmp: &mut Qmp) -> Result<Vec<String>, GatesError> {
     let nics = nics::list(qmp)?;
-    let line = |(nic, way): (&Nic, Way<'_>)| match way {
-        Way::Relay(plan) => format!(
-            "-netdev {}: relay, through this process to the tap device {}",
-            nic.netdev, plan.tap
-        ),
-        Way::Filter => format!(
-            "-netdev {} ({}): filter, by objects that are plugged into QEMU",
-            nic.netdev, nic.kind
-        ),
-    };
-    let lines: Vec<_> = ways(args, &nics)?.into_iter().map(line).collect();
+    let ways = ways(args, qmp, &nics)?;
+    let lines: Vec<_> = ways.iter().map(|(nic, way)| way.describe(nic)).collect();
     Ok(match lines.is_empty() {
         false => lines,
         true if args.net == NetMode::None => vec!["output is not held (--net none)".to_owned()],
@@ -137,32 +244,63 @@ pub(super) fn make(
     holds: bool,
 ) -> Result<Vec<Box<dyn OutputGate>>, GatesError> {
     let nics = nics::list(qmp)?;
+    let ways = ways(args, qmp, &nics)?;
     let mut gates: Vec<Box<dyn OutputGate>> = Vec::new();
-    for (nic, way) in ways(args, &nics)? {
-        let name = format!("-netdev {}", nic.netdev);
-        let gate: Box<dyn OutputGate> = match way {
-            Way::Relay(plan) => {
-                let relay = Relay::listen(name, &plan.path, Tap::open(&plan.tap)?, holds);
-                let failed = |source| GatesError::Socket {
-                    path: plan.path.clone(),
-                    source,
-                };
-                Box::new(relay.map_err(failed)?)
-            }
-            Way::Filter => {
-                let failed = |source| GatesError::Filter {
-                    netdev: nic.netdev.clone(),
-                    source,
-                };
-                Box::new(Filter::plug(qmp, &nic.netdev, name, holds).map_err(failed)?)
-            }
-        };
-        gates.push(gate);
+    for nic in &nics {
+        let way = ways.iter().find(|(of, _)| of.netdev == nic.netdev);
+        let way = way.map(|(_, way)| way);
+        if !matches!(way, Some(Way::Plug { .. })) {
+            remove_left_plug(nic)?;
+        }
+        if let Some(way) = way {
+            tell(&way.describe(nic));
+            gates.push(make_one(args, qmp, nic, way, holds)?);
+        }
     }
     if args.net == NetMode::None {
         tell("output of the guest is not held (--net none): its connections may not survive a failover");
     }
     Ok(gates)
+}
+
+/// A plug that the guard of an earlier QEMU has left before a card that gets another gate, or none.
+fn remove_left_plug(nic: &Nic) -> Result<(), GatesError> {
+    let Some(tap) = &nic.interface else { return Ok(()) };
+    let removed = plug::remove_left(tap).map(drop);
+    removed.map_err(|source| GatesError::Left {
+        tap: tap.clone(),
+        source,
+    })
+}
+
+fn make_one(
+    args: &GuardArgs,
+    qmp: &Qmp,
+    nic: &Nic,
+    way: &Way<'_>,
+    holds: bool,
+) -> Result<Box<dyn OutputGate>, GatesError> {
+    let netdev = nic.netdev.clone();
+    let name = format!("-netdev {netdev}");
+    let held_max = args.held_max * MIB;
+    Ok(match way {
+        Way::Relay(plan) => {
+            let relay = Relay::listen(name, &plan.path, Tap::open(&plan.tap)?, held_max, holds);
+            let failed = |source| GatesError::Socket {
+                path: plan.path.clone(),
+                source,
+            };
+            Box::new(relay.map_err(failed)?)
+        }
+        Way::Filter => {
+            let filter = Filter::plug(qmp, &netdev, name, holds);
+            Box::new(filter.map_err(|source| GatesError::Filter { netdev, source })?)
+        }
+        Way::Plug { tap, .. } => {
+            let plug = Plug::make(qmp, name, tap, held_max, holds);
+            Box::new(plug.map_err(|source| GatesError::Plug { netdev, source })?)
+        }
+    })
 }
 
 #[cfg(test)]
@@ -184,5 +322,25 @@ mod tests {
         ] {
             assert_eq!(wrong.parse::<RelayPlan>(), Err(RelayPlanError), "{wrong}");
         }
+    }
+
+    #[test]
+    fn a_plug_names_card_and_tap() {
+        let plan: PlugPlan = "net0=vnet3".parse().unwrap();
+        assert_eq!((plan.netdev.as_str(), plan.tap.as_str()), ("net0", "vnet3"));
+        for wrong in ["", "net0", "=vnet3", "net0="] {
+            assert_eq!(wrong.parse::<PlugPlan>(), Err(PlugPlanError), "{wrong}");
+        }
+    }
+
+    #[test]
+    fn a_card_without_a_named_tap_device_gets_no_plug() {
+        let nic = |kind: &str| Nic {
+            netdev: "net0".to_owned(),
+            kind: kind.to_owned(),
+            interface: None,
+        };
+        assert!(plug_for(&nic("tap")).unwrap_err().contains("--plug net0=IFNAME"));
+        assert!(plug_for(&nic("user")).unwrap_err().contains("no tap device"));
     }
 }

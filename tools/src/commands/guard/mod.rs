@@ -8,6 +8,7 @@ mod link;
 mod nics;
 mod pace;
 mod path;
+pub(super) mod plug;
 mod relay;
 mod report;
 mod resident;
@@ -19,7 +20,7 @@ use crate::options::{ControlAddress, Switch};
 use crate::output::CommandError;
 use crate::stderr;
 use clap::{Args, ValueEnum};
-use gates::RelayPlan;
+use gates::{PlugPlan, RelayPlan};
 use path::PathEvent;
 use resident::Guard;
 use serde::Serialize;
@@ -28,6 +29,9 @@ use std::process::ExitCode;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, mpsc};
 use supervisor::Heartbeat;
+
+/// Bytes of a MiB.
+const MIB: u32 = 1 << 20;
 
 /// Options of `colo-ring guard`.
 #[derive(Debug, Args)]
@@ -47,6 +51,15 @@ pub struct GuardArgs {
     /// at PATH and passes its frames to the tap device IFNAME. Repeatable
     #[arg(long, value_name = "NETDEV=PATH,IFNAME", conflicts_with = "net")]
     relay: Vec<RelayPlan>,
+
+    /// A network card whose output is held in the kernel, by a plug before its tap device IFNAME: for a -netdev tap that QEMU was given as
+    /// a descriptor, or where it is preferred to a filter. Repeatable
+    #[arg(long, value_name = "NETDEV=IFNAME", conflicts_with = "net")]
+    plug: Vec<PlugPlan>,
+
+    /// Most MiB of output that a relay or a plug holds of a network card between two checkpoints. What does not fit is dropped
+    #[arg(long, value_name = "MIB", default_value_t = 64, value_parser = clap::value_parser!(u32).range(1..4096))]
+    held_max: u32,
 
     /// Most milliseconds between checkpoints: how much work is at risk
     #[arg(long, value_name = "MS", default_value_t = 500, value_parser = clap::value_parser!(u32).range(1..))]

@@ -10,6 +10,8 @@ pub(super) struct Nic {
     pub(super) netdev: String,
     /// Its kind: `tap`, `stream`, `user`.
     pub(super) kind: String,
+    /// The tap device's name, where QEMU was given that and not its descriptor.
+    pub(super) interface: Option<String>,
 }
 
 /// All of them.
@@ -28,15 +30,24 @@ fn parse(listed: &str) -> Vec<Nic> {
         .filter_map(|line| line.trim_start().strip_prefix('\\'));
     let nic = |backend: &str| {
         let (netdev, properties) = backend.trim().split_once(": ")?;
-        let kind = properties
-            .split(',')
-            .find_map(|property| property.strip_prefix("type="))?;
+        let property = |name: &str| {
+            let mut properties = properties.split(',');
+            properties.find_map(|property| property.strip_prefix(name)?.strip_prefix('='))
+        };
         Some(Nic {
             netdev: netdev.to_owned(),
-            kind: kind.to_owned(),
+            kind: property("type")?.to_owned(),
+            interface: property("ifname").map(str::to_owned),
         })
     };
-    backends.filter_map(nic).collect()
+    let mut nics: Vec<Nic> = Vec::new();
+    for nic in backends.filter_map(nic) {
+        // A card with several queues is listed with each.
+        if !nics.contains(&nic) {
+            nics.push(nic);
+        }
+    }
+    nics
 }
 
 #[cfg(test)]
@@ -46,13 +57,20 @@ mod tests {
     #[test]
     fn cards_are_listed_with_their_backends() {
         let listed = "virtio-net-pci.0: index=0,type=nic,model=virtio-net-pci,macaddr=52:54:00:00:00:01\r\n \\ n0: \
-                      index=0,type=tap,ifname=tap0,script=no\r\nfilters:\r\n  - hold0: type=filter-buffer,netdev=n0\r\ne1000.0: \
-                      index=0,type=nic,model=e1000\r\n \\ n2: index=0,type=stream,connecting\r\nhub0port0: index=0,type=hubport\r\n";
-        let nic = |netdev: &str, kind: &str| Nic {
+                      index=0,type=tap,ifname=tap0,script=no\r\n \\ n0: index=1,type=tap,ifname=tap0,script=no\r\nfilters:\r\n  - \
+                      hold0: type=filter-buffer,netdev=n0\r\ne1000.0: index=0,type=nic,model=e1000\r\n \\ n2: \
+                      index=0,type=stream,connecting\r\n \\ n3: index=0,type=tap,fd=27\r\nhub0port0: index=0,type=hubport\r\n";
+        let nic = |netdev: &str, kind: &str, interface: Option<&str>| Nic {
             netdev: netdev.into(),
             kind: kind.into(),
+            interface: interface.map(str::to_owned),
         };
-        assert_eq!(parse(listed), [nic("n0", "tap"), nic("n2", "stream")]);
+        let expected = [
+            nic("n0", "tap", Some("tap0")),
+            nic("n2", "stream", None),
+            nic("n3", "tap", None),
+        ];
+        assert_eq!(parse(listed), expected);
         assert_eq!(parse(""), []);
     }
 }

@@ -17,9 +17,6 @@ use std::time::Instant;
 /// Longest frame, in bytes: QEMU's own limit is 68 KiB and a few.
 const FRAME_MAX: usize = 128 << 10;
 
-/// Bytes of frames that are held at most. A guest that sends more between two checkpoints loses some, as on a full queue.
-const HELD_MAX: u64 = 64 << 20;
-
 /// What a frame costs beside its bytes.
 const FRAME_COST: usize = 64;
 
@@ -67,14 +64,15 @@ pub(super) struct Relay {
 }
 
 impl Relay {
-    /// Listens at `path` for QEMU, and passes its frames to the tap device; with `holds` only what is committed.
+    /// Listens at `path` for QEMU, and passes its frames to the tap device; with `holds` only what is committed. A guest that sends
+    /// more than `held_max` bytes between two checkpoints loses some, as on a full queue.
     ///
     /// # Errors
     /// If the socket cannot be made.
-    pub(super) fn listen(nic: String, path: &Path, tap: Tap, holds: bool) -> io::Result<Self> {
+    pub(super) fn listen(nic: String, path: &Path, tap: Tap, held_max: u32, holds: bool) -> io::Result<Self> {
         let listener = colo_ring::net::bind_unix(path).map_err(io::Error::other)?;
         listener.set_nonblocking(true)?;
-        let mut held = HeldOutput::new(HELD_MAX);
+        let mut held = HeldOutput::new(held_max.into());
         if holds {
             held.hold();
         }
