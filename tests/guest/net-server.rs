@@ -7,14 +7,33 @@
 //! instant. Such a client gets "error expected N", and the serial port a line "error …". `bulk N` sends N bytes of numbered lines of 16; what
 //! comes after `sink N` is read, N bytes, and answered by `done N`. After `exchange` both sides send lines of 64 bytes as fast as they go,
 //! until the connection ends: the client 1, 2, 3 and so on, the guest the same with the number of client's lines that it has read.
+//! `burst PORT COUNT BYTES PAUSE` sends COUNT datagrams of BYTES to the client's address at PORT, with a pause of PAUSE microseconds after
+//! each, and is answered by `done COUNT`. Each begins with its number, of all that the guest has ever sent, eight bytes, big-endian.
 //!
 //! Lines: "tick N answered A", ten times a second.
 
 use std::io::{BufRead, BufReader, BufWriter, Read, Write};
-use std::net::{TcpListener, TcpStream};
-use std::sync::Arc;
+use std::net::{SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
+
+/// Datagrams that were sent; held while one is, so that they leave in order.
+static SENT: Mutex<u64> = Mutex::new(0);
+
+fn burst(to: SocketAddr, [count, bytes, pause_us]: [u64; 3]) -> std::io::Result<()> {
+    let socket = UdpSocket::bind(("0.0.0.0", 0))?;
+    let mut datagram = vec![0; usize::try_from(bytes).unwrap_or(0).clamp(8, 1400)];
+    for _ in 0..count {
+        let mut sent = SENT.lock().expect("no panic");
+        *sent += 1;
+        datagram[..8].copy_from_slice(&sent.to_be_bytes());
+        socket.send_to(&datagram, to)?;
+        drop(sent);
+        std::thread::sleep(Duration::from_micros(pause_us));
+    }
+    Ok(())
+}
 
 fn serve(stream: TcpStream, answered: &AtomicU64) -> std::io::Result<()> {
     stream.set_nodelay(true)?;
@@ -43,6 +62,12 @@ fn serve(stream: TcpStream, answered: &AtomicU64) -> std::io::Result<()> {
                 writer.write_all(format!("done {bytes}\n").as_bytes())?;
             }
             ["exchange"] => return exchange(&mut reader, writer),
+            ["burst", port, count, bytes, pause_us] => {
+                let to = SocketAddr::new(reader.get_ref().peer_addr()?.ip(), port.parse().unwrap_or(0));
+                let numbers = [count, bytes, pause_us].map(|number| number.parse().unwrap_or(0));
+                burst(to, numbers)?;
+                writer.write_all(format!("done {}\n", numbers[0]).as_bytes())?;
+            }
             [number] if number.parse() == Ok(last + 1) => {
                 last += 1;
                 writer.write_all(line.as_bytes())?;

@@ -6,15 +6,19 @@ use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
 
 use serde_json::Value;
 
 use super::{Lab, LabError, command_under_test, repository, wait_for};
 
 /// Two NUMA nodes of two cores and 384 MiB each.
-const MACHINE: &str = "-machine pc -smp 4 -m 768M \
+const TWO_NODES: &str = "-machine pc -smp 4 -m 768M \
     -object memory-backend-ram,id=node0,size=384M -numa node,nodeid=0,cpus=0-1,memdev=node0 \
     -object memory-backend-ram,id=node1,size=384M -numa node,nodeid=1,cpus=2-3,memdev=node1";
+
+/// How long a host guest may run, if it goes on to print.
+const RUN_LIMIT: Duration = Duration::from_secs(24 * 3600);
 
 /// The kernel of a [`HostGuest`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -23,6 +27,28 @@ pub enum HostKernel {
     Bookworm,
     /// Debian 13's, Linux 6.12: that of the other guests.
     Trixie,
+}
+
+/// A host guest before it runs.
+#[derive(Debug)]
+pub struct Host {
+    pub(super) kernel: HostKernel,
+    /// QEMU's options for its cores and memory.
+    pub(super) machine: &'static str,
+    /// What it has beside `colo-ring`: files of this machine, and where they lie there.
+    pub(super) files: Vec<(PathBuf, String)>,
+}
+
+impl Host {
+    /// One with two NUMA nodes.
+    #[must_use]
+    pub fn with_two_nodes(kernel: HostKernel) -> Self {
+        Self {
+            kernel,
+            machine: TWO_NODES,
+            files: Vec::new(),
+        }
+    }
 }
 
 /// What a host guest has told: the words after `try=`, and what each printed.
@@ -45,25 +71,25 @@ pub struct NumaMap {
 }
 
 impl HostGuest {
-    /// Boots a machine with two NUMA nodes that tries these things, one after the other, and waits for its end.
+    /// Boots a host that tries these things, one after the other, and waits for its end, as long as it goes on to print.
     ///
     /// # Errors
     /// If it cannot be put together or does not come to its end.
-    pub fn run(lab: &Lab, kernel: HostKernel, tries: &[&str]) -> Result<Self, LabError> {
-        let kernel = match kernel {
+    pub fn run(lab: &Lab, host: &Host, tries: &[&str]) -> Result<Self, LabError> {
+        let kernel = match host.kernel {
             HostKernel::Bookworm => lab.kernel.with_file_name("vmlinuz-bookworm"),
             HostKernel::Trixie => lab.kernel.clone(),
         };
         if !kernel.exists() {
             return Err(LabError::Missing { file: kernel });
         }
-        let initrd = initramfs(lab)?;
+        let initrd = initramfs(lab, &host.files)?;
         let serial_log = lab.fresh_file("host-serial", "log");
         let tries: Vec<String> = tries.iter().map(|what| format!("try={what}")).collect();
         let process = Command::new(&lab.qemu)
             .args(["-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"])
             .args(["-accel", "tcg,thread=multi"])
-            .args(MACHINE.split_whitespace())
+            .args(host.machine.split_whitespace())
             .arg("-kernel")
             .arg(&kernel)
             .arg("-initrd")
@@ -79,8 +105,19 @@ impl HostGuest {
             .map_err(LabError::io(format!("start {}", lab.qemu.display())))?;
         let mut process = Running(process);
         // It switches itself off.
-        let ended = wait_for("the guest to come to its end", HANG_LIMIT, || {
-            process.0.try_wait().map_err(LabError::io("wait for QEMU"))
+        let (mut printed, mut since) = (0, Instant::now());
+        let ended = wait_for("the guest to come to its end", RUN_LIMIT, || {
+            let length = fs::metadata(&serial_log).map_or(0, |log| log.len());
+            if length != printed {
+                (printed, since) = (length, Instant::now());
+            }
+            match since.elapsed() < HANG_LIMIT {
+                true => process.0.try_wait().map_err(LabError::io("wait for QEMU")),
+                false => Err(LabError::Timeout {
+                    what: "the guest to print anything".into(),
+                    limit: HANG_LIMIT,
+                }),
+            }
         });
         let serial = String::from_utf8_lossy(&fs::read(&serial_log).unwrap_or_default()).into_owned();
         ended?;
@@ -186,7 +223,7 @@ impl Drop for Running {
 }
 
 /// The Linux guest's initramfs, and over it `colo-ring` with the libraries it needs, and another init.
-fn initramfs(lab: &Lab) -> Result<PathBuf, LabError> {
+fn initramfs(lab: &Lab, files: &[(PathBuf, String)]) -> Result<PathBuf, LabError> {
     let tree = lab.fresh_file("host", "tree");
     let command = command_under_test()?;
     let put = |from: &Path, to: &str| {
@@ -203,6 +240,9 @@ fn initramfs(lab: &Lab) -> Result<PathBuf, LabError> {
     put(&command, "bin/colo-ring")?;
     for library in libraries(&command)? {
         put(Path::new(&library), &library)?;
+    }
+    for (from, to) in files {
+        put(from, to)?;
     }
     let initramfs = lab.fresh_file("host", "initrd");
     let made = fs::copy(&lab.initrd, &initramfs).and_then(|_| {

@@ -2,7 +2,7 @@
 
 use nix::sched::{CloneFlags, unshare};
 use std::net::SocketAddr;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use super::{Company, Lab, LabError, run_experiment, wait_for};
@@ -13,6 +13,9 @@ pub const TAP: &str = "guest0";
 
 /// The tap device of another host on the same network, once [`join_networks`] or [`add_other_tap`] has made it.
 const OTHER_TAP: &str = "guest1";
+
+/// The tap device of a card with several queues.
+const QUEUES_TAP: &str = "plug0";
 
 /// Link-local, although nobody else is in the namespace.
 const HOST_NETWORK: &str = "169.254.78.1/24";
@@ -30,6 +33,8 @@ pub enum Nic {
     Tap,
     /// QEMU owns the tap device of the other host.
     OtherTap,
+    /// QEMU owns a tap device of its own, with two queues: no filter holds what it sends.
+    Queues,
     /// QEMU's card is a stream to a guard that listens there, and owns the tap device.
     Stream(PathBuf),
 }
@@ -40,13 +45,19 @@ impl Nic {
         let backend = match self {
             Self::Tap => tap(TAP),
             Self::OtherTap => tap(OTHER_TAP),
+            Self::Queues => format!("{},queues=2", tap(QUEUES_TAP)),
             Self::Stream(path) => format!(
                 "stream,id=net0,server=off,addr.type=unix,addr.path={},reconnect-ms=100",
                 path.display()
             ),
         };
         let device = "virtio-net-pci,netdev=net0,mac=52:54:00:00:00:01";
-        ["-netdev", &backend, "-device", device]
+        let device = match self {
+            // Its firmware is not where such a guest runs.
+            Self::Queues => format!("{device},mq=on,romfile="),
+            Self::Tap | Self::OtherTap | Self::Stream(_) => device.to_owned(),
+        };
+        ["-netdev", &backend, "-device", &device]
             .map(str::to_owned)
             .to_vec()
     }
@@ -58,13 +69,18 @@ pub struct NetGuest;
 
 impl NetGuest {
     pub(super) fn args(self, lab: &Lab) -> Vec<String> {
+        Self::args_with(&lab.kernel, &lab.net_initrd)
+    }
+
+    /// The same where its files lie elsewhere.
+    pub(super) fn args_with(kernel: &Path, initrd: &Path) -> Vec<String> {
         let address: SocketAddr = GUEST_ADDRESS.parse().expect("an address");
         let append = format!(
             "console=ttyS0 quiet no_timer_check address={} port={}",
             address.ip(),
             address.port()
         );
-        let [kernel, initrd] = [&lab.kernel, &lab.net_initrd].map(|path| path.display().to_string());
+        let [kernel, initrd] = [kernel, initrd].map(|path| path.display().to_string());
         ["-kernel", &kernel, "-initrd", &initrd, "-append", &append]
             .map(str::to_owned)
             .to_vec()

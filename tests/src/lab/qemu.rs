@@ -77,7 +77,7 @@ impl Machine {
     }
 
     /// With its RAM in a file, where one is given.
-    fn args(&self, ram_file: Option<&Path>) -> Vec<String> {
+    pub(super) fn args(&self, ram_file: Option<&Path>) -> Vec<String> {
         let (machine, memory_mib) = (&self.machine, self.memory_mib);
         let backend = match ram_file.map(Path::display) {
             None if !self.prealloc => None,

@@ -15,6 +15,7 @@ mod lab;
 mod linux;
 mod matrix;
 mod numa;
+mod plug;
 mod protect;
 mod recorded;
 mod replay;

@@ -1,7 +1,7 @@
 //! The real command on hosts that this one is not: with two NUMA nodes, and with older kernels. Each is a guest of the
 //! laboratory in which a receiver and a synthetic primary run.
 
-use colo_ring_tests::lab::{HostGuest, HostKernel, NumaMap, experiment};
+use colo_ring_tests::lab::{Host, HostGuest, HostKernel, NumaMap, experiment};
 
 /// 4 KiB pages of the synthetic guest's main memory, 64 MiB.
 const IMAGE_PAGES: u64 = 16384;
@@ -40,7 +40,7 @@ fn memory_lies_on_the_nodes_of_the_cores() {
     experiment(|lab| {
         let guest = HostGuest::run(
             lab,
-            HostKernel::Trixie,
+            &Host::with_two_nodes(HostKernel::Trixie),
             &["doctor", "node=1", "cores=1-2", "node=7"],
         )?;
         assert!(guest.kernel().starts_with("6.12."), "{}", guest.kernel());
@@ -102,7 +102,11 @@ fn memory_lies_on_the_nodes_of_the_cores() {
 #[test]
 fn linux_6_1_is_used_as_far_as_it_goes() {
     experiment(|lab| {
-        let guest = HostGuest::run(lab, HostKernel::Bookworm, &["doctor", "node=0"])?;
+        let guest = HostGuest::run(
+            lab,
+            &Host::with_two_nodes(HostKernel::Bookworm),
+            &["doctor", "node=0"],
+        )?;
         assert!(guest.kernel().starts_with("6.1."), "{}", guest.kernel());
         assert_eq!(guest.code("doctor"), "0");
         let host = &guest.json("doctor", "doctor")?["host"];
