@@ -48,6 +48,15 @@ impl LinkMoment {
     }
 }
 
+/// What the proxy does to the link that a receiver or a guard with a fault would do.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum LinkFault {
+    /// The guard is told of the commit as soon as it has drawn the line.
+    EarlyCommitted,
+    /// The receiver is told that the line is drawn so long before it is.
+    EarlyPlaced(Duration),
+}
+
 /// Whom to kill, and when.
 #[derive(Debug)]
 struct Plan {
@@ -59,9 +68,20 @@ struct Plan {
 
 #[derive(Debug, Default)]
 struct Shared {
+    fault: Mutex<Option<LinkFault>>,
     plan: Mutex<Option<Plan>>,
     is_killed: Mutex<bool>,
     killed: Condvar,
+}
+
+/// What a fault makes of a line.
+enum BrokenLine {
+    /// Nothing is passed on.
+    Instead,
+    /// This follows.
+    Behind(String),
+    /// Its sender gets this answer, and so long after that it is passed on.
+    AnsweredBefore(String, Duration),
 }
 
 /// See the module.
@@ -98,6 +118,11 @@ impl LinkProxy {
     #[must_use]
     pub fn address(&self) -> Address {
         Address::Unix(self.address.clone())
+    }
+
+    /// Breaks the protocol from now on.
+    pub fn break_by(&self, fault: LinkFault) {
+        *lock(&self.shared.fault) = Some(fault);
     }
 
     /// Kills that process at a moment to come, the first after `skip` others like it.
@@ -159,6 +184,25 @@ impl Shared {
                 self.kill(process);
                 None
             }
+        }
+    }
+
+    /// What becomes of a line by the fault.
+    fn fault_of(&self, line: &str) -> Option<BrokenLine> {
+        let fault = (*lock(&self.fault))?;
+        let message: Value = serde_json::from_str(line).ok()?;
+        let checkpoint = &message["checkpoint"];
+        match (fault, message["type"].as_str()?) {
+            (LinkFault::EarlyCommitted, "barrier") => Some(BrokenLine::Behind(format!(
+                "{{\"type\":\"committed\",\"checkpoint\":{checkpoint}}}\n"
+            ))),
+            (LinkFault::EarlyPlaced(early), "barrier") => Some(BrokenLine::AnsweredBefore(
+                format!("{{\"type\":\"placed\",\"checkpoint\":{checkpoint}}}\n"),
+                early,
+            )),
+            // Its true place comes too late.
+            (LinkFault::EarlyPlaced(_), "placed") => Some(BrokenLine::Instead),
+            _ => None,
         }
     }
 
@@ -224,7 +268,17 @@ fn pass_lines(from: &UnixStream, mut to: &UnixStream, shared: &Shared) -> io::Re
     let (mut reader, mut line) = (BufReader::new(from), String::new());
     while reader.read_line(&mut line)? > 0 {
         let later = shared.before(&line);
-        to.write_all(line.as_bytes())?;
+        match shared.fault_of(&line) {
+            None => to.write_all(line.as_bytes())?,
+            Some(BrokenLine::Instead) => {}
+            Some(BrokenLine::Behind(more)) => to.write_all(format!("{line}{more}").as_bytes())?,
+            Some(BrokenLine::AnsweredBefore(answer, early)) => {
+                let mut back = from;
+                back.write_all(answer.as_bytes())?;
+                std::thread::sleep(early);
+                to.write_all(line.as_bytes())?;
+            }
+        }
         if let Some((after, process)) = later {
             std::thread::sleep(after);
             shared.kill(process);

@@ -3,6 +3,7 @@
 mod bulk;
 mod campaign;
 mod colo_compare;
+mod faults;
 mod frames;
 mod latency;
 mod scene;

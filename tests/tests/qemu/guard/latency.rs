@@ -6,7 +6,9 @@ use serde_json::Value;
 use std::time::Duration;
 
 /// Rounds, in each of which every contestant has its turn, in another order.
-const ROUNDS: usize = 5;
+fn rounds() -> usize {
+    std::env::var("COLO_RING_GUARD_ROUNDS").map_or(5, |text| text.parse().expect("a number of rounds"))
+}
 
 /// Requests of a turn, of a closed loop as well, and how many before them are not counted. The guard's credit of 100 ms is then a small
 /// part of a turn.
@@ -96,7 +98,7 @@ fn what_output_waits_for() {
     net_experiment(Company::Nobody, |lab| {
         let mut all = contestants();
         let mut number = 0;
-        for round in 0..ROUNDS {
+        for round in 0..rounds() {
             for turn in 0..all.len() {
                 let which = (turn + round) % all.len();
                 all[which].take_turn(lab, number)?;
