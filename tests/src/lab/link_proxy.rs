@@ -8,13 +8,14 @@ use std::io::{self, BufRead, BufReader, Read, Write};
 use std::net::Shutdown;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use colo_ring::link::PREFACE;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use super::{Address, Lab, LabError};
 use crate::HANG_LIMIT;
@@ -48,15 +49,6 @@ impl LinkMoment {
     }
 }
 
-/// What the proxy does to the link that a receiver or a guard with a fault would do.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum LinkFault {
-    /// The guard is told of the commit as soon as it has drawn the line.
-    EarlyCommitted,
-    /// The receiver is told that the line is drawn so long before it is.
-    EarlyPlaced(Duration),
-}
-
 /// Whom to kill, and when.
 #[derive(Debug)]
 struct Plan {
@@ -68,20 +60,11 @@ struct Plan {
 
 #[derive(Debug, Default)]
 struct Shared {
-    fault: Mutex<Option<LinkFault>>,
+    /// The guard is told of a commit as soon as it is asked for the line.
+    releases_early: AtomicBool,
     plan: Mutex<Option<Plan>>,
     is_killed: Mutex<bool>,
     killed: Condvar,
-}
-
-/// What a fault makes of a line.
-enum BrokenLine {
-    /// Nothing is passed on.
-    Instead,
-    /// This follows.
-    Behind(String),
-    /// Its sender gets this answer, and so long after that it is passed on.
-    AnsweredBefore(String, Duration),
 }
 
 /// See the module.
@@ -120,9 +103,9 @@ impl LinkProxy {
         Address::Unix(self.address.clone())
     }
 
-    /// Breaks the protocol from now on.
-    pub fn break_by(&self, fault: LinkFault) {
-        *lock(&self.shared.fault) = Some(fault);
+    /// Breaks the protocol from now on, as a receiver with a fault would: the guard is told of a commit as soon as it is asked for the line.
+    pub fn release_early(&self) {
+        self.shared.releases_early.store(true, Ordering::Relaxed);
     }
 
     /// Kills that process at a moment to come, the first after `skip` others like it.
@@ -187,23 +170,16 @@ impl Shared {
         }
     }
 
-    /// What becomes of a line by the fault.
-    fn fault_of(&self, line: &str) -> Option<BrokenLine> {
-        let fault = (*lock(&self.fault))?;
+    /// What follows that line by the fault.
+    fn early_commit(&self, line: &str) -> Option<String> {
         let message: Value = serde_json::from_str(line).ok()?;
-        let checkpoint = &message["checkpoint"];
-        match (fault, message["type"].as_str()?) {
-            (LinkFault::EarlyCommitted, "barrier") => Some(BrokenLine::Behind(format!(
-                "{{\"type\":\"committed\",\"checkpoint\":{checkpoint}}}\n"
-            ))),
-            (LinkFault::EarlyPlaced(early), "barrier") => Some(BrokenLine::AnsweredBefore(
-                format!("{{\"type\":\"placed\",\"checkpoint\":{checkpoint}}}\n"),
-                early,
-            )),
-            // Its true place comes too late.
-            (LinkFault::EarlyPlaced(_), "placed") => Some(BrokenLine::Instead),
-            _ => None,
-        }
+        let is_early = self.releases_early.load(Ordering::Relaxed) && message["type"] == "barrier";
+        is_early.then(|| {
+            format!(
+                "{}\n",
+                json!({"type": "committed", "checkpoint": message["checkpoint"]})
+            )
+        })
     }
 
     /// Returns when the process is dead: whoever has started it reaps it.
@@ -268,16 +244,9 @@ fn pass_lines(from: &UnixStream, mut to: &UnixStream, shared: &Shared) -> io::Re
     let (mut reader, mut line) = (BufReader::new(from), String::new());
     while reader.read_line(&mut line)? > 0 {
         let later = shared.before(&line);
-        match shared.fault_of(&line) {
-            None => to.write_all(line.as_bytes())?,
-            Some(BrokenLine::Instead) => {}
-            Some(BrokenLine::Behind(more)) => to.write_all(format!("{line}{more}").as_bytes())?,
-            Some(BrokenLine::AnsweredBefore(answer, early)) => {
-                let mut back = from;
-                back.write_all(answer.as_bytes())?;
-                std::thread::sleep(early);
-                to.write_all(line.as_bytes())?;
-            }
+        to.write_all(line.as_bytes())?;
+        if let Some(early) = shared.early_commit(&line) {
+            to.write_all(early.as_bytes())?;
         }
         if let Some((after, process)) = later {
             std::thread::sleep(after);

@@ -53,7 +53,7 @@ pub use guest::{Content, Guest, LinuxGuest, Pattern, TestGuest};
 pub use host_guest::{Host, HostGuest, HostKernel, NumaMap};
 pub use image::check_test_guest_image;
 pub use kills::{Kills, Moment, check_continues, failover_runs};
-pub use link_proxy::{LinkFault, LinkMoment, LinkProxy};
+pub use link_proxy::{LinkMoment, LinkProxy};
 pub use net_guest::{
     GUEST_ADDRESS, GUEST_ADDRESS_6, NetGuest, Nic, TAP, add_other_tap, join_networks, net_experiment,
     wait_tap_free,
