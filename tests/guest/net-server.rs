@@ -63,7 +63,9 @@ fn serve(stream: TcpStream, answered: &AtomicU64) -> std::io::Result<()> {
             }
             ["exchange"] => return exchange(&mut reader, writer),
             ["burst", port, count, bytes, pause_us] => {
-                let to = SocketAddr::new(reader.get_ref().peer_addr()?.ip(), port.parse().unwrap_or(0));
+                // An IPv4 address, where the listener says an IPv6 one of it.
+                let ip = reader.get_ref().peer_addr()?.ip().to_canonical();
+                let to = SocketAddr::new(ip, port.parse().unwrap_or(0));
                 let numbers = [count, bytes, pause_us].map(|number| number.parse().unwrap_or(0));
                 burst(to, numbers)?;
                 writer.write_all(format!("done {}\n", numbers[0]).as_bytes())?;

@@ -224,15 +224,22 @@ pub fn assert_no_plug(when: &str) -> Done<()> {
     }
 }
 
-/// Prints what the processes have.
+/// Prints the guard's status, what the processes have printed, and the end of what the guests have.
 pub fn print_logs() {
+    const LINES: usize = 5;
+    println!("guard: {:?}", guard_status());
     let entries = fs::read_dir("/tmp").into_iter().flatten().flatten();
-    let logs = entries
-        .map(|entry| entry.path())
-        .filter(|path| path.extension().is_some_and(|end| end == "log"));
-    for log in logs {
-        let text = fs::read_to_string(&log).unwrap_or_default();
-        text.lines()
-            .for_each(|line| println!("{}: {line}", log.display()));
+    for path in entries.map(|entry| entry.path()) {
+        let text = fs::read(&path).unwrap_or_default();
+        let text = String::from_utf8_lossy(&text);
+        let lines: Vec<&str> = text.lines().collect();
+        let shown = match path.extension().and_then(|end| end.to_str()) {
+            Some("log") => &lines[..],
+            Some("serial") => &lines[lines.len().saturating_sub(LINES)..],
+            _ => continue,
+        };
+        for line in shown {
+            println!("{}: {line}", path.display());
+        }
     }
 }

@@ -23,7 +23,7 @@ use traffic::{Client, Observed, burst, connect};
 const HOST: &str = "169.254.78.1";
 
 /// Far more than anything takes: a guest of an emulated host is slow.
-const LIMIT: Duration = Duration::from_secs(280);
+const LIMIT: Duration = Duration::from_secs(250);
 
 type Done<T> = Result<T, String>;
 
