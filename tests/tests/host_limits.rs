@@ -144,7 +144,7 @@ fn few_open_files_cost_connections_and_not_the_receiver() {
         let receiver = RunningReceiver::start(wrapped(&wrap), &args);
         let address = socket_address(&receiver);
         let mut silent: Vec<_> = (0..80).map(|_| Link::connect(address)).collect();
-        receiver.wait_for_log("Too many open files");
+        receiver.wait_for_log("raise `ulimit -n`");
         assert!(silent.iter_mut().all(Link::is_closed));
         drop(silent);
         assert_eq!(receiver.protect()["checkpoint"], 5, "{backend}");

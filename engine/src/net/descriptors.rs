@@ -10,6 +10,7 @@ const RESERVE: u64 = 64;
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct DescriptorReserve {
     first: RawFd,
+    strangers_max: usize,
 }
 
 impl DescriptorReserve {
@@ -23,10 +24,17 @@ impl DescriptorReserve {
         let first = limit - RESERVE.min(limit / 4);
         Self {
             first: RawFd::try_from(first).unwrap_or(RawFd::MAX),
+            strangers_max: usize::try_from(limit / 2).unwrap_or(usize::MAX),
         }
     }
 
-    /// Whether a new descriptor is one of the reserve: the kernel gives the lowest free number, so all below are in use.
+    /// How many connections may be open that have not said what they are, or wait for others: sessions need the rest.
+    pub(crate) fn strangers_max(self) -> usize {
+        self.strangers_max
+    }
+
+    /// Whether a new descriptor is one of the reserve, and must be closed: the kernel gives the lowest free number, so all below
+    /// are in use.
     pub(crate) fn has(self, new: &OwnedFd) -> bool {
         new.as_raw_fd() >= self.first
     }

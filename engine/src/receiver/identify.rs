@@ -4,13 +4,11 @@
 
 use super::assemble::Identity;
 use crate::link::PREFACE;
-use crate::net::Accepted;
 use crate::wire::WireError;
 use crate::wire::multifd::{INIT_LEN, Init};
 use crate::wire::stream::{ChannelKind, classify};
-use nix::sys::socket::{Shutdown, shutdown};
 use std::io;
-use std::os::fd::AsRawFd;
+use std::os::fd::OwnedFd;
 use std::time::Duration;
 use thiserror::Error;
 use tokio::io::AsyncReadExt;
@@ -44,17 +42,17 @@ pub(super) enum IdentifyError {
     Deadline(Duration),
 }
 
-/// Reads what kind of connection this is.
+/// Reads what kind of connection this is. No duplicate is made of its socket: it would be one more descriptor for every stranger.
 ///
 /// # Errors
-/// If it is no migration channel, ends early or stays silent; it is shut down then.
+/// If it is no migration channel, ends early or stays silent; it is closed then.
 pub(super) async fn identify(
-    accepted: &Accepted,
+    socket: OwnedFd,
     deadline: Duration,
-) -> Result<ConnectionKind, IdentifyError> {
+) -> Result<(OwnedFd, ConnectionKind), IdentifyError> {
     let reading = async {
         // A UNIX socket as well: reading is the same for every family.
-        let stream = std::net::TcpStream::from(accepted.socket.try_clone()?);
+        let stream = std::net::TcpStream::from(socket);
         stream.set_nonblocking(true)?;
         let mut stream = TcpStream::from_std(stream)?;
         let mut first = [0; FIRST_LEN];
@@ -63,18 +61,13 @@ pub(super) async fn identify(
             PREFACE => ConnectionKind::Link,
             _ => ConnectionKind::Channel(channel(&mut stream, first).await?),
         };
-        // The mode belongs to the connection, not to the descriptor, and the data plane expects a blocking socket.
-        stream.into_std()?.set_nonblocking(false)?;
-        Ok(kind)
+        // The data plane expects a blocking socket.
+        let stream = stream.into_std()?;
+        stream.set_nonblocking(false)?;
+        Ok((stream.into(), kind))
     };
-    let result = match tokio::time::timeout(deadline, reading).await {
-        Ok(result) => result,
-        Err(_) => Err(IdentifyError::Deadline(deadline)),
-    };
-    if result.is_err() {
-        let _ = shutdown(accepted.socket.as_raw_fd(), Shutdown::Both);
-    }
-    result
+    let result = tokio::time::timeout(deadline, reading).await;
+    result.unwrap_or(Err(IdentifyError::Deadline(deadline)))
 }
 
 /// Reads what kind of channel begins with these bytes.

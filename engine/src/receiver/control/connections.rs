@@ -20,7 +20,11 @@ use tokio::task::{AbortHandle, JoinError, JoinSet};
 /// Lines of the log about connections that were refused: so many at once, and how soon one more.
 const REFUSALS: (u32, Duration) = (200, Duration::from_millis(500));
 
-pub(super) type Identified = (Arrival, Accepted, Result<ConnectionKind, IdentifyError>);
+/// A connection that has said what it is, or the name of one that is closed.
+pub(super) type Identified = (
+    Arrival,
+    Result<(Accepted, ConnectionKind), (String, IdentifyError)>,
+);
 
 /// Connections that belong to no session yet.
 pub(super) struct Connections {
@@ -40,6 +44,9 @@ pub(super) struct Connections {
 enum Crowd {
     OfOrigin(Origin),
     All,
+    /// Where the limit of descriptors allows few.
+    Few,
+    /// What is left is the reserve.
     Descriptors,
 }
 
@@ -48,6 +55,9 @@ impl Crowd {
         match self {
             Self::OfOrigin(_) => "too many connections of one origin wait to be identified",
             Self::All => "too many connections wait to be identified",
+            Self::Few => {
+                "too many connections wait to be identified for this limit of open files; raise `ulimit -n`"
+            }
             Self::Descriptors => {
                 "too many open files: what is left is for the control socket; raise `ulimit -n`"
             }
@@ -74,6 +84,7 @@ impl Connections {
         match () {
             () if self.descriptors.has(&accepted.socket) => Some(Crowd::Descriptors),
             () if self.assembler.pending() >= PENDING_MAX => Some(Crowd::All),
+            () if self.assembler.pending() >= self.descriptors.strangers_max() => Some(Crowd::Few),
             () if self.assembler.pending_of(origin) >= PENDING_OF_ORIGIN_MAX => Some(Crowd::OfOrigin(origin)),
             () => None,
         }
@@ -86,16 +97,35 @@ impl ControlState {
             Ok(accepted) => accepted,
             Err(error) => return self.refuse(error.to_string()),
         };
-        if let Some(crowd) = self.connections.crowd(&accepted)
-            && !self.make_room(crowd)
-        {
-            return self.refuse(format!("{}: closed: {}", accepted.from, crowd.reason()));
+        if let Some(crowd) = self.connections.crowd(&accepted) {
+            let has_room = self.make_room(crowd);
+            // A descriptor of the reserve is given back, whoever makes room for the next connection.
+            if !has_room || matches!(crowd, Crowd::Descriptors) {
+                return self.refuse(format!("{}: closed: {}", accepted.from, crowd.reason()));
+            }
         }
         let arrival = self.connections.assembler.accepted(accepted.peer, Instant::now());
         let deadline = self.context.options.identify_deadline;
         let task = self.connections.identifying.spawn(async move {
-            let result = identify(&accepted, deadline).await;
-            (arrival, accepted, result)
+            let Accepted {
+                socket,
+                is_tcp,
+                peer,
+                from,
+            } = accepted;
+            let result = match identify(socket, deadline).await {
+                Err(error) => Err((from, error)),
+                Ok((socket, kind)) => {
+                    let accepted = Accepted {
+                        socket,
+                        is_tcp,
+                        peer,
+                        from,
+                    };
+                    Ok((accepted, kind))
+                }
+            };
+            (arrival, result)
         });
         self.connections.silent.insert(arrival, task);
     }
@@ -104,7 +134,7 @@ impl ControlState {
     fn make_room(&mut self, crowd: Crowd) -> bool {
         let oldest = self.connections.assembler.oldest_silent(|origin| match crowd {
             Crowd::OfOrigin(crowded) => origin.group() == crowded,
-            Crowd::All | Crowd::Descriptors => true,
+            Crowd::All | Crowd::Few | Crowd::Descriptors => true,
         });
         let Some(oldest) = oldest else {
             return false;
@@ -125,7 +155,7 @@ impl ControlState {
 
     pub(super) fn identify(&mut self, result: Result<Identified, JoinError>) {
         // One that was closed to make room.
-        let Ok((arrival, accepted, result)) = result else {
+        let Ok((arrival, result)) = result else {
             return;
         };
         if self.connections.silent.remove(&arrival).is_none() {
@@ -135,7 +165,7 @@ impl ControlState {
         let gone = self.connections.assembler.expel(Accepted::is_gone);
         self.carry_out(gone);
         let assemblies = match result {
-            Ok(ConnectionKind::Link) => {
+            Ok((accepted, ConnectionKind::Link)) => {
                 let links = self.context.services.shared().links.clone();
                 let (deadline, events) = (
                     self.context.options.identify_deadline,
@@ -147,14 +177,14 @@ impl ControlState {
                 while self.connections.links.try_join_next().is_some() {}
                 self.connections.assembler.given_up(arrival)
             }
-            Ok(ConnectionKind::Channel(identity)) => {
+            Ok((accepted, ConnectionKind::Channel(identity))) => {
                 let peer = accepted.peer;
                 self.connections
                     .assembler
                     .identified(arrival, peer, identity, accepted, Instant::now())
             }
-            Err(reason) => {
-                self.refuse(format!("{}: closed: {reason}", accepted.from));
+            Err((from, reason)) => {
+                self.refuse(format!("{from}: closed: {reason}"));
                 self.connections.assembler.given_up(arrival)
             }
         };

@@ -36,6 +36,9 @@ use tokio::task::JoinSet;
 /// How often deadlines are checked and samples recorded.
 const TICK: Duration = Duration::from_millis(200);
 
+/// Accepted connections that wait for the control thread: fewer than there are descriptors in the reserve.
+const ACCEPTED_MAX: usize = 8;
+
 /// The parts of a receiver that its control thread owns.
 pub(super) struct ControlContext {
     pub(super) options: ReceiverOptions,
@@ -68,7 +71,7 @@ pub(super) async fn run(
     listeners: Vec<Rc<Listener>>,
     mut inputs: ControlInputs,
 ) -> Result<Outcome, ReceiverError> {
-    let (accepted_sender, mut accepted) = mpsc::channel(64);
+    let (accepted_sender, mut accepted) = mpsc::channel(ACCEPTED_MAX);
     let accepting: Vec<_> = (listeners.iter().enumerate())
         .map(|(position, listener)| {
             let listener = listener.clone().accept_all(position, accepted_sender.clone());

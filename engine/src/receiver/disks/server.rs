@@ -155,9 +155,12 @@ impl Handshakes {
             () if of_origin.count() >= HANDSHAKES_OF_ORIGIN_MAX => {
                 self.make_room(|client| client.origin == origin)
             }
-            () if self.clients.len() >= HANDSHAKES_MAX || self.descriptors.has(&accepted.socket) => {
-                self.make_room(|_| true)
+            () if self.descriptors.has(&accepted.socket) => {
+                // For the next client: this one's descriptor is given back.
+                self.make_room(|_| true);
+                false
             }
+            () if self.clients.len() >= HANDSHAKES_MAX => self.make_room(|_| true),
             () => true,
         };
         let from = accepted.from.clone();
