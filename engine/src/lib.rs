@@ -7,6 +7,7 @@ pub mod blocks;
 mod canary;
 mod disk;
 pub mod failover;
+pub mod files;
 pub mod host;
 mod killpoint;
 pub mod link;
