@@ -253,6 +253,67 @@ fn a_primary_that_is_connected_is_closed_by_force_alone() {
     assert!(!status.lost && status.end.unwrap().contains("failover"));
 }
 
+/// A typing error in the destination must not cost a guest its protection.
+#[test]
+fn a_target_that_cannot_be_opened_ends_no_session() {
+    let bench = Bench::start();
+    let mut primary = bench.receiver.protected();
+    let mut conversation = bench.conversation();
+    conversation.ask(&claim(1, true, false)).unwrap();
+    let link = bench.scratch.file("link");
+    std::os::unix::fs::symlink(bench.scratch.file("victim"), &link).unwrap();
+    let nobody = format!("unix:{}", bench.scratch.file("nobody"));
+    let link = format!("file:{link}");
+    for (to, shared, says) in [
+        (nobody.as_str(), None, "cannot connect to"),
+        ("tcp:127.0.0.1:1", None, "cannot connect to"),
+        ("file:/nonexistent/stream", None, "No such file"),
+        (link.as_str(), None, "is not replaced"),
+        ("fd:3", None, "is not a destination for a stream"),
+        ("file:/nonexistent/stream", Some("pc.rom"), "has no ram block"),
+    ] {
+        let refused = conversation.restore(1, to, shared).unwrap_err();
+        assert!(refused.contains(says), "{to}: {refused}");
+        primary.checkpoint(&[(0, 5, 0x55)]);
+    }
+    assert!(!std::path::Path::new(&bench.scratch.file("victim")).exists());
+    // The claim is still there, and so is the primary.
+    let (stream, restored) = bench.received(&mut conversation, None);
+    assert_eq!(restored["checkpoint"], 7);
+    assert!(stream == expected(&primary, Form::Complete));
+}
+
+/// A guest that runs twice destroys its disks: that its primary is off must be made sure of, or be stated.
+#[test]
+fn force_needs_a_fence_or_a_statement() {
+    let receiver = RunningReceiver::start(wrapped(&[]), &[]);
+    let mut primary = SynthPrimary::connect(receiver.address(), &guest()).expect("precopy");
+    primary.checkpoint().expect("a checkpoint");
+    let scratch = Scratch::new();
+    let to = format!("file:{}", scratch.file("stream"));
+    let failover = |more: &[&str]| {
+        let arguments = [&["failover", "--session", "1", "--to", &to], more].concat();
+        receiver.command(&arguments)
+    };
+    for (more, says) in [
+        (&[][..], "--unfenced"),
+        (&["--force"], "--unfenced"),
+        (&["--unfenced"], "--force"),
+        (&["--force", "--fence", "exit 7"], "--fence 'exit 7' failed"),
+    ] {
+        let refused = failover(more);
+        let text = String::from_utf8_lossy(&refused.stderr).into_owned();
+        assert!(
+            !refused.status.success() && text.contains(says),
+            "{more:?}: {text}"
+        );
+        primary.checkpoint().expect("the session goes on");
+    }
+    let done = failover(&["--force", "--unfenced"]);
+    assert!(done.status.success(), "{}", String::from_utf8_lossy(&done.stderr));
+    assert!(std::fs::metadata(scratch.file("stream")).is_ok());
+}
+
 #[test]
 fn what_fails_leaves_the_checkpoint_there() {
     let bench = Bench::start();

@@ -8,15 +8,14 @@ use super::live_session::LiveSession;
 use super::promotion::ClientId;
 use crate::disk::{DiskError, copy_base};
 use crate::failover::{Form, StreamError, StreamReport, write_stream};
+use crate::files::{NewFile, Readers};
 use crate::session::GuestDescription;
 use crate::store::CheckpointView;
 use crate::units::BlockId;
 use crate::wire::run_state;
 use serde::{Deserialize, Serialize};
-use std::fs::File;
 use std::io::{self, Write};
 use std::net::TcpStream;
-use std::os::unix::fs::OpenOptionsExt;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -37,7 +36,8 @@ pub struct RestoreRequest {
     pub to: String,
     /// Name of the block whose file that QEMU has mapped; without one everything goes into the stream.
     pub shared: Option<String>,
-    /// A file, absolute, that gets a complete stream first: a QEMU that maps the memory changes the checkpoint.
+    /// A file, absolute, that gets a complete stream first: a QEMU that maps the memory changes the checkpoint. One of the
+    /// receiver's user is replaced.
     pub keep: Option<PathBuf>,
 }
 
@@ -54,7 +54,7 @@ pub struct RestoreReport {
     /// The guest's disks; their bases are at the checkpoint.
     #[serde(default)]
     pub disks: Vec<RestoredDisk>,
-    /// Nanoseconds for ending the session, applying what is left of the disks' logs, and locking the checkpoint.
+    /// Nanoseconds for opening the destination, ending the session, applying what is left of the disks' logs, and locking the checkpoint.
     pub hold_ns: u64,
     /// Nanoseconds for the copy that was asked for.
     pub keep_ns: u64,
@@ -145,8 +145,8 @@ fn reason(error: &StreamError) -> String {
     }
 }
 
-/// Restores `checkpoint` as `request` says, for the client that has claimed it. Ends its session first, if that is still
-/// live. Blocks.
+/// Restores `checkpoint` as `request` says, for the client that has claimed it. Ends its session, if that is still live, once
+/// the destination is open: a destination that is mistyped or not there costs nothing. Blocks.
 ///
 /// # Errors
 /// See [`RestoreError`]. No guest runs from a stream that was not written whole.
@@ -157,13 +157,15 @@ pub(super) fn restore(
     request: &RestoreRequest,
 ) -> Result<RestoreReport, RestoreError> {
     let began = Instant::now();
-    if let Some(live) = live {
-        end_session(live)?;
-    }
     let form = match &request.shared {
         None => Form::Complete,
         Some(name) => Form::Shared(shared_block(checkpoint, name)?),
     };
+    let keep = request.keep.as_deref().map(new_file).transpose()?;
+    let target = Target::open(&request.to)?;
+    if let Some(live) = live {
+        end_session(live)?;
+    }
     let view = checkpoint.image.checkpoint_view();
     let view = view.ok_or(RestoreError::NoCheckpoint(checkpoint.session))?;
     let description = &*checkpoint.description;
@@ -175,15 +177,16 @@ pub(super) fn restore(
     })?;
     let hold_ns = nanoseconds(began);
     let began = Instant::now();
-    if let Some(path) = &request.keep {
-        write_file(path, description, &view, Form::Complete)?;
-        keep_disks(path, &disks)?;
+    if let Some(kept) = keep {
+        let path = kept.path().to_owned();
+        write_file(kept, description, &view, Form::Complete)?;
+        keep_disks(&path, &disks)?;
     }
     let keep_ns = nanoseconds(began);
     let began = Instant::now();
     // Before a guest can run: also for a later receiver that finds the checkpoint after a crash of this one.
     checkpoint.image.set_given(true);
-    let written = write_to(&request.to, description, &view, form);
+    let written = target.write(&request.to, description, &view, form);
     let complete = written.as_ref().map_or_else(RestoreError::is_complete, |_| true);
     if complete {
         checkpoint.promotion().given(by, request.to.clone());
@@ -236,26 +239,41 @@ fn shared_block(checkpoint: &KeptCheckpoint, name: &str) -> Result<BlockId, Rest
     }
 }
 
-fn write_to(
-    to: &str,
-    description: &GuestDescription,
-    view: &CheckpointView<'_>,
-    form: Form,
-) -> Result<StreamReport, RestoreError> {
-    let connected = match to.split_once(':') {
-        Some(("unix", path)) => connect_unix(Path::new(path)),
-        Some(("tcp", address)) => connect_tcp(address),
-        Some(("file", path)) => return write_file(Path::new(path), description, view, form),
-        _ => return Err(RestoreError::Destination(to.to_owned())),
-    };
-    let socket = connected.map_err(|source| RestoreError::Connect {
-        to: to.to_owned(),
-        source,
-    })?;
-    write(description, view, form, socket).map_err(|error| RestoreError::Stream {
-        to: to.to_owned(),
-        error,
-    })
+/// An open destination.
+enum Target {
+    Socket(Box<dyn Write>),
+    File(NewFile),
+}
+
+impl Target {
+    fn open(to: &str) -> Result<Self, RestoreError> {
+        let connected = match to.split_once(':') {
+            Some(("unix", path)) => connect_unix(Path::new(path)),
+            Some(("tcp", address)) => connect_tcp(address),
+            Some(("file", path)) => return new_file(Path::new(path)).map(Self::File),
+            _ => return Err(RestoreError::Destination(to.to_owned())),
+        };
+        let to = to.to_owned();
+        connected
+            .map(Self::Socket)
+            .map_err(|source| RestoreError::Connect { to, source })
+    }
+
+    fn write(
+        self,
+        to: &str,
+        description: &GuestDescription,
+        view: &CheckpointView<'_>,
+        form: Form,
+    ) -> Result<StreamReport, RestoreError> {
+        match self {
+            Self::File(file) => write_file(file, description, view, form),
+            Self::Socket(socket) => write(description, view, form, socket).map_err(|error| {
+                let to = to.to_owned();
+                RestoreError::Stream { to, error }
+            }),
+        }
+    }
 }
 
 fn connect_unix(path: &Path) -> io::Result<Box<dyn Write>> {
@@ -287,41 +305,30 @@ fn write(
     )
 }
 
-/// Writes a stream to a file, which gets its name only when it is complete and on the disk.
+/// Begins a file, which gets its name only when it is complete and on the disk.
+fn new_file(path: &Path) -> Result<NewFile, RestoreError> {
+    if !path.is_absolute() {
+        return Err(RestoreError::RelativePath(path.to_owned()));
+    }
+    NewFile::create(path, Readers::Owner).map_err(|source| RestoreError::File {
+        path: path.to_owned(),
+        source,
+    })
+}
+
+/// Writes a stream to a file.
 fn write_file(
-    path: &Path,
+    file: NewFile,
     description: &GuestDescription,
     view: &CheckpointView<'_>,
     form: Form,
 ) -> Result<StreamReport, RestoreError> {
-    if !path.is_absolute() {
-        return Err(RestoreError::RelativePath(path.to_owned()));
-    }
-    let mut part = path.as_os_str().to_owned();
-    part.push("~part");
-    let part = PathBuf::from(part);
-    let failed = |source| RestoreError::File {
-        path: part.clone(),
-        source,
-    };
-    // Left by a killed attempt. Removed rather than overwritten: it might be a link.
-    match std::fs::remove_file(&part) {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(failed(error)),
-        _ => {}
-    }
-    let mut options = File::options();
-    // Readable by its owner only: it holds a guest's secrets.
-    let file = options.write(true).create_new(true).mode(0o600).open(&part);
-    let file = file.map_err(failed)?;
-    let written = write(description, view, form, &file)
+    let path = file.path().to_owned();
+    write(description, view, form, file.file())
         .map_err(|error| error.source)
-        .and_then(|report| file.sync_all().map(|()| report))
-        .and_then(|report| std::fs::rename(&part, path).map(|()| report));
-    written.map_err(|error| {
-        // An incomplete file; the error is reported.
-        drop(std::fs::remove_file(&part));
-        failed(error)
-    })
+        .and_then(|report| file.sync().map(|()| report))
+        .and_then(|report| file.rename().map(|()| report))
+        .map_err(|source| RestoreError::File { path, source })
 }
 
 fn nanoseconds(since: Instant) -> u64 {

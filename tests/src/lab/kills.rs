@@ -277,7 +277,7 @@ impl<'a> Kills<'a> {
         );
         // The guest's memory belongs to it alone, and one has won.
         assert_eq!(secondary.session(session)?, Value::Null);
-        let again = ["--force", "--retry", "--qmp", "/nonexistent"];
+        let again = ["--force", "--unfenced", "--retry", "--qmp", "/nonexistent"];
         let refused = secondary.receiver().failover_refused(session, again)?;
         assert!(refused.contains("was promoted"), "{refused}");
         Ok(standby)

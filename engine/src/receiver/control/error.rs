@@ -73,8 +73,8 @@ pub enum RequestError {
     /// The session is live, and so is its guest.
     #[error(
         "the primary of session {session} ({peer}) is connected, and its last checkpoint is {age_ms} ms old: its guest \
-         runs there. If it is to be resumed here nevertheless, make sure that the primary is off (--fence) and give \
-         --force, which closes the session"
+         runs there. If it is to be resumed here nevertheless, --force closes the session; with it, --fence CMD makes sure \
+         that the primary is off, or --unfenced says that you have"
     )]
     Connected {
         /// The session.

@@ -74,12 +74,17 @@ pub struct FailoverArgs {
     keep: Option<PathBuf>,
 
     /// Make sure that the primary is off: run by sh before anything is given; it must succeed
-    #[arg(long, value_name = "CMD")]
+    #[arg(long, value_name = "CMD", group = "certainty")]
     fence: Option<String>,
 
-    /// Also if the primary is still connected: the session is closed first
-    #[arg(long)]
+    /// Also if the primary is still connected: the session is closed. Needs --fence or --unfenced
+    #[arg(long, requires = "certainty")]
     force: bool,
+
+    /// With --force, in place of --fence: you have made sure yourself that the primary is off. A guest that runs twice destroys its
+    /// disks
+    #[arg(long, requires = "force", group = "certainty")]
+    unfenced: bool,
 
     /// The primary is well: its guard takes a last checkpoint, and ends it before the guest is resumed here. Nothing is lost, and no
     /// connection breaks

@@ -181,6 +181,7 @@ fn report<'a>(
             "control": args.control.to_string(),
             "stream": args.stream,
             "force": args.force,
+            "unfenced": args.unfenced,
             "planned": args.planned,
             "retry": args.retry,
             "fence": args.fence,
