@@ -3,9 +3,9 @@
 //! A file is made beside its place, as `PATH~part`, by this process alone, and takes its name by a rename. What had the name
 //! before must be a file of this user; its content is left alone, whoever else has it open or linked.
 
-use std::fs::{self, File, Metadata, OpenOptions};
+use std::fs::{self, DirBuilder, File, Metadata, OpenOptions};
 use std::io::{self, Write};
-use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
+use std::os::unix::fs::{DirBuilderExt, FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 /// Who may read a new file.
@@ -63,6 +63,17 @@ pub fn write(path: &Path, content: &[u8], readers: Readers) -> io::Result<()> {
     new.rename()
 }
 
+/// Makes a directory for this user alone, or takes one of this user that is there.
+///
+/// # Errors
+/// If something else is there: a link to a directory, another user's; and those of the system.
+pub fn directory(path: &Path) -> io::Result<()> {
+    match DirBuilder::new().mode(0o700).create(path) {
+        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => check_own(path, Metadata::is_dir),
+        made => made,
+    }
+}
+
 /// A file that gets its name only when it is complete. Dropped before, it is removed.
 #[derive(Debug)]
 pub struct NewFile {
@@ -77,10 +88,8 @@ impl NewFile {
     /// # Errors
     /// If something else than a file of this user is there, and those of the system.
     pub fn create(path: &Path, readers: Readers) -> io::Result<Self> {
-        check_own(path)?;
-        let mut part = path.as_os_str().to_owned();
-        part.push("~part");
-        let part = PathBuf::from(part);
+        check_own(path, Metadata::is_file)?;
+        let part = part_of(path);
         // Left by a killed process. Removed rather than opened: it might be a link.
         match fs::remove_file(&part) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
@@ -121,9 +130,22 @@ impl NewFile {
     ///
     /// # Errors
     /// Those of the system. It is removed then.
-    pub fn rename(self) -> io::Result<()> {
+    pub fn rename(&self) -> io::Result<()> {
         fs::rename(&self.part, &self.path)
     }
+
+    /// One that was opened elsewhere.
+    #[cfg(test)]
+    pub(crate) fn of(path: PathBuf, part: PathBuf, file: File) -> Self {
+        Self { path, part, file }
+    }
+}
+
+/// Where a file is that is to be at `path`, until it is complete.
+pub fn part_of(path: &Path) -> PathBuf {
+    let mut part = path.as_os_str().to_owned();
+    part.push("~part");
+    PathBuf::from(part)
 }
 
 impl Drop for NewFile {
@@ -159,8 +181,8 @@ fn open_stream(path: &Path) -> io::Result<Option<File>> {
     }
 }
 
-fn check_own(path: &Path) -> io::Result<()> {
-    let is_own = |about: Metadata| about.is_file() && about.uid() == nix::unistd::geteuid().as_raw();
+fn check_own(path: &Path, is_kind: fn(&Metadata) -> bool) -> io::Result<()> {
+    let is_own = |about: Metadata| is_kind(&about) && about.uid() == nix::unistd::geteuid().as_raw();
     match find(path)?.is_none_or(is_own) {
         true => Ok(()),
         false => Err(not_own(path)),
@@ -169,7 +191,7 @@ fn check_own(path: &Path) -> io::Result<()> {
 
 fn not_own(path: &Path) -> io::Error {
     let text = format!(
-        "{} exists and is not a file of this user (or is a link): it is not replaced",
+        "{} is a link, or not of this user, or of another kind: it is not replaced",
         path.display()
     );
     io::Error::new(io::ErrorKind::PermissionDenied, text)
@@ -220,6 +242,17 @@ mod tests {
         assert_eq!(fs::read(&name).unwrap(), b"after");
         assert_eq!(fs::read(&other).unwrap(), b"before");
         assert_eq!(mode(&name), 0o600);
+    }
+
+    #[test]
+    fn a_link_to_a_directory_is_none() {
+        let scratch = tempfile::tempdir().unwrap();
+        let [own, link] = ["own", "link"].map(|name| scratch.path().join(name));
+        directory(&own).unwrap();
+        directory(&own).unwrap();
+        assert_eq!(mode(&own), 0o700);
+        symlink(&own, &link).unwrap();
+        assert!(directory(&link).unwrap_err().to_string().contains("is a link"));
     }
 
     #[test]

@@ -1,32 +1,26 @@
 //! A copy of a disk's base. It shares its blocks with the base where the file system can, and holes stay holes.
 
+use crate::files::{NewFile, Readers};
 use nix::errno::Errno;
 use nix::fcntl::copy_file_range;
 use nix::unistd::{Whence, lseek64};
-use std::fs::{File, OpenOptions};
+use std::fs::File;
 use std::io;
-use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::os::unix::fs::FileExt;
 use std::path::Path;
 
 /// Bytes that are copied at a time where the kernel does not copy by itself.
 const STEP: usize = 1 << 20;
 
-/// Copies all of `from` to the file `to`, which is created or replaced.
+/// Copies all of `from` to the file `to`, which is created, or replaces one of this user.
 ///
 /// # Errors
 /// What the system says.
 pub(crate) fn copy_base(from: &Path, to: &Path) -> io::Result<()> {
     let source = File::open(from)?;
     let end = lseek64(&source, 0, Whence::SeekEnd)?;
-    // Never written through: it might be a link.
-    match std::fs::remove_file(to) {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
-        _ => {}
-    }
-    let mut options = OpenOptions::new();
-    // Readable by its owner only: it holds a guest's secrets.
-    options.write(true).create_new(true).mode(0o600);
-    let target = options.open(to)?;
+    let new = NewFile::create(to, Readers::Owner)?;
+    let target = new.file();
     target.set_len(end.unsigned_abs())?;
     let mut at = 0;
     while at < end {
@@ -39,10 +33,11 @@ pub(crate) fn copy_base(from: &Path, to: &Path) -> io::Result<()> {
             Err(error) => return Err(error.into()),
         };
         let hole = lseek64(&source, data, Whence::SeekHole).unwrap_or(end);
-        copy_range(&source, &target, data, hole)?;
+        copy_range(&source, target, data, hole)?;
         at = hole;
     }
-    target.sync_all()
+    new.sync()?;
+    new.rename()
 }
 
 /// By the kernel, which shares blocks where it can; by hand where it refuses.

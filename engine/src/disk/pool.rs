@@ -3,10 +3,9 @@
 
 use super::DiskError;
 use super::segment::Segment;
+use crate::files::{self, Readers};
 use crate::store::memory::populate::populate;
 use crate::store::memory::ram_dir::{MemoryFile, RamFiles};
-use std::fs::File;
-use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
@@ -171,14 +170,7 @@ impl SegmentPool {
             path: path.clone(),
             source,
         };
-        let file = File::options()
-            .read(true)
-            .write(true)
-            .create_new(true)
-            // Readable by its owner alone: it has a guest's secrets.
-            .mode(0o600)
-            .open(&path)
-            .map_err(failed)?;
+        let file = files::create_new(&path, Readers::Owner).map_err(failed)?;
         let mut file = MemoryFile::unnamed(file.into(), self.segment_bytes, false);
         file.path.clone_from(&path);
         match map(&file, number, false) {

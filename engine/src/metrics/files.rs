@@ -1,9 +1,9 @@
 //! Files of measurements: their names, and those that appear whole or not at all.
 
 use super::MetricsError;
+use crate::files::{self, Readers};
 use serde::Serialize;
 use std::ffi::OsString;
-use std::io::Write;
 use std::path::{Path, PathBuf};
 
 /// `PREFIX` with `suffix` behind it: the files of one run lie beside each other.
@@ -13,19 +13,15 @@ pub fn with_suffix(prefix: &Path, suffix: &str) -> PathBuf {
     PathBuf::from(name)
 }
 
-/// Writes `value` as JSON for people and machines. The file appears whole or not at all: it is written beside its
-/// place, then renamed.
+/// Writes `value` as JSON for people and machines. The file appears whole or not at all.
 ///
 /// # Errors
 /// If it cannot be written.
 pub fn write_json(path: &Path, value: &impl Serialize) -> Result<(), MetricsError> {
-    let beside = with_suffix(path, ".new");
     let write = || {
         let mut text = serde_json::to_vec_pretty(value)?;
         text.push(b'\n');
-        let mut file = std::fs::File::create(&beside)?;
-        file.write_all(&text)?;
-        std::fs::rename(&beside, path)
+        files::write(path, &text, Readers::ByUmask)
     };
     write().map_err(|source| MetricsError::Write {
         path: path.to_owned(),

@@ -4,6 +4,7 @@
 //! leaves a log that can be read up to its last whole line.
 
 use super::recorder::MetricsError;
+use crate::files::{self, Readers};
 use hdrhistogram::Histogram;
 use hdrhistogram::serialization::V2DeflateSerializer;
 use hdrhistogram::serialization::interval_log::{IntervalLogWriterBuilder, IntervalLogWriterError, Tag};
@@ -33,7 +34,7 @@ impl IntervalLog {
     /// # Errors
     /// If the file cannot be made or written.
     pub fn create(path: PathBuf, comments: &[String], started: SystemTime) -> Result<Self, MetricsError> {
-        let file = File::create(&path).map_err(|source| MetricsError::Create {
+        let file = files::replace(&path, Readers::ByUmask).map_err(|source| MetricsError::Create {
             path: path.clone(),
             source,
         })?;

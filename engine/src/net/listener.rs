@@ -5,7 +5,11 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::sockopt::{
     KeepAlive, PeerCredentials, TcpKeepCount, TcpKeepIdle, TcpKeepInterval, TcpNoDelay, TcpUserTimeout,
 };
-use nix::sys::socket::{Shutdown, getsockopt, setsockopt, shutdown};
+use nix::sys::socket::{
+    self, AddressFamily, Backlog, Shutdown, SockFlag, SockType, UnixAddr, getsockopt, setsockopt, shutdown,
+    socket,
+};
+use nix::sys::stat::{Mode, fchmod};
 use std::io;
 use std::net::{IpAddr, Ipv6Addr, TcpListener, TcpStream};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
@@ -188,7 +192,9 @@ impl Listener {
                 })
             }
             ListenAddress::Unix(path) => {
-                let socket = retry_while_in_use(|| bind(path)).map_err(failed)?.into();
+                let socket = retry_while_in_use(|| bind(path, Clients::Group))
+                    .map_err(failed)?
+                    .into();
                 Ok(Self {
                     socket,
                     address: address.clone(),
@@ -327,21 +333,50 @@ fn retry_while_in_use<T>(bind: impl Fn() -> io::Result<T>) -> io::Result<T> {
     }
 }
 
+/// Who may connect to a UNIX socket, of those who can reach its directory. Never everybody, whatever the umask.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Clients {
+    /// This user alone.
+    Owner,
+    /// This user, and the group where the umask allows it: a QEMU may run as another user.
+    Group,
+}
+
+impl Clients {
+    fn mode(self) -> Mode {
+        match self {
+            Self::Owner => Mode::S_IRUSR | Mode::S_IWUSR,
+            Self::Group => Mode::S_IRUSR | Mode::S_IWUSR | Mode::S_IRGRP | Mode::S_IWGRP,
+        }
+    }
+}
+
 /// Binds a UNIX socket. A stale socket file, as a killed process leaves it, is replaced.
-fn bind(path: &Path) -> io::Result<UnixListener> {
+fn bind(path: &Path, clients: Clients) -> io::Result<UnixListener> {
     let is_socket = std::fs::symlink_metadata(path).is_ok_and(|meta| meta.file_type().is_socket());
     if is_socket && UnixStream::connect(path).is_err_and(|e| e.kind() == io::ErrorKind::ConnectionRefused) {
         std::fs::remove_file(path)?;
     }
-    UnixListener::bind(path)
+    let socket = socket(
+        AddressFamily::Unix,
+        SockType::Stream,
+        SockFlag::SOCK_CLOEXEC,
+        None,
+    )?;
+    // Linux gives the file the mode that the socket has when it is bound, less the umask: there is no instant at which others may
+    // connect, as there would be before a chmod, and other threads' files are not touched, as they would be by another umask.
+    fchmod(&socket, clients.mode())?;
+    socket::bind(socket.as_raw_fd(), &UnixAddr::new(path)?)?;
+    socket::listen(&socket, Backlog::MAXCONN)?;
+    Ok(socket.into())
 }
 
 /// A UNIX socket of the standard library's kind, bound as [`Listener::bind`] does it.
 ///
 /// # Errors
 /// If it cannot be bound.
-pub fn bind_unix(path: &Path) -> Result<UnixListener, ListenError> {
-    retry_while_in_use(|| bind(path)).map_err(|source| ListenError {
+pub fn bind_unix(path: &Path, clients: Clients) -> Result<UnixListener, ListenError> {
+    retry_while_in_use(|| bind(path, clients)).map_err(|source| ListenError {
         address: ListenAddress::Unix(path.to_owned()),
         source,
     })
@@ -369,6 +404,24 @@ mod tests {
         assert_eq!(host("::ffff:192.0.2.1"), host("192.0.2.1"));
         assert_ne!(host("192.0.2.1"), host("192.0.2.2"));
         assert_eq!(Origin::Process(7).group(), Origin::Process(7));
+    }
+
+    /// Under any umask: another test's thread may change nothing of it.
+    #[test]
+    fn a_socket_is_never_open_to_everybody() {
+        use std::os::unix::fs::PermissionsExt;
+        let directory = tempfile::tempdir().unwrap();
+        let mode = |path: &Path| std::fs::metadata(path).unwrap().permissions().mode() & 0o777;
+        let path = directory.path().join("control");
+        let _control = bind_unix(&path, Clients::Owner).unwrap();
+        assert_eq!(mode(&path), 0o600);
+        let path = directory.path().join("data");
+        let _data = Listener::bind(&ListenAddress::Unix(path.clone())).unwrap();
+        assert_eq!(
+            mode(&path) & 0o717,
+            0o600,
+            "no right to search, and none for others"
+        );
     }
 
     #[test]

@@ -13,5 +13,7 @@ mod sockopt;
 pub use address::{AddressError, ListenAddress};
 pub(crate) use descriptors::DescriptorReserve;
 pub(crate) use listener::is_gone;
-pub use listener::{AcceptError, Accepted, HostWatch, ListenError, Listener, Origin, Peer, bind_unix};
+pub use listener::{
+    AcceptError, Accepted, Clients, HostWatch, ListenError, Listener, Origin, Peer, bind_unix,
+};
 pub use sockopt::quick_ack;

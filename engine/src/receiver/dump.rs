@@ -6,6 +6,7 @@
 
 use super::kept_checkpoint::KeptCheckpoint;
 use crate::disk::{DiskError, copy_base};
+use crate::files::{self, Readers};
 use crate::store::{RESERVED_FILES, StoreError};
 use crate::units::CheckpointId;
 use serde::{Deserialize, Serialize};
@@ -154,8 +155,11 @@ fn write(checkpoint: &KeptCheckpoint, directory: &Path, disks: DumpDisks) -> Res
         _ => {}
     }
     let report = checkpoint.image.dump(directory)?;
-    std::fs::write(directory.join(HEADER_FILE), &description.header).map_err(failed)?;
-    std::fs::write(directory.join(VMDESC_FILE), &description.vmdesc).map_err(failed)?;
+    let write = |name: &str, content: &[u8]| {
+        files::write(&directory.join(name), content, Readers::Owner).map_err(failed)
+    };
+    write(HEADER_FILE, &description.header)?;
+    write(VMDESC_FILE, &description.vmdesc)?;
     let name = |path: &Path| {
         path.file_name()
             .unwrap_or_default()
@@ -185,7 +189,7 @@ fn write(checkpoint: &KeptCheckpoint, directory: &Path, disks: DumpDisks) -> Res
     };
     let mut text = serde_json::to_vec_pretty(&dumped)?;
     text.push(b'\n');
-    std::fs::write(index, text).map_err(failed)?;
+    write(INDEX_FILE, &text)?;
     Ok(dumped)
 }
 
@@ -212,10 +216,7 @@ fn dump_disks(
         directory: directory.join(DISKS_DIRECTORY),
         source,
     };
-    match std::fs::create_dir(directory.join(DISKS_DIRECTORY)) {
-        Err(error) if error.kind() != std::io::ErrorKind::AlreadyExists => return Err(failed(error)),
-        _ => {}
-    }
+    files::directory(&directory.join(DISKS_DIRECTORY)).map_err(failed)?;
     let mut dumped = Vec::new();
     for disk in checkpoint.disks.restored(number)? {
         let file = format!("{DISKS_DIRECTORY}/{}.raw", disk.name);

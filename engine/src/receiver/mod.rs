@@ -56,7 +56,7 @@ pub use status::{GuestBlock, STATUS_SCHEMA, STATUS_VERSION, SessionState, Sessio
 use crate::host::{Placement, Topology};
 use crate::metrics::{MetricsError, Report};
 pub use crate::net::{AddressError, ListenAddress, ListenError};
-use crate::net::{Listener, bind_unix};
+use crate::net::{Clients, Listener, bind_unix};
 use crate::ring::PlaneError;
 use crate::store::FlusherError;
 use control::{ClientEvent, ControlInputs, PendingRequest};
@@ -282,13 +282,11 @@ impl Receiver {
 fn bind_control(
     path: &std::path::Path,
 ) -> Result<(std::os::unix::net::UnixListener, PathBuf), ReceiverError> {
-    use std::os::unix::fs::PermissionsExt;
     let failed = |source| ReceiverError::Control {
         path: path.to_owned(),
         source,
     };
-    let listener = bind_unix(path)?;
-    std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o600)).map_err(failed)?;
+    let listener = bind_unix(path, Clients::Owner)?;
     listener.set_nonblocking(true).map_err(failed)?;
     Ok((listener, path.to_owned()))
 }

@@ -6,6 +6,7 @@
 //! and the dump is of one checkpoint: the one committed at the end.
 
 use crate::blocks::BlockTable;
+use crate::files::{self, NewFile, Readers};
 use crate::store::cache::plan::FlushPlan;
 use crate::store::commit::bitmap::DirtyBitmap;
 use crate::store::committed::CommittedImage;
@@ -18,7 +19,7 @@ use crate::units::PageRun;
 use crate::units::{CheckpointId, PAGE_BYTES, PAGE_SIZE};
 use std::fs::{self, File};
 use std::io::Write;
-use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::PoisonError;
 
@@ -151,41 +152,25 @@ fn read_plan(image: &RamImage, plan: &FlushPlan) -> Vec<[u8; PAGE_SIZE]> {
     pages
 }
 
-/// A file that has its name only when the dump is complete.
-struct DumpFile {
-    path: PathBuf,
-    part: PathBuf,
-    file: File,
-}
+/// A file that has its name only when the dump is complete. No block's own file can be named as such a part
+/// (`file_names.rs`).
+struct DumpFile(NewFile);
 
 impl DumpFile {
-    fn create(path: PathBuf, bytes: u64) -> Result<Self, StoreError> {
-        let mut part = path.clone().into_os_string();
-        // No block's own file can be named so (`file_names.rs`).
-        part.push("~part");
-        let part = PathBuf::from(part);
-        let made = || {
-            // Of a dump that was killed. Never written through: it might be a link.
-            match fs::remove_file(&part) {
-                Err(error) if error.kind() != std::io::ErrorKind::NotFound => return Err(error),
-                _ => {}
-            }
-            // Readable by its owner alone: it has a guest's secrets.
-            let mut options = File::options();
-            let file = options.write(true).create_new(true).mode(0o600).open(&part)?;
-            file.set_len(bytes)?;
-            Ok(file)
-        };
-        let file = made().map_err(|error| StoreError::file(&part, error))?;
-        Ok(Self { path, part, file })
+    fn create(path: &Path, bytes: u64) -> Result<Self, StoreError> {
+        let made = NewFile::create(path, Readers::Owner).and_then(|new| {
+            new.file().set_len(bytes)?;
+            Ok(Self(new))
+        });
+        made.map_err(|error| StoreError::file(&files::part_of(path), error))
     }
 
     fn refused(&self, source: std::io::Error) -> StoreError {
-        StoreError::file(&self.part, source)
+        StoreError::file(self.0.part(), source)
     }
 
     fn write(&self, span: PageSpan<'_>, offset: u64) -> Result<(), StoreError> {
-        span.write_to(&self.file, offset)
+        span.write_to(self.0.file(), offset)
             .map_err(|error| self.refused(error))
     }
 
@@ -208,13 +193,6 @@ impl DumpFile {
     }
 }
 
-impl Drop for DumpFile {
-    fn drop(&mut self) {
-        // It was renamed if the dump is complete; otherwise it is half a file, and an error was returned.
-        drop(fs::remove_file(&self.part));
-    }
-}
-
 /// The files of a dump under way.
 struct DumpFiles {
     directory: PathBuf,
@@ -230,12 +208,12 @@ impl DumpFiles {
         let names = file_names(table, &[DEVICE_STATE_FILE, description, header, vmdesc, disks]);
         let blocks = table.iter().zip(names);
         let create = |((_, block), name): ((_, &crate::blocks::RamBlock), String)| {
-            DumpFile::create(directory.join(name), block.used_length)
+            DumpFile::create(&directory.join(name), block.used_length)
         };
         Ok(Self {
             directory: directory.to_owned(),
             blocks: blocks.map(create).collect::<Result<_, _>>()?,
-            device_state: DumpFile::create(directory.join(DEVICE_STATE_FILE), 0)?,
+            device_state: DumpFile::create(&directory.join(DEVICE_STATE_FILE), 0)?,
         })
     }
 
@@ -272,14 +250,14 @@ impl DumpFiles {
         for (page, content) in places.zip(pages) {
             let (id, offset) = image.table().locate(page);
             let block = &self.blocks[usize::from(id.0)];
-            let wrote = block.file.write_all_at(content, offset);
+            let wrote = block.0.file().write_all_at(content, offset);
             wrote.map_err(|error| block.refused(error))?;
         }
         Ok(())
     }
 
     fn write_device_state(&self, bytes: &[u8]) -> Result<(), StoreError> {
-        let wrote = (&self.device_state.file).write_all(bytes);
+        let wrote = self.device_state.0.file().write_all(bytes);
         wrote.map_err(|error| self.device_state.refused(error))
     }
 
@@ -293,22 +271,23 @@ impl DumpFiles {
     ) -> Result<DumpReport, StoreError> {
         let files = || self.blocks.iter().chain([&self.device_state]);
         for file in files() {
-            file.file.sync_all().map_err(|error| file.refused(error))?;
+            file.0.sync().map_err(|error| file.refused(error))?;
         }
         for file in files() {
-            fs::rename(&file.part, &file.path).map_err(|error| StoreError::file(&file.path, error))?;
+            let renamed = file.0.rename();
+            renamed.map_err(|error| StoreError::file(file.0.path(), error))?;
         }
         let synced = File::open(&self.directory).and_then(|directory| directory.sync_all());
         synced.map_err(|error| StoreError::file(&self.directory, error))?;
         let dumped = |((_, block), file): ((_, &crate::blocks::RamBlock), &DumpFile)| DumpedBlock {
             name: block.name.clone(),
-            file: file.path.clone(),
+            file: file.0.path().to_owned(),
             bytes: block.used_length,
         };
         Ok(DumpReport {
             checkpoint,
             blocks: table.iter().zip(&self.blocks).map(dumped).collect(),
-            device_state: self.device_state.path.clone(),
+            device_state: self.device_state.0.path().to_owned(),
             passes,
         })
     }
@@ -339,10 +318,13 @@ mod tests {
             .unwrap();
         let flusher = Flusher::new(CopyMethod::Memcpy, 0, &[]).unwrap();
         store.commit(CheckpointId(0), &mut Vec::new(), &flusher);
-        let full = || DumpFile {
-            path: "/dev/full".into(),
-            part: "/nonexistent/pc.ram~part".into(),
-            file: File::options().write(true).open("/dev/full").unwrap(),
+        let full = || {
+            let file = File::options().write(true).open("/dev/full").unwrap();
+            DumpFile(NewFile::of(
+                "/dev/full".into(),
+                "/nonexistent/pc.ram~part".into(),
+                file,
+            ))
         };
         let files = DumpFiles {
             directory: "/nonexistent".into(),

@@ -3,6 +3,7 @@
 
 mod connections;
 mod control;
+mod files;
 mod hooks;
 mod sessions;
 mod stderr;

@@ -6,8 +6,9 @@ use super::{
     BLOCK_MAX, CaptureError, CaptureInfo, DATA_MAX, Event, FORMAT_VERSION, INFO_MAX, MAGIC, OrderError,
     Record, TEXT_MAX, record,
 };
+use colo_ring::files::{self, Readers};
 use serde::Serialize;
-use std::fs::{File, OpenOptions};
+use std::fs::File;
 use std::io::{self, Write};
 use std::path::Path;
 use std::time::Duration;
@@ -61,7 +62,7 @@ impl CaptureWriter<File> {
     /// # Errors
     /// If the file exists already or cannot be made, or `info` is too long.
     pub fn create(path: &Path, info: &CaptureInfo, compression: Compression) -> Result<Self, CaptureError> {
-        let file = OpenOptions::new().write(true).create_new(true).open(path);
+        let file = files::create_new(path, Readers::Owner);
         let file = file.map_err(|source| match source.kind() {
             io::ErrorKind::AlreadyExists => CaptureError::Exists(path.to_owned()),
             _ => CaptureError::Open {
@@ -72,12 +73,12 @@ impl CaptureWriter<File> {
         Self::new(file, info, compression)
     }
 
-    /// Begins a capture in a file, in place of what it has.
+    /// Begins a capture in place of a file of this user.
     ///
     /// # Errors
-    /// If the file cannot be made, or `info` is too long.
+    /// If something else is there, or the file cannot be made, or `info` is too long.
     pub fn replace(path: &Path, info: &CaptureInfo, compression: Compression) -> Result<Self, CaptureError> {
-        let file = File::create(path).map_err(|source| CaptureError::Open {
+        let file = files::replace(path, Readers::Owner).map_err(|source| CaptureError::Open {
             path: path.to_owned(),
             source,
         })?;

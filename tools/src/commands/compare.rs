@@ -3,6 +3,7 @@
 use crate::comparison::{CompareError, Options, Run, Unit, gather, html, report};
 use crate::output::{CommandError, print, print_json, printable, tell};
 use clap::Args;
+use colo_ring::files::{self, Readers};
 use std::path::PathBuf;
 use std::process::ExitCode;
 
@@ -71,7 +72,7 @@ pub fn run(args: &CompareArgs) -> Result<ExitCode, CommandError> {
     };
     let comparison = report(&runs, options).map_err(failed)?;
     if let Some(path) = &args.html {
-        std::fs::write(path, html::page(&comparison)).map_err(|error| {
+        files::write(path, html::page(&comparison).as_bytes(), Readers::ByUmask).map_err(|error| {
             CommandError::Failed(format!("cannot write the page {}: {error}", path.display()))
         })?;
     }

@@ -159,7 +159,7 @@ fn the_report_is_whole_and_can_be_read_back() {
     ] {
         assert!(text.contains(key), "{key} is missing in {text}");
     }
-    assert!(!with_suffix(&prefix, ".json.new").exists());
+    assert!(!with_suffix(&prefix, ".json~part").exists());
 }
 
 #[test]

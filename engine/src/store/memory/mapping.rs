@@ -65,12 +65,13 @@ impl Mapping {
         let size = pages_only(length);
         // SAFETY: the kernel chooses the place, so that no memory in use is mapped over.
         let base = unsafe { mman::mmap(None, size, READ_WRITE, MapFlags::MAP_SHARED, file, 0)? };
-        Ok(Self {
+        let made = Self {
             base: base.cast(),
             length: size.get(),
             origin: Origin::Shared,
             huge,
-        })
+        };
+        made.keep_from_cores()
     }
 
     /// Private memory of ordinary pages.
@@ -78,12 +79,13 @@ impl Mapping {
         let size = pages_only(length);
         // SAFETY: the kernel chooses the place, so that no memory in use is mapped over.
         let base = unsafe { mman::mmap_anonymous(None, size, READ_WRITE, MapFlags::MAP_PRIVATE)? };
-        Ok(Self {
+        let made = Self {
             base: base.cast(),
             length: size.get(),
             origin: Origin::Private,
             huge: false,
-        })
+        };
+        made.keep_from_cores()
     }
 
     /// Private memory of this host's default huge pages, reserved.
@@ -97,12 +99,22 @@ impl Mapping {
         let base = unsafe { hugepage_rs::alloc(layout) };
         // Null stands for a failed mmap, whose errno is still there.
         let base = NonNull::new(base).ok_or_else(Errno::last)?;
-        Ok(Self {
+        let made = Self {
             base,
             length: size.get(),
             origin: Origin::HugepageRs(layout),
             huge: true,
-        })
+        };
+        made.keep_from_cores()
+    }
+
+    /// Keeps the memory out of core dumps: it has a guest's secrets.
+    fn keep_from_cores(self) -> Result<Self, Errno> {
+        // Miri has no such advice, and makes no core dumps.
+        if !cfg!(miri) {
+            self.advise(0, self.length, MmapAdvise::MADV_DONTDUMP)?;
+        }
+        Ok(self)
     }
 
     pub(crate) fn len(&self) -> usize {

@@ -3,6 +3,7 @@
 //! All files of a guest begin with its **label** and a dot. What follows is the name of a RAM block, or one with a `~` in
 //! front, which no block has (`file_names.rs`): those in which a checkpoint outlives its receiver (`record.rs`).
 
+use crate::files::{self, Readers};
 use crate::store::StoreError;
 use crate::store::memory::huge::HUGE_2M;
 use crate::store::memory::mapping::Mapping;
@@ -107,13 +108,7 @@ impl RamFiles {
     /// Makes a file for at least `length` bytes.
     pub(crate) fn create(&self, name: &str, length: u64) -> Result<MemoryFile, StoreError> {
         let path = self.path(name);
-        let made = File::options()
-            .read(true)
-            .write(true)
-            .create_new(true)
-            // Readable by its owner alone: it has a guest's secrets.
-            .mode(0o600)
-            .open(&path);
+        let made = files::create_new(&path, Readers::Owner);
         let file = made.map_err(|error| match error.kind() {
             io::ErrorKind::AlreadyExists => StoreError::RamFileExists(path.clone()),
             _ => StoreError::file(&path, error),

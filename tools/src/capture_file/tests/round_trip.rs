@@ -162,6 +162,27 @@ fn a_file_that_exists_is_not_overwritten() {
     assert!(text.contains("exists already"), "{text}");
 }
 
+/// A capture has the guest's whole memory.
+#[test]
+fn a_capture_is_its_owners_alone_and_overwrites_nothing_of_others() {
+    use std::os::unix::fs::PermissionsExt;
+    let directory = tempfile::tempdir().unwrap();
+    let [path, victim] = ["session.cap", "victim"].map(|name| directory.path().join(name));
+    let mode = || std::fs::metadata(&path).unwrap().permissions().mode() & 0o777;
+    drop(CaptureWriter::create(&path, &info(), Compression::None).unwrap());
+    assert_eq!(mode(), 0o600);
+    std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o644)).unwrap();
+    drop(CaptureWriter::replace(&path, &info(), Compression::None).unwrap());
+    assert_eq!(mode(), 0o600);
+    std::fs::write(&victim, "precious").unwrap();
+    std::fs::remove_file(&path).unwrap();
+    std::os::unix::fs::symlink(&victim, &path).unwrap();
+    let refused = CaptureWriter::replace(&path, &info(), Compression::None).map(drop);
+    let text = refused.unwrap_err().to_string();
+    assert!(text.contains("is not replaced"), "{text}");
+    assert_eq!(std::fs::read(&victim).unwrap(), b"precious");
+}
+
 /// Takes so many bytes and is then full.
 struct Disk {
     room: usize,

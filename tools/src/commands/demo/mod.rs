@@ -10,6 +10,7 @@ use crate::cores::default_cores;
 use crate::options::Size;
 use crate::output::{CommandError, ProgressLine, print, print_json, table, tell};
 use clap::Args;
+use colo_ring::files::{self, Readers};
 use colo_ring::host::Machine;
 use colo_ring::metrics::Phase;
 use contestant::{Contestant, Variant, VariantReport, Warnings};
@@ -121,7 +122,7 @@ pub fn run(args: &DemoArgs) -> Result<ExitCode, CommandError> {
     let default_page = (!args.json).then_some(Path::new(HTML_DEFAULT));
     let page = args.html.as_deref().or(default_page);
     let written = page.map(|page| {
-        std::fs::write(page, html::page(&compare(&[])?)).map_err(|error| {
+        files::write(page, html::page(&compare(&[])?).as_bytes(), Readers::ByUmask).map_err(|error| {
             CommandError::Failed(format!(
                 "cannot write the page {}: {error}; choose another place with --html FILE",
                 page.display()

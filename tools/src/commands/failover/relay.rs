@@ -1,6 +1,7 @@
 //! A stream that the receiver writes to a socket, on its way to standard output.
 
 use crate::output::CommandError;
+use colo_ring::net::{Clients, bind_unix};
 use std::io::{self, Write};
 use std::os::unix::net::UnixListener;
 use std::path::Path;
@@ -14,8 +15,7 @@ pub(super) fn to_stdout<T: Send>(
     socket: &Path,
     restore: impl FnOnce(String) -> Result<T, CommandError> + Send,
 ) -> Result<T, CommandError> {
-    let failed = |error: io::Error| CommandError::Failed(format!("{}: {error}", socket.display()));
-    let listener = UnixListener::bind(socket).map_err(failed)?;
+    let listener = bind_unix(socket, Clients::Owner).map_err(CommandError::failed)?;
     std::thread::scope(|scope| {
         let restoring = scope.spawn(|| {
             let restored = restore(format!("unix:{}", socket.display()));

@@ -5,10 +5,11 @@ use super::started::Started;
 use crate::output::CommandError;
 use crate::qmp::{Qmp, QmpError};
 use colo_ring::failover::IGNORE_SHARED;
+use colo_ring::files::{self, Readers};
 use colo_ring::receiver::{ClaimedCheckpoint, GuestBlock};
 use serde_json::{Value, json};
-use std::fs::{self, File};
-use std::os::unix::fs::MetadataExt;
+use std::fs::{self, DirBuilder};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, PermissionsExt};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -36,6 +37,9 @@ const PAUSED_POLL: Duration = Duration::from_millis(1);
 /// Lines of QEMU's own words in an error.
 const LOG_LINES: usize = 10;
 
+/// A monitor in a run directory is as much as the guest itself.
+const RUN_DIRECTORY_MODE: u32 = 0o700;
+
 /// A directory for sockets and QEMU's log, for this user alone.
 #[derive(Debug)]
 pub(super) struct RunDirectory {
@@ -48,11 +52,15 @@ impl RunDirectory {
     /// `path`, which is made where it is not there, or a new one in the temporary directory.
     pub(super) fn new(path: Option<&Path>, session: u32) -> Result<Self, CommandError> {
         let made = match path {
-            Some(path) => fs::create_dir_all(path)
+            Some(path) => DirBuilder::new()
+                .recursive(true)
+                .mode(RUN_DIRECTORY_MODE)
+                .create(path)
                 .and_then(|()| path.canonicalize())
                 .map(|path| (path, None)),
             None => tempfile::Builder::new()
                 .prefix(&format!("colo-ring-failover-{session}-"))
+                .permissions(fs::Permissions::from_mode(RUN_DIRECTORY_MODE))
                 .tempdir()
                 .map(|made| (made.path().to_owned(), Some(made))),
         };
@@ -119,7 +127,8 @@ impl Waiting {
         let pauses = line.start_paused();
         let failed =
             |what: &str, error: &dyn std::fmt::Display| CommandError::Failed(format!("{what}: {error}"));
-        let out = File::create(&log).map_err(|error| failed(&log.display().to_string(), &error))?;
+        let out = files::replace(&log, Readers::Owner)
+            .map_err(|error| failed(&log.display().to_string(), &error))?;
         let err = out
             .try_clone()
             .map_err(|error| failed(&log.display().to_string(), &error))?;
@@ -441,4 +450,19 @@ fn last_lines(log: &Path) -> String {
 
 fn refuse<T>(why: &str) -> Result<T, CommandError> {
     Err(CommandError::Failed(why.to_owned()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_run_directory_is_its_users_alone() {
+        let mode =
+            |directory: &RunDirectory| fs::metadata(&directory.path).unwrap().permissions().mode() & 0o777;
+        assert_eq!(mode(&RunDirectory::new(None, 1).unwrap()), 0o700);
+        let scratch = tempfile::tempdir().unwrap();
+        let named = RunDirectory::new(Some(&scratch.path().join("a/b")), 1).unwrap();
+        assert_eq!(mode(&named), 0o700);
+    }
 }

@@ -6,6 +6,7 @@
 use super::gate::{Counts, GateError, OutputGate};
 use super::tap::Tap;
 use colo_ring::link::HeldOutput;
+use colo_ring::net::{Clients, bind_unix};
 use colo_ring::units::CheckpointId;
 use nix::poll::PollFlags;
 use std::io::{self, ErrorKind, Read, Write};
@@ -70,7 +71,7 @@ impl Relay {
     /// # Errors
     /// If the socket cannot be made.
     pub(super) fn listen(nic: String, path: &Path, tap: Tap, held_max: u32, holds: bool) -> io::Result<Self> {
-        let listener = colo_ring::net::bind_unix(path).map_err(io::Error::other)?;
+        let listener = bind_unix(path, Clients::Group).map_err(io::Error::other)?;
         listener.set_nonblocking(true)?;
         let mut held = HeldOutput::new(held_max.into());
         if holds {

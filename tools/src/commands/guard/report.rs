@@ -5,6 +5,7 @@ use super::{GuardArgs, OnReceiverLost};
 use crate::options::ControlAddress;
 use crate::output::{CommandError, tell};
 use colo_ring::metrics::{IntervalLog, MetricsError, with_suffix};
+use colo_ring::net::{Clients, bind_unix};
 use hdrhistogram::Histogram;
 use serde::Serialize;
 use std::io::Write;
@@ -112,7 +113,7 @@ impl Shown {
     pub(super) fn start(report: GuardReport, control: Option<&ControlAddress>) -> Result<Self, CommandError> {
         let shown = Self(Arc::new(Mutex::new(report)));
         let Some(address) = control else { return Ok(shown) };
-        let listener = colo_ring::net::bind_unix(&address.0).map_err(CommandError::failed)?;
+        let listener = bind_unix(&address.0, Clients::Owner).map_err(CommandError::failed)?;
         let served = shown.clone();
         let serve = move || {
             for mut client in listener.incoming().flatten() {

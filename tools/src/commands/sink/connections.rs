@@ -1,6 +1,7 @@
 //! Accepting the connections of one session.
 
 use crate::net::Socket;
+use colo_ring::net::{Clients, bind_unix};
 use colo_ring::receiver::ListenAddress;
 use colo_ring::wire::stream::MAIN_MAGIC;
 use nix::sys::socket::{MsgFlags, recv};
@@ -25,7 +26,10 @@ impl Listener {
     pub(super) fn bind(address: &ListenAddress) -> io::Result<Self> {
         Ok(match address {
             ListenAddress::Tcp(socket_address) => Self::Tcp(TcpListener::bind(socket_address)?),
-            ListenAddress::Unix(path) => Self::Unix(UnixListener::bind(path)?, address.clone()),
+            ListenAddress::Unix(path) => {
+                let listener = bind_unix(path, Clients::Group).map_err(io::Error::other)?;
+                Self::Unix(listener, address.clone())
+            }
         })
     }
 
