@@ -3,6 +3,7 @@
 //!
 //! Every address of the wire passes through [`BlockTable::page`], so a [`PageIndex`] is always inside the guest.
 
+use crate::text;
 use crate::units::{BlockId, PAGE_BYTES, PageIndex};
 use thiserror::Error;
 
@@ -32,7 +33,7 @@ impl RamBlock {
 
     #[cold]
     fn refuse(&self, offset: u64) -> NotAPage {
-        let name = self.display_name().into_owned();
+        let name = self.display_name();
         NotAPage {
             name,
             offset,
@@ -40,9 +41,14 @@ impl RamBlock {
         }
     }
 
-    /// The name for people.
-    pub fn display_name(&self) -> std::borrow::Cow<'_, str> {
-        String::from_utf8_lossy(&self.name)
+    /// The name for people, as part of a line.
+    pub fn display_name(&self) -> String {
+        text::printable_bytes(&self.name)
+    }
+
+    /// The name for programs: as the primary gave it, if that is UTF-8.
+    pub fn name_text(&self) -> String {
+        text::from_bytes(&self.name)
     }
 }
 
@@ -121,11 +127,11 @@ impl BlockTable {
                 return Err(BlockListError::LongName(position));
             }
             if used_length == 0 || used_length % PAGE_BYTES != 0 {
-                let name = String::from_utf8_lossy(&name).into_owned();
+                let name = text::printable_bytes(&name);
                 return Err(BlockListError::Length { name, used_length });
             }
             if !seen.insert(name.clone()) {
-                let name = String::from_utf8_lossy(&name).into_owned();
+                let name = text::printable_bytes(&name);
                 return Err(BlockListError::Duplicate { name });
             }
             let first_page = PageIndex::new(sum / PAGE_BYTES);

@@ -20,5 +20,6 @@ pub mod ring;
 pub mod session;
 pub mod store;
 mod sync;
+pub mod text;
 pub mod units;
 pub mod wire;

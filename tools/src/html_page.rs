@@ -1,5 +1,7 @@
-//! An HTML page that needs no other file: no script, nothing is loaded.
+//! An HTML page that needs no other file: no script, nothing is loaded, and nothing that a peer has chosen is
+//! a command to a terminal that shows it.
 
+use colo_ring::text::printable_lines;
 use maud::{DOCTYPE, Markup, PreEscaped, html};
 
 /// The page; `style` is its style sheet. Light and dark are the reader's.
@@ -18,5 +20,5 @@ pub fn html_page(title: &str, style: &str, body: &Markup) -> String {
             body { (body) }
         }
     };
-    page.into_string()
+    printable_lines(&page.into_string())
 }

@@ -1,6 +1,8 @@
 //! What the command prints: results on standard output, everything else on standard error.
 
 use crate::stderr;
+pub use colo_ring::text::printable;
+use colo_ring::text::{self, printable_lines};
 use serde::Serialize;
 use std::fmt::Display;
 use std::io::{self, BufWriter, IsTerminal, StdoutLock, Write};
@@ -43,7 +45,7 @@ impl CommandError {
 
 /// A line on standard error.
 pub fn tell(line: &str) {
-    stderr::write(format!("{line}\n"));
+    stderr::write(printable_lines(line) + "\n");
 }
 
 /// A result for people, on standard output.
@@ -52,7 +54,7 @@ pub fn tell(line: &str) {
 /// If standard output cannot be written.
 pub fn print(text: &str) -> Result<(), CommandError> {
     let mut out = io::stdout().lock();
-    out.write_all(text.as_bytes())?;
+    out.write_all(printable_lines(text).as_bytes())?;
     Ok(out.flush()?)
 }
 
@@ -61,9 +63,8 @@ pub fn print(text: &str) -> Result<(), CommandError> {
 /// # Errors
 /// If standard output cannot be written.
 pub fn print_json(value: &impl Serialize) -> Result<(), CommandError> {
-    let mut text = serde_json::to_string_pretty(value).map_err(io::Error::from)?;
-    text.push('\n');
-    print(&text)
+    let text = text::json(value).map_err(io::Error::from)?;
+    print(&(text + "\n"))
 }
 
 /// The line at the bottom of a terminal that shows progress. Without a terminal there is none.
@@ -89,7 +90,7 @@ impl ProgressLine {
     /// Shows `text` in place of what was shown.
     pub fn show(&mut self, text: &str) {
         if self.terminal {
-            stderr::write(format!("\r\x1b[K{text}"));
+            stderr::write(format!("\r\x1b[K{}", printable(text)));
             self.shown = true;
         }
     }
@@ -126,6 +127,10 @@ fn bar(done: usize, all: usize, next: &str) -> String {
 
 /// A table of texts: the first column to the left, the others to the right, as numbers are.
 pub fn table(rows: &[Vec<String>]) -> String {
+    let rows: Vec<Vec<String>> = rows
+        .iter()
+        .map(|row| row.iter().map(|cell| printable(cell)).collect())
+        .collect();
     let columns = rows.iter().map(Vec::len).max().unwrap_or(0);
     let width = |column: usize| {
         let cells = rows.iter().filter_map(|row| row.get(column));
@@ -133,7 +138,7 @@ pub fn table(rows: &[Vec<String>]) -> String {
     };
     let widths: Vec<_> = (0..columns).map(width).collect();
     let mut text = String::new();
-    for row in rows {
+    for row in &rows {
         let cells = row.iter().zip(&widths).enumerate();
         let cells = cells.map(|(column, (cell, width))| match column {
             0 => format!("{cell:<width$}"),
@@ -143,12 +148,6 @@ pub fn table(rows: &[Vec<String>]) -> String {
         text.push('\n');
     }
     text
-}
-
-/// Text from a file or a peer, for a terminal: control characters would be commands to it.
-pub fn printable(text: &str) -> String {
-    let letter = |letter: char| if letter.is_control() { '\u{fffd}' } else { letter };
-    text.chars().map(letter).collect()
 }
 
 /// A listing of any length, item by item: lines of a table for people; for machines one JSON object whose last key is
@@ -168,7 +167,7 @@ impl Lines {
     pub fn new(json: bool, around: &impl Serialize, key: &str) -> Result<Self, CommandError> {
         let mut out = BufWriter::new(io::stdout().lock());
         if json {
-            let object = serde_json::to_string_pretty(around).map_err(io::Error::from)?;
+            let object = text::json(around).map_err(io::Error::from)?;
             let open = object.trim_end().trim_end_matches('}').trim_end();
             write!(out, "{open},\n  \"{key}\": [")?;
         }
@@ -206,14 +205,14 @@ impl Lines {
             return self.line(&cells());
         }
         let separator = if std::mem::take(&mut self.empty) { "" } else { "," };
-        let text = serde_json::to_string(item).map_err(io::Error::from)?;
+        let text = text::json_line(item).map_err(io::Error::from)?;
         Ok(write!(self.out, "{separator}\n    {text}")?)
     }
 
     fn line(&mut self, cells: &[String]) -> Result<(), CommandError> {
         let padded = cells.iter().enumerate().map(|(column, cell)| {
             let width = self.widths.get(column).copied().unwrap_or(0);
-            format!("{cell:>width$}")
+            format!("{:>width$}", printable(cell))
         });
         let line = padded.collect::<Vec<_>>().join("  ");
         Ok(writeln!(self.out, "{}", line.trim_end())?)
@@ -258,7 +257,8 @@ mod tests {
     }
 
     #[test]
-    fn nothing_in_a_text_commands_a_terminal() {
-        assert_eq!(printable("a\u{1b}[2Jä\n"), "a\u{fffd}[2Jä\u{fffd}");
+    fn no_cell_commands_a_terminal_or_adds_a_row() {
+        let row = ["a\u{1b}[2J", "b\nc"].map(str::to_owned).to_vec();
+        assert_eq!(table(&[row]), "a\\u{1b}[2J  b\\nc\n");
     }
 }

@@ -2,6 +2,7 @@
 
 use super::MetricsError;
 use crate::files::{self, Readers};
+use crate::text;
 use serde::Serialize;
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
@@ -19,9 +20,8 @@ pub fn with_suffix(prefix: &Path, suffix: &str) -> PathBuf {
 /// If it cannot be written.
 pub fn write_json(path: &Path, value: &impl Serialize) -> Result<(), MetricsError> {
     let write = || {
-        let mut text = serde_json::to_vec_pretty(value)?;
-        text.push(b'\n');
-        files::write(path, &text, Readers::ByUmask)
+        let text = text::json(value)? + "\n";
+        files::write(path, text.as_bytes(), Readers::ByUmask)
     };
     write().map_err(|source| MetricsError::Write {
         path: path.to_owned(),

@@ -8,6 +8,7 @@ use super::kept_checkpoint::KeptCheckpoint;
 use crate::disk::{DiskError, copy_base};
 use crate::files::{self, Readers};
 use crate::store::{RESERVED_FILES, StoreError};
+use crate::text;
 use crate::units::CheckpointId;
 use serde::{Deserialize, Serialize};
 use std::path::{Path, PathBuf};
@@ -167,7 +168,7 @@ fn write(checkpoint: &KeptCheckpoint, directory: &Path, disks: DumpDisks) -> Res
             .into_owned()
     };
     let blocks = report.blocks.iter().map(|block| DumpedBlock {
-        name: String::from_utf8_lossy(&block.name).into_owned(),
+        name: text::from_bytes(&block.name),
         used_length: block.bytes,
         file: name(&block.file),
     });
@@ -187,9 +188,8 @@ fn write(checkpoint: &KeptCheckpoint, directory: &Path, disks: DumpDisks) -> Res
         disks,
         disks_left_out,
     };
-    let mut text = serde_json::to_vec_pretty(&dumped)?;
-    text.push(b'\n');
-    write(INDEX_FILE, &text)?;
+    let index = text::json(&dumped)? + "\n";
+    write(INDEX_FILE, index.as_bytes())?;
     Ok(dumped)
 }
 

@@ -88,7 +88,7 @@ impl GuestBlock {
     /// Those of an image, in its primary's order.
     pub(super) fn all(image: &CommittedImage) -> Vec<Self> {
         let block = |(id, block): (_, &crate::blocks::RamBlock)| Self {
-            name: block.display_name().into_owned(),
+            name: block.name_text(),
             used_length: block.used_length,
             file: image.image_file(id).map(Into::into),
         };

@@ -129,7 +129,7 @@ impl StoreError {
 
     pub(crate) fn no_memory(block: &RamBlock, bytes: u64, errno: Errno) -> Self {
         Self::NoImageMemory {
-            block: block.display_name().into_owned(),
+            block: block.display_name(),
             mib: bytes.div_ceil(1 << 20),
             source: errno.into(),
         }

@@ -5,6 +5,7 @@ mod connections;
 mod control;
 mod files;
 mod hooks;
+mod names;
 mod sessions;
 mod stderr;
 mod threads;

@@ -82,7 +82,7 @@ fn render(status: &StatusReport) -> String {
         }
         let largest = session.blocks.iter().max_by_key(|block| block.used_length);
         if let Some((block, file)) = largest.and_then(|block| Some((block, block.file.as_ref()?))) {
-            let (number, name) = (session.session, &block.name);
+            let (number, name) = (session.session, printable(&block.name));
             text.push_str(&format!(
                 "session {number}: ram block {name} is {}\n",
                 file.display()

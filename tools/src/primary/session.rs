@@ -150,9 +150,7 @@ impl SynthPrimary {
     /// The blocks' names and lengths in bytes, in the order of the list.
     pub fn blocks(&self) -> Vec<(String, u64)> {
         let guest = self.ram.read();
-        let block = |(_, block): (_, &colo_ring::blocks::RamBlock)| {
-            (block.display_name().into_owned(), block.used_length)
-        };
+        let block = |(_, block): (_, &colo_ring::blocks::RamBlock)| (block.name_text(), block.used_length);
         guest.table().iter().map(block).collect()
     }
 

@@ -6,6 +6,7 @@
 use super::error::RequestError;
 use super::protocol::{Request, Response};
 use crate::receiver::promotion::ClientId;
+use crate::text;
 use serde::Serialize;
 use std::cell::Cell;
 use std::io;
@@ -175,13 +176,13 @@ async fn serve_client(
             Ok(response) => (Some(response), None),
             Err(error) => (None, Some(error.to_string())),
         };
-        let mut text = serde_json::to_vec(&Line {
+        let line = Line {
             ok: error.is_none(),
             answer,
             error,
-        })?;
-        text.push(b'\n');
-        conversation.within(write.write_all(&text)).await?;
+        };
+        let text = text::json_line(&line)? + "\n";
+        conversation.within(write.write_all(text.as_bytes())).await?;
         if !is_whole {
             return Ok(());
         }

@@ -207,7 +207,7 @@ impl Lack {
     fn note(&self, block: &RamBlock) -> Fallback {
         let (page_kib, needed) = (self.page >> 10, block.used_length / self.page);
         Fallback::Image {
-            block: block.display_name().into_owned(),
+            block: block.display_name(),
             needed,
             page_kib,
             got: huge::instead(&huge::transparent_shared()),

@@ -1,5 +1,6 @@
 //! The operator's QEMU command line: what is read of it, and what is added.
 
+use crate::output::printable;
 use colo_ring::receiver::GuestBlock;
 use serde_json::Value;
 use std::path::Path;
@@ -208,7 +209,7 @@ pub(super) fn main_block<'a>(
     let listed = || {
         let large = blocks.iter().filter(|block| block.used_length >= MIB);
         let large: Vec<_> = large
-            .map(|block| format!("{} ({} MiB)", block.name, block.used_length / MIB))
+            .map(|block| format!("{} ({} MiB)", printable(&block.name), block.used_length / MIB))
             .collect();
         large.join(", ")
     };

@@ -10,7 +10,7 @@ mod waiting;
 
 use crate::control::Conversation;
 use crate::options::ControlAddress;
-use crate::output::{CommandError, tell};
+use crate::output::{CommandError, printable, tell};
 use crate::qmp::socket_path;
 use crate::signals;
 use clap::Args;
@@ -417,7 +417,7 @@ fn fence(args: &FailoverArgs, claim: &Claim, times: &mut Times) -> Result<(), Co
         .args(["-c", command])
         .env("COLO_RING_SESSION", claim.claimed.session.to_string())
         .env("COLO_RING_PEER", &claim.claimed.peer)
-        .env("COLO_RING_MACHINE", &claim.claimed.machine)
+        .env("COLO_RING_MACHINE", printable(&claim.claimed.machine))
         .env("COLO_RING_CHECKPOINT", claim.claimed.checkpoint.to_string())
         .stdin(Stdio::null())
         .stdout(std::io::stderr());

@@ -153,7 +153,7 @@ pub(super) fn print_outcome(
         let report = report(args, claimed, outcome)?;
         return match is_stdout_taken {
             true => {
-                tell(&serde_json::to_string(&report).map_err(std::io::Error::from)?);
+                tell(&colo_ring::text::json_line(&report).map_err(std::io::Error::from)?);
                 Ok(())
             }
             false => print_json(&report),

@@ -134,7 +134,7 @@ impl Shown {
 
     /// The report as a line of JSON.
     pub(super) fn line(&self) -> Result<String, serde_json::Error> {
-        Ok(serde_json::to_string(&*self.lock())? + "\n")
+        Ok(colo_ring::text::json_line(&*self.lock())? + "\n")
     }
 
     pub(super) fn change(&self, change: impl FnOnce(&mut GuardReport)) {

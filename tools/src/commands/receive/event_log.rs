@@ -1,7 +1,7 @@
 //! The events of a receiver as lines of its log. Sessions that protect nothing can be begun by anyone who can connect, so their
 //! lines are limited and counted.
 
-use crate::output::tell;
+use crate::output::{printable, tell};
 use crate::session_text;
 use colo_ring::rate_limit::RateLimit;
 use colo_ring::receiver::Event;
@@ -31,7 +31,7 @@ impl EventLog {
             Event::Warning(_) | Event::Note(_) => false,
         };
         if !is_limited || self.limit().admits(Instant::now()) {
-            tell(&describe(event));
+            tell(&printable(&describe(event)));
         }
     }
 

@@ -6,7 +6,7 @@
 
 use super::ReceiveArgs;
 use crate::options::ControlAddress;
-use crate::output::{CommandError, tell};
+use crate::output::{CommandError, printable, tell};
 use colo_ring::receiver::SessionStatus;
 use std::net::SocketAddr;
 use std::process::{Child, Command, Stdio};
@@ -145,9 +145,15 @@ impl Line {
             .env("COLO_RING_SESSION", status.session.to_string())
             .env("COLO_RING_CHECKPOINT", number(status.checkpoint))
             .env("COLO_RING_CHECKPOINT_AGE_MS", number(age))
-            .env("COLO_RING_REASON", status.end.as_deref().unwrap_or_default())
+            .env(
+                "COLO_RING_REASON",
+                printable(status.end.as_deref().unwrap_or_default()),
+            )
             .env("COLO_RING_PEER", &status.peer)
-            .env("COLO_RING_MACHINE", status.machine.as_deref().unwrap_or_default())
+            .env(
+                "COLO_RING_MACHINE",
+                printable(status.machine.as_deref().unwrap_or_default()),
+            )
             .env("COLO_RING_CONTROL", &self.control)
             .stdin(Stdio::null())
             // Standard output is for the report.

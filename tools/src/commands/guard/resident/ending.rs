@@ -5,7 +5,7 @@ use super::super::report::GuardState;
 use super::{End, Guard, PATIENCE};
 use crate::commands::unprotect::end_migration;
 use crate::guest_disks::remove_all;
-use crate::output::{CommandError, print, tell};
+use crate::output::{CommandError, print, printable, tell};
 use serde_json::json;
 use std::process::{Command, ExitCode, Stdio};
 use std::time::Instant;
@@ -71,7 +71,7 @@ impl Guard<'_> {
         shell
             .args(["-c", command])
             .env("COLO_RING_NAME", &self.args.name)
-            .env("COLO_RING_REASON", reason)
+            .env("COLO_RING_REASON", printable(reason))
             .env("COLO_RING_QMP", &self.args.primary.qmp)
             .env("COLO_RING_TO", self.args.primary.to.to_string())
             .stdin(Stdio::null())

@@ -79,7 +79,7 @@ impl SessionOverview {
                 .blocks
                 .iter()
                 .map(|(_, block)| BlockOverview {
-                    name: block.display_name().into_owned(),
+                    name: block.name_text(),
                     used_bytes: block.used_length,
                 })
                 .collect(),

@@ -1,0 +1,134 @@
+//! Text that others have chosen, made harmless where it is shown: on a terminal, in a log, in JSON that somebody looks at.
+//!
+//! Names of RAM blocks, guests and disks, and whatever else comes from a peer, are bytes of its choice. Inside the program they stay
+//! as they are. Where one becomes part of a message it is [`printable`]; a message that may have several lines is [`printable_lines`];
+//! a JSON text is [`json`], which loses nothing.
+
+use serde::Serialize;
+use std::fmt::Write;
+
+/// Whether a character is a command to a terminal, or changes how the text around it is read: control characters (C0, DEL, C1), the
+/// separators that end a line, and the invisible ones that order text from right to left or join it.
+fn is_harmful(letter: char) -> bool {
+    letter.is_control()
+        || matches!(
+            letter,
+            '\u{61c}'
+                | '\u{200b}'..='\u{200f}'
+                | '\u{2028}'..='\u{202e}'
+                | '\u{2060}'..='\u{206f}'
+                | '\u{feff}'
+                | '\u{fff9}'..='\u{fffb}'
+                | '\u{e0000}'..='\u{e007f}'
+        )
+}
+
+fn escape(text: &str, is_kept: impl Fn(char) -> bool) -> String {
+    let mut escaped = String::with_capacity(text.len());
+    for letter in text.chars() {
+        match is_harmful(letter) && !is_kept(letter) {
+            true => escaped.extend(letter.escape_default()),
+            false => escaped.push(letter),
+        }
+    }
+    escaped
+}
+
+/// A text as part of a line.
+pub fn printable(text: &str) -> String {
+    escape(text, |_| false)
+}
+
+/// A text of several lines, which may have tabs.
+pub fn printable_lines(text: &str) -> String {
+    escape(text, |letter| matches!(letter, '\n' | '\t'))
+}
+
+/// A name as part of a line: also one that is no UTF-8.
+pub fn printable_bytes(name: &[u8]) -> String {
+    printable(&from_bytes(name))
+}
+
+/// A name as text, with nothing lost if it is UTF-8; other bytes become `\xNN`.
+pub fn from_bytes(name: &[u8]) -> String {
+    let mut text = String::with_capacity(name.len());
+    for chunk in name.utf8_chunks() {
+        text.push_str(chunk.valid());
+        for byte in chunk.invalid() {
+            let _ = write!(text, "\\x{byte:02x}");
+        }
+    }
+    text
+}
+
+/// A value as JSON on several lines, in which every harmful character is an escape of JSON.
+///
+/// # Errors
+/// If the value has no JSON.
+pub fn json(value: &impl Serialize) -> serde_json::Result<String> {
+    serde_json::to_string_pretty(value).map(escape_json)
+}
+
+/// The same on one line.
+///
+/// # Errors
+/// If the value has no JSON.
+pub fn json_line(value: &impl Serialize) -> serde_json::Result<String> {
+    serde_json::to_string(value).map(escape_json)
+}
+
+/// What is left to escape is inside strings: outside of them JSON has nothing but ASCII, and in them no control characters below
+/// U+0020.
+fn escape_json(text: String) -> String {
+    let is_left = |letter: char| letter != '\n' && is_harmful(letter);
+    if !text.contains(is_left) {
+        return text;
+    }
+    let mut escaped = String::with_capacity(text.len());
+    for letter in text.chars() {
+        if !is_left(letter) {
+            escaped.push(letter);
+            continue;
+        }
+        for unit in letter.encode_utf16(&mut [0; 2]) {
+            let _ = write!(escaped, "\\u{unit:04x}");
+        }
+    }
+    escaped
+}
+
+#[cfg(all(test, not(loom)))]
+mod tests {
+    use super::*;
+
+    const HOSTILE: &str = "x\u{1b}]0;owned\u{7}\nsession 1 ended\r\u{7f}\u{9b}2J\u{202e}\u{2066}\u{e0041}é";
+
+    #[test]
+    fn nothing_in_a_text_commands_a_terminal() {
+        let shown = printable(HOSTILE);
+        assert_eq!(
+            shown,
+            "x\\u{1b}]0;owned\\u{7}\\nsession 1 ended\\r\\u{7f}\\u{9b}2J\\u{202e}\\u{2066}\\u{e0041}é"
+        );
+        assert_eq!(printable(&shown), shown);
+        assert_eq!(printable_lines("a\n\tb\u{1b}"), "a\n\tb\\u{1b}");
+    }
+
+    #[test]
+    fn names_need_not_be_text() {
+        assert_eq!(from_bytes("pc.ram é\n".as_bytes()), "pc.ram é\n");
+        assert_eq!(printable_bytes(b"a\xff\xc3\n\x9b"), "a\\xff\\xc3\\n\\x9b");
+    }
+
+    #[test]
+    fn json_loses_nothing_and_commands_nothing() {
+        let value = serde_json::json!({ HOSTILE: [HOSTILE, "plain"] });
+        for text in [json(&value).unwrap(), json_line(&value).unwrap()] {
+            assert!(
+                !text.contains(|letter: char| letter != '\n' && is_harmful(letter)),
+                "{text}"
+            );
+            assert_eq!(serde_json::from_str::<serde_json::Value>(&text).unwrap(), value);
+        }
+    }
+}
