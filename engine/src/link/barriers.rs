@@ -251,6 +251,15 @@ impl Barriers {
         is_cancelled
     }
 
+    /// The session has ended: a guard that was not told to end the primary must not be told any more.
+    pub fn session_ended(&mut self) {
+        if let Some(attached) = &mut self.attached
+            && !matches!(attached.handover, Some(Handover::Told(_) | Handover::Done(_)))
+        {
+            attached.handover = None;
+        }
+    }
+
     /// The guard can end the primary. One that was asked in vain says it in vain.
     pub fn handover_ready(&mut self) {
         if let Some(attached) = &mut self.attached

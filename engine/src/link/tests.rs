@@ -199,6 +199,22 @@ fn a_guest_that_is_not_handed_over_runs_on() {
     let mut lost = until_told();
     lost.detach();
     assert!(lost.may_acknowledge(FIRST) && !lost.awaits_end());
+    let mut ended = Barriers::default();
+    ended.attach(false);
+    assert_eq!(ended.begin_handover(), Ok(()));
+    assert!(ended.next_message().is_some());
+    ended.handover_ready();
+    ended.ask(FIRST);
+    ended.committed(FIRST);
+    ended.session_ended();
+    assert!(ended.next_message().is_some());
+    assert_eq!(ended.placed(FIRST), Ok(()));
+    let after: Vec<_> = std::iter::from_fn(|| ended.next_message()).collect();
+    assert_eq!(
+        after,
+        [ToGuard::Committed { checkpoint: FIRST }],
+        "its QEMU is not to end any more"
+    );
     let mut cancelled = Barriers::default();
     cancelled.attach(false);
     assert_eq!(cancelled.begin_handover(), Ok(()));

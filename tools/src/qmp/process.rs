@@ -113,7 +113,7 @@ impl QemuProcess {
     }
 }
 
-/// By its program, or by the one that its program was told to run.
+/// By its program, or by the one that the dynamic loader was told to run.
 fn is_qemu(process: i32) -> bool {
     let is_name = |path: &Path| {
         let name = path.file_name().unwrap_or_default().to_string_lossy();
@@ -121,10 +121,17 @@ fn is_qemu(process: i32) -> bool {
     };
     let program = fs::read_link(format!("/proc/{process}/exe"));
     let words = fs::read(format!("/proc/{process}/cmdline")).unwrap_or_default();
-    program.is_ok_and(|path| is_name(&path))
-        || words
-            .split(|byte| *byte == 0)
-            .any(|word| is_name(Path::new(&*String::from_utf8_lossy(word))))
+    let is_loader = |path: &Path| {
+        let name = path.file_name().unwrap_or_default().to_string_lossy();
+        name.starts_with("ld-linux") || name.starts_with("ld-2.")
+    };
+    program.is_ok_and(|path| {
+        is_name(&path)
+            || is_loader(&path)
+                && words
+                    .split(|byte| *byte == 0)
+                    .any(|word| is_name(Path::new(&*String::from_utf8_lossy(word))))
+    })
 }
 
 #[cfg(test)]

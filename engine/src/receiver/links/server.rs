@@ -1,7 +1,7 @@
 //! Serves a guard's connection, as a task of the control thread.
 
 use super::registry::{Bound, Guest, LinkTicket, Links};
-use super::session_output::Next;
+use super::session_output::{Awaited, Next};
 use crate::link::{Hello, LINE_MAX, LINK_VERSION, LinkError, ToGuard, ToReceiver};
 use crate::net::{Accepted, Origin};
 use crate::receiver::disks::parse_uuid;
@@ -142,6 +142,9 @@ fn check(hello: &Hello) -> Result<Option<[u8; 16]>, LinkEnd> {
     }
 }
 
+/// How long the end of a primary may take, beyond the guard's own limit: then its guard hangs.
+const PRIMARY_END_LIMIT: Duration = Duration::from_secs(60);
+
 /// A connection, line by line.
 struct Link<'a> {
     reader: BufReader<ReadHalf<'a>>,
@@ -249,7 +252,7 @@ impl<'a> Link<'a> {
 
     /// Exchanges messages until the session ends.
     async fn serve_session(&mut self, bound: &Bound, timeout: Duration) -> Result<(), LinkEnd> {
-        let mut deadline = None;
+        let mut deadline: Option<(Awaited, Instant)> = None;
         loop {
             match bound.output.next(bound.link) {
                 Next::Send(message) => {
@@ -262,14 +265,22 @@ impl<'a> Link<'a> {
                     return self.write(&ToGuard::Ended { session, reason }).await;
                 }
                 Next::Replaced => return Err(LinkEnd::Replaced),
-                Next::Wait { for_answer: false } => deadline = None,
-                Next::Wait { for_answer: true } => {
-                    deadline.get_or_insert_with(|| Instant::now() + timeout);
+                Next::Wait(Awaited::Nothing) => deadline = None,
+                Next::Wait(awaited) => {
+                    let limit = match awaited {
+                        Awaited::PrimaryEnd => timeout + PRIMARY_END_LIMIT,
+                        _ => timeout,
+                    };
+                    // Another kind of answer has a time of its own.
+                    match deadline {
+                        Some((of, _)) if of == awaited => {}
+                        _ => deadline = Some((awaited, Instant::now() + limit)),
+                    }
                 }
             }
             let expired = async {
                 match deadline {
-                    Some(deadline) => sleep_until(deadline).await,
+                    Some((_, deadline)) => sleep_until(deadline).await,
                     None => pending().await,
                 }
             };

@@ -61,14 +61,22 @@ pub(in crate::receiver) struct SessionOutput {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(in crate::receiver) struct LinkNumber(u64);
 
+/// What a link's task waits for, besides something to send.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(in crate::receiver) enum Awaited {
+    Nothing,
+    /// An answer, without which the guest does not run on.
+    Answer,
+    /// The end of the primary, which takes as long as its memory needs to be freed.
+    PrimaryEnd,
+}
+
 /// What a link's task does next.
 #[derive(Debug, PartialEq, Eq)]
 pub(in crate::receiver) enum Next {
     Send(ToGuard),
-    /// Wait: whether for an answer, which may not take for ever.
-    Wait {
-        for_answer: bool,
-    },
+    /// Wait.
+    Wait(Awaited),
     /// The session has ended, for this reason.
     Ended(String),
     /// Another link has taken its place.
@@ -95,6 +103,7 @@ impl SessionOutput {
         let mut state = self.lock();
         state.link += 1;
         state.link_ended("another guard has taken the place of its guard");
+        state.is_leaving = false;
         state.barriers.attach(hello.releases_in_pause);
         state.guard = Some(GuardStatus {
             name: hello.name.clone(),
@@ -148,6 +157,7 @@ impl SessionOutput {
         let mut state = self.lock();
         // Where the guard ends the primary, that is what has ended the session.
         if !state.barriers.awaits_end() {
+            state.barriers.session_ended();
             state.give_up_handover(HandoverError::GivenUp(reason.clone()));
         }
         state.end = Some(reason);
@@ -172,9 +182,9 @@ impl SessionOutput {
         }
         match &state.end {
             Some(reason) if !state.barriers.awaits_end() => Next::Ended(reason.clone()),
-            _ => Next::Wait {
-                for_answer: state.barriers.awaits_answer(),
-            },
+            _ if state.barriers.awaits_end() => Next::Wait(Awaited::PrimaryEnd),
+            _ if state.barriers.awaits_answer() => Next::Wait(Awaited::Answer),
+            _ => Next::Wait(Awaited::Nothing),
         }
     }
 

@@ -165,7 +165,7 @@ impl SimGuard {
         let Some(link) = self.link else { return false };
         match self.output.next(link) {
             Next::Send(message) => self.to_guard.push_back(message),
-            Next::Wait { .. } | Next::Ended(_) | Next::Replaced => return false,
+            Next::Wait(_) | Next::Ended(_) | Next::Replaced => return false,
         }
         true
     }

@@ -6,6 +6,7 @@ mod gate;
 mod gates;
 mod link;
 mod nics;
+mod on_loss;
 mod pace;
 mod path;
 pub(super) mod plug;

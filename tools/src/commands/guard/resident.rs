@@ -104,6 +104,8 @@ pub(super) struct Guard<'a> {
     output_waits: bool,
     /// QEMU was protected when this guard came.
     is_found: bool,
+    /// It is taken over, which has not succeeded yet: if it fails, a protection is lost.
+    takes_over: bool,
     /// The last reason that was printed: it is not printed again at each attempt.
     told: String,
 }
@@ -165,6 +167,7 @@ impl<'a> Guard<'a> {
             is_asked: false,
             output_waits: false,
             is_found,
+            takes_over: false,
             told: String::new(),
         })
     }
@@ -188,6 +191,10 @@ impl<'a> Guard<'a> {
                 Err(wrong @ CommandError::Usage(_)) => return Err(wrong),
                 Err(_) if self.is_ending() => End::Asked,
                 Err(error) => self.why_not(&error),
+            };
+            let end = match end {
+                End::Lost(_) if self.is_ending() => End::Asked,
+                end => end,
             };
             match self.end(end)? {
                 Some(code) => return Ok(code),
@@ -223,6 +230,9 @@ impl<'a> Guard<'a> {
     /// Puts the guest under protection.
     fn protect(&mut self) -> Result<DiskMirrors, CommandError> {
         self.forget_events();
+        if self.is_ending() {
+            return Err(CommandError::Failed("interrupted".to_owned()));
+        }
         let link = self.connect().map_err(CommandError::failed)?;
         self.shown.change(|report| report.state = GuardState::Copying);
         self.path.set_link(link);
@@ -240,6 +250,7 @@ impl<'a> Guard<'a> {
 
     /// Continues a protection that is there: no output was released since its guard ended.
     fn take_over(&mut self) -> Result<DiskMirrors, CommandError> {
+        self.takes_over = true;
         let link = self.connect().map_err(CommandError::failed)?;
         self.path.set_link(link);
         let mirrors = running_mirrors(&mut self.qmp).map_err(CommandError::failed)?;
@@ -252,6 +263,7 @@ impl<'a> Guard<'a> {
     fn mark_protected(&mut self) -> Result<(), CommandError> {
         let session = self.wait_for_session()?;
         (self.session, self.is_protected, self.has_stopped) = (Some(session), true, false);
+        self.takes_over = false;
         self.told.clear();
         self.shown.change(|report| {
             report.state = GuardState::Protected;
@@ -263,7 +275,8 @@ impl<'a> Guard<'a> {
             "{} is protected: session {session} of the receiver at {}",
             self.args.name, self.args.primary.to
         ));
-        self.print_state()
+        self.print_state();
+        Ok(())
     }
 
     fn connect(&self) -> Result<Link, LinkError> {
@@ -529,6 +542,9 @@ impl<'a> Guard<'a> {
     fn wait(&mut self, time: Duration) -> bool {
         let deadline = Instant::now() + time;
         loop {
+            if self.is_ending() {
+                return true;
+            }
             let since = self.unprotected_since.elapsed().as_secs();
             self.shown.change(|report| report.unprotected_s = Some(since));
             let left = deadline.saturating_duration_since(Instant::now());

@@ -4,17 +4,18 @@
 //! that it is alive, and the supervisor that it is to end. Each takes the end of the socket for the end of the other: a worker
 //! without its supervisor ends the protection, as at SIGTERM.
 
-use super::{GuardArgs, OnReceiverLost};
+use super::{GuardArgs, OnReceiverLost, on_loss};
 use crate::commands::unprotect::{end_migration, release};
 use crate::output::{CommandError, tell};
 use crate::qmp::Qmp;
 use crate::signals;
 use nix::sys::socket::{MsgFlags, send};
 use serde_json::json;
-use signal_hook::consts::{SIGINT, SIGTERM};
+use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use std::io::{ErrorKind, Read, Write};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
+use std::os::unix::process::CommandExt;
 use std::process::{Child, Command, ExitCode, ExitStatus, Stdio};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -50,7 +51,8 @@ pub(super) fn run(args: &GuardArgs) -> Result<ExitCode, CommandError> {
     let current: Arc<Mutex<Current>> = Arc::default();
     let of_signals = Arc::clone(&current);
     signals::on_each(move || lock(&of_signals).end())?;
-    let mut quick_deaths = 0;
+    signal_hook::flag::register(SIGHUP, Arc::default()).map_err(CommandError::failed)?;
+    let (mut quick_deaths, mut is_replacement) = (0, false);
     loop {
         let began = Instant::now();
         let (mut worker, socket) = start()?;
@@ -60,19 +62,22 @@ pub(super) fn run(args: &GuardArgs) -> Result<ExitCode, CommandError> {
         }
         let status = watch(args, &mut worker, socket)?;
         match status.code() {
-            Some(code) if code != PANICKED => {
+            // One in place of another that does not come to work leaves as much behind as one that dies.
+            Some(code) if code != PANICKED && !(is_replacement && code == 1) => {
                 return Ok(u8::try_from(code).map_or(ExitCode::FAILURE, ExitCode::from));
             }
             _ => {}
         }
+        is_replacement = true;
         quick_deaths = if began.elapsed() < QUICK {
             quick_deaths + 1
         } else {
             0
         };
         tell(&format!("{}: WARNING: the guard died ({status})", args.name));
-        if lock(&current).is_ending || quick_deaths == QUICK_DEATHS_MAX {
-            return give_up(args);
+        let is_ending = lock(&current).is_ending;
+        if is_ending || quick_deaths == QUICK_DEATHS_MAX {
+            return give_up(args, is_ending);
         }
     }
 }
@@ -110,8 +115,9 @@ fn start() -> Result<(Child, UnixStream), CommandError> {
     let failed =
         |error: std::io::Error| CommandError::Failed(format!("the guard could not be started: {error}"));
     let (ours, theirs) = UnixStream::pair().map_err(failed)?;
-    let own = std::env::current_exe().map_err(failed)?;
-    let worker = Command::new(own)
+    // By this name also when the file was replaced meanwhile.
+    let worker = Command::new("/proc/self/exe")
+        .arg0(std::env::args_os().next().unwrap_or_else(|| "colo-ring".into()))
         .args(std::env::args_os().skip(1))
         .arg("--supervised")
         .stdin(Stdio::from(OwnedFd::from(theirs)))
@@ -147,9 +153,10 @@ fn watch(args: &GuardArgs, worker: &mut Child, mut socket: UnixStream) -> Result
 }
 
 /// No guard can be had: what the last one held must not wait for the operator.
-fn give_up(args: &GuardArgs) -> Result<ExitCode, CommandError> {
+fn give_up(args: &GuardArgs, is_ending: bool) -> Result<ExitCode, CommandError> {
     let mut qmp = Qmp::connect(&args.primary.qmp, CONNECT_LIMIT).map_err(CommandError::failed)?;
-    let stops = args.on_receiver_lost == OnReceiverLost::Stop;
+    // A guest whose guard was to end runs on.
+    let stops = args.on_receiver_lost == OnReceiverLost::Stop && !is_ending;
     let what = match stops {
         false => {
             release(&mut qmp, PATIENCE)?;
@@ -162,10 +169,14 @@ fn give_up(args: &GuardArgs) -> Result<ExitCode, CommandError> {
             "it is not protected any more, and was stopped (--on-receiver-lost stop)"
         }
     };
-    Err(CommandError::Failed(format!(
-        "the guard of {} dies again and again; {what}",
-        args.name
-    )))
+    let why = match is_ending {
+        true => "the guard died when it was to end",
+        false => "the guard dies again and again",
+    };
+    if !is_ending {
+        on_loss::run_and_wait(args, why);
+    }
+    Err(CommandError::Failed(format!("{}: {why}; {what}", args.name)))
 }
 
 /// The worker's end of the socket.
@@ -185,7 +196,7 @@ impl Heartbeat {
     pub(super) fn of_worker(end: impl FnOnce() + Send + 'static) -> Result<Self, CommandError> {
         let failed = |error: std::io::Error| CommandError::Failed(format!("no supervisor: {error}"));
         // Its supervisor gets them, too, and tells it.
-        for signal in [SIGINT, SIGTERM] {
+        for signal in [SIGINT, SIGTERM, SIGHUP] {
             signal_hook::flag::register(signal, Arc::default()).map_err(failed)?;
         }
         let socket = std::io::stdin().as_fd().try_clone_to_owned().map_err(failed)?;

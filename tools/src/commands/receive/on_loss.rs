@@ -310,7 +310,7 @@ mod tests {
     #[test]
     fn a_loss_of_another_origin_finds_a_place() {
         let mut queue = Queue::default();
-        (0..100).for_each(|session| queue.push(loss(session, "192.0.2.1", "sleep 1000")));
+        (0..100).for_each(|session| queue.push(loss(session, "192.0.2.1", "exec sleep 1000")));
         queue.start(2, 4);
         assert_eq!((queue.running.len(), queue.waiting.len()), (2, 98));
         queue.push(loss(100, "192.0.2.2", "exit 0"));

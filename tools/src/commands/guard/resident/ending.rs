@@ -1,13 +1,13 @@
 //! The end of a protection: QEMU leaves COLO, its output is released or its guest stopped, and mirrors are removed.
 
-use super::super::OnReceiverLost;
 use super::super::report::GuardState;
+use super::super::{OnReceiverLost, on_loss};
 use super::{End, Guard, PATIENCE};
 use crate::commands::unprotect::end_migration;
 use crate::guest_disks::remove_all;
-use crate::output::{CommandError, print, printable, tell};
+use crate::output::{CommandError, print, tell};
 use serde_json::json;
-use std::process::{Command, ExitCode, Stdio};
+use std::process::ExitCode;
 use std::time::Instant;
 
 impl Guard<'_> {
@@ -32,13 +32,13 @@ impl Guard<'_> {
                 false => error,
             })?;
         if was {
-            self.print_state()?;
+            self.print_state();
         }
         if was || self.told != reason {
             self.tell_end(&reason, stops, was);
         }
         if was && code.is_none() {
-            self.on_loss(&reason);
+            on_loss::run(self.args, &reason);
         }
         self.told = reason;
         Ok(code)
@@ -52,40 +52,24 @@ impl Guard<'_> {
             self.args.name
         ));
         self.mark_unprotected("handed over to its receiver");
-        self.print_state()?;
+        self.print_state();
         Ok(ExitCode::SUCCESS)
     }
 
     /// For machines: the state, when it has changed.
-    pub(super) fn print_state(&self) -> Result<(), CommandError> {
-        match self.args.json {
-            true => print(&self.shown.line().map_err(CommandError::failed)?),
-            false => Ok(()),
+    pub(super) fn print_state(&self) {
+        if !self.args.json {
+            return;
         }
-    }
-
-    /// Runs the operator's command, which is not waited for.
-    fn on_loss(&self, reason: &str) {
-        let Some(command) = &self.args.on_loss else { return };
-        let mut shell = Command::new("sh");
-        shell
-            .args(["-c", command])
-            .env("COLO_RING_NAME", &self.args.name)
-            .env("COLO_RING_REASON", printable(reason))
-            .env("COLO_RING_QMP", &self.args.primary.qmp)
-            .env("COLO_RING_TO", self.args.primary.to.to_string())
-            .stdin(Stdio::null())
-            // Standard output is for the states.
-            .stdout(std::io::stderr());
-        let name = self.args.name.clone();
-        let run = move || match shell.status() {
-            Ok(status) if status.success() => {}
-            Ok(status) => tell(&format!("{name}: WARNING: --on-loss failed ({status})")),
-            Err(error) => tell(&format!("{name}: WARNING: --on-loss: {error}")),
-        };
-        if let Err(error) = std::thread::Builder::new().name("on-loss".to_owned()).spawn(run) {
+        // Nobody may be there to read it: that ends no protection.
+        let printed = self
+            .shown
+            .line()
+            .map_err(CommandError::failed)
+            .and_then(|line| print(&line));
+        if let Err(error) = printed {
             tell(&format!(
-                "{}: WARNING: --on-loss was not run: no thread for it: {error}",
+                "{}: WARNING: its state cannot be printed: {error}",
                 self.args.name
             ));
         }
@@ -128,9 +112,9 @@ impl Guard<'_> {
 
     /// Whether it was protected.
     fn mark_unprotected(&mut self, reason: &str) -> bool {
-        let mut was = false;
+        let mut was = std::mem::take(&mut self.takes_over);
         self.shown.change(|report| {
-            was = report.state == GuardState::Protected;
+            was |= report.state == GuardState::Protected;
             report.state = GuardState::Unprotected;
             report.session = None;
             report.reason = Some(reason.to_owned());
