@@ -74,13 +74,12 @@ impl MemoryReport {
 
 /// Whether memory may be swapped out here.
 pub(crate) fn has_swap() -> bool {
-    meminfo_bytes(&proc::text("/proc/meminfo").unwrap_or_default(), "SwapTotal") > 0
+    meminfo("SwapTotal") > 0
 }
 
 /// Size of this host's default huge pages, if its kernel has any.
 pub(crate) fn default_huge_page_bytes() -> Option<u64> {
-    let meminfo = proc::text("/proc/meminfo").unwrap_or_default();
-    Some(meminfo_bytes(&meminfo, "Hugepagesize")).filter(|bytes| *bytes > 0)
+    Some(meminfo("Hugepagesize")).filter(|bytes| *bytes > 0)
 }
 
 /// The chosen value of a file like `always [madvise] never`.
@@ -90,7 +89,12 @@ pub(crate) fn chosen_setting(path: &str) -> Option<String> {
 
 /// Memory of the machine, 0 if unknown.
 pub(super) fn total_bytes() -> u64 {
-    meminfo_bytes(&proc::text("/proc/meminfo").unwrap_or_default(), "MemTotal")
+    meminfo("MemTotal")
+}
+
+/// A value of /proc/meminfo in bytes, 0 if it is not there.
+pub(super) fn meminfo(key: &str) -> u64 {
+    meminfo_bytes(&proc::text("/proc/meminfo").unwrap_or_default(), key)
 }
 
 fn meminfo_bytes(meminfo: &str, key: &str) -> u64 {

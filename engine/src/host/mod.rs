@@ -7,18 +7,21 @@
 mod cores;
 mod machine;
 mod memory;
+mod memory_limit;
 mod network;
 mod numa;
 mod os_error;
 mod proc;
+pub(crate) mod thread_times;
 
 pub use cores::{CoreListError, allowed_cores, parse_core_list, pin};
 pub use machine::Machine;
 pub use memory::{HugePagePool, MemoryReport};
 pub(crate) use memory::{chosen_setting, default_huge_page_bytes, has_swap, huge_page_pools};
+pub(crate) use memory_limit::{MemoryBound, host_bytes, smallest_bound};
 pub use network::NetworkReport;
 pub(crate) use numa::NODES_MAX;
-pub use numa::{CorePlace, NumaError, NumaNode, Placement, Topology};
+pub use numa::{CorePlace, NumaError, NumaNode, Placement, Topology, ranges};
 pub use os_error::OsError;
 pub(crate) use proc::{io_uring_disabled, max_mappings};
 

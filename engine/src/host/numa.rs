@@ -224,7 +224,7 @@ impl fmt::Display for Placement {
 }
 
 /// Numbers as sysfs writes them: `2-5,8`, in their order.
-fn ranges(numbers: &[usize]) -> String {
+pub fn ranges(numbers: &[usize]) -> String {
     let mut parts: Vec<(usize, usize)> = Vec::new();
     for number in numbers {
         match parts.last_mut() {
