@@ -6,6 +6,9 @@ use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 /// Descriptors of the reserve, or a quarter of a low limit.
 const RESERVE: u64 = 64;
 
+/// Connections that a listener has accepted and nobody has looked at: less than the reserve with the ordinary limit.
+pub(crate) const ACCEPTED_MAX: usize = 8;
+
 /// See the module.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct DescriptorReserve {

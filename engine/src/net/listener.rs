@@ -1,21 +1,17 @@
 //! Accepting connections: one task a listener.
 
 use super::ListenAddress;
+use super::passed::PassedSockets;
+use super::unix_socket::{Clients, SocketFile, bind_unix};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::sockopt::{
     KeepAlive, PeerCredentials, TcpKeepCount, TcpKeepIdle, TcpKeepInterval, TcpNoDelay, TcpUserTimeout,
 };
-use nix::sys::socket::{
-    self, AddressFamily, Backlog, Shutdown, SockFlag, SockType, UnixAddr, getsockopt, setsockopt, shutdown,
-    socket,
-};
-use nix::sys::stat::{Mode, fchmod};
+use nix::sys::socket::{Shutdown, getsockopt, setsockopt, shutdown};
 use std::io;
 use std::net::{IpAddr, Ipv6Addr, TcpListener, TcpStream};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
-use std::os::unix::fs::FileTypeExt;
-use std::os::unix::net::{UnixListener, UnixStream};
-use std::path::Path;
+use std::os::unix::net::UnixListener;
 use std::rc::Rc;
 use std::time::{Duration, Instant};
 use thiserror::Error;
@@ -141,9 +137,13 @@ pub(crate) fn is_gone(socket: BorrowedFd<'_>) -> bool {
 
 /// A socket that listens.
 pub struct Listener {
+    /// Of a UNIX socket; dropped before it.
+    file: Option<SocketFile>,
     socket: OwnedFd,
     address: ListenAddress,
     watch: HostWatch,
+    /// Whether another process goes on with the socket.
+    is_shared: bool,
 }
 
 /// Why a connection was not accepted.
@@ -158,8 +158,8 @@ pub struct AcceptError {
 #[derive(Debug, Error)]
 #[error("cannot listen on {address}: {source}{}", hint(.source))]
 pub struct ListenError {
-    address: ListenAddress,
-    source: io::Error,
+    pub(super) address: ListenAddress,
+    pub(super) source: io::Error,
 }
 
 fn hint(error: &io::Error) -> &'static str {
@@ -170,6 +170,17 @@ fn hint(error: &io::Error) -> &'static str {
         _ => "",
     }
 }
+
+/// Sets how many connections may wait to be accepted.
+fn limit_queue(listener: &impl AsFd) -> io::Result<()> {
+    Ok(rustix::net::listen(listener, BACKLOG)?)
+}
+
+/// Connections that wait to be accepted, at most: the kernel accepts one more than this.
+pub const QUEUE_MAX: u64 = BACKLOG as u64 + 1;
+
+/// As many as Linux allows by its default of `net.core.somaxconn`.
+const BACKLOG: i32 = 4096;
 
 impl Listener {
     /// Listens on an address.
@@ -185,23 +196,55 @@ impl Listener {
             ListenAddress::Tcp(wanted) => {
                 let listener = retry_while_in_use(|| TcpListener::bind(wanted)).map_err(failed)?;
                 let address = ListenAddress::Tcp(listener.local_addr().map_err(failed)?);
+                limit_queue(&listener).map_err(failed)?;
                 Ok(Self {
                     socket: listener.into(),
+                    file: None,
                     address,
                     watch: HostWatch::default(),
+                    is_shared: false,
                 })
             }
             ListenAddress::Unix(path) => {
-                let socket = retry_while_in_use(|| bind(path, Clients::Group))
-                    .map_err(failed)?
-                    .into();
+                let (socket, file) = bind_unix(path, Clients::Group)?.into_parts();
+                limit_queue(&socket).map_err(failed)?;
                 Ok(Self {
-                    socket,
+                    socket: socket.into(),
+                    file: Some(file),
                     address: address.clone(),
                     watch: HostWatch::default(),
+                    is_shared: false,
                 })
             }
         }
+    }
+
+    /// Takes the socket of this address from those that were passed, or listens as [`Self::bind`] does; and has it kept for the next receiver,
+    /// where sockets are kept.
+    ///
+    /// # Errors
+    /// As [`Self::bind`].
+    pub fn obtain(address: &ListenAddress, passed: &PassedSockets) -> Result<Self, ListenError> {
+        let failed = |source| ListenError {
+            address: address.clone(),
+            source,
+        };
+        let mut listener = match passed.take(address).map_err(failed)? {
+            Some(socket) => {
+                // Whatever the service manager has set.
+                limit_queue(&socket).map_err(failed)?;
+                Self {
+                    socket,
+                    file: None,
+                    address: address.clone(),
+                    watch: HostWatch::default(),
+                    is_shared: true,
+                }
+            }
+            None => Self::bind(address)?,
+        };
+        listener.is_shared |= passed.keep(&listener.address, listener.socket.as_fd());
+        Ok(listener)
     }
 
     /// Sets how the hosts of accepted connections are watched.
@@ -216,9 +259,22 @@ impl Listener {
         &self.address
     }
 
-    /// Refuses further connections.
+    /// The file of a UNIX socket, which is to be dropped when nothing listens any more, where another thread may do that.
+    pub fn take_file(&mut self) -> Option<SocketFile> {
+        self.file.take()
+    }
+
+    /// Refuses further connections; where another process goes on with the socket, they wait for that.
     pub fn close(&self) {
-        let _ = shutdown(self.socket.as_raw_fd(), Shutdown::Both);
+        if !self.is_shared {
+            let _ = shutdown(self.socket.as_raw_fd(), Shutdown::Both);
+        }
+    }
+
+    /// Whether a connection waits to be accepted.
+    pub fn has_waiting(&self) -> bool {
+        let mut waits = [PollFd::new(self.socket.as_fd(), PollFlags::POLLIN)];
+        poll(&mut waits, PollTimeout::ZERO).is_ok_and(|ready| ready > 0)
     }
 
     fn is_tcp(&self) -> bool {
@@ -227,18 +283,26 @@ impl Listener {
 
     /// Accepts until the socket is shut down or the receiver of `accepted` is gone. `position` is this listener's among
     /// all.
-    ///
-    /// # Errors
-    /// If the runtime cannot wait for the socket.
     pub async fn accept_all(
         self: Rc<Self>,
         position: usize,
         accepted: mpsc::Sender<Result<Accepted, AcceptError>>,
-    ) -> io::Result<()> {
-        let acceptor = Acceptor::new(self.socket.try_clone()?, self.is_tcp())?;
+    ) {
         let failed = |source| AcceptError {
             address: self.address.clone(),
             source,
+        };
+        let acceptor = loop {
+            match self.acceptor() {
+                Ok(acceptor) => break acceptor,
+                Err(error) => {
+                    if accepted.send(Err(failed(error))).await.is_err() {
+                        return;
+                    }
+                    // Of descriptors or memory: temporary.
+                    tokio::time::sleep(Duration::from_secs(1)).await;
+                }
+            }
         };
         loop {
             let socket = acceptor.accept().await;
@@ -247,17 +311,22 @@ impl Listener {
                 // An error here concerns this connection only: its peer has closed it already. The next need not wait.
                 Ok(socket) => self.describe(socket, position).map_err(failed),
                 // The listening socket was shut down.
-                Err(error) if error.raw_os_error() == Some(libc::EINVAL) => return Ok(()),
+                Err(error) if error.raw_os_error() == Some(libc::EINVAL) => return,
                 Err(error) => Err(failed(error)),
             };
             if accepted.send(result).await.is_err() {
-                return Ok(());
+                return;
             }
             if shortage {
                 // Of descriptors or memory: temporary.
                 tokio::time::sleep(Duration::from_millis(100)).await;
             }
         }
+    }
+
+    /// What waits for connections; the runtime may not be able to.
+    fn acceptor(&self) -> io::Result<Acceptor> {
+        Acceptor::new(self.socket.try_clone()?, self.is_tcp())
     }
 
     fn describe(&self, socket: OwnedFd, listener: usize) -> io::Result<Accepted> {
@@ -321,7 +390,7 @@ impl Acceptor {
 }
 
 /// Binds an address that may be in use for another moment.
-fn retry_while_in_use<T>(bind: impl Fn() -> io::Result<T>) -> io::Result<T> {
+pub(super) fn retry_while_in_use<T>(bind: impl Fn() -> io::Result<T>) -> io::Result<T> {
     let begin = Instant::now();
     loop {
         match bind() {
@@ -331,55 +400,6 @@ fn retry_while_in_use<T>(bind: impl Fn() -> io::Result<T>) -> io::Result<T> {
             done => return done,
         }
     }
-}
-
-/// Who may connect to a UNIX socket, of those who can reach its directory. Never everybody, whatever the umask.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Clients {
-    /// This user alone.
-    Owner,
-    /// This user, and the group where the umask allows it: a QEMU may run as another user.
-    Group,
-}
-
-impl Clients {
-    fn mode(self) -> Mode {
-        match self {
-            Self::Owner => Mode::S_IRUSR | Mode::S_IWUSR,
-            Self::Group => Mode::S_IRUSR | Mode::S_IWUSR | Mode::S_IRGRP | Mode::S_IWGRP,
-        }
-    }
-}
-
-/// Binds a UNIX socket. A stale socket file, as a killed process leaves it, is replaced.
-fn bind(path: &Path, clients: Clients) -> io::Result<UnixListener> {
-    let is_socket = std::fs::symlink_metadata(path).is_ok_and(|meta| meta.file_type().is_socket());
-    if is_socket && UnixStream::connect(path).is_err_and(|e| e.kind() == io::ErrorKind::ConnectionRefused) {
-        std::fs::remove_file(path)?;
-    }
-    let socket = socket(
-        AddressFamily::Unix,
-        SockType::Stream,
-        SockFlag::SOCK_CLOEXEC,
-        None,
-    )?;
-    // Linux gives the file the mode that the socket has when it is bound, less the umask: there is no instant at which others may
-    // connect, as there would be before a chmod, and other threads' files are not touched, as they would be by another umask.
-    fchmod(&socket, clients.mode())?;
-    socket::bind(socket.as_raw_fd(), &UnixAddr::new(path)?)?;
-    socket::listen(&socket, Backlog::MAXCONN)?;
-    Ok(socket.into())
-}
-
-/// A UNIX socket of the standard library's kind, bound as [`Listener::bind`] does it.
-///
-/// # Errors
-/// If it cannot be bound.
-pub fn bind_unix(path: &Path, clients: Clients) -> Result<UnixListener, ListenError> {
-    retry_while_in_use(|| bind(path, clients)).map_err(|source| ListenError {
-        address: ListenAddress::Unix(path.to_owned()),
-        source,
-    })
 }
 
 #[cfg(all(test, not(loom), not(miri)))]
@@ -406,24 +426,6 @@ mod tests {
         assert_eq!(Origin::Process(7).group(), Origin::Process(7));
     }
 
-    /// Under any umask: another test's thread may change nothing of it.
-    #[test]
-    fn a_socket_is_never_open_to_everybody() {
-        use std::os::unix::fs::PermissionsExt;
-        let directory = tempfile::tempdir().unwrap();
-        let mode = |path: &Path| std::fs::metadata(path).unwrap().permissions().mode() & 0o777;
-        let path = directory.path().join("control");
-        let _control = bind_unix(&path, Clients::Owner).unwrap();
-        assert_eq!(mode(&path), 0o600);
-        let path = directory.path().join("data");
-        let _data = Listener::bind(&ListenAddress::Unix(path.clone())).unwrap();
-        assert_eq!(
-            mode(&path) & 0o717,
-            0o600,
-            "no right to search, and none for others"
-        );
-    }
-
     #[test]
     fn a_vanished_host_is_noticed() {
         let (listener, address) = listener();
@@ -448,6 +450,31 @@ mod tests {
         });
         assert_eq!(Listener::bind(&wanted).unwrap().address(), &wanted);
         end.join().unwrap();
+    }
+
+    /// A file, for example: it is said again and again, as long as nothing is accepted.
+    #[test]
+    fn a_socket_that_cannot_be_waited_for_is_reported() {
+        let listener = Listener {
+            file: None,
+            socket: tempfile::tempfile().unwrap().into(),
+            address: "tcp:127.0.0.1:7".parse().unwrap(),
+            watch: HostWatch::default(),
+            is_shared: false,
+        };
+        let mut runtime = tokio::runtime::Builder::new_current_thread();
+        let runtime = runtime.enable_all().start_paused(true).build();
+        tokio::task::LocalSet::new().block_on(&runtime.unwrap(), async {
+            let (tell, mut told) = mpsc::channel(64);
+            tokio::task::spawn_local(Rc::new(listener).accept_all(0, tell));
+            for _ in 0..2 {
+                let error = told.recv().await.unwrap().err().unwrap().to_string();
+                assert!(
+                    error.contains("127.0.0.1:7: a connection could not be accepted"),
+                    "{error}"
+                );
+            }
+        });
     }
 
     /// Connections that are reset before they are looked at do not delay the one behind them.

@@ -8,12 +8,15 @@
 mod address;
 mod descriptors;
 mod listener;
+mod passed;
+pub mod passing;
 mod sockopt;
+mod unix_socket;
 
-pub use address::{AddressError, ListenAddress};
-pub(crate) use descriptors::DescriptorReserve;
+pub use address::{AddressError, ListenAddress, SOCKET_PATH_MAX, SocketPathError, socket_path};
+pub(crate) use descriptors::{ACCEPTED_MAX, DescriptorReserve};
 pub(crate) use listener::is_gone;
-pub use listener::{
-    AcceptError, Accepted, Clients, HostWatch, ListenError, Listener, Origin, Peer, bind_unix,
-};
+pub use listener::{AcceptError, Accepted, HostWatch, ListenError, Listener, Origin, Peer, QUEUE_MAX};
+pub use passed::{Keep, PassedSockets, kept_name};
 pub use sockopt::quick_ack;
+pub use unix_socket::{BoundSocket, Clients, SocketFile, bind_unix};
