@@ -1,20 +1,25 @@
 //! Measurements of checkpoints, by phase: taken on the cores, kept as histograms, written as interval logs.
 //!
 //! The cores make one [`CheckpointSample`] per checkpoint and push it to the [`SampleQueue`], which neither
-//! allocates nor blocks. The control thread alone owns the [`Recorder`]: it drains the queue, keeps the histograms
-//! and writes the files. Nothing here is touched once per packet.
+//! allocates nor blocks. The control thread alone owns the [`Recorder`]: it drains the queue and keeps the histograms. A thread
+//! of its own writes the files. Nothing here is touched once per packet.
 //!
 //! All times are of the receiver's monotonic clock, in nanoseconds; histograms keep three significant digits.
 
+mod earlier;
 mod files;
 mod log;
 mod queue;
+mod recent;
 mod recorder;
 mod summary;
+mod writer;
 
+pub use earlier::{RUNS_KEPT, set_aside_logs};
 pub use files::{with_suffix, write_json};
 pub use log::{IntervalLog, VALUES_PER_LOGGED_UNIT};
 pub use queue::{SAMPLES_MAX, SampleQueue};
+pub use recent::{PauseFigures, RecentFigures, RecentPauses, WINDOW, WINDOWS};
 pub use recorder::{
     INTERVAL, MetricsError, Recorder, Report, RunDescription, SCHEMA, SCHEMA_VERSION, SESSIONS_KEPT,
 };
@@ -27,7 +32,7 @@ use std::time::Duration;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Phase {
-    /// CHECKPOINT_REQUEST read, until CHECKPOINT_REPLY is sent.
+    /// CHECKPOINT_REQUEST read, or not kept any more for a guard, until CHECKPOINT_REPLY is sent.
     Reply,
     /// VMSTATE_SEND read, until all pages are here and every channel is synced.
     Transfer,

@@ -2,6 +2,7 @@
 
 use super::*;
 use crate::metrics::test_samples::sample;
+use crate::metrics::{RUNS_KEPT, with_suffix};
 use hdrhistogram::Histogram;
 use hdrhistogram::serialization::Deserializer;
 use hdrhistogram::serialization::interval_log::{IntervalLogIterator, LogEntry};
@@ -69,7 +70,7 @@ fn log_of(prefix: &Path, phase: Phase) -> Vec<u8> {
 fn intervals_come_back_by_phase_and_session() {
     let scratch = tempfile::tempdir().unwrap();
     let prefix = scratch.path().join("run");
-    let mut recorder = Recorder::start(Some(&prefix), run()).unwrap();
+    let mut recorder = Recorder::start(Some(&prefix), run(), &Threads::free(), drop).unwrap();
     for n in 1..=10 {
         recorder.record(&sample(7, n, Duration::from_millis(n)));
     }
@@ -77,13 +78,24 @@ fn intervals_come_back_by_phase_and_session() {
     recorder.write_interval(Duration::from_millis(1000)).unwrap();
     recorder.write_interval(Duration::from_millis(2000)).unwrap();
     recorder.record(&sample(8, 2, Duration::from_millis(60)));
-    recorder.finish(Duration::from_millis(2500)).unwrap();
+    recorder.name(8, Some("web3".to_owned()));
+    recorder.name(8, None);
+    // The last interval is written after the session's end.
+    recorder.end_session(8);
+    let (report, written) = recorder.finish(Duration::from_millis(2500));
+    written.unwrap();
+    let guests: Vec<_> = report
+        .sessions
+        .iter()
+        .map(|session| session.guest.as_deref())
+        .collect();
+    assert_eq!(guests, [Some("web3"), None]);
 
     for phase in Phase::ALL {
         let (intervals, torn) = read_log(&log_of(&prefix, phase));
         assert!(!torn);
         let sessions: Vec<_> = intervals.iter().map(|i| i.session.as_str()).collect();
-        assert_eq!(sessions, ["session-7", "session-8", "session-8"], "{phase}");
+        assert_eq!(sessions, ["session-7", "session-8", "web3"], "{phase}");
         assert_eq!(intervals[0].histogram.len(), 10);
         let slowest =
             u64::try_from(sample(7, 10, Duration::from_millis(10)).phase(phase).as_nanos()).unwrap();
@@ -108,13 +120,16 @@ fn intervals_come_back_by_phase_and_session() {
 fn a_log_cut_anywhere_is_readable_up_to_the_cut() {
     let scratch = tempfile::tempdir().unwrap();
     let prefix = scratch.path().join("run");
-    let mut recorder = Recorder::start(Some(&prefix), run()).unwrap();
+    let mut recorder = Recorder::start(Some(&prefix), run(), &Threads::free(), drop).unwrap();
     for second in 1..=3u64 {
         recorder.record(&sample(1, second, Duration::from_millis(second)));
         recorder.write_interval(Duration::from_secs(second)).unwrap();
         // Not finished, not even dropped: what a killed process leaves.
-        let (intervals, torn) = read_log(&log_of(&prefix, Phase::Transfer));
-        assert_eq!((intervals.len() as u64, torn), (second, false));
+        let (mut intervals, mut torn) = (Vec::new(), true);
+        while (intervals.len() as u64, torn) != (second, false) {
+            std::thread::sleep(Duration::from_millis(1));
+            (intervals, torn) = read_log(&log_of(&prefix, Phase::Transfer));
+        }
     }
     let text = log_of(&prefix, Phase::Transfer);
     let second_last = text[..text.len() - 1].iter().rposition(|b| *b == b'\n').unwrap() + 1;
@@ -129,13 +144,14 @@ fn a_log_cut_anywhere_is_readable_up_to_the_cut() {
 fn the_report_is_whole_and_can_be_read_back() {
     let scratch = tempfile::tempdir().unwrap();
     let prefix = scratch.path().join("run");
-    let mut recorder = Recorder::start(Some(&prefix), run()).unwrap();
+    let mut recorder = Recorder::start(Some(&prefix), run(), &Threads::free(), drop).unwrap();
     for n in 1..=100 {
         recorder.record(&sample(1, n, Duration::from_millis(2)));
     }
     assert_eq!(recorder.end_session(1).checkpoints, 100);
     recorder.record(&sample(2, 1, Duration::from_millis(4)));
-    let report = recorder.finish(Duration::from_secs(5)).unwrap();
+    let (report, written) = recorder.finish(Duration::from_secs(5));
+    written.unwrap();
     let text = std::fs::read_to_string(with_suffix(&prefix, ".json")).unwrap();
     assert_eq!(serde_json::from_str::<Report>(&text).unwrap(), report);
     assert_eq!(
@@ -169,9 +185,10 @@ fn dropped_samples_are_reported_in_the_log_and_in_the_report() {
     let queue = SampleQueue::with_capacity(1);
     queue.push(sample(1, 1, Duration::from_millis(1)));
     queue.push(sample(1, 2, Duration::from_millis(1)));
-    let mut recorder = Recorder::start(Some(&prefix), run()).unwrap();
+    let mut recorder = Recorder::start(Some(&prefix), run(), &Threads::free(), drop).unwrap();
     recorder.drain(&queue);
-    let report = recorder.finish(Duration::from_secs(1)).unwrap();
+    let (report, written) = recorder.finish(Duration::from_secs(1));
+    written.unwrap();
     assert_eq!((report.samples_dropped, report.total.checkpoints), (1, 1));
     let log = String::from_utf8(log_of(&prefix, Phase::Flush)).unwrap();
     assert!(log.contains("#1 checkpoints are missing"), "{log}");
@@ -179,13 +196,14 @@ fn dropped_samples_are_reported_in_the_log_and_in_the_report() {
 
 #[test]
 fn old_sessions_give_way_but_stay_in_the_total() {
-    let mut recorder = Recorder::start(None, run()).unwrap();
+    let mut recorder = Recorder::start(None, run(), &Threads::free(), drop).unwrap();
     let sessions = u32::try_from(SESSIONS_KEPT).unwrap() + 5;
     for session in 0..sessions {
         recorder.record(&sample(session, 1, Duration::from_millis(1)));
         recorder.end_session(session);
     }
-    let report = recorder.finish(Duration::from_secs(1)).unwrap();
+    let (report, written) = recorder.finish(Duration::from_secs(1));
+    written.unwrap();
     assert_eq!(report.sessions.len(), SESSIONS_KEPT);
     assert_eq!(report.sessions_not_listed, 5);
     assert_eq!(report.sessions[0].session, 5);
@@ -194,12 +212,97 @@ fn old_sessions_give_way_but_stay_in_the_total() {
 
 #[test]
 fn a_prefix_in_no_directory_is_refused_with_advice() {
-    let error = Recorder::start(Some(Path::new("/nonexistent/dir/run")), run())
-        .err()
-        .unwrap();
+    let error = Recorder::start(
+        Some(Path::new("/nonexistent/dir/run")),
+        run(),
+        &Threads::free(),
+        drop,
+    )
+    .err()
+    .unwrap();
     let text = error.to_string();
     assert!(
-        text.contains("/nonexistent/dir/run.reply.hlog") && text.contains("choose a prefix"),
+        text.contains("cannot create /nonexistent/dir/run") && text.contains("choose a prefix"),
         "{text}"
     );
+}
+
+#[test]
+fn of_starts_at_one_instant_one_has_the_prefix() {
+    for _ in 0..20 {
+        let scratch = tempfile::tempdir().unwrap();
+        let prefix = scratch.path().join("run");
+        let all_ready = std::sync::Barrier::new(8);
+        let started: Vec<_> = std::thread::scope(|scope| {
+            let start = || {
+                all_ready.wait();
+                Recorder::start(Some(&prefix), run(), &Threads::free(), drop)
+            };
+            let starts: Vec<_> = (0..8).map(|_| scope.spawn(start)).collect();
+            starts.into_iter().map(|start| start.join().unwrap()).collect()
+        });
+        let (begun, refused): (Vec<_>, Vec<_>) = started.into_iter().partition(Result::is_ok);
+        assert_eq!(begun.len(), 1);
+        for refused in refused {
+            let error = refused.err().unwrap();
+            assert!(matches!(error, MetricsError::InUse(_)), "{error}");
+        }
+        for mut recorder in begun.into_iter().flatten() {
+            recorder.record(&sample(1, 1, Duration::from_millis(1)));
+            recorder.finish(Duration::from_secs(1)).1.unwrap();
+        }
+        assert_eq!(read_log(&log_of(&prefix, Phase::Pause)).0.len(), 1);
+    }
+}
+
+/// Anyone can begin sessions with names, and a receiver may run for years.
+#[test]
+fn names_of_sessions_that_are_gone_are_not_kept() {
+    let mut recorder = Recorder::start(None, run(), &Threads::free(), drop).unwrap();
+    for session in 0..100 {
+        recorder.name(session, Some("web".to_owned()));
+        recorder.end_session(session);
+    }
+    recorder.record(&sample(100, 1, Duration::from_millis(1)));
+    recorder.name(100, Some("db".to_owned()));
+    recorder.write_interval(Duration::from_secs(1)).unwrap();
+    assert_eq!(recorder.names.len(), 1);
+}
+
+#[test]
+fn an_earlier_run_is_set_aside_and_a_running_one_is_left_alone() {
+    let scratch = tempfile::tempdir().unwrap();
+    let prefix = scratch.path().join("run");
+    let files = || {
+        let names = std::fs::read_dir(scratch.path()).unwrap();
+        let names = names.map(|entry| entry.unwrap().file_name().into_string().unwrap());
+        names.collect::<Vec<_>>()
+    };
+    let once = |pauses: u64| {
+        let mut recorder = Recorder::start(Some(&prefix), run(), &Threads::free(), drop).unwrap();
+        recorder.record(&sample(1, 1, Duration::from_millis(pauses)));
+        let error = Recorder::start(Some(&prefix), run(), &Threads::free(), drop)
+            .err()
+            .unwrap();
+        assert!(
+            matches!(&error, MetricsError::InUse(path) if path == &with_suffix(&prefix, ".reply.hlog")),
+            "{error}"
+        );
+        recorder.finish(Duration::from_secs(1)).1.unwrap();
+    };
+    once(3);
+    once(5);
+    let earlier = with_suffix(&prefix, ".run-1");
+    assert_eq!(read_log(&log_of(&earlier, Phase::Pause)).0.len(), 1);
+    assert!(with_suffix(&earlier, ".json").exists());
+    assert_eq!(files().len(), 2 * (Phase::ALL.len() + 1));
+    for _ in 0..RUNS_KEPT + 2 {
+        once(1);
+    }
+    assert_eq!(files().len(), (RUNS_KEPT + 1) * (Phase::ALL.len() + 1));
+    assert!(!with_suffix(&earlier, ".json").exists());
+    let error = Recorder::start(Some(&scratch.path().join("")), run(), &Threads::free(), drop)
+        .err()
+        .unwrap();
+    assert!(error.to_string().contains("is a directory"), "{error}");
 }
