@@ -84,6 +84,14 @@ pub enum WireError {
     /// An XBZRLE delta that does not fit its page or itself (spec §7.4).
     #[error("a bad XBZRLE delta: {0}")]
     Xbzrle(&'static str),
+    /// There is no memory for what has arrived.
+    #[error("there is no memory for {bytes} bytes of {what}")]
+    NoMemory {
+        /// What it is.
+        what: &'static str,
+        /// How much.
+        bytes: u64,
+    },
     /// A bad block list.
     #[error(transparent)]
     BlockList(#[from] BlockListError),

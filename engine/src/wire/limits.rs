@@ -13,5 +13,8 @@ pub const VMSTATE_MAX: u64 = 1 << 30;
 /// Most bytes of initial device state and vmdesc together, which are buffered until the end is found (spec §11.1).
 pub const INITIAL_STATE_MAX: usize = 256 << 20;
 
+/// Longest vmdesc. Seen: 45 KB to 128 KB; some KB for each CPU. It is checked in one go, by the thread that receives.
+pub const VMDESC_MAX: usize = 4 << 20;
+
 /// Deepest nesting of the vmdesc's JSON. Real ones have about 10 levels (spec §20, 22).
 pub const VMDESC_DEPTH_MAX: usize = 64;

@@ -25,6 +25,7 @@ pub mod multifd;
 pub mod ram;
 pub mod return_path;
 pub mod run_state;
+pub(crate) mod state_buffer;
 pub mod stream;
 pub mod vmdesc;
 pub mod xbzrle;

@@ -212,8 +212,7 @@ impl<'a> BlockEntry<'a> {
     }
 }
 
-/// Collects the block list until its lengths have reached the announced total. Holds at most [`BLOCKS_MAX`] entries
-/// and refuses a total above the receiver's own limit before anything is allocated.
+/// Collects the block list until its lengths have reached the announced total. Holds at most [`BLOCKS_MAX`] entries.
 #[derive(Debug)]
 pub struct BlockList {
     entries: Vec<(Box<[u8]>, u64)>,
@@ -222,18 +221,11 @@ pub struct BlockList {
 }
 
 impl BlockList {
-    /// A list whose lengths will add up to `total`, which may not be above `ram_limit`, both in bytes.
+    /// A list whose lengths will add up to `total` bytes.
     ///
     /// # Errors
-    /// If it is above.
-    pub fn new(total: u64, ram_limit: u64) -> Result<Self, WireError> {
-        if total > ram_limit {
-            return Err(WireError::Limit {
-                field: "the guest's RAM in bytes",
-                seen: total,
-                limit: ram_limit,
-            });
-        }
+    /// If that is nothing.
+    pub fn new(total: u64) -> Result<Self, WireError> {
         if total == 0 {
             return Err(BlockListError::Sum { sum: 0, total }.into());
         }

@@ -3,6 +3,7 @@
 //! QEMU enters it at the switch-over of a migration and keeps it in all checkpoints that follow, so a guest that was stopped
 //! before it was protected has `paused` there for ever, although COLO has let it run since.
 
+use super::{WireError, state_buffer};
 use std::borrow::Cow;
 
 const SECTION_FULL: u8 = 4;
@@ -16,19 +17,22 @@ const LENGTH_BYTES: usize = 4;
 const RUNNING: &[u8] = b"running\0";
 
 /// The device state of a guest that runs as soon as it is loaded. Unchanged if it runs already, or does not say.
-pub fn running(device_state: &[u8]) -> Cow<'_, [u8]> {
+///
+/// # Errors
+/// If there is no memory for a copy of it.
+pub fn running(device_state: &[u8]) -> Result<Cow<'_, [u8]>, WireError> {
     let Some(at) = text(device_state) else {
-        return Cow::Borrowed(device_state);
+        return Ok(Cow::Borrowed(device_state));
     };
     if device_state[at..].starts_with(RUNNING) {
-        return Cow::Borrowed(device_state);
+        return Ok(Cow::Borrowed(device_state));
     }
-    let mut changed = device_state.to_vec();
+    let mut changed = state_buffer::copy(device_state)?;
     changed[at..at + TEXT_BYTES].fill(0);
     changed[at..at + RUNNING.len()].copy_from_slice(RUNNING);
     let length = u32::try_from(RUNNING.len()).expect("eight bytes");
     changed[at - LENGTH_BYTES..at].copy_from_slice(&length.to_be_bytes());
-    Cow::Owned(changed)
+    Ok(Cow::Owned(changed))
 }
 
 /// Where the text is. The name may be in a device's own state, too: only a whole section counts, with its number in head and
@@ -72,14 +76,18 @@ mod tests {
     fn a_paused_guest_runs() {
         for text in ["paused", "prelaunch", "a-state-with-a-long-name"] {
             let paused = device_state(text.as_bytes(), 0x2c);
-            assert_eq!(*running(&paused), device_state(b"running", 0x2c), "{text}");
+            assert_eq!(
+                *running(&paused).unwrap(),
+                device_state(b"running", 0x2c),
+                "{text}"
+            );
         }
     }
 
     #[test]
     fn a_running_guest_is_left_alone() {
         let state = device_state(b"running", 0x2c);
-        assert!(matches!(running(&state), Cow::Borrowed(_)));
+        assert!(matches!(running(&state).unwrap(), Cow::Borrowed(_)));
     }
 
     #[test]
@@ -92,10 +100,10 @@ mod tests {
             Vec::new(),
         ];
         for state in without {
-            assert_eq!(*running(&state), state);
+            assert_eq!(*running(&state).unwrap(), state);
         }
         let behind = [state, NAME.to_vec()].concat();
         let expected = [device_state(b"running", 0x2c), NAME.to_vec()].concat();
-        assert_eq!(*running(&behind), expected);
+        assert_eq!(*running(&behind).unwrap(), expected);
     }
 }

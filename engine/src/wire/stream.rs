@@ -52,7 +52,9 @@ pub fn classify(first: [u8; 4]) -> Result<ChannelKind, WireError> {
     let hint = match first {
         MAIN_MAGIC => return Ok(ChannelKind::Main),
         MULTIFD_MAGIC => return Ok(ChannelKind::Multifd),
-        [0x16, 0x03, ..] => " but TLS: unset the parameter tls-creds on the primary",
+        [0x16, 0x03, ..] => {
+            " but TLS: start the receiver with --tls, or unset the parameter tls-creds on the primary"
+        }
         [b'G', b'E', b'T', b' '] | [b'P', b'O', b'S', b'T'] | [b'H', b'E', b'A', b'D'] => {
             " but HTTP: this port is for QEMU's migrate command"
         }

@@ -133,18 +133,28 @@ pub fn stream_bytes(method: Method, first_payload: &[u8]) -> Result<u64, WireErr
 }
 
 /// Where a thread decodes to: the pages of a packet, and one page more, by which an output that is too long is seen.
+///
+/// Its memory is allocated when the thread decodes for the first time.
+#[derive(Default)]
 pub struct PageBuffer {
-    bytes: Box<[u8]>,
-}
-
-impl Default for PageBuffer {
-    fn default() -> Self {
-        let bytes = vec![0; (PACKET_PAGES + 1) * PAGE_SIZE].into_boxed_slice();
-        Self { bytes }
-    }
+    bytes: Vec<u8>,
 }
 
 impl PageBuffer {
+    /// Has its memory.
+    fn allocate(&mut self) -> Result<(), WireError> {
+        const BYTES: usize = (PACKET_PAGES + 1) * PAGE_SIZE;
+        if self.bytes.is_empty() {
+            let reserved = self.bytes.try_reserve_exact(BYTES);
+            reserved.map_err(|_| WireError::NoMemory {
+                what: "decoded pages",
+                bytes: BYTES as u64,
+            })?;
+            self.bytes.resize(BYTES, 0);
+        }
+        Ok(())
+    }
+
     /// Room for `pages` pages and one more.
     fn room(&mut self, pages: usize) -> &mut [u8] {
         &mut self.bytes[..(pages + 1) * PAGE_SIZE]
@@ -206,7 +216,7 @@ impl Decoder {
     /// later in the stream cannot be decoded without what was lost.
     ///
     /// # Errors
-    /// If the payload does not give exactly that many pages, or bytes of it are left over.
+    /// If the payload does not give exactly that many pages, or bytes of it are left over; without memory to decode to.
     ///
     /// # Panics
     /// With more pages than a packet has.
@@ -217,6 +227,7 @@ impl Decoder {
         buffer: &'b mut PageBuffer,
     ) -> Result<&'b [[u8; PAGE_SIZE]], WireError> {
         let pages = usize::from(normal);
+        buffer.allocate()?;
         if self.failed {
             return Err(damaged(self.method, 0, "a payload before it was damaged"));
         }

@@ -71,7 +71,7 @@ fn main_channel_start_is_read() {
     let RamRecord::MemSize { total } = next(input, RamRecord::parse) else {
         panic!()
     };
-    let mut list = BlockList::new(total, 1 << 40).unwrap();
+    let mut list = BlockList::new(total).unwrap();
     let read = loop {
         if let Some(table) = list.push(next(input, BlockEntry::parse)).unwrap() {
             break table;
