@@ -15,6 +15,7 @@ use crate::canary::{self, Canary};
 use crate::store::commit::bitmap::DirtyBitmap;
 use crate::store::commit::flusher::Flush;
 use crate::store::durable::record::{self, DurableRecord};
+use crate::store::flight::{FlightRing, NoFlight};
 use crate::store::memory::image::RamImage;
 use crate::store::memory::ram_dir::RamFiles;
 use crate::units::{BlockId, CheckpointId};
@@ -34,6 +35,8 @@ pub struct CommittedImage {
     /// The flush of the session's commits; none after its end.
     pending: Mutex<Option<Arc<Flush>>>,
     files: CheckpointFiles,
+    /// A checkpoint that was recovered may have none.
+    flight: Result<FlightRing, NoFlight>,
 }
 
 /// The files of a guest in a RAM directory.
@@ -43,6 +46,17 @@ pub(crate) struct CheckpointFiles {
     pub(crate) image: Option<Arc<RamFiles>>,
     /// The record by which a later receiver finds the checkpoint; none if checkpoints end with this process.
     pub(crate) record: Option<Arc<DurableRecord>>,
+}
+
+/// Whether a checkpoint outlives this process.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum KeptFiles {
+    /// A later receiver finds it.
+    Kept,
+    /// Its files were removed.
+    Gone,
+    /// There is none that could.
+    NoCheckpoint,
 }
 
 /// What changes with each commit. Only the holder of its lock may write the image.
@@ -73,7 +87,12 @@ impl CommittedImage {
     }
 
     /// The image of a session that begins, whose commits are flushed by `flush`.
-    pub(crate) fn of_session(image: Arc<RamImage>, files: CheckpointFiles, flush: Arc<Flush>) -> Self {
+    pub(crate) fn of_session(
+        image: Arc<RamImage>,
+        files: CheckpointFiles,
+        flush: Arc<Flush>,
+        flight: FlightRing,
+    ) -> Self {
         Self {
             image,
             last: Mutex::default(),
@@ -81,6 +100,7 @@ impl CommittedImage {
             dumping: Mutex::new(()),
             pending: Mutex::new(Some(flush)),
             files,
+            flight: Ok(flight),
         }
     }
 
@@ -90,6 +110,7 @@ impl CommittedImage {
         files: CheckpointFiles,
         checkpoint: CheckpointId,
         device_state: Vec<u8>,
+        flight: Result<FlightRing, NoFlight>,
     ) -> Self {
         let last = LastCommit {
             checkpoint: Some(checkpoint),
@@ -103,6 +124,7 @@ impl CommittedImage {
             dumping: Mutex::new(()),
             pending: Mutex::new(None),
             files,
+            flight,
         };
         own.publish(checkpoint);
         own
@@ -178,6 +200,14 @@ impl CommittedImage {
         self.image.file(id)
     }
 
+    /// Where the time of its session's checkpoints went.
+    ///
+    /// # Errors
+    /// If it was recovered without one.
+    pub fn flight(&self) -> Result<&FlightRing, NoFlight> {
+        self.flight.as_ref().map_err(|none| *none)
+    }
+
     /// Its files in a RAM directory.
     pub(crate) fn files(&self) -> Option<&Arc<RamFiles>> {
         self.files.image.as_ref()
@@ -194,14 +224,16 @@ impl CommittedImage {
         }
     }
 
-    /// Keeps the files of the checkpoint in their directory when this is dropped. Its session has ended. Returns false if there
-    /// is no checkpoint that a later receiver could find.
-    pub fn keep_files(&self) -> bool {
-        let durable = self.durable().filter(|_| self.can_keep_files());
-        if let Some(durable) = durable {
-            durable.files().keep(true);
+    /// Keeps the files of the checkpoint in their directory when this is dropped. Its session has ended.
+    pub fn keep_files(&self) -> KeptFiles {
+        let Some(durable) = self.durable().filter(|_| self.can_keep_files()) else {
+            return KeptFiles::NoCheckpoint;
+        };
+        durable.files().keep(true);
+        match durable.files().are_there() {
+            true => KeptFiles::Kept,
+            false => KeptFiles::Gone,
         }
-        durable.is_some()
     }
 
     pub(crate) fn can_keep_files(&self) -> bool {
@@ -210,6 +242,9 @@ impl CommittedImage {
 
     /// Removes the names of its files in a RAM directory, so that no later receiver finds them.
     pub fn remove_files(&self) {
+        if let Some(durable) = self.durable() {
+            durable.forget();
+        }
         if let Some(files) = &self.files.image {
             files.remove_all();
         }

@@ -4,31 +4,24 @@
 //! the next ones copy those again; the last one copies the pages that remain under the lock of the commit record, together with
 //! the device state. So a commit waits for the little that changed during the last unlocked pass, not for the guest's whole RAM,
 //! and the dump is of one checkpoint: the one committed at the end.
+//!
+//! It goes to files that the caller has opened: what names they have, and whether they keep them, is the caller's affair.
 
 use crate::blocks::BlockTable;
-use crate::files::{self, NewFile, Readers};
 use crate::store::cache::plan::FlushPlan;
 use crate::store::commit::bitmap::DirtyBitmap;
 use crate::store::committed::CommittedImage;
 use crate::store::error::StoreError;
 use crate::store::memory::copy;
-use crate::store::memory::file_names::file_names;
 use crate::store::memory::image::RamImage;
+use crate::store::memory::index;
 use crate::store::memory::span::PageSpan;
 use crate::units::PageRun;
 use crate::units::{CheckpointId, PAGE_BYTES, PAGE_SIZE};
-use std::fs::{self, File};
-use std::io::Write;
+use std::fs::File;
+use std::io::{self, Write};
 use std::os::unix::fs::FileExt;
-use std::path::{Path, PathBuf};
 use std::sync::PoisonError;
-
-/// File name of the device state.
-pub const DEVICE_STATE_FILE: &str = "device-state.bin";
-
-/// File names that no block gets, since callers put files of these names beside the dump: its description, the stream's
-/// header, the vmdesc, the directory of disks.
-pub const RESERVED_FILES: [&str; 4] = ["checkpoint.json", "stream-header.bin", "vmdesc.json", "disks"];
 
 /// Passes after which more pages are copied under the lock, if the guest leaves no fewer: [`LOCKED_PAGES_MAX`].
 const SHORT_PASSES: u32 = 4;
@@ -45,49 +38,39 @@ const LOCKED_PAGES_MAX: u64 = 16 * LOCKED_PAGES;
 /// Pages written by one call.
 const CHUNK_PAGES: u64 = 256;
 
-/// The content of a dump.
-#[derive(Clone, Debug, PartialEq, Eq)]
+/// Where a dump goes: open files, which are empty.
+#[derive(Clone, Debug)]
+pub struct DumpTargets<'a> {
+    /// One for each RAM block, in the order of the guest's list: byte `o` of the block at offset `o`, with holes for zeros.
+    pub blocks: Vec<&'a File>,
+    /// For the device state.
+    pub device_state: &'a File,
+}
+
+/// What was dumped.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct DumpReport {
     /// The checkpoint it is of.
     pub checkpoint: CheckpointId,
-    /// The RAM blocks, in the order of the guest's list.
-    pub blocks: Vec<DumpedBlock>,
-    /// The device state's file: [`DEVICE_STATE_FILE`].
-    pub device_state: PathBuf,
     /// Passes over the image, the last one under the lock included.
     pub passes: u32,
 }
 
-/// One block of a dump.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct DumpedBlock {
-    /// The block's name, as the primary gave it.
-    pub name: Box<[u8]>,
-    /// Its file: byte `o` of the block at offset `o`, with holes for zeros.
-    pub file: PathBuf,
-    /// Its length.
-    pub bytes: u64,
-}
-
 impl CommittedImage {
-    /// Dumps the last committed checkpoint into `directory`, which is made if it does not exist: a file per block and
-    /// [`DEVICE_STATE_FILE`]. Files of an earlier dump there are replaced, once the new one is complete.
+    /// Dumps the last committed checkpoint into `targets`.
     ///
     /// One dump at a time: another one waits.
     ///
     /// # Errors
-    /// Before the first commit, or when a file cannot be written. Then no file of this dump remains.
-    pub fn dump(&self, directory: &Path) -> Result<DumpReport, StoreError> {
+    /// Before the first commit, if there is not one target for each block, or when one cannot be written.
+    pub fn dump(&self, targets: &DumpTargets<'_>) -> Result<DumpReport, StoreError> {
         // The lock guards no data: a dump that panicked leaves nothing behind that matters to the next.
         let _only_one = self.dumping.lock().unwrap_or_else(PoisonError::into_inner);
         self.begin_tracking()?;
-        let dumped = DumpFiles::create(directory, self.table()).and_then(|files| {
-            self.dump_passes(&files)
-                .map(|(checkpoint, passes)| (files, checkpoint, passes))
-        });
+        let writer = DumpWriter::new(self.table(), targets);
+        let dumped = writer.and_then(|writer| self.dump_passes(&writer));
         self.lock().tracking = None;
-        let (files, checkpoint, passes) = dumped?;
-        files.finish(self.table(), checkpoint, passes)
+        dumped
     }
 
     fn begin_tracking(&self) -> Result<(), StoreError> {
@@ -95,15 +78,15 @@ impl CommittedImage {
         if record.checkpoint.is_none() {
             return Err(StoreError::NothingCommitted);
         }
-        record.tracking = Some(DirtyBitmap::new(self.table().total_pages(), 1));
+        record.tracking = Some(DirtyBitmap::new(self.table().total_pages(), 1)?);
         Ok(())
     }
 
-    fn dump_passes(&self, files: &DumpFiles) -> Result<(CheckpointId, u32), StoreError> {
+    fn dump_passes(&self, writer: &DumpWriter<'_>) -> Result<DumpReport, StoreError> {
         // What is committed from here on is tracked; what was committed before is brought into the image.
         self.finish_flush();
-        files.write_all(self.image())?;
-        let mut plan = FlushPlan::default();
+        writer.write_all(self.image())?;
+        let mut plan = FlushPlan::with_room(self.table().total_pages())?;
         let mut passes = 1;
         loop {
             let record = self.lock();
@@ -120,13 +103,14 @@ impl CommittedImage {
                 self.finish_flush();
                 // A commit waits for this lock, and a guest for the commit: the pages are copied to memory under it and
                 // written afterwards, however slow the disk is.
-                let pages = read_plan(self.image(), &plan);
-                let device_state = record.device_state.clone();
+                let _lease = self.image().beside(plan.pages() * PAGE_BYTES)?;
+                let pages = read_plan(self.image(), &plan)?;
+                let device_state = copied(&record.device_state)?;
                 let checkpoint = record.checkpoint.ok_or(StoreError::NothingCommitted)?;
                 drop(record);
-                files.write_pages(self.image(), &plan, &pages)?;
-                files.write_device_state(&device_state)?;
-                return Ok((checkpoint, passes));
+                writer.write_pages(self.image(), &plan, &pages)?;
+                writer.write_device_state(&device_state)?;
+                return Ok(DumpReport { checkpoint, passes });
             }
             drop(record);
             if passes == PASSES_MAX {
@@ -134,14 +118,16 @@ impl CommittedImage {
             }
             // The pages of the plan are committed, so that they are in the image after this.
             self.finish_flush();
-            files.write_plan(self.image(), &plan)?;
+            writer.write_plan(self.image(), &plan)?;
         }
     }
 }
 
 /// The pages of `plan`, in its order.
-fn read_plan(image: &RamImage, plan: &FlushPlan) -> Vec<[u8; PAGE_SIZE]> {
-    let mut pages = Vec::new();
+fn read_plan(image: &RamImage, plan: &FlushPlan) -> Result<Vec<[u8; PAGE_SIZE]>, StoreError> {
+    let (mut pages, count) = (Vec::new(), index(plan.pages()));
+    let reserved = pages.try_reserve_exact(count);
+    reserved.map_err(|_| StoreError::no_tables::<[u8; PAGE_SIZE]>(count))?;
     for run in plan.runs(0..plan.len()) {
         for at in 0..run.pages {
             let mut page = [0; PAGE_SIZE];
@@ -149,28 +135,30 @@ fn read_plan(image: &RamImage, plan: &FlushPlan) -> Vec<[u8; PAGE_SIZE]> {
             pages.push(page);
         }
     }
-    pages
+    Ok(pages)
 }
 
-/// A file that has its name only when the dump is complete. No block's own file can be named as such a part
-/// (`file_names.rs`).
-struct DumpFile(NewFile);
+fn copied(bytes: &[u8]) -> Result<Vec<u8>, StoreError> {
+    let mut copy = Vec::new();
+    let reserved = copy.try_reserve_exact(bytes.len());
+    reserved.map_err(|_| StoreError::no_tables::<u8>(bytes.len()))?;
+    copy.extend_from_slice(bytes);
+    Ok(copy)
+}
 
-impl DumpFile {
-    fn create(path: &Path, bytes: u64) -> Result<Self, StoreError> {
-        let made = NewFile::create(path, Readers::Owner).and_then(|new| {
-            new.file().set_len(bytes)?;
-            Ok(Self(new))
-        });
-        made.map_err(|error| StoreError::file(&files::part_of(path), error))
-    }
+/// A block's file.
+struct BlockFile<'a> {
+    file: &'a File,
+    name: String,
+}
 
-    fn refused(&self, source: std::io::Error) -> StoreError {
-        StoreError::file(self.0.part(), source)
+impl BlockFile<'_> {
+    fn refused(&self, source: io::Error) -> StoreError {
+        StoreError::dump(&self.name, source)
     }
 
     fn write(&self, span: PageSpan<'_>, offset: u64) -> Result<(), StoreError> {
-        span.write_to(self.0.file(), offset)
+        span.write_to(self.file, offset)
             .map_err(|error| self.refused(error))
     }
 
@@ -193,27 +181,35 @@ impl DumpFile {
     }
 }
 
-/// The files of a dump under way.
-struct DumpFiles {
-    directory: PathBuf,
+/// Writes to the targets of a dump.
+struct DumpWriter<'a> {
     /// In the order of the table.
-    blocks: Vec<DumpFile>,
-    device_state: DumpFile,
+    blocks: Vec<BlockFile<'a>>,
+    device_state: &'a File,
 }
 
-impl DumpFiles {
-    fn create(directory: &Path, table: &BlockTable) -> Result<Self, StoreError> {
-        fs::create_dir_all(directory).map_err(|error| StoreError::file(directory, error))?;
-        let [description, header, vmdesc, disks] = RESERVED_FILES;
-        let names = file_names(table, &[DEVICE_STATE_FILE, description, header, vmdesc, disks]);
-        let blocks = table.iter().zip(names);
-        let create = |((_, block), name): ((_, &crate::blocks::RamBlock), String)| {
-            DumpFile::create(&directory.join(name), block.used_length)
+impl<'a> DumpWriter<'a> {
+    fn new(table: &BlockTable, targets: &DumpTargets<'a>) -> Result<Self, StoreError> {
+        let (files, blocks) = (targets.blocks.len(), table.iter().count());
+        if files != blocks {
+            return Err(StoreError::DumpTargets { files, blocks });
+        }
+        let block = |((_, block), file): ((_, &crate::blocks::RamBlock), &&'a File)| {
+            let block_file = BlockFile {
+                file,
+                name: block.display_name(),
+            };
+            file.set_len(block.used_length)
+                .map_err(|error| block_file.refused(error))?;
+            Ok(block_file)
         };
         Ok(Self {
-            directory: directory.to_owned(),
-            blocks: blocks.map(create).collect::<Result<_, _>>()?,
-            device_state: DumpFile::create(&directory.join(DEVICE_STATE_FILE), 0)?,
+            blocks: table
+                .iter()
+                .zip(&targets.blocks)
+                .map(block)
+                .collect::<Result<_, StoreError>>()?,
+            device_state: targets.device_state,
         })
     }
 
@@ -250,46 +246,16 @@ impl DumpFiles {
         for (page, content) in places.zip(pages) {
             let (id, offset) = image.table().locate(page);
             let block = &self.blocks[usize::from(id.0)];
-            let wrote = block.0.file().write_all_at(content, offset);
+            let wrote = block.file.write_all_at(content, offset);
             wrote.map_err(|error| block.refused(error))?;
         }
         Ok(())
     }
 
     fn write_device_state(&self, bytes: &[u8]) -> Result<(), StoreError> {
-        let wrote = self.device_state.0.file().write_all(bytes);
-        wrote.map_err(|error| self.device_state.refused(error))
-    }
-
-    /// Gives the files their names, once all of them are on the disk: some file systems report only then
-    /// that they are full.
-    fn finish(
-        self,
-        table: &BlockTable,
-        checkpoint: CheckpointId,
-        passes: u32,
-    ) -> Result<DumpReport, StoreError> {
-        let files = || self.blocks.iter().chain([&self.device_state]);
-        for file in files() {
-            file.0.sync().map_err(|error| file.refused(error))?;
-        }
-        for file in files() {
-            let renamed = file.0.rename();
-            renamed.map_err(|error| StoreError::file(file.0.path(), error))?;
-        }
-        let synced = File::open(&self.directory).and_then(|directory| directory.sync_all());
-        synced.map_err(|error| StoreError::file(&self.directory, error))?;
-        let dumped = |((_, block), file): ((_, &crate::blocks::RamBlock), &DumpFile)| DumpedBlock {
-            name: block.name.clone(),
-            file: file.0.path().to_owned(),
-            bytes: block.used_length,
-        };
-        Ok(DumpReport {
-            checkpoint,
-            blocks: table.iter().zip(&self.blocks).map(dumped).collect(),
-            device_state: self.device_state.0.path().to_owned(),
-            passes,
-        })
+        let mut file = self.device_state;
+        file.write_all(bytes)
+            .map_err(|error| StoreError::dump("the device state", error))
     }
 }
 
@@ -318,23 +284,21 @@ mod tests {
             .unwrap();
         let flusher = Flusher::new(CopyMethod::Memcpy, 0, &[]).unwrap();
         store.commit(CheckpointId(0), &mut Vec::new(), &flusher);
-        let full = || {
-            let file = File::options().write(true).open("/dev/full").unwrap();
-            DumpFile(NewFile::of(
-                "/dev/full".into(),
-                "/nonexistent/pc.ram~part".into(),
-                file,
-            ))
+        let full = File::options().write(true).open("/dev/full").unwrap();
+        // It has no length that could be set.
+        let writer = DumpWriter {
+            blocks: vec![BlockFile {
+                file: &full,
+                name: "pc.ram".to_owned(),
+            }],
+            device_state: &full,
         };
-        let files = DumpFiles {
-            directory: "/nonexistent".into(),
-            blocks: vec![full()],
-            device_state: full(),
-        };
-        let refused = store.committed.dump_passes(&files).unwrap_err();
+        let refused = store.committed.dump_passes(&writer).unwrap_err();
         assert_eq!(
             refused.to_string(),
-            "/nonexistent/pc.ram~part: No space left on device (os error 28)"
+            "the dump of pc.ram: No space left on device (os error 28)"
         );
+        let refused = writer.write_device_state(&[1]).unwrap_err();
+        assert!(refused.to_string().contains("the dump of the device state"));
     }
 }

@@ -6,8 +6,9 @@
 //!   their flush ([`CacheKind`]).
 //! * The **dirty bitmap**: the pages received since the last commit.
 //! * The **commit record**: number and device state of the last committed checkpoint.
+//! * The **flight recorder**: where the time of the last checkpoints went ([`FlightRing`]).
 //!
-//! Image and commit record are a [`CommittedImage`], which outlives the session. A [`Store`] is its receiving side: it has the
+//! Image, commit record and flight recorder are a [`CommittedImage`], which outlives the session. A [`Store`] is its receiving side: it has the
 //! cache and the dirty bitmap, and commits to the image.
 //!
 //! # Phases
@@ -36,11 +37,12 @@
 //! * [`CommittedImage::checkpoint`] and [`CommittedImage::dump`] see a checkpoint whole or not at all, at any time.
 //!
 //! # Folders
-//! `memory` maps, copies and places memory; `cache` decides where slots are, and flushes them by a plan; `commit` has the
+//! `memory` maps, copies and places memory; `flight` has the flight recorder; `cache` decides where slots are, and flushes them by a plan; `commit` has the
 //! dirty pages and the threads that flush; `durable` has the record of what outlives the process. Each uses only those before
 //! it, and [`StoreError`]; the other files beside the folders put them together.
 
 mod cache;
+mod charge;
 mod checkpoint_view;
 mod commit;
 mod committed;
@@ -48,6 +50,7 @@ mod create;
 mod dump;
 mod durable;
 mod error;
+mod flight;
 pub(crate) mod memory;
 mod options;
 mod receive;
@@ -65,12 +68,19 @@ pub use commit::bitmap::DirtyBitmap;
 #[cfg(test)]
 pub(crate) use commit::flusher::FlushSizes;
 pub use commit::flusher::{FlushReport, FlushStep, Flusher, FlusherError};
-pub use committed::CommittedImage;
+pub use committed::{CommittedImage, KeptFiles};
+pub(crate) use create::DEVICE_FILE_BYTES;
 #[cfg(test)]
 pub(crate) use create::Granularity;
-pub use dump::{DEVICE_STATE_FILE, DumpReport, DumpedBlock, RESERVED_FILES};
+pub use dump::{DumpReport, DumpTargets};
 pub use error::StoreError;
+pub use flight::{
+    FLIGHT_CHECKPOINTS, FlightError, FlightLog, FlightRecord, FlightRing, NoFlight, PauseSplit,
+    SchedulerTimes, Window,
+};
 pub use memory::copy::CopyMethod;
+pub use memory::directory_lock::RamDirectoryLock;
+pub(crate) use memory::file_names::file_names;
 pub use memory::huge::{Fallback, HugePages};
 pub use memory::slab::{HEADER_BYTES, Slab, SlabId};
 pub use memory::span::LandingRun;
@@ -78,6 +88,7 @@ pub use options::{CacheKind, CommitMode, StoreOptions};
 pub use recovery::{Recoverable, RecoverableCheckpoint, labels_in};
 
 use crate::blocks::BlockTable;
+use crate::budget::Lease;
 use crate::units::CheckpointId;
 use cache::Cache;
 use cache::extents::Extents;
@@ -100,12 +111,21 @@ pub struct Store {
     received: PageSet,
     flush: Arc<Flush>,
     mode: CommitMode,
+    /// Bytes of the budget that it has as long as its session runs, beside what a pool takes later.
+    reserved_bytes: u64,
+    /// What the tables have of the budget, which is given back after they are freed.
+    _lease: Lease,
 }
 
 impl Store {
     /// The last committed checkpoint, which outlives this store.
     pub fn committed(&self) -> &Arc<CommittedImage> {
         &self.committed
+    }
+
+    /// Bytes of the budget that it has, with its checkpoint, at least.
+    pub(crate) fn reserved_bytes(&self) -> u64 {
+        self.reserved_bytes
     }
 
     /// The guest's RAM blocks.
@@ -169,6 +189,19 @@ impl Store {
         record.replace(id, device_state);
         self.committed.publish(id);
         report
+    }
+
+    /// Whether checkpoints are written to files that a later receiver finds.
+    pub fn outlives_process(&self) -> bool {
+        self.committed.durable().is_some()
+    }
+
+    /// Writes the device state of the next commit to its file, so that the commit does not: for a large one, which takes
+    /// milliseconds. Any thread may call it before that commit. What keeps it from being written is found by the commit.
+    pub fn write_device_state(&self, id: CheckpointId, device_state: &[u8]) {
+        if let Some(durable) = self.committed.durable() {
+            durable.write_ahead(id, device_state);
+        }
     }
 
     /// Whether committed pages are still in their slots. No page may be received meanwhile.
@@ -246,12 +279,13 @@ impl Store {
     /// receiving (see the module) and that no ring has a slab registered.
     pub fn drop_uncommitted(&self) {
         let _record = self.committed.end_session();
-        let mut plan = FlushPlan::default();
-        self.dirty.take(&mut plan);
-        if let Some(pool) = self.cache.pool() {
-            pool.drop_pages(&plan, 0..plan.len());
-            pool.release_cursors();
-        }
+        self.flush.with_idle_plan(|plan| {
+            self.dirty.take(plan);
+            if let Some(pool) = self.cache.pool() {
+                pool.drop_pages(plan, 0..plan.len());
+                pool.release_cursors();
+            }
+        });
         self.cache.give_back();
         if let Some(durable) = self.committed.durable() {
             durable.files().remove(slab::SLAB_FILES);
@@ -261,15 +295,20 @@ impl Store {
 
     /// Writes down what a later receiver must know of the session to use its checkpoints
     /// ([`RecoverableCheckpoint::session`]). To be called before the first commit.
-    pub fn record_session(&self, session: impl FnOnce() -> Vec<u8>) {
+    pub fn record_session(&self, session: impl FnOnce() -> Result<Vec<u8>, StoreError>) {
         if let Some(durable) = self.committed.durable() {
-            durable.record_session(&session());
+            durable.record_session(session());
         }
     }
 
     /// The reason why no checkpoint outlives this process any more, though they should; once.
     pub fn take_failure(&self) -> Option<StoreError> {
         self.committed.durable()?.take_failure()
+    }
+
+    /// Why the RAM directory does not say what room it has, so that it may be filled up to its end; once.
+    pub fn take_unknown_room(&self) -> Option<StoreError> {
+        self.committed.files()?.take_unknown_room()
     }
 
     fn image(&self) -> &RamImage {

@@ -1,5 +1,6 @@
 //! The options of a store: its cache, when it flushes, and of what pages its memory is.
 
+use crate::budget::Budget;
 use crate::store::{DirtyBitmap, HugePages};
 use serde::{Deserialize, Serialize};
 use std::path::PathBuf;
@@ -49,6 +50,8 @@ pub struct StoreOptions {
     pub shards: usize,
     /// The NUMA node that each shard's memory should lie on; empty where the kernel decides. The image lies on all of them.
     pub nodes: Vec<usize>,
+    /// Of which all memory is taken before it is allocated; without a limit by default.
+    pub budget: Arc<Budget>,
     /// Where the guest runs on the RAM image between checkpoints: marks the pages that it changes, which each commit then
     /// restores. Only with [`CacheKind::Mirror`] and [`CommitMode::Sync`]. The guest must stand still during a
     /// commit, and all its marks must have been made before.
@@ -65,6 +68,7 @@ impl Default for StoreOptions {
             commit: CommitMode::Deferred,
             shards: 1,
             nodes: Vec::new(),
+            budget: Budget::unlimited(),
             running_guest: None,
         }
     }

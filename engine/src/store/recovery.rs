@@ -1,17 +1,19 @@
 //! Recovery: finding the checkpoints of earlier receivers in a RAM directory, and making committed images of them.
 
 use crate::blocks::BlockTable;
-use crate::killpoint;
+use crate::budget::{Budget, Lease};
+use crate::failpoint;
 use crate::store::StoreError;
 use crate::store::cache::extent_refs::ExtentId;
 use crate::store::cache::extents::EXTENT_BYTES;
 use crate::store::cache::pool::Place;
+use crate::store::charge;
 use crate::store::committed::{CheckpointFiles, CommittedImage};
-use crate::store::durable::record::{
-    DurableRecord, Found, GuestShape, PLACES_FILE, RECORD_FILE, RecordedCheckpoint,
-};
+use crate::store::durable::layout::RECORD_FILE;
+use crate::store::durable::record::{self, DurableRecord, Found, FoundCheckpoint, PLACES_FILE};
 use crate::store::memory::copy;
-use crate::store::memory::image::RamImage;
+use crate::store::memory::file_names::file_names;
+use crate::store::memory::image::{NamedFiles, RamImage};
 use crate::store::memory::index;
 use crate::store::memory::mapping::Mapping;
 use crate::store::memory::ram_dir::{RamDirectory, RamFiles};
@@ -45,8 +47,7 @@ pub enum Recoverable {
 /// A checkpoint that was found. Its files stay as they are until it is recovered.
 pub struct RecoverableCheckpoint {
     durable: Box<DurableRecord>,
-    shape: GuestShape,
-    recorded: RecordedCheckpoint,
+    found: FoundCheckpoint,
     session: Vec<u8>,
     device_state: Vec<u8>,
 }
@@ -59,39 +60,37 @@ impl RecoverableCheckpoint {
     pub fn find(directory: &Path, label: &str) -> Result<Recoverable, StoreError> {
         let files = Arc::new(RamFiles::new(RamDirectory::open(directory)?, label));
         files.keep(true);
-        let (durable, shape, recorded) = match DurableRecord::open(files.clone())? {
-            Found::Checkpoint(durable, shape, recorded) => (durable, shape, recorded),
+        let (durable, found) = match DurableRecord::open(files.clone())? {
+            Found::Checkpoint(durable, found) => (durable, found),
             Found::InUse => return Ok(Recoverable::InUse),
             Found::NoRecord => return Ok(Recoverable::Unknown),
             Found::Nothing => {
-                files.own_all()?;
                 files.keep(false);
                 return Ok(Recoverable::Nothing);
             }
         };
         Ok(Recoverable::Checkpoint(Box::new(Self {
             session: durable.session()?,
-            device_state: durable.device_state(&recorded)?,
+            device_state: durable.device_state(&found)?,
             durable,
-            shape,
-            recorded,
+            found,
         })))
     }
 
     /// Its number.
     pub fn checkpoint(&self) -> CheckpointId {
-        self.recorded.checkpoint
+        self.found.slot.checkpoint
     }
 
     /// How long ago it was committed, by this host's clock.
     pub fn age(&self) -> Duration {
-        let committed = SystemTime::UNIX_EPOCH + Duration::from_nanos(self.recorded.committed_ns);
+        let committed = SystemTime::UNIX_EPOCH + Duration::from_nanos(self.found.slot.committed_ns);
         committed.elapsed().unwrap_or_default()
     }
 
     /// Whether it was given to a QEMU, so that a guest may have changed it.
     pub fn is_given(&self) -> bool {
-        self.recorded.is_given
+        self.found.state.is_given
     }
 
     /// What [`Store::record_session`](crate::store::Store::record_session) has written of the session.
@@ -108,37 +107,51 @@ impl RecoverableCheckpoint {
     /// now; that can be interrupted at any time and repeated.
     ///
     /// # Errors
-    /// If the image or the slots are damaged; the files stay as they are.
-    pub fn recover(self, table: Arc<BlockTable>) -> Result<CommittedImage, StoreError> {
+    /// If the image or the slots are damaged, or the budget does not allow it; the files stay as they are.
+    pub fn recover(self, table: Arc<BlockTable>, budget: &Arc<Budget>) -> Result<CommittedImage, StoreError> {
         let pages = table.total_pages();
         let files = self.durable.files().clone();
-        if self.shape.pages != pages {
+        if self.found.shape.pages != pages {
             let what = format!(
                 "it is of a guest of {} pages, and its blocks have {pages}",
-                self.shape.pages
+                self.found.shape.pages
             );
             return Err(StoreError::damaged(&files.path(RECORD_FILE), what));
         }
-        let image = RamImage::map_existing(table, &files)?;
-        if self.recorded.is_flushing {
+        let names = file_names(table.names(), &[]);
+        let lease = self.lease(&table, &files, budget)?;
+        let image = RamImage::map_existing(table, &files, lease)?;
+        if self.found.state.is_flushing {
             self.flush(&image, &files)?;
             self.durable.flushed();
         }
-        files.own_all()?;
+        record::own(&files, &names)?;
         files.remove(SLAB_FILES);
         files.remove(PLACES_FILE);
         files.keep(false);
+        let flight = record::open_flight(&files);
         let files = CheckpointFiles {
             image: Some(files),
             record: Some(Arc::from(self.durable)),
         };
-        let checkpoint = self.recorded.checkpoint;
+        let checkpoint = self.found.slot.checkpoint;
         Ok(CommittedImage::recovered(
             image,
             files,
             checkpoint,
             self.device_state,
+            flight,
         ))
+    }
+
+    /// What the files that stay have of the budget.
+    fn lease(&self, table: &BlockTable, files: &RamFiles, budget: &Arc<Budget>) -> Result<Lease, StoreError> {
+        let named = NamedFiles {
+            files: Some(files),
+            are_all_named: true,
+        };
+        let bytes = charge::of_checkpoint(table, named).saturating_add(self.durable.bytes());
+        Ok(budget.take(bytes)?)
     }
 
     /// Copies the pages whose places are not in the image to it.
@@ -146,7 +159,7 @@ impl RecoverableCheckpoint {
         let path = files.path(PLACES_FILE);
         let damaged = |what: String| StoreError::damaged(&path, what);
         let places = open(files, PLACES_FILE)?;
-        let count = index(self.shape.pages);
+        let count = index(self.found.shape.pages);
         if places.len() / 8 < count {
             return Err(damaged(format!("it is too short for {count} pages")));
         }
@@ -155,7 +168,7 @@ impl RecoverableCheckpoint {
         for (page, word) in (0..).zip(places.iter()) {
             let word = word.load(std::sync::atomic::Ordering::Acquire);
             let target = image.span(PageRun::one(PageIndex::new(page)));
-            let place = Place::parse(word);
+            let place = Place::parse(page, word);
             match place.ok_or_else(|| damaged(format!("page {page} has the invalid place {word:#x}")))? {
                 Place::Image => {}
                 Place::Zero => copy::zero(target),
@@ -170,7 +183,7 @@ impl RecoverableCheckpoint {
                     copy::copy(target, slab.read_span(at, 1), copy::CopyMethod::Memcpy);
                 }
             }
-            killpoint::here();
+            failpoint::may_be_killed();
         }
         copy::fence();
         Ok(())
@@ -183,7 +196,7 @@ impl RecoverableCheckpoint {
         files: &RamFiles,
         slabs: &'a mut Vec<(u64, Mapping)>,
     ) -> Result<(&'a Mapping, u64), StoreError> {
-        let per_slab = self.shape.slab_extents.max(1);
+        let per_slab = self.found.shape.slab_extents.max(1);
         let (number, within) = (u64::from(extent.0) / per_slab, u64::from(extent.0) % per_slab);
         let known = slabs.iter().position(|(known, _)| *known == number);
         let position = match known {

@@ -1,6 +1,8 @@
 //! The store as a whole: what its tests share, and those of receiving and committing.
 
+mod budget;
 mod dumps;
+mod leftovers;
 mod memory;
 mod model;
 mod numa;
@@ -14,6 +16,7 @@ use super::memory::span::fill_by_kernel;
 use super::*;
 use crate::units::{CheckpointId, PACKET_PAGES, PAGE_BYTES, PAGE_SIZE, PageIndex, PageRun};
 use std::fs;
+use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread;
@@ -42,6 +45,7 @@ const TEST_GRANULARITY: Granularity = Granularity {
     mirror_slab_pages: TEST_SLAB_PAGES,
     pool_slab_extents: Some(2),
     area_bytes: 4096,
+    flight_checkpoints: 32,
     flush: FlushSizes {
         help_from_pages: 4,
         step_words: 1,
@@ -121,15 +125,39 @@ fn newest_stamp(store: &Store, index: u64) -> u64 {
     stamp(&bytes)
 }
 
-/// The page numbers of a dump, in the order of the guest's pages.
-fn dumped_stamps(report: &DumpReport) -> Vec<u64> {
+/// The content of a dump.
+#[derive(Debug)]
+struct DumpContent {
+    checkpoint: CheckpointId,
+    /// The page numbers, in the order of the guest's pages.
+    stamps: Vec<u64>,
+    device_state: Vec<u8>,
+}
+
+fn dump(committed: &CommittedImage) -> Result<DumpContent, StoreError> {
+    let file = || tempfile::tempfile().unwrap();
+    let blocks: Vec<_> = committed.table().iter().map(|_| file()).collect();
+    let device_state = file();
+    let report = committed.dump(&DumpTargets {
+        blocks: blocks.iter().collect(),
+        device_state: &device_state,
+    })?;
+    let read = |file: &fs::File| {
+        let mut bytes = vec![0; usize::try_from(file.metadata().unwrap().len()).unwrap()];
+        file.read_exact_at(&mut bytes, 0).unwrap();
+        bytes
+    };
     let mut stamps = Vec::new();
-    for block in &report.blocks {
-        let bytes = fs::read(&block.file).unwrap();
-        assert_eq!(u64::try_from(bytes.len()).unwrap(), block.bytes);
+    for ((_, block), file) in committed.table().iter().zip(&blocks) {
+        let bytes = read(file);
+        assert_eq!(u64::try_from(bytes.len()).unwrap(), block.used_length);
         stamps.extend(bytes.as_chunks().0.iter().map(stamp));
     }
-    stamps
+    Ok(DumpContent {
+        checkpoint: report.checkpoint,
+        stamps,
+        device_state: read(&device_state),
+    })
 }
 
 /// A directory in memory, gone with its test.

@@ -3,15 +3,20 @@
 //! An extent's count is the number of pages that have their content in it, and one more while a cursor or a buffer holds it.
 //! The thread that brings a count to 0 frees the extent. A slab **retires** by keeping its extents back as they become free.
 
+use crate::store::StoreError;
 use crate::store::cache::stack::{FreeStack, Link};
 use crate::store::memory::index;
 use crate::store::memory::numa::NodeIndex;
+use crate::store::memory::words::boxed;
 use crate::sync::{AtomicU32, AtomicUsize, Ordering, fence};
 use std::ops::Range;
 
 /// Number of an extent, over all slabs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct ExtentId(pub(crate) u32);
+
+/// How many extents there can be, which is 64 TiB: a packed place (`pool.rs`) has room for the number.
+pub(crate) const EXTENTS_MAX: u32 = (1 << 26) - 1;
 
 /// The count of an extent that is kept back because its slab retires.
 const PARKED: u32 = u32::MAX;
@@ -75,18 +80,23 @@ pub(crate) struct ExtentRefs {
 
 impl ExtentRefs {
     /// For so many extents, none of which is free yet, and nodes, at least one.
-    pub(crate) fn new(extents: usize, slab_extents: u32, nodes: usize) -> Self {
+    ///
+    /// # Errors
+    /// If there is no memory for it.
+    pub(crate) fn new(extents: usize, slab_extents: u32, nodes: usize) -> Result<Self, StoreError> {
         let slabs = extents.div_ceil(index(u64::from(slab_extents)));
-        let counters = || (0..extents).map(|_| AtomicU32::new(0)).collect();
-        Self {
-            count: counters(),
-            links: counters(),
+        Ok(Self {
+            count: boxed(extents, |_| AtomicU32::new(0))?,
+            links: boxed(extents, |_| Link::new(0))?,
             slab_extents,
             nodes: (0..nodes).map(|_| NodeExtents::new()).collect(),
-            slab_nodes: (0..slabs).map(|_| AtomicUsize::new(0)).collect(),
+            slab_nodes: boxed(slabs, |_| AtomicUsize::new(0))?,
             retiring: AtomicUsize::new(0),
-        }
+        })
     }
+
+    /// Memory that an extent takes here.
+    pub(crate) const BYTES_PER_EXTENT: u64 = (size_of::<AtomicU32>() + size_of::<Link>()) as u64;
 
     /// The extents of a slab are free now, and belong to a node.
     pub(crate) fn open_slab(&self, slab: usize, node: NodeIndex) {
@@ -316,7 +326,7 @@ mod loom_tests {
 
     /// An extent with a page that a flush reads and releases on another thread.
     fn flushed_elsewhere() -> (Arc<ExtentRefs>, Arc<Memory>, ExtentId, thread::JoinHandle<()>) {
-        let refs = Arc::new(ExtentRefs::new(1, 1, 1));
+        let refs = Arc::new(ExtentRefs::new(1, 1, 1).unwrap());
         let memory = Arc::new(Memory(UnsafeCell::new(7)));
         refs.open_slab(0, NodeIndex(0));
         let extent = refs.take(NodeIndex(0)).unwrap();

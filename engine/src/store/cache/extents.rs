@@ -9,7 +9,7 @@
 //! thread that finds the list of its node empty borrows from another's, and the node is then the next to get a slab.
 
 use crate::store::StoreError;
-use crate::store::cache::extent_refs::{ExtentId, ExtentRefs};
+use crate::store::cache::extent_refs::{EXTENTS_MAX, ExtentId, ExtentRefs};
 use crate::store::cache::pool_layout::PoolLayout;
 use crate::store::memory::huge::Fallback;
 use crate::store::memory::index;
@@ -18,9 +18,9 @@ use crate::store::memory::numa::NodeIndex;
 use crate::store::memory::populate::populate;
 use crate::store::memory::slab::{Slab, SlabId, SlabMemory, slab_id};
 use crate::store::memory::span::{PageSpan, ReadSpan};
+use crate::store::memory::words::boxed;
 use crate::sync::{AtomicU32, AtomicUsize, Ordering};
 use crate::units::{PACKET_PAGES, PAGE_BYTES};
-use nix::errno::Errno;
 use std::sync::{Mutex, OnceLock, PoisonError};
 
 /// Slots of an extent: two whole packets, and one slot into which the header of the packet that follows may be read.
@@ -51,6 +51,8 @@ pub enum PoolTask {
     Nothing,
     /// Add a slab: [`crate::store::Store::grow`].
     Grow,
+    /// Take a slab out of the rings that have it registered: it is not [wanted](Slab::is_wanted) any more.
+    Unregister,
     /// Free a slab, which is not used any more: [`crate::store::Store::shrink`].
     Shrink,
 }
@@ -80,6 +82,7 @@ pub(crate) struct Extents {
     inline_growth: AtomicU32,
     /// Consecutive checkpoints that would have needed a slab less.
     spare: AtomicU32,
+    /// Last: the slabs are freed before their part of the budget is given back.
     growing: Mutex<SlabMemory>,
 }
 
@@ -96,11 +99,15 @@ impl Extents {
         let nodes = memory.nodes().count();
         layout.first = layout.first.max(nodes.min(layout.keep));
         let extents = layout.limit * index(u64::from(layout.slab_extents));
+        assert!(
+            extents <= index(EXTENTS_MAX.into()),
+            "a place has room for their numbers"
+        );
         let pool = Self {
             layout,
-            slabs: (0..layout.limit).map(|_| OnceLock::new()).collect(),
+            slabs: boxed(layout.limit, |_| OnceLock::new())?,
             grown: AtomicUsize::new(0),
-            refs: ExtentRefs::new(extents, layout.slab_extents, nodes),
+            refs: ExtentRefs::new(extents, layout.slab_extents, nodes)?,
             inline_growth: AtomicU32::new(0),
             spare: AtomicU32::new(0),
             growing: Mutex::new(memory),
@@ -119,27 +126,31 @@ impl Extents {
         let slab = self.next_slab(memory, node)?;
         // A lack of memory for a file is a signal when the file is touched, and an error here.
         if slab.memory().is_shared() {
-            populate(&[slab.memory()]).map_err(|errno| Self::no_memory(self.layout.slab_bytes(), errno))?;
+            self.populate(memory, slab)?;
         }
         self.open_slab(slab);
         Ok(())
+    }
+
+    /// Allocates the memory of a slab that is to be used next. Where there is none, what was allocated of it is given back,
+    /// with its part of the budget.
+    fn populate(&self, memory: &mut SlabMemory, slab: &Slab) -> Result<(), StoreError> {
+        let bytes = self.layout.slab_bytes();
+        let room = memory.check_room(bytes);
+        let populated =
+            room.and_then(|()| populate(&[slab.memory()]).map_err(|errno| memory.refused(bytes, errno)));
+        populated.inspect_err(|_| memory.give_back(slab))
     }
 
     /// The slab after those in use, mapped. One thread at a time has `memory`.
     fn next_slab(&self, memory: &mut SlabMemory, node: NodeIndex) -> Result<&Slab, StoreError> {
         let place = &self.slabs[self.grown.load(Ordering::Relaxed)];
         if let Some(slab) = place.get() {
+            memory.use_again(slab)?;
             return Ok(slab);
         }
         let slab = Slab::of_slots(memory, self.layout.slab_bytes(), node)?;
         Ok(place.get_or_init(|| slab))
-    }
-
-    fn no_memory(bytes: u64, errno: Errno) -> StoreError {
-        StoreError::NoCacheMemory {
-            bytes,
-            source: errno.into(),
-        }
     }
 
     /// Frees the extents of the slab after those in use.
@@ -230,11 +241,7 @@ impl Extents {
             self.refs.reset_borrowed();
         }
         if self.refs.retiring_slab().is_some() {
-            return if self.has_retired() {
-                PoolTask::Shrink
-            } else {
-                PoolTask::Nothing
-            };
+            return self.retirement();
         }
         let slab = self.layout.slab_extents;
         if grown <= self.layout.first || self.refs.spare(grown - 1) < slab + slab / 2 {
@@ -246,28 +253,31 @@ impl Extents {
         PoolTask::Nothing
     }
 
-    /// Whether the slab that retires is not used any more, not even by a ring.
-    fn has_retired(&self) -> bool {
-        let slab = self.refs.retiring_slab().filter(|_| self.refs.are_all_parked());
-        slab.and_then(|slab| self.slab(slab)).is_some_and(|slab| {
-            slab.want(false);
-            !slab.is_registered()
-        })
+    /// What is to be done for the slab that retires.
+    fn retirement(&self) -> PoolTask {
+        let parked = self.refs.retiring_slab().filter(|_| self.refs.are_all_parked());
+        let Some(slab) = parked.and_then(|slab| self.slab(slab)) else {
+            return PoolTask::Nothing;
+        };
+        slab.want(false);
+        match slab.is_registered() {
+            true => PoolTask::Unregister,
+            false => PoolTask::Shrink,
+        }
     }
 
     /// Returns the memory of the slab that has retired to the host.
     pub(crate) fn shrink(&self) {
-        let growing = self.growing.lock().unwrap_or_else(PoisonError::into_inner);
-        if !self.has_retired() {
+        let mut growing = self.growing.lock().unwrap_or_else(PoisonError::into_inner);
+        if self.retirement() != PoolTask::Shrink {
             return;
         }
         let last = self.grown.load(Ordering::Relaxed) - 1;
         self.grown.store(last, Ordering::Release);
         self.refs.close_slab();
         if let Some(slab) = self.slab(last) {
-            slab.give_back();
+            growing.give_back(slab);
         }
-        drop(growing);
     }
 
     /// Uses the slab that retires again. Returns whether there was one.
@@ -292,7 +302,7 @@ impl Extents {
             return Ok(());
         }
         let slab = self.next_slab(&mut growing, self.refs.shortest_node())?;
-        populate(&[slab.memory()]).map_err(|errno| Self::no_memory(self.layout.slab_bytes(), errno))?;
+        self.populate(&mut growing, slab)?;
         // A note on memory that cannot be locked was given for the first slabs.
         drop(mlock::lock(std::iter::once(slab.memory())));
         self.open_slab(slab);

@@ -1,5 +1,6 @@
 //! The mirror: a slot for every page of the guest.
 
+use crate::budget::Account;
 use crate::store::StoreError;
 use crate::store::cache::landing::{Landing, Target};
 use crate::store::cache::plan::FlushPlan;
@@ -7,7 +8,7 @@ use crate::store::memory::copy::{self, CopyMethod};
 use crate::store::memory::huge::Fallback;
 use crate::store::memory::image::RamImage;
 use crate::store::memory::index;
-use crate::store::memory::slab::{Slab, SlabMemory, slab_id};
+use crate::store::memory::slab::{self, Slab, SlabMemory, slab_id};
 use crate::store::memory::span::PageSpan;
 use crate::units::PageRun;
 use crate::units::{PAGE_BYTES, PAGE_SIZE, PageIndex};
@@ -17,11 +18,19 @@ use std::ops::Range;
 /// one registered buffer. 64 Ki slabs are then 32 TiB.
 pub(crate) const SLAB_PAGES: u64 = 1 << 17;
 
+/// Bytes of slots in each slab.
+fn slot_bytes(pages: u64, slab_pages: u64) -> impl Iterator<Item = u64> {
+    let firsts = (0..pages).step_by(index(slab_pages));
+    firsts.map(move |first| slab_pages.min(pages - first) * PAGE_BYTES)
+}
+
 /// A slot for every page of the guest: page and slot have the same number.
 pub(crate) struct Mirror {
     slabs: Vec<Slab>,
     /// Pages in each slab but the last: a power of two, so that a page is found by shift and mask.
     slab_shift: u32,
+    /// What the slabs have of the budget, which is given back after they are freed.
+    _account: Account,
 }
 
 impl Mirror {
@@ -37,14 +46,30 @@ impl Mirror {
         notes: &mut Vec<Fallback>,
     ) -> Result<Self, StoreError> {
         assert!(slab_pages.is_power_of_two(), "pages are found by shift and mask");
-        let mut slabs = Vec::with_capacity(index(pages.div_ceil(slab_pages)));
-        for first in (0..pages).step_by(index(slab_pages)) {
-            let slot_bytes = slab_pages.min(pages - first) * PAGE_BYTES;
+        let count = index(pages.div_ceil(slab_pages));
+        let mut slabs = Vec::new();
+        let reserved = slabs.try_reserve_exact(count);
+        reserved.map_err(|_| StoreError::no_tables::<Slab>(count))?;
+        for slot_bytes in slot_bytes(pages, slab_pages) {
             slabs.push(Slab::with_headers(&mut memory, slot_bytes)?);
         }
         notes.extend(memory.notes(slabs.len()));
-        let slab_shift = slab_pages.trailing_zeros();
-        Ok(Self { slabs, slab_shift })
+        Ok(Self {
+            slabs,
+            slab_shift: slab_pages.trailing_zeros(),
+            _account: memory.into_account(),
+        })
+    }
+
+    /// What [`Self::map`] takes of the budget.
+    pub(crate) fn charge(pages: u64, slab_pages: u64) -> u64 {
+        // Of any number that a peer announces, so that it is not gone through slab by slab.
+        let of_slab = |pages: u64| match pages {
+            0 => 0,
+            pages => slab::charge(slab::bytes_with_headers(pages * PAGE_BYTES)),
+        };
+        let whole = (pages / slab_pages).saturating_mul(of_slab(slab_pages));
+        whole.saturating_add(of_slab(pages % slab_pages))
     }
 
     /// The slab of a page, and its byte offset there.

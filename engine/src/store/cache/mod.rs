@@ -155,8 +155,8 @@ impl Cache {
     /// Returns the memory to the host. The cache must not be used afterwards.
     pub(crate) fn give_back(&self) {
         match self {
-            Self::Pool(pool) => pool.extents().slabs().for_each(Slab::give_back),
-            Self::Mirror(mirror) => mirror.slabs().iter().for_each(Slab::give_back),
+            Self::Pool(pool) => pool.extents().slabs().for_each(|slab| _ = slab.give_back()),
+            Self::Mirror(mirror) => mirror.slabs().iter().for_each(|slab| _ = slab.give_back()),
         }
     }
 }

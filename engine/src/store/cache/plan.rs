@@ -1,5 +1,7 @@
 //! What a flush copies: a list of bitmap words in address order, read as runs of consecutive pages.
 
+use crate::store::StoreError;
+use crate::store::memory::index;
 use crate::units::{PageIndex, PageRun};
 use std::ops::Range;
 
@@ -14,8 +16,8 @@ pub(crate) struct DirtyWord {
     pub(crate) bits: u64,
 }
 
-/// A set of pages taken from a [`crate::store::DirtyBitmap`], in address order. It is made once and filled again for each
-/// checkpoint; its memory grows to the largest checkpoint seen (16 bytes a word, so at most 16 a page).
+/// A set of pages taken from a [`crate::store::DirtyBitmap`], in address order. It is made once, with room for all pages of its
+/// guest, and filled again for each checkpoint.
 #[derive(Default)]
 pub struct FlushPlan {
     words: Vec<DirtyWord>,
@@ -23,6 +25,23 @@ pub struct FlushPlan {
 }
 
 impl FlushPlan {
+    /// With room for a guest of so many pages.
+    ///
+    /// # Errors
+    /// If there is no memory for it.
+    pub(crate) fn with_room(pages: u64) -> Result<Self, StoreError> {
+        let count = index(pages.div_ceil(WORD_PAGES));
+        let mut words = Vec::new();
+        let reserved = words.try_reserve_exact(count);
+        reserved.map_err(|_| StoreError::no_tables::<DirtyWord>(count))?;
+        Ok(Self { words, pages: 0 })
+    }
+
+    /// Memory that a plan for a guest of so many pages takes at most.
+    pub(crate) fn bytes_max(pages: u64) -> u64 {
+        pages.div_ceil(WORD_PAGES) * size_of::<DirtyWord>() as u64
+    }
+
     pub(crate) fn clear(&mut self) {
         self.words.clear();
         self.pages = 0;

@@ -8,10 +8,10 @@
 //! slot released. Between a commit and the next CHECKPOINT_REPLY the words are those of
 //! the committed checkpoint, which the flush takes one by one; no page may arrive then (`session::Rendezvous`, the gate).
 
-use crate::killpoint;
+use crate::failpoint;
 use crate::store::StoreError;
 use crate::store::cache::cursor::Cursor;
-use crate::store::cache::extent_refs::ExtentId;
+use crate::store::cache::extent_refs::{EXTENTS_MAX, ExtentId};
 use crate::store::cache::extents::{EXTENT_BYTES, Extents, Slot};
 use crate::store::cache::landing::{Landing, Target};
 use crate::store::cache::plan::FlushPlan;
@@ -30,6 +30,22 @@ const OFFSET_BITS: u32 = 21;
 
 const _: () = assert!(EXTENT_BYTES < 1 << OFFSET_BITS);
 
+/// Set in each packed place, behind the offset and one more than the extent's number: memory that was lost names no place.
+const PACKED: u64 = 1 << 47;
+
+const _: () = assert!((EXTENTS_MAX as u64) << OFFSET_BITS < PACKED);
+
+/// Where the checksum of a packed place begins, which is of 16 bits.
+const CHECK_SHIFT: u32 = 48;
+
+const _: () = assert!(PACKED.trailing_zeros() < CHECK_SHIFT);
+
+/// The checksum of a packed place of a page. Whichever bit of the place is flipped, one of these is, too.
+fn check(page: u64, place: u64) -> u64 {
+    let of_page = page.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> CHECK_SHIFT;
+    (place ^ place >> 16 ^ place >> 32 ^ of_page) & 0xffff
+}
+
 /// Where a page's newest content is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Place {
@@ -42,28 +58,44 @@ pub(crate) enum Place {
 }
 
 impl Place {
-    fn pack(self) -> u64 {
-        match self {
-            Self::Image => 0,
-            Self::Zero => 1,
-            Self::Slot(extent, offset) => (u64::from(extent.0) + 1) << OFFSET_BITS | offset,
-        }
+    fn pack(self, page: u64) -> u64 {
+        let place = PACKED
+            | match self {
+                Self::Image => 0,
+                Self::Zero => 1,
+                Self::Slot(extent, offset) => (u64::from(extent.0) + 1) << OFFSET_BITS | offset,
+            };
+        place | check(page, place) << CHECK_SHIFT
     }
 
+    /// From a word that was packed here; one of zero, as a new table has them in memory without a name, is the image.
     fn unpack(word: u64) -> Self {
-        Self::parse(word).expect("it was packed here")
+        Self::of_bits(word & (PACKED - 1)).expect("it was packed here")
     }
 
-    /// From a word of any value.
-    pub(crate) fn parse(word: u64) -> Option<Self> {
-        let offset = word & ((1 << OFFSET_BITS) - 1);
-        match (word >> OFFSET_BITS).checked_sub(1) {
-            None if word == 0 => Some(Self::Image),
-            None => (word == 1).then_some(Self::Zero),
+    fn of_bits(bits: u64) -> Option<Self> {
+        let offset = bits & ((1 << OFFSET_BITS) - 1);
+        match (bits >> OFFSET_BITS).checked_sub(1) {
+            None if bits == 0 => Some(Self::Image),
+            None => (bits == 1).then_some(Self::Zero),
             Some(extent) => u32::try_from(extent)
                 .ok()
                 .map(|extent| Self::Slot(ExtentId(extent), offset)),
         }
+    }
+
+    /// From a word of any value, found in the file of a page's places.
+    pub(crate) fn parse(page: u64, word: u64) -> Option<Self> {
+        let place = word & ((1 << CHECK_SHIFT) - 1);
+        let is_whole = place & PACKED != 0 && word >> CHECK_SHIFT == check(page, place);
+        is_whole.then(|| Self::of_bits(place & !PACKED)).flatten()
+    }
+}
+
+/// Makes the image the place of all pages, in a table that a later process may find.
+pub(crate) fn all_in_image(places: &Words) {
+    for (page, place) in (0..).zip(places.iter()) {
+        place.store(Place::Image.pack(page), Ordering::Relaxed);
     }
 }
 
@@ -80,7 +112,7 @@ pub(crate) struct Pool {
 }
 
 impl Pool {
-    /// `places` has a word of zero for each page of the guest.
+    /// `places` has a word for each page of the guest: zero, or as [`all_in_image`] leaves it.
     pub(crate) fn new(extents: Extents, nodes: NumaNodes, places: Words, shards: usize) -> Self {
         Self {
             extents,
@@ -97,7 +129,7 @@ impl Pool {
     /// Makes `place` that of the page's newest content, and releases the one before.
     fn supersede(&self, page: PageIndex, place: Place) {
         // Release: a thread that finds the place sees the content.
-        let before = self.places[index(page.get())].swap(place.pack(), Ordering::AcqRel);
+        let before = self.places[index(page.get())].swap(place.pack(page.get()), Ordering::AcqRel);
         if let Place::Slot(extent, _) = Place::unpack(before) {
             self.extents.refs().release(extent, 1);
         }
@@ -237,7 +269,7 @@ impl Pool {
                 let pages = self.copy_piece(run, image, method);
                 run = run.skip(pages);
                 pieces += 1;
-                killpoint::here();
+                failpoint::may_be_killed();
             }
         }
         // All threads see the image written before a place says so and a slot is used again.
@@ -250,7 +282,7 @@ impl Pool {
         for run in plan.runs(words) {
             for page in run.first.get()..run.end() {
                 self.supersede(PageIndex::new(page), Place::Image);
-                killpoint::here();
+                failpoint::may_be_killed();
             }
         }
     }
@@ -278,5 +310,30 @@ impl Pool {
     /// The node of a shard, whose extents are near to it.
     pub(crate) fn node_of_shard(&self, shard: usize) -> NodeIndex {
         self.nodes.of_shard(shard)
+    }
+}
+
+#[cfg(all(test, not(loom)))]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_place_with_any_bit_flipped_is_none() {
+        let last = ExtentId(EXTENTS_MAX - 1);
+        let slots = [(ExtentId(0), 0), (last, EXTENT_BYTES - PAGE_BYTES)];
+        let slots = slots.map(|(extent, offset)| Place::Slot(extent, offset));
+        for place in [Place::Image, Place::Zero].iter().chain(&slots) {
+            for page in [0, 1, 4711, u64::MAX / PAGE_BYTES] {
+                let word = place.pack(page);
+                assert_eq!(Place::unpack(word), *place);
+                assert_eq!(Place::parse(page, word), Some(*place));
+                assert_eq!(Place::parse(page + 1, word), None, "it is of another page");
+                for bit in 0..64 {
+                    assert_eq!(Place::parse(page, word ^ 1 << bit), None, "bit {bit}");
+                }
+            }
+        }
+        assert_eq!(Place::unpack(0), Place::Image);
+        assert_eq!(Place::parse(0, 0), None);
     }
 }

@@ -19,6 +19,8 @@ pub(crate) struct PoolLayout {
     pub(crate) slab_extents: u32,
     /// Slabs that exist from the beginning.
     pub(crate) first: usize,
+    /// Slabs whose memory the guest has from the beginning, whatever other guests take.
+    pub(crate) reserved: usize,
     /// Slabs up to which the pool grows ahead of need.
     pub(crate) keep: usize,
     /// The most slabs that there can ever be.
@@ -38,6 +40,8 @@ impl PoolLayout {
         Self::with_slabs(pages, keep_bytes, grown.clamp(small, large))
     }
 
+    /// A checkpoint may change all of a guest, and seldom changes much of it: what is reserved is half of its RAM, and all that a small
+    /// guest can need. An operator's limit says itself what that is.
     pub(crate) fn with_slabs(pages: u64, keep_bytes: Option<u64>, slab_extents: u32) -> Self {
         let extents = pages.div_ceil(u64::from(EXTENT_SLOTS - 1));
         let slabs = |extents: u64| index(extents.div_ceil(u64::from(slab_extents)));
@@ -47,12 +51,17 @@ impl PoolLayout {
             None => limit,
             Some(keep) => index((keep / bytes).max(1)).min(limit),
         };
-        let first = index(FIRST_BYTES.div_ceil(bytes))
-            .min(slabs(extents + 8))
-            .min(keep);
+        let first_slabs = index(FIRST_BYTES.div_ceil(bytes));
+        let whole = slabs(extents + 8);
+        let first = first_slabs.min(whole).min(keep);
+        let usual = match keep_bytes {
+            None => first_slabs + slabs(extents / 2),
+            Some(_) => keep,
+        };
         Self {
             slab_extents,
             first,
+            reserved: usual.min(whole).max(first),
             keep,
             limit,
         }

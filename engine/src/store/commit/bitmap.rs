@@ -12,6 +12,7 @@
 //! hand-over: a lock, a channel's SYNC) is in that take; one that runs beside a take is in that take or in the
 //! next, never lost. That last sentence is what the loom tests below check.
 
+use crate::store::StoreError;
 use crate::store::cache::plan::{FlushPlan, WORD_PAGES};
 use crate::store::memory::index;
 use crate::store::memory::words::zeroed_words;
@@ -111,20 +112,32 @@ impl std::fmt::Debug for DirtyBitmap {
 impl DirtyBitmap {
     /// An empty bitmap for a guest of `pages` pages, marked in by `shards` threads.
     ///
+    /// # Errors
+    /// If there is no memory for it.
+    ///
     /// # Panics
     /// Without a shard.
-    pub fn new(pages: u64, shards: usize) -> Self {
+    pub fn new(pages: u64, shards: usize) -> Result<Self, StoreError> {
         assert!(shards > 0, "a bitmap needs a shard to mark in");
         let words = pages.div_ceil(WORD_PAGES);
         let summary_words = words.div_ceil(WORD_PAGES);
-        let shard = |_| Shard {
-            words: zeroed_words(index(words) + PADDING_WORDS),
-            summary: zeroed_words(index(summary_words) + PADDING_WORDS),
+        let shard = |_| {
+            Ok(Shard {
+                words: zeroed_words(index(words) + PADDING_WORDS)?,
+                summary: zeroed_words(index(summary_words) + PADDING_WORDS)?,
+            })
         };
-        Self {
-            shards: (0..shards).map(shard).collect(),
+        Ok(Self {
+            shards: (0..shards).map(shard).collect::<Result<_, StoreError>>()?,
             summary_words,
-        }
+        })
+    }
+
+    /// Memory that such a bitmap takes.
+    pub(crate) fn bytes(pages: u64, shards: usize) -> u64 {
+        let words = pages.div_ceil(WORD_PAGES);
+        let of_shard = words + words.div_ceil(WORD_PAGES) + 2 * position(PADDING_WORDS);
+        of_shard * 8 * position(shards)
     }
 
     /// Marks one page in `shard`, whose only marker the caller is.
@@ -159,11 +172,6 @@ impl DirtyBitmap {
         for at in self.marked_summaries() {
             self.merge(at, take_word, |word, bits| plan.push(word, bits));
         }
-    }
-
-    /// Drops all marks.
-    pub fn clear(&self) {
-        self.take(&mut FlushPlan::default());
     }
 
     /// How many pages are marked now. Marks made meanwhile may be counted or not.
@@ -219,11 +227,16 @@ pub(crate) struct PageSet {
 }
 
 impl PageSet {
-    pub(crate) fn new(pages: u64) -> Self {
+    pub(crate) fn new(pages: u64) -> Result<Self, StoreError> {
         let words = index(pages.div_ceil(WORD_PAGES));
-        Self {
-            words: zeroed_words(words),
-        }
+        Ok(Self {
+            words: zeroed_words(words)?,
+        })
+    }
+
+    /// Memory that such a set takes.
+    pub(crate) fn bytes(pages: u64) -> u64 {
+        pages.div_ceil(WORD_PAGES) * 8
     }
 
     pub(crate) fn insert_all(&self, pages: &[PageIndex]) {
@@ -273,7 +286,6 @@ mod tests {
     enum Step {
         Mark(usize, Vec<u64>),
         Take,
-        Clear,
     }
 
     const PAGES: u64 = 3 * 64 * 64 + 17;
@@ -290,15 +302,14 @@ mod tests {
         prop_oneof![
             8 => (0..SHARDS, packet()).prop_map(|(shard, pages)| Step::Mark(shard, pages)),
             2 => Just(Step::Take),
-            1 => Just(Step::Clear),
         ]
     }
 
     proptest! {
         #[test]
         fn agrees_with_a_set_of_numbers(steps in prop::collection::vec(step(), 1..40)) {
-            let bitmap = DirtyBitmap::new(PAGES, SHARDS);
-            let received = PageSet::new(PAGES);
+            let bitmap = DirtyBitmap::new(PAGES, SHARDS).unwrap();
+            let received = PageSet::new(PAGES).unwrap();
             let (mut model, mut ever) = (BTreeSet::new(), BTreeSet::new());
             let mut plan = FlushPlan::default();
             for step in steps {
@@ -318,10 +329,6 @@ mod tests {
                         prop_assert_eq!(plan.pages(), u64::try_from(model.len()).unwrap());
                         model.clear();
                     }
-                    Step::Clear => {
-                        bitmap.clear();
-                        model.clear();
-                    }
                 }
                 prop_assert_eq!(bitmap.count(), u64::try_from(model.len()).unwrap());
                 prop_assert_eq!(received.count(), u64::try_from(ever.len()).unwrap());
@@ -334,12 +341,12 @@ mod tests {
 
     #[test]
     fn a_plan_can_be_marked_again() {
-        let bitmap = DirtyBitmap::new(1000, 2);
+        let bitmap = DirtyBitmap::new(1000, 2).unwrap();
         bitmap.mark_all(0, &pages(&[1, 2, 700]));
         bitmap.mark_all(1, &pages(&[2, 3, 999]));
         let mut plan = FlushPlan::default();
         bitmap.take(&mut plan);
-        let again = DirtyBitmap::new(1000, 1);
+        let again = DirtyBitmap::new(1000, 1).unwrap();
         again.mark_plan(0, &plan);
         again.take(&mut plan);
         assert_eq!(content(&plan), [1, 2, 3, 700, 999]);
@@ -350,7 +357,9 @@ mod tests {
     #[should_panic(expected = "index out of bounds")]
     fn a_page_outside_is_a_panic() {
         let beyond = u64::try_from(PADDING_WORDS).unwrap() * WORD_PAGES;
-        DirtyBitmap::new(64, 1).mark(0, PageIndex::new(64 + beyond));
+        DirtyBitmap::new(64, 1)
+            .unwrap()
+            .mark(0, PageIndex::new(64 + beyond));
     }
 }
 
@@ -370,7 +379,7 @@ mod loom_tests {
     #[test]
     fn loom_marks_beside_takes_are_never_lost() {
         loom::model(|| {
-            let bitmap = Arc::new(DirtyBitmap::new(128, 1));
+            let bitmap = Arc::new(DirtyBitmap::new(128, 1).unwrap());
             let content = Arc::new(AtomicU64::new(0));
             let marker = {
                 let (bitmap, content) = (bitmap.clone(), content.clone());
@@ -403,7 +412,7 @@ mod loom_tests {
     #[test]
     fn loom_marks_before_the_hand_over_are_in_the_take() {
         loom::model(|| {
-            let bitmap = Arc::new(DirtyBitmap::new(64, 2));
+            let bitmap = Arc::new(DirtyBitmap::new(64, 2).unwrap());
             let synced: Vec<_> = (0..2).map(|_| Arc::new(AtomicBool::new(false))).collect();
             let markers: Vec<_> = (0..2usize)
                 .map(|shard| {

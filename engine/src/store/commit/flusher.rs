@@ -6,14 +6,17 @@
 
 use crate::canary::{self, Canary};
 use crate::host::pin;
+use crate::sandbox::ThreadKind;
+use crate::store::StoreError;
 use crate::store::cache::Cache;
 use crate::store::cache::plan::FlushPlan;
 use crate::store::commit::fork_join::{Fork, ForkJoin};
 use crate::store::commit::work_queue::WorkQueue;
 use crate::store::memory::copy::CopyMethod;
 use crate::store::memory::image::RamImage;
+use crate::threads::Threads;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, OnceLock, RwLock, mpsc};
+use std::sync::{Arc, OnceLock, PoisonError, RwLock, mpsc};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 use thiserror::Error;
@@ -99,14 +102,18 @@ const NEVER_POISONED: &str = "a thread that panics in a flush ends the commit wi
 impl Flush {
     /// The flush of a cache to an image. Calls `complete` whenever all pages of a commit are in the image, before any
     /// thread sees that the flush has ended.
+    ///
+    /// # Errors
+    /// If there is no memory for its plan.
     pub(crate) fn new(
         image: Arc<RamImage>,
         cache: Cache,
         complete: Box<dyn Fn() + Send + Sync>,
         sizes: FlushSizes,
-    ) -> Arc<Self> {
-        let (plan, method) = (FlushPlan::default(), CopyMethod::NonTemporal);
-        Arc::new(Self {
+    ) -> Result<Arc<Self>, StoreError> {
+        let plan = FlushPlan::with_room(image.table().total_pages())?;
+        let method = CopyMethod::NonTemporal;
+        Ok(Arc::new(Self {
             image,
             cache,
             round: RwLock::new(Round { plan, method }),
@@ -118,7 +125,13 @@ impl Flush {
             complete,
             notify: OnceLock::new(),
             sizes,
-        })
+        }))
+    }
+
+    /// Lends its plan, which has room for all pages: nothing is flushed, and nothing will be.
+    pub(crate) fn with_idle_plan(&self, with: impl FnOnce(&mut FlushPlan)) {
+        let mut round = self.round.write().unwrap_or_else(PoisonError::into_inner);
+        with(&mut round.plan);
     }
 
     /// Begins a flush of what `plan_it` puts into the plan, and returns how many pages that is. The caller holds the lock of the
@@ -328,6 +341,19 @@ impl Flusher {
     /// # Errors
     /// If a thread cannot be started or pinned. Those started before it end.
     pub fn new(method: CopyMethod, helpers: usize, cores: &[usize]) -> Result<Self, FlusherError> {
+        Self::confined(method, helpers, cores, &Threads::free())
+    }
+
+    /// The same with helpers that `threads` confines.
+    ///
+    /// # Errors
+    /// Those of [`Self::new`].
+    pub(crate) fn confined(
+        method: CopyMethod,
+        helpers: usize,
+        cores: &[usize],
+        threads: &Threads,
+    ) -> Result<Self, FlusherError> {
         let fork_join = Arc::new(ForkJoin::new());
         let mut flusher = Self {
             fork_join,
@@ -336,17 +362,18 @@ impl Flusher {
         };
         for helper in 0..helpers {
             let core = (!cores.is_empty()).then(|| cores[helper % cores.len()]);
-            flusher.start(helper, core)?;
+            flusher.start(helper, core, threads.clone())?;
         }
         Ok(flusher)
     }
 
-    fn start(&mut self, helper: usize, core: Option<usize>) -> Result<(), FlusherError> {
+    fn start(&mut self, helper: usize, core: Option<usize>, threads: Threads) -> Result<(), FlusherError> {
         let fork_join = self.fork_join.clone();
         let (started, pinned) = mpsc::sync_channel(1);
         let life = move || {
             let ready = core.map_or(Ok(()), |core| pin(&[core]));
             let on = ready.is_ok();
+            threads.enter(ThreadKind::Worker);
             // Fails only if the thread that waits below is gone, and the process with it.
             let _ = started.send(ready);
             if on {

@@ -22,93 +22,102 @@
 //! # The files
 //! | name | content |
 //! |---|---|
-//! | `LABEL.~record` | magic, version, what follows from the guest; state word; two slots. Locked by the process that has the guest |
+//! | `LABEL.~record` | state word, two slots, and what follows from the guest (`layout.rs`); locked by the process that has the guest |
 //! | `LABEL.~session` | what stays the same for the session, as its owner encodes it |
 //! | `LABEL.~device-0`, `-1` | device state of the last checkpoint or of the one before |
 //! | `LABEL.~places` | a word for each page |
+//! | `LABEL.~flight` | the flight recorder: no checkpoint depends on it (`store/flight`) |
 //! | `LABEL.~slab-N` | slots |
 //! | `LABEL.BLOCK` | the image |
 //!
-//! All numbers are words of 64 bits in this host's byte order: the files are used on this host only, until it restarts.
+//! The record is made before the others and removed after them, and says *no checkpoint* while they are made or removed: a
+//! later receiver removes what a killed one has left of them. What a recovery reads has a checksum, and each word of the
+//! table has one in it; the pages themselves have none, as memory has none.
 
+use super::layout::{GuestShape, RECORD_FILE, Record, SlotContent, State, at, checksum};
 use crate::canary::{self, Canary};
-use crate::killpoint;
+use crate::failpoint;
 use crate::store::StoreError;
+use crate::store::flight::{FLIGHT_CHECKPOINTS, FLIGHT_FILE, FlightRing, NoFlight, ring_bytes};
 use crate::store::memory::copy;
 use crate::store::memory::index;
 use crate::store::memory::mapping::Mapping;
 use crate::store::memory::populate::populate;
-use crate::store::memory::ram_dir::{MemoryFile, RamFiles};
+use crate::store::memory::ram_dir::{LOG_FILES, MemoryFile, RamFiles};
+use crate::store::memory::slab::SLAB_FILES;
 use crate::store::memory::words::Words;
 use crate::units::{CheckpointId, PAGE_BYTES};
-use std::path::Path;
-use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::SystemTime;
 
-pub(crate) const RECORD_FILE: &str = "~record";
 const SESSION_FILE: &str = "~session";
 const DEVICE_FILES: [&str; 2] = ["~device-0", "~device-1"];
 pub(crate) const PLACES_FILE: &str = "~places";
 
 /// Most memory mappings of these files, but for image and slabs; two of a device state while it grows.
-pub(crate) const MAPPINGS_MAX: u64 = 8;
+pub(crate) const MAPPINGS_MAX: u64 = 9;
 
-/// First word of a record, `\x89CLREC\r\n`, and the second, its version.
-const MAGIC: u64 = u64::from_be_bytes(*b"\x89CLREC\r\n");
-const VERSION: u64 = 2;
-
-/// Where the words of a record are, in bytes.
-pub(crate) mod at {
-    pub(crate) const MAGIC: usize = 0;
-    pub(crate) const VERSION: usize = 8;
-    pub(crate) const PAGES: usize = 16;
-    pub(crate) const SLAB_EXTENTS: usize = 24;
-    /// Checksum of the four words before it.
-    pub(crate) const CHECK: usize = 32;
-    pub(crate) const SESSION_LENGTH: usize = 40;
-    pub(crate) const SESSION_CHECK: usize = 48;
-    /// On a cache line of its own.
-    pub(crate) const STATE: usize = 64;
-    pub(crate) const SLOTS: [usize; 2] = [128, 192];
-    /// In a slot.
-    pub(crate) const CHECKPOINT: usize = 0;
-    pub(crate) const DEVICE_LENGTH: usize = 8;
-    pub(crate) const COMMITTED_NS: usize = 16;
-    /// Checksum of the three words before it.
-    pub(crate) const SLOT_CHECK: usize = 24;
+/// What the files beside the record have of the budget from the beginning, but for places and slabs.
+pub(crate) fn files_charge(files: &RamFiles, area_bytes: u64) -> u64 {
+    let areas = 1 + DEVICE_FILES.len() as u64;
+    areas * files.bytes_of(area_bytes)
 }
 
-/// Bits of the state word; 0 as a whole: nothing is committed.
-const SLOT: u64 = 1;
-const FLUSHING: u64 = 2;
-const GIVEN: u64 = 4;
-const COMMITTED: u64 = 8;
-
-/// The checkpoint that a record names.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct RecordedCheckpoint {
-    pub(crate) checkpoint: CheckpointId,
-    pub(crate) device_state: usize,
-    pub(crate) device_bytes: u64,
-    /// Nanoseconds since 1970.
-    pub(crate) committed_ns: u64,
-    pub(crate) is_flushing: bool,
-    pub(crate) is_given: bool,
+/// Whether a guest whose image has files of these `names` has a file of that name. Others may lie beside them, a copy that
+/// an operator has made for example.
+fn is_own(name: &str, names: &[String]) -> bool {
+    let is_number = |text: &str| !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_digit());
+    let is_slab = || name.strip_prefix(SLAB_FILES).is_some_and(is_number);
+    let is_log = || {
+        let log = name.strip_prefix(LOG_FILES).and_then(|log| log.rsplit_once('-'));
+        log.is_some_and(|(_, number)| is_number(number))
+    };
+    let fixed = [RECORD_FILE, SESSION_FILE, PLACES_FILE, FLIGHT_FILE];
+    fixed.iter().chain(&DEVICE_FILES).any(|fixed| *fixed == name)
+        || names.iter().any(|own| own == name)
+        || is_slab()
+        || is_log()
 }
 
-/// What a recovery must know of the guest to read its files.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct GuestShape {
-    pub(crate) pages: u64,
-    pub(crate) slab_extents: u64,
+/// Owns all files of a guest whose image has files of these `names`, so that they are removed with `files`.
+pub(crate) fn own(files: &RamFiles, names: &[String]) -> Result<(), StoreError> {
+    files.own(|name| is_own(name, names))
+}
+
+/// Creates the file of the flight recorder.
+pub(crate) fn create_flight(files: &RamFiles, bytes: u64, words: usize) -> Result<Words, StoreError> {
+    let area = Area::create(files, FLIGHT_FILE, bytes)?;
+    Ok(Words::mapped(area.memory, words))
+}
+
+/// Most memory that the flight recorder of an earlier receiver has. One that is longer is damaged, and is not opened.
+fn flight_bytes_max(files: &RamFiles) -> u64 {
+    files.bytes_of(ring_bytes(FLIGHT_CHECKPOINTS))
+}
+
+/// The flight recorder that an earlier receiver has left. A checkpoint can do without.
+///
+/// # Errors
+/// If there is none, or it is not whole.
+pub(crate) fn open_flight(files: &RamFiles) -> Result<FlightRing, NoFlight> {
+    let length = match std::fs::symlink_metadata(files.path(FLIGHT_FILE)) {
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Err(NoFlight::Missing),
+        Err(_) => return Err(NoFlight::Damaged),
+        Ok(about) => about.len(),
+    };
+    if length > flight_bytes_max(files) {
+        return Err(NoFlight::Damaged);
+    }
+    let area = Area::open(files, FLIGHT_FILE).map_err(|_| NoFlight::Damaged)?;
+    let words = area.memory.len() / 8;
+    FlightRing::open(Words::mapped(area.memory, words)).map_err(|_| NoFlight::Damaged)
 }
 
 /// What files there are of a guest.
 pub(crate) enum Found {
     /// A checkpoint.
-    Checkpoint(Box<DurableRecord>, GuestShape, RecordedCheckpoint),
-    /// A record in which nothing is committed.
+    Checkpoint(Box<DurableRecord>, FoundCheckpoint),
+    /// A record without a checkpoint. All files are owned.
     Nothing,
     /// A record that a running receiver has locked.
     InUse,
@@ -116,93 +125,12 @@ pub(crate) enum Found {
     NoRecord,
 }
 
-/// A mapped record.
-struct Record(Mapping);
-
-impl Record {
-    fn get(&self, at: usize) -> u64 {
-        self.0.word(at).load(Ordering::Relaxed)
-    }
-
-    fn put(&self, at: usize, value: u64) {
-        self.0.word(at).store(value, Ordering::Relaxed);
-        killpoint::here();
-    }
-
-    fn check(&self, words: [usize; 3]) -> u64 {
-        let bytes: Vec<u8> = words.iter().flat_map(|at| self.get(*at).to_le_bytes()).collect();
-        u64::from(crc32c::crc32c(&bytes))
-    }
-
-    fn head_check(&self) -> u64 {
-        self.check([at::VERSION, at::PAGES, at::SLAB_EXTENTS])
-    }
-
-    fn slot_check(&self, slot: usize) -> u64 {
-        self.check([at::CHECKPOINT, at::DEVICE_LENGTH, at::COMMITTED_NS].map(|at| slot + at))
-    }
-
-    fn state(&self) -> u64 {
-        self.get(at::STATE)
-    }
-
-    /// Stores the state word after everything that was stored before.
-    fn set_state(&self, state: u64) {
-        copy::fence();
-        self.0.word(at::STATE).store(state, Ordering::Release);
-        killpoint::here();
-    }
-}
-
-impl Record {
-    /// Whether its creator was killed before it stored the magic, and so before anything was committed.
-    fn is_unfinished(&self) -> bool {
-        self.get(at::MAGIC) == 0 && self.state() == 0
-    }
-
-    /// The content of a record that was found: the guest's shape, and the checkpoint if anything was committed.
-    fn read(&self, path: &Path) -> Result<(GuestShape, Option<RecordedCheckpoint>), StoreError> {
-        let damaged = |what: &str| StoreError::damaged(path, what);
-        if self.get(at::MAGIC) != MAGIC {
-            return Err(damaged("it is not a commit record of a receiver"));
-        }
-        let version = self.get(at::VERSION);
-        if version != VERSION {
-            return Err(damaged(&format!(
-                "it is of version {version}, and this receiver reads version {VERSION}; use the one that wrote it"
-            )));
-        }
-        if self.get(at::CHECK) != self.head_check() {
-            return Err(damaged("its header is damaged: wrong checksum at byte 32"));
-        }
-        let shape = GuestShape {
-            pages: self.get(at::PAGES),
-            slab_extents: self.get(at::SLAB_EXTENTS),
-        };
-        let state = self.state();
-        if state == 0 {
-            return Ok((shape, None));
-        }
-        if state & COMMITTED == 0 || state > SLOT | FLUSHING | GIVEN | COMMITTED {
-            return Err(damaged(&format!("invalid state word {state:#x} at byte 64")));
-        }
-        let which = index(state & SLOT);
-        let slot = at::SLOTS[which];
-        if self.get(slot + at::SLOT_CHECK) != self.slot_check(slot) {
-            return Err(damaged(&format!(
-                "its slot at byte {slot} is damaged: wrong checksum"
-            )));
-        }
-        let recorded = RecordedCheckpoint {
-            checkpoint: CheckpointId(self.get(slot + at::CHECKPOINT)),
-            device_state: which,
-            device_bytes: self.get(slot + at::DEVICE_LENGTH),
-            committed_ns: self.get(slot + at::COMMITTED_NS),
-            is_flushing: state & FLUSHING != 0,
-            is_given: state & GIVEN != 0,
-        };
-        Ok((shape, Some(recorded)))
-    }
+/// The checkpoint that a record names.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct FoundCheckpoint {
+    pub(crate) shape: GuestShape,
+    pub(crate) state: State,
+    pub(crate) slot: SlotContent,
 }
 
 /// A file for bytes that are replaced as a whole.
@@ -215,8 +143,8 @@ impl Area {
     fn create(files: &RamFiles, name: &str, bytes: u64) -> Result<Self, StoreError> {
         let file = files.create(name, bytes)?;
         let memory = file.map_owned();
-        let memory = memory.map_err(|errno| StoreError::file(&file.path, errno.into()))?;
-        populate(&[&memory]).map_err(|errno| StoreError::file(&file.path, errno.into()))?;
+        let memory = memory.and_then(|memory| populate(&[&memory]).map(|()| memory));
+        let memory = memory.map_err(|errno| files.refused(&file.path, file.length, errno))?;
         Ok(Self { file, memory })
     }
 
@@ -230,7 +158,8 @@ impl Area {
         Ok(Self { file, memory })
     }
 
-    fn read(&self, bytes: u64) -> Result<Vec<u8>, StoreError> {
+    /// What was written, if it still has that checksum.
+    fn read(&self, bytes: u64, check: u64) -> Result<Vec<u8>, StoreError> {
         let length = usize::try_from(bytes)
             .ok()
             .filter(|bytes| *bytes <= self.memory.len());
@@ -238,28 +167,40 @@ impl Area {
             let what = format!("it should have {bytes} bytes, and has {}", self.memory.len());
             return Err(StoreError::damaged(&self.file.path, what));
         };
-        let mut out = vec![0; length];
+        let mut out = Vec::new();
+        let reserved = out.try_reserve_exact(length);
+        reserved.map_err(|_| StoreError::no_tables::<u8>(length))?;
+        out.resize(length, 0);
         copy::read_bytes(&self.memory, 0, &mut out);
-        Ok(out)
+        match checksum(&out) == check {
+            true => Ok(out),
+            false => Err(StoreError::damaged(
+                &self.file.path,
+                "it is damaged: wrong checksum",
+            )),
+        }
     }
 
-    fn write(&mut self, bytes: &[u8]) -> Result<(), StoreError> {
+    /// Returns the checksum of what is written.
+    fn write(&mut self, files: &RamFiles, bytes: &[u8]) -> Result<u64, StoreError> {
         if bytes.len() > self.memory.len() {
-            let grown = self.file.grow_for(u64::try_from(bytes.len()).unwrap_or(u64::MAX));
-            self.memory = grown.map_err(|errno| StoreError::file(&self.file.path, errno.into()))?;
+            self.memory = files.grow(&mut self.file, u64::try_from(bytes.len()).unwrap_or(u64::MAX))?;
         }
         let half = bytes.len() / 2;
         copy::write_bytes(&self.memory, 0, &bytes[..half]);
-        killpoint::here();
+        failpoint::may_be_killed();
         copy::write_bytes(&self.memory, half, &bytes[half..]);
-        killpoint::here();
-        Ok(())
+        failpoint::may_be_killed();
+        Ok(checksum(bytes))
     }
 }
 
 struct Areas {
     session: Area,
-    device: [Area; 2],
+    /// Those that there are: of a checkpoint that was found, its own.
+    device: [Option<Area>; 2],
+    /// The checkpoint whose device state is in its file before the commit, with its checksum, or why it is not.
+    written: Option<(CheckpointId, Result<u64, StoreError>)>,
     /// Why no checkpoint outlives this receiver any more, until it is taken.
     failed: Option<StoreError>,
 }
@@ -269,6 +210,9 @@ pub(crate) struct DurableRecord {
     files: Arc<RamFiles>,
     record: Record,
     areas: Mutex<Areas>,
+    /// Locked to make another state of the last one: the end of a flush must not bring a checkpoint back that is given up meanwhile.
+    /// May be taken under `areas`.
+    changing: Mutex<()>,
 }
 
 impl DurableRecord {
@@ -281,154 +225,198 @@ impl DurableRecord {
         if !files.lock(&file)? {
             return Ok(Found::InUse);
         }
-        if file.length < PAGE_BYTES {
+        let is_short = file.length < PAGE_BYTES;
+        if is_short && !file.is_empty {
             return Err(StoreError::damaged(&path, "it is too short"));
         }
-        let mapped = file.map_owned();
-        let record = Record(mapped.map_err(|errno| StoreError::file(&path, errno.into()))?);
-        if record.is_unfinished() {
-            return Ok(Found::Nothing);
-        }
-        let (shape, Some(recorded)) = record.read(&path)? else {
+        let mapped = (!is_short).then(|| file.map_owned()).transpose();
+        let record = mapped.map_err(|errno| StoreError::file(&path, errno.into()))?;
+        let record = record.map(Record::of).filter(|record| !record.is_unfinished());
+        let Some(record) = record else {
+            // Its creator was killed before it made another file.
+            return match files.are_others(RECORD_FILE)? {
+                false => Ok(Found::Nothing),
+                true => Err(StoreError::damaged(
+                    &path,
+                    "it is empty, and there are other files",
+                )),
+            };
+        };
+        let (shape, state, slot) = record.read(&path)?;
+        let (Some(slot), Some(which)) = (slot, state.slot) else {
+            own(&files, &record.names(&path)?)?;
             return Ok(Found::Nothing);
         };
-        let areas = Areas {
+        let mut device = [None, None];
+        device[which] = Some(Area::open(&files, DEVICE_FILES[which])?);
+        let areas = Mutex::new(Areas {
             session: Area::open(&files, SESSION_FILE)?,
-            device: [
-                Area::open(&files, DEVICE_FILES[0])?,
-                Area::open(&files, DEVICE_FILES[1])?,
-            ],
+            device,
+            written: None,
             failed: None,
-        };
-        let areas = Mutex::new(areas);
-        let durable = Box::new(Self { files, record, areas });
-        Ok(Found::Checkpoint(durable, shape, recorded))
+        });
+        let durable = Box::new(Self {
+            files,
+            record,
+            areas,
+            changing: Mutex::default(),
+        });
+        Ok(Found::Checkpoint(durable, FoundCheckpoint { shape, state, slot }))
     }
 
     /// What [`Self::record_session`] has written.
     pub(crate) fn session(&self) -> Result<Vec<u8>, StoreError> {
-        let session = self.areas().session.read(self.record.get(at::SESSION_LENGTH))?;
-        match u64::from(crc32c::crc32c(&session)) == self.record.get(at::SESSION_CHECK) {
-            true => Ok(session),
-            false => Err(StoreError::damaged(
-                &self.files.path(SESSION_FILE),
-                "it is damaged: wrong checksum",
-            )),
-        }
+        let length = self.record.get(at::SESSION_LENGTH);
+        let check = self.record.get(at::SESSION_CHECK);
+        self.areas().session.read(length, check)
     }
 
-    pub(crate) fn device_state(&self, recorded: &RecordedCheckpoint) -> Result<Vec<u8>, StoreError> {
-        self.areas().device[recorded.device_state].read(recorded.device_bytes)
+    /// The device state of a checkpoint that was found.
+    pub(crate) fn device_state(&self, found: &FoundCheckpoint) -> Result<Vec<u8>, StoreError> {
+        let areas = self.areas();
+        let area = found.state.slot.and_then(|which| areas.device[which].as_ref());
+        area.map_or(Ok(Vec::new()), |area| {
+            area.read(found.slot.device_bytes, found.slot.device_check)
+        })
     }
 
-    /// Creates the files, and the table of places in one of them. `area_bytes` are allocated for a device state at first.
+    /// Creates the files beside the `record`, and the table of places in one of them. `area_bytes` are allocated for a
+    /// device state at first.
     pub(crate) fn create(
         files: Arc<RamFiles>,
-        shape: GuestShape,
+        record: Record,
+        pages: u64,
         area_bytes: u64,
     ) -> Result<(Self, Words), StoreError> {
-        let file = files.create(RECORD_FILE, PAGE_BYTES)?;
-        // Another process can know the new file only by listing the directory.
-        if !files.lock(&file)? {
-            return Err(StoreError::RamFileExists(file.path));
-        }
-        let mapped = file.map_owned();
-        let record = Record(mapped.map_err(|errno| StoreError::file(&file.path, errno.into()))?);
-        record.put(at::PAGES, shape.pages);
-        record.put(at::SLAB_EXTENTS, shape.slab_extents);
-        record.put(at::VERSION, VERSION);
-        record.put(at::CHECK, record.head_check());
-        record.put(at::MAGIC, MAGIC);
+        let area = |name| Area::create(&files, name, area_bytes);
         let areas = Areas {
-            session: Area::create(&files, SESSION_FILE, area_bytes)?,
-            device: [
-                Area::create(&files, DEVICE_FILES[0], area_bytes)?,
-                Area::create(&files, DEVICE_FILES[1], area_bytes)?,
-            ],
+            session: area(SESSION_FILE)?,
+            device: [Some(area(DEVICE_FILES[0])?), Some(area(DEVICE_FILES[1])?)],
+            written: None,
             failed: None,
         };
-        let words = files.create(PLACES_FILE, shape.pages * 8)?.map_owned();
         // Populated as all memory is: no page fault falls into a pause.
-        let words = words.and_then(|words| populate(&[&words]).map(|()| words));
-        let words = words.map_err(|errno| StoreError::file(&files.path(PLACES_FILE), errno.into()))?;
+        let places = Area::create(&files, PLACES_FILE, pages * 8)?;
         let durable = Self {
             files,
             record,
             areas: Mutex::new(areas),
+            changing: Mutex::default(),
         };
-        Ok((durable, Words::mapped(words, index(shape.pages))))
+        Ok((durable, Words::mapped(places.memory, index(pages))))
     }
 
     fn areas(&self) -> std::sync::MutexGuard<'_, Areas> {
         self.areas.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// Threads that commit, flush, give away and give up change the state one after the other.
+    fn change_state(&self, next: impl FnOnce(State) -> State) {
+        let _turn = self.changing.lock().unwrap_or_else(PoisonError::into_inner);
+        self.record.set_state(next(self.record.state()));
+    }
+
     /// Writes what stays the same for the session. To be called before the first commit.
-    pub(crate) fn record_session(&self, session: &[u8]) {
+    pub(crate) fn record_session(&self, session: Result<Vec<u8>, StoreError>) {
         let mut areas = self.areas();
-        if let Err(error) = areas.session.write(session) {
-            areas.failed = Some(error);
-            return;
+        let written = session.and_then(|session| {
+            let check = areas.session.write(&self.files, &session)?;
+            Ok((u64::try_from(session.len()).unwrap_or(u64::MAX), check))
+        });
+        match written {
+            Ok((length, check)) => {
+                self.record.put(at::SESSION_LENGTH, length);
+                self.record.put(at::SESSION_CHECK, check);
+            }
+            Err(error) => areas.failed = Some(error),
         }
-        self.record.put(
-            at::SESSION_LENGTH,
-            u64::try_from(session.len()).unwrap_or(u64::MAX),
-        );
-        self.record
-            .put(at::SESSION_CHECK, u64::from(crc32c::crc32c(session)));
+    }
+
+    /// The slot and the device state's file that the next commit uses. None if nothing is kept any more.
+    fn next_slot(&self, areas: &Areas, checkpoint: CheckpointId) -> Option<usize> {
+        let before = self.record.state();
+        if areas.failed.is_some() || (before.slot.is_none() && checkpoint.0 > 0) {
+            return None;
+        }
+        Some(match before.slot {
+            None => 0,
+            Some(before) if canary::is_set(Canary::OneDeviceState) => before,
+            Some(before) => 1 - before,
+        })
+    }
+
+    /// Writes the device state of the next commit, which then only has to name it.
+    pub(crate) fn write_ahead(&self, checkpoint: CheckpointId, device_state: &[u8]) {
+        let areas = &mut *self.areas();
+        let Some(next) = self.next_slot(areas, checkpoint) else {
+            return;
+        };
+        if let Some(area) = &mut areas.device[next] {
+            let written = match canary::is_set(Canary::UnwrittenState) {
+                true => Ok(checksum(device_state)),
+                false => area.write(&self.files, device_state),
+            };
+            areas.written = Some((checkpoint, written));
+        }
     }
 
     /// The checkpoint is committed, in image and slots together. After a failure nothing is kept for a later receiver.
     pub(crate) fn commit(&self, checkpoint: CheckpointId, device_state: &[u8]) {
-        let mut areas = self.areas();
-        let before = self.record.state();
-        if areas.failed.is_some() || (before == 0 && checkpoint.0 > 0) {
+        let areas = &mut *self.areas();
+        let Some(next) = self.next_slot(areas, checkpoint) else {
             return;
-        }
-        let next = match before {
-            0 => 0,
-            _ if canary::is_set(Canary::OneDeviceState) => index(before & SLOT),
-            _ => 1 - index(before & SLOT),
         };
-        if let Err(error) = areas.device[next].write(device_state) {
-            // An older checkpoint must never be taken for the last one.
-            self.record.set_state(0);
-            areas.failed = Some(error);
+        let Some(area) = &mut areas.device[next] else {
             return;
-        }
-        let slot = at::SLOTS[next];
+        };
+        let written = match areas.written.take() {
+            Some((ahead, written)) if ahead == checkpoint => written,
+            _ => area.write(&self.files, device_state),
+        };
+        let device_check = match written {
+            Ok(check) => check,
+            Err(error) => {
+                // An older checkpoint must never be taken for the last one.
+                self.forget();
+                areas.failed = Some(error);
+                return;
+            }
+        };
         let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH);
-        let now = now.map_or(0, |now| u64::try_from(now.as_nanos()).unwrap_or(u64::MAX));
-        self.record.put(slot + at::CHECKPOINT, checkpoint.0);
-        self.record.put(
-            slot + at::DEVICE_LENGTH,
-            u64::try_from(device_state.len()).unwrap_or(u64::MAX),
-        );
-        self.record.put(slot + at::COMMITTED_NS, now);
-        self.record
-            .put(slot + at::SLOT_CHECK, self.record.slot_check(slot));
-        let which = if next == 1 { SLOT } else { 0 };
-        let flushing = if canary::is_set(Canary::EarlyFlushed) {
-            0
-        } else {
-            FLUSHING
+        let content = SlotContent {
+            checkpoint,
+            device_bytes: u64::try_from(device_state.len()).unwrap_or(u64::MAX),
+            device_check,
+            committed_ns: now.map_or(0, |now| u64::try_from(now.as_nanos()).unwrap_or(u64::MAX)),
         };
-        self.record.set_state(COMMITTED | flushing | which);
+        self.record.fill_slot(next, content);
+        self.change_state(|_| State {
+            slot: Some(next),
+            is_flushing: !canary::is_set(Canary::EarlyFlushed),
+            is_given: false,
+        });
     }
 
     /// All pages of the last checkpoint are in the image.
     pub(crate) fn flushed(&self) {
-        let state = self.record.state();
-        self.record.set_state(state & !FLUSHING);
+        self.change_state(|state| State {
+            is_flushing: false,
+            ..state
+        });
     }
 
     /// Records whether a guest may run on the image from now on, so that it is not taken for a checkpoint.
-    pub(crate) fn set_given(&self, given: bool) {
-        let state = self.record.state();
-        if state != 0 {
-            self.record
-                .set_state(if given { state | GIVEN } else { state & !GIVEN });
-        }
+    pub(crate) fn set_given(&self, is_given: bool) {
+        self.change_state(|state| State {
+            // Without a checkpoint there is nothing to give.
+            is_given: is_given && state.slot.is_some(),
+            ..state
+        });
+    }
+
+    /// There is no checkpoint any more: a later receiver removes what it finds of the files.
+    pub(crate) fn forget(&self) {
+        self.change_state(|_| State::default());
     }
 
     /// Why nothing is kept for a later receiver any more; returned once.
@@ -440,8 +428,72 @@ impl DurableRecord {
         &self.files
     }
 
+    /// Memory of the files that stay with a checkpoint, but for its image.
+    pub(crate) fn bytes(&self) -> u64 {
+        let areas = self.areas();
+        let devices = areas.device.iter().zip(DEVICE_FILES);
+        let devices = devices.map(|(area, name)| match area {
+            Some(area) => area.memory.len() as u64,
+            // It stays beside the one that was found.
+            None => self.files.length_of(name),
+        });
+        // What is longer is not opened, whatever its length says.
+        let flight = self
+            .files
+            .length_of(FLIGHT_FILE)
+            .min(flight_bytes_max(&self.files));
+        let all = [areas.session.memory.len() as u64, self.record.bytes(), flight];
+        devices.chain(all).fold(0, u64::saturating_add)
+    }
+
     /// Whether there is a checkpoint for a later receiver.
     pub(crate) fn has_checkpoint(&self) -> bool {
-        self.record.state() != 0
+        self.record.state().slot.is_some()
+    }
+}
+
+impl Drop for DurableRecord {
+    fn drop(&mut self) {
+        // The files go with the last reference to them, one by one.
+        if self.files.go_with_this() {
+            self.forget();
+        }
+    }
+}
+
+#[cfg(all(test, not(loom)))]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_our_own_files_are_ours() {
+        let names = ["pc.ram".to_owned(), "vga.vram~3".to_owned()];
+        for own in [
+            "~record",
+            "~session",
+            "~device-1",
+            "~places",
+            "~slab-0",
+            "~slab-17",
+            "~log-root-000001",
+            "~log-a-b-2",
+            "pc.ram",
+            "vga.vram~3",
+        ] {
+            assert!(is_own(own, &names), "{own}");
+        }
+        for other in [
+            "pc.ram.backup-by-operator",
+            "pc.ra",
+            "~record.old",
+            "~device-2",
+            "~slab-",
+            "~slab-1.bak",
+            "~log-root",
+            "~log-root-1~",
+            "",
+        ] {
+            assert!(!is_own(other, &names), "{other}");
+        }
     }
 }

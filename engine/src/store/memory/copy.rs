@@ -165,29 +165,7 @@ mod x86_64 {
         unsafe { copy(out.as_mut_ptr(), from, out.len()) }
     }
 
-    /// # Safety
-    /// As many bytes at `to` can be written.
-    pub(crate) unsafe fn write_bytes(to: *mut u8, bytes: &[u8]) {
-        // SAFETY: the caller vouches for `to`; `bytes` is as long and ordinary memory.
-        unsafe { copy(to, bytes.as_ptr(), bytes.len()) }
-    }
-
-    /// # Safety
-    /// `length` bytes at `from` can be read and at `to` be written; they do not overlap.
-    pub(crate) unsafe fn copy(to: *mut u8, from: *const u8, length: usize) {
-        // SAFETY: memcpy by the C calling convention, all of whose scratch registers are given as clobbered; the
-        // caller upholds memcpy's own rules.
-        unsafe {
-            asm!(
-                "call {memcpy}",
-                memcpy = sym libc::memcpy,
-                inout("rdi") to => _,
-                inout("rsi") from => _,
-                inout("rdx") length => _,
-                clobber_abi("C"),
-            );
-        }
-    }
+    pub(crate) use crate::opaque::{copy, write_bytes};
 
     /// # Safety
     /// As [`copy`]; `length` is a positive multiple of 256, and `to` is aligned to 64.
@@ -389,14 +367,7 @@ mod portable {
         }
     }
 
-    /// # Safety
-    /// As many bytes at `to` can be written.
-    pub(crate) unsafe fn write_bytes(to: *mut u8, bytes: &[u8]) {
-        for (at, byte) in bytes.iter().enumerate() {
-            // SAFETY: one of those bytes, written atomically as everything else here.
-            unsafe { AtomicU8::from_ptr(to.add(at)) }.store(*byte, Ordering::Relaxed);
-        }
-    }
+    pub(crate) use crate::opaque::write_each as write_bytes;
 
     /// # Safety
     /// A page at `from` can be read.

@@ -1,6 +1,7 @@
 //! Huge pages: what an operator may ask for, what the host has, and the notes on every option that a store could not follow.
 
 use crate::host;
+use crate::text::mebibytes;
 use nix::errno::Errno;
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
@@ -38,8 +39,8 @@ pub enum HugePages {
 pub enum Fallback {
     /// The pool has too few pages for a RAM block.
     #[error(
-        "ram block {block} gets {got}: cannot allocate {needed} huge pages of {page_kib} KiB ({reason}); for huge pages: \
-         {remedy}"
+        "ram block {block} gets {got}: cannot allocate {needed} huge pages of {} ({reason}); for huge pages: \
+         {remedy}", mebibytes(*page_kib << 10)
     )]
     Image {
         /// The block's name.
@@ -57,7 +58,7 @@ pub enum Fallback {
     },
     /// The pool has too few pages for the cache.
     #[error(
-        "{slabs} of the {slabs_all} cache slabs get {got}: cannot allocate {needed} huge pages of 2048 KiB ({reason}); for \
+        "{slabs} of the {slabs_all} cache slabs get {got}: cannot allocate {needed} huge pages of 2 MiB ({reason}); for \
          huge pages: {remedy}"
     )]
     Cache {
@@ -168,7 +169,7 @@ pub(crate) fn instead(transparent: &Option<Fallback>) -> &'static str {
 pub(crate) fn pool_remedy(page_kib: u64, needed: u64) -> String {
     let pools = host::huge_page_pools();
     let Some(pool) = pools.iter().find(|pool| pool.page_bytes >> 10 == page_kib) else {
-        return format!("a kernel and processor with {page_kib} KiB pages");
+        return format!("a kernel and processor with {} pages", mebibytes(page_kib << 10));
     };
     let total = pool.pages.saturating_sub(pool.pages_free) + needed;
     match page_kib {
@@ -184,7 +185,7 @@ pub(crate) enum PoolError {
     #[error("this kernel has no huge pages")]
     NoHugePages,
     /// `hugepage-rs` takes the host's default huge pages, and would round each slab's end up to 1 GiB.
-    #[error("this host's default huge pages are of {} KiB", .0 >> 10)]
+    #[error("this host's default huge pages are of {}", mebibytes(*.0))]
     DefaultSize(u64),
     /// The kernel refused.
     #[error("{}", .0.desc())]
@@ -209,6 +210,6 @@ mod tests {
         let remedy = pool_remedy(2048, 1_000_000);
         let total: u64 = remedy.rsplit_once('=').unwrap().1.parse().unwrap();
         assert!(total >= 1_000_000, "{remedy}");
-        assert!(pool_remedy(12345, 1).contains("12345 KiB"));
+        assert!(pool_remedy(12345, 1).contains("12.1 MiB"));
     }
 }

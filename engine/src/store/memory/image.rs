@@ -4,11 +4,13 @@
 //! byte `o` of its named file, so that a QEMU can map it.
 
 use crate::blocks::{BlockTable, RamBlock};
+use crate::budget::Lease;
 use crate::store::StoreError;
 use crate::store::memory::file_names::file_names;
 use crate::store::memory::huge::{self, Fallback, HUGE_1G, HUGE_2M, HugePages};
 use crate::store::memory::mapping::Mapping;
 use crate::store::memory::ram_dir::{MemoryFile, RamFiles};
+use crate::store::memory::slab::with_page_tables;
 use crate::store::memory::span::PageSpan;
 use crate::units::PageRun;
 use crate::units::{BlockId, PAGE_BYTES};
@@ -23,6 +25,23 @@ pub(crate) struct RamImage {
     mappings: Vec<Mapping>,
     /// In the order of the table.
     places: Vec<BlockPlace>,
+    /// What the mappings have of the budget, which is given back after they are freed.
+    lease: Lease,
+}
+
+/// What blocks of a guest have names in a directory.
+#[derive(Clone, Copy)]
+pub(crate) struct NamedFiles<'a> {
+    pub(crate) files: Option<&'a RamFiles>,
+    /// Whether blocks smaller than a huge page of theirs have one, too: a QEMU maps only the guest's main memory.
+    pub(crate) are_all_named: bool,
+}
+
+impl<'a> NamedFiles<'a> {
+    fn of(self, block: &RamBlock) -> Option<&'a RamFiles> {
+        let suits = |files: &&RamFiles| self.are_all_named || files.suits(block.used_length);
+        self.files.filter(suits)
+    }
 }
 
 /// Where a block lies.
@@ -40,12 +59,30 @@ struct BlockPlace {
 const SMALL_BYTES: u64 = HUGE_2M;
 
 impl RamImage {
-    fn new(table: &Arc<BlockTable>) -> Self {
+    fn new(table: &Arc<BlockTable>, lease: Lease) -> Self {
         Self {
             table: table.clone(),
             mappings: Vec::new(),
             places: Vec::with_capacity(table.iter().len()),
+            lease,
         }
+    }
+
+    /// What [`Self::map`] takes of the budget.
+    pub(crate) fn charge(table: &BlockTable, named: NamedFiles<'_>) -> u64 {
+        let bytes = table.iter().map(|(_, block)| match named.of(block) {
+            Some(files) => files.bytes_of(block.used_length),
+            None => block.used_length,
+        });
+        with_page_tables(bytes.fold(0, u64::saturating_add))
+    }
+
+    /// Takes more of its budget, for what is done with the image for a while.
+    ///
+    /// # Errors
+    /// If the limit does not allow it.
+    pub(crate) fn beside(&self, bytes: u64) -> Result<Lease, StoreError> {
+        Ok(self.lease.beside(bytes)?)
     }
 
     /// How many mappings [`Self::map`] makes at most, with or without files.
@@ -58,22 +95,27 @@ impl RamImage {
         blocks - small + usize::from(small > 0)
     }
 
-    /// Maps the blocks of `table`; their memory is not yet populated. With `files` they are named files, but for blocks
-    /// smaller than a huge page of theirs, unless `all_named` is set: a QEMU maps only the guest's main memory.
+    /// Bytes of the files that [`Self::map`] makes in a directory.
+    pub(crate) fn named_bytes(table: &BlockTable, named: NamedFiles<'_>) -> u64 {
+        let blocks = table.iter().map(|(_, block)| block);
+        let bytes = blocks.filter_map(|block| Some(named.of(block)?.bytes_of(block.used_length)));
+        bytes.fold(0, u64::saturating_add)
+    }
+
+    /// Maps the blocks of `table`; their memory is not yet populated. `lease` has what they are [charged](Self::charge).
     ///
     /// # Errors
     /// Where a file cannot be made or mapped. Too few huge pages for a memfd are a fallback, noted in `notes`.
     pub(crate) fn map(
         table: Arc<BlockTable>,
         pages: HugePages,
-        files: Option<&RamFiles>,
-        all_named: bool,
+        named: NamedFiles<'_>,
+        lease: Lease,
         notes: &mut Vec<Fallback>,
     ) -> Result<Self, StoreError> {
-        let mut image = Self::new(&table);
+        let mut image = Self::new(&table, lease);
         let mut transparent = pages == HugePages::Thp;
-        let named = |block: &RamBlock| files.filter(|files| all_named || files.suits(block.used_length));
-        let shares = |block: &RamBlock| named(block).is_none() && is_small(block);
+        let shares = |block: &RamBlock| named.of(block).is_none() && is_small(block);
         let all_small = table.iter().filter(|(_, block)| shares(block));
         // At most BLOCKS_MAX times SMALL_BYTES.
         let small_bytes: u64 = all_small.map(|(_, block)| block.used_length).sum();
@@ -83,7 +125,7 @@ impl RamImage {
                 memfd(small_bytes).map_err(|errno| StoreError::no_small_memory(small_bytes, errno))?;
             image.mappings.push(mapping);
         }
-        for ((_, block), name) in table.iter().zip(file_names(&table, &[])) {
+        for ((_, block), name) in table.iter().zip(file_names(table.names(), &[])) {
             if shares(block) {
                 image.places.push(BlockPlace {
                     mapping: 0,
@@ -94,12 +136,13 @@ impl RamImage {
                 continue;
             }
             let no_memory = |errno| StoreError::no_memory(block, block.used_length, errno);
-            let (mapping, path) = match named(block) {
+            let (mapping, path) = match named.of(block) {
                 Some(files) => {
                     let file = files.create(&name, block.used_length)?;
-                    let mapping = file.map();
-                    let mapping =
-                        mapping.map_err(|errno| StoreError::no_memory(block, file.length, errno))?;
+                    let mapping = file.map().map_err(|errno| {
+                        let lack = files.lack(file.length, errno);
+                        lack.unwrap_or_else(|| StoreError::no_memory(block, file.length, errno))
+                    })?;
                     (mapping, Some(file.path))
                 }
                 None => match memfd_of_huge_pages(block, pages) {
@@ -120,10 +163,14 @@ impl RamImage {
         Ok(image)
     }
 
-    /// Maps the blocks of `table` in the files of an earlier receiver.
-    pub(crate) fn map_existing(table: Arc<BlockTable>, files: &RamFiles) -> Result<Self, StoreError> {
-        let mut image = Self::new(&table);
-        for ((_, block), name) in table.iter().zip(file_names(&table, &[])) {
+    /// Maps the blocks of `table` in the files of an earlier receiver, which `lease` has of the budget.
+    pub(crate) fn map_existing(
+        table: Arc<BlockTable>,
+        files: &RamFiles,
+        lease: Lease,
+    ) -> Result<Self, StoreError> {
+        let mut image = Self::new(&table, lease);
+        for ((_, block), name) in table.iter().zip(file_names(table.names(), &[])) {
             let path = files.path(&name);
             let file = files.open(&name)?;
             let file = file.ok_or_else(|| StoreError::damaged(&path, "the file does not exist"))?;

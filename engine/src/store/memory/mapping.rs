@@ -9,6 +9,7 @@
 //! later.
 #![expect(unsafe_code, reason = "mmap and what belongs to it")]
 
+use crate::failpoint::{self, Point};
 use crate::host::NODES_MAX;
 use crate::store::memory::index;
 use crate::store::memory::span::{PageSpan, ReadSpan};
@@ -56,6 +57,14 @@ fn pages_only(length: u64) -> NonZeroUsize {
     NonZeroUsize::new(index(length)).expect("mappings are not empty: no RAM block and no slab is")
 }
 
+/// The simulation lets mappings fail.
+fn may_map() -> Result<(), Errno> {
+    match failpoint::fails(Point::Mapping) {
+        true => Err(Errno::ENOMEM),
+        false => Ok(()),
+    }
+}
+
 const READ_WRITE: ProtFlags = ProtFlags::PROT_READ.union(ProtFlags::PROT_WRITE);
 
 impl Mapping {
@@ -63,6 +72,7 @@ impl Mapping {
     /// is whether it is one.
     pub(crate) fn shared(file: impl AsFd, length: u64, huge: bool) -> Result<Self, Errno> {
         let size = pages_only(length);
+        may_map()?;
         // SAFETY: the kernel chooses the place, so that no memory in use is mapped over.
         let base = unsafe { mman::mmap(None, size, READ_WRITE, MapFlags::MAP_SHARED, file, 0)? };
         let made = Self {
@@ -77,6 +87,7 @@ impl Mapping {
     /// Private memory of ordinary pages.
     pub(crate) fn anonymous(length: u64) -> Result<Self, Errno> {
         let size = pages_only(length);
+        may_map()?;
         // SAFETY: the kernel chooses the place, so that no memory in use is mapped over.
         let base = unsafe { mman::mmap_anonymous(None, size, READ_WRITE, MapFlags::MAP_PRIVATE)? };
         let made = Self {

@@ -1,6 +1,7 @@
 //! Mapped memory and its files: what is mapped, how it is copied, on which pages and nodes it lies.
 
 pub(crate) mod copy;
+pub(crate) mod directory_lock;
 pub(crate) mod file_names;
 pub(crate) mod huge;
 pub(crate) mod image;

@@ -62,10 +62,14 @@ pub(crate) fn can_populate() -> bool {
 /// `ENOMEM` or `EFAULT` where there is not enough of it.
 pub(crate) fn populate(mappings: &[&Mapping]) -> Result<(), Errno> {
     let chunks_of = |mapping: &Mapping| mapping.len().div_ceil(POPULATE_CHUNK);
-    let chunks: Vec<(&Mapping, usize)> = mappings
-        .iter()
-        .flat_map(|mapping| (0..chunks_of(mapping)).map(|chunk| (*mapping, chunk * POPULATE_CHUNK)))
-        .collect();
+    let mut chunks: Vec<(&Mapping, usize)> = Vec::new();
+    let count = mappings.iter().map(|mapping| chunks_of(mapping)).sum();
+    chunks.try_reserve_exact(count).map_err(|_| Errno::ENOMEM)?;
+    chunks.extend(
+        mappings
+            .iter()
+            .flat_map(|mapping| (0..chunks_of(mapping)).map(|chunk| (*mapping, chunk * POPULATE_CHUNK))),
+    );
     let next = AtomicUsize::new(0);
     let work = || {
         while let Some((mapping, offset)) = chunks.get(next.fetch_add(1, Ordering::Relaxed)) {

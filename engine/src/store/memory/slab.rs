@@ -1,5 +1,6 @@
 //! The memory that slots lie in: slabs, each of which a ring registers as one buffer.
 
+use crate::budget::{Account, BudgetError};
 use crate::store::StoreError;
 use crate::store::memory::huge::{self, Fallback, HUGE_2M, HugePages, PoolError};
 use crate::store::memory::index;
@@ -7,7 +8,7 @@ use crate::store::memory::mapping::Mapping;
 use crate::store::memory::numa::{NodeIndex, NumaNodes};
 use crate::store::memory::ram_dir::RamFiles;
 use crate::sync::{AtomicBool, AtomicU32, Ordering};
-use crate::units::ChannelId;
+use crate::units::{ChannelId, PAGE_BYTES};
 use nix::errno::Errno;
 use std::sync::Arc;
 
@@ -38,6 +39,8 @@ pub struct Slab {
     wanted: AtomicBool,
     /// Rings that have it registered.
     registrations: AtomicU32,
+    /// Whether the host has its memory back, and the budget its part.
+    is_returned: AtomicBool,
 }
 
 impl Slab {
@@ -54,7 +57,7 @@ impl Slab {
 
     /// Slots, and a header area, for all shards.
     pub(crate) fn with_headers(memory: &mut SlabMemory, slot_bytes: u64) -> Result<Self, StoreError> {
-        let slots = memory.map(slot_bytes + HEADER_AREA)?;
+        let slots = memory.map(bytes_with_headers(slot_bytes))?;
         memory.place(&slots, NumaNodes::spread);
         Ok(Self::new(slots, slot_bytes, HEADER_AREA, NodeIndex::default()))
     }
@@ -67,6 +70,7 @@ impl Slab {
             node,
             wanted: AtomicBool::new(true),
             registrations: AtomicU32::new(0),
+            is_returned: AtomicBool::new(false),
         }
     }
 
@@ -112,14 +116,19 @@ impl Slab {
         self.node
     }
 
+    /// Bytes that were asked for.
+    fn mapped_bytes(&self) -> u64 {
+        self.slot_bytes + self.header_bytes
+    }
+
     /// Bytes of slots.
     pub(crate) fn slot_bytes(&self) -> u64 {
         self.slot_bytes
     }
 
-    /// Returns the memory to the host, where the kernel supports it; otherwise it is freed with the slab.
-    pub(crate) fn give_back(&self) {
-        let _ = self.memory.give_back();
+    /// Returns the memory to the host. False where the kernel does not support it: then it is freed with the slab.
+    pub(crate) fn give_back(&self) -> bool {
+        self.memory.give_back().is_ok()
     }
 
     /// Where the headers of that channel go, aligned to [`HEADER_BYTES`] and that long: byte offset in the slab. The store
@@ -143,6 +152,23 @@ pub(crate) struct SlabMemory {
     bytes_without: u64,
     files: Option<Arc<RamFiles>>,
     mapped: usize,
+    /// What slabs have of the budget.
+    account: Account,
+}
+
+/// What a slab of so many bytes has of the budget: it may be of whole huge pages, or else needs page tables.
+pub(crate) fn charge(slab_bytes: u64) -> u64 {
+    with_page_tables(slab_bytes.next_multiple_of(HUGE_2M))
+}
+
+/// A mapping's memory with what the kernel takes to map its pages: a word for each.
+pub(crate) fn with_page_tables(bytes: u64) -> u64 {
+    bytes.saturating_add(bytes / PAGE_BYTES * 8)
+}
+
+/// Bytes of the slab of a mirror with so many bytes of slots.
+pub(crate) fn bytes_with_headers(slot_bytes: u64) -> u64 {
+    slot_bytes + HEADER_AREA
 }
 
 /// What the names of slabs' files begin with.
@@ -154,9 +180,10 @@ pub(crate) fn slab_file(position: usize) -> String {
 }
 
 impl SlabMemory {
-    pub(crate) fn new(asked: HugePages, nodes: NumaNodes) -> Self {
+    pub(crate) fn new(asked: HugePages, nodes: NumaNodes, account: Account) -> Self {
         Self {
             asked,
+            account,
             nodes,
             misplaced: None,
             transparent: huge::transparent_private(),
@@ -194,21 +221,72 @@ impl SlabMemory {
         }
     }
 
+    /// What the slabs have of the budget, when all are mapped.
+    pub(crate) fn into_account(self) -> Account {
+        self.account
+    }
+
+    /// A slab that was given back is used again.
+    ///
+    /// # Errors
+    /// If the budget does not allow it.
+    pub(crate) fn use_again(&mut self, slab: &Slab) -> Result<(), BudgetError> {
+        if slab.is_returned.load(Ordering::Relaxed) {
+            self.account.take(charge(slab.mapped_bytes()))?;
+            slab.is_returned.store(false, Ordering::Relaxed);
+        }
+        Ok(())
+    }
+
+    /// Returns the memory of a slab to the host, and its part of the budget.
+    pub(crate) fn give_back(&mut self, slab: &Slab) {
+        if slab.give_back() {
+            slab.is_returned.store(true, Ordering::Relaxed);
+            self.account.give_back(charge(slab.mapped_bytes()));
+        }
+    }
+
+    /// Maps the memory of a slab, which is taken of the budget first.
     fn map(&mut self, length: u64) -> Result<Mapping, StoreError> {
-        let refused = |errno: Errno| StoreError::NoCacheMemory {
-            bytes: length,
-            source: errno.into(),
-        };
+        self.account.take(charge(length))?;
+        let mapping = self.map_charged(length);
+        if mapping.is_err() {
+            self.account.give_back(charge(length));
+        }
+        mapping
+    }
+
+    fn map_charged(&mut self, length: u64) -> Result<Mapping, StoreError> {
+        let shield = |mapping: Mapping| mapping.keep_from_children().map(|()| mapping);
         let mapping = match &self.files {
             Some(files) => {
-                let file = files.create(&slab_file(self.mapped), length)?;
-                file.map().map_err(refused)?
+                files.check_room(length)?;
+                let name = slab_file(self.mapped);
+                let file = files.create(&name, length)?;
+                // The next slab that is asked for has this name again.
+                let mapping = file.map().and_then(shield);
+                mapping.inspect_err(|_| files.remove_one(&name))
             }
-            None => self.map_private(length).map_err(refused)?,
+            None => self.map_private(length).and_then(shield),
         };
-        mapping.keep_from_children().map_err(refused)?;
+        let mapping = mapping.map_err(|errno| self.refused(length, errno))?;
         self.mapped += 1;
         Ok(mapping)
+    }
+
+    /// Whether there is room for a slab of so many bytes, where a directory limits that.
+    pub(crate) fn check_room(&self, bytes: u64) -> Result<(), StoreError> {
+        let files = self.files.as_ref();
+        files.map_or(Ok(()), |files| files.check_room(bytes))
+    }
+
+    /// Why memory for so many bytes was refused.
+    pub(crate) fn refused(&self, bytes: u64, errno: Errno) -> StoreError {
+        let lack = self.files.as_ref().and_then(|files| files.lack(bytes, errno));
+        lack.unwrap_or_else(|| StoreError::NoCacheMemory {
+            bytes,
+            source: errno.into(),
+        })
     }
 
     fn map_private(&mut self, length: u64) -> Result<Mapping, Errno> {

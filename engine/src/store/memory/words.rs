@@ -1,26 +1,50 @@
 //! Words that several threads, or a later process, use as atomics: in a box or in a mapping.
 #![expect(unsafe_code, reason = "atomic words in mapped memory")]
 
+use crate::store::StoreError;
 use crate::store::memory::mapping::Mapping;
+#[cfg(not(loom))]
+use std::alloc::{Layout, alloc_zeroed};
 use std::ptr::NonNull;
 #[cfg(not(loom))]
 use std::sync::atomic::AtomicU64;
 
 /// Words of zero that loom watches.
 #[cfg(loom)]
-pub(crate) fn zeroed_words(count: usize) -> Box<[crate::sync::AtomicU64]> {
-    (0..count).map(|_| crate::sync::AtomicU64::new(0)).collect()
+pub(crate) fn zeroed_words(count: usize) -> Result<Box<[crate::sync::AtomicU64]>, StoreError> {
+    Ok((0..count).map(|_| crate::sync::AtomicU64::new(0)).collect())
 }
 
 /// `count` words of zero. The operating system gives the memory on first touch, so words that are never written
 /// cost address space only.
+///
+/// # Errors
+/// If there is no memory for them.
 #[cfg(not(loom))]
-pub(crate) fn zeroed_words(count: usize) -> Box<[AtomicU64]> {
-    const { assert!(align_of::<AtomicU64>() == align_of::<u64>()) }
-    let words = vec![0u64; count].into_boxed_slice();
-    // SAFETY: AtomicU64 has the size, the validity (documented by std) and the alignment (asserted above) of u64, and
-    // the box is handed over whole.
-    unsafe { Box::from_raw(Box::into_raw(words) as *mut [AtomicU64]) }
+pub(crate) fn zeroed_words(count: usize) -> Result<Box<[AtomicU64]>, StoreError> {
+    let layout = Layout::array::<AtomicU64>(count).map_err(|_| StoreError::no_tables::<AtomicU64>(count))?;
+    if layout.size() == 0 {
+        return Ok(Box::default());
+    }
+    // SAFETY: the layout's size is not zero.
+    let memory = unsafe { alloc_zeroed(layout) };
+    let first = NonNull::new(memory.cast()).ok_or_else(|| StoreError::no_tables::<AtomicU64>(count))?;
+    let words = NonNull::slice_from_raw_parts(first, count);
+    // SAFETY: allocated by the global allocator with the layout of `count` atomics, whose zeros are valid (documented by std),
+    // and handed over whole.
+    Ok(unsafe { Box::from_raw(words.as_ptr()) })
+}
+
+/// `count` values that `make` makes.
+///
+/// # Errors
+/// If there is no memory for them.
+pub(crate) fn boxed<T>(count: usize, make: impl FnMut(usize) -> T) -> Result<Box<[T]>, StoreError> {
+    let mut values = Vec::new();
+    let reserved = values.try_reserve_exact(count);
+    reserved.map_err(|_| StoreError::no_tables::<T>(count))?;
+    values.extend((0..count).map(make));
+    Ok(values.into_boxed_slice())
 }
 
 /// A table of words, in memory of its own or in a mapping. Both are read in the same way.
@@ -38,13 +62,16 @@ unsafe impl Sync for Words {}
 
 impl Words {
     /// `count` words of zero in memory of their own.
-    pub(crate) fn zeroed(count: usize) -> Self {
-        let words = Box::into_raw(zeroed_words(count));
-        Self {
+    ///
+    /// # Errors
+    /// If there is no memory for them.
+    pub(crate) fn zeroed(count: usize) -> Result<Self, StoreError> {
+        let words = Box::into_raw(zeroed_words(count)?);
+        Ok(Self {
             first: NonNull::new(words.cast()).expect("a box is somewhere"),
             count,
             mapping: None,
-        }
+        })
     }
 }
 

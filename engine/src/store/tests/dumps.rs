@@ -43,15 +43,12 @@ fn dumps_beside_commits(kind: (CacheKind, CommitMode)) {
         })
     };
     committed_once.wait();
-    let scratch = tempfile::tempdir().unwrap();
     let mut seen = BTreeSet::new();
-    // Into one directory: each replaces the one before.
     for _ in 0..10 {
-        let report = store.committed().dump(scratch.path()).unwrap();
-        let checkpoint = report.checkpoint.0;
-        let device_state = fs::read(&report.device_state).unwrap();
-        assert_eq!(device_state, checkpoint.to_le_bytes());
-        for (at, stamp) in (0..).zip(dumped_stamps(&report)) {
+        let dumped = dump(store.committed()).unwrap();
+        let checkpoint = dumped.checkpoint.0;
+        assert_eq!(dumped.device_state, checkpoint.to_le_bytes());
+        for (at, stamp) in (0..).zip(dumped.stamps) {
             assert_eq!(
                 stamp,
                 expected(at, checkpoint),
@@ -66,53 +63,31 @@ fn dumps_beside_commits(kind: (CacheKind, CommitMode)) {
         seen.len() > 1 && last > 0,
         "nothing was committed beside the dumps: {seen:?}, {last}"
     );
-    assert_eq!(
-        fs::read_dir(scratch.path()).unwrap().count(),
-        3,
-        "pc.ram, rom, device-state.bin"
-    );
 }
 
 #[test]
-fn a_dump_that_fails_leaves_nothing_behind() {
+fn a_dump_that_fails_leaves_the_next_one_whole() {
     let store = store(&BLOCKS);
+    let refused = dump(store.committed()).unwrap_err();
+    assert!(matches!(refused, StoreError::NothingCommitted), "{refused}");
     store.begin_colo();
     store.commit(CheckpointId(0), &mut vec![1], &alone());
-    let scratch = tempfile::tempdir().unwrap();
-    // A directory in the way of the third block's file, which shows when the others are open already.
-    let obstacle = scratch.path().join("vga~part");
-    fs::create_dir(&obstacle).unwrap();
-    let refused = store.committed().dump(scratch.path()).unwrap_err();
-    assert!(refused.to_string().contains("vga~part"), "{refused}");
-    let left: Vec<_> = fs::read_dir(scratch.path())
-        .unwrap()
-        .map(|entry| entry.unwrap().path())
-        .collect();
-    assert_eq!(left, std::slice::from_ref(&obstacle));
-    fs::remove_dir(obstacle).unwrap();
+    let file = tempfile::tempfile().unwrap();
+    let refused = store.committed().dump(&DumpTargets {
+        blocks: vec![&file; 3],
+        device_state: &file,
+    });
     assert_eq!(
-        store.committed().dump(scratch.path()).unwrap().checkpoint,
-        CheckpointId(0)
+        refused.unwrap_err().to_string(),
+        "a dump of 4 ram blocks cannot go to 3 files"
     );
-}
-
-/// Whatever the primary calls its blocks, the files that are put beside a dump overwrite none of them.
-#[test]
-fn blocks_keep_out_of_the_way_of_other_files() {
-    use std::os::unix::fs::PermissionsExt;
-    let store = store(&[
-        (RESERVED_FILES[0], 1),
-        (RESERVED_FILES[1], 1),
-        (RESERVED_FILES[2], 1),
-        (RESERVED_FILES[3], 1),
-    ]);
-    store.begin_colo();
-    store.commit(CheckpointId(0), &mut vec![1], &alone());
-    let scratch = tempfile::tempdir().unwrap();
-    for block in store.committed().dump(scratch.path()).unwrap().blocks {
-        let name = block.file.file_name().unwrap().to_str().unwrap();
-        assert!(!RESERVED_FILES.contains(&name), "{name}");
-        let mode = fs::metadata(&block.file).unwrap().permissions().mode();
-        assert_eq!(mode & 0o077, 0, "others may not look at a guest's memory");
-    }
+    // One of them cannot be written.
+    let closed = fs::File::open("/dev/null").unwrap();
+    let refused = store.committed().dump(&DumpTargets {
+        blocks: vec![&file, &file, &closed, &file],
+        device_state: &file,
+    });
+    let refused = refused.unwrap_err().to_string();
+    assert!(refused.starts_with("the dump of vga: "), "{refused}");
+    assert_eq!(dump(store.committed()).unwrap().checkpoint, CheckpointId(0));
 }

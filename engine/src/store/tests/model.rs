@@ -119,26 +119,17 @@ fn apply(step: Step, store: &Store, model: &mut Model, landing: &mut Landing, fl
             model.committed.clone_from(&model.newest);
             model.commits += 1;
         }
-        Step::Dump => {
-            let scratch = tempfile::tempdir().unwrap();
-            match store.committed().dump(scratch.path()) {
-                Err(StoreError::NothingCommitted) => {
-                    assert_eq!(model.commits, 0);
-                    assert_eq!(fs::read_dir(scratch.path()).unwrap().count(), 0);
-                }
-                dumped => check_dump(&dumped.unwrap(), model),
-            }
-        }
+        Step::Dump => match dump(store.committed()) {
+            Err(StoreError::NothingCommitted) => assert_eq!(model.commits, 0),
+            dumped => check_dump(&dumped.unwrap(), model),
+        },
     }
 }
 
-fn check_dump(report: &DumpReport, model: &Model) {
-    assert_eq!(report.checkpoint, CheckpointId(model.commits - 1));
-    assert_eq!(dumped_stamps(report), model.committed);
-    assert_eq!(
-        fs::read(&report.device_state).unwrap(),
-        (model.commits - 1).to_le_bytes()
-    );
+fn check_dump(dumped: &DumpContent, model: &Model) {
+    assert_eq!(dumped.checkpoint, CheckpointId(model.commits - 1));
+    assert_eq!(dumped.stamps, model.committed);
+    assert_eq!(dumped.device_state, (model.commits - 1).to_le_bytes());
 }
 
 proptest! {
@@ -176,9 +167,8 @@ proptest! {
         for at in 0..PAGES {
             prop_assert_eq!(image_stamp(&store, at), model.committed[usize::try_from(at).unwrap()]);
         }
-        let scratch = tempfile::tempdir().unwrap();
         if model.commits > 0 {
-            check_dump(&store.committed().dump(scratch.path()).unwrap(), &model);
+            check_dump(&dump(store.committed()).unwrap(), &model);
         }
     }
 }

@@ -1,5 +1,6 @@
 //! Extents of several nodes. Whether the kernel puts their slabs on other nodes is for the laboratory to show.
 
+use crate::budget::{Account, Budget};
 use crate::store::cache::cursor::Cursor;
 use crate::store::cache::extent_refs::ExtentId;
 use crate::store::cache::extents::{EXTENT_SLOTS, Extents, PoolTask, Slot};
@@ -13,12 +14,17 @@ const SLAB_EXTENTS: u32 = 4;
 /// A slab of four extents for each of two nodes, and room for more.
 fn on_two_nodes() -> Extents {
     let shape = PoolLayout {
+        reserved: 0,
         slab_extents: SLAB_EXTENTS,
         first: 2,
         keep: 8,
         limit: 8,
     };
-    let memory = SlabMemory::new(HugePages::Off, NumaNodes::of(&[0, 1]));
+    let memory = SlabMemory::new(
+        HugePages::Off,
+        NumaNodes::of(&[0, 1]),
+        Account::of(Budget::unlimited().take(0).unwrap()),
+    );
     // On a host with one node the second node's wish is refused, with a note; its extents are its own nevertheless.
     Extents::map(shape, memory, &mut Vec::new()).unwrap()
 }
@@ -101,12 +107,17 @@ fn a_cursor_that_moved_begins_again_near() {
 #[test]
 fn a_small_limit_is_shared() {
     let shape = PoolLayout {
+        reserved: 0,
         slab_extents: SLAB_EXTENTS,
         first: 1,
         keep: 1,
         limit: 2,
     };
-    let memory = SlabMemory::new(HugePages::Off, NumaNodes::of(&[0, 1]));
+    let memory = SlabMemory::new(
+        HugePages::Off,
+        NumaNodes::of(&[0, 1]),
+        Account::of(Budget::unlimited().take(0).unwrap()),
+    );
     let extents = Extents::map(shape, memory, &mut Vec::new()).unwrap();
     let borrowed = extents.take(NodeIndex(1)).unwrap();
     assert_eq!(node_of(&extents, borrowed), 0);

@@ -227,7 +227,7 @@ fn it_shrinks_when_checkpoints_are_small_again() {
         match store.pool_task() {
             PoolTask::Grow => store.grow().unwrap(),
             PoolTask::Shrink => store.shrink(),
-            PoolTask::Nothing => {}
+            PoolTask::Nothing | PoolTask::Unregister => {}
         }
         store.finish_flush();
         assert!(pages.iter().all(|(at, stamp)| image_stamp(&store, *at) == *stamp));

@@ -8,7 +8,7 @@ use rand::{RngExt, SeedableRng};
 #[test]
 fn the_pages_that_the_guest_dirtied_are_restored() {
     const PAGES: u64 = 300;
-    let bitmap = Arc::new(DirtyBitmap::new(PAGES, 1));
+    let bitmap = Arc::new(DirtyBitmap::new(PAGES, 1).unwrap());
     let options = StoreOptions {
         running_guest: Some(bitmap.clone()),
         ..options()
@@ -56,7 +56,7 @@ fn other_caches_and_modes_are_refused_for_it() {
         let options = StoreOptions {
             cache: *cache,
             commit: *commit,
-            running_guest: Some(Arc::new(DirtyBitmap::new(8, 1))),
+            running_guest: Some(Arc::new(DirtyBitmap::new(8, 1).unwrap())),
             ..options()
         };
         let refused = Store::create(table.clone(), "test", &options).err().unwrap();
