@@ -6,6 +6,7 @@ use crate::blocks::BlockTable;
 use crate::units::{CheckpointId, PAGE_SIZE, PageIndex};
 use crate::wire::colo::Message;
 use crate::wire::return_path::RpMessage;
+use crate::wire::vmdesc::Evidence;
 use std::sync::Arc;
 
 /// What the driver does next.
@@ -27,10 +28,13 @@ pub enum Action<'a> {
     TransferBegins,
     /// All RAM of the round is here. Close the gate: no channel may write until [`Action::OpenGate`].
     RamComplete,
+    /// What has arrived looks like all of the initial device state, and this speaks for it beside its form. If nothing more arrives for
+    /// some time, call [`Session::silence`]; if something does, it was not, and the next step goes on.
+    LooksEnded(Evidence),
     /// Everything of this checkpoint is here: commit it with [`Session::device_state`], then call
     /// [`Session::committed`].
     Commit(CheckpointId),
-    /// The primary asks for a checkpoint, and its guest runs on until it is answered. When the pages of the last
+    /// The primary asks for a checkpoint, and its guest runs on until it is answered, however late that is. When the pages of the last
     /// checkpoint are in the RAM image, so that new ones may arrive, call [`Session::flush_finished`].
     FinishFlush,
     /// Open the gate: the primary may send pages as soon as it has the CHECKPOINT_REPLY that follows.

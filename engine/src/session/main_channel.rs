@@ -1,8 +1,8 @@
 //! The main channel as a state machine: bytes in, actions out (spec §3 to §7, §10 to §12).
 //!
 //! ```text
-//! Header ─► Setup ─► BlockList ─► Records ◄─► Footer ─► Precopy ─► Devices ─► Committing
-//!           commands   START        │                  PART, END    vmdesc        │ committed()
+//! Header ─► Setup ─► BlockList ─► Records ◄─► Footer ─► Precopy ─► Devices ─► Ended ─► Committing
+//!           commands   START        │                  PART, END   silence()             │ committed()
 //!                                   ▼                                             ▼
 //!                                 Marker              ┌────── REQUEST ◄─────────  Idle ◄────────┐
 //!                                                     ▼                                         │
@@ -17,7 +17,10 @@
 //! The driver calls [`Session::step`] with what has arrived, consumes what the step says, and carries out the
 //! action, before it calls again. Three actions take time: [`Action::Marker`] must not be followed by another step
 //! until all channels have arrived and were released, [`Action::Commit`] not until [`Session::committed`], and
-//! [`Action::FinishFlush`] not until [`Session::flush_finished`].
+//! [`Action::FinishFlush`] not until [`Session::flush_finished`]. After [`Action::LooksEnded`] either nothing arrives for
+//! a while, which [`Session::silence`] says, or what arrives is stepped over as before.
+
+mod checkpoint;
 
 use super::action::{Action, Outbound};
 use super::error::{Ending, SessionError};
@@ -25,13 +28,13 @@ use super::guest_description::GuestDescription;
 use super::limits::{PINGS_MAX, SessionLimits};
 use super::ram_records::{Continued, SyncMode};
 use crate::blocks::BlockTable;
-use crate::canary::{self, Canary};
 use crate::units::CheckpointId;
-use crate::wire::WireError;
 use crate::wire::colo::{self, Message};
+use crate::wire::limits::INITIAL_STATE_MAX;
 use crate::wire::ram::{BlockEntry, BlockList};
 use crate::wire::stream::{Command, Section, StreamHeader, parse_footer};
 use crate::wire::vmdesc::EndFinder;
+use crate::wire::{WireError, state_buffer};
 use std::sync::Arc;
 
 /// Which part of the RAM section is being read.
@@ -51,6 +54,8 @@ pub(super) enum Stage {
     Footer(SectionPart),
     Precopy,
     Devices(EndFinder),
+    /// The initial device state is whole.
+    Ended(EndFinder),
     Committing,
     /// Committed; the acknowledgement goes out next.
     Committed,
@@ -70,6 +75,16 @@ pub(super) enum Stage {
         missing: u64,
     },
 }
+
+/// Device states of a session that has ended, to be freed where that delays no other.
+#[derive(Debug)]
+pub struct DeviceStates {
+    _initial: EndFinder,
+    _last: Vec<u8>,
+}
+
+/// Most bytes of a device state that are copied in one step.
+const STATE_STEP_BYTES: usize = 64 << 10;
 
 /// The state of one session's main channel.
 #[derive(Debug)]
@@ -163,6 +178,18 @@ impl Session {
         &mut self.device_state
     }
 
+    /// Takes what it has of device states: for a session that has ended.
+    pub fn take_device_states(&mut self) -> DeviceStates {
+        let initial = match &mut self.stage {
+            Stage::Devices(finder) | Stage::Ended(finder) => std::mem::take(finder),
+            _ => EndFinder::default(),
+        };
+        DeviceStates {
+            _initial: initial,
+            _last: std::mem::take(&mut self.device_state),
+        }
+    }
+
     /// What is constant for the session: known from the commit of the initial state on.
     pub fn description(&self) -> Option<&Arc<GuestDescription>> {
         self.description.as_ref()
@@ -173,17 +200,35 @@ impl Session {
         &self.machine_type
     }
 
+    /// Most bytes of a device state.
+    pub fn device_state_max(&self) -> u64 {
+        self.limits.device_state_max_bytes
+    }
+
     /// Bytes consumed on the main channel.
     pub fn position(&self) -> u64 {
         self.position
     }
 
-    /// Bytes of device state that are allocated here.
-    pub fn buffered_bytes(&self) -> u64 {
-        match &self.stage {
-            Stage::Devices(finder) => finder.buffered() as u64,
-            _ => self.device_state.capacity() as u64,
-        }
+    /// Memory that a buffer for device state has here after [`Self::step`] with so many bytes of input.
+    pub fn state_bytes_after(&self, input: usize) -> u64 {
+        let bytes = match &self.stage {
+            Stage::Devices(finder) => finder.capacity_after(input),
+            Stage::Ended(finder) => finder.capacity_after(0),
+            Stage::DeviceState { missing } => {
+                let most = self.state_length(*missing);
+                let more = input.min(most - self.device_state.len());
+                state_buffer::capacity_after(&self.device_state, more, most)
+            }
+            _ => self.device_state.capacity(),
+        };
+        bytes as u64
+    }
+
+    /// Bytes of the device state that is being received, as they were announced.
+    fn state_length(&self, missing: u64) -> usize {
+        let missing = usize::try_from(missing).unwrap_or(usize::MAX);
+        self.device_state.len().saturating_add(missing)
     }
 
     /// An error that was found while an action was carried out, at that byte.
@@ -197,12 +242,36 @@ impl Session {
         matches!(&self.stage, Stage::Devices(finder) if finder.looks_suppressed())
     }
 
+    /// Nothing has arrived for long enough since [`Action::LooksEnded`]: the initial device state ends there.
+    ///
+    /// # Panics
+    /// If that was not the last action.
+    pub fn silence(&mut self) {
+        self.stage = match std::mem::replace(&mut self.stage, Stage::Committing) {
+            Stage::Devices(finder) if finder.looks_ended() => Stage::Ended(finder),
+            _ => panic!("only after Action::LooksEnded"),
+        };
+    }
+
+    /// Whether the end of the initial device state could still turn out to be none. The primary is silent behind it up to CHECKPOINT_READY,
+    /// then sends one request, and is silent again: whatever else comes belongs to the device state.
+    pub fn is_end_in_doubt(&self) -> bool {
+        let before_reply = matches!(
+            self.stage,
+            Stage::Committed | Stage::Idle | Stage::Flushing | Stage::OpenGate | Stage::Reply
+        );
+        self.checkpoint == Some(CheckpointId(0)) && before_reply
+    }
+
     /// What the end of the main channel means at this point.
     pub fn ending(&self) -> Ending {
         match (&self.stage, self.checkpoint) {
             (_, None) => Ending::InPrecopy,
             (Stage::Idle, Some(_)) if !self.colo_seen && self.return_path => Ending::PlainMigration,
-            (Stage::Idle, Some(last)) => Ending::BetweenCheckpoints { last },
+            // Up to the answer to its request, its guest runs.
+            (Stage::Idle | Stage::Flushing | Stage::OpenGate | Stage::Reply, Some(last)) => {
+                Ending::BetweenCheckpoints { last }
+            }
             (_, Some(last)) => Ending::DuringCheckpoint { last },
         }
     }
@@ -221,6 +290,7 @@ impl Session {
             Stage::Footer(body) => self.read_footer(body, input),
             Stage::Precopy => self.read_precopy(input),
             Stage::Devices(_) => self.read_devices(input),
+            Stage::Ended(_) => self.end_devices(),
             Stage::Committing => unreachable!("the driver commits before it steps again"),
             Stage::Committed => Ok((0, self.acknowledge_commit())),
             Stage::Flushing => unreachable!("the driver finishes the flush before it steps again"),
@@ -339,7 +409,10 @@ impl Session {
         let (stage, action) = match (body, live) {
             (SectionPart::Part, true) => (Stage::Live { ram_seen: false }, Action::Continue),
             (_, true) => (Stage::Live { ram_seen: true }, Action::Continue),
-            (SectionPart::End, false) => (Stage::Devices(EndFinder::default()), Action::RamComplete),
+            (SectionPart::End, false) => {
+                let most = self.limits.device_state_max().min(INITIAL_STATE_MAX);
+                (Stage::Devices(EndFinder::with_limit(most)), Action::RamComplete)
+            }
             (_, false) => (Stage::Precopy, Action::Continue),
         };
         self.stage = stage;
@@ -392,14 +465,18 @@ impl Session {
         if input.is_empty() {
             return Ok((0, Action::NeedMore));
         }
-        let Some(initial) = finder.push(input)? else {
-            return Ok((input.len(), Action::NeedMore));
+        let action = finder.push(input)?.map_or(Action::NeedMore, Action::LooksEnded);
+        Ok((input.len(), action))
+    }
+
+    fn end_devices<'a>(&mut self) -> Step<'a> {
+        let (Stage::Ended(finder), Some(blocks)) = (&mut self.stage, self.blocks.clone()) else {
+            return Err(unexpected("device state before the block list"));
+        };
+        let Some(initial) = finder.finish()? else {
+            return Err(unexpected("device state without an end"));
         };
         colo::check_device_state(&initial.device_state)?;
-        let blocks = self
-            .blocks
-            .clone()
-            .ok_or_else(|| unexpected("device state before the block list"))?;
         self.description = Some(Arc::new(GuestDescription {
             header: std::mem::take(&mut self.header),
             machine_type: self.machine_type.clone(),
@@ -409,7 +486,7 @@ impl Session {
         }));
         self.device_state = initial.device_state;
         self.stage = Stage::Committing;
-        Ok((input.len(), Action::Commit(self.next_checkpoint())))
+        Ok((0, Action::Commit(self.next_checkpoint())))
     }
 
     fn read_command_before_devices<'a>(&mut self, input: &'a [u8]) -> Result<(usize, Action<'a>), WireError> {
@@ -418,93 +495,6 @@ impl Session {
             Some((Section::Command(Command::SwitchoverStart), consumed)) => Ok((consumed, Action::Continue)),
             Some((other, _)) => Err(unexpected(format!("{other:?} before the device state"))),
         }
-    }
-
-    fn acknowledge_commit(&mut self) -> Action<'static> {
-        self.stage = Stage::Idle;
-        Action::Send(match self.checkpoint {
-            Some(CheckpointId(0)) | None => Outbound::Ready {
-                return_path: self.return_path,
-            },
-            Some(_) => Outbound::Loaded,
-        })
-    }
-
-    fn read_message<'a>(
-        &mut self,
-        input: &'a [u8],
-        expected: Message,
-    ) -> Result<(usize, Action<'a>), WireError> {
-        let Some((message, consumed)) = Message::parse(input)? else {
-            return Ok((0, Action::NeedMore));
-        };
-        if message != expected {
-            return Err(unexpected(format!("{message:?} instead of {expected:?}")));
-        }
-        self.colo_seen = true;
-        if expected == Message::CheckpointRequest {
-            if canary::is_set(Canary::EarlyReply) {
-                self.stage = Stage::OpenGate;
-                return Ok((consumed, Action::Continue));
-            }
-            self.stage = Stage::Flushing;
-            return Ok((consumed, Action::FinishFlush));
-        }
-        self.stage = Stage::Live { ram_seen: false };
-        Ok((consumed, Action::TransferBegins))
-    }
-
-    fn read_live<'a>(&mut self, ram_seen: bool, input: &'a [u8]) -> Result<(usize, Action<'a>), WireError> {
-        let Some((section, consumed)) = Section::parse(input)? else {
-            return Ok((0, Action::NeedMore));
-        };
-        let action = match section {
-            Section::Command(Command::SwitchoverStart) => Action::Continue,
-            Section::Part { id } if !ram_seen => {
-                self.begin_body(SectionPart::Part, id)?;
-                Action::Continue
-            }
-            Section::End { id } if !ram_seen => {
-                self.begin_body(SectionPart::End, id)?;
-                Action::Continue
-            }
-            Section::Eof if ram_seen => {
-                self.stage = Stage::WaitSize;
-                Action::RamComplete
-            }
-            other => return Err(unexpected(format!("{other:?} in the RAM part of a checkpoint"))),
-        };
-        Ok((consumed, action))
-    }
-
-    fn read_size<'a>(&mut self, input: &'a [u8]) -> Result<(usize, Action<'a>), WireError> {
-        match Message::parse(input)? {
-            None => Ok((0, Action::NeedMore)),
-            Some((Message::VmstateSize(missing), consumed)) => {
-                self.device_state.clear();
-                self.stage = Stage::DeviceState { missing };
-                Ok((consumed, Action::Continue))
-            }
-            Some((other, _)) => Err(unexpected(format!("{other:?} instead of VMSTATE_SIZE"))),
-        }
-    }
-
-    fn read_device_state<'a>(
-        &mut self,
-        missing: u64,
-        input: &'a [u8],
-    ) -> Result<(usize, Action<'a>), WireError> {
-        let taken = usize::try_from(missing).unwrap_or(usize::MAX).min(input.len());
-        // Grows by what has arrived, never by what was announced.
-        self.device_state.extend_from_slice(&input[..taken]);
-        let missing = missing - taken as u64;
-        if missing > 0 {
-            self.stage = Stage::DeviceState { missing };
-            return Ok((taken, Action::NeedMore));
-        }
-        colo::check_device_state(&self.device_state)?;
-        self.stage = Stage::Committing;
-        Ok((taken, Action::Commit(self.next_checkpoint())))
     }
 }
 

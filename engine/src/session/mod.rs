@@ -18,7 +18,7 @@ pub use channel::{ChannelTraffic, MultifdChannel, PacketAction, SessionMethod};
 pub use error::{ChannelError, Ending, SessionError};
 pub use guest_description::GuestDescription;
 pub use limits::SessionLimits;
-pub use main_channel::Session;
+pub use main_channel::{DeviceStates, Session};
 pub use rendezvous::{GateClosed, Rendezvous, Ticket};
 
 #[cfg(test)]

@@ -31,7 +31,7 @@ impl Session {
                 if body != SectionPart::Start || self.blocks.is_some() {
                     return Err(unexpected("a second block list"));
                 }
-                self.stage = Stage::BlockList(BlockList::new(total, self.limits.ram_limit_bytes)?);
+                self.stage = Stage::BlockList(BlockList::new(total)?);
                 Action::Continue
             }
             RamRecord::Eos => self.end_of_body(body, after_marker)?,

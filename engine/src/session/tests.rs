@@ -6,9 +6,11 @@ use crate::units::{BlockId, CheckpointId, PAGE_BYTES, PAGE_SIZE};
 use crate::wire::colo::Message;
 use crate::wire::ram::{RamRecord, encode_block_list};
 use crate::wire::stream::{Command, Section, StreamHeader, encode_footer};
+use crate::wire::vmdesc::Evidence;
 
 const RAM: u32 = 2;
-const VMDESC: &[u8] = br#"{"configuration":{},"page_size":4096,"devices":[]}"#;
+const VMDESC: &[u8] =
+    br#"{"configuration":{},"page_size":4096,"devices":[{"name":"x","instance_id":0,"size":4}]}"#;
 const DEVICE_STATE: &[u8] =
     b"\x04\x00\x00\x00\x09\x01x\x00\x00\x00\x00\x00\x00\x00\x01body\x7e\x00\x00\x00\x09\x00";
 
@@ -112,10 +114,7 @@ impl Stream {
 }
 
 fn limits(channels: u8) -> SessionLimits {
-    SessionLimits {
-        channels,
-        ram_limit_bytes: 1 << 30,
-    }
+    SessionLimits::of_protocol(channels)
 }
 
 /// Plays `pieces` and returns the session's actions as text.
@@ -125,10 +124,17 @@ fn play<'a>(
 ) -> Result<Vec<String>, SessionError> {
     let mut log = Vec::new();
     let mut buffer = Vec::new();
-    for piece in pieces {
+    let mut pieces = pieces.peekable();
+    while let Some(piece) = pieces.next() {
         buffer.extend_from_slice(piece);
         loop {
+            let announced_bytes = session.state_bytes_after(buffer.len());
             let (consumed, action) = session.step(&buffer)?;
+            let held_bytes = session.state_bytes_after(0);
+            assert!(
+                held_bytes <= announced_bytes,
+                "{held_bytes}, and {announced_bytes} were announced"
+            );
             match &action {
                 Action::NeedMore | Action::Continue => {}
                 Action::Page(page) => log.push(match page.content {
@@ -138,12 +144,18 @@ fn play<'a>(
                 }),
                 Action::Memory(table) => log.push(format!("memory of {}", table.total_bytes())),
                 Action::Commit(id) => log.push(format!("commit {id}")),
+                Action::LooksEnded(evidence) => assert_eq!(*evidence, Evidence::Described),
                 other => log.push(format!("{other:?}")),
             }
             let commit = matches!(action, Action::Commit(_));
             let flush = matches!(action, Action::FinishFlush);
             let done = matches!(action, Action::NeedMore);
+            let looks_ended = matches!(action, Action::LooksEnded(_));
             buffer.drain(..consumed);
+            // What follows is a request, in a piece of its own, or the rest of a device state.
+            if looks_ended && pieces.peek().is_none_or(|next| next.starts_with(&[0])) {
+                session.silence();
+            }
             if flush {
                 session.flush_finished();
             }
@@ -161,8 +173,12 @@ fn play<'a>(
 }
 
 fn play_whole(channels: u8, stream: Stream) -> Result<Vec<String>, SessionError> {
+    play_with(limits(channels), &stream)
+}
+
+fn play_with(limits: SessionLimits, stream: &Stream) -> Result<Vec<String>, SessionError> {
     // The initial device state ends where the primary stops sending: what follows is in pieces of its own.
-    let mut session = Session::new(limits(channels));
+    let mut session = Session::new(limits);
     let end = find(&stream.0, VMDESC).map_or(stream.0.len(), |at| at + VMDESC.len());
     let (first, rest) = stream.0.split_at(end);
     play(
@@ -230,7 +246,11 @@ fn every_cut_is_an_ending_and_no_error() {
                 let commit = matches!(action, Action::Commit(_));
                 let flush = matches!(action, Action::FinishFlush);
                 let done = matches!(action, Action::NeedMore);
+                let looks_ended = matches!(action, Action::LooksEnded(_));
                 buffer.drain(..consumed);
+                if looks_ended {
+                    session.silence();
+                }
                 if flush {
                     session.flush_finished();
                 }
@@ -251,6 +271,67 @@ fn every_cut_is_an_ending_and_no_error() {
         };
         assert_eq!(session.ending(), expected, "cut at {cut}");
     }
+}
+
+/// A guest has the end of a device state in the buffer of one of its devices, and the request that comes behind a real one.
+#[test]
+fn an_end_inside_a_device_is_withdrawn_by_what_follows() {
+    let forged = Stream(Vec::new()).devices().message(Message::CheckpointRequest).0;
+    let body = [&b"\x01"[..], &forged].concat();
+    let section = Section::Full {
+        id: 9,
+        idstr: b"nic",
+        instance: 0,
+        version: 1,
+    };
+    let text = format!(
+        r#"{{"devices":[{{"name":"nic","instance_id":0,"size":{}}}]}}"#,
+        body.len()
+    );
+    let length = u32::try_from(text.len()).unwrap();
+    let mut device_state = Stream(Vec::new()).section(section).bytes(&body).0;
+    encode_footer(&mut device_state, 9);
+    device_state.push(0);
+    let stream = Stream::new_qemu()
+        .precopy()
+        .bytes(&device_state)
+        .section(Section::VmDescription { length })
+        .bytes(text.as_bytes())
+        .0;
+    let forged_end = find(&stream, VMDESC).unwrap() + VMDESC.len();
+    let mut session = Session::new(limits(4));
+    let (mut from, mut ends) = (0, Vec::new());
+    for to in [forged_end, stream.len()] {
+        let mut input = &stream[from..to];
+        from = to;
+        loop {
+            let (consumed, action) = session.step(input).unwrap();
+            input = &input[consumed..];
+            match action {
+                Action::LooksEnded(evidence) => ends.push((session.position(), evidence)),
+                Action::NeedMore => break,
+                Action::Commit(_) => panic!("committed"),
+                _ => {}
+            }
+        }
+    }
+    assert!(
+        matches!(
+            ends[..],
+            [(_, Evidence::Undescribed(_)), (_, Evidence::Described)]
+        ),
+        "{ends:?}"
+    );
+    assert_eq!(
+        ends.iter().map(|(at, _)| *at).collect::<Vec<_>>(),
+        [forged_end as u64, stream.len() as u64]
+    );
+    assert!(!session.is_end_in_doubt());
+    session.silence();
+    assert_eq!(session.step(&[]).unwrap(), (0, Action::Commit(CheckpointId(0))));
+    assert_eq!(*session.device_state(), device_state);
+    session.committed();
+    assert!(session.is_end_in_doubt());
 }
 
 #[test]
@@ -354,15 +435,35 @@ fn settings_that_cannot_work_are_named() {
     assert!(refusal(4, device).contains("virtio-mem"));
 }
 
+/// The initial one as it arrives, that of a checkpoint when it is announced.
 #[test]
-fn a_guest_over_the_limit_is_refused_before_memory_is_made() {
-    let stream = Stream::new_qemu().section(Section::RamStart { id: RAM }).blocks();
-    let mut session = Session::new(SessionLimits {
-        channels: 0,
-        ram_limit_bytes: 9 * PAGE_BYTES,
-    });
-    let error = play(&mut session, [&stream.0[..]].into_iter()).unwrap_err();
-    assert!(error.to_string().contains("40960"), "{error}");
+fn a_device_state_over_the_limit_is_refused() {
+    let refused = |limit, stream: Stream| {
+        let limits = SessionLimits {
+            device_state_max_bytes: limit,
+            ..limits(4)
+        };
+        let played = play_with(limits, &stream);
+        played.err().map(|error| error.to_string())
+    };
+    let initial = || Stream::new_qemu().precopy().devices();
+    assert_eq!(refused(1000, initial()), None);
+    let error = refused(10, initial()).expect("it is longer");
+    assert!(
+        error.contains("--device-state-max") && error.contains("at most 10"),
+        "{error}"
+    );
+    let announced = initial()
+        .message(Message::CheckpointRequest)
+        .message(Message::VmstateSend)
+        .round()
+        .section(Section::Eof)
+        .message(Message::VmstateSize(1001));
+    let error = refused(1000, announced).expect("it is longer");
+    assert!(
+        error.contains("--device-state-max") && error.contains("is 1001"),
+        "{error}"
+    );
 }
 
 #[test]
@@ -439,8 +540,8 @@ fn the_reply_waits_for_the_flush_and_the_open_gate() {
     play(&mut session, [&stream.0[..]].into_iter()).unwrap();
     let request = Stream(Vec::new()).message(Message::CheckpointRequest).0;
     assert_eq!(session.step(&request).unwrap(), (4, Action::FinishFlush));
-    let during = session.ending();
-    assert!(matches!(during, Ending::DuringCheckpoint { .. }), "{during}");
+    let kept = session.ending();
+    assert!(matches!(kept, Ending::BetweenCheckpoints { .. }), "{kept}");
     session.flush_finished();
     assert_eq!(session.step(&[]).unwrap(), (0, Action::OpenGate));
     assert_eq!(session.step(&[]).unwrap(), (0, Action::Send(Outbound::Reply)));
