@@ -46,7 +46,10 @@ pub(super) trait Backend {
     /// A connection leaves the core; nothing is posted on it.
     fn forget(&mut self, slot: usize, fd: RawFd);
 
-    /// Reserves `count` consecutive buffer indices. None if this backend has no registered buffers or no room.
+    /// How many buffer indices it has; none where it has no registered buffers.
+    fn buffers(&self) -> usize;
+
+    /// Reserves `count` consecutive buffer indices. None if so many are not free.
     fn reserve_buffers(&mut self, count: u16) -> Option<u16>;
 
     /// Registers a region under an index. The region outlives every receive into it, and its registration.

@@ -50,6 +50,12 @@ pub(crate) trait Connection: Send {
     /// Its waker was woken. A receive may be posted.
     fn resume(&mut self) -> ControlFlow<()>;
 
+    /// Whether it has stopped in the middle of what has arrived, to let other connections go on: it is resumed at the next turn of
+    /// its core, and has no plan until then.
+    fn has_more(&self) -> bool {
+        false
+    }
+
     /// From now on this core drives it: a position among the plane's cores. Called when nothing is posted; the backend
     /// `threads` does not call it.
     fn attached(&mut self, core: usize);

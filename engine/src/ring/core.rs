@@ -9,13 +9,18 @@ use super::backend::{Backend, Completion, Wait};
 use super::inbox::{Arrival, CoreHandle, Inbox, Refused, guarded};
 use super::slots::{Slot, Slots};
 use super::tenants::Tenants;
-use super::wake::CoreWake;
+use super::wake::{CoreWake, Woken};
 use super::{Connection, Loss};
+use std::collections::VecDeque;
 use std::io;
 use std::ops::ControlFlow;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::time::Instant;
+
+/// Wake-ups that are acted on in one turn: as many as some guests have at a sync. The others are the next turn's, after what has
+/// been received meanwhile.
+const WOKEN_A_TURN: usize = 64;
 
 /// Takes a message for the operator.
 pub(super) type Warn = Arc<dyn Fn(String) + Send + Sync>;
@@ -32,10 +37,15 @@ pub(super) struct Core<B> {
     done: Vec<Completion>,
     /// Whether there is something to do without waiting for it.
     busy: bool,
-    /// Whether a parked connection is here only because the core that it waits for had no room for it.
-    retry: bool,
+    /// Slots whose connections the next turn resumes although nothing wakes them: they have had their part of this turn, or are
+    /// parked here only because the core that they wait for had no room for them.
+    unfinished: VecDeque<usize>,
+    /// Slots of connections whose guests are not present here: their sessions have ended, or nothing is ever registered here.
+    guestless: Vec<usize>,
     /// Since when bytes gather in sockets, if they do in any.
     coalescing_since: Option<Instant>,
+    /// The slots of these sockets.
+    coalescing: Vec<usize>,
     warn: Warn,
 }
 
@@ -49,8 +59,10 @@ impl<B: Backend> Core<B> {
             tenants: Tenants::default(),
             done: Vec::with_capacity(256),
             busy: false,
-            retry: false,
+            unfinished: VecDeque::new(),
+            guestless: Vec::new(),
             coalescing_since: None,
+            coalescing: Vec::new(),
             warn,
         }
     }
@@ -70,7 +82,11 @@ impl<B: Backend> Core<B> {
                 }
                 Ok(Err(error)) => error,
                 Err(_) => match self.close_all() {
-                    Ok(()) => continue,
+                    Ok(()) => {
+                        // This thread's own wake-ups, of which that made some, do not end a wait.
+                        self.busy = true;
+                        continue;
+                    }
                     Err(error) => error,
                 },
             };
@@ -97,41 +113,48 @@ impl<B: Backend> Core<B> {
         }
     }
 
-    /// Takes what has completed since the last turn, or waits for it, and acts on it; or, if nothing has, does a small part
-    /// of the background work.
+    /// Takes what has completed since the last turn, or waits for it, and acts on it; then does a small part of the background
+    /// work.
+    ///
+    /// What it costs depends on the connections that have received something, were woken or are unfinished, not on how many
+    /// there are; and what each of these costs is bounded: a packet, or [`Connection::has_more`].
     pub(super) fn turn(&mut self) -> io::Result<()> {
         let wait = match (self.busy, self.coalescing_since) {
             (true, _) => Wait::Poll,
             (false, Some(_)) => Wait::Coalesce,
             (false, None) => Wait::Block,
         };
-        let mut woken = self.backend.wait(wait, &mut self.done)?;
+        let woken = self.backend.wait(wait, &mut self.done)?;
         let idle = !woken && self.done.is_empty();
+        let unfinished = self.unfinished.len();
         while let Some(completion) = self.done.pop() {
             self.completed(completion);
         }
         if woken {
             self.take_arrivals();
         }
-        woken |= std::mem::take(&mut self.retry);
-        while woken || self.wake().take_own() {
-            woken = false;
-            self.resume_all();
-        }
+        self.resume_woken();
+        self.resume_unfinished(unfinished);
         self.end_coalescing();
-        self.busy = self.tenants.register_one(&mut self.backend, &self.warn) || self.retry;
-        if idle || !self.busy {
-            self.busy |= self.tenants.background_one();
+        let mut worked = self.tenants.register_one(&mut self.backend, &self.warn);
+        if idle || !worked {
+            worked |= self.tenants.background_one();
         }
+        self.busy = worked || !self.unfinished.is_empty() || self.wake().has_some();
         Ok(())
     }
 
     fn take_arrivals(&mut self) {
         while let Some(arrival) = self.inbox().pop() {
+            // What would have woken it here may have happened before it came.
             match arrival {
-                Arrival::Tenant(tenant) => self.tenants.admit(tenant),
+                Arrival::Tenant(tenant) => {
+                    let tenant = self.tenants.admit(tenant);
+                    self.tenants.remove_if_over(tenant, &mut self.backend);
+                }
                 Arrival::Connection(connection) => {
-                    self.attach(connection);
+                    let index = self.attach(connection);
+                    self.resume(index);
                 }
             }
         }
@@ -148,15 +171,23 @@ impl<B: Backend> Core<B> {
         self.slots.is_empty() && self.tenants.is_empty()
     }
 
-    /// Whether a receive was posted.
-    fn attach(&mut self, connection: Box<dyn Connection>) -> bool {
-        let tenant = self.tenants.attach(connection.tenant());
-        let index = self.slots.insert(connection, tenant);
+    /// Returns the connection's slot.
+    fn attach(&mut self, connection: Box<dyn Connection>) -> usize {
+        let id = connection.tenant();
+        let index = self.slots.insert(connection);
+        let tenant = self.tenants.attach(id, index);
+        if tenant.is_none() {
+            self.guestless.push(index);
+        }
+        // So that nothing is allocated on a packet's way.
+        self.unfinished.reserve(self.slots.len());
+        self.coalescing.reserve(self.slots.len());
         if let Some(slot) = self.slots.get_mut(index) {
+            slot.tenant = tenant;
             slot.connection.attached(self.position);
         }
         self.post(index);
-        self.slots.get_mut(index).is_some_and(|slot| slot.posted)
+        index
     }
 
     fn completed(&mut self, completion: Completion) {
@@ -165,6 +196,9 @@ impl<B: Backend> Core<B> {
             return;
         };
         slot.posted = false;
+        if let Some(tenant) = slot.tenant {
+            self.tenants.activate(tenant);
+        }
         if slot.closing {
             return drop(self.detach(index));
         }
@@ -185,17 +219,85 @@ impl<B: Backend> Core<B> {
         self.go_on(index, flow);
     }
 
-    fn resume_all(&mut self) {
-        for index in 0..self.slots.len() {
-            let Some(slot) = self.slots.get_mut(index) else {
-                continue;
-            };
-            if !slot.closing {
-                let flow = slot.connection.resume();
-                self.go_on(index, flow);
+    fn resume(&mut self, index: usize) {
+        if let Some(slot) = self.slots.get_mut(index)
+            && !slot.closing
+        {
+            let flow = slot.connection.resume();
+            self.go_on(index, flow);
+        }
+    }
+
+    /// Resumes the connections of a tenant.
+    fn resume_tenant(&mut self, tenant: usize) {
+        self.tenants.activate(tenant);
+        // From the last one on: those that leave give their places to some that were resumed.
+        for position in (0..self.tenants.connections(tenant)).rev() {
+            if let Some(index) = self.tenants.connection(tenant, position) {
+                self.resume(index);
             }
         }
-        self.tenants.remove_ended(&mut self.backend);
+        self.tenants.remove_if_over(tenant, &mut self.backend);
+    }
+
+    /// Resumes the connections of a guest, whose tenant may be somewhere else.
+    fn resume_guest(&mut self, id: u64) {
+        if let Some(tenant) = self.tenants.find(id) {
+            return self.resume_tenant(tenant);
+        }
+        // From the last one on, as above.
+        for position in (0..self.guestless.len()).rev() {
+            let index = self.guestless[position];
+            if self
+                .slots
+                .get_mut(index)
+                .is_some_and(|slot| slot.connection.tenant() == id)
+            {
+                self.resume(index);
+            }
+        }
+    }
+
+    fn resume_all(&mut self) {
+        for index in 0..self.slots.len() {
+            self.resume(index);
+        }
+        for tenant in 0..self.tenants.len() {
+            self.tenants.activate(tenant);
+            self.tenants.remove_if_over(tenant, &mut self.backend);
+        }
+    }
+
+    fn resume_woken(&mut self) {
+        for _ in 0..WOKEN_A_TURN {
+            match self.wake().take() {
+                None => return,
+                Some(Woken::Tenant(id)) => self.resume_guest(id),
+                Some(Woken::All) => self.resume_all(),
+            }
+        }
+    }
+
+    /// Resumes the first so many that an earlier turn has left unfinished.
+    fn resume_unfinished(&mut self, count: usize) {
+        for _ in 0..count {
+            let Some(index) = self.unfinished.pop_front() else {
+                return;
+            };
+            if let Some(slot) = self.slots.get_mut(index)
+                && std::mem::take(&mut slot.is_unfinished)
+            {
+                self.resume(index);
+            }
+        }
+    }
+
+    fn leave_unfinished(&mut self, index: usize) {
+        if let Some(slot) = self.slots.get_mut(index)
+            && !std::mem::replace(&mut slot.is_unfinished, true)
+        {
+            self.unfinished.push_back(index);
+        }
     }
 
     fn go_on(&mut self, index: usize, flow: ControlFlow<()>) {
@@ -206,6 +308,9 @@ impl<B: Backend> Core<B> {
             slot.closing = true;
             // It stays if a receive is posted.
             return drop(self.detach(index));
+        }
+        if slot.connection.has_more() {
+            return self.leave_unfinished(index);
         }
         match self.other_core(index) {
             Some(core) => self.hand_over(index, core),
@@ -231,10 +336,14 @@ impl<B: Backend> Core<B> {
         };
         let refused = self.cores[core].push(Arrival::Connection(slot.connection));
         if let Err(Refused::Full(Arrival::Connection(connection))) = refused {
+            let index = self.attach(connection);
             // A parked connection is woken on that core, not on this one.
-            self.retry |= !self.attach(connection);
+            if self.slots.get_mut(index).is_some_and(|slot| !slot.posted) {
+                self.leave_unfinished(index);
+            }
         } else if let Err(Refused::Closed(Arrival::Connection(connection))) = refused {
-            self.attach(connection);
+            let index = self.attach(connection);
+            self.resume(index);
         }
     }
 
@@ -251,6 +360,7 @@ impl<B: Backend> Core<B> {
         };
         if plan.bulk && slot.is_drained {
             slot.is_coalescing = true;
+            self.coalescing.push(index);
             self.coalescing_since.get_or_insert_with(Instant::now);
             return;
         }
@@ -268,7 +378,7 @@ impl<B: Backend> Core<B> {
             return;
         }
         self.coalescing_since = None;
-        for index in 0..self.slots.len() {
+        while let Some(index) = self.coalescing.pop() {
             if let Some(slot) = self.slots.get_mut(index)
                 && std::mem::take(&mut slot.is_coalescing)
             {
@@ -282,8 +392,9 @@ impl<B: Backend> Core<B> {
     fn detach(&mut self, index: usize) -> Option<Slot> {
         let slot = self.slots.take(index)?;
         self.backend.forget(index, slot.connection.fd());
-        if let Some(tenant) = slot.tenant {
-            self.tenants.detach(tenant, &mut self.backend);
+        match slot.tenant {
+            Some(tenant) => self.tenants.detach(tenant, index, &mut self.backend),
+            None => self.guestless.retain(|other| *other != index),
         }
         Some(slot)
     }

@@ -135,6 +135,10 @@ impl Backend for EpollBackend {
         }
     }
 
+    fn buffers(&self) -> usize {
+        0
+    }
+
     fn reserve_buffers(&mut self, _count: u16) -> Option<u16> {
         None
     }

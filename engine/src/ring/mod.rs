@@ -40,7 +40,7 @@ mod wake;
 // The data plane itself is private to the crate: no type can check what its contracts demand of a connection, above all of
 // its memory.
 pub(crate) use connection::{Connection, Loss, Move};
-pub(crate) use plan::ReceivePlan;
+pub(crate) use plan::{PlanCursor, ReceivePlan};
 pub use plane::{BackendKind, PlaneError};
 pub(crate) use plane::{Driver, Plane, PlaneOptions};
 pub(crate) use stream_buffer::StreamBuffer;

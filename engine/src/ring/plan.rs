@@ -7,6 +7,8 @@
 //! boxed.
 #![expect(unsafe_code, reason = "a plan has raw addresses and crosses threads")]
 
+use crate::opaque::write_bytes;
+
 /// Most pieces of a plan: the pages of one packet, and the header of the next.
 pub const PIECES_MAX: usize = crate::units::PACKET_PAGES + 2;
 
@@ -25,6 +27,13 @@ pub struct ReceivePlan {
     pub region: Option<u16>,
     /// The registered buffer that it is, in the ring that has this receive: set by the core before it posts the plan.
     pub(super) registered: Option<u16>,
+}
+
+/// How far the missing pieces of a plan are filled: see [`ReceivePlan::write`].
+#[derive(Debug, Default)]
+pub struct PlanCursor {
+    piece: usize,
+    at: usize,
 }
 
 // SAFETY: the raw addresses are only numbers until a backend hands them to the kernel; the connection that owns the
@@ -107,6 +116,30 @@ impl ReceivePlan {
         &self.pieces[self.first..self.end]
     }
 
+    /// Puts bytes behind those that were put there before with this cursor, where nothing is posted: what a kernel does otherwise.
+    /// Returns how many had room. They are not received before [`Self::advance`].
+    pub(crate) fn write(&mut self, cursor: &mut PlanCursor, bytes: &[u8]) -> usize {
+        let mut written = 0;
+        while written < bytes.len() {
+            let Some(piece) = self.pieces().get(cursor.piece) else {
+                break;
+            };
+            let count = (piece.iov_len - cursor.at).min(bytes.len() - written);
+            // SAFETY: inside of the piece, whose memory the plan's connection answers for (contract above); the kernel has no receive
+            // there. `bytes` is ordinary memory of the caller.
+            unsafe {
+                let place = piece.iov_base.cast::<u8>().add(cursor.at);
+                write_bytes(place, &bytes[written..written + count]);
+            }
+            written += count;
+            cursor.at += count;
+            if cursor.at == piece.iov_len {
+                (cursor.piece, cursor.at) = (cursor.piece + 1, 0);
+            }
+        }
+        written
+    }
+
     /// Puts bytes behind the first `filled` missing ones, as a kernel does that has not reported them yet.
     #[cfg(all(test, not(loom), not(miri)))]
     pub(super) fn put(&mut self, filled: usize, bytes: &[u8]) {
@@ -155,5 +188,22 @@ mod tests {
         assert_eq!((plan.pieces().len(), plan.pieces()[0].iov_len), (1, 25));
         plan.advance(25);
         assert_eq!((plan.remaining(), plan.pieces().len()), (0, 0));
+    }
+
+    #[test]
+    fn bytes_are_written_over_pieces_up_to_the_last() {
+        let mut memory = [0u8; 16];
+        let base = memory.as_mut_ptr();
+        let mut plan = ReceivePlan::new();
+        plan.push(base, 3);
+        plan.push(base.wrapping_add(8), 4);
+        plan.advance(1);
+        let mut cursor = PlanCursor::default();
+        assert_eq!(plan.write(&mut cursor, &[1]), 1);
+        assert_eq!(plan.write(&mut cursor, &[2, 3, 4]), 3);
+        assert_eq!(plan.write(&mut cursor, &[5, 6, 7, 8]), 2);
+        assert_eq!(plan.write(&mut cursor, &[9]), 0);
+        assert_eq!(plan.remaining(), 6);
+        assert_eq!(memory, [0, 1, 2, 0, 0, 0, 0, 0, 3, 4, 5, 6, 0, 0, 0, 0]);
     }
 }

@@ -4,9 +4,11 @@ use super::core::{Core, Warn};
 use super::epoll::EpollBackend;
 use super::inbox::{Arrival, CoreHandle};
 use super::uring::{RingFeatures, RingUnavailable, UringBackend};
-use super::wake::{Semaphore, Waker};
+use super::wake::{CoreWake, Semaphore, Waker};
 use super::{Connection, ReceiveStyle, Tenant, threads};
-use crate::host::pin;
+use crate::host::{pin, thread_times};
+use crate::sandbox::ThreadKind;
+use crate::threads::Threads;
 use serde::{Deserialize, Serialize};
 use std::cell::Cell;
 use std::io;
@@ -56,7 +58,7 @@ impl BackendKind {
 }
 
 /// What to start.
-#[derive(Clone, Debug)]
+#[derive(Clone)]
 pub struct PlaneOptions {
     /// The backend.
     pub backend: BackendKind,
@@ -64,6 +66,8 @@ pub struct PlaneOptions {
     pub cores: Vec<usize>,
     /// Whether `uring` may use registered buffers.
     pub registered: bool,
+    /// Starts and confines its threads.
+    pub threads: Threads,
 }
 
 /// Why a backend did not start.
@@ -94,14 +98,26 @@ pub enum PlaneError {
 
 /// What drives a connection: one of the plane's cores, or, with the backend `threads`, a thread to be started for it.
 pub struct Driver {
-    /// Wakes it.
-    pub waker: Waker,
+    woken_by: WokenBy,
     core: usize,
     /// With `threads`: the tenant that the connection's thread will work for.
     tenant: Cell<Option<Box<dyn Tenant>>>,
 }
 
+enum WokenBy {
+    Core(Arc<CoreWake>),
+    Thread(Arc<Semaphore>),
+}
+
 impl Driver {
+    /// Wakes it for this tenant.
+    pub fn waker(&self, tenant: u64) -> Waker {
+        match &self.woken_by {
+            WokenBy::Core(core) => Waker::Core(core.clone(), tenant),
+            WokenBy::Thread(turn) => Waker::Thread(turn.clone()),
+        }
+    }
+
     /// Position of its core among the plane's.
     pub fn core(&self) -> usize {
         self.core
@@ -180,12 +196,12 @@ impl Plane {
     /// A driver for one connection: the `n`-th core, counted around.
     pub fn driver(&self, n: usize) -> Driver {
         let core = n % self.options.cores.len();
-        let waker = match self.cores.get(core) {
-            Some(core) => Waker::Core(core.handle.wake.clone()),
-            None => Waker::Thread(Arc::new(Semaphore::default())),
+        let woken_by = match self.cores.get(core) {
+            Some(core) => WokenBy::Core(core.handle.wake.clone()),
+            None => WokenBy::Thread(Arc::default()),
         };
         Driver {
-            waker,
+            woken_by,
             core,
             tenant: Cell::new(None),
         }
@@ -197,9 +213,9 @@ impl Plane {
     /// # Errors
     /// If its core has failed, or its inbox is full.
     pub fn admit(&self, driver: &Driver, tenant: Box<dyn Tenant>) -> io::Result<()> {
-        match &driver.waker {
-            Waker::Core(_) => self.push(driver, Arrival::Tenant(tenant)),
-            Waker::Thread(_) => {
+        match &driver.woken_by {
+            WokenBy::Core(_) => self.push(driver, Arrival::Tenant(tenant)),
+            WokenBy::Thread(_) => {
                 driver.tenant.set(Some(tenant));
                 Ok(())
             }
@@ -211,18 +227,18 @@ impl Plane {
     /// # Errors
     /// If a thread of its own was needed and could not be started, its core has failed, or its inbox is full.
     pub fn attach(&self, driver: &Driver, connection: Box<dyn Connection>) -> io::Result<()> {
-        let turn = match &driver.waker {
-            Waker::Core(_) => return self.push(driver, Arrival::Connection(connection)),
-            Waker::Thread(turn) => turn.clone(),
+        let turn = match &driver.woken_by {
+            WokenBy::Core(_) => return self.push(driver, Arrival::Connection(connection)),
+            WokenBy::Thread(turn) => turn.clone(),
         };
         let (cores, tenant) = (self.options.cores.clone(), driver.tenant.take());
-        let thread = thread::Builder::new()
-            .name("colo-channel".into())
-            .spawn(move || {
-                // The cores were tried at the start; if one has gone since, the scheduler decides.
-                let _ = pin(&cores);
-                threads::run(connection, tenant, &turn);
-            })?;
+        let work = move || {
+            // The cores were tried at the start; if one has gone since, the scheduler decides.
+            let _ = pin(&cores);
+            threads::run(connection, tenant, &turn);
+        };
+        let starter = &self.options.threads;
+        let thread = starter.start(ThreadKind::Channel, "colo-channel", work)?;
         let mut threads = self.threads.lock().unwrap_or_else(PoisonError::into_inner);
         threads.retain(|thread| !thread.is_finished());
         threads.push(thread);
@@ -255,6 +271,7 @@ fn start_core(
 ) -> Result<(CoreThread, Option<RingFeatures>), PlaneError> {
     let core = options.cores[position];
     let (backend, registered) = (options.backend, options.registered);
+    let confinement = options.threads.clone();
     let (started, report) = mpsc::channel();
     let thread = {
         let handles = handles.clone();
@@ -268,6 +285,13 @@ fn start_core(
                 }
                 // The kernel may add 50 us to a timed wait otherwise, as long as the wait itself.
                 let _ = nix::sys::prctl::set_timerslack(1);
+                if let Err(error) = thread_times::open()
+                    && position == 0
+                {
+                    warn(format!(
+                        "whose time a slow checkpoint was is not recorded: the kernel does not say when a thread ran ({error})"
+                    ));
+                }
                 let failed = |error: io::Error| PlaneError::Backend {
                     backend,
                     reason: explain(&error),
@@ -276,6 +300,7 @@ fn start_core(
                     match UringBackend::new(wake, registered) {
                         Err(error) => return drop(started.send(Err(failed(error)))),
                         Ok(ring) => {
+                            confinement.enter(ThreadKind::Core);
                             let _ = started.send(Ok(Some(ring.features())));
                             Core::new(ring, handles, position, warn.clone()).run()
                         }
@@ -284,6 +309,7 @@ fn start_core(
                     match EpollBackend::new(wake) {
                         Err(error) => return drop(started.send(Err(failed(error)))),
                         Ok(epoll) => {
+                            confinement.enter(ThreadKind::Core);
                             let _ = started.send(Ok(None));
                             Core::new(epoll, handles, position, warn.clone()).run()
                         }

@@ -27,7 +27,7 @@ impl Registration {
 
     /// Registers the next region, or unregisters the last one if it is not wanted any more. False if there was nothing to do.
     pub(super) fn step(&mut self, tenant: &dyn Tenant, backend: &mut impl Backend, warn: &Warn) -> bool {
-        self.reserve(tenant, backend);
+        self.reserve(tenant, backend, warn);
         if let Some(last) = self.count.checked_sub(1)
             && let Some(unwanted) = tenant.region(last).filter(|region| !region.is_wanted())
         {
@@ -60,19 +60,27 @@ impl Registration {
         true
     }
 
-    fn reserve(&mut self, tenant: &dyn Tenant, backend: &mut impl Backend) {
+    fn reserve(&mut self, tenant: &dyn Tenant, backend: &mut impl Backend, warn: &Warn) {
         if self.is_reserved {
             return;
         }
-        let limit = tenant.region_limit();
+        let (limit, buffers) = (tenant.region_limit(), backend.buffers());
         if limit == 0 {
             return;
         }
         self.is_reserved = true;
-        if let Ok(count) = u16::try_from(limit)
-            && let Some(first) = backend.reserve_buffers(count)
-        {
-            (self.first, self.reserved) = (first, count);
+        // By choice, or the start has said why.
+        if buffers == 0 {
+            return;
+        }
+        let count = u16::try_from(limit).ok();
+        match count.and_then(|count| Some((backend.reserve_buffers(count)?, count))) {
+            Some(reserved) => (self.first, self.reserved) = reserved,
+            None => warn(format!(
+                "guest {}: its cache may have {limit} slabs, for which a ring of {buffers} registered buffers has no room: pages are received \
+                 without them",
+                tenant.id()
+            )),
         }
     }
 

@@ -15,7 +15,7 @@ use nix::errno::Errno;
 use nix::sys::socket::{MsgFlags, recv};
 use std::cell::RefCell;
 use std::io;
-use std::os::fd::RawFd;
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::ptr::NonNull;
 use std::rc::Rc;
 use std::sync::Arc;
@@ -48,9 +48,15 @@ pub(crate) enum StreamEnd {
 
 /// One connection towards the receiver.
 pub(crate) struct Pipe {
+    /// By which the core names it.
     fd: RawFd,
+    /// The same socket, which stays open when its connection has closed it.
+    probe: OwnedFd,
     /// All bytes that the primary has sent.
     pub(crate) sent: Vec<u8>,
+    /// Where a piece of them ends, however much more is under way: the peer has written up to there, and writes the rest when that is
+    /// received.
+    pub(crate) seam: Option<usize>,
     /// How many of them have arrived.
     pub(crate) arrived: usize,
     /// How many of those were put into a plan's places.
@@ -72,23 +78,28 @@ struct Posted {
 }
 
 impl Pipe {
-    /// A connection that uses this descriptor.
-    pub(crate) fn new(fd: RawFd) -> Self {
-        Self {
-            fd,
+    /// A connection that uses this socket.
+    ///
+    /// # Errors
+    /// If there is no descriptor left.
+    pub(crate) fn new(socket: &OwnedFd) -> io::Result<Self> {
+        Ok(Self {
+            fd: socket.as_raw_fd(),
+            probe: socket.try_clone()?,
             sent: Vec::new(),
+            seam: None,
             arrived: 0,
             taken: 0,
             end: StreamEnd::Open,
             shut: false,
             posted: None,
             core: None,
-        }
+        })
     }
 
     fn is_shut(&mut self) -> bool {
         let flags = MsgFlags::MSG_PEEK | MsgFlags::MSG_DONTWAIT;
-        self.shut = self.shut || matches!(recv(self.fd, &mut [0], flags), Ok(0));
+        self.shut = self.shut || matches!(recv(self.probe.as_raw_fd(), &mut [0], flags), Ok(0));
         self.shut
     }
 
@@ -102,9 +113,18 @@ impl Pipe {
         !self.shut && self.arrived < self.sent.len()
     }
 
+    /// Whether a receive would find the end, of either side, behind what has arrived.
+    pub(crate) fn has_ended(&mut self) -> bool {
+        self.is_shut() || (self.end != StreamEnd::Open && !self.is_under_way())
+    }
+
     /// Lets at most `bytes` bytes arrive, and returns how many did. None arrive after a shutdown.
     pub(crate) fn arrive(&mut self, bytes: usize) -> usize {
-        let bytes = bytes.min(self.sent.len() - self.arrived);
+        let seam = self.seam.filter(|seam| *seam > self.taken || self.is_filling());
+        let end = seam.map_or(self.sent.len(), |seam| {
+            seam.min(self.sent.len()).max(self.arrived)
+        });
+        let bytes = bytes.min(end - self.arrived);
         if bytes == 0 || self.is_shut() {
             return 0;
         }
@@ -126,13 +146,13 @@ impl Pipe {
     pub(crate) fn is_ready(&mut self) -> bool {
         let Some(posted) = &self.posted else { return false };
         let here = self.taken < self.arrived || posted.filled > 0;
-        here || (self.end != StreamEnd::Open && !self.is_under_way()) || self.is_shut()
+        here || self.has_ended()
     }
 
     /// Puts at most `bytes` bytes into the posted plan. Returns the completion if the kernel would report it, which
     /// `eager` lets it do also while bytes are missing that the plan asked to wait for.
     fn receive(&mut self, bytes: usize, eager: bool) -> Option<(usize, Completion)> {
-        let ended_before = self.is_shut() || (self.end != StreamEnd::Open && !self.is_under_way());
+        let ended_before = self.has_ended();
         let posted = self.posted.as_mut()?;
         // SAFETY: posted and not completed, so the connection keeps the plan where it is and does not touch it (contract of
         // `core`); everything here is on one thread.
@@ -267,11 +287,15 @@ impl Backend for SimBackend {
         assert!(!own, "a connection leaves only when its receive has completed");
     }
 
+    fn buffers(&self) -> usize {
+        match self.net.borrow().registered {
+            Registered::No => 0,
+            _ => usize::from(u16::MAX),
+        }
+    }
+
     fn reserve_buffers(&mut self, count: u16) -> Option<u16> {
         let net = &mut *self.net.borrow_mut();
-        if net.registered == Registered::No {
-            return None;
-        }
         let buffers = &mut net.buffers[self.core];
         let first = u16::try_from(buffers.len()).ok()?;
         buffers.resize(buffers.len() + usize::from(count), None);
@@ -344,9 +368,9 @@ impl SimCore {
         Ok((0..cores).map(core).collect())
     }
 
-    /// What wakes it.
-    pub(crate) fn waker(&self) -> Waker {
-        Waker::Core(self.handle.wake.clone())
+    /// What wakes it for a guest.
+    pub(crate) fn waker(&self, guest: u64) -> Waker {
+        Waker::Core(self.handle.wake.clone(), guest)
     }
 
     /// A guest is present on it from now on.
@@ -368,12 +392,8 @@ impl SimCore {
     pub(crate) fn turn(&mut self) -> io::Result<()> {
         self.handle.wake.adopt();
         let done = self.core.turn();
-        let again = self.handle.wake.take_own();
         // What wakes it between its turns comes from elsewhere.
         CoreWake::disown();
-        if again {
-            self.handle.wake.wake();
-        }
         done
     }
 
@@ -382,7 +402,7 @@ impl SimCore {
         self.handle.wake.is_readable()
     }
 
-    /// Whether it has background work left.
+    /// Whether it has something left to do.
     pub(crate) fn is_busy(&self) -> bool {
         self.core.is_busy()
     }

@@ -24,55 +24,64 @@ pub(super) struct Slot {
     pub(super) is_drained: bool,
     /// Whether bytes gather in the socket before the next one.
     pub(super) is_coalescing: bool,
+    /// Whether it is in the list of those that the next turn resumes.
+    pub(super) is_unfinished: bool,
 }
 
 /// All slots of a core. A number is used again when its slot has become free.
 #[derive(Default)]
-pub(super) struct Slots(Vec<Option<Slot>>);
+pub(super) struct Slots {
+    slots: Vec<Option<Slot>>,
+    free: Vec<usize>,
+}
 
 impl Slots {
     /// One more than the highest number that was ever in use.
     pub(super) fn len(&self) -> usize {
-        self.0.len()
+        self.slots.len()
     }
 
     pub(super) fn is_empty(&self) -> bool {
-        self.0.iter().all(Option::is_none)
+        self.free.len() == self.slots.len()
     }
 
     pub(super) fn get_mut(&mut self, index: usize) -> Option<&mut Slot> {
-        self.0.get_mut(index)?.as_mut()
+        self.slots.get_mut(index)?.as_mut()
     }
 
     /// Takes a free slot for a connection. Returns its number.
-    pub(super) fn insert(&mut self, connection: Box<dyn Connection>, tenant: Option<usize>) -> usize {
-        let free = self.0.iter().position(Option::is_none);
-        let index = free.unwrap_or_else(|| {
-            self.0.push(None);
-            self.0.len() - 1
+    pub(super) fn insert(&mut self, connection: Box<dyn Connection>) -> usize {
+        let index = self.free.pop().unwrap_or_else(|| {
+            self.slots.push(None);
+            // So that no connection's end allocates.
+            self.free.reserve(self.slots.len());
+            self.slots.len() - 1
         });
-        self.0[index] = Some(Slot {
+        self.slots[index] = Some(Slot {
             connection,
-            tenant,
+            tenant: None,
             posted: false,
             closing: false,
             asked: 0,
             is_drained: false,
             is_coalescing: false,
+            is_unfinished: false,
         });
         index
     }
 
     /// Frees a slot. None if it is free already, or has a receive posted.
     pub(super) fn take(&mut self, index: usize) -> Option<Slot> {
-        self.0.get_mut(index)?.take_if(|slot| !slot.posted)
+        let taken = self.slots.get_mut(index)?.take_if(|slot| !slot.posted)?;
+        self.free.push(index);
+        Some(taken)
     }
 }
 
 impl Drop for Slots {
     fn drop(&mut self) {
         // Before any destructor runs: one that panics must not drop a slot that has a receive posted.
-        for slot in &mut self.0 {
+        for slot in &mut self.slots {
             if let Some(posted) = slot.take_if(|slot| slot.posted) {
                 let mut leaked = ManuallyDrop::new(posted);
                 // A panic of one does not keep the others from being leaked.

@@ -5,6 +5,7 @@
 #![expect(unsafe_code, reason = "the kernel fills the buffer behind what is read")]
 
 use std::cell::Cell;
+use std::collections::TryReserveError;
 use std::ptr::NonNull;
 
 /// Bytes `pos..filled` have arrived and are not yet consumed; `filled..capacity` is free.
@@ -19,12 +20,27 @@ pub struct StreamBuffer {
 unsafe impl Send for StreamBuffer {}
 
 impl StreamBuffer {
-    /// An empty buffer of `capacity` bytes.
+    /// An empty buffer of `capacity` bytes, of a page at most: see [`Self::try_new`].
     pub fn new(capacity: usize) -> Self {
-        let memory = Box::leak(vec![0u8; capacity].into_boxed_slice());
+        Self::of(vec![0; capacity])
+    }
+
+    /// An empty buffer of `capacity` bytes.
+    ///
+    /// # Errors
+    /// If there is no memory for it.
+    pub fn try_new(capacity: usize) -> Result<Self, TryReserveError> {
+        let mut memory = Vec::new();
+        memory.try_reserve_exact(capacity)?;
+        memory.resize(capacity, 0);
+        Ok(Self::of(memory))
+    }
+
+    fn of(memory: Vec<u8>) -> Self {
+        let memory = Box::leak(memory.into_boxed_slice());
         Self {
+            capacity: memory.len(),
             memory: NonNull::from(memory).cast(),
-            capacity,
             pos: Cell::new(0),
             filled: 0,
         }
@@ -36,6 +52,17 @@ impl StreamBuffer {
         // lives: `space`, which moves them, needs `&mut self`, and the kernel was given memory behind `filled` only.
         unsafe {
             std::slice::from_raw_parts(
+                self.memory.as_ptr().add(self.pos.get()),
+                self.filled - self.pos.get(),
+            )
+        }
+    }
+
+    /// The same, to be changed in place. A receive may be posted: it has the memory behind these bytes.
+    pub fn bytes_mut(&mut self) -> &mut [u8] {
+        // SAFETY: as in `bytes`; nothing else refers to these bytes while `self` is borrowed mutably.
+        unsafe {
+            std::slice::from_raw_parts_mut(
                 self.memory.as_ptr().add(self.pos.get()),
                 self.filled - self.pos.get(),
             )
@@ -106,7 +133,7 @@ impl StreamBuffer {
 impl Drop for StreamBuffer {
     fn drop(&mut self) {
         let slice = std::ptr::slice_from_raw_parts_mut(self.memory.as_ptr(), self.capacity);
-        // SAFETY: made by Box::leak of a slice of this length in `new`; the owner drops it with no receive posted.
+        // SAFETY: made by Box::leak of a slice of this length in `of`; the owner drops it with no receive posted.
         drop(unsafe { Box::from_raw(slice) });
     }
 }

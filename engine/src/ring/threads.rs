@@ -6,6 +6,7 @@ use super::inbox::guarded;
 use super::receive::receive;
 use super::{Connection, Loss, Semaphore, Tenant};
 use std::io;
+use std::ops::ControlFlow;
 
 /// Drives one connection to its end on the calling thread, and the background work of a tenant.
 pub(super) fn run(
@@ -20,7 +21,20 @@ pub(super) fn run(
     }
 }
 
+/// No other connection waits for this thread.
+fn go_on(connection: &mut dyn Connection, flow: ControlFlow<()>) -> ControlFlow<()> {
+    let mut flow = flow;
+    while flow.is_continue() && connection.has_more() {
+        flow = connection.resume();
+    }
+    flow
+}
+
 fn drive(connection: &mut dyn Connection, tenant: &mut Option<Box<dyn Tenant>>, turn: &Semaphore) {
+    // It may have come with something.
+    if go_on(connection, ControlFlow::Continue(())).is_break() {
+        return;
+    }
     loop {
         let fd = connection.fd();
         let flow = match connection.plan() {
@@ -35,6 +49,7 @@ fn drive(connection: &mut dyn Connection, tenant: &mut Option<Box<dyn Tenant>>, 
                 Err(error) => return connection.lost(Loss::Error(error)),
             },
         };
+        let flow = go_on(connection, flow);
         if flow.is_break() {
             return;
         }
@@ -44,8 +59,11 @@ fn drive(connection: &mut dyn Connection, tenant: &mut Option<Box<dyn Tenant>>, 
             has_worked = true;
         }
         // As after a wake-up, which the thread sees only when the connection is parked.
-        if has_worked && connection.resume().is_break() {
-            return;
+        if has_worked {
+            let flow = connection.resume();
+            if go_on(connection, flow).is_break() {
+                return;
+            }
         }
     }
 }

@@ -1,23 +1,31 @@
 //! Wakes what drives a connection: a core's loop by an eventfd, a thread by a semaphore.
+//!
+//! A core is woken for one guest, whose connections it then resumes: what a wake-up costs does not depend on how many other
+//! guests it has.
 
+use crossbeam_queue::ArrayQueue;
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 
-/// Wakes one driver. Clones wake the same one.
+/// Wake-ups that can wait for one core: some for each guest of a large host. Where there are more, it resumes all guests.
+const WOKEN_MAX: usize = 1024;
+
+/// Wakes one driver for one guest. Clones do the same.
 #[derive(Clone, Debug)]
 pub enum Waker {
-    /// A core's event loop.
-    Core(Arc<CoreWake>),
+    /// A core's event loop, for this tenant.
+    Core(Arc<CoreWake>, u64),
     /// A thread that waits for its turn.
     Thread(Arc<Semaphore>),
 }
 
 impl Waker {
-    /// Makes the driver resume its connections. It loses no wake-up, but may take several as one.
+    /// Makes the driver resume the guest's connections. It loses no wake-up, but may take several as one.
     pub fn wake(&self) {
         match self {
-            Waker::Core(core) => core.wake(),
+            Waker::Core(core, tenant) => core.wake_for(*tenant),
             Waker::Thread(semaphore) => semaphore.post(),
         }
     }
@@ -25,22 +33,36 @@ impl Waker {
     /// Whether both wake the same driver.
     pub fn same(&self, other: &Waker) -> bool {
         match (self, other) {
-            (Waker::Core(a), Waker::Core(b)) => Arc::ptr_eq(a, b),
+            (Waker::Core(a, x), Waker::Core(b, y)) => Arc::ptr_eq(a, b) && x == y,
             (Waker::Thread(a), Waker::Thread(b)) => Arc::ptr_eq(a, b),
             _ => false,
         }
     }
 }
 
-/// An eventfd that a core's loop waits on.
+/// What a core was woken for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Woken {
+    /// This tenant.
+    Tenant(u64),
+    /// More tenants than there was room for: any of them.
+    All,
+}
+
+/// An eventfd that a core's loop waits on, and what it is to do then.
+///
+/// Contract: what is to be done is stored before the eventfd is written, and the core clears the eventfd before it looks at it.
 #[derive(Debug)]
 pub struct CoreWake {
     event: EventFd,
+    /// With a fixed capacity, so that a wake-up allocates nothing.
+    tenants: ArrayQueue<u64>,
+    all: AtomicBool,
 }
 
 thread_local! {
-    /// The eventfd of the loop that runs on this thread, and whether the thread has woken itself.
-    static OWN: std::cell::Cell<(RawFd, bool)> = const { std::cell::Cell::new((-1, false)) };
+    /// The eventfd of the loop that runs on this thread.
+    static OWN: std::cell::Cell<RawFd> = const { std::cell::Cell::new(-1) };
 }
 
 impl CoreWake {
@@ -49,22 +71,23 @@ impl CoreWake {
     /// # Errors
     /// Of eventfd(2): descriptors or memory are short.
     pub fn new() -> nix::Result<Self> {
+        Self::with_capacity(WOKEN_MAX)
+    }
+
+    /// With room for so many wake-ups.
+    pub fn with_capacity(wakeups: usize) -> nix::Result<Self> {
         let flags = EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK;
         Ok(Self {
             event: EventFd::from_value_and_flags(0, flags)?,
+            tenants: ArrayQueue::new(wakeups),
+            all: AtomicBool::new(false),
         })
     }
 
-    /// From now on, wake-ups of this one by the calling thread take no system call.
+    /// From now on, wake-ups of this one by the calling thread take no system call: its loop looks at what it was woken for
+    /// before it waits.
     pub fn adopt(&self) {
-        OWN.set((self.event.as_raw_fd(), false));
-    }
-
-    /// Whether the adopting thread has woken itself since the last call.
-    pub fn take_own(&self) -> bool {
-        let (fd, woken) = OWN.get();
-        OWN.set((fd, false));
-        woken
+        OWN.set(self.event.as_raw_fd());
     }
 
     /// Takes the count, so that the descriptor is no longer readable. Whether there was one.
@@ -76,7 +99,7 @@ impl CoreWake {
     /// The calling thread runs no loop any more.
     #[cfg(all(test, not(loom), not(miri)))]
     pub fn disown() {
-        OWN.set((-1, false));
+        OWN.set(-1);
     }
 
     /// Whether the loop would be woken now.
@@ -87,11 +110,30 @@ impl CoreWake {
         poll(&mut polled, PollTimeout::ZERO) == Ok(1)
     }
 
-    /// Makes its loop look at its inbox and resume its connections.
+    /// Makes its loop resume the connections of a tenant.
+    pub fn wake_for(&self, tenant: u64) {
+        if self.tenants.push(tenant).is_err() {
+            self.all.store(true, Ordering::Release);
+        }
+        self.wake();
+    }
+
+    /// Takes what it was woken for. For the core alone.
+    pub fn take(&self) -> Option<Woken> {
+        if let Some(tenant) = self.tenants.pop() {
+            return Some(Woken::Tenant(tenant));
+        }
+        self.all.swap(false, Ordering::AcqRel).then_some(Woken::All)
+    }
+
+    /// Whether there is something to take.
+    pub fn has_some(&self) -> bool {
+        !self.tenants.is_empty() || self.all.load(Ordering::Acquire)
+    }
+
+    /// Makes its loop look at its inbox, and at what it was woken for.
     pub fn wake(&self) {
-        let (fd, _) = OWN.get();
-        if fd == self.event.as_raw_fd() {
-            OWN.set((fd, true));
+        if OWN.get() == self.event.as_raw_fd() {
             return;
         }
         // It fails only if the counter would overflow, and then the loop is woken already.
@@ -127,5 +169,23 @@ impl Semaphore {
             .wait_while(count, |count| *count == 0)
             .unwrap_or_else(PoisonError::into_inner);
         *count -= 1;
+    }
+}
+
+#[cfg(all(test, not(loom), not(miri)))]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn no_wakeup_is_lost_where_there_is_no_room_for_it() {
+        let wake = CoreWake::with_capacity(2).unwrap();
+        assert!(!wake.has_some() && !wake.is_readable());
+        for tenant in [5, 6, 7] {
+            wake.wake_for(tenant);
+        }
+        assert!(wake.has_some() && wake.clear());
+        let woken = std::iter::from_fn(|| wake.take()).collect::<Vec<_>>();
+        assert_eq!(woken, [Woken::Tenant(5), Woken::Tenant(6), Woken::All]);
+        assert!(!wake.has_some());
     }
 }

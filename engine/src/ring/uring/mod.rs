@@ -13,6 +13,7 @@
 //! | EXT_ARG: a wait with a timeout | 5.11 | while bytes gather in a socket, its core polls |
 //! | sparse buffer table | 5.19 | no registered buffers |
 //! | READV_FIXED: a scattered packet in one registered read | 6.15 | READ_FIXED for one run, RECVMSG for several |
+//! | restrictions: no filter of system calls sees what a ring does, so it is confined to what is used here | 5.10 | a warning |
 #![expect(
     unsafe_code,
     reason = "submission entries carry addresses that the kernel uses later"
@@ -29,7 +30,8 @@ pub use setup::{RingUnavailable, SetupLevel, try_set_up};
 use super::backend::{Backend, COALESCE_DELAY, Completion, Wait};
 use super::wake::CoreWake;
 use super::{ReceivePlan, Region, receive};
-use io_uring::{IoUring, Probe, cqueue, opcode, squeue, types};
+use io_uring::register::Restriction;
+use io_uring::{Builder, IoUring, Probe, cqueue, opcode, squeue, types};
 use report::OPCODES;
 use setup::set_up;
 use std::io;
@@ -43,6 +45,9 @@ const SUBMISSIONS: u32 = 256;
 
 /// Completion entries: more than one for every connection a core is likely to have. The kernel keeps what overflows.
 const COMPLETIONS: u32 = 4096;
+
+/// The number of the kernel's IORING_REGISTER_BUFFERS_UPDATE, by which slabs come and go.
+const REGISTER_BUFFERS_UPDATE: u8 = 16;
 
 /// Registered buffers of one ring, the kernel's own limit: 8 TiB of slabs of 512 MiB.
 const BUFFERS: u16 = 16384;
@@ -58,6 +63,8 @@ pub struct RingFeatures {
     pub readv_fixed: bool,
     /// A wait can have a timeout.
     pub timed: bool,
+    /// The ring can do nothing but receive and wait.
+    pub restricted: bool,
 }
 
 impl std::fmt::Display for RingFeatures {
@@ -85,9 +92,20 @@ pub(super) struct UringBackend {
 impl UringBackend {
     /// Must be called on the thread that will drive the ring.
     pub(super) fn new(wake: Arc<CoreWake>, registered: bool) -> io::Result<Self> {
-        let (ring, level) = set_up(SUBMISSIONS, |builder| {
+        let configure = |builder: &mut Builder| {
             builder.setup_cqsize(COMPLETIONS).setup_clamp().dontfork();
-        })?;
+        };
+        let disabled = set_up(SUBMISSIONS, |builder| {
+            configure(builder);
+            builder.setup_r_disabled();
+        });
+        let ((ring, level), restricted) = match disabled {
+            Ok(ring) => (ring, true),
+            Err(error) if error.raw_os_error() == Some(libc::EINVAL) => {
+                (set_up(SUBMISSIONS, configure)?, false)
+            }
+            Err(error) => return Err(error),
+        };
         let mut probe = Probe::new();
         ring.submitter().register_probe(&mut probe)?;
         let is_lacking = |opcode: &&report::Opcode| opcode.essential && !probe.is_supported(opcode.code);
@@ -102,11 +120,15 @@ impl UringBackend {
                 .register_buffers_sparse(u32::from(BUFFERS))
                 .is_ok();
         let readv_fixed = registered && probe.is_supported(opcode::ReadvFixed::CODE);
+        if restricted {
+            restrict(&ring, &probe)?;
+        }
         let features = RingFeatures {
             setup: level.name(),
             registered,
             readv_fixed,
             timed: ring.params().is_feature_ext_arg(),
+            restricted,
         };
         let buffers = vec![false; if registered { usize::from(BUFFERS) } else { 0 }];
         Ok(Self {
@@ -179,6 +201,15 @@ impl UringBackend {
     }
 }
 
+/// Confines a ring that is not enabled yet to the operations that are used here, and enables it.
+fn restrict(ring: &IoUring, probe: &Probe) -> io::Result<()> {
+    let known = OPCODES.iter().filter(|opcode| probe.is_supported(opcode.code));
+    let mut restrictions: Vec<_> = known.map(|opcode| Restriction::sqe_op(opcode.code)).collect();
+    restrictions.push(Restriction::register_op(REGISTER_BUFFERS_UPDATE));
+    ring.submitter().register_restrictions(&mut restrictions)?;
+    ring.submitter().register_enable_rings()
+}
+
 enum Reaped {
     Wake,
     Receive(Completion),
@@ -235,6 +266,10 @@ impl Backend for UringBackend {
     }
 
     fn forget(&mut self, _slot: usize, _fd: RawFd) {}
+
+    fn buffers(&self) -> usize {
+        self.buffers.len()
+    }
 
     fn reserve_buffers(&mut self, count: u16) -> Option<u16> {
         let count = usize::from(count);

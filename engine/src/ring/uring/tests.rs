@@ -71,3 +71,35 @@ fn a_coalescing_wait_ends_by_itself() {
     );
     assert_eq!((done[0].slot, done[0].result.as_ref().unwrap()), (5, &3));
 }
+
+/// No filter of system calls sees what a ring does: a thread that may only receive must not open files by it.
+#[test]
+fn a_ring_can_do_nothing_but_receive() {
+    let Some(mut ring) = ring("a_ring_can_do_nothing_but_receive") else {
+        return;
+    };
+    if !ring.features().restricted {
+        return colo_ring_skip::skip(
+            "a_ring_can_do_nothing_but_receive",
+            "this kernel restricts no rings",
+        );
+    }
+    let path = c"/dev/null";
+    let root = types::Fd(libc::AT_FDCWD);
+    let open = opcode::OpenAt::new(root, path.as_ptr()).build().user_data(1);
+    let socket = opcode::Socket::new(libc::AF_INET, libc::SOCK_STREAM, 0)
+        .build()
+        .user_data(2);
+    for entry in [open, socket] {
+        ring.push(&entry).unwrap();
+        let mut done = Vec::new();
+        while done.is_empty() {
+            ring.wait(Wait::Block, &mut done).unwrap();
+        }
+        let refused = done[0].result.as_ref().unwrap_err().raw_os_error();
+        assert_eq!(refused, Some(libc::EACCES));
+    }
+    // Nor can that be undone, or files be registered.
+    let files = ring.ring.submitter().register_files(&[0]);
+    assert_eq!(files.unwrap_err().raw_os_error(), Some(libc::EACCES));
+}
