@@ -11,9 +11,6 @@ pub enum LinkError {
     /// A barrier that was not asked for.
     #[error("it says that barrier {0} is placed, which was not asked for")]
     NotAsked(CheckpointId),
-    /// A release before the commit.
-    #[error("it says that checkpoint {0} is released, which was not committed")]
-    NotCommitted(CheckpointId),
     /// The end of a QEMU that was not to end.
     #[error("it says that the primary has ended, which it was not told to end")]
     NotLast,
@@ -74,40 +71,37 @@ struct Round {
     is_placed: bool,
     is_committed: bool,
     is_commit_sent: bool,
-    is_released: bool,
 }
 
 /// The state of a link that belongs to a session.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 struct Attached {
-    releases_in_pause: bool,
     /// The last checkpoint for which a barrier was asked on this link.
     round: Option<Round>,
     handover: Option<Handover>,
-}
-
-impl Attached {
-    /// Whether nothing of the round is to come any more.
-    fn is_round_over(&self) -> bool {
-        self.round
-            .is_some_and(|round| round.is_commit_sent && (round.is_released || !self.releases_in_pause))
-    }
+    /// The guard says when a checkpoint begins.
+    keeps: bool,
+    /// The next one may begin.
+    may_begin: bool,
 }
 
 /// The barriers of one session. Without a link nothing is asked for, and every checkpoint may be acknowledged.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
 pub struct Barriers {
     attached: Option<Attached>,
+    /// The primary asks for a checkpoint, whichever link there is, and its guest runs until it is answered.
+    is_requested: bool,
 }
 
 impl Barriers {
     /// A link belongs to the session from now on, in place of the one before. The next checkpoint whose transfer begins is the
     /// first that waits for it.
-    pub fn attach(&mut self, releases_in_pause: bool) {
+    pub fn attach(&mut self) {
         self.attached = Some(Attached {
-            releases_in_pause,
             round: None,
             handover: None,
+            keeps: false,
+            may_begin: false,
         });
     }
 
@@ -122,19 +116,66 @@ impl Barriers {
         self.attached.is_some()
     }
 
+    /// From now on the guard says when a checkpoint begins ([`Self::begin`]): the primary's requests wait for that.
+    pub fn keep(&mut self) {
+        if let Some(attached) = &mut self.attached {
+            attached.keeps = true;
+        }
+    }
+
+    /// The primary asks for a checkpoint.
+    pub fn request(&mut self) {
+        self.is_requested = true;
+    }
+
+    /// Whether the primary's request may be answered, so that its guest stops.
+    #[must_use]
+    pub fn may_begin(&self) -> bool {
+        self.attached.is_none_or(|attached| {
+            let is_last = attached.handover == Some(Handover::Ready);
+            !attached.keeps || attached.may_begin || is_last
+        })
+    }
+
+    /// The guard wants the checkpoint that follows this one; none if no barrier was asked for on this link. One that has begun meanwhile
+    /// has in it what the guard wants it for.
+    pub fn begin(&mut self, after: Option<CheckpointId>) {
+        if let Some(attached) = &mut self.attached
+            && attached.round.map(|round| round.checkpoint) == after
+        {
+            attached.may_begin = true;
+        }
+    }
+
+    /// The primary's request has waited for as long as the guard allows.
+    pub fn begin_now(&mut self) {
+        if let Some(attached) = &mut self.attached
+            && !canary::is_set(Canary::EndlessKeep)
+        {
+            attached.may_begin = true;
+        }
+    }
+
+    /// Whether a request of the primary waits for [`Self::begin`].
+    #[must_use]
+    pub fn keeps_request(&self) -> bool {
+        self.is_requested && !self.may_begin()
+    }
+
     /// The primary's guest is stopped for this checkpoint.
     pub fn ask(&mut self, checkpoint: CheckpointId) {
+        self.is_requested = false;
         if let Some(attached) = &mut self.attached {
             if attached.handover == Some(Handover::Ready) {
                 attached.handover = Some(Handover::Last(checkpoint));
             }
+            attached.may_begin = false;
             attached.round = Some(Round {
                 checkpoint,
                 is_barrier_sent: false,
                 is_placed: false,
                 is_committed: canary::is_set(Canary::EarlyCommitted),
                 is_commit_sent: false,
-                is_released: false,
             });
         }
     }
@@ -159,8 +200,7 @@ impl Barriers {
         if attached.handover.and_then(Handover::last).is_some() && !canary::is_set(Canary::TwoGuests) {
             return false;
         }
-        let is_placed = round.is_placed || canary::is_set(Canary::EarlyLoaded);
-        is_placed && (round.is_released || !attached.releases_in_pause)
+        round.is_placed || canary::is_set(Canary::EarlyLoaded)
     }
 
     /// The next message to the guard, if there is one to be sent now.
@@ -171,7 +211,7 @@ impl Barriers {
             return Some(ToGuard::Handover);
         }
         if let Some(Handover::Last(checkpoint)) = attached.handover
-            && attached.is_round_over()
+            && attached.round.is_some_and(|round| round.is_commit_sent)
         {
             attached.handover = Some(Handover::Told(checkpoint));
             return Some(ToGuard::Last { checkpoint });
@@ -194,16 +234,14 @@ impl Barriers {
     #[must_use]
     pub fn awaits_answer(&self) -> bool {
         let Some(Attached {
-            releases_in_pause,
             round: Some(round),
             handover,
+            ..
         }) = self.attached
         else {
             return false;
         };
-        matches!(handover, Some(Handover::Told(_)))
-            || (round.is_barrier_sent && !round.is_placed)
-            || (round.is_commit_sent && releases_in_pause && !round.is_released)
+        matches!(handover, Some(Handover::Told(_))) || (round.is_barrier_sent && !round.is_placed)
     }
 
     /// The guard has drawn the line.
@@ -213,16 +251,6 @@ impl Barriers {
     pub fn placed(&mut self, checkpoint: CheckpointId) -> Result<(), LinkError> {
         let round = self.round(checkpoint).filter(|round| round.is_barrier_sent);
         round.ok_or(LinkError::NotAsked(checkpoint))?.is_placed = true;
-        Ok(())
-    }
-
-    /// The guard has let go of what is before the line.
-    ///
-    /// # Errors
-    /// If the checkpoint is not committed.
-    pub fn released(&mut self, checkpoint: CheckpointId) -> Result<(), LinkError> {
-        let round = self.round(checkpoint).filter(|round| round.is_commit_sent);
-        round.ok_or(LinkError::NotCommitted(checkpoint))?.is_released = true;
         Ok(())
     }
 

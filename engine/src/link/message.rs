@@ -4,7 +4,7 @@ use crate::units::CheckpointId;
 use serde::{Deserialize, Serialize};
 
 /// The version of the protocol that is spoken here.
-pub const LINK_VERSION: u32 = 2;
+pub const LINK_VERSION: u32 = 5;
 
 /// The first bytes of a guard's connection, by which the receiver knows it from a migration.
 pub const PREFACE: [u8; 4] = *b"LINK";
@@ -21,11 +21,21 @@ pub struct Hello {
     pub name: String,
     /// The guest's UUID, where it has one, as QEMU writes it.
     pub uuid: Option<String>,
-    /// Whether the guard can let go of frames only while the guest is stopped. LOADED then waits for [`ToReceiver::Released`], too.
-    pub releases_in_pause: bool,
     /// After so many milliseconds without an answer to a barrier the receiver gives up the link and acknowledges the
     /// checkpoint: a guard that hangs stops its guest for no longer.
     pub timeout_ms: u32,
+}
+
+/// The only message of a connection that does not guard: it asks what the receiver calls a guest that is about to be protected, and may
+/// name it.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct Call {
+    /// [`LINK_VERSION`] of the caller.
+    pub version: u32,
+    /// The operator's name for the guest, if it is to have one from here.
+    pub name: Option<String>,
+    /// The guest's UUID, where it has one, as QEMU writes it.
+    pub uuid: Option<String>,
 }
 
 /// From the guard to the receiver.
@@ -34,15 +44,23 @@ pub struct Hello {
 pub enum ToReceiver {
     /// The first message.
     Hello(Hello),
+    /// The first message, and the last.
+    Call(Call),
     /// The line of this checkpoint is drawn behind everything that the guest has sent before it stopped.
     Placed {
         /// The checkpoint of [`ToGuard::Barrier`].
         checkpoint: CheckpointId,
     },
-    /// What is before the line is let go. Only from a guard with [`Hello::releases_in_pause`].
-    Released {
-        /// The checkpoint of [`ToGuard::Committed`].
-        checkpoint: CheckpointId,
+    /// From now on the receiver keeps a request of the primary for a checkpoint, whose guest runs on, until [`Self::Begin`].
+    Keep {
+        /// It begins at the latest so many milliseconds after the last commit.
+        limit_ms: u32,
+    },
+    /// The checkpoint that follows this one may begin: at once, or when the primary has asked for it.
+    Begin {
+        /// The checkpoint of the last [`ToGuard::Barrier`]; none if there was none on this link. Where another one has begun meanwhile,
+        /// the message is of no effect.
+        after: Option<CheckpointId>,
     },
     /// To [`ToGuard::Handover`]: the guard can end the guest's QEMU, and has it make a checkpoint now.
     HandoverReady,
@@ -55,6 +73,8 @@ pub enum ToReceiver {
     PrimaryEnded,
     /// The operator ends the protection: the end of the session that comes now is no loss, and the guest runs on.
     Leaving,
+    /// Is the receiver there? At any time after [`ToGuard::Welcome`].
+    Ping,
 }
 
 /// From the receiver to the guard.
@@ -70,6 +90,13 @@ pub enum ToGuard {
     Refused {
         /// Why.
         reason: String,
+    },
+    /// To [`ToReceiver::Call`], once the guest has its first checkpoint; the connection ends.
+    Called {
+        /// The session's number at the receiver.
+        session: u32,
+        /// What the receiver calls the guest; none if it has the session's number alone.
+        name: Option<String>,
     },
     /// The link belongs to this session from now on.
     Bound {
@@ -101,4 +128,6 @@ pub enum ToGuard {
         /// Why.
         reason: String,
     },
+    /// To [`ToReceiver::Ping`], at once.
+    Pong,
 }

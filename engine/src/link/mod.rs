@@ -10,9 +10,19 @@
 //!     │── pages, state ───►│◄─────────────────── placed n ───┤ draws a line behind it
 //!     │                    │ commits n                       │
 //!     │                    │── committed n ─────────────────►│ lets go of what is before the line
-//!     │                    │ (◄──────────────── released n ──┤ where that is safe only while the guest is stopped)
 //!     │◄─ RECEIVED, LOADED ┤                                 │
 //!     │ its guest runs     │                                 │
+//! ```
+//!
+//! When a checkpoint begins, the guard may say, too. QEMU asks for one (CHECKPOINT_REQUEST) and runs its guest until it is answered. A guard that
+//! has said `keep` has QEMU ask as soon as its guest runs again; the receiver keeps that request, and answers it at `begin`, so that from a frame that waits
+//! to the guest's stop there is one message on the link:
+//!
+//! ```text
+//!     ├─ CHECKPOINT_REQUEST ►│ keeps it                      │
+//!     │ its guest runs     │                                 │ holds a frame
+//!     │◄─ CHECKPOINT_REPLY ┤◄─────────────────────── begin ──┤
+//!     │ stops its guest    │                                 │
 //! ```
 //!
 //! # Invariants
@@ -26,7 +36,12 @@
 //! 4. A guest that is handed over runs in one place: once its last checkpoint has begun, the receiver acknowledges nothing any more
 //!    ([`Barriers::begin_handover`]), and resumes it only after the guard's `primary_ended`. A guard that cannot end its QEMU
 //!    refuses, and a link that is lost before the guard was told to do so leaves the guest where it is.
-//! 5. A receiver without a link acknowledges at once. Nothing is released meanwhile: a guard without a link holds everything until it
+//! 5. A request is kept only while the guest runs, and never for ever: it is answered at `begin`, when the time is over that came with `keep`
+//!    (since the last commit on this link, and by as much later as a message takes that is being written to a guard which does not read), when
+//!    the link is lost or replaced, and when the guest is handed over ([`Barriers::may_begin`]). `begin` is for one checkpoint, and names the one before
+//!    it: one that crosses a barrier asks for nothing. QEMU's own interval is no shorter than without all this, so where nobody keeps
+//!    its requests any more, it sends no more of them than it would to a receiver without a guard.
+//! 6. A receiver without a link acknowledges at once. Nothing is released meanwhile: a guard without a link holds everything until it
 //!    has a link again, or has ended the protection.
 //!
 //! So: *what the world has seen is in the last committed checkpoint*. `model.rs` explores every order of events within small bounds, the
@@ -38,6 +53,9 @@
 //! object a line, of at most [`LINE_MAX`] bytes: [`ToReceiver`], [`ToGuard`]. The first is [`ToReceiver::Hello`], which is answered
 //! by [`ToGuard::Welcome`] or [`ToGuard::Refused`]. The receiver binds the link to the session whose stream has the guest's UUID. A
 //! guard whose guest has none is bound to the next session of the same origin.
+//!
+//! `colo-ring protect`, which does not stay, sends [`ToReceiver::Call`] as its first and only message instead. It is answered by
+//! [`ToGuard::Welcome`], and once the guest is protected by [`ToGuard::Called`].
 
 mod barriers;
 mod held_output;
@@ -49,4 +67,4 @@ mod tests;
 
 pub use barriers::{Barriers, HandoverError, LinkError};
 pub use held_output::{Held, HeldOutput};
-pub use message::{Hello, LINE_MAX, LINK_VERSION, PREFACE, ToGuard, ToReceiver};
+pub use message::{Call, Hello, LINE_MAX, LINK_VERSION, PREFACE, ToGuard, ToReceiver};

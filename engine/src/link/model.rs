@@ -9,18 +9,55 @@ use crate::canary::{self, Canary};
 use crate::units::CheckpointId;
 use std::collections::{HashSet, VecDeque};
 
-/// Checkpoints of a run, the end of precopy counted.
-const CHECKPOINTS: u64 = 3;
+/// How much may happen, at most.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+struct Bounds {
+    /// Checkpoints of a run, the end of precopy counted.
+    checkpoints: u64,
+    frames: u8,
+    /// Links that are lost, and guards that are killed.
+    losses: u8,
+    kills: u8,
+    /// Guests that are handed over.
+    handovers: u8,
+    /// Links on which the guard says that requests are kept.
+    keeps: u8,
+    /// Checkpoints that it wants at once.
+    begins: u8,
+}
 
-/// Frames that the guest sends, at most.
-const FRAMES: u8 = 3;
+/// No request is kept.
+const ANSWERED: Bounds = Bounds {
+    checkpoints: 3,
+    frames: 3,
+    losses: 2,
+    kills: 1,
+    handovers: 1,
+    keeps: 0,
+    begins: 0,
+};
 
-/// Links that are lost, at most, and guards that are killed.
-const LOSSES: u8 = 2;
-const KILLS: u8 = 1;
+/// Requests are kept, and there is less of everything else.
+const KEPT: Bounds = Bounds {
+    checkpoints: 3,
+    frames: 1,
+    losses: 1,
+    kills: 1,
+    handovers: 1,
+    keeps: 2,
+    begins: 1,
+};
 
-/// Guests that are handed over, at most.
-const HANDOVERS: u8 = 1;
+/// The primary between and in checkpoints.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+enum Primary {
+    Runs,
+    /// It asks for a checkpoint, and its guest runs.
+    Asks,
+    /// It is answered, and its guest runs yet.
+    IsAnswered,
+    IsStopped,
+}
 
 /// A frame: the checkpoint that will contain its sending. Those that came before there was a line have none.
 type Frame = Option<u64>;
@@ -29,12 +66,11 @@ type Frame = Option<u64>;
 struct Model {
     /// The checkpoint that is next, or under way.
     checkpoint: u64,
-    is_stopped: bool,
+    primary: Primary,
     committed: Option<u64>,
-    frames_left: u8,
-    losses_left: u8,
-    kills_left: u8,
-    handovers_left: u8,
+    bounds: Bounds,
+    /// What may happen yet.
+    left: Bounds,
     /// The guard has ended its QEMU.
     has_primary_ended: bool,
     /// The receiver may resume the guest.
@@ -45,6 +81,10 @@ struct Model {
     held: HeldOutput<Frame>,
     /// The guard has a link, as it knows; the receiver may have given it up.
     is_linked: bool,
+    /// It has said on this link that requests are kept.
+    keeps: bool,
+    /// The last barrier on this link.
+    barrier: Option<CheckpointId>,
     to_guard: VecDeque<ToGuard>,
     to_receiver: VecDeque<ToReceiver>,
 }
@@ -54,6 +94,8 @@ struct Model {
 enum Step {
     GuestSends,
     GuardTakesFrame,
+    PrimaryAsks,
+    ReceiverReplies,
     PrimaryStops,
     ReceiverCommits,
     ReceiverAcknowledges,
@@ -68,13 +110,21 @@ enum Step {
     GuardConnects,
     /// The guard is killed, and the next begins: what it had read is gone.
     GuardDies,
+    /// It says that requests are kept.
+    GuardKeeps,
+    /// Output waits there.
+    GuardBegins,
+    /// A request was kept for long enough.
+    KeepEnds,
     OperatorHandsOver,
     OperatorGivesUp,
 }
 
-const STEPS: [Step; 15] = [
+const STEPS: [Step; 20] = [
     Step::GuestSends,
     Step::GuardTakesFrame,
+    Step::PrimaryAsks,
+    Step::ReceiverReplies,
     Step::PrimaryStops,
     Step::ReceiverCommits,
     Step::ReceiverAcknowledges,
@@ -86,36 +136,39 @@ const STEPS: [Step; 15] = [
     Step::GuardLoses,
     Step::GuardConnects,
     Step::GuardDies,
+    Step::GuardKeeps,
+    Step::GuardBegins,
+    Step::KeepEnds,
     Step::OperatorHandsOver,
     Step::OperatorGivesUp,
 ];
 
 impl Model {
     /// A guard has connected before precopy.
-    fn new() -> Self {
+    fn new(bounds: Bounds) -> Self {
         let mut barriers = Barriers::default();
-        barriers.attach(false);
+        barriers.attach();
         Self {
             checkpoint: 0,
-            is_stopped: false,
+            primary: Primary::Runs,
             committed: None,
-            frames_left: FRAMES,
-            losses_left: LOSSES,
-            kills_left: KILLS,
-            handovers_left: HANDOVERS,
+            bounds,
+            left: bounds,
             has_primary_ended: false,
             is_handed_over: false,
             barriers,
             wire: VecDeque::new(),
             held: HeldOutput::new(u64::MAX),
             is_linked: true,
+            keeps: false,
+            barrier: None,
             to_guard: VecDeque::new(),
             to_receiver: VecDeque::new(),
         }
     }
 
     fn is_done(&self) -> bool {
-        self.checkpoint == CHECKPOINTS || self.has_primary_ended
+        self.checkpoint == self.left.checkpoints || self.has_primary_ended
     }
 
     /// The state after a step; none if it cannot happen.
@@ -124,6 +177,11 @@ impl Model {
         let happened = match step {
             Step::GuestSends => next.guest_sends(),
             Step::GuardTakesFrame => next.guard_takes_frame(),
+            Step::PrimaryAsks => next.primary_asks(),
+            Step::ReceiverReplies => next.receiver_replies(),
+            Step::GuardKeeps => next.guard_keeps(),
+            Step::GuardBegins => next.guard_begins(),
+            Step::KeepEnds => next.keep_ends(),
             Step::PrimaryStops => next.primary_stops(),
             Step::ReceiverCommits => next.receiver_commits(),
             Step::ReceiverAcknowledges => next.receiver_acknowledges()?,
@@ -142,10 +200,10 @@ impl Model {
     }
 
     fn guest_sends(&mut self) -> bool {
-        if self.is_stopped || self.has_primary_ended || self.frames_left == 0 {
+        if self.is_stopped() || self.has_primary_ended || self.left.frames == 0 {
             return false;
         }
-        self.frames_left -= 1;
+        self.left.frames -= 1;
         self.wire.push_back(self.checkpoint);
         true
     }
@@ -158,17 +216,73 @@ impl Model {
         self.held.push(frame, 1)
     }
 
-    fn primary_stops(&mut self) -> bool {
-        if self.is_stopped || self.is_done() {
+    fn is_stopped(&self) -> bool {
+        self.primary == Primary::IsStopped
+    }
+
+    fn primary_asks(&mut self) -> bool {
+        if self.primary != Primary::Runs || self.is_done() {
             return false;
         }
-        self.is_stopped = true;
+        self.primary = match self.checkpoint {
+            // The end of precopy is not asked for.
+            0 => Primary::IsAnswered,
+            _ => Primary::Asks,
+        };
+        self.barriers.request();
+        // Nothing can come in between.
+        if self.bounds == ANSWERED {
+            self.primary = Primary::IsAnswered;
+            return self.primary_stops();
+        }
+        true
+    }
+
+    fn receiver_replies(&mut self) -> bool {
+        let may = self.primary == Primary::Asks && self.barriers.may_begin();
+        if may {
+            self.primary = Primary::IsAnswered;
+        }
+        may
+    }
+
+    fn guard_keeps(&mut self) -> bool {
+        let may = self.is_linked && !self.keeps && self.left.keeps > 0;
+        if may {
+            self.left.keeps -= 1;
+            self.keeps = true;
+            self.to_receiver.push_back(ToReceiver::Keep { limit_ms: 0 });
+        }
+        may
+    }
+
+    fn guard_begins(&mut self) -> bool {
+        let may = self.is_linked && self.keeps && self.left.begins > 0;
+        if may {
+            self.left.begins -= 1;
+            let after = self.barrier;
+            self.to_receiver.push_back(ToReceiver::Begin { after });
+        }
+        may
+    }
+
+    fn keep_ends(&mut self) -> bool {
+        let was_kept = self.barriers.keeps_request();
+        self.barriers.begin_now();
+        was_kept && !self.barriers.keeps_request()
+    }
+
+    fn primary_stops(&mut self) -> bool {
+        if self.primary != Primary::IsAnswered {
+            return false;
+        }
+        self.primary = Primary::IsStopped;
         self.barriers.ask(CheckpointId(self.checkpoint));
         true
     }
 
     fn receiver_commits(&mut self) -> bool {
-        if !self.is_stopped || self.committed == Some(self.checkpoint) {
+        if !self.is_stopped() || self.committed == Some(self.checkpoint) {
             return false;
         }
         self.committed = Some(self.checkpoint);
@@ -177,7 +291,7 @@ impl Model {
     }
 
     fn receiver_acknowledges(&mut self) -> Result<bool, String> {
-        let is_committed = self.is_stopped && self.committed == Some(self.checkpoint);
+        let is_committed = self.is_stopped() && self.committed == Some(self.checkpoint);
         if !is_committed || !self.barriers.may_acknowledge(CheckpointId(self.checkpoint)) {
             return Ok(false);
         }
@@ -185,16 +299,16 @@ impl Model {
             // To nobody.
             return Ok(false);
         }
-        self.is_stopped = false;
+        self.primary = Primary::Runs;
         self.checkpoint += 1;
         Ok(true)
     }
 
     fn operator_hands_over(&mut self) -> bool {
-        if self.handovers_left == 0 || self.barriers.begin_handover().is_err() {
+        if self.left.handovers == 0 || self.barriers.begin_handover().is_err() {
             return false;
         }
-        self.handovers_left -= 1;
+        self.left.handovers -= 1;
         true
     }
 
@@ -208,7 +322,7 @@ impl Model {
         let checkpoint = self.barriers.primary_ended().map_err(|error| error.to_string())?;
         self.is_handed_over = true;
         let is_last = self.committed == Some(checkpoint.0) && self.checkpoint == checkpoint.0;
-        match self.has_primary_ended && self.is_stopped && is_last {
+        match self.has_primary_ended && self.is_stopped() && is_last {
             true => Ok(()),
             false => Err(format!(
                 "checkpoint {checkpoint} is resumed while its primary runs"
@@ -231,6 +345,7 @@ impl Model {
         match self.to_guard.pop_front() {
             Some(ToGuard::Barrier { checkpoint }) => {
                 while self.guard_takes_frame() {}
+                self.barrier = Some(checkpoint);
                 self.held.place(checkpoint);
                 self.to_receiver.push_back(ToReceiver::Placed { checkpoint });
             }
@@ -248,6 +363,14 @@ impl Model {
     fn receiver_reads(&mut self) -> Result<bool, String> {
         let checkpoint = match self.to_receiver.pop_front() {
             Some(ToReceiver::Placed { checkpoint }) => checkpoint,
+            Some(ToReceiver::Keep { .. }) => {
+                self.barriers.keep();
+                return Ok(true);
+            }
+            Some(ToReceiver::Begin { after }) => {
+                self.barriers.begin(after);
+                return Ok(true);
+            }
             Some(ToReceiver::HandoverReady) => {
                 self.barriers.handover_ready();
                 return Ok(true);
@@ -281,10 +404,10 @@ impl Model {
     }
 
     fn receiver_loses(&mut self) -> bool {
-        if !self.barriers.is_attached() || self.losses_left == 0 {
+        if !self.barriers.is_attached() || self.left.losses == 0 {
             return false;
         }
-        self.losses_left -= 1;
+        self.left.losses -= 1;
         self.barriers.detach();
         self.to_receiver.clear();
         true
@@ -293,10 +416,10 @@ impl Model {
     fn guard_loses(&mut self) -> bool {
         // It notices what the receiver has given up at any time, and may lose a link by itself.
         let is_own_loss = self.barriers.is_attached();
-        if !self.is_linked || (is_own_loss && self.losses_left == 0) {
+        if !self.is_linked || (is_own_loss && self.left.losses == 0) {
             return false;
         }
-        self.losses_left -= u8::from(is_own_loss);
+        self.left.losses -= u8::from(is_own_loss);
         self.is_linked = false;
         self.to_guard.clear();
         self.held.forget_barriers();
@@ -308,17 +431,17 @@ impl Model {
         if self.is_linked {
             return false;
         }
-        self.is_linked = true;
+        (self.is_linked, self.keeps, self.barrier) = (true, false, None);
         self.to_receiver.clear();
-        self.barriers.attach(false);
+        self.barriers.attach();
         true
     }
 
     fn guard_dies(&mut self) -> bool {
-        if self.kills_left == 0 {
+        if self.left.kills == 0 {
             return false;
         }
-        self.kills_left -= 1;
+        self.left.kills -= 1;
         self.is_linked = false;
         self.to_guard.clear();
         self.wire.clear();
@@ -333,8 +456,8 @@ impl Model {
 ///
 /// # Errors
 /// The steps that lead to what is wrong.
-fn explore() -> Result<usize, String> {
-    let start = Model::new();
+fn explore(bounds: Bounds) -> Result<usize, String> {
+    let start = Model::new(bounds);
     let mut known = HashSet::from([start.clone()]);
     let mut open = VecDeque::from([(start, Vec::new())]);
     while let Some((state, way)) = open.pop_front() {
@@ -348,7 +471,12 @@ fn explore() -> Result<usize, String> {
             // A link need not be lost, and a guard need not die.
             is_end &= matches!(
                 step,
-                Step::ReceiverLoses | Step::GuardDies | Step::OperatorHandsOver | Step::OperatorGivesUp
+                Step::ReceiverLoses
+                    | Step::GuardDies
+                    | Step::GuardKeeps
+                    | Step::GuardBegins
+                    | Step::OperatorHandsOver
+                    | Step::OperatorGivesUp
             );
             if known.insert(next.clone()) {
                 open.push_back((next, way()));
@@ -363,27 +491,40 @@ fn explore() -> Result<usize, String> {
 
 #[test]
 fn no_order_of_events_shows_what_is_not_committed() {
-    let states = explore().unwrap_or_else(|error| panic!("{error}"));
-    println!("{states} states");
-    // A model in which little can happen proves little.
-    assert!(states > 10_000, "{states} states");
+    for bounds in [ANSWERED, KEPT] {
+        let states = explore(bounds).unwrap_or_else(|error| panic!("{error}"));
+        println!("{states} states");
+        // A model in which little can happen proves little.
+        assert!(states > 10_000, "{states} states");
+    }
 }
 
 #[test]
 fn a_guest_in_two_places_is_found() {
     canary::set(Some(Canary::TwoGuests));
-    let found = explore();
+    let found = explore(ANSWERED);
     canary::set(None);
     let error = found.expect_err("a break that must be found");
     println!("{error}");
     assert!(error.contains("while its primary runs"), "{error}");
 }
 
+/// A request is answered also if the guard says nothing more.
+#[test]
+fn a_request_that_is_kept_for_ever_is_found() {
+    canary::set(Some(Canary::EndlessKeep));
+    let found = explore(KEPT);
+    canary::set(None);
+    let error = found.expect_err("a break that must be found");
+    println!("{error}");
+    assert!(error.contains("nothing goes on"), "{error}");
+}
+
 #[test]
 fn an_early_guard_or_receiver_is_found() {
     for canary in [Canary::EarlyRelease, Canary::EarlyCommitted, Canary::EarlyLoaded] {
         canary::set(Some(canary));
-        let found = explore();
+        let found = explore(ANSWERED);
         canary::set(None);
         let error = found.expect_err("a break that must be found");
         println!("{canary:?}: {error}");

@@ -82,7 +82,7 @@ fn a_checkpoint_is_acknowledged_when_its_barrier_is_placed() {
     let mut barriers = Barriers::default();
     barriers.ask(FIRST);
     assert!(barriers.may_acknowledge(FIRST) && barriers.next_message().is_none());
-    barriers.attach(false);
+    barriers.attach();
     assert!(
         barriers.may_acknowledge(FIRST),
         "it was stopped before the link came"
@@ -109,35 +109,70 @@ fn a_checkpoint_is_acknowledged_when_its_barrier_is_placed() {
         Some(ToGuard::Committed { checkpoint: SECOND })
     );
     assert_eq!(barriers.next_message(), None);
+    barriers.ask(THIRD);
+    assert!(!barriers.may_acknowledge(THIRD));
+    barriers.detach();
+    assert!(
+        barriers.may_acknowledge(THIRD),
+        "nothing is let go without a link"
+    );
 }
 
 #[test]
-fn a_guard_that_releases_in_the_pause_is_waited_for_twice() {
+fn a_request_is_kept_until_the_guard_wants_a_checkpoint() {
     let mut barriers = Barriers::default();
-    barriers.attach(true);
-    barriers.ask(FIRST);
-    assert!(barriers.next_message().is_some());
-    assert_eq!(barriers.placed(FIRST), Ok(()));
-    assert!(!barriers.may_acknowledge(FIRST));
-    assert_eq!(barriers.released(FIRST), Err(LinkError::NotCommitted(FIRST)));
-    barriers.committed(FIRST);
-    assert!(barriers.next_message().is_some() && barriers.awaits_answer());
-    assert_eq!(barriers.released(FIRST), Ok(()));
-    assert!(barriers.may_acknowledge(FIRST) && !barriers.awaits_answer());
-    barriers.ask(SECOND);
-    assert!(!barriers.may_acknowledge(SECOND));
-    barriers.detach();
+    barriers.request();
+    assert!(barriers.may_begin(), "there is no guard");
+    barriers.attach();
+    barriers.request();
     assert!(
-        barriers.may_acknowledge(SECOND),
-        "nobody lets anything go without a link"
+        barriers.may_begin(),
+        "its guard has not said that requests are kept"
     );
+    barriers.keep();
+    assert!(!barriers.may_begin() && barriers.keeps_request());
+    barriers.begin(Some(FIRST));
+    assert!(!barriers.may_begin(), "there was no barrier on this link");
+    barriers.begin(None);
+    assert!(barriers.may_begin() && !barriers.keeps_request());
+    barriers.ask(FIRST);
+    assert!(!barriers.may_begin(), "it was wanted once");
+    assert!(!barriers.keeps_request(), "nothing was asked for");
+    barriers.begin(None);
+    assert!(!barriers.may_begin(), "it has begun already");
+    // Before the primary asks: it is answered at once.
+    barriers.begin(Some(FIRST));
+    barriers.request();
+    assert!(barriers.may_begin());
+    barriers.ask(SECOND);
+    barriers.request();
+    assert!(barriers.keeps_request());
+    barriers.begin_now();
+    assert!(barriers.may_begin());
+    barriers.ask(THIRD);
+    barriers.request();
+    assert!(barriers.keeps_request());
+    barriers.detach();
+    assert!(barriers.may_begin(), "its guard is lost");
+    barriers.attach();
+    assert!(
+        barriers.may_begin(),
+        "the next guard has not said that requests are kept"
+    );
+    barriers.keep();
+    barriers.request();
+    assert_eq!(barriers.begin_handover(), Ok(()));
+    assert_eq!(barriers.next_message(), Some(ToGuard::Handover));
+    assert!(barriers.keeps_request());
+    barriers.handover_ready();
+    assert!(barriers.may_begin(), "it is the last");
 }
 
 #[test]
 fn a_guest_is_handed_over_by_its_last_checkpoint() {
     let mut barriers = Barriers::default();
     assert_eq!(barriers.begin_handover(), Err(HandoverError::NoGuard));
-    barriers.attach(false);
+    barriers.attach();
     assert_eq!(barriers.begin_handover(), Ok(()));
     assert_eq!(barriers.begin_handover(), Err(HandoverError::UnderWay));
     assert_eq!(barriers.next_message(), Some(ToGuard::Handover));
@@ -173,7 +208,7 @@ fn a_guest_is_handed_over_by_its_last_checkpoint() {
 fn a_guest_that_is_not_handed_over_runs_on() {
     let until_told = || {
         let mut barriers = Barriers::default();
-        barriers.attach(true);
+        barriers.attach();
         assert_eq!(barriers.begin_handover(), Ok(()));
         assert_eq!(barriers.next_message(), Some(ToGuard::Handover));
         barriers.handover_ready();
@@ -185,12 +220,6 @@ fn a_guest_that_is_not_handed_over_runs_on() {
             barriers.next_message(),
             Some(ToGuard::Committed { checkpoint: FIRST })
         );
-        assert_eq!(
-            barriers.next_message(),
-            None,
-            "it has to let go before its QEMU ends"
-        );
-        assert_eq!(barriers.released(FIRST), Ok(()));
         assert_eq!(barriers.next_message(), Some(ToGuard::Last { checkpoint: FIRST }));
         barriers
     };
@@ -200,7 +229,7 @@ fn a_guest_that_is_not_handed_over_runs_on() {
     lost.detach();
     assert!(lost.may_acknowledge(FIRST) && !lost.awaits_end());
     let mut ended = Barriers::default();
-    ended.attach(false);
+    ended.attach();
     assert_eq!(ended.begin_handover(), Ok(()));
     assert!(ended.next_message().is_some());
     ended.handover_ready();
@@ -216,7 +245,7 @@ fn a_guest_that_is_not_handed_over_runs_on() {
         "its QEMU is not to end any more"
     );
     let mut cancelled = Barriers::default();
-    cancelled.attach(false);
+    cancelled.attach();
     assert_eq!(cancelled.begin_handover(), Ok(()));
     assert!(cancelled.cancel_handover());
     cancelled.handover_ready();
@@ -232,13 +261,12 @@ fn messages_are_lines_that_people_can_read() {
         version: LINK_VERSION,
         name: "web3".into(),
         uuid: None,
-        releases_in_pause: false,
         timeout_ms: 5000,
     });
     let text = serde_json::to_string(&hello).unwrap();
     assert_eq!(
         text,
-        r#"{"type":"hello","version":2,"name":"web3","uuid":null,"releases_in_pause":false,"timeout_ms":5000}"#
+        r#"{"type":"hello","version":5,"name":"web3","uuid":null,"timeout_ms":5000}"#
     );
     assert_eq!(serde_json::from_str::<ToReceiver>(&text).unwrap(), hello);
     let barrier = ToGuard::Barrier { checkpoint: SECOND };
