@@ -8,7 +8,7 @@ use super::epoch::{Content, Epoch};
 use super::guest_disk::Disk;
 use super::io::{SLICES_MAX, Stretch};
 use crate::canary::{self, Canary};
-use crate::killpoint;
+use crate::failpoint;
 use std::io;
 use std::sync::Arc;
 use std::time::Duration;
@@ -121,7 +121,7 @@ fn zero(base: &Base, mut at: u64, end: u64, may_punch: bool, between: &impl Fn()
             .min(end);
         between();
         base.zero(at, to - at, may_punch, false)?;
-        killpoint::here();
+        failpoint::may_be_killed();
         at = to;
     }
     Ok(())
@@ -134,7 +134,7 @@ fn flush(base: &Base, batch: &mut Vec<Stretch<'_>>, begin: u64, between: &impl F
             batch.pop();
         }
         base.write_stretches(batch, begin)?;
-        killpoint::here();
+        failpoint::may_be_killed();
         batch.clear();
     }
     Ok(())

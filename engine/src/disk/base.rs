@@ -98,6 +98,10 @@ impl Base {
             .open(path);
         let file = opened.map_err(|error| match error.kind() {
             io::ErrorKind::NotFound => DiskError::NoBase(path.to_owned()),
+            io::ErrorKind::PermissionDenied if path.is_symlink() => DiskError::LinkedBase {
+                path: path.to_owned(),
+                source: error,
+            },
             _ => failed(error),
         })?;
         let about = file.metadata().map_err(failed)?;
@@ -153,6 +157,11 @@ impl Base {
 
     pub(crate) fn path(&self) -> &Path {
         &self.path
+    }
+
+    /// The file, to copy it.
+    pub(super) fn file(&self) -> &File {
+        &self.file
     }
 
     pub(crate) fn size(&self) -> u64 {

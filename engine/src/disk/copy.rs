@@ -1,30 +1,27 @@
 //! A copy of a disk's base. It shares its blocks with the base where the file system can, and holes stay holes.
 
-use crate::files::{NewFile, Readers};
+use super::base::Base;
 use nix::errno::Errno;
 use nix::fcntl::copy_file_range;
 use nix::unistd::{Whence, lseek64};
 use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
-use std::path::Path;
 
 /// Bytes that are copied at a time where the kernel does not copy by itself.
 const STEP: usize = 1 << 20;
 
-/// Copies all of `from` to the file `to`, which is created, or replaces one of this user.
+/// Copies all of a base to a file that is open and empty, and waits until it is on the disk.
 ///
 /// # Errors
 /// What the system says.
-pub(crate) fn copy_base(from: &Path, to: &Path) -> io::Result<()> {
-    let source = File::open(from)?;
-    let end = lseek64(&source, 0, Whence::SeekEnd)?;
-    let new = NewFile::create(to, Readers::Owner)?;
-    let target = new.file();
-    target.set_len(end.unsigned_abs())?;
+pub(crate) fn copy_base(from: &Base, to: &File) -> io::Result<()> {
+    let source = from.file();
+    let end = lseek64(source, 0, Whence::SeekEnd)?;
+    to.set_len(end.unsigned_abs())?;
     let mut at = 0;
     while at < end {
-        let data = match lseek64(&source, at, Whence::SeekData) {
+        let data = match lseek64(source, at, Whence::SeekData) {
             Ok(data) => data,
             // A hole up to the end.
             Err(Errno::ENXIO) => break,
@@ -32,12 +29,11 @@ pub(crate) fn copy_base(from: &Path, to: &Path) -> io::Result<()> {
             Err(Errno::EINVAL) => at,
             Err(error) => return Err(error.into()),
         };
-        let hole = lseek64(&source, data, Whence::SeekHole).unwrap_or(end);
-        copy_range(&source, target, data, hole)?;
+        let hole = lseek64(source, data, Whence::SeekHole).unwrap_or(end);
+        copy_range(source, to, data, hole)?;
         at = hole;
     }
-    new.sync()?;
-    new.rename()
+    to.sync_all()
 }
 
 /// By the kernel, which shares blocks where it can; by hand where it refuses.
@@ -84,11 +80,10 @@ mod tests {
         base.set_len(64 << 20).unwrap();
         base.write_all_at(&[7; 9000], 1 << 20).unwrap();
         base.write_all_at(&[8; 5], (64 << 20) - 5).unwrap();
-        copy_base(&from, &to).unwrap();
+        let opened = Base::open(&from).unwrap();
+        copy_base(&opened, &File::create(&to).unwrap()).unwrap();
         assert!(std::fs::read(&from).unwrap() == std::fs::read(&to).unwrap());
         assert!(std::fs::metadata(&to).unwrap().blocks() * 512 < 1 << 20);
-        // Again, over what is there.
-        copy_base(&from, &to).unwrap();
         // Where the kernel refuses.
         let by_hand = directory.path().join("by-hand");
         copy_by_hand(

@@ -5,6 +5,7 @@
 //! so no later entry hides it.
 
 use super::index::Index;
+use super::pool::RamShare;
 use super::segment::{Entry, EntryKind, Room, Segment, SegmentHeader};
 use std::sync::Arc;
 
@@ -83,8 +84,15 @@ pub(crate) struct Epoch {
     pub(crate) segments: Vec<Arc<Segment>>,
     room: Room,
     /// What the disk has taken of the host's memory for the index.
-    pub(super) leases: Vec<Box<dyn Send + Sync>>,
-    pub(super) leased_bytes: u64,
+    leases: Vec<Box<dyn Send + Sync>>,
+    leased_bytes: u64,
+    /// The same for what the newest segment's entries will need.
+    ahead: Option<Box<dyn Send + Sync>>,
+}
+
+/// What the index needs for all entries of a segment of so many bytes: each may be a part between two others that it divides.
+pub(super) const fn index_bytes_max(segment_bytes: u64) -> u64 {
+    segment_bytes / 2
 }
 
 impl Epoch {
@@ -98,7 +106,47 @@ impl Epoch {
             room: Room::NONE,
             leases: Vec::new(),
             leased_bytes: 0,
+            ahead: None,
         }
+    }
+
+    /// Takes the memory of the index that is not taken yet, and what the entries of another segment can need. False if there is
+    /// none.
+    pub(super) fn lease_index(&mut self, memory: &dyn RamShare, segment_bytes: u64) -> bool {
+        if !self.lease_used(memory) {
+            return false;
+        }
+        if self.ahead.is_none() {
+            self.ahead = memory.take(index_bytes_max(segment_bytes));
+        }
+        self.ahead.is_some()
+    }
+
+    /// Nothing will be added any more: takes what the index has, and gives back what was for more.
+    pub(super) fn lease_whole_index(&mut self, memory: &dyn RamShare) {
+        if self.lease_used(memory) {
+            self.ahead = None;
+        }
+    }
+
+    fn lease_used(&mut self, memory: &dyn RamShare) -> bool {
+        let more = self.index_bytes().saturating_sub(self.leased_bytes);
+        if more == 0 {
+            return true;
+        }
+        let lease = memory.take(more);
+        let is_taken = lease.is_some();
+        if is_taken {
+            self.leased_bytes += more;
+            self.leases.extend(lease);
+        }
+        is_taken
+    }
+
+    /// Gives the memory of the index back, which is freed next.
+    pub(super) fn release_index(&mut self) {
+        self.leases.clear();
+        self.ahead = None;
     }
 
     /// Bytes of the disk that it changes, those without data included.

@@ -29,6 +29,17 @@ pub enum DiskError {
         /// The error of the system.
         source: io::Error,
     },
+    /// The base is a link to what may not be opened.
+    #[error(
+        "{} is a link to what this receiver may not open ({source}): its user must be allowed to; and a link that was made after the \
+         receiver's start needs a receiver that is not root's, and leads into /dev, or needs its restart", path.display()
+    )]
+    LinkedBase {
+        /// The link.
+        path: PathBuf,
+        /// The error of the system.
+        source: io::Error,
+    },
     /// A file of the log or the record of the disk.
     #[error("{}: {source}", path.display())]
     File {
@@ -44,6 +55,14 @@ pub enum DiskError {
         path: PathBuf,
         /// What is wrong.
         what: String,
+    },
+    /// The record of a session names what is no disk.
+    #[error("disk \"{}\" in \"{}\" cannot be one of a receiver", name.escape_debug(), directory.escape_debug())]
+    NoDisk {
+        /// Where it should be.
+        directory: String,
+        /// Its name.
+        name: String,
     },
     /// Another receiver has the disk.
     #[error("another receiver serves {}", .0.display())]
@@ -159,4 +178,12 @@ pub enum DiskError {
         /// The error of the system.
         source: io::Error,
     },
+}
+
+impl DiskError {
+    /// Whether a file may not be opened.
+    pub(crate) fn is_denied(&self) -> bool {
+        matches!(self, Self::Base { source, .. } | Self::File { source, .. } | Self::LinkedBase { source, .. }
+            if source.kind() == io::ErrorKind::PermissionDenied)
+    }
 }

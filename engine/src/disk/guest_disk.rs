@@ -91,19 +91,13 @@ struct State {
 }
 
 impl State {
-    /// Takes the memory of the open epoch's index that is not taken yet. False if there is none.
-    fn lease_index(&mut self) -> bool {
-        let more = self.open.index_bytes().saturating_sub(self.open.leased_bytes);
-        let Some(binding) = self.binding.as_ref().filter(|_| more > 0) else {
-            return true;
-        };
-        let lease = binding.index.take(more);
-        let is_taken = lease.is_some();
-        if is_taken {
-            self.open.leased_bytes += more;
-            self.open.leases.extend(lease);
+    /// Takes the memory of the open epoch's index that is not taken yet, and what the entries of one more segment can need. False
+    /// if there is none.
+    fn lease_index(&mut self, segment_bytes: u64) -> bool {
+        match &self.binding {
+            None => true,
+            Some(binding) => self.open.lease_index(&*binding.index, segment_bytes),
         }
-        is_taken
     }
 }
 
@@ -337,7 +331,10 @@ impl Disk {
         state.epoch = Some(checkpoint);
         if checkpoint > 0 {
             let next = Epoch::new(self.record.log(), checkpoint + 1);
-            let cut = std::mem::replace(&mut state.open, next);
+            let mut cut = std::mem::replace(&mut state.open, next);
+            if let Some(binding) = &state.binding {
+                cut.lease_whole_index(&*binding.index);
+            }
             if !cut.is_empty() {
                 state.committed.push_back(Arc::new(cut));
             }
@@ -380,6 +377,11 @@ impl Disk {
     pub(crate) fn keep_files(&self) {
         self.record.keep();
         self.pool.keep(true);
+    }
+
+    /// Its checkpoint is about to be removed. What is committed of it is in the base.
+    pub(crate) fn give_up(&self) {
+        self.record.give_up();
     }
 
     /// Removes the files of a disk that no checkpoint needs any more.

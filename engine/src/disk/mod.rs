@@ -47,3 +47,6 @@ pub(crate) use pool::RamShare;
 pub(crate) use record::Ownership;
 pub(crate) use recovery::{OrphanOutcome, StoredDisk, recover, recover_orphans};
 pub(crate) use segment::SEGMENT_BYTES;
+
+/// What the index needs of the memory for all that a segment can hold.
+pub(crate) const INDEX_BYTES_MAX: u64 = epoch::index_bytes_max(SEGMENT_BYTES);

@@ -5,7 +5,7 @@ use super::DiskError;
 use super::segment::Segment;
 use crate::files::{self, Readers};
 use crate::store::memory::populate::populate;
-use crate::store::memory::ram_dir::{MemoryFile, RamFiles};
+use crate::store::memory::ram_dir::{LOG_FILES, MemoryFile, RamFiles};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
@@ -72,7 +72,7 @@ pub(crate) struct SegmentPool {
 
 /// The name of a disk's segments in a directory of RAM images, without their numbers.
 pub(crate) fn ram_prefix(disk: &str) -> String {
-    format!("~log-{disk}-")
+    format!("{LOG_FILES}{disk}-")
 }
 
 /// The path of a disk's segments beside its base, without their numbers.
@@ -105,6 +105,10 @@ impl SegmentPool {
 
     pub(crate) fn limit(&self) -> u64 {
         self.limit
+    }
+
+    pub(crate) fn segment_bytes(&self) -> u64 {
+        self.segment_bytes
     }
 
     /// Takes a segment.
@@ -143,6 +147,7 @@ impl SegmentPool {
         let number = Self::number(inner);
         let name = format!("{}{number:06}", ram_prefix(&self.disk));
         // Without memory or huge pages the segment goes beside the base.
+        place.files.check_room(self.segment_bytes).ok()?;
         let file = place.files.create(&name, self.segment_bytes).ok()?;
         let made = map(&file, number, true);
         match made {
@@ -155,7 +160,7 @@ impl SegmentPool {
                 Some(segment)
             }
             Err(_) => {
-                place.files.remove(&name);
+                place.files.remove_one(&name);
                 None
             }
         }
@@ -264,7 +269,7 @@ impl SegmentPool {
             (true, Some(place)) => {
                 place
                     .files
-                    .remove(&format!("{}{:06}", ram_prefix(&self.disk), segment.number))
+                    .remove_one(&format!("{}{:06}", ram_prefix(&self.disk), segment.number))
             }
             // It fails if the file is gone, which is what is wanted.
             _ => drop(std::fs::remove_file(&segment.path)),

@@ -13,7 +13,7 @@
 //! The state is stored last of what belongs together. Numbers are words of 64 bits in this host's byte order.
 
 use super::DiskError;
-use crate::killpoint;
+use crate::failpoint;
 use crate::store::memory::copy;
 use crate::store::memory::mapping::Mapping;
 use crate::units::PAGE_BYTES;
@@ -46,6 +46,7 @@ mod at {
 /// Bits of the state word.
 const COMMITTED: u64 = 1;
 const OWN: u64 = 2;
+const GIVEN_UP: u64 = 4;
 
 /// Longest text that fits.
 const TEXT_MAX: usize = 3800;
@@ -195,7 +196,7 @@ impl DiskRecord {
     fn put(&self, at: usize, value: u64) {
         copy::fence();
         self.words.word(at).store(value, Ordering::Release);
-        killpoint::here();
+        failpoint::may_be_killed();
     }
 
     fn check(&self) -> u64 {
@@ -248,7 +249,18 @@ impl DiskRecord {
 
     /// A checkpoint needs the disk from now on.
     pub(crate) fn set_needed(&self) {
-        self.put(at::STATE, self.get(at::STATE) | COMMITTED);
+        self.put(at::STATE, (self.get(at::STATE) | COMMITTED) & !GIVEN_UP);
+    }
+
+    /// The checkpoint that needs the disk is about to be removed. A receiver that finds it all the same recovers it with the disk; one that
+    /// does not needs the disk for nothing.
+    pub(crate) fn give_up(&self) {
+        self.put(at::STATE, self.get(at::STATE) | GIVEN_UP);
+    }
+
+    /// Whether its checkpoint was about to be removed.
+    pub(crate) fn is_given_up(&self) -> bool {
+        self.get(at::STATE) & GIVEN_UP != 0
     }
 
     /// Whether a checkpoint needs the disk.

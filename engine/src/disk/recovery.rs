@@ -179,6 +179,13 @@ pub(crate) fn recover(
     is_given: bool,
 ) -> Result<Disk, DiskError> {
     let directory = Path::new(&stored.directory);
+    // Else the paths below would lead somewhere else.
+    if !is_name(&stored.name) || !directory.is_absolute() {
+        return Err(DiskError::NoDisk {
+            directory: stored.directory.clone(),
+            name: stored.name.clone(),
+        });
+    }
     let record = DiskRecord::find(directory, &stored.name)?;
     record.keep();
     let damaged = |what: String| DiskError::Damaged {
@@ -238,6 +245,9 @@ pub(crate) enum OrphanOutcome {
     At(u64),
     /// No checkpoint was committed, or its copy was never complete; nothing is known of its content.
     Unfinished,
+    /// Its checkpoint was discarded, and its receiver was killed before all of that was removed. What could be
+    /// applied of its log is in the base.
+    Discarded,
     /// It belongs to a checkpoint that was not recovered. Its files are kept.
     Kept(DiskError),
 }
@@ -302,6 +312,10 @@ fn recover_orphan(
         return Ok(OrphanOutcome::Unfinished);
     }
     if let Some(ram_dir) = owner.ram_dir {
+        if record.is_given_up() {
+            remove_logs(directory, name)?;
+            return Ok(OrphanOutcome::Discarded);
+        }
         return Ok(OrphanOutcome::Kept(DiskError::Orphan {
             record: DiskRecord::path_of(directory, name),
             owner: format!("session {} in {ram_dir}", owner.session),

@@ -12,7 +12,7 @@
 //! are words of 64 bits in this host's byte order.
 
 use crate::disk::DiskError;
-use crate::killpoint;
+use crate::failpoint;
 use crate::store::memory::copy;
 use crate::store::memory::mapping::Mapping;
 use std::path::PathBuf;
@@ -131,7 +131,7 @@ impl Segment {
 
     fn put(&self, at: usize, value: u64) {
         self.memory.word(at).store(value, Ordering::Release);
-        killpoint::here();
+        failpoint::may_be_killed();
     }
 
     /// Makes it an empty segment of an epoch.
@@ -185,7 +185,7 @@ impl Segment {
         for (word, at) in words.iter().chain([&check]).zip((base..).step_by(8)) {
             self.memory.word(at).store(*word, Ordering::Relaxed);
         }
-        killpoint::here();
+        failpoint::may_be_killed();
         self.put(at::ENTRIES, u64::try_from(entries + 1).unwrap_or(u64::MAX));
     }
 
@@ -240,7 +240,7 @@ impl Segment {
     /// Copies data in.
     pub(crate) fn write(&self, place: usize, bytes: &[u8]) {
         copy::write_bytes(&self.memory, place, bytes);
-        killpoint::here();
+        failpoint::may_be_killed();
     }
 }
 

@@ -72,7 +72,7 @@ impl Disk {
         match Arc::try_unwrap(epoch) {
             Ok(mut epoch) => {
                 self.pool.put(std::mem::take(&mut epoch.segments));
-                epoch.leases.clear();
+                epoch.release_index();
                 index = Some(epoch);
             }
             Err(shared) => self.pool.put(shared.segments.clone()),

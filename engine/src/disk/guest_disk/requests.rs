@@ -15,6 +15,9 @@ use thiserror::Error;
 /// Most pieces that are looked up in one epoch at a time.
 const LAYER_PIECES_MAX: usize = if cfg!(test) { 5 } else { 1024 };
 
+/// And in all of them, but for one in each.
+const PIECES_MAX: usize = 4 * LAYER_PIECES_MAX;
+
 /// Where the data of a write goes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum WriteTarget {
@@ -160,7 +163,7 @@ impl Disk {
                     if state.open.checkpoint != checkpoint {
                         return Err(RequestFailure::Ended);
                     }
-                    if state.lease_index() {
+                    if state.lease_index(self.pool.segment_bytes()) {
                         state.open.add(segment);
                         return Ok(state);
                     }
@@ -174,7 +177,7 @@ impl Disk {
             let has_room = match no_segment {
                 NoSegment::Full => self.pool.has_room(),
                 NoSegment::NoRoom(_) => self.pool.has_free(),
-                NoSegment::NoIndex => state.lease_index(),
+                NoSegment::NoIndex => state.lease_index(self.pool.segment_bytes()),
             };
             if has_room {
                 continue;
@@ -329,9 +332,10 @@ impl Disk {
         let mut open = vec![(offset, end)];
         let newest = std::iter::once(&state.open).filter(|_| with_open);
         let layers = newest.chain(state.committed.iter().rev().map(|epoch| &**epoch));
+        let of_layer = PIECES_MAX / (state.committed.len() + 1);
         for layer in layers.filter(|layer| !layer.is_empty()) {
             let mut unknown = Vec::new();
-            let mut left = LAYER_PIECES_MAX;
+            let mut left = of_layer.clamp(1, LAYER_PIECES_MAX);
             for (from, to) in open {
                 let known = |part| pieces.push(piece(layer, part));
                 let reached = layer.resolve(from, to, &mut left, known, |from, to| unknown.push((from, to)));

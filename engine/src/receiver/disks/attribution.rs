@@ -1,8 +1,8 @@
 //! Which connections are those of a session's guest: by UUID, or by origin where that is unique.
 
-use super::uuid::{Uuid, format_uuid};
 use crate::disk::DiskError;
 use crate::net::Origin;
+use crate::receiver::uuid::{Uuid, format_uuid};
 
 /// By what a guest is known.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -12,7 +12,8 @@ use crate::nbd::handshake::Agreed;
 use crate::nbd::request::{
     Command, NbdError, REQUEST_BYTES, Range, Request, RequestError, put_done, put_error,
 };
-use reads::Readers;
+use crate::threads::Threads;
+use reads::{PART_BYTES_MAX, Readers};
 use replies::{Out, Replies};
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
@@ -81,12 +82,21 @@ pub(super) struct Connection {
     out: Out,
     replies: Arc<Replies>,
     readers: Option<Readers>,
+    threads: Threads,
 }
 
 impl Connection {
     /// A connection of which `first` has arrived already.
-    pub(super) fn new(socket: OwnedFd, disk: Arc<Disk>, agreed: Agreed, first: &[u8]) -> io::Result<Self> {
-        let mut buffer = vec![0; BUFFER_BYTES];
+    pub(super) fn new(
+        socket: OwnedFd,
+        disk: Arc<Disk>,
+        agreed: Agreed,
+        first: &[u8],
+        threads: Threads,
+    ) -> io::Result<Self> {
+        let mut buffer = Vec::new();
+        buffer.try_reserve_exact(BUFFER_BYTES)?;
+        buffer.resize(BUFFER_BYTES, 0);
         buffer[..first.len()].copy_from_slice(first);
         // The type of a socket of any family that is written to.
         let out = UnixStream::from(socket.try_clone()?);
@@ -100,8 +110,9 @@ impl Connection {
             end: first.len(),
             wanted: Wanted::default(),
             pieces: Vec::new(),
-            out: Out::default(),
+            out: Out::with_memory(REPLIES_BYTES + PART_BYTES_MAX)?,
             readers: None,
+            threads,
         })
     }
 

@@ -3,13 +3,12 @@
 mod attribution;
 mod connection;
 mod registry;
+mod reserve;
 mod server;
 mod session_disks;
-mod uuid;
 
 pub use registry::UnboundDisk;
 pub(super) use registry::{DiskMemory, DiskRegistry};
 pub(super) use server::{DiskServer, ServerParts};
 pub(super) use session_disks::SessionDisks;
 pub use session_disks::{DiskState, DiskStatus, RestoredDisk};
-pub(super) use uuid::parse_uuid;

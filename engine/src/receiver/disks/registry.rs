@@ -4,8 +4,8 @@
 //! another guest's disk, connections go to a session by UUID, or by origin where that is unique.
 
 use super::attribution::{Identity, Unclaimed, doubts, find_own};
+use super::reserve::Reserve;
 use super::session_disks::DiskState;
-use super::uuid::{Uuid, format_uuid, parse_uuid};
 use crate::disk::{
     Base, Binding, Disk, DiskError, DiskOptions, Link, OnBaseFull, Ownership, RamPlace, RamShare, is_name,
     names_in, path_of,
@@ -13,8 +13,11 @@ use crate::disk::{
 use crate::net::{Origin, is_gone};
 use crate::receiver::end::SessionEnd;
 use crate::receiver::live_session::LiveSession;
+use crate::receiver::uuid::{Uuid, format_uuid, parse_uuid};
 use crate::receiver::{Event, Events};
+use crate::sandbox::ThreadKind;
 use crate::store::memory::ram_dir::RamFiles;
+use crate::threads::Threads;
 use nix::sys::socket::{Shutdown, shutdown};
 use serde::{Deserialize, Serialize};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
@@ -115,6 +118,7 @@ pub(in crate::receiver) struct DiskRegistry {
     options: DiskOptions,
     memory: DiskMemory,
     events: Arc<Events>,
+    threads: Threads,
     known: Mutex<Known>,
 }
 
@@ -168,14 +172,21 @@ impl DiskRegistry {
         options: DiskOptions,
         memory: DiskMemory,
         events: Arc<Events>,
+        threads: Threads,
     ) -> Self {
         Self {
             directory,
             options,
             memory,
             events,
+            threads,
             known: Mutex::default(),
         }
+    }
+
+    /// Starts and confines the threads of disks.
+    pub(super) fn threads(&self) -> &Threads {
+        &self.threads
     }
 
     fn known(&self) -> MutexGuard<'_, Known> {
@@ -381,19 +392,25 @@ impl DiskRegistry {
             let Some(disk) = entry.disk.upgrade() else {
                 continue;
             };
-            let bound = disk.bind(Binding {
-                owner: owner.clone(),
-                ram: ram.map(|files| RamPlace {
-                    files: files.clone(),
-                    share: self.memory.segments.clone(),
-                }),
-                index: self.memory.indexes.clone(),
-                on_loss: on_loss(session),
-                on_full: self.on_full(session.id),
-                on_base_full: self.on_base_full(session.id),
-                link: entry.client.as_ref().map(link),
+            let reserve = Reserve::take(self.memory.indexes.clone()).ok_or_else(|| DiskError::NoRoom {
+                disk: entry.name.clone(),
+                source: Box::new(DiskError::NoIndex),
             });
-            if let Err(error) = bound.and_then(|()| start_applying(&disk)) {
+            let bound = reserve.and_then(|reserve| {
+                disk.bind(Binding {
+                    owner: owner.clone(),
+                    ram: ram.map(|files| RamPlace {
+                        files: files.clone(),
+                        share: self.memory.segments.clone(),
+                    }),
+                    index: Arc::new(reserve),
+                    on_loss: on_loss(session),
+                    on_full: self.on_full(session.id),
+                    on_base_full: self.on_base_full(session.id),
+                    link: entry.client.as_ref().map(link),
+                })
+            });
+            if let Err(error) = bound.and_then(|()| start_applying(&disk, &self.threads)) {
                 disks.iter().chain([&disk]).for_each(|disk| disk.end_session());
                 return Err(error);
             }
@@ -465,10 +482,11 @@ fn hang_up(socket: &OwnedFd) {
     let _ = shutdown(socket.as_raw_fd(), Shutdown::Both);
 }
 
-fn start_applying(disk: &Arc<Disk>) -> Result<(), DiskError> {
+fn start_applying(disk: &Arc<Disk>, threads: &Threads) -> Result<(), DiskError> {
     let own = disk.clone();
-    let thread = std::thread::Builder::new().name("disk-apply".into());
-    let started = thread.spawn(move || crate::disk::apply_all(&own));
+    let started = threads.start(ThreadKind::Disk, "disk-apply", move || {
+        crate::disk::apply_all(&own);
+    });
     started.map(drop).map_err(|source| DiskError::Thread {
         disk: disk.name().to_owned(),
         source,

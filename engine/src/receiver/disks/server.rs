@@ -7,10 +7,12 @@
 
 use super::connection::{CONNECTION_BYTES, Connection, ConnectionEnd};
 use super::registry::{Client, DiskRegistry, ExportError};
+use crate::budget::{Budget, BudgetError};
 use crate::disk::{Disk, DiskError};
 use crate::nbd::handshake::{Agreed, Exports, GREETING, Handshake, HandshakeError, Progress, Unavailable};
-use crate::net::{AcceptError, Accepted, DescriptorReserve, Listener, Origin};
-use crate::receiver::budget::{Budget, BudgetError};
+use crate::net::{ACCEPTED_MAX, AcceptError, Accepted, DescriptorReserve, Listener, Origin};
+use crate::receiver::refusals::{Refusals, Refused};
+use crate::sandbox::ThreadKind;
 use std::cell::Cell;
 use std::collections::HashMap;
 use std::io;
@@ -35,6 +37,9 @@ const SILENCE: Duration = Duration::from_secs(1);
 
 /// Bytes received at a time in a handshake.
 const BUFFER_BYTES: usize = 4096;
+
+/// Most memory of a handshake: an option, and the replies to it.
+const HANDSHAKE_BYTES: u64 = 64 << 10;
 
 /// How long to wait for the end of the migration when a disk's connection ends: a primary that died has lost both.
 const GRACE: Duration = Duration::from_millis(200);
@@ -63,6 +68,7 @@ pub(in crate::receiver) struct DiskServer {
 #[derive(Clone)]
 pub(in crate::receiver) struct ServerParts {
     pub(in crate::receiver) registry: Arc<DiskRegistry>,
+    pub(in crate::receiver) refusals: Arc<Refusals>,
     pub(in crate::receiver) budget: Arc<Budget>,
     pub(in crate::receiver) deadline: Duration,
 }
@@ -80,7 +86,9 @@ impl DiskServer {
             .enable_all()
             .build()?;
         let thread = std::thread::Builder::new().name("colo-nbd".into());
+        let threads = registry.threads().clone();
         let thread = thread.spawn(move || {
+            threads.enter(ThreadKind::DiskServer);
             let serve = serve(parts, listeners, stopped);
             tokio::task::LocalSet::new().block_on(&runtime, serve);
         })?;
@@ -104,7 +112,7 @@ impl Drop for DiskServer {
 }
 
 async fn serve(parts: ServerParts, listeners: Vec<Listener>, stop: Arc<Notify>) {
-    let (sender, mut accepted) = mpsc::channel(64);
+    let (sender, mut accepted) = mpsc::channel(ACCEPTED_MAX);
     for (position, listener) in listeners.into_iter().enumerate() {
         let accepting = Rc::new(listener).accept_all(position, sender.clone());
         tokio::task::spawn_local(accepting);
@@ -147,9 +155,9 @@ impl Handshakes {
     fn accept(&mut self, accepted: Result<Accepted, AcceptError>) {
         let accepted = match accepted {
             Ok(accepted) => accepted,
-            Err(error) => return self.parts.registry.warn(error.to_string()),
+            Err(error) => return self.parts.refusals.warn_of_all(error.to_string()),
         };
-        let origin = accepted.peer.origin;
+        let origin = accepted.peer.origin.group();
         let of_origin = self.clients.values().filter(|client| client.origin == origin);
         let has_room = match () {
             () if of_origin.count() >= HANDSHAKES_OF_ORIGIN_MAX => {
@@ -164,11 +172,19 @@ impl Handshakes {
             () => true,
         };
         let from = accepted.from.clone();
+        let refuse = |why: &dyn std::fmt::Display| {
+            let why = format!("closed: {why}");
+            self.parts.refusals.warn(origin, Refused::Client, &from, &why);
+        };
         if !has_room {
-            return self.parts.registry.warn(format!(
-                "{from}: closed: too many clients of disks have not chosen an export yet, or too many files are open"
-            ));
+            return refuse(
+                &"too many clients of disks have not chosen an export yet, or too many files are open",
+            );
         }
+        let lease = match self.parts.budget.take(HANDSHAKE_BYTES) {
+            Ok(lease) => lease,
+            Err(error) => return refuse(&error),
+        };
         let last_received = Rc::new(Cell::new(Instant::now()));
         let (parts, received) = (self.parts.clone(), last_received.clone());
         let task = self.running.spawn_local(async move {
@@ -176,8 +192,12 @@ impl Handshakes {
             match shake_hands(&parts, accepted, &received).await {
                 // A client may disconnect without an export.
                 Ok(()) | Err(Refusal::Io(_)) => {}
-                Err(refusal) => parts.registry.warn(format!("{from}: closed: {refusal}")),
+                Err(refusal) => {
+                    let why = format!("closed: {refusal}");
+                    parts.refusals.warn(origin, Refused::Stranger, &from, &why);
+                }
             }
+            drop(lease);
         });
         let client = PendingClient {
             origin,
@@ -198,10 +218,9 @@ impl Handshakes {
         };
         client.task.abort();
         let silence = client.last_received.get().elapsed();
-        self.parts.registry.warn(format!(
-            "{}: closed: it was silent for {silence:.1?}, and other clients of disks wait",
-            client.from
-        ));
+        let why = format!("closed: it was silent for {silence:.1?}, and other clients of disks wait");
+        let (refusals, origin) = (&self.parts.refusals, client.origin);
+        refusals.warn(origin, Refused::Stranger, &client.from, &why);
         true
     }
 }
@@ -209,6 +228,7 @@ impl Handshakes {
 /// The exports for one client.
 struct ClientExports<'a> {
     registry: &'a DiskRegistry,
+    refusals: &'a Refusals,
     from: &'a str,
     origin: Origin,
     socket: &'a Arc<OwnedFd>,
@@ -231,7 +251,10 @@ impl Exports for ClientExports<'_> {
             socket: self.socket.clone(),
         };
         let opened = self.registry.open(name, client);
-        let warn = |why: &ExportError| self.registry.warn(format!("{}: refused: {why}", self.from));
+        let warn = |why: &ExportError| {
+            let why = format!("refused: {why}");
+            self.refusals.warn(self.origin, Refused::Client, self.from, &why);
+        };
         let disk = opened.inspect_err(warn).map_err(unavailable)?;
         let size = disk.base().size();
         self.opened = Some(disk);
@@ -252,6 +275,7 @@ async fn shake_hands(
     let kept = Arc::new(accepted.socket.try_clone()?);
     let mut exports = ClientExports {
         registry: &parts.registry,
+        refusals: &parts.refusals,
         from: &accepted.from,
         origin: accepted.peer.origin,
         socket: &kept,
@@ -273,11 +297,12 @@ async fn shake_hands(
     let stream = stream.into_std()?;
     // The mode belongs to the connection, not to the descriptor.
     stream.set_nonblocking(false)?;
-    let connection = Connection::new(stream.into(), disk.clone(), agreed, &rest)?;
-    let (registry, from) = (parts.registry.clone(), accepted.from.clone());
-    let thread = std::thread::Builder::new().name("colo-disk".into());
-    thread.spawn(move || {
-        drive(connection, &disk, &registry, &from);
+    let threads = parts.registry.threads();
+    let connection = Connection::new(stream.into(), disk.clone(), agreed, &rest, threads.clone())?;
+    let parts = parts.clone();
+    let client = (accepted.from, accepted.peer.origin);
+    threads.start(ThreadKind::Disk, "colo-disk", move || {
+        drive(connection, &disk, &parts, &client);
         drop(lease);
     })?;
     Ok(())
@@ -314,7 +339,8 @@ async fn negotiate(
 }
 
 /// Serves a client until its connection ends, and then ends the session that has lost its disk by that.
-fn drive(mut connection: Connection, disk: &Disk, registry: &DiskRegistry, from: &str) {
+fn drive(mut connection: Connection, disk: &Disk, parts: &ServerParts, (from, origin): &(String, Origin)) {
+    let registry = &parts.registry;
     let end = connection.serve();
     let lost = || DiskError::ConnectionLost {
         disk: disk.name().to_owned(),
@@ -331,7 +357,11 @@ fn drive(mut connection: Connection, disk: &Disk, registry: &DiskRegistry, from:
     }
     drop(connection);
     if !matches!(end, ConnectionEnd::Disconnected | ConnectionEnd::Closed) {
-        registry.warn(format!("{from}: disk {}: {end}", disk.name()));
+        let text = format!("disk {}: {end}", disk.name());
+        match is_lost {
+            true => registry.warn(format!("{from}: {text}")),
+            false => parts.refusals.warn(*origin, Refused::Client, from, &text),
+        }
     }
     if is_lost {
         std::thread::sleep(GRACE);

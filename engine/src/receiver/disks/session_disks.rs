@@ -160,6 +160,11 @@ impl SessionDisks {
         self.disks.iter().for_each(|disk| disk.keep_files());
     }
 
+    /// Their checkpoint is about to be removed: once it is, nothing needs them.
+    pub(in crate::receiver) fn give_up(&self) {
+        self.disks.iter().for_each(|disk| disk.give_up());
+    }
+
     /// Removes the files of disks that no checkpoint needs any more: the record that commits last.
     pub(in crate::receiver) fn remove_files(&self) {
         self.disks.iter().rev().for_each(|disk| disk.remove_files());

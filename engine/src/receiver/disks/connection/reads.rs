@@ -7,6 +7,7 @@ use crate::nbd::handshake::Agreed;
 use crate::nbd::request::{
     Allocation, REQUEST_BYTES, Range, STATUS_EXTENTS_MAX, put_block_status, put_error, put_read_head,
 };
+use crate::sandbox::ThreadKind;
 use std::io::{self, Write};
 use std::sync::atomic::Ordering;
 use std::sync::mpsc::{self, Receiver, Sender};
@@ -14,7 +15,13 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 
 /// A longer read is done and sent in parts of that size.
-const PART_BYTES: u64 = 1 << 20;
+const PART_BYTES: u64 = PART as u64;
+const PART: usize = 1 << 20;
+
+/// Most bytes of a reply: a part of a read, or all extents of a block status, and its head.
+pub(super) const PART_BYTES_MAX: usize = PART + 4096;
+
+const _: () = assert!(STATUS_EXTENTS_MAX * 8 < PART);
 
 /// A read so long is left to another thread if a request is behind it: one thread alone would copy from the base and to the
 /// socket in turn, and others do both at the same time.
@@ -22,6 +29,9 @@ const SHARED_BYTES: u64 = 256 << 10;
 
 /// Most bytes of reads that other threads have.
 const WAITING_BYTES: usize = 4 << 20;
+
+/// What a read takes that waits, beside its bytes.
+const WAITING_EACH: usize = 4096;
 
 /// Threads that read beside the connection's own.
 const READERS: usize = 4;
@@ -92,7 +102,7 @@ impl Connection {
 
     /// Leaves a read to another thread, which may wait. False if they have too much already.
     fn hand_over(&mut self, cookie: u64, range: Range) -> bool {
-        let bytes = usize::try_from(range.length).unwrap_or(usize::MAX);
+        let bytes = waiting_bytes(range);
         if self.replies.waiting.load(Ordering::Relaxed).saturating_add(bytes) > WAITING_BYTES {
             return false;
         }
@@ -110,7 +120,7 @@ impl Connection {
         sent
     }
 
-    /// Starts the readers; none if there is no thread for them.
+    /// Starts the readers; none if there is no thread or no memory for them.
     fn start_readers(&self) -> Option<Readers> {
         let (queue, receiver) = mpsc::channel();
         let receiver = Arc::new(Mutex::new(receiver));
@@ -118,8 +128,10 @@ impl Connection {
         for _ in 0..READERS {
             let (disk, agreed) = (self.disk.clone(), self.agreed.clone());
             let (replies, receiver) = (self.replies.clone(), receiver.clone());
-            let thread = std::thread::Builder::new().name("nbd-reader".into());
-            let started = thread.spawn(move || serve_waiting(&disk, &agreed, &replies, &receiver));
+            let out = Out::with_memory(PART_BYTES_MAX).ok()?;
+            let started = self.threads.start(ThreadKind::Disk, "nbd-reader", move || {
+                serve_waiting(&disk, &agreed, &replies, &receiver, out);
+            });
             threads.push(started.ok()?);
         }
         Some(Readers { queue, threads })
@@ -210,8 +222,19 @@ fn read_and_wait(
     }
 }
 
-fn serve_waiting(disk: &Disk, agreed: &Agreed, replies: &Replies, receiver: &Mutex<Receiver<Waiting>>) {
-    let (mut pieces, mut out) = (Vec::new(), Out::default());
+fn waiting_bytes(range: Range) -> usize {
+    let bytes = usize::try_from(range.length).unwrap_or(usize::MAX);
+    bytes.saturating_add(WAITING_EACH)
+}
+
+fn serve_waiting(
+    disk: &Disk,
+    agreed: &Agreed,
+    replies: &Replies,
+    receiver: &Mutex<Receiver<Waiting>>,
+    mut out: Out,
+) {
+    let mut pieces = Vec::new();
     loop {
         let waiting = receiver.lock().unwrap_or_else(PoisonError::into_inner).recv();
         let Ok(Waiting { cookie, range }) = waiting else {
@@ -221,8 +244,7 @@ fn serve_waiting(disk: &Disk, agreed: &Agreed, replies: &Replies, receiver: &Mut
         read_and_wait(disk, agreed, cookie, range, &mut pieces, &mut out);
         // A connection that has broken is noticed by its own thread.
         let _ = replies.send(out.bytes());
-        let bytes = usize::try_from(range.length).unwrap_or(usize::MAX);
-        replies.waiting.fetch_sub(bytes, Ordering::Relaxed);
+        replies.waiting.fetch_sub(waiting_bytes(range), Ordering::Relaxed);
     }
 }
 

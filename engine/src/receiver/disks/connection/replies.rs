@@ -27,7 +27,6 @@ impl Replies {
 }
 
 /// Bytes that are collected to be sent. Its memory is zeroed once, and not again for every read that fills it.
-#[derive(Default)]
 pub(super) struct Out {
     bytes: Vec<u8>,
     used: usize,
@@ -35,6 +34,20 @@ pub(super) struct Out {
 }
 
 impl Out {
+    /// With memory for so many bytes, which are the most that will be collected.
+    ///
+    /// # Errors
+    /// If there is none.
+    pub(super) fn with_memory(bytes: usize) -> io::Result<Self> {
+        let mut memory = Vec::new();
+        memory.try_reserve_exact(bytes)?;
+        Ok(Self {
+            bytes: memory,
+            used: 0,
+            head: Vec::new(),
+        })
+    }
+
     pub(super) fn bytes(&self) -> &[u8] {
         &self.bytes[..self.used]
     }
