@@ -3,7 +3,7 @@
 use super::memory::PAGE;
 use super::rng::Rng;
 use super::tests::scratch;
-use crate::killpoint;
+use crate::failpoint::{self, Point};
 use std::cell::RefCell;
 use std::fs::File;
 use std::os::unix::fs::FileExt;
@@ -88,11 +88,11 @@ impl Death {
         let killed = Rc::new(RefCell::new(None));
         let schedule = Rc::new(RefCell::new(Schedule::new(seed)));
         let (living, dead, instants) = (directory.path().to_owned(), killed.clone(), schedule.clone());
-        killpoint::set(Some(Box::new(move || {
+        failpoint::on_kill(move || {
             if dead.borrow().is_none() && instants.borrow_mut().pass() {
                 *dead.borrow_mut() = Some(copy_of(&living));
             }
-        })));
+        });
         Self {
             directory,
             killed,
@@ -122,6 +122,6 @@ impl Death {
 
 impl Drop for Death {
     fn drop(&mut self) {
-        killpoint::set(None);
+        failpoint::clear(Point::Kill);
     }
 }

@@ -10,6 +10,7 @@ use super::primary::Stage;
 use super::rng::Rng;
 use crate::link::{HeldOutput, Hello, LINK_VERSION, ToGuard, ToReceiver};
 use crate::receiver::links::{LinkNumber, Next, SessionOutput};
+use crate::units::CheckpointId;
 use std::collections::VecDeque;
 use std::sync::Arc;
 
@@ -36,12 +37,8 @@ pub(super) struct SimGuard {
     to_guard: VecDeque<ToGuard>,
     to_receiver: VecDeque<ToReceiver>,
     held: HeldOutput<Frame>,
-    /// It lets go by opening and closing, as is safe only while the guest is stopped.
-    releases_in_pause: bool,
-    /// It is open, to be closed when this checkpoint is released.
-    opened_for: Option<crate::units::CheckpointId>,
-    /// It was given up while it was open: what the guest sends then may leave.
-    may_leak: bool,
+    /// The last barrier of this link.
+    barrier: Option<CheckpointId>,
     /// In how many steps the link is lost, if it is.
     losses: Option<usize>,
     pub(super) seen: u64,
@@ -55,31 +52,29 @@ impl SimGuard {
             to_guard: VecDeque::new(),
             to_receiver: VecDeque::new(),
             held: HeldOutput::new(FRAMES_MAX),
-            releases_in_pause: rng.one_in(3),
-            opened_for: None,
-            may_leak: false,
+            barrier: None,
             losses: rng.one_in(2).then(|| rng.pick(&[20, 100, 1000])),
             seen: 0,
         };
         if !rng.one_in(4) {
-            guard.connect();
+            guard.connect(rng);
         }
         guard
     }
 
-    fn connect(&mut self) {
+    fn connect(&mut self, rng: &mut Rng) {
         // What was said on the link before, the guard has forgotten.
         self.to_guard.clear();
         self.to_receiver.clear();
-        if self.opened_for.take().is_some() {
-            self.close_again();
-        }
         self.held.forget_barriers();
+        self.barrier = None;
+        if rng.one_in(2) {
+            self.to_receiver.push_back(ToReceiver::Keep { limit_ms: 0 });
+        }
         self.link = Some(self.output.attach(&Hello {
             version: LINK_VERSION,
             name: "model".to_owned(),
             uuid: None,
-            releases_in_pause: self.releases_in_pause,
             timeout_ms: 0,
         }));
     }
@@ -92,13 +87,15 @@ impl SimGuard {
         state: usize,
         committed: usize,
     ) -> Result<bool, String> {
-        match rng.below(6) {
+        match rng.below(7) {
             0 | 1 => Ok(self.guest_sends(stage, state)),
             2 => self.look_out(committed).map(|()| true),
             3 if self.losses.is_some_and(|losses| rng.one_in(losses)) => Ok(self.lose(rng)),
+            4 if rng.one_in(8) => Ok(self.begin(rng)),
+            5 if rng.one_in(16) => Ok(self.keep_ends()),
             // One that is there still is replaced.
-            4 if rng.one_in(if self.link.is_none() { 30 } else { 300 }) => {
-                self.connect();
+            6 if rng.one_in(if self.link.is_none() { 30 } else { 300 }) => {
+                self.connect(rng);
                 Ok(true)
             }
             _ => self.go_on(rng),
@@ -133,7 +130,6 @@ impl SimGuard {
             self.seen += 1;
             if let Some(state) = frame
                 && state >= committed
-                && !self.may_leak
             {
                 return Err(format!(
                     "the world has seen output of state {state} where {committed} states are committed"
@@ -147,10 +143,6 @@ impl SimGuard {
         let Some(link) = self.link.take() else {
             return false;
         };
-        self.may_leak |= self.opened_for.is_some();
-        // A word that lets go in the pause is on its way, or will be carried out late.
-        let is_releasing = |message: &ToGuard| matches!(message, ToGuard::Committed { .. });
-        self.may_leak |= self.releases_in_pause && self.to_guard.iter().any(is_releasing);
         self.output.detach(link);
         self.to_receiver.clear();
         if rng.pick(&[Loss::Closed, Loss::GivenUp]) == Loss::Closed {
@@ -158,6 +150,26 @@ impl SimGuard {
             self.held.forget_barriers();
         }
         true
+    }
+
+    /// Output waits, as the guard knows, whether or not a checkpoint has begun meanwhile.
+    fn begin(&mut self, rng: &mut Rng) -> bool {
+        let after = match self.barrier {
+            Some(CheckpointId(number @ 1..)) if rng.one_in(3) => Some(CheckpointId(number - 1)),
+            barrier => barrier,
+        };
+        self.to_receiver.push_back(ToReceiver::Begin { after });
+        true
+    }
+
+    /// A request that the receiver keeps has waited for long enough. Whether there is one.
+    pub(super) fn keep_ends(&mut self) -> bool {
+        let Some(link) = self.link else { return false };
+        let is_kept = self.output.keeps_request(link);
+        if is_kept {
+            self.output.begin_now(link);
+        }
+        is_kept
     }
 
     /// The task of the link at the receiver.
@@ -171,19 +183,11 @@ impl SimGuard {
     }
 
     fn guard_reads(&mut self) -> bool {
-        if let Some(checkpoint) = self.opened_for.take() {
-            self.close_again();
-            self.to_receiver.push_back(ToReceiver::Released { checkpoint });
-            return true;
-        }
         match self.to_guard.pop_front() {
             Some(ToGuard::Barrier { checkpoint }) => {
+                self.barrier = Some(checkpoint);
                 self.held.place(checkpoint);
                 self.to_receiver.push_back(ToReceiver::Placed { checkpoint });
-            }
-            Some(ToGuard::Committed { checkpoint }) if self.releases_in_pause => {
-                self.held.open();
-                self.opened_for = Some(checkpoint);
             }
             Some(ToGuard::Committed { checkpoint }) => self.held.committed(checkpoint),
             Some(_) => {}
@@ -192,22 +196,20 @@ impl SimGuard {
         true
     }
 
-    /// Holds again what comes. The line has no checkpoint that will be committed.
-    fn close_again(&mut self) {
-        self.held.place(crate::units::CheckpointId(u64::MAX));
-    }
-
     fn receiver_reads(&mut self) -> Result<bool, String> {
         let Some(link) = self.link else {
             self.to_receiver.clear();
             return Ok(false);
         };
-        let taken = match self.to_receiver.pop_front() {
-            Some(ToReceiver::Placed { checkpoint }) => self.output.placed(link, checkpoint),
-            Some(ToReceiver::Released { checkpoint }) => self.output.released(link, checkpoint),
-            Some(_) | None => return Ok(false),
-        };
-        taken.map_err(|error| format!("the guard's answer is not taken: {error}"))?;
+        match self.to_receiver.pop_front() {
+            Some(ToReceiver::Placed { checkpoint }) => {
+                let taken = self.output.placed(link, checkpoint);
+                taken.map_err(|error| format!("the guard's answer is not taken: {error}"))?;
+            }
+            Some(ToReceiver::Keep { .. }) => self.output.keep(link),
+            Some(ToReceiver::Begin { after }) => self.output.begin(link, after),
+            _ => return Ok(false),
+        }
         Ok(true)
     }
 }

@@ -24,6 +24,9 @@
 //! directory then is given to the real recovery, and what that finds must be the last committed checkpoint, or the one being
 //! committed, page by page. (The run itself goes on, so that it may be killed again.)
 //!
+//! Some guests have put the end of a device state into a buffer of their device (`primary.rs`), and in some sessions a channel is a
+//! stranger's (`stranger.rs`): neither may be committed.
+//!
 //! At the end: did everything that was not broken come to its end, and is nothing held any more: no connection, no posted
 //! receive, no registered buffer, no memory, no budget?
 //!
@@ -41,15 +44,17 @@
 mod death;
 mod disks;
 mod guard;
+mod hostile;
 mod memory;
 mod primary;
 mod rng;
 mod session;
+mod stranger;
 mod tests;
 mod world;
 
 use crate::canary::{self, Canary};
-use crate::killpoint;
+use crate::failpoint::{self, Point};
 use std::collections::BTreeMap;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use world::World;
@@ -61,9 +66,19 @@ struct Tally {
     sessions: u64,
     /// Sessions that were left alone and came to their end.
     untouched: u64,
+    /// Sessions of hostile primaries.
+    hostile: u64,
+    /// Mappings and threads that were refused.
+    refused: u64,
+    /// Sessions that stood still until the others had come to their end.
+    frozen: u64,
     commits: u64,
     bytes: u64,
     dumps: u64,
+    /// Sessions that were refused because of a stranger among their channels.
+    strangers: u64,
+    /// Ends of device states that were none.
+    false_ends: u64,
     /// Times that a channel went on at another core.
     moves: u64,
     /// Packets that workers decoded.
@@ -86,9 +101,14 @@ impl Tally {
         self.steps += other.steps;
         self.sessions += other.sessions;
         self.untouched += other.untouched;
+        self.hostile += other.hostile;
+        self.refused += other.refused;
+        self.frozen += other.frozen;
         self.commits += other.commits;
         self.bytes += other.bytes;
         self.dumps += other.dumps;
+        self.strangers += other.strangers;
+        self.false_ends += other.false_ends;
         self.moves += other.moves;
         self.decoded += other.decoded;
         self.disk_writes += other.disk_writes;
@@ -130,7 +150,8 @@ fn run(seed: u64, how: How) -> Result<Tally, String> {
         done.map_err(|error| format!("step {}: {error}", world.steps()))
     }));
     canary::set(None);
-    killpoint::set(None);
+    failpoint::clear(Point::Kill);
+    failpoint::clear(Point::Mapping);
     done.unwrap_or_else(|panic| {
         let text = panic.downcast_ref::<String>().map(String::as_str);
         let text = text.or(panic.downcast_ref::<&str>().copied());

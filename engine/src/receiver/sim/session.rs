@@ -2,10 +2,14 @@
 
 use super::disks::{RecoveredDisks, SimDisks};
 use super::guard::SimGuard;
+use super::hostile::Hostility;
 use super::memory::{Content, PAGE};
 use super::primary::{Primary, Stage};
+use super::stranger::Stranger;
+use crate::budget::Budget;
 use crate::metrics::CheckpointSample;
-use crate::receiver::dump;
+use crate::receiver::dump::{self, DumpDisks};
+use crate::receiver::dump_files::DumpFiles;
 use crate::receiver::end::{ChannelError, SessionEnd};
 use crate::receiver::live_session::LiveSession;
 use crate::receiver::recovery::label;
@@ -19,6 +23,7 @@ use nix::sys::socket::{MsgFlags, recv};
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::Path;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 pub(super) struct SimSession {
     pub(super) live: Arc<LiveSession>,
@@ -31,12 +36,18 @@ pub(super) struct SimSession {
     pub(super) genuine: Vec<usize>,
     /// Whether something was done to it, so that it need not come to its end.
     pub(super) is_touched: bool,
+    /// Whether it may lack memory, and end by that.
+    pub(super) may_lack: bool,
     /// All connections and tenants are dropped, and what was not committed is dropped.
     pub(super) is_over: bool,
     /// A packet that the primary should not have sent.
     pub(super) intruder: Option<Intruder>,
     pub(super) disks: Option<SimDisks>,
     pub(super) guard: Option<SimGuard>,
+    /// Of a primary that sends what none should.
+    pub(super) hostility: Option<Hostility>,
+    /// A channel that is not the primary's.
+    pub(super) stranger: Option<Stranger>,
     committed: usize,
     samples: usize,
 }
@@ -72,7 +83,7 @@ impl SimSession {
         primary: Primary,
         peers: Vec<OwnedFd>,
         pipes: std::ops::Range<usize>,
-        is_touched: bool,
+        may_lack: bool,
     ) -> Self {
         Self {
             genuine: vec![usize::MAX; peers.len()],
@@ -80,11 +91,14 @@ impl SimSession {
             primary,
             peers,
             pipes,
-            is_touched,
+            is_touched: false,
+            may_lack,
             is_over: false,
             intruder: None,
             disks: None,
             guard: None,
+            hostility: None,
+            stranger: None,
             committed: 0,
             samples: 0,
         }
@@ -92,12 +106,19 @@ impl SimSession {
 
     /// Gives what the primary has written to the network.
     pub(super) fn send(&mut self, net: &mut Network) {
+        if let Some(hostility) = &mut self.hostility {
+            hostility.corrupt(&mut self.primary);
+        }
+        if let Some(stranger) = &self.stranger {
+            stranger.send(&mut self.primary);
+        }
         for (stream, pipe) in self
             .primary
             .streams
             .iter_mut()
             .zip(&mut net.pipes[self.pipes.clone()])
         {
+            pipe.seam = stream.false_end;
             // A connection that ends takes nothing more.
             let out = std::mem::take(&mut stream.out);
             if pipe.end == crate::ring::sim::StreamEnd::Open {
@@ -111,8 +132,18 @@ impl SimSession {
         let mut bytes = [0; 64];
         match recv(self.peers[0].as_raw_fd(), &mut bytes, MsgFlags::MSG_DONTWAIT) {
             Ok(0) | Err(Errno::EAGAIN | Errno::ECONNRESET) => Ok(false),
+            Ok(_) if self.hostility.is_some() => Ok(self.primary.ignore_answers()),
             Ok(count) => self.primary.read_answers(&bytes[..count]).map(|()| true),
             Err(errno) => Err(format!("reading answers: {errno}")),
+        }
+    }
+
+    /// Pages that have come on the main channel so far, where that is known at once.
+    pub(super) fn main_channel_pages(&self) -> u64 {
+        let counters = &self.live.counters;
+        match self.live.channels() {
+            0 => counters.pages.load(Ordering::Relaxed) + counters.zero_pages.load(Ordering::Relaxed),
+            _ => 0,
         }
     }
 
@@ -124,6 +155,16 @@ impl SimSession {
             parts.all(|((end, genuine), pipe)| end <= genuine && *end <= pipe.taken)
         };
         (0..snapshots.len()).take_while(is_here).count()
+    }
+
+    /// Of each connection, in order: where the next state ends, what the primary has sent, and what was taken.
+    fn places(&self, pipes: &[Pipe], state: usize) -> String {
+        let Some(snapshot) = self.primary.snapshots.get(state) else {
+            return "the primary has sent no more".to_owned();
+        };
+        let parts = snapshot.complete_at.iter().zip(&self.genuine).zip(pipes);
+        let places = parts.map(|((end, genuine), pipe)| format!("{end}/{genuine}/{}", pipe.taken));
+        places.collect::<Vec<_>>().join(" ")
     }
 
     /// Whether a checkpoint is here that is not committed yet.
@@ -139,6 +180,19 @@ impl SimSession {
 
     /// Compares what is committed with what the primary has sent, whole.
     pub(super) fn check(&mut self, net: &Network) -> Result<(), String> {
+        if let Some(hostility) = &mut self.hostility {
+            let store = self.live.store();
+            return store.map_or(Ok(()), |store| hostility.check(store));
+        }
+        if self.stranger.is_some() {
+            let committed = self.live.store().and_then(|store| store.committed().checkpoint());
+            return match committed {
+                None => Ok(()),
+                Some(state) => Err(format!(
+                    "state {state} is committed with a stranger among its channels"
+                )),
+            };
+        }
         let delivered = self.delivered(&net.pipes[self.pipes.clone()]);
         let acknowledged = self.primary.acknowledged;
         let store = self.live.store();
@@ -149,8 +203,14 @@ impl SimSession {
                 "{acknowledged} states are acknowledged and {committed} committed"
             ));
         }
+        if committed > 0 && !self.live.admission.has_begun() {
+            return Err(format!("{committed} states are committed without an admission"));
+        }
         if committed > delivered {
-            return Err(format!("{committed} states are committed and {delivered} here"));
+            let places = self.places(&net.pipes[self.pipes.clone()], delivered);
+            return Err(format!(
+                "{committed} states are committed and {delivered} here: {places}"
+            ));
         }
         if committed < self.committed {
             return Err(format!(
@@ -179,12 +239,18 @@ impl SimSession {
 
     /// What a failover would find now: the checkpoint that is committed.
     pub(super) fn recover(&self) -> Result<(), String> {
+        if self.hostility.is_some() {
+            return Ok(());
+        }
         let view = self
             .live
             .checkpoint()
             .and_then(|checkpoint| checkpoint.image.checkpoint_view());
+        let is_spoilt = self.live.end().is_some_and(SessionEnd::spoils_checkpoint);
         match (self.committed.checked_sub(1), view) {
             (None, None) => Ok(()),
+            // What came behind the initial state was no request: it may have been the rest of it.
+            (Some(0), None) if is_spoilt => Ok(()),
             (Some(state), Some(view)) if view.checkpoint().0 == state as u64 => {
                 let read = |page, content: &mut _| view.read(page, content);
                 self.compare(read, view.device_state())
@@ -215,12 +281,12 @@ impl SimSession {
             }
         };
         let StoredSession {
-            peer,
+            guest,
             description,
             disks,
         } = decode(files.session()).map_err(|error| error.to_string())?;
         let committed = files
-            .recover(description.blocks.clone())
+            .recover(description.blocks.clone(), &Budget::unlimited())
             .map_err(|error| error.to_string())?;
         let view = committed.checkpoint_view().ok_or("nothing was recovered")?;
         let state = view.checkpoint().0;
@@ -230,7 +296,7 @@ impl SimSession {
                 self.committed
             ));
         }
-        if peer != self.live.peer
+        if guest != self.live.guest.stored()
             || self
                 .live
                 .checkpoint()
@@ -314,6 +380,9 @@ impl SimSession {
 
     /// A measurement of a checkpoint: as many pages as were sent for it.
     pub(super) fn measured(&mut self, sample: &CheckpointSample) -> Result<(), String> {
+        if self.hostility.is_some() {
+            return Ok(());
+        }
         self.samples += 1;
         let number = usize::try_from(sample.checkpoint).expect("few");
         if number != self.samples {
@@ -334,7 +403,16 @@ impl SimSession {
     /// Dumps the committed checkpoint and compares the files.
     pub(super) fn dump(&self, directory: &Path) -> Result<(), String> {
         let checkpoint = self.live.checkpoint().ok_or("nothing to dump")?;
-        let dumped = dump::dump(checkpoint, directory).map_err(|error| error.to_string())?;
+        let files = DumpFiles::create(directory, dump::contents(checkpoint, DumpDisks::Live));
+        let files = files.map_err(|error| error.to_string())?;
+        let open = files.descriptors().into_iter();
+        let open = open
+            .map(|file| file.try_clone_to_owned())
+            .collect::<Result<_, _>>();
+        let open = open.map_err(|error| error.to_string())?;
+        let dumped = dump::dump(checkpoint, open, files.disks(), DumpDisks::Live);
+        let dumped = files.finish(dumped.map_err(|error| error.to_string())?);
+        let dumped = dumped.map_err(|error| error.to_string())?;
         let snapshot = &self.primary.snapshots[self.committed - 1];
         if dumped.checkpoint != self.committed as u64 - 1 {
             return Err(format!("a dump of checkpoint {}", dumped.checkpoint));
@@ -381,13 +459,23 @@ impl SimSession {
                 error: ChannelError::Protocol(session::ChannelError::GateClosed),
                 ..
             }) => "gate closed",
+            Some(SessionEnd::Channel {
+                error: ChannelError::NoMemory(_),
+                ..
+            }) => "no memory",
             Some(SessionEnd::Channel { .. }) => "channel",
             Some(SessionEnd::NotQuiet { .. }) => "not quiet",
             Some(SessionEnd::NoMemory(_)) => "no memory",
             Some(SessionEnd::Stopped) => "stopped",
+            Some(SessionEnd::Contradicted { .. }) => "contradicted",
             Some(SessionEnd::Disk(_)) => "disk",
             Some(_) => "another",
         }
+    }
+
+    /// Whether it must come to its end: nothing was done to it, and it has not ended for want of memory where that may be.
+    pub(super) fn must_be_done(&self) -> bool {
+        !(self.is_touched || self.may_lack && self.end() == "no memory")
     }
 
     /// What the control thread does when all connections and tenants are dropped.
@@ -396,13 +484,18 @@ impl SimSession {
             return Ok(false);
         }
         self.is_over = true;
+        // A primary may be in the middle of a write, and what is left to do may take long.
+        if !self.live.is_closed() {
+            return Err("a socket of a session that is over is open".to_owned());
+        }
         self.live.services.shared().links.session_ended(self.live.id);
         let end = self.live.end().map(ToString::to_string);
         let end = end.ok_or("all connections have left a session that has not ended")?;
-        if !self.is_touched && self.primary.stage != Stage::Done {
+        if self.must_be_done() && self.primary.stage != Stage::Done {
             return Err(format!("the session has ended by itself: {end}"));
         }
-        if self.samples + 1 < self.primary.acknowledged || self.samples > self.committed {
+        let is_measured = self.samples + 1 >= self.primary.acknowledged && self.samples <= self.committed;
+        if !is_measured && self.hostility.is_none() {
             return Err(format!(
                 "{} measurements of {} states",
                 self.samples, self.committed

@@ -43,10 +43,15 @@ fn what_is_committed_is_always_a_checkpoint_whole() {
         all.untouched > 60
             && all.commits > 400
             && all.dumps > 1
+            && all.false_ends > 20
+            && all.strangers > 3
             && all.moves > 60
             && all.decoded > 600
             && all.disk_writes > 400
-            && all.seen > 400
+            && all.seen > 300
+            && all.hostile > 50
+            && all.refused > 5
+            && all.frozen > 10
             && all.applied > 20,
         "{all:?}"
     );
@@ -86,7 +91,7 @@ fn a_seed_is_a_run() {
 }
 
 /// Each break, and within how many seeds it is found.
-const CANARIES: [(Canary, u64); 24] = [
+const CANARIES: [(Canary, u64); 30] = [
     (Canary::EarlySync, 10),
     (Canary::OpenGate, 100),
     (Canary::LostWake, 10),
@@ -111,13 +116,20 @@ const CANARIES: [(Canary, u64); 24] = [
     (Canary::EarlyLoaded, 500),
     (Canary::EarlyCommitted, 500),
     (Canary::EarlyRelease, 500),
+    (Canary::SilentBegin, 100),
+    (Canary::Overdraft, 100),
+    (Canary::LostLease, 10),
+    (Canary::SilentLack, 100),
+    (Canary::EarlyEnd, 100),
+    (Canary::EarlyAdmission, 500),
 ];
 
 /// The same for those of a receiver that is killed.
-const CANARIES_OF_KILLS: [(Canary, u64); 4] = [
+const CANARIES_OF_KILLS: [(Canary, u64); 5] = [
     (Canary::EndlessFlush, 100),
     (Canary::EarlyFlushed, 500),
     (Canary::OneDeviceState, 500),
+    (Canary::UnwrittenState, 100),
     (Canary::FreedEarly, 3000),
 ];
 
@@ -136,6 +148,23 @@ fn find_all(canaries: &[(Canary, u64)], is_mortal: bool) {
         let found = find(*canary, is_mortal, 0..*limit);
         let (seed, error) = found.unwrap_or_else(|| panic!("{canary:?} was not found in {limit} seeds"));
         println!("{canary:?}: seed {seed}, {error}");
+    }
+}
+
+/// What is watched of hostile primaries, and of the sessions beside one that stands still, can fail.
+#[test]
+fn every_kind_of_session_is_watched() {
+    for (canary, says) in [
+        (Canary::EarlyImage, "of a hostile primary is not what it was"),
+        (Canary::LostWake, "is held up by session"),
+        (Canary::EarlyAdmission, "with a stranger among its channels"),
+    ] {
+        let how = How {
+            canary: Some(canary),
+            ..How::default()
+        };
+        let found = (0..1000).any(|seed| run(seed, how).is_err_and(|error| error.contains(says)));
+        assert!(found, "{canary:?} was not found: nothing {says}");
     }
 }
 

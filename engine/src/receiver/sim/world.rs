@@ -3,24 +3,29 @@
 mod connect;
 mod disk_plan;
 mod faults;
+mod lack;
 mod services;
 mod slow_flush;
+mod steps;
 mod workers;
 
 use super::Tally;
 use super::death::Death;
 use super::disks::DiskStep;
+use super::hostile::{self, Hostility};
 use super::primary::{Kind, Stage};
 use super::rng::Rng;
 use super::session::SimSession;
-use crate::killpoint;
-use crate::receiver::budget::Budget;
+use super::stranger::Strangers;
+use crate::budget::Budget;
+use crate::failpoint;
 use crate::receiver::guest_memory::Budgets;
 use crate::receiver::services::Services;
 use crate::ring::sim::{Net, Network, Registered, SimCore, StreamEnd};
 use crate::ring::{OffloadThreshold, ReceiveStyle};
 use disk_plan::DiskPlan;
 use faults::{FAULTS, Fault};
+use lack::Lack;
 use services::{Jobs, LASTING_STORES, STORES, SimServices, services};
 use std::sync::{Arc, Mutex, PoisonError};
 use workers::SimWorker;
@@ -31,8 +36,18 @@ const STEPS_MAX: u64 = 1_000_000;
 /// Steps that many runs have.
 const STEPS_USUAL: usize = 3000;
 
+/// What the seed of the ways to write device states differs by.
+const STATES: u64 = 0x7374_6174_6573;
+
+/// Most pages of a main channel that one turn applies: one after a receive and one for each of two wake-ups of what one of them
+/// may do.
+const RECORDS_A_TURN: u64 = 3 * 64;
+
 /// In how many turns a core takes a step of a flush, once, where a page is to come during one.
 const HASTENED_FLUSH_TURNS: usize = 300;
+
+/// What the seed of the control thread differs by.
+const CONTROL: u64 = 0x0063_6f6e_7472_6f6c;
 
 /// What the seed of the guards differs by.
 const GUARDS: u64 = 0x6775_6172_6473;
@@ -73,7 +88,13 @@ pub(super) struct World {
     disks: DiskPlan,
     /// For the guards, of its own: a seed of guests without one stays the run that it was.
     guards: Rng,
+    strangers: Strangers,
+    /// For the control thread, of its own as well.
+    control: Rng,
+    /// In how many tries it looks at the listener's queue.
+    control_laziness: usize,
     death: Option<Death>,
+    lack: Lack,
     wait_all: bool,
     /// In how many tries a core does work that can wait.
     laziness: usize,
@@ -113,11 +134,9 @@ fn registered(rng: &mut Rng, is_threads: bool) -> Registered {
     }
 }
 
-fn budgets(no_memory: bool) -> Budgets {
-    let ram = if no_memory { 4095 } else { 1 << 30 };
+fn budgets(bytes: u64) -> Budgets {
     Budgets {
-        ram: Arc::new(Budget::new(ram, "ram")),
-        device_states: Arc::new(Budget::new(1 << 30, "device state")),
+        memory: Arc::new(Budget::new(bytes, "memory")),
         mappings: Arc::new(Budget::of_mappings(1 << 16)),
     }
 }
@@ -130,7 +149,12 @@ impl World {
         let kinds: Vec<Kind> = (0..if rng.one_in(4) { 2 } else { 1 })
             .map(|_| Kind::random(rng))
             .collect();
-        let connections: usize = kinds.iter().map(|kind| kind.channels + 1).sum();
+        let (mut hostile, hostile_kinds) = match is_mortal {
+            true => (Rng::new(seed), Vec::new()),
+            false => hostile::kinds(seed),
+        };
+        let all_kinds = kinds.iter().chain(&hostile_kinds);
+        let connections: usize = all_kinds.map(|kind| kind.channels + 1).sum();
         // A thread for each connection is a core that drives nothing else.
         let cores = if is_threads {
             connections
@@ -142,7 +166,12 @@ impl World {
         let jobs = Arc::new(Mutex::new(Vec::new()));
         let (pages_max, piece_bytes) = rng.pick(&SIZES);
         let no_memory = rng.one_in(20);
-        let budgets = budgets(no_memory);
+        let mut lack = Lack::random(seed, is_mortal, kinds.len() + hostile_kinds.len(), pages_max);
+        let budgets = budgets(if no_memory {
+            4095
+        } else {
+            lack.ram.unwrap_or(1 << 30)
+        });
         let death = is_mortal.then(|| Death::new(rng.next()));
         let store = match death {
             None => rng.pick(&STORES),
@@ -152,7 +181,21 @@ impl World {
         let disks = DiskPlan::random(seed, ram_dir.as_deref());
         let workers = workers::some(rng, is_threads, cores);
         let shards = cores + workers.shards();
-        let services = services(rng, store, ram_dir, workers, shards, &jobs, &budgets);
+        let may_lack = no_memory || lack.may_lack();
+        // Some or all device states are written to their files by another thread.
+        let inline_state_bytes = Rng::new(seed ^ STATES).pick(&[0, 200, usize::MAX]);
+        let services = services(
+            rng,
+            store,
+            ram_dir,
+            workers,
+            shards,
+            &jobs,
+            &budgets,
+            inline_state_bytes,
+        );
+        services.refuse_threads(lack.threads.map(|one_in| (lack.rng(), one_in)));
+        let mut control = Rng::new(seed ^ CONTROL);
         let mut world = Self {
             workers: SimWorker::all(&services.shared().workers),
             cores: SimCore::all(&net, cores, &ignore_warnings()).expect("eventfds"),
@@ -169,7 +212,11 @@ impl World {
             piece_bytes,
             disks,
             guards: Rng::new(seed ^ GUARDS),
+            strangers: Strangers::of(seed, is_mortal),
+            control_laziness: control.pick(&[1, 1, 200]),
+            control,
             death,
+            lack,
             rng: Rng::new(rng.next()),
             trace,
             tally: Tally::default(),
@@ -183,7 +230,12 @@ impl World {
         let style = world.style();
         for kind in kinds {
             world.plan_fault();
-            world.begin(kind, style, pages_max, no_memory);
+            world.begin(kind, style, pages_max, may_lack, None);
+        }
+        for kind in hostile_kinds {
+            let hostility = Hostility::new(&mut hostile);
+            world.begin(kind, style, pages_max, may_lack, Some(hostility));
+            world.tally.hostile += 1;
         }
         world.note(|| format!("{store:?}, {cores} cores, {style:?}, {registered:?} buffers registered"));
         world
@@ -233,7 +285,7 @@ impl World {
     pub(super) fn run(&mut self) -> Result<Tally, String> {
         while self.step()? {}
         for (number, session) in self.sessions.iter().enumerate() {
-            if !session.is_touched && session.primary.stage != Stage::Done {
+            if session.must_be_done() && session.primary.stage != Stage::Done {
                 return Err(format!(
                     "session {number} is stuck: the primary is at {:?}",
                     session.primary.stage
@@ -249,6 +301,7 @@ impl World {
         while self.step()? {}
         self.close()?;
         self.tally.moves = self.net.borrow().moves;
+        self.tally.refused = self.lack.refused_mappings() + self.services.refused_threads();
         Ok(self.tally.clone())
     }
 
@@ -259,7 +312,7 @@ impl World {
                 return Err(format!("session {number} does not end when its connections do"));
             }
             session.check(&self.net.borrow())?;
-            self.tally.untouched += u64::from(!session.is_touched);
+            self.tally.untouched += u64::from(session.must_be_done());
             self.tally.commits += session.commits();
             self.tally.seen += session.guard.as_ref().map_or(0, |guard| guard.seen);
             *self.tally.ends.entry(session.end()).or_default() += 1;
@@ -282,12 +335,9 @@ impl World {
                 "{outstanding:?} receives, completions and buffers are left"
             ));
         }
-        for budget in [&self.budgets.ram, &self.budgets.device_states] {
+        for budget in self.budgets.all() {
             if budget.used() > 0 {
-                return Err(format!(
-                    "{} bytes of a budget are never given back",
-                    budget.used()
-                ));
+                return Err(format!("{} of a budget are never given back", budget.used()));
             }
         }
         Ok(())
@@ -299,9 +349,10 @@ impl World {
             return Err("this run has no end".to_owned());
         }
         let before: Vec<u64> = self.sessions.iter().map(SimSession::commits).collect();
-        killpoint::here();
+        failpoint::may_be_killed();
         self.lurk();
         self.break_something()?;
+        self.freeze();
         let which = self.rng.below(self.sessions.len());
         let flushes = self.sessions[which].is_flushing();
         if self.rng.one_in(if flushes { self.flush_looks } else { 300 }) {
@@ -310,8 +361,23 @@ impl World {
         }
         self.disk_step()?;
         self.guard_step()?;
-        if !self.act()? {
+        self.lack.let_mappings_fail(true);
+        let acted = self.act();
+        self.lack.let_mappings_fail(false);
+        if !acted? && !self.thaw()? {
             return Ok(false);
+        }
+        if let Some(budget) = self
+            .budgets
+            .all()
+            .into_iter()
+            .find(|budget| budget.used() > budget.limit())
+        {
+            return Err(format!(
+                "{} of a budget of {} are taken",
+                budget.used(),
+                budget.limit()
+            ));
         }
         self.tally.steps += 1;
         while let Some(sample) = self.services.shared().samples.pop() {
@@ -339,6 +405,9 @@ impl World {
     fn disk_step(&mut self) -> Result<(), String> {
         let rng = &mut self.disks.rng;
         let which = rng.below(self.sessions.len());
+        if self.lack.is_frozen(which) {
+            return Ok(());
+        }
         let session = &mut self.sessions[which];
         let is_committed = session.commits() == session.primary.snapshots.len() as u64;
         let Some(disks) = session.disks.as_mut().filter(|_| session.live.end().is_none()) else {
@@ -368,6 +437,9 @@ impl World {
     /// What a guest's guard does in this step.
     fn guard_step(&mut self) -> Result<(), String> {
         let which = self.guards.below(self.sessions.len());
+        if self.lack.is_frozen(which) {
+            return Ok(());
+        }
         let session = &mut self.sessions[which];
         let (stage, state) = (session.primary.stage, session.primary.snapshots.len());
         let committed = usize::try_from(session.commits()).expect("few");
@@ -379,9 +451,9 @@ impl World {
 
     /// Nothing else goes on: whether a message of a link does.
     fn links_go_on(&mut self) -> Result<bool, String> {
-        for session in &mut self.sessions {
-            if let Some(guard) = &mut session.guard
-                && guard.go_on(&mut self.guards)?
+        for (number, session) in self.sessions.iter_mut().enumerate() {
+            if let Some(guard) = session.guard.as_mut().filter(|_| !self.lack.is_frozen(number))
+                && (guard.go_on(&mut self.guards)? || guard.keep_ends())
             {
                 return Ok(true);
             }
@@ -401,118 +473,5 @@ impl World {
             found.map_err(|error| format!("after a kill: {error}"))?;
         }
         Ok(())
-    }
-
-    /// Does something, anything that can be done; false if there is nothing.
-    fn act(&mut self) -> Result<bool, String> {
-        if self.rng.one_in(50) {
-            let pipe = self.rng.below(self.stalled.len());
-            self.stalled[pipe] = !self.stalled[pipe];
-        }
-        self.is_idle = false;
-        for _ in 0..TRIES {
-            let what = self.rng.below(14);
-            let which = self.rng.next();
-            if self.try_one(what, which)? {
-                return Ok(true);
-            }
-        }
-        self.stalled.fill(false);
-        self.is_idle = true;
-        for what in [0, 3, 7, 9, 11, 12] {
-            for which in 0..self.stalled.len().max(self.cores.len()).max(self.workers.len()) {
-                if self.try_one(what, which as u64)? {
-                    return Ok(true);
-                }
-            }
-        }
-        self.links_go_on()
-    }
-
-    /// Tries to do something of a kind, to the one that `which` says; whether it was done.
-    fn try_one(&mut self, what: usize, which: u64) -> Result<bool, String> {
-        let one_of = |count: usize| usize::try_from(which % count as u64).expect("below a usize");
-        let done = match what {
-            0..3 => self.arrive(one_of(self.stalled.len())),
-            3..7 => self.receive(one_of(self.stalled.len())),
-            7..9 => self.turn(one_of(self.cores.len()))?,
-            9..11 => self.go_on(one_of(self.sessions.len()))?,
-            11 => self.do_job(),
-            _ if self.workers.is_empty() => false,
-            _ if !self.is_idle && !self.rng.one_in(self.workers_laziness) => false,
-            _ => self.work(one_of(self.workers.len())),
-        };
-        if done {
-            self.tally.digest = (self.tally.digest ^ which ^ what as u64).wrapping_mul(0x100_0000_01b3);
-        }
-        Ok(done)
-    }
-
-    fn arrive(&mut self, pipe: usize) -> bool {
-        if self.stalled[pipe] || !self.net.borrow().pipes[pipe].is_under_way() {
-            return false;
-        }
-        let bytes = self.rng.any_size(self.piece_bytes);
-        let bytes = self.net.borrow_mut().pipes[pipe].arrive(bytes);
-        self.tally.bytes += bytes as u64;
-        self.note(|| format!("pipe {pipe}: {bytes} bytes arrive"));
-        bytes > 0
-    }
-
-    fn receive(&mut self, pipe: usize) -> bool {
-        let bytes = self.rng.any_size(self.piece_bytes);
-        let eager = !self.wait_all || self.rng.one_in(200);
-        let net = &mut *self.net.borrow_mut();
-        if !net.pipes[pipe].is_ready() {
-            return false;
-        }
-        let before = net.pipes[pipe].taken;
-        let done = net.receive(pipe, bytes, eager);
-        let taken = net.pipes[pipe].taken;
-        self.note(|| format!("pipe {pipe}: {} bytes are received, to {taken}", taken - before));
-        done
-    }
-
-    fn turn(&mut self, core: usize) -> Result<bool, String> {
-        let called = self.net.borrow().is_ready(core) || self.cores[core].is_woken();
-        // Work that can wait does, where other guests keep the core from it.
-        let waits = !self.is_idle && !self.rng.one_in(self.laziness);
-        if !called && (waits || !self.cores[core].is_busy()) {
-            return Ok(false);
-        }
-        self.note(|| format!("core {core} takes a turn"));
-        self.cores[core].turn().map_err(|error| error.to_string())?;
-        Ok(true)
-    }
-
-    /// The primary reads answers, or does what comes next.
-    fn go_on(&mut self, number: usize) -> Result<bool, String> {
-        let session = &mut self.sessions[number];
-        let before = session.primary.stage;
-        let answered = session
-            .read_answers()
-            .map_err(|error| format!("session {number}: {error}"))?;
-        let acts = !answered && session.may_act(&self.net.borrow());
-        if acts {
-            session.primary.act(&mut self.rng);
-            if let Some(disks) = &mut session.disks {
-                disks.take_snapshot(session.primary.snapshots.len());
-            }
-            session.send(&mut self.net.borrow_mut());
-        }
-        let after = self.sessions[number].primary.stage;
-        if answered || acts {
-            self.note(|| format!("session {number}: the primary goes from {before:?} to {after:?}"));
-        }
-        Ok(answered || acts)
-    }
-
-    /// Makes a guest's memory.
-    fn do_job(&mut self) -> bool {
-        let job = self.jobs.lock().unwrap_or_else(PoisonError::into_inner).pop();
-        let Some(job) = job else { return false };
-        self.note(|| "memory is made".to_owned());
-        job();
-        true
     }
 }

@@ -2,6 +2,7 @@
 
 use super::super::disks::SimDisks;
 use super::super::guard::SimGuard;
+use super::super::hostile::Hostility;
 use super::super::primary::{Kind, Primary};
 use super::super::rng::Rng;
 use super::super::session::SimSession;
@@ -9,18 +10,28 @@ use super::World;
 use super::slow_flush::{Attached, SlowFlush};
 use crate::net::Origin;
 use crate::receiver::attach::{DrivingCores, NewSession, attach};
+use crate::receiver::guest::{GuestIdentity, StoredGuest};
+use crate::receiver::live_session::PrimaryId;
+use crate::receiver::main_buffer::MainBuffer;
 use crate::ring::sim::{Pipe, SimCore};
 use crate::ring::{Connection, ReceiveStyle, Tenant, Waker};
 use crate::session::SessionLimits;
+use crate::wire::stream::MAIN_MAGIC;
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
 use std::cell::RefCell;
 use std::io;
-use std::os::fd::AsRawFd;
 use std::sync::Arc;
 
 impl World {
     /// A primary connects all its channels.
-    pub(super) fn begin(&mut self, kind: Kind, style: ReceiveStyle, pages_max: usize, no_memory: bool) {
+    pub(super) fn begin(
+        &mut self,
+        kind: Kind,
+        style: ReceiveStyle,
+        pages_max: usize,
+        may_lack: bool,
+        hostility: Option<Hostility>,
+    ) {
         self.note(|| format!("session {}: {kind:?}", self.sessions.len()));
         let primary = Primary::new(&mut self.rng, kind, pages_max);
         let first_pipe = self.net.borrow().pipes.len();
@@ -35,21 +46,25 @@ impl World {
             let flags = SockFlag::SOCK_CLOEXEC;
             let pair = socketpair(AddressFamily::Unix, SockType::Stream, None, flags);
             let (socket, peer) = pair.expect("two descriptors");
-            self.net.borrow_mut().pipes.push(Pipe::new(socket.as_raw_fd()));
+            let pipe = Pipe::new(&socket).expect("a descriptor");
+            self.net.borrow_mut().pipes.push(pipe);
             peers.push(peer);
             sockets.push(socket);
         }
         let new = NewSession {
             id: u32::try_from(self.sessions.len()).expect("few"),
-            peer: "model".into(),
-            origin: Origin::Process(1),
-            is_tcp: false,
-            main: sockets.remove(0),
-            channels: sockets,
-            limits: SessionLimits {
-                channels: u8::try_from(kind.channels).expect("few"),
-                ram_limit_bytes: 1 << 40,
+            primary: PrimaryId {
+                guest: Arc::new(GuestIdentity::recovered(0, StoredGuest::default())),
+                origin: Origin::Process(1),
+                channels_uuid: None,
+                tls: None,
             },
+            is_tcp: false,
+            main: (sockets.remove(0), None),
+            main_buffer: MainBuffer::new(&MAIN_MAGIC).expect("memory"),
+            lease: self.budgets.memory.take(0).expect("nothing"),
+            channels: sockets.into_iter().map(|socket| (socket, None)).collect(),
+            limits: SessionLimits::of_protocol(u8::try_from(kind.channels).expect("few")),
             style,
             home_core,
         };
@@ -63,15 +78,21 @@ impl World {
         let session = attach(new, self.services.clone(), &cores);
         let weak = Arc::downgrade(&session);
         cores.session.set(weak).expect("attached once");
-        let mut session = SimSession::new(session, primary, peers, pipes, no_memory);
-        if let Some(bases) = &self.disks.bases {
+        let mut session = SimSession::new(session, primary, peers, pipes, may_lack);
+        session.is_touched = hostility.is_some();
+        session.hostility = hostility;
+        if !session.is_touched {
+            session.stranger = self.strangers.one(kind.channels);
+            session.is_touched = session.stranger.is_some();
+        }
+        if let Some(bases) = self.disks.bases.as_ref().filter(|_| !session.is_touched) {
             let disks = SimDisks::new(&mut self.disks.rng, bases, self.sessions.len());
             let segments_in_ram = self.disks.rng.below(8);
             self.services
                 .add_disks(session.live.id, disks.all(), segments_in_ram);
             session.disks = Some(disks);
         }
-        if self.guards.one_in(2) {
+        if !session.is_touched && self.guards.one_in(2) {
             session.guard = Some(SimGuard::new(&mut self.guards, &session.live.output));
         }
         self.sessions.push(session);
@@ -110,8 +131,8 @@ impl DrivingCores for SimCores<'_> {
         *driver
     }
 
-    fn waker(&self, driver: &usize) -> Waker {
-        self.cores[*driver].waker()
+    fn waker(&self, driver: &usize, guest: u64) -> Waker {
+        self.cores[*driver].waker(guest)
     }
 
     fn admit(&self, driver: &usize, tenant: Box<dyn Tenant>) -> io::Result<()> {

@@ -7,7 +7,7 @@ use crate::disk::{Disk, DiskError};
 use crate::metrics::SampleQueue;
 use crate::receiver::decode::Workers;
 use crate::receiver::disks::SessionDisks;
-use crate::receiver::guest_memory::{Budgets, GuestMemory, GuestNeeds, MemoryError};
+use crate::receiver::guest_memory::{Budgets, GuestMemory, MemoryError};
 use crate::receiver::live_session::LiveSession;
 use crate::receiver::recovery::label;
 use crate::receiver::services::{Services, Shared, Work};
@@ -49,6 +49,15 @@ pub(super) struct SimServices {
     budgets: Budgets,
     jobs: Jobs,
     disks: Mutex<BTreeMap<u32, WaitingDisks>>,
+    threads: Mutex<Threads>,
+}
+
+/// Threads for background work, which the host may refuse.
+#[derive(Default)]
+struct Threads {
+    /// One in so many is refused.
+    refusal: Option<(Rng, usize)>,
+    refused: u64,
 }
 
 /// Disks that their session has not bound yet, and how many segments of their logs may be in memory.
@@ -59,6 +68,19 @@ impl SimServices {
         self.disks.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    fn threads(&self) -> MutexGuard<'_, Threads> {
+        self.threads.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// One in so many threads is refused from now on, if any.
+    pub(super) fn refuse_threads(&self, refusal: Option<(Rng, usize)>) {
+        self.threads().refusal = refusal;
+    }
+
+    pub(super) fn refused_threads(&self) -> u64 {
+        self.threads().refused
+    }
+
     /// A primary has connected its disks.
     pub(super) fn add_disks(&self, session: u32, disks: Vec<Arc<Disk>>, segments_in_ram: usize) {
         self.disks().insert(session, (disks, segments_in_ram));
@@ -66,6 +88,7 @@ impl SimServices {
 }
 
 /// Makes them, for guests with memory of that kind, and with a shard for each core and worker.
+#[expect(clippy::too_many_arguments, reason = "each is drawn for one run")]
 pub(super) fn services(
     rng: &mut Rng,
     (cache, pool_max, commit): StoreKind,
@@ -74,6 +97,7 @@ pub(super) fn services(
     shards: usize,
     jobs: &Jobs,
     budgets: &Budgets,
+    inline_state_bytes: usize,
 ) -> Arc<SimServices> {
     let options = StoreOptions {
         hugepages: HugePages::Off,
@@ -87,6 +111,7 @@ pub(super) fn services(
             true => (0..shards).map(|shard| shard % 2).collect(),
             false => Vec::new(),
         },
+        budget: budgets.memory.clone(),
         running_guest: None,
     };
     let method = rng.pick(&[CopyMethod::NonTemporal, CopyMethod::Memcpy]);
@@ -94,6 +119,7 @@ pub(super) fn services(
         mirror_slab_pages: rng.pick(&[16, 64, 256]),
         pool_slab_extents: Some(rng.pick(&[1, 2, 5])),
         area_bytes: 4096,
+        flight_checkpoints: 32,
         flush: FlushSizes {
             help_from_pages: 4,
             step_words: 1,
@@ -105,13 +131,16 @@ pub(super) fn services(
             samples: SampleQueue::with_capacity(4),
             flusher: Arc::new(Flusher::new(method, 0, &[]).expect("no helpers, no error")),
             workers: Arc::new(workers),
+            guests: Arc::default(),
             links: Arc::default(),
+            inline_state_bytes,
         },
         store: options,
         granularity,
         budgets: budgets.clone(),
         jobs: jobs.clone(),
         disks: Mutex::default(),
+        threads: Mutex::default(),
     })
 }
 
@@ -121,10 +150,7 @@ impl Services for SimServices {
     }
 
     fn make_memory(&self, session: u32, table: Arc<BlockTable>) -> Result<GuestMemory, MemoryError> {
-        let leases = self.budgets.take(GuestNeeds {
-            ram_bytes: table.total_bytes(),
-            ..GuestNeeds::default()
-        })?;
+        let leases = self.budgets.take(0)?;
         let (store, _) = Store::with_granularity(table, &label(session), &self.store, self.granularity)?;
         Ok(GuestMemory {
             store: Arc::new(store),
@@ -140,6 +166,13 @@ impl Services for SimServices {
     }
 
     fn run_in_background(&self, work: Work) -> std::io::Result<()> {
+        let mut threads = self.threads();
+        if let Some((rng, one_in)) = &mut threads.refusal
+            && rng.one_in(*one_in)
+        {
+            threads.refused += 1;
+            return Err(std::io::ErrorKind::OutOfMemory.into());
+        }
         self.jobs
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
@@ -150,4 +183,6 @@ impl Services for SimServices {
     fn notify_control(&self) {}
 
     fn warn(&self, _text: String) {}
+
+    fn warn_of(&self, _session: &LiveSession, _text: String) {}
 }
