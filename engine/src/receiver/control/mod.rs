@@ -1,46 +1,57 @@
 //! The control thread: assembles connections to sessions, starts them, reaps them when they have ended, serves the control
 //! socket's requests and writes the measurements. No page passes through it.
 
+mod admission;
 mod connections;
 mod error;
 mod limits;
 mod protocol;
+mod replacement;
+mod request_line;
 mod requests;
+mod session_numbers;
+mod silence;
 mod socket;
 mod state;
 mod watch;
 
 pub use error::RequestError;
 pub use protocol::{ClaimedCheckpoint, Request, Response};
-pub(super) use socket::{ClientEvent, PendingRequest, serve};
+pub(super) use session_numbers::SessionNumbers;
+pub(super) use socket::{ClientEvent, Conversation, PendingRequest, serve, serve_client};
 
 use super::background::Background;
-use super::budget::Budget;
 use super::decode::WorkerThreads;
 use super::disks::{DiskRegistry, DiskServer};
+use super::handshakes::HandshakeThread;
 use super::kept_checkpoint::KeptCheckpoint;
+use super::outlet::Stopping;
+use super::refusals::Refusals;
 use super::services::Services;
 use super::{Events, Outcome, ReceiverError, ReceiverOptions};
+use crate::budget::Budget;
 use crate::host::Placement;
 use crate::metrics::{self, Recorder};
-use crate::net::Listener;
+use crate::net::{ACCEPTED_MAX, Listener};
 use crate::ring::Plane;
+use crate::sandbox::ThreadKind;
+use crate::store::RamDirectoryLock;
+use crate::threads::Threads;
 use connections::Connections;
 use state::ControlState;
 use std::rc::Rc;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use tokio::sync::{Notify, mpsc};
 use tokio::task::JoinSet;
+use tokio::time::MissedTickBehavior;
 
 /// How often deadlines are checked and samples recorded.
 const TICK: Duration = Duration::from_millis(200);
 
-/// Accepted connections that wait for the control thread: fewer than there are descriptors in the reserve.
-const ACCEPTED_MAX: usize = 8;
-
 /// The parts of a receiver that its control thread owns.
 pub(super) struct ControlContext {
+    pub(super) threads: Threads,
     pub(super) options: ReceiverOptions,
     pub(super) placement: Placement,
     pub(super) services: Arc<dyn Services>,
@@ -51,11 +62,18 @@ pub(super) struct ControlContext {
     pub(super) budget: Arc<Budget>,
     pub(super) recorder: Recorder,
     pub(super) events: Arc<Events>,
+    /// Connections that are refused, of which anyone can cause any number.
+    pub(super) refusals: Arc<Refusals>,
     /// The disks of all guests, where any are served.
     pub(super) disks: Option<Arc<DiskRegistry>>,
     pub(super) disk_server: Option<DiskServer>,
-    /// Checkpoints of earlier receivers, and the first session number that none of them has.
-    pub(super) recovered: (Vec<KeptCheckpoint>, u32),
+    /// With `--tls`.
+    pub(super) handshakes: Option<HandshakeThread>,
+    /// Checkpoints of earlier receivers.
+    pub(super) recovered: Vec<KeptCheckpoint>,
+    pub(super) numbers: SessionNumbers,
+    /// No other receiver has the RAM directory before this one's checkpoints are kept there or gone.
+    pub(super) _ram_dir: Option<RamDirectoryLock>,
 }
 
 /// What the control thread waits for, beside connections.
@@ -65,12 +83,21 @@ pub(super) struct ControlInputs {
     pub(super) stop: Arc<Notify>,
 }
 
+/// For ever, without an instant.
+async fn sleep_until(instant: Option<Instant>) {
+    match instant {
+        Some(instant) => tokio::time::sleep_until(instant.into()).await,
+        None => std::future::pending().await,
+    }
+}
+
 /// Runs until the receiver is stopped or, with `once`, until the first session has ended.
 pub(super) async fn run(
     context: ControlContext,
     listeners: Vec<Rc<Listener>>,
     mut inputs: ControlInputs,
 ) -> Result<Outcome, ReceiverError> {
+    context.threads.enter(ThreadKind::Control);
     let (accepted_sender, mut accepted) = mpsc::channel(ACCEPTED_MAX);
     let accepting: Vec<_> = (listeners.iter().enumerate())
         .map(|(position, listener)| {
@@ -81,17 +108,23 @@ pub(super) async fn run(
     let connections = Connections::new(context.options.channels, context.options.identify_deadline);
     let mut state = ControlState {
         context,
+        listeners: listeners.clone(),
         connections,
         live: Vec::new(),
         kept: Vec::new(),
         past: Vec::new(),
-        next: 1,
         ended_sessions: 0,
         background: JoinSet::new(),
+        stopping: Stopping::default(),
+        ticked: Instant::now(),
     };
     state.take_recovered();
     let mut tick = tokio::time::interval(TICK);
     let mut interval = tokio::time::interval(metrics::INTERVAL);
+    // After a pause of this process, others are heard before they are judged.
+    tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    interval.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    let mut silence: Option<Instant> = None;
     loop {
         tokio::select! {
             Some(connection) = accepted.recv() => state.accept(connection),
@@ -100,8 +133,11 @@ pub(super) async fn run(
             () = inputs.changed.notified() => state.reap_ended_sessions(),
             _ = tick.tick() => state.tick(),
             _ = interval.tick() => state.log_interval(),
+            () = sleep_until(silence) => {}
             () = inputs.stop.notified() => break,
         }
+        state.admit_sessions(&listeners, accepted.capacity() == accepted.max_capacity());
+        silence = state.decide_silences();
         if state.context.options.once && state.ended_sessions > 0 {
             break;
         }

@@ -3,23 +3,33 @@
 //! | request | response |
 //! |---|---|
 //! | `{"command":"status"}` | a [`StatusReport`] |
-//! | `{"command":"dump","session":1,"directory":"/absolute"}` | the checkpoint's number and the files written |
+//! | `{"command":"find","guest":"web3","runs":false}` | the number of the session whose guest has that name or UUID |
+//! | `{"command":"contents","session":1}` | what a dump of the session consists of |
+//! | `{"command":"dump","session":1,"disks":[]}`, with files | the checkpoint that was written to them |
+//! | `{"command":"recorder","session":1}`, with a file | the session's flight recorder was copied to it |
 //! | `{"command":"discard","session":1}` | an ended session's checkpoint was discarded, and its memory released |
 //! | `{"command":"end","session":1}` | a running session has ended; its checkpoint, if there is one, is kept |
 //! | `{"command":"claim","session":1,"force":false,"retry":false}` | the checkpoint is claimed: a [`ClaimedCheckpoint`] |
 //! | `{"command":"handover","session":1}` | the guard of the claimed session has ended its primary, after a last checkpoint |
-//! | `{"command":"restore","session":1,"to":"unix:/q","shared":"pc.ram","keep":null}` | the checkpoint was written: a [`RestoreReport`] |
+//! | `{"command":"restore","session":1,"to":"unix:/q","shared":"pc.ram","keep":null}`, with files | the checkpoint was written: a [`RestoreReport`] |
 //! | `{"command":"release","session":1,"may_have_run":false}` | the claim was released: the failover has failed |
 //! | `{"command":"promoted","session":1}` | the memory was released: a guest runs from the checkpoint |
 //!
 //! The last five are sent over one connection: a claim ends with it (`promotion.rs`).
 //!
+//! **Files** are open, and sent with a request's line (`SCM_RIGHTS`): the receiver opens nothing that a client names, and connects to nothing.
+//! A dump takes an empty one for each RAM block, in their order, for the device state, the stream's header, the vmdesc, and for each of the
+//! `disks`. A restore takes the connection to a QEMU or an empty file; with `"keep":{"disks":[…]}` also one for a complete stream and one for
+//! each of the disks.
+//!
 //! A response is `{"ok":true,"answer":…}` or `{"ok":false,"error":"…"}`. Only its owner may connect to the socket (mode
 //! 0600), because a client can read the guests' memory.
 
-use crate::receiver::{DiskStatus, Dumped, GuestBlock, RestoreReport, RestoreRequest, StatusReport};
+use crate::receiver::{
+    CopiedFlight, DiskStatus, DumpContents, DumpedCheckpoint, GuestBlock, RestoreReport, RestoreRequest,
+    SessionTitle, StatusReport,
+};
 use serde::{Deserialize, Serialize};
-use std::path::PathBuf;
 
 /// A request.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -27,15 +37,30 @@ use std::path::PathBuf;
 pub enum Request {
     /// Report the state of the receiver and its sessions.
     Status,
-    /// Write the last committed checkpoint of a session to files.
+    /// Find the session of a guest.
+    Find {
+        /// Its name or its UUID; the number of a session finds that.
+        guest: String,
+        /// Only among sessions that run.
+        #[serde(default)]
+        runs: bool,
+    },
+    /// What a dump of a session consists of.
+    Contents {
+        /// The session's number.
+        session: u32,
+    },
+    /// Write the last committed checkpoint of a session to the files that come with the request ([`DumpFiles`](crate::receiver::DumpFiles)).
     Dump {
         /// The session's number.
         session: u32,
-        /// An existing directory, absolute, since the receiver may run elsewhere.
-        directory: PathBuf,
-        /// The guest's disks are left out.
-        #[serde(default)]
-        without_disks: bool,
+        /// The guest's disks for which there are files.
+        disks: Vec<String>,
+    },
+    /// Copy the flight recorder of a session to the file that comes with the request ([`FlightLog`](crate::store::FlightLog)).
+    Recorder {
+        /// The session's number.
+        session: u32,
     },
     /// Discard the checkpoint of an ended session.
     Discard {
@@ -87,6 +112,15 @@ pub struct ClaimedCheckpoint {
     pub checkpoint: u64,
     /// Its age in milliseconds.
     pub checkpoint_age_ms: u64,
+    /// The guest's name: the operator's, or its UUID; none if it has neither.
+    #[serde(default)]
+    pub guest: Option<String>,
+    /// Its UUID.
+    #[serde(default)]
+    pub uuid: Option<String>,
+    /// The address that its primary came to.
+    #[serde(default)]
+    pub listener: Option<String>,
     /// Where the primary is or was.
     pub peer: String,
     /// How the session ended; none if its primary is still connected.
@@ -106,8 +140,17 @@ pub struct ClaimedCheckpoint {
 pub enum Response {
     /// To [`Request::Status`].
     Status(Box<StatusReport>),
+    /// To [`Request::Find`].
+    Found {
+        /// The session.
+        found: SessionTitle,
+    },
+    /// To [`Request::Contents`].
+    Contents(DumpContents),
     /// To [`Request::Dump`].
-    Dumped(Dumped),
+    Dumped(DumpedCheckpoint),
+    /// To [`Request::Recorder`].
+    Recorder(CopiedFlight),
     /// To [`Request::Discard`].
     Discarded {
         /// The session whose memory was released.

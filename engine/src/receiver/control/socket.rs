@@ -5,20 +5,20 @@
 
 use super::error::RequestError;
 use super::protocol::{Request, Response};
+use super::request_line::{RequestLine, RequestLines};
+use crate::receiver::Limits;
 use crate::receiver::promotion::ClientId;
 use crate::text;
 use serde::Serialize;
 use std::cell::Cell;
 use std::io;
+use std::os::fd::OwnedFd;
 use std::rc::Rc;
 use std::time::{Duration, Instant};
-use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
+use tokio::io::AsyncWriteExt;
 use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::{Notify, mpsc, oneshot};
 use tokio::task::{AbortHandle, JoinSet};
-
-/// Longest request line, in bytes.
-const REQUEST_MAX: u64 = 64 << 10;
 
 /// Clients at a time. Then one that is idle makes room for a new one.
 const CLIENTS_MAX: usize = 16;
@@ -33,7 +33,26 @@ pub(in crate::receiver) type Reply = oneshot::Sender<Result<Response, RequestErr
 pub(in crate::receiver) struct PendingRequest {
     pub(in crate::receiver) by: ClientId,
     pub(in crate::receiver) request: Request,
+    /// What came with it, open.
+    pub(in crate::receiver) files: Vec<OwnedFd>,
     pub(in crate::receiver) reply: Reply,
+}
+
+impl PendingRequest {
+    /// One of this process, and where its response arrives.
+    pub(in crate::receiver) fn new(
+        request: Request,
+        files: Vec<OwnedFd>,
+    ) -> (Self, oneshot::Receiver<Result<Response, RequestError>>) {
+        let (reply, response) = oneshot::channel();
+        let pending = Self {
+            by: ClientId::OWN,
+            request,
+            files,
+            reply,
+        };
+        (pending, response)
+    }
 }
 
 /// What a client of the control socket does.
@@ -42,6 +61,8 @@ pub(in crate::receiver) enum ClientEvent {
     Request(PendingRequest),
     /// Its connection has ended.
     Disconnected(ClientId),
+    /// The operator of the process changes limits.
+    Limits(Limits),
 }
 
 /// A response line.
@@ -113,7 +134,7 @@ fn oldest_idle(clients: &[Client]) -> Option<usize> {
 }
 
 /// What is known of a client.
-struct Conversation {
+pub(in crate::receiver) struct Conversation {
     by: ClientId,
     /// Ends it.
     close: Notify,
@@ -123,7 +144,7 @@ struct Conversation {
 }
 
 impl Conversation {
-    fn new(by: ClientId) -> Self {
+    pub(in crate::receiver) fn new(by: ClientId) -> Self {
         Self {
             by,
             close: Notify::new(),
@@ -152,24 +173,22 @@ impl Conversation {
     }
 }
 
-async fn serve_client(
+/// Serves a client until it disconnects.
+pub(in crate::receiver) async fn serve_client(
     mut stream: UnixStream,
     conversation: &Conversation,
     ask: &mpsc::Sender<ClientEvent>,
 ) -> io::Result<()> {
-    let (read, mut write) = stream.split();
-    let mut read = BufReader::new(read);
+    let mut lines = RequestLines::default();
     loop {
-        let mut line = Vec::new();
-        let reading = async { (&mut read).take(REQUEST_MAX).read_until(b'\n', &mut line).await };
-        if conversation.within(reading).await? == 0 {
+        let Some(next) = conversation.within(lines.next(&stream)).await? else {
             return Ok(());
-        }
-        let is_whole = line.ends_with(b"\n");
+        };
         conversation.idle_since.set(None);
-        let result = match is_whole {
-            true => ask_control(&line, conversation.by, ask).await,
-            false => Err(RequestError::TooLong(REQUEST_MAX)),
+        let goes_on = next.is_ok();
+        let result = match next {
+            Ok(line) => ask_control(line, conversation.by, ask).await,
+            Err(error) => Err(error),
         };
         conversation.answered(result.as_ref().ok());
         let (answer, error) = match result {
@@ -182,21 +201,27 @@ async fn serve_client(
             error,
         };
         let text = text::json_line(&line)? + "\n";
-        conversation.within(write.write_all(text.as_bytes())).await?;
-        if !is_whole {
+        conversation.within(stream.write_all(text.as_bytes())).await?;
+        if !goes_on {
             return Ok(());
         }
     }
 }
 
 async fn ask_control(
-    line: &[u8],
+    line: RequestLine,
     by: ClientId,
     ask: &mpsc::Sender<ClientEvent>,
 ) -> Result<Response, RequestError> {
-    let request = serde_json::from_slice(line)?;
+    let RequestLine { text, files } = line;
+    let request = serde_json::from_slice(&text)?;
     let (reply, response) = oneshot::channel();
-    let pending = ClientEvent::Request(PendingRequest { by, request, reply });
+    let pending = ClientEvent::Request(PendingRequest {
+        by,
+        request,
+        files,
+        reply,
+    });
     ask.send(pending).await.map_err(|_| RequestError::Ended)?;
     response.await.map_err(|_| RequestError::Ended)?
 }

@@ -1,16 +1,25 @@
 //! The state of the control thread and what changes it, but for requests (`requests.rs`).
 
 use super::ControlContext;
+use super::admission::Pending;
 use super::connections::Connections;
 use super::protocol::Response;
 use super::socket::Reply;
 use super::watch::Watch;
+use crate::net::{Listener, Peer};
+use crate::receiver::assemble::Arrival;
 use crate::receiver::background::{Done, WorkKind};
 use crate::receiver::end::SessionEnd;
+use crate::receiver::guest::SessionTitle;
 use crate::receiver::kept_checkpoint::KeptCheckpoint;
 use crate::receiver::live_session::LiveSession;
-use crate::receiver::status::{GuestBlock, SessionStatus};
+use crate::receiver::outlet::Stopping;
+use crate::receiver::silence::Question;
+use crate::receiver::status::{GuestBlock, SessionState, SessionStatus};
 use crate::receiver::{Event, Outcome, ReceiverError};
+use crate::store::KeptFiles;
+use crate::units::CheckpointId;
+use std::rc::Rc;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use tokio::sync::Notify;
@@ -28,16 +37,30 @@ pub(super) struct Live {
     /// The core that drives its main channel: a position among the plane's cores.
     pub(super) home_core: usize,
     pub(super) suppressed: Option<(u64, Instant)>,
+    /// The last silence that its main channel has asked for, and until when it has to last.
+    pub(super) silent_until: Option<(Question, Instant)>,
+    /// Where its connections come from.
+    pub(super) peer: Peer,
+    /// When its main channel was accepted.
+    pub(super) main_arrival: Arrival,
+    /// Since it has asked for its admission: what it waits for.
+    pub(super) admission: Option<Pending>,
     pub(super) began: Instant,
     /// Whether it makes progress.
     pub(super) watch: Watch,
+    /// Whether older checkpoints of its guest were looked for.
+    pub(super) has_replaced: bool,
     /// Clients that wait for its end.
     pub(super) end_asked: Vec<Reply>,
+    /// Clients that discard its checkpoint, asked since it has ended.
+    pub(super) discard_asked: Vec<Reply>,
 }
 
 /// A session that has ended and left a checkpoint.
 pub(super) struct Kept {
     pub(super) checkpoint: Arc<KeptCheckpoint>,
+    /// Whether its guest may exist nowhere else: only an operator gives it up.
+    pub(super) is_only_copy: bool,
     /// As the session was at its end; its blocks are the checkpoint's.
     status: SessionStatus,
 }
@@ -45,15 +68,19 @@ pub(super) struct Kept {
 /// What the control thread knows: connections that are not complete, sessions, and what is reported of past ones.
 pub(super) struct ControlState {
     pub(super) context: ControlContext,
+    pub(super) listeners: Vec<Rc<Listener>>,
     pub(super) connections: Connections,
     pub(super) live: Vec<Live>,
     pub(super) kept: Vec<Kept>,
     /// Sessions that left no checkpoint, and discarded ones.
     pub(super) past: Vec<SessionStatus>,
-    pub(super) next: u32,
     pub(super) ended_sessions: u64,
     /// Work of other threads that is under way.
     pub(super) background: JoinSet<()>,
+    /// For that work.
+    pub(super) stopping: Stopping,
+    /// When sessions were looked at.
+    pub(super) ticked: Instant,
 }
 
 impl ControlState {
@@ -67,9 +94,8 @@ impl ControlState {
     }
 
     pub(super) fn take_recovered(&mut self) {
-        let (recovered, next) = std::mem::take(&mut self.context.recovered);
-        self.next = next;
-        for checkpoint in recovered {
+        for checkpoint in std::mem::take(&mut self.context.recovered) {
+            self.context.services.shared().guests.add(&checkpoint.guest);
             let summary = self.context.recorder.session(checkpoint.session);
             let status = SessionStatus::recovered(&checkpoint, summary, self.uptime());
             self.kept.push(Kept {
@@ -77,6 +103,8 @@ impl ControlState {
                     blocks: Vec::new(),
                     ..status
                 },
+                // How its session ended is not known, but a migration without COLO ends with this one.
+                is_only_copy: checkpoint.number() == Some(CheckpointId(0)),
                 checkpoint: Arc::new(checkpoint),
             });
         }
@@ -85,10 +113,16 @@ impl ControlState {
     /// Takes the sessions whose connections and tenants are all dropped off the live ones: nothing writes to their memory any more
     /// but what a failed core has leaked with it.
     pub(super) fn reap_ended_sessions(&mut self) {
+        let mut refused = Vec::new();
         while let Some(position) = self.live.iter().position(|live| live.session.is_over()) {
             let Live {
-                session, end_asked, ..
+                session,
+                end_asked,
+                discard_asked,
+                ..
             } = self.live.remove(position);
+            let lack = session.end().and_then(SessionEnd::lack);
+            refused.extend(lack.map(|lack| (session.origin, lack.clone())));
             if let Some(disks) = &self.context.disks {
                 disks.session_ended(session.id);
             }
@@ -99,16 +133,21 @@ impl ControlState {
             self.context
                 .recorder
                 .drain(&self.context.services.shared().samples);
+            let name = session.guest.name().map(String::from);
+            self.context.recorder.name(session.id, name);
             let summary = self.context.recorder.end_session(session.id);
             let status = SessionStatus::of(&session, summary);
             (self.context.events)(Event::Ended(Box::new(status.clone())));
-            if session.end().is_some_and(SessionEnd::may_hold_the_only_copy) {
-                self.keep_the_only_copy(session.id);
+            let is_only_copy = session.end().is_some_and(SessionEnd::may_hold_the_only_copy);
+            if is_only_copy {
+                self.make_room_for_only_copy(&session);
+                self.keep_the_only_copy(&session.guest.title());
             } else {
                 self.ended_sessions += 1;
             }
+            let id = session.id;
             let ended = Response::SessionEnded {
-                ended: session.id,
+                ended: id,
                 checkpoint: status.checkpoint,
             };
             let store = session.store().cloned();
@@ -119,8 +158,11 @@ impl ControlState {
             {
                 Some(checkpoint) => {
                     let checkpoint = checkpoint.clone();
+                    // Its guest may be protected again already: its primary's host had vanished, say.
+                    self.live.iter_mut().for_each(|live| live.has_replaced = false);
                     self.kept.push(Kept {
                         checkpoint,
+                        is_only_copy,
                         status: SessionStatus {
                             blocks: Vec::new(),
                             ..status
@@ -139,6 +181,8 @@ impl ControlState {
                 None => {
                     self.remember(status);
                     self.in_background(WorkKind::Release, move || {
+                        // Before the checkpoint's files go: a kill between must leave no record of a disk that says that a checkpoint needs it.
+                        disks.give_up();
                         drop(store);
                         drop(disks);
                         drop(session);
@@ -149,6 +193,12 @@ impl ControlState {
                 // The client may have disconnected.
                 let _ = reply.send(Ok(ended.clone()));
             }
+            discard_asked
+                .into_iter()
+                .for_each(|reply| self.discard(id, reply));
+        }
+        for (origin, lack) in refused {
+            self.end_standing_first_copies(origin, &lack);
         }
     }
 
@@ -164,14 +214,15 @@ impl ControlState {
     }
 
     /// A guest that may exist nowhere else is kept until the operator decides, also with `once`.
-    fn keep_the_only_copy(&self, id: u32) {
+    fn keep_the_only_copy(&self, title: &SessionTitle) {
         let goes_on = match self.context.options.once {
             true => ". This receiver keeps running although it was started with --once",
             false => "",
         };
         self.warn(format!(
-            "session {id} is kept until `colo-ring failover --session {id}` starts its guest here or `colo-ring discard` \
-             gives it up{goes_on}"
+            "session {title} is kept until `colo-ring failover --session {id}` starts its guest here or `colo-ring discard` \
+             gives it up{goes_on}",
+            id = title.session
         ));
     }
 
@@ -194,7 +245,10 @@ impl ControlState {
             .iter()
             .position(|kept| kept.checkpoint.session == session)?;
         let kept = self.kept.remove(position);
-        let status = kept.status.clone().with(&kept.checkpoint, self.uptime());
+        let mut status = kept.status.clone().with(&kept.checkpoint, self.uptime());
+        if status.state != SessionState::Promoted {
+            status.state = SessionState::Discarded;
+        }
         self.remember(status);
         Some(kept)
     }
@@ -203,6 +257,7 @@ impl ControlState {
         let summary = self.context.recorder.session(live.session.id);
         SessionStatus {
             stalled_ms: live.watch.stalled_ms(Instant::now()),
+            recent: self.context.recorder.recent(live.session.id),
             ..SessionStatus::of(&live.session, summary)
         }
     }
@@ -214,17 +269,22 @@ impl ControlState {
         }
     }
 
-    /// Live sessions and kept checkpoints, by their numbers.
+    /// Live sessions and kept checkpoints, by their numbers: of very many RAM blocks the largest ones.
     pub(super) fn session_statuses(&self) -> Vec<SessionStatus> {
         let kept = self.kept.iter().map(|kept| self.status_of_kept(kept));
         let live = self.live.iter().map(|live| self.status_of(live));
-        let mut statuses: Vec<_> = kept.chain(live).collect();
+        // One by one: a status with all blocks is large.
+        let mut statuses: Vec<_> = kept.chain(live).map(SessionStatus::with_few_blocks).collect();
         statuses.sort_by_key(|status| status.session);
         statuses
     }
 
     /// Appends to the interval logs. A full disk costs measurements, never a session.
     pub(super) fn log_interval(&mut self) {
+        for live in &self.live {
+            let name = live.session.guest.name().map(String::from);
+            self.context.recorder.name(live.session.id, name);
+        }
         self.context
             .recorder
             .drain(&self.context.services.shared().samples);
@@ -255,39 +315,54 @@ impl ControlState {
         self.reap_ended_sessions();
     }
 
-    /// Keeps a checkpoint's files in the RAM directory for the next receiver.
-    fn keep_files(&self, checkpoint: &KeptCheckpoint) {
-        if checkpoint.image.keep_files() {
-            checkpoint.disks.keep_files();
-        } else {
-            return;
+    /// Keeps a checkpoint's files in the RAM directory for the next receiver, if it has any.
+    fn keep_files(&self, checkpoint: &KeptCheckpoint) -> bool {
+        let Some(directory) = &self.context.options.store.ram_dir else {
+            return false;
+        };
+        let (session, directory) = (checkpoint.guest.title(), directory.display());
+        let kept = checkpoint.image.keep_files();
+        match kept {
+            KeptFiles::Kept => {
+                checkpoint.disks.keep_files();
+                (self.context.events)(Event::Note(format!(
+                    "session {session}: its last checkpoint stays in {directory}; a receiver with this --ram-dir offers it \
+                     again"
+                )));
+            }
+            KeptFiles::Gone => self.warn(format!(
+                "session {session}: its last checkpoint is lost: its files were removed from {directory}"
+            )),
+            KeptFiles::NoCheckpoint => {}
         }
-        if let Some(directory) = &self.context.options.store.ram_dir {
-            let (session, directory) = (checkpoint.session, directory.display());
-            (self.context.events)(Event::Note(format!(
-                "session {session}: its last checkpoint stays in {directory}; a receiver with this --ram-dir offers it \
-                 again"
-            )));
-        }
+        kept == KeptFiles::Kept
     }
 
     /// Ends the receiver, when its sessions have ended.
     pub(super) async fn close(mut self) -> Result<Outcome, ReceiverError> {
         drop(self.context.disk_server.take());
+        self.stopping.begin();
         // Only then are checkpoints whole in their images.
         while self.background.join_next().await.is_some() {}
         let mut sessions = std::mem::take(&mut self.past);
         sessions.append(&mut self.session_statuses());
         sessions.sort_by_key(|session| session.session);
-        self.kept
-            .iter()
-            .for_each(|kept| self.keep_files(&kept.checkpoint));
+        // Those of sessions that did not end in time are whole as well: as after a kill, what is in slots is still to be copied.
+        let live = self.live.iter().filter_map(|live| live.session.checkpoint());
+        let kept = self.kept.iter().map(|kept| &kept.checkpoint).chain(live);
+        let kept = kept.filter(|checkpoint| self.keep_files(checkpoint));
+        let kept = kept.map(|checkpoint| checkpoint.session).collect();
         self.kept.clear();
         self.live.clear();
         let uptime = self.uptime();
         self.context.plane.stop();
         drop(self.context.workers);
-        let report = self.context.recorder.finish(uptime)?;
-        Ok(Outcome { sessions, report })
+        let (report, written) = self.context.recorder.finish(uptime);
+        Ok(Outcome {
+            sessions,
+            kept,
+            report,
+            written,
+        })
     }
 }
