@@ -29,6 +29,8 @@ pub(crate) enum Canary {
     EarlyFlushed,
     /// A commit writes the device state over that of the checkpoint before.
     OneDeviceState,
+    /// A device state that is written before its commit is not written.
+    UnwrittenState,
     /// A channel that has ended is not counted out.
     LostPart,
     /// A checkpoint request is answered while the flush is in progress.
@@ -61,8 +63,22 @@ pub(crate) enum Canary {
     EarlyCommitted,
     /// A guest that is handed over is acknowledged its last checkpoint.
     TwoGuests,
+    /// A request that the guard keeps is not answered when its time is over.
+    EndlessKeep,
+    /// The main channel, which keeps a request, is not woken when it may be answered.
+    SilentBegin,
     /// A guard lets go of frames when their line is drawn.
     EarlyRelease,
+    /// A budget gives more than it has.
+    Overdraft,
+    /// What a guest has of a budget is not given back.
+    LostLease,
+    /// A session whose memory cannot be made does not end.
+    SilentLack,
+    /// A session commits before it is known that no connection contradicts its channels.
+    EarlyAdmission,
+    /// What looks like the end of a device state is taken for it at once.
+    EarlyEnd,
 }
 
 #[cfg(test)]

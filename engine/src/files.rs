@@ -133,12 +133,6 @@ impl NewFile {
     pub fn rename(&self) -> io::Result<()> {
         fs::rename(&self.part, &self.path)
     }
-
-    /// One that was opened elsewhere.
-    #[cfg(test)]
-    pub(crate) fn of(path: PathBuf, part: PathBuf, file: File) -> Self {
-        Self { path, part, file }
-    }
 }
 
 /// Where a file is that is to be at `path`, until it is complete.

@@ -4,22 +4,27 @@
 //! pages there, and [`store`] commits them once [`session`] has seen the whole checkpoint. [`receiver`] joins them.
 
 pub mod blocks;
+pub mod budget;
 mod canary;
 mod disk;
 pub mod failover;
+mod failpoint;
 pub mod files;
 pub mod host;
-mod killpoint;
 pub mod link;
 pub mod metrics;
 pub mod nbd;
 pub mod net;
+mod opaque;
 pub mod rate_limit;
 pub mod receiver;
 pub mod ring;
+pub mod sandbox;
 pub mod session;
 pub mod store;
 mod sync;
 pub mod text;
+pub mod threads;
+pub mod tls;
 pub mod units;
 pub mod wire;

@@ -2,8 +2,12 @@
 
 use std::time::{Duration, Instant};
 
-/// How often the lines that were left out are counted up.
-const SUMMARY_EVERY: Duration = Duration::from_secs(10);
+/// How soon lines that were left out are counted up for the first time. While more are left out, each count comes twice as late as the
+/// one before: what goes on for days makes few lines.
+const SUMMARY_FIRST: Duration = Duration::from_secs(10);
+
+/// How often they are counted up at least.
+const SUMMARY_LAST: Duration = Duration::from_secs(3600);
 
 /// See the module.
 #[derive(Debug)]
@@ -15,6 +19,7 @@ pub struct RateLimit {
     earned_at: Instant,
     left_out: u64,
     left_out_since: Instant,
+    summary_every: Duration,
 }
 
 impl RateLimit {
@@ -27,6 +32,7 @@ impl RateLimit {
             earned_at: now,
             left_out: 0,
             left_out_since: now,
+            summary_every: SUMMARY_FIRST,
         }
     }
 
@@ -38,6 +44,10 @@ impl RateLimit {
             return true;
         }
         if self.left_out == 0 {
+            // After a pause that was long enough it begins anew.
+            if now.saturating_duration_since(self.left_out_since) > self.summary_every {
+                self.summary_every = SUMMARY_FIRST;
+            }
             self.left_out_since = now;
         }
         self.left_out += 1;
@@ -47,10 +57,18 @@ impl RateLimit {
     /// How many lines were left out, and in how long, if it is time to say so. To be called now and then.
     pub fn summary(&mut self, now: Instant) -> Option<(u64, Duration)> {
         let passed = now.saturating_duration_since(self.left_out_since);
-        if self.left_out == 0 || passed < SUMMARY_EVERY {
+        if self.left_out == 0 || passed < self.summary_every {
             return None;
         }
+        self.summary_every = (self.summary_every * 2).min(SUMMARY_LAST);
+        self.left_out_since = now;
         Some((std::mem::take(&mut self.left_out), passed))
+    }
+
+    /// Whether nothing is known that would be forgotten with it: it would admit all of its burst, and there is nothing to count up.
+    pub fn is_idle(&mut self, now: Instant) -> bool {
+        self.earn(now);
+        self.left == self.burst && self.left_out == 0
     }
 
     fn earn(&mut self, now: Instant) {
@@ -87,12 +105,39 @@ mod tests {
     fn what_was_left_out_is_counted_once() {
         let start = Instant::now();
         let mut limit = RateLimit::new(1, Duration::from_secs(100), start);
-        assert_eq!(limit.summary(start + SUMMARY_EVERY), None);
-        let flood = start + SUMMARY_EVERY;
+        assert_eq!(limit.summary(start + SUMMARY_FIRST), None);
+        let flood = start + SUMMARY_FIRST;
         let admitted = (0..1000).filter(|_| limit.admits(flood)).count();
         assert_eq!(admitted, 1);
         assert_eq!(limit.summary(flood), None, "not for each of them");
-        assert_eq!(limit.summary(flood + SUMMARY_EVERY), Some((999, SUMMARY_EVERY)));
-        assert_eq!(limit.summary(flood + SUMMARY_EVERY * 2), None);
+        assert_eq!(limit.summary(flood + SUMMARY_FIRST), Some((999, SUMMARY_FIRST)));
+        assert_eq!(limit.summary(flood + SUMMARY_FIRST * 2), None);
+    }
+
+    /// A check of another host's, every 5 seconds, for a week.
+    #[test]
+    fn what_never_ends_is_counted_up_ever_less_often() {
+        let start = Instant::now();
+        let mut limit = RateLimit::new(5, Duration::from_secs(600), start);
+        let (mut lines, mut left_out) = (0, 0);
+        let checks = 7 * 24 * 3600 / 5;
+        for check in 0..checks {
+            let now = start + Duration::from_secs(5) * check;
+            lines += u32::from(limit.admits(now));
+            if let Some((count, passed)) = limit.summary(now) {
+                assert!(passed <= SUMMARY_LAST + Duration::from_secs(5), "{passed:?}");
+                (lines, left_out) = (lines + 1, left_out + count);
+            }
+        }
+        // One in 10 minutes, and a count each hour.
+        assert!((1000..1300).contains(&lines), "{lines}");
+        assert!(left_out + 1300 > u64::from(checks), "{left_out}");
+        // After a pause the first count comes soon again.
+        let later = start + Duration::from_secs(8 * 24 * 3600);
+        limit.summary(later);
+        let again = later + SUMMARY_LAST * 2;
+        assert!((0..10).filter(|_| limit.admits(again)).count() == 5 && !limit.is_idle(again));
+        assert_eq!(limit.summary(again + SUMMARY_FIRST), Some((5, SUMMARY_FIRST)));
+        assert!(limit.is_idle(again + SUMMARY_LAST));
     }
 }

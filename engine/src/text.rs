@@ -7,6 +7,28 @@
 use serde::Serialize;
 use std::fmt::Write;
 
+/// Makes a type that is written as a text one in serde's formats, too: `#[serde(try_from = "String", into = "String")]` by its `FromStr` and
+/// `Display`.
+macro_rules! written_as_text {
+    ($type:ty, $error:ty) => {
+        impl TryFrom<String> for $type {
+            type Error = $error;
+
+            fn try_from(text: String) -> Result<Self, $error> {
+                text.parse()
+            }
+        }
+
+        impl From<$type> for String {
+            fn from(value: $type) -> Self {
+                value.to_string()
+            }
+        }
+    };
+}
+
+pub(crate) use written_as_text;
+
 /// Whether a character is a command to a terminal, or changes how the text around it is read: control characters (C0, DEL, C1), the
 /// separators that end a line, and the invisible ones that order text from right to left or join it.
 fn is_harmful(letter: char) -> bool {
@@ -97,9 +119,66 @@ fn escape_json(text: String) -> String {
     escaped
 }
 
+/// A number of bytes for people. Always in MiB, so that values of one line can be compared; a little is not nothing.
+pub fn mebibytes(bytes: u64) -> String {
+    const MIB: u64 = 1 << 20;
+    let tenths = (u128::from(bytes) * 10 + u128::from(MIB / 2)) / u128::from(MIB);
+    let tenths = tenths.max(u128::from(bytes > 0));
+    match tenths {
+        0..1000 if !tenths.is_multiple_of(10) => format!("{}.{} MiB", tenths / 10, tenths % 10),
+        _ => format!("{} MiB", (bytes / MIB) + u64::from(bytes % MIB >= MIB / 2)),
+    }
+}
+
+/// An age or another time of that many milliseconds for people: in seconds, from a minute on in the two largest units.
+pub fn seconds(ms: u64) -> String {
+    match ms {
+        0..60_000 => format!("{}.{} s", ms / 1000, ms % 1000 / 100),
+        _ => duration(ms / 1000),
+    }
+}
+
+/// Whole seconds for people, in the two largest units.
+pub fn duration(seconds: u64) -> String {
+    match (
+        seconds / 86_400,
+        seconds / 3600 % 24,
+        seconds / 60 % 60,
+        seconds % 60,
+    ) {
+        (0, 0, 0, seconds) => format!("{seconds} s"),
+        (0, 0, minutes, seconds) => format!("{minutes} min {seconds} s"),
+        (0, hours, minutes, _) => format!("{hours} h {minutes} min"),
+        (days, hours, ..) => format!("{days} d {hours} h"),
+    }
+}
+
 #[cfg(all(test, not(loom)))]
 mod tests {
     use super::*;
+
+    #[test]
+    fn sizes_and_times_have_one_unit() {
+        const MIB: u64 = 1 << 20;
+        for (bytes, shown) in [
+            (0, "0 MiB"),
+            (6, "0.1 MiB"),
+            (MIB - 1, "1 MiB"),
+            (MIB, "1 MiB"),
+            (102_007_808, "97.3 MiB"),
+            (537_665_536, "513 MiB"),
+            (12 << 30, "12288 MiB"),
+            (u64::MAX, "17592186044416 MiB"),
+        ] {
+            assert_eq!(mebibytes(bytes), shown, "{bytes}");
+        }
+        assert_eq!(seconds(12_345), "12.3 s");
+        assert_eq!(seconds(61_999), "1 min 1 s");
+        assert_eq!(
+            [59, 61, 3_700, 90_000].map(duration),
+            ["59 s", "1 min 1 s", "1 h 1 min", "1 d 1 h"]
+        );
+    }
 
     const HOSTILE: &str = "x\u{1b}]0;owned\u{7}\nsession 1 ended\r\u{7f}\u{9b}2J\u{202e}\u{2066}\u{e0041}é";
 

@@ -1,17 +1,18 @@
 //! Attaches a session to the cores that drive it: the main channel and every multifd channel as a connection, and the
 //! guest as a tenant of each core that may drive one of them.
 
-use super::live_session::{ChannelSocket, LiveSession};
+use super::live_session::{About, ChannelSocket, LiveSession, PrimaryId};
+use super::main_buffer::MainBuffer;
 use super::main_channel::MainChannel;
 use super::page_channel::{Cores, PageChannel};
 use super::services::Services;
 use super::tenant::{FlushPart, GuestTenant};
-use crate::net::Origin;
+use crate::budget::Lease;
 use crate::receiver::end::SessionEnd;
 use crate::ring::{Connection, ReceiveStyle, Tenant, Waker};
 use crate::session::SessionLimits;
+use crate::tls::{self, Encrypted};
 use crate::units::ChannelId;
-use crate::wire::stream::MAIN_MAGIC;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
@@ -33,7 +34,8 @@ pub(super) trait DrivingCores {
     /// The core of a driver.
     fn core(&self, driver: &Self::Driver) -> usize;
 
-    fn waker(&self, driver: &Self::Driver) -> Waker;
+    /// What wakes a driver for a guest.
+    fn waker(&self, driver: &Self::Driver, guest: u64) -> Waker;
 
     /// A guest is present at a driver from now on.
     ///
@@ -48,17 +50,22 @@ pub(super) trait DrivingCores {
     fn attach(&self, driver: &Self::Driver, connection: Box<dyn Connection>) -> io::Result<()>;
 }
 
+/// A socket, and what its connection receives with if it has TLS.
+pub(super) type NewConnection = (OwnedFd, Option<tls::Receiving>);
+
 /// A session whose connections are complete.
 pub(super) struct NewSession {
     pub(super) id: u32,
-    /// Where its main channel comes from.
-    pub(super) peer: String,
-    pub(super) origin: Origin,
+    pub(super) primary: PrimaryId,
     pub(super) is_tcp: bool,
-    /// The main channel, of which the magic was read.
-    pub(super) main: OwnedFd,
+    /// The main channel, of which the magic was read, and what it receives with if it has TLS.
+    pub(super) main: NewConnection,
+    /// Begins with the magic.
+    pub(super) main_buffer: MainBuffer,
+    /// What the session has of the memory budget beside its guest's memory.
+    pub(super) lease: Lease,
     /// The multifd channels after their init packets, in the order of their ids.
-    pub(super) channels: Vec<OwnedFd>,
+    pub(super) channels: Vec<NewConnection>,
     pub(super) limits: SessionLimits,
     pub(super) style: ReceiveStyle,
     /// The core that drives the main channel.
@@ -81,14 +88,25 @@ pub(super) fn attach<D: DrivingCores>(
     let helpers: Vec<_> = (1..cores.driving_cores())
         .map(|n| cores.driver(home_core + n, 0))
         .collect();
-    let socket = |socket, driver| ChannelSocket::new(socket, cores.waker(driver));
-    let main = socket(new.main, &main_driver);
-    let channels = new.channels.into_iter().zip(&drivers);
+    let waker = |driver| cores.waker(driver, u64::from(new.id));
+    let (main, main_tls) = new.main;
+    let main = ChannelSocket::new(
+        main,
+        main_tls.as_ref().map(|tls| tls.outgoing().clone()),
+        waker(&main_driver),
+    );
+    let (channels, channels_tls): (Vec<_>, Vec<_>) = new.channels.into_iter().unzip();
+    let channels = channels.into_iter().zip(&drivers);
     let channels = channels
-        .map(|(channel, driver)| socket(channel, driver))
+        .map(|(channel, driver)| ChannelSocket::new(channel, None, waker(driver)))
         .collect();
-    let wakers = helpers.iter().map(|driver| cores.waker(driver)).collect();
-    let session = LiveSession::new(new.id, new.peer, new.origin, services, main, channels, wakers);
+    let wakers = helpers.iter().map(waker).collect();
+    let about = About {
+        id: new.id,
+        primary: new.primary,
+        lease: new.lease,
+    };
+    let session = LiveSession::new(about, services, main, channels, wakers);
     let parts = Parts {
         session: &session,
         cores,
@@ -98,9 +116,9 @@ pub(super) fn attach<D: DrivingCores>(
     for driver in &helpers {
         parts.admit(driver, FlushPart::Help);
     }
-    parts.attach_main(&main_driver, new.limits, new.is_tcp);
-    for (driver, channel) in drivers.iter().zip(0..new.limits.channels) {
-        parts.attach_channel(driver, ChannelId(channel));
+    parts.attach_main(&main_driver, new.limits, (new.is_tcp, main_tls), new.main_buffer);
+    for ((driver, channel), tls) in drivers.iter().zip(0..new.limits.channels).zip(channels_tls) {
+        parts.attach_channel(driver, ChannelId(channel), tls);
     }
     session
 }
@@ -119,19 +137,38 @@ impl<D: DrivingCores> Parts<'_, D> {
         self.finish_if_err(self.cores.admit(driver, tenant));
     }
 
-    fn attach_main(&self, driver: &D::Driver, limits: SessionLimits, is_tcp: bool) {
+    fn attach_main(
+        &self,
+        driver: &D::Driver,
+        limits: SessionLimits,
+        (is_tcp, tls): (bool, Option<tls::Receiving>),
+        buffer: MainBuffer,
+    ) {
         let main = MainChannel::new(
             self.session.clone(),
             limits,
             self.shard(driver, 0),
             self.style,
             is_tcp,
-            &MAIN_MAGIC,
+            buffer,
         );
-        self.finish_if_err(self.cores.attach(driver, Box::new(main)));
+        self.attach(driver, main, tls);
     }
 
-    fn attach_channel(&self, driver: &D::Driver, id: ChannelId) {
+    fn attach<C: Connection + 'static>(
+        &self,
+        driver: &D::Driver,
+        connection: C,
+        tls: Option<tls::Receiving>,
+    ) {
+        let connection: Box<dyn Connection> = match tls {
+            None => Box::new(connection),
+            Some(tls) => Box::new(Encrypted::new(connection, tls)),
+        };
+        self.finish_if_err(self.cores.attach(driver, connection));
+    }
+
+    fn attach_channel(&self, driver: &D::Driver, id: ChannelId, tls: Option<tls::Receiving>) {
         let number = usize::from(id.0);
         let home = self.cores.core(driver);
         let offload = (home + number) % self.cores.cores();
@@ -142,7 +179,7 @@ impl<D: DrivingCores> Parts<'_, D> {
             self.style,
             Cores { home, offload },
         );
-        self.finish_if_err(self.cores.attach(driver, Box::new(channel)));
+        self.attach(driver, channel, tls);
     }
 
     /// A shard for every thread that receives: a core's, or a connection's own.

@@ -5,11 +5,12 @@
 //! one for each kind of work, so that a failover does not wait for a dump.
 
 use super::services::Work;
+use crate::sandbox::ThreadKind;
+use crate::threads::Threads;
 use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::mpsc::{Sender, channel};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::thread::Builder;
 use tokio::sync::oneshot;
 
 /// What work is for.
@@ -31,8 +32,8 @@ pub(super) struct Background {
     restore: Sender<Work>,
     dump: Sender<Work>,
     release: Sender<Work>,
-    /// Whether work may have a thread of its own.
-    starts_threads: bool,
+    /// Starts threads for work; none where it may have none of its own.
+    threads: Option<Threads>,
 }
 
 impl Background {
@@ -40,12 +41,12 @@ impl Background {
     ///
     /// # Errors
     /// If they cannot be started.
-    pub(super) fn start() -> io::Result<Self> {
+    pub(super) fn start(threads: &Threads) -> io::Result<Self> {
         Ok(Self {
-            restore: worker("colo-restore")?,
-            dump: worker("colo-dump")?,
-            release: worker("colo-release")?,
-            starts_threads: true,
+            restore: worker("colo-restore", threads)?,
+            dump: worker("colo-dump", threads)?,
+            release: worker("colo-release", threads)?,
+            threads: Some(threads.clone()),
         })
     }
 
@@ -71,14 +72,14 @@ impl Background {
 
     /// Does the work on a thread of its own, or returns it.
     fn start_thread(&self, work: Work) -> Option<Work> {
-        if !self.starts_threads {
+        let Some(threads) = &self.threads else {
             return Some(work);
-        }
+        };
         // A closure that no thread was started for is dropped.
         let shared = Arc::new(Mutex::new(Some(work)));
         let of_thread = shared.clone();
         let take = |work: &Mutex<Option<Work>>| work.lock().unwrap_or_else(PoisonError::into_inner).take();
-        let thread = Builder::new().name("colo-background".into()).spawn(move || {
+        let thread = threads.start(ThreadKind::Background, "colo-background", move || {
             if let Some(work) = take(&of_thread) {
                 work();
             }
@@ -87,9 +88,9 @@ impl Background {
     }
 }
 
-fn worker(name: &str) -> io::Result<Sender<Work>> {
+fn worker(name: &str, threads: &Threads) -> io::Result<Sender<Work>> {
     let (sender, work) = channel::<Work>();
-    Builder::new().name(name.into()).spawn(move || {
+    threads.start(ThreadKind::Background, name, move || {
         for piece in work {
             // The panic hook has reported it, and the next piece is another session's.
             let _ = catch_unwind(AssertUnwindSafe(piece));
@@ -107,8 +108,8 @@ mod tests {
     #[test]
     fn without_threads_the_kinds_do_not_wait_for_each_other() {
         let background = Background {
-            starts_threads: false,
-            ..Background::start().unwrap()
+            threads: None,
+            ..Background::start(&Threads::free()).unwrap()
         };
         let (end_dump, dump_ends) = mpsc::channel::<()>();
         let (tell, told) = mpsc::channel();

@@ -6,9 +6,11 @@ use super::live_session::LiveSession;
 use super::main_buffer::MainBuffer;
 use super::pool_policy::PoolPolicy;
 use super::session_codec::encode;
+use super::timeline::Measured;
 use crate::metrics::CheckpointSample;
 use crate::session::{Page, PageContent, Session};
-use crate::store::{Store, StoreError};
+use crate::store::{FlightRecord, Store, StoreError};
+use crate::text::mebibytes;
 use crate::units::{CheckpointId, PAGE_SIZE};
 use crate::wire::{WireError, xbzrle};
 use std::sync::Arc;
@@ -18,8 +20,8 @@ use std::sync::atomic::Ordering;
 pub(super) struct Checkpoints {
     session: Arc<LiveSession>,
     store: Arc<Store>,
-    /// The last checkpoint's, until its flush has finished.
-    sample: Option<CheckpointSample>,
+    /// Of the last checkpoint, until its flush has finished.
+    measured: Option<Measured>,
     pool: PoolPolicy,
 }
 
@@ -46,7 +48,7 @@ impl Checkpoints {
         Self {
             session,
             store,
-            sample: None,
+            measured: None,
             pool: PoolPolicy::default(),
         }
     }
@@ -79,6 +81,33 @@ impl Checkpoints {
         Ok(())
     }
 
+    /// Has another thread write the device state of the next checkpoint to its file, if that takes longer than other guests should
+    /// wait for. False if there is nothing to wait for; else the main channel is woken for
+    /// [`LiveSession::written_device_state`].
+    pub(super) fn write_apart(&self, checkpoint: CheckpointId, protocol: &mut Session) -> bool {
+        let session = &self.session;
+        let is_small = protocol.device_state().len() <= session.services.shared().inline_state_bytes;
+        if is_small || !self.store.outlives_process() {
+            return false;
+        }
+        let store = self.store.clone();
+        let write = move |device_state: &[u8]| store.write_device_state(checkpoint, device_state);
+        let device_state = std::mem::take(protocol.device_state());
+        let bytes = device_state.len();
+        match session.write_apart(device_state, write) {
+            Ok(()) => true,
+            Err(device_state) => {
+                *protocol.device_state() = device_state;
+                session.warn(format!(
+                    "there is no thread to write {} of device state: the receiving core does it, and \
+                     other guests wait",
+                    mebibytes(bytes as u64)
+                ));
+                false
+            }
+        }
+    }
+
     /// Commits what the session has received.
     ///
     /// # Errors
@@ -98,14 +127,13 @@ impl Checkpoints {
         {
             let disks = session.disks().map_or_else(Vec::new, |disks| disks.stored());
             self.store
-                .record_session(|| encode(&session.peer, description, &disks));
+                .record_session(|| encode(&session.guest.stored(), description, &disks));
         }
         if checkpoint == CheckpointId(0) {
             let unseen = self.store.unseen_pages();
             if unseen > 0 {
-                session.services.warn(format!(
-                    "session {}: {unseen} pages were never sent in precopy; they are taken as zero",
-                    session.id
+                session.warn(format!(
+                    "{unseen} pages were never sent in precopy; they are taken as zero"
                 ));
             }
             self.store.begin_colo();
@@ -134,18 +162,25 @@ impl Checkpoints {
     }
 
     /// A checkpoint is acknowledged, and the primary's guest runs again: work that was deferred begins now. `measure`
-    /// makes the sample of the checkpoint that it is given.
-    pub(super) fn acknowledged(&mut self, measure: impl FnOnce(CheckpointId) -> CheckpointSample) {
+    /// says what is known of the checkpoint that it is given.
+    pub(super) fn acknowledged(&mut self, measure: impl FnOnce(CheckpointId) -> Measured) {
         let checkpoint = self.store.committed().checkpoint().unwrap_or(CheckpointId(0));
-        self.sample = Some(measure(checkpoint));
+        let measured = measure(checkpoint);
+        // Now, so that it is there if this process is killed, and once more when its flush has finished.
+        self.write_record(&measured.record);
+        self.measured = Some(measured);
         if let Some(disks) = self.session.disks() {
             disks.acknowledged();
         }
         self.is_flushed();
         if let Some(error) = self.store.take_failure() {
-            self.session.services.warn(format!(
-                "session {}: checkpoints from {checkpoint} on are lost when this receiver ends: {error}",
-                self.session.id
+            self.session.warn(format!(
+                "checkpoints from {checkpoint} on are lost when this receiver ends: {error}"
+            ));
+        }
+        if let Some(error) = self.store.take_unknown_room() {
+            self.session.warn(format!(
+                "it is not known what room the RAM directory has, so it may be filled up: {error}"
             ));
         }
         self.pool.after_checkpoint(&self.session, &self.store);
@@ -169,16 +204,24 @@ impl Checkpoints {
 
     /// Delivers the last checkpoint's sample if its flush has finished.
     pub(super) fn deliver_if_flushed(&mut self) {
-        if self.sample.is_some() {
+        if self.measured.is_some() {
             self.is_flushed();
         }
     }
 
     fn deliver_sample(&mut self) {
-        if let Some(sample) = self.sample.take() {
+        if let Some(Measured { sample, record }) = self.measured.take() {
             let flush = self.store.flush_time();
+            let flush_ns = u64::try_from(flush.as_nanos()).unwrap_or(u64::MAX);
+            self.write_record(&FlightRecord { flush_ns, ..record });
             let samples = &self.session.services.shared().samples;
             samples.push(CheckpointSample { flush, ..sample });
+        }
+    }
+
+    fn write_record(&self, record: &FlightRecord) {
+        if let Ok(flight) = self.store.committed().flight() {
+            flight.write(record);
         }
     }
 }

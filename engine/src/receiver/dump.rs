@@ -1,33 +1,33 @@
-//! Writing a session's last committed checkpoint to files.
-//!
-//! `checkpoint.json` names the others: a file for every RAM block, the device state, what is constant for the
-//! session (spec §15): the stream's header with its configuration, and the vmdesc; and once the session has ended, a copy of each
-//! of the guest's disks.
+//! Writing a session's last committed checkpoint to files that a client has opened (`dump_files.rs`). The receiver itself opens none.
 
 use super::kept_checkpoint::KeptCheckpoint;
+use super::status::GuestBlock;
 use crate::disk::{DiskError, copy_base};
-use crate::files::{self, Readers};
-use crate::store::{RESERVED_FILES, StoreError};
-use crate::text;
-use crate::units::CheckpointId;
+use crate::store::{DumpTargets, StoreError};
+use crate::units::{CheckpointId, PAGE_BYTES};
 use serde::{Deserialize, Serialize};
-use std::path::{Path, PathBuf};
+use std::fs::File;
+use std::io::{self, Write};
+use std::os::fd::OwnedFd;
 use thiserror::Error;
 
-/// Name of the schema of `checkpoint.json`.
-pub const DUMP_SCHEMA: &str = "colo-ring.checkpoint";
-
-/// Its version.
-pub const DUMP_VERSION: u32 = 1;
-
-/// What was written; the content of `checkpoint.json`.
+/// What a dump of a session consists of: a client makes a file for each.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Dumped {
-    /// Always [`DUMP_SCHEMA`].
-    pub schema: String,
-    /// See [`DUMP_VERSION`].
-    pub schema_version: u32,
+pub struct DumpContents {
     /// The session's number.
+    #[serde(rename = "contents")]
+    pub session: u32,
+    /// The RAM blocks, in the primary's order.
+    pub blocks: Vec<GuestBlock>,
+    /// The names of the guest's disks; none while the session is live.
+    pub disks: Vec<String>,
+}
+
+/// What was written.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DumpedCheckpoint {
+    /// The session's number.
+    #[serde(rename = "dumped")]
     pub session: u32,
     /// The checkpoint's number; 0 is the state at the end of precopy.
     pub checkpoint: u64,
@@ -37,202 +37,210 @@ pub struct Dumped {
     pub page_size: u64,
     /// Id of the RAM section in the primary's stream.
     pub ram_section: u32,
-    /// The RAM blocks, in the primary's order.
-    pub blocks: Vec<DumpedBlock>,
-    /// File of the device state, which ends with its EOF byte.
-    pub device_state_file: String,
-    /// File of the stream's header and configuration, verbatim.
-    pub header_file: String,
-    /// File of the vmdesc.
-    pub vmdesc_file: String,
-    /// The guest's disks at the checkpoint.
-    #[serde(default)]
-    pub disks: Vec<DumpedDisk>,
-    /// Which disks of the guest are not among them, and why; none if all are.
-    #[serde(default)]
+    /// The disks that were copied.
+    pub disks: Vec<CopiedDisk>,
+    /// Which disks of the guest were not copied, and why; none if all were.
     pub disks_left_out: Option<String>,
 }
 
-/// One RAM block's file.
+/// A disk that was copied.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct DumpedBlock {
-    /// The block's name.
-    pub name: String,
-    /// Its length in bytes, and the file's.
-    pub used_length: u64,
-    /// The file, in the same directory.
-    pub file: String,
-}
-
-/// One disk's file.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct DumpedDisk {
+pub struct CopiedDisk {
     /// Its export's name.
     pub name: String,
     /// Its length in bytes, and the file's.
     pub size_bytes: u64,
-    /// The file, below the same directory: raw.
-    pub file: String,
 }
-
-/// What becomes of the guest's disks.
-enum DumpDisks {
-    /// The session has ended, so they stay at its checkpoint.
-    Copied,
-    /// For this reason.
-    LeftOut(&'static str),
-}
-
-const INDEX_FILE: &str = RESERVED_FILES[0];
-const HEADER_FILE: &str = RESERVED_FILES[1];
-const VMDESC_FILE: &str = RESERVED_FILES[2];
-/// With the names that they have in a receiver's own directory of disks.
-const DISKS_DIRECTORY: &str = RESERVED_FILES[3];
 
 /// Why a checkpoint was not dumped.
 #[derive(Debug, Error)]
 pub enum DumpError {
-    /// A relative path means nothing to the receiver.
-    #[error("{} is not an absolute path", .0.display())]
-    RelativePath(PathBuf),
-    /// A file of the dump was not written.
-    #[error("writing to {}: {source}", directory.display())]
-    File {
-        /// The dump's directory.
-        directory: PathBuf,
-        /// The error of the system.
-        source: std::io::Error,
+    /// Other files than the request needs.
+    #[error(
+        "a dump of this session needs {needed} open files with the request (of each ram block, the device state, the header, the \
+         vmdesc, and each disk that is named), and {came} came"
+    )]
+    Files {
+        /// Files that it needs.
+        needed: usize,
+        /// Files that came.
+        came: usize,
     },
+    /// A pipe, for example: a reader that does not read would hold the thread, and the end of the receiver.
+    #[error("the dump of {0} goes to a regular file, and something else was opened")]
+    NotRegular(String),
+    /// A file of the dump was not written.
+    #[error("the dump of {what}: {source}")]
+    File {
+        /// What was to be written.
+        what: String,
+        /// The error of the system.
+        source: io::Error,
+    },
+    /// A guest may have changed the image while it was read.
+    #[error(
+        "a failover gave the guest's memory itself to a QEMU while it was dumped, so the dump may be of no checkpoint; `colo-ring failover \
+         --keep` copies the checkpoint before"
+    )]
+    Shared,
     /// The image was not written.
     #[error(transparent)]
     Image(#[from] StoreError),
     /// A disk is not at the checkpoint.
     #[error(transparent)]
     Disk(#[from] DiskError),
-    /// The index was not encoded.
-    #[error(transparent)]
-    Index(#[from] serde_json::Error),
 }
 
-/// Writes the last committed checkpoint, but for the guest's disks, into `directory`. Blocks as long as the disk takes; its session goes
-/// on meanwhile.
-///
-/// # Errors
-/// See [`DumpError`]. Some files may then exist, but no `checkpoint.json`.
-pub(super) fn dump(checkpoint: &KeptCheckpoint, directory: &Path) -> Result<Dumped, DumpError> {
-    const LIVE: &str = "they change as long as the session is live; a dump has them once it has ended (`colo-ring unprotect` \
-                        ends it on the primary's host)";
-    write(checkpoint, directory, DumpDisks::LeftOut(LIVE))
+impl DumpError {
+    fn file(what: &str) -> impl Fn(io::Error) -> Self {
+        move |source| Self::File {
+            what: what.to_owned(),
+            source,
+        }
+    }
 }
 
-/// The same with the guest's disks, unless they are not wanted. The session has ended.
+/// The files of a dump, as they come with the request.
+struct DumpFiles {
+    blocks: Vec<File>,
+    device_state: File,
+    header: File,
+    vmdesc: File,
+    /// Of the disks that are wanted.
+    disks: Vec<(String, File)>,
+}
+
+/// How many files beside those of blocks and disks.
+const OTHER_FILES: usize = 3;
+
+impl DumpFiles {
+    fn of(files: Vec<OwnedFd>, blocks: usize, disks: Vec<String>) -> Result<Self, DumpError> {
+        let (needed, came) = (blocks + OTHER_FILES + disks.len(), files.len());
+        let mut files = files.into_iter().map(File::from);
+        let blocks: Vec<File> = files.by_ref().take(blocks).collect();
+        match (came == needed, files.next(), files.next(), files.next()) {
+            (true, Some(device_state), Some(header), Some(vmdesc)) => Ok(Self {
+                blocks,
+                device_state: regular(device_state, DEVICE_STATE)?,
+                header: regular(header, HEADER)?,
+                vmdesc: regular(vmdesc, VMDESC)?,
+                disks: disks.into_iter().zip(files).collect(),
+            }),
+            _ => Err(DumpError::Files { needed, came }),
+        }
+    }
+}
+
+/// What they are called in messages.
+const DEVICE_STATE: &str = "the device state";
+const HEADER: &str = "the stream's header";
+const VMDESC: &str = "the vmdesc";
+
+/// The file, if it is one. Those of blocks and disks get a length, which nothing else has.
+fn regular(file: File, what: &str) -> Result<File, DumpError> {
+    let about = file.metadata().map_err(DumpError::file(what))?;
+    match about.is_file() {
+        true => Ok(file),
+        false => Err(DumpError::NotRegular(what.to_owned())),
+    }
+}
+
+/// Whether the guest's disks can be copied: while the session is live, they change.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum DumpDisks {
+    Copied,
+    Live,
+}
+
+/// What [`dump`] would write now.
+pub(super) fn contents(checkpoint: &KeptCheckpoint, disks: DumpDisks) -> DumpContents {
+    let all = checkpoint.disks.all().iter();
+    let is_copied = disks == DumpDisks::Copied && checkpoint.promotion().is_here();
+    DumpContents {
+        session: checkpoint.session,
+        blocks: GuestBlock::all(&checkpoint.image),
+        disks: all
+            .filter(|_| is_copied)
+            .map(|disk| disk.name().to_owned())
+            .collect(),
+    }
+}
+
+/// Writes the last committed checkpoint, with those `wanted` of the guest's disks that can be copied. Blocks as long as the disk takes; a live
+/// session goes on meanwhile.
 ///
 /// # Errors
-/// Those of [`dump`].
-pub(super) fn dump_ended(
+/// See [`DumpError`]. Something may have been written then.
+pub(super) fn dump(
     checkpoint: &KeptCheckpoint,
-    directory: &Path,
-    without_disks: bool,
-) -> Result<Dumped, DumpError> {
-    let disks = match without_disks {
-        true => DumpDisks::LeftOut("they were not asked for"),
-        false => DumpDisks::Copied,
-    };
-    write(checkpoint, directory, disks)
-}
-
-fn write(checkpoint: &KeptCheckpoint, directory: &Path, disks: DumpDisks) -> Result<Dumped, DumpError> {
-    if !directory.is_absolute() {
-        return Err(DumpError::RelativePath(directory.to_owned()));
-    }
+    files: Vec<OwnedFd>,
+    wanted: Vec<String>,
+    disks: DumpDisks,
+) -> Result<DumpedCheckpoint, DumpError> {
     let description = &checkpoint.description;
-    let index = directory.join(INDEX_FILE);
-    let failed = |source| DumpError::File {
-        directory: directory.to_owned(),
-        source,
-    };
-    match std::fs::remove_file(&index) {
-        Err(error) if error.kind() != std::io::ErrorKind::NotFound => return Err(failed(error)),
-        _ => {}
+    let files = DumpFiles::of(files, description.blocks.iter().len(), wanted)?;
+    let times_shared = checkpoint.times_shared();
+    let report = checkpoint.image.dump(&DumpTargets {
+        blocks: files.blocks.iter().collect(),
+        device_state: &files.device_state,
+    })?;
+    if checkpoint.times_shared() != times_shared {
+        return Err(DumpError::Shared);
     }
-    let report = checkpoint.image.dump(directory)?;
-    let write = |name: &str, content: &[u8]| {
-        files::write(&directory.join(name), content, Readers::Owner).map_err(failed)
-    };
-    write(HEADER_FILE, &description.header)?;
-    write(VMDESC_FILE, &description.vmdesc)?;
-    let name = |path: &Path| {
-        path.file_name()
-            .unwrap_or_default()
-            .to_string_lossy()
-            .into_owned()
-    };
-    let blocks = report.blocks.iter().map(|block| DumpedBlock {
-        name: text::from_bytes(&block.name),
-        used_length: block.bytes,
-        file: name(&block.file),
-    });
-    let (disks, disks_left_out) = dump_disks(checkpoint, report.checkpoint, directory, disks)?;
-    let dumped = Dumped {
-        schema: DUMP_SCHEMA.into(),
-        schema_version: DUMP_VERSION,
+    let write =
+        |mut file: &File, what: &str, content: &[u8]| file.write_all(content).map_err(DumpError::file(what));
+    write(&files.header, HEADER, &description.header)?;
+    write(&files.vmdesc, VMDESC, &description.vmdesc)?;
+    let (disks, disks_left_out) = dump_disks(checkpoint, report.checkpoint, &files.disks, disks)?;
+    Ok(DumpedCheckpoint {
         session: checkpoint.session,
         checkpoint: report.checkpoint.0,
         machine: description.machine_type.clone(),
-        page_size: crate::units::PAGE_BYTES,
+        page_size: PAGE_BYTES,
         ram_section: description.ram_section,
-        blocks: blocks.collect(),
-        device_state_file: name(&report.device_state),
-        header_file: HEADER_FILE.into(),
-        vmdesc_file: VMDESC_FILE.into(),
         disks,
         disks_left_out,
-    };
-    let index = text::json(&dumped)? + "\n";
-    write(INDEX_FILE, index.as_bytes())?;
-    Ok(dumped)
+    })
 }
 
 /// Copies the disks, which are at checkpoint `number`, unless there is a reason not to. Returns the copies, and what was left out.
 fn dump_disks(
     checkpoint: &KeptCheckpoint,
     number: CheckpointId,
-    directory: &Path,
+    wanted: &[(String, File)],
     disks: DumpDisks,
-) -> Result<(Vec<DumpedDisk>, Option<String>), DumpError> {
+) -> Result<(Vec<CopiedDisk>, Option<String>), DumpError> {
+    const LIVE: &str = "they change as long as the session is live; a dump has them once it has ended (`colo-ring unprotect` \
+                        ends it on the primary's host)";
+    const NOT_WANTED: &str = "they were not asked for";
     const FAILED_OVER: &str = "a guest may have written to them since a failover of the session";
     let all = checkpoint.disks.all();
     let left_out = |why: &str| {
         let names: Vec<_> = all.iter().map(|disk| disk.name()).collect();
         Ok((Vec::new(), Some(format!("{}: {why}", names.join(", ")))))
     };
+    let is_wanted = |disk: &str| wanted.iter().any(|(name, _)| name == disk);
     match disks {
         _ if all.is_empty() => return Ok((Vec::new(), None)),
-        DumpDisks::LeftOut(why) => return left_out(why),
+        DumpDisks::Live => return left_out(LIVE),
         DumpDisks::Copied if !checkpoint.promotion().is_here() => return left_out(FAILED_OVER),
+        DumpDisks::Copied if !all.iter().all(|disk| is_wanted(disk.name())) => return left_out(NOT_WANTED),
         DumpDisks::Copied => {}
     }
-    let failed = |source| DumpError::File {
-        directory: directory.join(DISKS_DIRECTORY),
-        source,
-    };
-    files::directory(&directory.join(DISKS_DIRECTORY)).map_err(failed)?;
-    let mut dumped = Vec::new();
-    for disk in checkpoint.disks.restored(number)? {
-        let file = format!("{DISKS_DIRECTORY}/{}.raw", disk.name);
-        copy_base(&disk.path, &directory.join(&file)).map_err(failed)?;
-        dumped.push(DumpedDisk {
-            name: disk.name,
-            size_bytes: disk.size_bytes,
-            file,
-        });
+    checkpoint.disks.restored(number)?;
+    let mut copied = Vec::new();
+    for disk in all {
+        for (name, file) in wanted.iter().filter(|(name, _)| name == disk.name()) {
+            copy_base(disk.base(), file).map_err(DumpError::file(name))?;
+            copied.push(CopiedDisk {
+                name: name.clone(),
+                size_bytes: disk.base().size(),
+            });
+        }
     }
     // A claim comes before everything by which a guest can get them.
-    if checkpoint.promotion().is_here() {
-        return Ok((dumped, None));
+    match checkpoint.promotion().is_here() {
+        true => Ok((copied, None)),
+        false => left_out(FAILED_OVER),
     }
-    for disk in &dumped {
-        std::fs::remove_file(directory.join(&disk.file)).map_err(failed)?;
-    }
-    left_out(FAILED_OVER)
 }

@@ -1,7 +1,7 @@
 //! How a session ended.
 
-use super::budget::BudgetError;
 use super::guest_memory::MemoryError;
+use crate::budget::BudgetError;
 use crate::disk::DiskError;
 use crate::session::{self, Ending, GateClosed, SessionError};
 use crate::store::StoreError;
@@ -45,6 +45,27 @@ pub enum SessionEnd {
         /// The channel.
         channel: ChannelId,
     },
+    /// A multifd channel connected that does not fit the session's own, before its first checkpoint.
+    #[error(
+        "another multifd channel of its guest connected ({channel}), so it is not known which of them have the guest's pages: \
+         make --channels and the primary's multifd-channels equal, and let only the primary connect to this port"
+    )]
+    Contradicted {
+        /// What it says that it is.
+        channel: ChannelId,
+    },
+    /// The main channel and the multifd channels name different guests.
+    #[error("its main channel has another UUID than its multifd channels: they are of two guests")]
+    ForeignChannels,
+    /// What was taken for the end of the initial device state was none.
+    #[error(
+        "main channel, byte {position}: the device state goes on behind what looked like its end, so that the first checkpoint is not \
+         whole and is not kept. A guest can bring that about; protect it again"
+    )]
+    FalseEnd {
+        /// Where the rest of it begins.
+        position: u64,
+    },
     /// The device state has no vmdesc, so its end cannot be known (spec §11.3).
     #[error("main channel: {0}")]
     Suppressed(WireError),
@@ -54,6 +75,11 @@ pub enum SessionEnd {
     /// Its first copy stands still.
     #[error("in its first copy the primary sent nothing for {0:?} (--precopy-timeout)")]
     NoProgress(std::time::Duration),
+    /// Its first copy stands still, and its memory is needed.
+    #[error(
+        "in its first copy the primary sent next to nothing for {0:?}, and there was no memory for another guest"
+    )]
+    MadeRoom(std::time::Duration),
     /// The primary does not read messages to it.
     #[error("the primary does not read its answers: {0}")]
     Answer(std::io::Error),
@@ -115,6 +141,22 @@ impl SessionEnd {
                 | Self::Stopped
                 | Self::Recovered
         )
+    }
+
+    /// What the limit over all guests left too little of for it, if it would have that if others made room. Nothing is gained by that
+    /// for one that announces more than there can be.
+    pub(super) fn lack(&self) -> Option<&BudgetError> {
+        match self {
+            Self::NoMemory(MemoryError::Budget(lack) | MemoryError::Store(StoreError::Budget(lack))) => {
+                Some(lack).filter(|lack| lack.could_fit())
+            }
+            _ => None,
+        }
+    }
+
+    /// Whether what was committed is not a checkpoint.
+    pub(super) fn spoils_checkpoint(&self) -> bool {
+        matches!(self, Self::FalseEnd { .. })
     }
 
     /// Whether this receiver may hold the only copy of the guest (spec §5).

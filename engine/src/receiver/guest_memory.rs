@@ -1,7 +1,8 @@
 //! A guest's memory and its share of the receiver's limits.
 
-use super::budget::{Budget, BudgetError, Lease};
+use crate::budget::{Budget, BudgetError, Lease};
 use crate::store::{Store, StoreError};
+use crate::tls;
 use std::sync::Arc;
 use thiserror::Error;
 
@@ -33,57 +34,72 @@ pub(super) struct GuestMemory {
     pub(super) fallbacks: Vec<String>,
 }
 
+/// What a session takes beside its guest's memory: the buffer of its main channel, its list of RAM blocks, what a status has of it.
+const SESSION_BYTES: u64 = 1 << 20;
+
+/// What each of its connections takes: plans of receives, lists of the pages of packets.
+const CONNECTION_BYTES: u64 = 32 << 10;
+
+/// What a session with so many multifd channels takes until it is over.
+pub(super) fn session_bytes(channels: u8, has_tls: bool) -> u64 {
+    let connection_bytes = match has_tls {
+        true => CONNECTION_BYTES + tls::CONNECTION_BYTES,
+        false => CONNECTION_BYTES,
+    };
+    SESSION_BYTES + (u64::from(channels) + 1) * connection_bytes
+}
+
 /// The limits over all guests.
 #[derive(Clone)]
 pub(super) struct Budgets {
-    pub(super) ram: Arc<Budget>,
-    pub(super) device_states: Arc<Budget>,
+    pub(super) memory: Arc<Budget>,
     pub(super) mappings: Arc<Budget>,
 }
 
-/// What a guest needs of the limits.
-#[derive(Clone, Copy, Debug, Default)]
-pub(super) struct GuestNeeds {
-    pub(super) ram_bytes: u64,
-    pub(super) device_state_bytes: u64,
-    pub(super) mappings: u64,
-}
-
-/// A guest's parts of the limits, held as long as its session or its checkpoint exists.
+/// A guest's parts of the limits, beside what its store has of them: held as long as its session or its checkpoint exists.
 pub(super) struct MemoryLeases {
-    ram: Lease,
     device_state: Lease,
-    _mappings: Lease,
+    mappings: Lease,
 }
 
 impl Budgets {
-    /// Takes a guest's parts.
+    /// Each of them.
+    #[cfg(test)]
+    pub(super) fn all(&self) -> [&Arc<Budget>; 2] {
+        [&self.memory, &self.mappings]
+    }
+
+    /// Takes the parts of a guest with so many memory mappings.
     ///
     /// # Errors
-    /// If one of the limits does not allow it.
-    pub(super) fn take(&self, needs: GuestNeeds) -> Result<Arc<MemoryLeases>, BudgetError> {
+    /// If that limit does not allow it.
+    pub(super) fn take(&self, mappings: u64) -> Result<Arc<MemoryLeases>, BudgetError> {
         Ok(Arc::new(MemoryLeases {
-            ram: self.ram.take(needs.ram_bytes)?,
-            device_state: self.device_states.take(needs.device_state_bytes)?,
-            _mappings: self.mappings.take(needs.mappings)?,
+            device_state: self.memory.take(0)?,
+            mappings: self.mappings.take(mappings)?,
         }))
     }
 }
 
 impl MemoryLeases {
-    /// Takes `bytes` of the RAM's budget for something that ends with the session.
-    ///
-    /// # Errors
-    /// If the limit does not allow it.
-    pub(super) fn beside_ram(&self, bytes: u64) -> Result<Lease, BudgetError> {
-        self.ram.beside(bytes)
+    /// Memory mappings that it has a right to.
+    pub(super) fn mappings(&self) -> u64 {
+        self.mappings.held()
     }
 
-    /// Takes more for the device state.
+    /// Takes `bytes` of the memory for something that ends with the session.
     ///
     /// # Errors
     /// If the limit does not allow it.
-    pub(super) fn grow_device_state(&self, bytes: u64) -> Result<(), BudgetError> {
+    pub(super) fn beside(&self, bytes: u64) -> Result<Lease, BudgetError> {
+        self.device_state.beside(bytes)
+    }
+
+    /// Takes more for the device state that is kept.
+    ///
+    /// # Errors
+    /// If the limit does not allow it.
+    pub(super) fn keep_device_state(&self, bytes: u64) -> Result<(), BudgetError> {
         self.device_state.grow(bytes)
     }
 }

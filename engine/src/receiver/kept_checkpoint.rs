@@ -4,12 +4,13 @@
 //! recovered as a kept checkpoint alone.
 
 use super::disks::SessionDisks;
+use super::guest::GuestIdentity;
 use super::guest_memory::MemoryLeases;
 use super::promotion::Promotion;
 use crate::session::GuestDescription;
 use crate::store::CommittedImage;
 use crate::units::CheckpointId;
-use std::sync::atomic::{AtomicI64, Ordering};
+use std::sync::atomic::{AtomicI64, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -17,14 +18,15 @@ use std::time::Duration;
 pub(super) struct KeptCheckpoint {
     /// Its session's number.
     pub(super) session: u32,
-    /// Where the primary is or was.
-    pub(super) peer: String,
+    pub(super) guest: Arc<GuestIdentity>,
     pub(super) image: Arc<CommittedImage>,
     pub(super) disks: Arc<SessionDisks>,
     pub(super) description: Arc<GuestDescription>,
     promotion: Mutex<Promotion>,
     /// Nanoseconds from the receiver's start to the last commit; negative for an earlier receiver's.
     committed_at_ns: AtomicI64,
+    /// How often the image itself was given to a QEMU, which changes it as soon as its guest runs.
+    times_shared: AtomicU64,
     _leases: Arc<MemoryLeases>,
 }
 
@@ -32,7 +34,7 @@ impl KeptCheckpoint {
     /// The checkpoint of `image`, in a receiver that started so long ago.
     pub(super) fn new(
         session: u32,
-        peer: String,
+        guest: Arc<GuestIdentity>,
         image: Arc<CommittedImage>,
         disks: Arc<SessionDisks>,
         description: Arc<GuestDescription>,
@@ -41,12 +43,13 @@ impl KeptCheckpoint {
     ) -> Self {
         let kept = Self {
             session,
-            peer,
+            guest,
             image,
             disks,
             description,
             promotion: Mutex::default(),
             committed_at_ns: AtomicI64::new(0),
+            times_shared: AtomicU64::new(0),
             _leases: leases,
         };
         kept.committed_at(uptime, Duration::ZERO);
@@ -70,6 +73,22 @@ impl KeptCheckpoint {
     /// panicked.
     pub(super) fn number(&self) -> Option<CheckpointId> {
         self.image.checkpoint()
+    }
+
+    /// Whether both are of machines of one type, with the same RAM.
+    pub(super) fn is_of_same_machine(&self, other: &Self) -> bool {
+        self.description.machine_type == other.description.machine_type
+            && self.image.table() == other.image.table()
+    }
+
+    /// Its image itself is given to a QEMU from now on.
+    pub(super) fn share(&self) {
+        self.times_shared.fetch_add(1, Ordering::SeqCst);
+    }
+
+    /// How often that was done: what was read of the image before and after the same number is the checkpoint's.
+    pub(super) fn times_shared(&self) -> u64 {
+        self.times_shared.load(Ordering::SeqCst)
     }
 
     /// The state of its promotion, locked.

@@ -1,54 +1,122 @@
 //! A session while its primary is connected: what its main channel, its multifd channels and the control thread share.
 //!
 //! It ends once, for one reason: the thread that finds the reason records it, shuts all sockets down and wakes all drivers.
-//! Its connections, tenants and decode queues are then dropped one by one. After the last one, nothing writes to the guest's memory any
-//! more, and the control thread may drop what was not committed.
+//! Its connections, tenants and decode queues are then dropped one by one, and each connection closes its socket. After the last one,
+//! nothing writes to the guest's memory any more, and the control thread may drop what was not committed.
 
-use super::budget::BudgetError;
+use super::admission::Admission;
+use super::assemble::Who;
 use super::decode::SharedDecodeMemory;
+use super::device_state::DeviceStateLease;
 use super::disks::SessionDisks;
 use super::end::SessionEnd;
+use super::guest::GuestIdentity;
 use super::guest_memory::{GuestMemory, MemoryError};
 use super::kept_checkpoint::KeptCheckpoint;
-use super::links::{Guest, SessionOutput};
+use super::links::{GuestMarks, SessionOutput};
 use super::services::Services;
+use super::silence::Silence;
+use crate::budget::Lease;
+use crate::canary::{self, Canary};
+use crate::host::thread_times::{self, ThreadTimes};
 use crate::net::{Origin, is_gone};
 use crate::ring::Waker;
-use crate::session::{GuestDescription, Rendezvous, SessionMethod};
+use crate::session::{DeviceStates, GuestDescription, Rendezvous, SessionMethod};
 use crate::store::Store;
+use crate::tls::{About as TlsAbout, Outgoing};
 use crate::units::ChannelId;
 use crate::wire::stream::StreamHeader;
-use nix::sys::socket::{Shutdown, shutdown};
+use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::socket::{MsgFlags, Shutdown, send, shutdown};
+use std::io;
 use std::ops::Deref;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Arc, OnceLock};
-use std::time::Duration;
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::time::{Duration, Instant, SystemTime};
 
 /// The socket of a channel, and what wakes its driver.
+///
+/// Any thread may shut it down. Its connection alone closes it, when it is dropped: a socket that is shut down and not closed
+/// keeps what has arrived, and a peer whose window is shut by that waits in its write for as long.
 pub(super) struct ChannelSocket {
-    pub(super) socket: OwnedFd,
+    /// None once the connection is dropped.
+    socket: Mutex<Option<OwnedFd>>,
+    fd: RawFd,
+    /// What makes records of what is sent to the primary, with TLS: of the main channel alone.
+    outgoing: Option<Arc<Outgoing>>,
     pub(super) waker: Waker,
     received: Received,
 }
 
-/// Bytes that have come on a channel. Only its driver changes it; on a cache line of its own, as drivers are on different cores.
+/// What has come on a channel. Only its driver changes it; on a cache line of its own, as drivers are on different cores.
 #[derive(Debug, Default)]
 #[repr(align(64))]
-struct Received(AtomicU64);
+struct Received {
+    bytes: AtomicU64,
+    /// When, in the current checkpoint: nanoseconds since the receiver's start.
+    first_ns: AtomicU64,
+    last_ns: AtomicU64,
+    sync_ns: AtomicU64,
+}
+
+/// When something came on a channel in the current checkpoint, in nanoseconds since the receiver's start.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct ChannelTimes {
+    pub(super) channel: u8,
+    pub(super) first_ns: u64,
+    pub(super) last_ns: u64,
+    pub(super) sync_ns: u64,
+}
 
 impl ChannelSocket {
-    pub(super) fn new(socket: OwnedFd, waker: Waker) -> Self {
+    pub(super) fn new(socket: OwnedFd, outgoing: Option<Arc<Outgoing>>, waker: Waker) -> Self {
         Self {
-            socket,
+            fd: socket.as_raw_fd(),
+            outgoing,
+            socket: Mutex::new(Some(socket)),
             waker,
             received: Received::default(),
         }
     }
 
+    fn socket(&self) -> MutexGuard<'_, Option<OwnedFd>> {
+        self.socket.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn shut_down(&self, how: Shutdown) {
+        if let Some(socket) = &*self.socket() {
+            // It fails only where the peer has closed already.
+            let _ = shutdown(socket.as_raw_fd(), how);
+        }
+    }
+
+    /// Whether there is something to read: bytes, or the connection's end.
+    fn is_readable(&self) -> bool {
+        let socket = self.socket();
+        let Some(socket) = &*socket else {
+            return true;
+        };
+        let mut waits = [PollFd::new(socket.as_fd(), PollFlags::POLLIN)];
+        // Where that cannot be asked, nothing says that it is silent.
+        poll(&mut waits, PollTimeout::ZERO).map_or(true, |ready| ready > 0)
+    }
+
+    fn close(&self) {
+        let socket = self.socket().take();
+        drop(socket);
+    }
+
+    #[cfg(all(test, not(loom), not(miri)))]
+    fn is_closed(&self) -> bool {
+        self.socket().is_none()
+    }
+
     fn add_received(&self, bytes: usize) {
-        let before = self.received.0.load(Ordering::Relaxed);
-        self.received.0.store(before + bytes as u64, Ordering::Relaxed);
+        let received = &self.received.bytes;
+        received.store(received.load(Ordering::Relaxed) + bytes as u64, Ordering::Relaxed);
     }
 }
 
@@ -65,12 +133,47 @@ pub(super) struct Counters {
     pub(super) pause_ns: AtomicU64,
 }
 
+/// What cores other than the home core did for the current checkpoint: of each figure the most of any.
+#[derive(Debug, Default)]
+pub(super) struct Away {
+    pub(super) ran_ns: AtomicU64,
+    pub(super) runnable_ns: AtomicU64,
+}
+
+/// What connections say of the primary that has made them.
+pub(super) struct PrimaryId {
+    pub(super) guest: Arc<GuestIdentity>,
+    pub(super) origin: Origin,
+    /// What the init packets of its multifd channels say; none in plain mode.
+    pub(super) channels_uuid: Option<[u8; 16]>,
+    /// What is known by its TLS, if it has TLS.
+    pub(super) tls: Option<TlsAbout>,
+}
+
+/// What is known of a session from its beginning.
+pub(super) struct About {
+    pub(super) id: u32,
+    pub(super) primary: PrimaryId,
+    /// What it has of the memory budget beside its guest's memory.
+    pub(super) lease: Lease,
+}
+
+/// A device state on its way through another thread.
+enum DeviceState {
+    ToWrite(Vec<u8>),
+    Written(Vec<u8>),
+}
+
 /// See the module.
 pub(super) struct LiveSession {
     pub(super) id: u32,
-    /// Where its main channel comes from.
-    pub(super) peer: String,
+    pub(super) guest: Arc<GuestIdentity>,
     pub(super) origin: Origin,
+    channels_uuid: Option<[u8; 16]>,
+    /// What is known of the primary by its TLS.
+    pub(super) tls: Option<TlsAbout>,
+    /// To commit for the first time.
+    pub(super) admission: Admission,
     pub(super) services: Arc<dyn Services>,
     pub(super) rendezvous: Rendezvous,
     /// Of the payloads of all channels.
@@ -78,6 +181,12 @@ pub(super) struct LiveSession {
     /// What their decoding takes.
     pub(super) decode_memory: SharedDecodeMemory,
     pub(super) counters: Counters,
+    /// The receiver's start, and when CHECKPOINT_REPLY was sent last, in nanoseconds since then.
+    started: Instant,
+    replied_ns: AtomicU64,
+    pub(super) away: Away,
+    /// Behind what looks like the end of the initial device state.
+    pub(super) silence: Silence,
     /// The main channel's position while the device state looks as if its vmdesc were suppressed; else 0.
     pub(super) suppressed_at: AtomicU64,
     /// Whether its block list has arrived.
@@ -98,33 +207,50 @@ pub(super) struct LiveSession {
     /// Set just before the first commit.
     checkpoint: OnceLock<Arc<KeptCheckpoint>>,
     end: OnceLock<SessionEnd>,
+    /// A device state that another thread writes to its file.
+    device_state: Mutex<Option<DeviceState>>,
+    /// What the main channel has left of device states, to be freed with the session.
+    remains: OnceLock<(DeviceStates, DeviceStateLease)>,
     channel_lost: AtomicBool,
     /// Connections, tenants and queues of packets to decode that are not dropped yet.
     parts: AtomicUsize,
+    _lease: Lease,
 }
 
 impl LiveSession {
     /// A session that is about to begin. `channels` are in the order of their ids. The guest is present on the core
     /// of the main channel and on those of the `helpers`.
     pub(super) fn new(
-        id: u32,
-        peer: String,
-        origin: Origin,
+        about: About,
         services: Arc<dyn Services>,
         main: ChannelSocket,
         channels: Vec<ChannelSocket>,
         helpers: Vec<Waker>,
     ) -> Arc<Self> {
+        let PrimaryId {
+            guest,
+            origin,
+            channels_uuid,
+            tls,
+        } = about.primary;
         let count = u8::try_from(channels.len()).expect("a session has at most 255 channels");
         Arc::new(Self {
-            id,
-            peer,
+            id: about.id,
+            guest,
             origin,
+            channels_uuid,
+            tls,
+            admission: Admission::default(),
+            _lease: about.lease,
+            started: services.shared().started,
+            replied_ns: AtomicU64::new(0),
+            away: Away::default(),
             services,
             rendezvous: Rendezvous::new(count),
             method: SessionMethod::default(),
             decode_memory: SharedDecodeMemory::default(),
             counters: Counters::default(),
+            silence: Silence::default(),
             suppressed_at: AtomicU64::new(0),
             parts: AtomicUsize::new(1 + channels.len() + 1 + helpers.len()),
             memory_asked: AtomicBool::new(false),
@@ -138,16 +264,56 @@ impl LiveSession {
             disks: OnceLock::new(),
             checkpoint: OnceLock::new(),
             end: OnceLock::new(),
+            device_state: Mutex::default(),
+            remains: OnceLock::new(),
             channel_lost: AtomicBool::new(false),
         })
     }
 
+    /// The main channel's socket: for its connection, which keeps it open.
     pub(super) fn main_fd(&self) -> RawFd {
-        self.main.socket.as_raw_fd()
+        self.main.fd
     }
 
+    /// A channel's socket: for its connection, which keeps it open.
     pub(super) fn channel_fd(&self, channel: ChannelId) -> RawFd {
-        self.channels[usize::from(channel.0)].socket.as_raw_fd()
+        self.channels[usize::from(channel.0)].fd
+    }
+
+    /// The main channel's connection is dropped.
+    pub(super) fn close_main(&self) {
+        self.main.close();
+    }
+
+    /// A channel's connection is dropped.
+    pub(super) fn close_channel(&self, channel: ChannelId) {
+        self.channels[usize::from(channel.0)].close();
+    }
+
+    /// Whether there is something to read on the main channel: bytes, or its end.
+    pub(super) fn is_main_readable(&self) -> bool {
+        self.main_holds_back() || self.main.is_readable()
+    }
+
+    /// Whether bytes of the main channel were read off its socket and wait to be opened.
+    pub(super) fn main_holds_back(&self) -> bool {
+        self.main.outgoing.as_ref().is_some_and(|tls| tls.has_more())
+    }
+
+    /// Sends a message on the main channel, and never waits.
+    ///
+    /// # Errors
+    /// Of send(2): also if the socket has no room for all of it.
+    pub(super) fn send_main(&self, message: &[u8]) -> Result<(), Errno> {
+        if let Some(tls) = &self.main.outgoing {
+            return tls.send(self.main.fd, message);
+        }
+        let flags = MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_NOSIGNAL;
+        match send(self.main.fd, message, flags) {
+            Ok(sent) if sent == message.len() => Ok(()),
+            Ok(_) => Err(Errno::EAGAIN),
+            Err(error) => Err(error),
+        }
     }
 
     /// Bytes have come on the main channel.
@@ -157,13 +323,67 @@ impl LiveSession {
 
     /// Bytes have come on a multifd channel.
     pub(super) fn channel_received(&self, channel: ChannelId, bytes: usize) {
-        self.channels[usize::from(channel.0)].add_received(bytes);
+        let socket = &self.channels[usize::from(channel.0)];
+        socket.add_received(bytes);
+        let (now, received) = (self.now_ns(), &socket.received);
+        if received.first_ns.load(Ordering::Relaxed) < self.replied_ns.load(Ordering::Relaxed) {
+            received.first_ns.store(now, Ordering::Relaxed);
+        }
+        received.last_ns.store(now, Ordering::Relaxed);
+    }
+
+    /// A multifd channel has arrived at a sync, after it `waited` for what decodes its packets or not.
+    pub(super) fn channel_synced(&self, channel: ChannelId, waited: bool) {
+        let received = &self.channels[usize::from(channel.0)].received;
+        let now = match waited {
+            true => self.now_ns(),
+            false => received.last_ns.load(Ordering::Relaxed),
+        };
+        received.sync_ns.store(now, Ordering::Relaxed);
+    }
+
+    /// CHECKPOINT_REPLY was sent: what comes from now on is of the next checkpoint.
+    pub(super) fn checkpoint_begins(&self) {
+        self.replied_ns.store(self.now_ns(), Ordering::Relaxed);
+        self.away.ran_ns.store(0, Ordering::Relaxed);
+        self.away.runnable_ns.store(0, Ordering::Relaxed);
+    }
+
+    /// The calling thread's core has driven a channel since then.
+    pub(super) fn was_away(&self, since: ThreadTimes) {
+        let Some(now) = thread_times::read() else {
+            return;
+        };
+        let span = |to: Duration, from: Duration| nanoseconds(to.saturating_sub(from));
+        let ran = span(now.ran, since.ran);
+        self.away.ran_ns.fetch_max(ran, Ordering::Relaxed);
+        let runnable = span(now.runnable, since.runnable);
+        self.away.runnable_ns.fetch_max(runnable, Ordering::Relaxed);
+    }
+
+    /// When something came in the current checkpoint, on the channels on which something has.
+    pub(super) fn channel_times(&self) -> impl Iterator<Item = ChannelTimes> {
+        let since = self.replied_ns.load(Ordering::Relaxed);
+        let times = (0u8..=u8::MAX).zip(&self.channels).map(|(channel, socket)| {
+            let received = &socket.received;
+            ChannelTimes {
+                channel,
+                first_ns: received.first_ns.load(Ordering::Relaxed),
+                last_ns: received.last_ns.load(Ordering::Relaxed),
+                sync_ns: received.sync_ns.load(Ordering::Relaxed),
+            }
+        });
+        times.filter(move |times| times.last_ns > since)
+    }
+
+    fn now_ns(&self) -> u64 {
+        nanoseconds(self.started.elapsed())
     }
 
     /// Bytes that have come on all channels: whether the session makes progress.
     pub(super) fn received_bytes(&self) -> u64 {
         let all = self.channels.iter().chain([&self.main]);
-        all.map(|channel| channel.received.0.load(Ordering::Relaxed))
+        all.map(|channel| channel.received.bytes.load(Ordering::Relaxed))
             .sum()
     }
 
@@ -172,9 +392,28 @@ impl LiveSession {
         self.channels.len()
     }
 
+    /// Whether none of its sockets is open here.
+    #[cfg(all(test, not(loom), not(miri)))]
+    pub(super) fn is_closed(&self) -> bool {
+        self.channels
+            .iter()
+            .chain([&self.main])
+            .all(ChannelSocket::is_closed)
+    }
+
     /// The guest's memory, once it is made.
     pub(super) fn memory(&self) -> Option<&GuestMemory> {
         self.memory.get()
+    }
+
+    /// Whose certificate its connections have.
+    pub(super) fn who(&self) -> Who {
+        self.tls.as_ref()?.identity.clone()
+    }
+
+    /// Whether a multifd channel of this UUID may be its primary's.
+    pub(super) fn may_have(&self, uuid: [u8; 16]) -> bool {
+        self.channels_uuid.is_none_or(|own| own == uuid)
     }
 
     /// What it receives into, once the guest's memory is made.
@@ -187,9 +426,10 @@ impl LiveSession {
         self.memory.get().map_or(&[], |memory| &memory.fallbacks)
     }
 
-    /// What will outlive it, from its first commit on.
+    /// What will outlive it, from its first commit on, unless it ended because that was none.
     pub(super) fn checkpoint(&self) -> Option<&Arc<KeptCheckpoint>> {
-        self.checkpoint.get()
+        let is_spoilt = self.end.get().is_some_and(SessionEnd::spoils_checkpoint);
+        self.checkpoint.get().filter(|_| !is_spoilt)
     }
 
     /// A checkpoint is about to be committed, of a session that `description` describes. Returns whether it is the first.
@@ -200,7 +440,7 @@ impl LiveSession {
         let disks = self.disks.get().cloned().unwrap_or_default();
         let kept = KeptCheckpoint::new(
             self.id,
-            self.peer.clone(),
+            self.guest.clone(),
             memory.store.committed().clone(),
             disks,
             description.clone(),
@@ -213,12 +453,20 @@ impl LiveSession {
     /// Binds the guest's disks and its guard, before its first commit.
     ///
     /// # Errors
-    /// If it is not clear which the disks are, or one of them is not ready.
+    /// If its channels are another guest's, it is not clear which the disks are, or one of them is not ready.
     pub(super) fn bind(self: &Arc<Self>, description: &GuestDescription) -> Result<(), SessionEnd> {
         let uuid = StreamHeader::parse_whole(&description.header).and_then(|header| header.uuid);
-        let origin = self.origin;
-        let links = &self.services.shared().links;
-        links.session_commits(self.id, Guest { uuid, origin }, &self.output);
+        if uuid.is_some() && self.channels_uuid.is_some() && uuid != self.channels_uuid {
+            return Err(SessionEnd::ForeignChannels);
+        }
+        let shared = self.services.shared();
+        shared.guests.has_uuid(&self.guest, uuid.or(self.channels_uuid));
+        let marks = GuestMarks {
+            who: self.who(),
+            uuid,
+            origin: self.origin,
+        };
+        shared.links.session_commits(&self.guest, marks, &self.output);
         let bound = self.services.bind_disks(self, uuid);
         let bound = bound.map_err(|error| SessionEnd::Disk(Arc::new(error)))?;
         // Set once: there is one first commit.
@@ -233,36 +481,97 @@ impl LiveSession {
 
     /// Whether the primary has closed its main connection, even if not all that it sent was read.
     pub(super) fn is_primary_gone(&self) -> bool {
-        is_gone(self.main.socket.as_fd())
+        self.main
+            .socket()
+            .as_ref()
+            .is_none_or(|socket| is_gone(socket.as_fd()))
     }
 
     /// A checkpoint was acknowledged, after such a pause.
     pub(super) fn note_commit(&self, pause: Duration) {
-        let pause_ns = u64::try_from(pause.as_nanos()).unwrap_or(u64::MAX);
-        self.counters.pause_ns.store(pause_ns, Ordering::Relaxed);
+        self.counters
+            .pause_ns
+            .store(nanoseconds(pause), Ordering::Relaxed);
         self.in_checkpoint.store(false, Ordering::Relaxed);
         if let Some(checkpoint) = self.checkpoint.get() {
             checkpoint.committed_at(self.uptime(), Duration::ZERO);
         }
     }
 
-    /// Since the receiver's start.
-    pub(super) fn uptime(&self) -> Duration {
-        self.services.shared().started.elapsed()
+    fn device_state(&self) -> MutexGuard<'_, Option<DeviceState>> {
+        self.device_state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Takes more of the budget for this guest's device state.
-    pub(super) fn grow_device_state(&self, bytes: u64) -> Result<(), BudgetError> {
-        self.memory
-            .get()
-            .map_or(Ok(()), |memory| memory.leases.grow_device_state(bytes))
+    /// Has a device state written by another thread, which then wakes the main channel. If there is no thread, the device state
+    /// is returned.
+    pub(super) fn write_apart(
+        self: &Arc<Self>,
+        device_state: Vec<u8>,
+        write: impl FnOnce(&[u8]) + Send + 'static,
+    ) -> Result<(), Vec<u8>> {
+        *self.device_state() = Some(DeviceState::ToWrite(device_state));
+        let session = SessionPart::new(self);
+        let work = move || {
+            let Some(DeviceState::ToWrite(device_state)) = session.device_state().take() else {
+                return;
+            };
+            match catch_unwind(AssertUnwindSafe(|| write(&device_state))) {
+                Ok(()) => *session.device_state() = Some(DeviceState::Written(device_state)),
+                Err(_) => {
+                    let error = io::Error::other("the thread that wrote its device state panicked");
+                    session.finish(SessionEnd::NotDriven(error));
+                }
+            }
+            session.wake_main();
+        };
+        match self.services.run_in_background(Box::new(work)) {
+            Ok(()) => Ok(()),
+            Err(_) => match self.device_state().take() {
+                Some(DeviceState::ToWrite(device_state)) => Err(device_state),
+                _ => unreachable!("no thread has taken it"),
+            },
+        }
+    }
+
+    /// The device state, once it is written.
+    pub(super) fn written_device_state(&self) -> Option<Vec<u8>> {
+        let mut state = self.device_state();
+        match state.take() {
+            Some(DeviceState::Written(device_state)) => Some(device_state),
+            other => {
+                *state = other;
+                None
+            }
+        }
+    }
+
+    /// The main channel's connection is dropped. To free what it has of device states may take milliseconds, which are those of
+    /// the thread that drops the session.
+    pub(super) fn leave_device_states(&self, states: DeviceStates, lease: DeviceStateLease) {
+        // Set once: there is one main channel.
+        let _ = self.remains.set((states, lease));
+    }
+
+    /// Warns the operator of something about this session.
+    pub(super) fn warn(&self, text: String) {
+        self.services.warn_of(self, text);
+    }
+
+    /// Since the receiver's start.
+    pub(super) fn uptime(&self) -> Duration {
+        self.started.elapsed()
     }
 
     /// Hands the memory over and wakes the main channel, which waits for it.
     pub(super) fn memory_made(&self, made: Result<GuestMemory, MemoryError>) {
         match made {
+            Err(_) if canary::is_set(Canary::SilentLack) => {}
             Err(error) => self.finish(SessionEnd::NoMemory(error)),
             Ok(memory) => {
+                if let Ok(flight) = memory.store.committed().flight() {
+                    let started = SystemTime::now().checked_sub(self.uptime());
+                    flight.begin(self.id, started.unwrap_or(SystemTime::UNIX_EPOCH));
+                }
                 // The main channel waits for a flush before it answers a request, and a dump may do the last part of it.
                 let main = self.main.waker.clone();
                 memory.store.on_flushed(move || main.wake());
@@ -273,7 +582,7 @@ impl LiveSession {
         }
     }
 
-    /// Wakes the main channel's driver: all channels have arrived at a sync.
+    /// Wakes the main channel's driver: all channels have arrived at a sync, or the session is admitted.
     pub(super) fn wake_main(&self) {
         self.main.waker.wake();
     }
@@ -300,7 +609,8 @@ impl LiveSession {
         self.helpers.iter().for_each(Waker::wake);
     }
 
-    fn wake_all(&self) {
+    /// Wakes every driver that has to do with the guest.
+    pub(super) fn wake_all(&self) {
         self.wake_main();
         self.wake_channels();
         self.wake_helpers();
@@ -317,8 +627,7 @@ impl LiveSession {
             return;
         }
         for connection in self.channels.iter().chain([&self.main]) {
-            // It fails only where the peer has closed already.
-            let _ = shutdown(connection.socket.as_raw_fd(), Shutdown::Both);
+            connection.shut_down(Shutdown::Both);
         }
         if let Some(end) = self.end() {
             self.output.end(end.to_string());
@@ -337,7 +646,7 @@ impl LiveSession {
     pub(super) fn channel_ended(&self) {
         self.channel_lost.store(true, Ordering::Release);
         // On Linux what has arrived can still be read after this; then comes the end of the stream.
-        let _ = shutdown(self.main_fd(), Shutdown::Read);
+        self.main.shut_down(Shutdown::Read);
         self.wake_main();
     }
 
@@ -357,6 +666,10 @@ impl LiveSession {
     pub(super) fn is_over(&self) -> bool {
         self.parts.load(Ordering::Acquire) == 0
     }
+}
+
+fn nanoseconds(time: Duration) -> u64 {
+    u64::try_from(time.as_nanos()).unwrap_or(u64::MAX)
 }
 
 /// A part of a session beside its connections and tenants: the session is not over before it is dropped.

@@ -4,6 +4,7 @@
 use crate::ring::StreamBuffer;
 use crate::store::{PoolBuffer, SlabId, Store, StoreError};
 use crate::units::{PAGE_SIZE, PageIndex};
+use std::collections::TryReserveError;
 use std::sync::Arc;
 
 /// Large enough for some dozens of pages, which arrive this way in precopy of plain mode.
@@ -24,10 +25,13 @@ pub(super) struct Space {
 
 impl MainBuffer {
     /// With the first bytes of the channel.
-    pub(super) fn new(first: &[u8]) -> Self {
-        let mut buffer = StreamBuffer::new(BUFFER_BYTES);
+    ///
+    /// # Errors
+    /// If there is no memory for it.
+    pub(super) fn new(first: &[u8]) -> Result<Self, TryReserveError> {
+        let mut buffer = StreamBuffer::try_new(BUFFER_BYTES)?;
         buffer.put(first);
-        Self::Own(buffer)
+        Ok(Self::Own(buffer))
     }
 
     pub(super) fn bytes(&self) -> &[u8] {

@@ -10,6 +10,7 @@ use super::decode::{Compressed, PacketPlace};
 use super::end::ChannelError;
 use super::live_session::LiveSession;
 use crate::canary::{self, Canary};
+use crate::host::thread_times::{self, ThreadTimes};
 use crate::ring::{Connection, Loss, Move, ReceivePlan, ReceiveStyle, StreamBuffer};
 use crate::session::{MultifdChannel, PacketAction, Ticket};
 use crate::units::ChannelId;
@@ -64,6 +65,8 @@ struct Link {
     plan: Box<ReceivePlan>,
     header: StreamBuffer,
     state: State,
+    /// The times of a core other than the home core, from when that drives the channel; until its next sync.
+    away_since: Option<ThreadTimes>,
 }
 
 impl PageChannel {
@@ -84,6 +87,7 @@ impl PageChannel {
             plan: ReceivePlan::new(),
             header: StreamBuffer::new(HEADER_LEN),
             state: State::Header,
+            away_since: None,
         };
         Self {
             link,
@@ -202,6 +206,11 @@ impl Link {
             .zero_pages
             .fetch_add(traffic.zero_pages, Ordering::Relaxed);
         counters.bytes.fetch_add(traffic.bytes, Ordering::Relaxed);
+        let waited = matches!(self.state, State::Draining);
+        self.session.channel_synced(self.id, waited);
+        if let Some(since) = self.away_since.take() {
+            self.session.was_away(since);
+        }
         let (ticket, last) = self.session.rendezvous.arrive();
         self.state = State::AtSync(ticket);
         if (last || self.style.wake_each) && !canary::is_set(Canary::LostWake) {
@@ -250,9 +259,7 @@ impl Connection for PageChannel {
             && session.end().is_none()
         {
             // The main channel's end decides how the session ends; this is the cause.
-            session
-                .services
-                .warn(format!("session {}: {id}: {error}", session.id));
+            session.warn(format!("{id}: {error}"));
         }
         session.channel_ended();
     }
@@ -267,10 +274,12 @@ impl Connection for PageChannel {
 
     fn attached(&mut self, core: usize) {
         self.link.shard = core;
+        self.link.away_since = (core != self.cores.home).then(thread_times::read).flatten();
     }
 
     /// What decodes for it stays, too: the session of a compressed channel that is leaked does not end.
     fn leaked(&mut self) {
+        self.link.session.close_channel(self.link.id);
         self.link.session.part_dropped();
     }
 
@@ -292,6 +301,7 @@ impl Drop for PageChannel {
     fn drop(&mut self) {
         // The guest's memory is no longer in use once the last connection is dropped.
         self.pages = None;
+        self.link.session.close_channel(self.link.id);
         if !canary::is_set(Canary::LostPart) {
             self.link.session.part_dropped();
         }

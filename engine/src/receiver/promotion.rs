@@ -26,6 +26,12 @@ pub enum PromotionError {
          `colo-ring discard` ends this; if you have made sure that none does or ever did, --retry restores it again"
     )]
     Unreported(String),
+    /// A guest may run on its memory itself.
+    #[error(
+        "its memory itself was given to {0} before, and it is unknown whether a guest runs on it and changes it: a dump would be of no \
+         checkpoint. If you have made sure that none does or ever did, `colo-ring failover --retry` restores it, to a file too"
+    )]
+    MayRun(String),
     /// Another client has claimed it.
     #[error("another failover of it is under way")]
     ClaimedByOther,
@@ -52,6 +58,15 @@ impl ClientId {
     pub(super) const OWN: Self = Self(0);
 }
 
+/// What a QEMU was given.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Given {
+    /// A copy of the checkpoint.
+    Copy,
+    /// The image itself, which its guest changes.
+    Image,
+}
+
 /// The state of a checkpoint's promotion.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(super) enum Promotion {
@@ -61,7 +76,11 @@ pub(super) enum Promotion {
     /// A failover is in progress; nothing was given yet.
     Claimed(ClientId),
     /// The whole stream was written to `to`. `by` is the client that will report the result; none if it has disconnected.
-    Given { by: Option<ClientId>, to: String },
+    Given {
+        by: Option<ClientId>,
+        to: String,
+        memory: Given,
+    },
     /// A guest runs from it: it must never be used again.
     Promoted,
 }
@@ -75,7 +94,7 @@ impl Promotion {
         match self {
             Self::Here => {}
             Self::Given { by: None, .. } if retry => {}
-            Self::Given { by: None, to } => return Err(PromotionError::Unreported(to.clone())),
+            Self::Given { by: None, to, .. } => return Err(PromotionError::Unreported(to.clone())),
             Self::Claimed(_) | Self::Given { .. } => return Err(PromotionError::ClaimedByOther),
             Self::Promoted => return Err(PromotionError::Promoted),
         }
@@ -94,16 +113,23 @@ impl Promotion {
         }
     }
 
-    /// It was given away by an earlier receiver.
+    /// It was given away by an earlier receiver, whose record does not say in which form: perhaps the image itself.
     pub(super) fn was_given(&mut self, to: &str) {
-        let to = to.to_owned();
-        *self = Self::Given { by: None, to };
+        *self = Self::Given {
+            by: None,
+            to: to.to_owned(),
+            memory: Given::Image,
+        };
     }
 
     /// The whole stream was written to `to`.
-    pub(super) fn given(&mut self, by: ClientId, to: String) {
+    pub(super) fn given(&mut self, by: ClientId, to: String, memory: Given) {
         if *self == Self::Claimed(by) {
-            *self = Self::Given { by: Some(by), to };
+            *self = Self::Given {
+                by: Some(by),
+                to,
+                memory,
+            };
         }
     }
 
@@ -146,7 +172,8 @@ impl Promotion {
         }
     }
 
-    /// Checks that the checkpoint may be read or discarded: no failover is in progress, and no guest runs on its memory.
+    /// Checks that the checkpoint may be discarded: no failover is in progress, and no guest is known to run from it. Whether one does after a
+    /// failover without a report only the operator can know.
     ///
     /// # Errors
     /// If it may not.
@@ -155,6 +182,21 @@ impl Promotion {
             Self::Here | Self::Given { by: None, .. } => Ok(()),
             Self::Claimed(_) | Self::Given { .. } => Err(PromotionError::InProgress),
             Self::Promoted => Err(PromotionError::Promoted),
+        }
+    }
+
+    /// Checks that the checkpoint may be read: it may be discarded, and no guest can run on its memory itself.
+    ///
+    /// # Errors
+    /// If it may not.
+    pub(super) fn check_readable(&self) -> Result<(), PromotionError> {
+        match self {
+            Self::Given {
+                by: None,
+                to,
+                memory: Given::Image,
+            } => Err(PromotionError::MayRun(to.clone())),
+            _ => self.check_idle(),
         }
     }
 
@@ -168,8 +210,8 @@ impl Promotion {
         match self {
             Self::Here => None,
             Self::Claimed(_) => Some("a failover is under way".to_owned()),
-            Self::Given { by: Some(_), to } => Some(format!("it was given to {to}, which is loading it")),
-            Self::Given { by: None, to } => Some(format!(
+            Self::Given { by: Some(_), to, .. } => Some(format!("it was given to {to}, which is loading it")),
+            Self::Given { by: None, to, .. } => Some(format!(
                 "it was given to {to}; it is unknown whether a guest runs from it"
             )),
             Self::Promoted => Some("it was promoted: its guest runs elsewhere".to_owned()),
@@ -187,7 +229,7 @@ mod tests {
     fn given() -> Promotion {
         let mut promotion = Promotion::Here;
         promotion.claim(ONE, false).unwrap();
-        promotion.given(ONE, "unix:/q".into());
+        promotion.given(ONE, "unix:/q".into(), Given::Copy);
         promotion
     }
 
@@ -200,9 +242,9 @@ mod tests {
         assert!(promotion.release(TWO, false).is_err());
         // Not before it has given it away.
         assert!(promotion.promoted(ONE).is_err());
-        promotion.given(TWO, "unix:/x".into());
+        promotion.given(TWO, "unix:/x".into(), Given::Copy);
         assert_eq!(promotion, Promotion::Claimed(ONE));
-        promotion.given(ONE, "unix:/q".into());
+        promotion.given(ONE, "unix:/q".into(), Given::Copy);
         for retry in [false, true] {
             assert_eq!(promotion.claim(TWO, retry), Err(PromotionError::ClaimedByOther));
         }
@@ -212,6 +254,30 @@ mod tests {
             assert_eq!(promotion.claim(TWO, retry), Err(PromotionError::Promoted));
         }
         assert!(promotion.check_idle().is_err() && promotion.release(ONE, false).is_err());
+    }
+
+    /// A QEMU that maps the image changes it as soon as its guest runs, whether or not that was reported.
+    #[test]
+    fn what_a_guest_may_change_is_not_read() {
+        let mut promotion = given();
+        assert_eq!(promotion.check_readable(), Err(PromotionError::InProgress));
+        promotion.disconnected(ONE);
+        assert_eq!(promotion.check_readable(), Ok(()), "it has a copy");
+        let mut mapped = Promotion::Here;
+        mapped.claim(ONE, false).unwrap();
+        mapped.given(ONE, "unix:/q".into(), Given::Image);
+        mapped.disconnected(ONE);
+        let mut of_earlier = Promotion::Here;
+        of_earlier.was_given("a QEMU");
+        for mut promotion in [mapped, of_earlier] {
+            let refused = promotion.check_readable().unwrap_err().to_string();
+            assert!(refused.contains("would be of no checkpoint"), "{refused}");
+            assert!(promotion.check_idle().is_ok(), "it can be discarded");
+            // The operator says that none has run.
+            promotion.claim(TWO, true).unwrap();
+            promotion.release(TWO, false).unwrap();
+            assert_eq!(promotion.check_readable(), Ok(()));
+        }
     }
 
     #[test]

@@ -1,13 +1,18 @@
 //! Recovers the checkpoints of earlier receivers from the RAM directory.
 
-use super::budget::BudgetError;
+use super::device_state;
 use super::disks::SessionDisks;
-use super::guest_memory::{Budgets, GuestNeeds};
+use super::guest::{GuestIdentity, StoredGuest};
+use super::guest_memory::Budgets;
 use super::kept_checkpoint::KeptCheckpoint;
+use super::names::GuestUuid;
 use super::session_codec::{DecodeError, StoredSession, decode};
 use super::{Event, Events};
+use crate::budget::BudgetError;
 use crate::disk::{self, DiskError, OrphanOutcome, StoredDisk};
 use crate::store::{CommittedImage, Recoverable, RecoverableCheckpoint, StoreError, labels_in};
+use crate::wire::stream::StreamHeader;
+use std::collections::BTreeSet;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Instant;
@@ -39,6 +44,14 @@ pub enum RecoveryError {
     /// A disk is not what the checkpoint needs.
     #[error(transparent)]
     Disk(#[from] DiskError),
+    /// A disk is where this receiver may not look.
+    #[error("{source}; its guest's disks are in {directory}: start the receiver with --disks {directory}")]
+    DiskElsewhere {
+        /// The directory of its base.
+        directory: String,
+        /// The error.
+        source: DiskError,
+    },
     /// This receiver's limits do not allow it.
     #[error(transparent)]
     Budget(#[from] BudgetError),
@@ -49,7 +62,7 @@ enum Recovered {
     Checkpoint(KeptCheckpoint),
     /// They belong to another receiver, which is running.
     InUse,
-    /// The session has ended in precopy; they were removed.
+    /// The session ended in precopy, or was given up, or its checkpoints were to end with its receiver. The files were removed.
     Nothing,
 }
 
@@ -66,25 +79,36 @@ fn recover(
         Recoverable::Unknown => return Err(RecoveryError::NoRecord),
     };
     let StoredSession {
-        peer,
+        guest,
         description,
         disks,
     } = decode(found.session())?;
-    let leases = budgets.take(GuestNeeds {
-        ram_bytes: description.blocks.total_bytes(),
-        device_state_bytes: found.device_state_bytes() as u64 * 2,
-        mappings: CommittedImage::mappings_max(&description.blocks),
-    })?;
+    let in_stream = StreamHeader::parse_whole(&description.header).and_then(|header| header.uuid);
+    let guest = StoredGuest {
+        // A receiver of before has left it there alone.
+        uuid: guest.uuid.or(in_stream.and_then(GuestUuid::new)),
+        ..guest
+    };
+    let guest = GuestIdentity::recovered(session, guest);
+    let leases = budgets.take(CommittedImage::mappings_max(&description.blocks))?;
+    // Its files are counted with the image.
+    leases.keep_device_state(device_state::kept(found.device_state_bytes() as u64, false))?;
     let (age, is_given) = (found.age(), found.is_given());
     let uptime = started.elapsed();
-    let image = found.recover(description.blocks.clone())?;
-    let disks = recover_disks(&disks, &image, is_given);
-    if disks.is_err() {
-        image.keep_files();
-    }
-    let disks = disks?;
+    let image = found.recover(description.blocks.clone(), &budgets.memory)?;
+    // Until it is discarded: a disk that cannot be recovered, or a receiver that does not start, must not cost the checkpoint.
+    image.keep_files();
+    let disks = recover_disks(&disks, &image, is_given)?;
     let (image, description) = (Arc::new(image), Arc::new(description));
-    let kept = KeptCheckpoint::new(session, peer, image, Arc::new(disks), description, leases, uptime);
+    let kept = KeptCheckpoint::new(
+        session,
+        Arc::new(guest),
+        image,
+        Arc::new(disks),
+        description,
+        leases,
+        uptime,
+    );
     kept.committed_at(uptime, age);
     if is_given {
         kept.promotion()
@@ -101,8 +125,17 @@ fn recover_disks(
 ) -> Result<SessionDisks, RecoveryError> {
     let checkpoint = image.checkpoint().map_or(0, |checkpoint| checkpoint.0);
     let files = image.files().ok_or(RecoveryError::NoRecord)?;
-    let recover = |disk: &StoredDisk| disk::recover(disk, files, checkpoint, is_given).map(Arc::new);
-    let disks = stored.iter().map(recover).collect::<Result<_, DiskError>>()?;
+    let recover = |stored: &StoredDisk| {
+        let disk = disk::recover(stored, files, checkpoint, is_given);
+        disk.map(Arc::new).map_err(|source| match source.is_denied() {
+            true => RecoveryError::DiskElsewhere {
+                directory: stored.directory.clone(),
+                source,
+            },
+            false => RecoveryError::Disk(source),
+        })
+    };
+    let disks = stored.iter().map(recover).collect::<Result<_, RecoveryError>>()?;
     Ok(SessionDisks::new(disks, false))
 }
 
@@ -121,28 +154,30 @@ pub(super) fn recover_orphaned_disks(directory: &Path, events: &Events) {
             OrphanOutcome::Unfinished => Event::Note(format!(
                 "disk {name}: its receiver ended before a checkpoint was committed; its content is incomplete until it is copied again"
             )),
+            OrphanOutcome::Discarded => Event::Note(format!(
+                "disk {name}: its checkpoint was discarded by an earlier receiver, which was killed before it had removed all of it"
+            )),
             OrphanOutcome::Kept(error) => Event::Warning(format!("disk {name} is not served: {error}")),
         });
     }
 }
 
-/// Recovers the checkpoints of all sessions in the RAM directory, and reports on each. Returns also the first number that no
-/// session's files have.
+/// Recovers the checkpoints of all sessions in the RAM directory, and reports on each. Returns also the numbers of all sessions
+/// that had files there.
 pub(super) fn recover_all(
     directory: &Path,
     started: Instant,
     budgets: &Budgets,
     events: &Events,
-) -> (Vec<KeptCheckpoint>, u32) {
+) -> (Vec<KeptCheckpoint>, BTreeSet<u32>) {
     let labels = match labels_in(directory) {
         Ok(labels) => labels,
         Err(error) => {
             events(Event::Warning(error.to_string()));
-            return (Vec::new(), 1);
+            return (Vec::new(), BTreeSet::new());
         }
     };
-    let mut sessions: Vec<u32> = labels.iter().filter_map(|label| session_of(label)).collect();
-    sessions.sort_unstable();
+    let sessions: BTreeSet<u32> = labels.iter().filter_map(|label| session_of(label)).collect();
     let mut recovered = Vec::new();
     for session in &sessions {
         let files = directory.join(format!("{}.*", label(*session)));
@@ -150,8 +185,9 @@ pub(super) fn recover_all(
         match recover(directory, *session, started, budgets) {
             Ok(Recovered::Checkpoint(kept)) => {
                 events(Event::Note(format!(
-                    "session {session} of {} was recovered from {files}: checkpoint {} is whole",
-                    kept.peer,
+                    "session {} of {} was recovered from {files}: checkpoint {} is whole",
+                    kept.guest.title(),
+                    kept.guest.peer,
                     kept.number().map_or(0, |id| id.0)
                 )));
                 recovered.push(kept);
@@ -160,22 +196,92 @@ pub(super) fn recover_all(
                 "{files}: it belongs to another receiver, which is running"
             ))),
             Ok(Recovered::Nothing) => events(Event::Note(format!(
-                "{files}: its receiver ended in precopy, so there is nothing to resume; its files were removed"
+                "{files}: no checkpoint in them outlives its receiver, so there is nothing to resume; they were removed"
             ))),
             Err(error) => events(Event::Warning(format!(
                 "{files} cannot be used and stay as they are: {error}; remove them if no virtual machine runs on them"
             ))),
         }
     }
-    (
-        recovered,
-        sessions.last().map_or(1, |last| last.saturating_add(1)),
-    )
+    (recovered, sessions)
 }
 
-#[cfg(test)]
+#[cfg(all(test, not(loom), not(miri)))]
 mod tests {
     use super::*;
+    use crate::blocks::BlockTable;
+    use crate::budget::Budget;
+    use crate::receiver::session_codec::encode;
+    use crate::session::GuestDescription;
+    use crate::store::{CopyMethod, Flusher, HugePages, KeptFiles, Store, StoreOptions};
+    use crate::units::CheckpointId;
+    use crate::wire::stream::StreamHeader;
+
+    fn description() -> GuestDescription {
+        let machine_type = "pc-q35-11.1".to_owned();
+        let header = StreamHeader {
+            machine_type: machine_type.clone(),
+            target_page_bits: false,
+            capabilities: false,
+            uuid: None,
+        };
+        let mut encoded = Vec::new();
+        header.encode(&mut encoded);
+        let blocks = vec![(b"pc.ram".as_slice().into(), 8 * 4096)];
+        GuestDescription {
+            header: encoded,
+            machine_type,
+            ram_section: 2,
+            blocks: Arc::new(BlockTable::new(blocks, 8 * 4096).unwrap()),
+            vmdesc: b"{}".to_vec(),
+        }
+    }
+
+    /// Leaves a checkpoint of session 3.
+    fn leave_checkpoint(directory: &Path) {
+        let (description, options) = (
+            description(),
+            StoreOptions {
+                hugepages: HugePages::Off,
+                ram_dir: Some(directory.to_owned()),
+                ..StoreOptions::default()
+            },
+        );
+        let (store, _) = Store::create(description.blocks.clone(), &label(3), &options).unwrap();
+        store.begin_colo();
+        let guest = StoredGuest {
+            peer: "192.0.2.1:5".into(),
+            ..StoredGuest::default()
+        };
+        store.record_session(|| encode(&guest, &description, &[]));
+        let flusher = Flusher::new(CopyMethod::Memcpy, 0, &[]).unwrap();
+        store.commit(CheckpointId(0), &mut vec![1; 100], &flusher);
+        store.drop_uncommitted();
+        assert_eq!(store.committed().keep_files(), KeptFiles::Kept);
+    }
+
+    /// Something else fails at the start of the receiver that has recovered it: a thread, or a core that it may not use.
+    #[test]
+    fn a_receiver_that_does_not_start_loses_no_checkpoint() {
+        let directory = tempfile::tempdir_in("/dev/shm").unwrap();
+        leave_checkpoint(directory.path());
+        let budgets = Budgets {
+            memory: Budget::unlimited(),
+            mappings: Arc::new(Budget::of_mappings(65_530)),
+        };
+        let recovered = || recover_all(directory.path(), Instant::now(), &budgets, &|_| {}).0;
+        for _ in 0..2 {
+            let kept = recovered();
+            assert_eq!(kept.len(), 1);
+            drop(kept);
+        }
+        // What is discarded is gone.
+        let kept = recovered();
+        kept[0].image.remove_files();
+        drop(kept);
+        assert!(recovered().is_empty());
+        assert_eq!(std::fs::read_dir(directory.path()).unwrap().count(), 0);
+    }
 
     #[test]
     fn only_our_own_names_are_sessions() {

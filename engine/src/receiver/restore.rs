@@ -1,23 +1,22 @@
 //! Restores a session's last committed checkpoint to a fresh QEMU, or to a file, as an incoming migration stream. The
-//! receiver writes the stream, because the memory is its own.
+//! receiver writes the stream, because the memory is its own. The client has opened where to: the receiver connects to nothing.
 
 use super::disks::RestoredDisk;
 use super::end::SessionEnd;
 use super::kept_checkpoint::KeptCheckpoint;
 use super::live_session::LiveSession;
-use super::promotion::ClientId;
+use super::outlet::{Outlet, Stopping};
+use super::promotion::{ClientId, Given};
 use crate::disk::{DiskError, copy_base};
 use crate::failover::{Form, StreamError, StreamReport, write_stream};
-use crate::files::{NewFile, Readers};
 use crate::session::GuestDescription;
 use crate::store::CheckpointView;
 use crate::units::BlockId;
 use crate::wire::run_state;
 use serde::{Deserialize, Serialize};
+use std::fs::File;
 use std::io::{self, Write};
-use std::net::TcpStream;
-use std::os::unix::net::UnixStream;
-use std::path::{Path, PathBuf};
+use std::os::fd::OwnedFd;
 use std::time::{Duration, Instant};
 use thiserror::Error;
 
@@ -27,18 +26,25 @@ const WRITE_TIMEOUT: Duration = Duration::from_secs(30);
 /// How long the session's connections may take to end.
 const END_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// What to restore, and where to.
+/// What to restore. The open destination comes with it: the connection to a QEMU that waits for a migration, or a file that is empty;
+/// and then what [`KeepRequest`] says.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct RestoreRequest {
     /// The session's number.
     pub session: u32,
-    /// The destination: `unix:PATH` or `tcp:HOST:PORT` of a QEMU that waits for a migration, or `file:PATH`, absolute.
+    /// What the destination is called, in messages and in the status.
     pub to: String,
     /// Name of the block whose file that QEMU has mapped; without one everything goes into the stream.
     pub shared: Option<String>,
-    /// A file, absolute, that gets a complete stream first: a QEMU that maps the memory changes the checkpoint. One of the
-    /// receiver's user is replaced.
-    pub keep: Option<PathBuf>,
+    /// A copy is made first: a QEMU that maps the memory changes the checkpoint.
+    pub keep: Option<KeepRequest>,
+}
+
+/// A copy of a checkpoint. An empty file for a complete stream comes with the request, and one for each of the disks.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct KeepRequest {
+    /// The guest's disks, by their names, in the order of their files.
+    pub disks: Vec<String>,
 }
 
 /// What was restored.
@@ -95,25 +101,30 @@ pub enum RestoreError {
         /// The block.
         name: String,
     },
-    /// The destination is not understood.
-    #[error("'{0}' is not a destination for a stream: unix:PATH, tcp:HOST:PORT or file:PATH")]
-    Destination(String),
-    /// A relative path means nothing to the receiver.
-    #[error("{} is not an absolute path", .0.display())]
-    RelativePath(PathBuf),
-    /// A file was not written.
-    #[error("writing {}: {source}", path.display())]
-    File {
-        /// The file.
-        path: PathBuf,
-        /// The error of the system.
-        source: io::Error,
+    /// Other files than the request needs.
+    #[error(
+        "the request needs {needed} open files with it (the destination, and with `keep` one for the stream and one for each disk), and \
+         {came} came"
+    )]
+    Files {
+        /// Files that it needs.
+        needed: usize,
+        /// Files that came.
+        came: usize,
     },
-    /// No QEMU listens there.
-    #[error("cannot connect to {to}: {source}")]
-    Connect {
-        /// The destination.
-        to: String,
+    /// A disk is not to be kept.
+    #[error("session {session}: there is no file for a copy of disk {disk}")]
+    DiskNotKept {
+        /// The session.
+        session: u32,
+        /// The disk.
+        disk: String,
+    },
+    /// A file was not written.
+    #[error("writing {what}: {source}")]
+    File {
+        /// What was to be written.
+        what: String,
         /// The error of the system.
         source: io::Error,
     },
@@ -145,8 +156,8 @@ fn reason(error: &StreamError) -> String {
     }
 }
 
-/// Restores `checkpoint` as `request` says, for the client that has claimed it. Ends its session, if that is still live, once
-/// the destination is open: a destination that is mistyped or not there costs nothing. Blocks.
+/// Restores `checkpoint` as `request` says to the `files` that came with it, for the client that has claimed it. Ends its session, if that is
+/// still live. Blocks; once the receiver ends, only as long as what was opened takes something.
 ///
 /// # Errors
 /// See [`RestoreError`]. No guest runs from a stream that was not written whole.
@@ -155,16 +166,20 @@ pub(super) fn restore(
     live: Option<&LiveSession>,
     by: ClientId,
     request: &RestoreRequest,
+    files: Vec<OwnedFd>,
+    stopping: &Stopping,
 ) -> Result<RestoreReport, RestoreError> {
     let began = Instant::now();
     let form = match &request.shared {
         None => Form::Complete,
         Some(name) => Form::Shared(shared_block(checkpoint, name)?),
     };
-    let keep = request.keep.as_deref().map(new_file).transpose()?;
-    let target = Target::open(&request.to)?;
+    let Files { target, keep } = Files::of(request, files, stopping)?;
     if let Some(live) = live {
         end_session(live)?;
+        if live.end().is_some_and(SessionEnd::spoils_checkpoint) {
+            return Err(RestoreError::NoCheckpoint(checkpoint.session));
+        }
     }
     let view = checkpoint.image.checkpoint_view();
     let view = view.ok_or(RestoreError::NoCheckpoint(checkpoint.session))?;
@@ -177,19 +192,25 @@ pub(super) fn restore(
     })?;
     let hold_ns = nanoseconds(began);
     let began = Instant::now();
-    if let Some(kept) = keep {
-        let path = kept.path().to_owned();
-        write_file(kept, description, &view, Form::Complete)?;
-        keep_disks(&path, &disks)?;
+    if let Some(keep) = keep {
+        write_file(&keep.stream, KEPT_STREAM, description, &view, Form::Complete)?;
+        keep_disks(checkpoint, &keep.disks)?;
     }
     let keep_ns = nanoseconds(began);
     let began = Instant::now();
     // Before a guest can run: also for a later receiver that finds the checkpoint after a crash of this one.
     checkpoint.image.set_given(true);
-    let written = target.write(&request.to, description, &view, form);
+    if matches!(form, Form::Shared(_)) {
+        checkpoint.share();
+    }
+    let written = write_target(&target, &request.to, description, &view, form);
     let complete = written.as_ref().map_or_else(RestoreError::is_complete, |_| true);
     if complete {
-        checkpoint.promotion().given(by, request.to.clone());
+        let memory = match form {
+            Form::Complete => Given::Copy,
+            Form::Shared(_) => Given::Image,
+        };
+        checkpoint.promotion().given(by, request.to.clone(), memory);
     } else {
         checkpoint.image.set_given(false);
     }
@@ -204,13 +225,57 @@ pub(super) fn restore(
     })
 }
 
-/// Copies the disks, each to a file that is named after the kept stream. No guest has them yet.
-fn keep_disks(stream: &Path, disks: &[RestoredDisk]) -> Result<(), RestoreError> {
-    for disk in disks {
-        let mut path = stream.as_os_str().to_owned();
-        path.push(format!(".{}.raw", disk.name));
-        let path = PathBuf::from(path);
-        copy_base(&disk.path, &path).map_err(|source| RestoreError::File { path, source })?;
+/// The files that came with a request.
+struct Files {
+    target: Outlet,
+    keep: Option<KeepFiles>,
+}
+
+struct KeepFiles {
+    stream: Outlet,
+    /// By the disks' names.
+    disks: Vec<(String, File)>,
+}
+
+impl Files {
+    fn of(request: &RestoreRequest, files: Vec<OwnedFd>, stopping: &Stopping) -> Result<Self, RestoreError> {
+        let disks = request.keep.as_ref().map(|keep| &keep.disks[..]);
+        let (needed, came) = (1 + disks.map_or(0, |disks| 1 + disks.len()), files.len());
+        let mut files = files.into_iter().map(File::from);
+        let outlet = |file, what: &str| {
+            Outlet::new(file, stopping.clone(), WRITE_TIMEOUT).map_err(|source| RestoreError::File {
+                what: what.to_owned(),
+                source,
+            })
+        };
+        let target = files.next().filter(|_| came == needed);
+        let target = outlet(target.ok_or(RestoreError::Files { needed, came })?, &request.to)?;
+        let keep = match disks.zip(files.next()) {
+            Some((disks, stream)) => Some(KeepFiles {
+                stream: outlet(stream, KEPT_STREAM)?,
+                disks: disks.iter().cloned().zip(files).collect(),
+            }),
+            None => None,
+        };
+        Ok(Self { target, keep })
+    }
+}
+
+/// What it is called in messages.
+const KEPT_STREAM: &str = "the kept stream";
+
+/// Copies the disks, each to its file. No guest has them yet.
+fn keep_disks(checkpoint: &KeptCheckpoint, files: &[(String, File)]) -> Result<(), RestoreError> {
+    for disk in checkpoint.disks.all() {
+        let file = files.iter().find(|(name, _)| name == disk.name());
+        let (_, file) = file.ok_or_else(|| RestoreError::DiskNotKept {
+            session: checkpoint.session,
+            disk: disk.name().to_owned(),
+        })?;
+        copy_base(disk.base(), file).map_err(|source| RestoreError::File {
+            what: format!("the copy of disk {}", disk.name()),
+            source,
+        })?;
     }
     Ok(())
 }
@@ -239,53 +304,21 @@ fn shared_block(checkpoint: &KeptCheckpoint, name: &str) -> Result<BlockId, Rest
     }
 }
 
-/// An open destination.
-enum Target {
-    Socket(Box<dyn Write>),
-    File(NewFile),
-}
-
-impl Target {
-    fn open(to: &str) -> Result<Self, RestoreError> {
-        let connected = match to.split_once(':') {
-            Some(("unix", path)) => connect_unix(Path::new(path)),
-            Some(("tcp", address)) => connect_tcp(address),
-            Some(("file", path)) => return new_file(Path::new(path)).map(Self::File),
-            _ => return Err(RestoreError::Destination(to.to_owned())),
-        };
-        let to = to.to_owned();
-        connected
-            .map(Self::Socket)
-            .map_err(|source| RestoreError::Connect { to, source })
+/// Writes to the destination.
+fn write_target(
+    target: &Outlet,
+    to: &str,
+    description: &GuestDescription,
+    view: &CheckpointView<'_>,
+    form: Form,
+) -> Result<StreamReport, RestoreError> {
+    match target.is_socket() {
+        false => write_file(target, to, description, view, form),
+        true => write(description, view, form, target).map_err(|error| {
+            let to = to.to_owned();
+            RestoreError::Stream { to, error }
+        }),
     }
-
-    fn write(
-        self,
-        to: &str,
-        description: &GuestDescription,
-        view: &CheckpointView<'_>,
-        form: Form,
-    ) -> Result<StreamReport, RestoreError> {
-        match self {
-            Self::File(file) => write_file(file, description, view, form),
-            Self::Socket(socket) => write(description, view, form, socket).map_err(|error| {
-                let to = to.to_owned();
-                RestoreError::Stream { to, error }
-            }),
-        }
-    }
-}
-
-fn connect_unix(path: &Path) -> io::Result<Box<dyn Write>> {
-    let stream = UnixStream::connect(path)?;
-    stream.set_write_timeout(Some(WRITE_TIMEOUT))?;
-    Ok(Box::new(stream))
-}
-
-fn connect_tcp(address: &str) -> io::Result<Box<dyn Write>> {
-    let stream = TcpStream::connect(address)?;
-    stream.set_write_timeout(Some(WRITE_TIMEOUT))?;
-    Ok(Box::new(stream))
 }
 
 fn write(
@@ -295,7 +328,7 @@ fn write(
     out: impl Write,
 ) -> Result<StreamReport, StreamError> {
     // It is to go on, and COLO has let it run or would have, whatever it did before it was protected.
-    let device_state = run_state::running(view.device_state());
+    let device_state = run_state::running(view.device_state()).map_err(io::Error::other)?;
     write_stream(
         description,
         &device_state,
@@ -305,30 +338,21 @@ fn write(
     )
 }
 
-/// Begins a file, which gets its name only when it is complete and on the disk.
-fn new_file(path: &Path) -> Result<NewFile, RestoreError> {
-    if !path.is_absolute() {
-        return Err(RestoreError::RelativePath(path.to_owned()));
-    }
-    NewFile::create(path, Readers::Owner).map_err(|source| RestoreError::File {
-        path: path.to_owned(),
-        source,
-    })
-}
-
-/// Writes a stream to a file.
+/// Writes a stream to a file, and waits until it is on the disk.
 fn write_file(
-    file: NewFile,
+    file: &Outlet,
+    what: &str,
     description: &GuestDescription,
     view: &CheckpointView<'_>,
     form: Form,
 ) -> Result<StreamReport, RestoreError> {
-    let path = file.path().to_owned();
-    write(description, view, form, file.file())
+    write(description, view, form, file)
         .map_err(|error| error.source)
         .and_then(|report| file.sync().map(|()| report))
-        .and_then(|report| file.rename().map(|()| report))
-        .map_err(|source| RestoreError::File { path, source })
+        .map_err(|source| RestoreError::File {
+            what: what.to_owned(),
+            source,
+        })
 }
 
 fn nanoseconds(since: Instant) -> u64 {

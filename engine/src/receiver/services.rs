@@ -2,6 +2,7 @@
 
 use super::decode::Workers;
 use super::disks::SessionDisks;
+use super::guest::Guests;
 use super::guest_memory::{GuestMemory, MemoryError};
 use super::links::Links;
 use super::live_session::LiveSession;
@@ -26,9 +27,16 @@ pub(super) struct Shared {
     pub(super) flusher: Arc<Flusher>,
     /// Decode compressed payloads of all guests.
     pub(super) workers: Arc<Workers>,
+    /// Who the guests of all sessions are.
+    pub(super) guests: Arc<Guests>,
     /// Links to guards of primaries.
     pub(super) links: Arc<Links>,
+    /// Longest device state that a receiving core writes to its file itself: see [`INLINE_STATE_BYTES`].
+    pub(super) inline_state_bytes: usize,
 }
+
+/// Twice what was seen of a device state. To copy that takes some tens of microseconds, as long as to wake another thread.
+pub(super) const INLINE_STATE_BYTES: usize = 1 << 20;
 
 /// The receiver as its sessions see it. None of this is called per packet.
 pub(super) trait Services: Send + Sync {
@@ -62,4 +70,7 @@ pub(super) trait Services: Send + Sync {
 
     /// Warns the operator.
     fn warn(&self, text: String);
+
+    /// The same of a session, which anyone can begin: limited for each origin.
+    fn warn_of(&self, session: &LiveSession, text: String);
 }

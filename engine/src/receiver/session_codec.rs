@@ -1,9 +1,13 @@
 //! A session as it is written to the RAM directory with its first checkpoint: texts and numbers one after the other.
 
+use super::guest::StoredGuest;
+use super::names::{GuestName, NameError};
 use crate::blocks::{BLOCKS_MAX, BlockListError, BlockTable};
 use crate::disk::StoredDisk;
 use crate::session::GuestDescription;
+use crate::store::StoreError;
 use crate::wire::stream::StreamHeader;
+use crate::wire::{WireError, state_buffer};
 use std::sync::Arc;
 use thiserror::Error;
 
@@ -28,18 +32,24 @@ pub enum DecodeError {
     /// A block list that no stream may have.
     #[error(transparent)]
     Blocks(#[from] BlockListError),
+    /// A name or a UUID that no guest can have.
+    #[error(transparent)]
+    Name(NameError),
     /// The migration stream's header is damaged.
     #[error("its stream header is invalid")]
     Header,
     /// It is too long.
     #[error("{0} bytes follow its end")]
     Trailing(usize),
+    /// There is no memory for its vmdesc.
+    #[error(transparent)]
+    NoMemory(#[from] WireError),
 }
 
 /// What is constant for a session.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) struct StoredSession {
-    pub(super) peer: String,
+    pub(super) guest: StoredGuest,
     pub(super) description: GuestDescription,
     pub(super) disks: Vec<StoredDisk>,
 }
@@ -49,10 +59,39 @@ fn put_bytes(out: &mut Vec<u8>, bytes: &[u8]) {
     out.extend_from_slice(bytes);
 }
 
+/// Most bytes of an encoded session.
+fn bytes_max(guest: &StoredGuest, description: &GuestDescription, disks: &[StoredDisk]) -> usize {
+    const NUMBERS: usize = 64;
+    const UUID_CHARS: usize = 36;
+    let texts = [
+        guest.peer.len(),
+        guest.listener.as_ref().map_or(0, String::len),
+        guest.name.as_ref().map_or(0, |name| name.as_str().len()),
+        UUID_CHARS,
+        description.machine_type.len(),
+        description.header.len(),
+        description.vmdesc.len(),
+    ];
+    let blocks = description.blocks.iter().map(|(_, block)| block.name.len());
+    let disks = disks.iter().map(|disk| disk.directory.len() + disk.name.len());
+    let of =
+        |lengths: &mut dyn Iterator<Item = usize>| -> usize { lengths.map(|length| length + NUMBERS).sum() };
+    of(&mut texts.into_iter()) + of(&mut blocks.into_iter()) + of(&mut disks.into_iter()) + NUMBERS
+}
+
 /// Encodes a session.
-pub(super) fn encode(peer: &str, description: &GuestDescription, disks: &[StoredDisk]) -> Vec<u8> {
-    let mut out = Vec::new();
-    put_bytes(&mut out, peer.as_bytes());
+///
+/// # Errors
+/// If there is no memory for it.
+pub(super) fn encode(
+    guest: &StoredGuest,
+    description: &GuestDescription,
+    disks: &[StoredDisk],
+) -> Result<Vec<u8>, StoreError> {
+    let (mut out, most) = (Vec::new(), bytes_max(guest, description, disks));
+    let reserved = out.try_reserve_exact(most);
+    reserved.map_err(|_| StoreError::no_tables::<u8>(most))?;
+    put_bytes(&mut out, guest.peer.as_bytes());
     put_bytes(&mut out, description.machine_type.as_bytes());
     put_bytes(&mut out, &description.header);
     put_bytes(&mut out, &description.vmdesc);
@@ -69,7 +108,13 @@ pub(super) fn encode(peer: &str, description: &GuestDescription, disks: &[Stored
         out.extend_from_slice(&disk.log.to_le_bytes());
         out.extend_from_slice(&disk.size.to_le_bytes());
     }
-    out
+    put_bytes(&mut out, guest.listener.as_deref().unwrap_or_default().as_bytes());
+    let name = guest.name.as_ref().map(GuestName::as_str);
+    put_bytes(&mut out, name.unwrap_or_default().as_bytes());
+    let uuid = guest.uuid.map(String::from);
+    put_bytes(&mut out, uuid.unwrap_or_default().as_bytes());
+    debug_assert!(out.len() <= most, "nothing else was allocated");
+    Ok(out)
 }
 
 /// The bytes that are not decoded yet.
@@ -103,7 +148,7 @@ pub(super) fn decode(bytes: &[u8]) -> Result<StoredSession, DecodeError> {
     let peer = rest.text()?;
     let machine_type = rest.text()?;
     let header = rest.bytes()?.to_vec();
-    let vmdesc = rest.bytes()?.to_vec();
+    let vmdesc = state_buffer::copy(rest.bytes()?)?;
     let ram_section = u32::try_from(rest.number()?).map_err(|_| DecodeError::RamSection)?;
     let count = rest.number()?;
     if count > BLOCKS_MAX as u64 {
@@ -126,6 +171,11 @@ pub(super) fn decode(bytes: &[u8]) -> Result<StoredSession, DecodeError> {
             size: rest.number()?,
         });
     }
+    // Receivers before this one ended here.
+    let [listener, name, uuid] = match rest.0.is_empty() {
+        true => Default::default(),
+        false => [rest.text()?, rest.text()?, rest.text()?],
+    };
     if !rest.0.is_empty() {
         return Err(DecodeError::Trailing(rest.0.len()));
     }
@@ -139,8 +189,16 @@ pub(super) fn decode(bytes: &[u8]) -> Result<StoredSession, DecodeError> {
         blocks: Arc::new(blocks),
         vmdesc,
     };
+    let present = |text: String| Some(text).filter(|text| !text.is_empty());
+    let name = present(name).map(|name| name.parse()).transpose();
+    let uuid = present(uuid).map(|uuid| uuid.parse()).transpose();
     Ok(StoredSession {
-        peer,
+        guest: StoredGuest {
+            peer,
+            listener: present(listener),
+            uuid: uuid.map_err(DecodeError::Name)?,
+            name: name.map_err(DecodeError::Name)?,
+        },
         description,
         disks,
     })
@@ -167,6 +225,13 @@ mod tests {
         }
     }
 
+    fn guest() -> StoredGuest {
+        StoredGuest {
+            peer: "10.0.0.1:5".into(),
+            ..StoredGuest::default()
+        }
+    }
+
     fn test_header(machine: &[u8]) -> StreamHeader {
         StreamHeader {
             machine_type: String::from_utf8(machine.to_vec()).unwrap(),
@@ -188,18 +253,37 @@ mod tests {
 
     #[test]
     fn decoding_reverses_encoding() {
-        let bytes = encode("tcp:10.0.0.1:5", &description(), &disks());
-        let stored = decode(&bytes).unwrap();
-        assert_eq!(
-            (stored.peer.as_str(), stored.description, stored.disks),
-            ("tcp:10.0.0.1:5", description(), disks())
-        );
+        let uuid = "0c5a1f00-0000-4000-8000-0000000000ff";
+        let all = (Some("tcp:[::]:4444"), Some("web3"), Some(uuid));
+        for (listener, name, uuid) in [all, (None, None, None)] {
+            let guest = StoredGuest {
+                listener: listener.map(str::to_owned),
+                name: name.map(|name| name.parse().unwrap()),
+                uuid: uuid.map(|uuid| uuid.parse().unwrap()),
+                ..guest()
+            };
+            let bytes = encode(&guest, &description(), &disks()).unwrap();
+            let stored = decode(&bytes).unwrap();
+            assert_eq!(
+                (stored.guest, stored.description, stored.disks),
+                (guest, description(), disks())
+            );
+        }
+    }
+
+    /// It had no listener, no name and no UUID.
+    #[test]
+    fn what_an_earlier_receiver_has_left_is_decoded() {
+        let bytes = encode(&guest(), &description(), &disks()).unwrap();
+        let earlier = &bytes[..bytes.len() - 24];
+        assert_eq!(decode(earlier).unwrap().guest, guest());
     }
 
     #[test]
     fn damaged_bytes_do_not_panic() {
-        let bytes = encode("x", &description(), &disks());
-        for length in 0..bytes.len() {
+        let bytes = encode(&guest(), &description(), &disks()).unwrap();
+        // That of an earlier receiver is whole without its last three texts.
+        for length in (0..bytes.len()).filter(|length| *length != bytes.len() - 24) {
             decode(&bytes[..length]).unwrap_err();
         }
         for at in 0..bytes.len() {

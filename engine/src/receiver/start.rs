@@ -1,29 +1,39 @@
 //! Starts what a receiver is made of: data plane, flush threads, measurements, recovered checkpoints.
 
 use super::background::Background;
-use super::budget::Budget;
-use super::control::ControlContext;
+use super::control::{ControlContext, SessionNumbers};
 use super::decode::WorkerThreads;
 use super::disks::{DiskMemory, DiskRegistry, DiskServer, ServerParts, SessionDisks};
-use super::guest_memory::{Budgets, GuestMemory, GuestNeeds, MemoryError};
+use super::guest::Guests;
+use super::guest_memory::{Budgets, GuestMemory, MemoryError};
+use super::handshakes::HandshakeThread;
 use super::kept_checkpoint::KeptCheckpoint;
 use super::live_session::LiveSession;
 use super::recovery::{label, recover_all, recover_orphaned_disks};
-use super::services::{Services, Shared, Work};
+use super::refusals::{Refusals, Refused};
+use super::services::{INLINE_STATE_BYTES, Services, Shared, Work};
 use super::{Event, Events, ReceiverError, ReceiverOptions};
 use crate::blocks::BlockTable;
+use crate::budget::Budget;
 use crate::disk::{DiskError, DiskOptions, RamShare, SEGMENT_BYTES};
 use crate::host::{Machine, Placement, max_mappings};
 use crate::metrics::{Recorder, RunDescription, SampleQueue};
 use crate::net::Listener;
 use crate::ring::{BackendKind, Plane, PlaneError, PlaneOptions};
-use crate::store::{CopyMethod, Flusher, Store, StoreOptions};
+use crate::sandbox::ThreadKind;
+use crate::store::{CopyMethod, Flusher, RamDirectoryLock, Store, StoreOptions};
+use crate::threads::Threads;
+use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::{Instant, SystemTime};
 use tokio::sync::Notify;
 
 /// Starts the data plane; where io_uring is unavailable, with epoll instead, and warns.
-fn start_plane(options: &mut ReceiverOptions, events: &Arc<Events>) -> Result<Plane, PlaneError> {
+fn start_plane(
+    options: &mut ReceiverOptions,
+    threads: &Threads,
+    events: &Arc<Events>,
+) -> Result<Plane, PlaneError> {
     let start = |backend| {
         let (cores, registered) = (options.cores.clone(), options.registered);
         let events = events.clone();
@@ -32,6 +42,7 @@ fn start_plane(options: &mut ReceiverOptions, events: &Arc<Events>) -> Result<Pl
                 backend,
                 cores,
                 registered,
+                threads: threads.clone(),
             },
             move |text| events(Event::Warning(text)),
         )
@@ -49,6 +60,12 @@ fn start_plane(options: &mut ReceiverOptions, events: &Arc<Events>) -> Result<Pl
         other => other?,
     };
     options.backend = plane.options().backend;
+    if plane.features().is_some_and(|features| !features.restricted) {
+        events(Event::Warning(
+            "this kernel's io_uring cannot be confined to receiving (Linux 5.10): an intruder could open files and connections by it"
+                .into(),
+        ));
+    }
     if options.registered && plane.features().is_some_and(|features| !features.registered) {
         events(Event::Warning(
             "this kernel's io_uring has no sparse table of registered buffers (Linux 5.19); pages are received \
@@ -70,10 +87,13 @@ pub(super) fn make_context(
     changed: &Arc<Notify>,
     disk_listeners: Vec<Listener>,
 ) -> Result<ControlContext, ReceiverError> {
-    let flusher = flusher(&options)?;
+    // First: a killed receiver that still holds it may hold more.
+    let ram_dir = options.store.ram_dir.as_deref().map(RamDirectoryLock::take);
+    let ram_dir = ram_dir.transpose().map_err(ReceiverError::RamDirectory)?;
+    let threads = threads(&options, &events)?;
+    let flusher = flusher(&options, &threads)?;
     let budgets = Budgets {
-        ram: Arc::new(Budget::new(options.ram_limit_bytes, "--ram-limit")),
-        device_states: Arc::new(Budget::new(DEVICE_STATES_MAX, "device state")),
+        memory: options.ram_limit.budget(),
         mappings: Arc::new(Budget::of_mappings(max_mappings())),
     };
     let run = RunDescription {
@@ -81,63 +101,92 @@ pub(super) fn make_context(
         options: options.described.clone(),
         machine: Machine::read(),
     };
-    let disks = disk_registry(&mut options, &budgets, &events)?.map(Arc::new);
-    let recorder = Recorder::start(options.hist.as_deref(), run)?;
-    let workers = start_workers(&options, &*events);
+    let disks = disk_registry(&mut options, &budgets, &events, &threads)?.map(Arc::new);
+    let of_files = events.clone();
+    let warn = move |text| of_files(Event::Warning(text));
+    let recorder = Recorder::start(options.hist.as_deref(), run, &threads, warn)?;
+    let recorder = recorder.observed_by(options.samples.clone());
+    let workers = start_workers(&options, &threads, &*events);
+    let refusals = Arc::new(Refusals::new(events.clone()));
     let services: Arc<dyn Services> = Arc::new(ReceiverServices {
         shared: Shared {
             started: Instant::now(),
             samples: SampleQueue::new(),
             flusher: Arc::new(flusher),
             workers: workers.workers().clone(),
+            guests: Arc::new(Guests::new(options.names.clone())),
             links: Arc::default(),
+            inline_state_bytes: INLINE_STATE_BYTES,
         },
-        store: store_options(&options, &placement, workers.workers().shards()),
+        store: StoreOptions {
+            budget: budgets.memory.clone(),
+            ..store_options(&options, &placement, workers.workers().shards())
+        },
         budgets: budgets.clone(),
         disks: disks.clone(),
+        threads: threads.clone(),
         changed: changed.clone(),
         events: events.clone(),
+        refusals: refusals.clone(),
     });
-    let recovered = match &options.store.ram_dir {
+    let (recovered, found) = match &options.store.ram_dir {
         Some(directory) => recover_all(directory, services.shared().started, &budgets, &*events),
-        None => (Vec::new(), 1),
+        None => (Vec::new(), BTreeSet::new()),
     };
     if let Some(disks) = &disks {
-        adopt_disks(disks, &recovered.0, &*events);
+        adopt_disks(disks, &recovered, &*events);
     }
     let parts = disks.clone().map(|registry| ServerParts {
         registry,
-        budget: budgets.ram.clone(),
+        refusals: refusals.clone(),
+        budget: budgets.memory.clone(),
         deadline: options.identify_deadline,
     });
     let started = parts.map(|parts| DiskServer::start(parts, disk_listeners));
     let disk_server = started.transpose().map_err(ReceiverError::Thread)?;
-    let background = Background::start().map_err(ReceiverError::Thread)?;
+    let handshakes = options
+        .tls
+        .clone()
+        .map(|credentials| HandshakeThread::start(credentials, budgets.memory.clone(), threads.clone()));
+    let handshakes = handshakes.transpose().map_err(ReceiverError::Thread)?;
+    let background = Background::start(&threads).map_err(ReceiverError::Thread)?;
     // Last: its threads would not end if something else failed after it.
-    let plane = start_plane(&mut options, &events)?;
+    let plane = start_plane(&mut options, &threads, &events)?;
     Ok(ControlContext {
+        threads,
         options,
         placement,
         services,
         plane,
         workers,
         background,
-        budget: budgets.ram,
+        budget: budgets.memory,
         recorder,
         events,
+        refusals,
         disks,
         disk_server,
+        handshakes,
         recovered,
+        numbers: SessionNumbers::after(found),
+        _ram_dir: ram_dir,
     })
 }
 
-fn flusher(options: &ReceiverOptions) -> Result<Flusher, ReceiverError> {
+/// Starts and confines the threads of the receiver.
+fn threads(options: &ReceiverOptions, events: &Arc<Events>) -> Result<Threads, ReceiverError> {
+    let events = events.clone();
+    let warn = move |text| events(Event::Warning(text));
+    Threads::confined(options.sandbox.clone(), warn).map_err(ReceiverError::Thread)
+}
+
+fn flusher(options: &ReceiverOptions, threads: &Threads) -> Result<Flusher, ReceiverError> {
     Ok(match options.backend {
         // The baseline flushes as QEMU does: one thread, memcpy.
         BackendKind::Threads => Flusher::new(CopyMethod::Memcpy, 0, &[]),
         BackendKind::Uring | BackendKind::Epoll => {
             let cores = options.cores.get(1..).unwrap_or(&[]);
-            Flusher::new(CopyMethod::NonTemporal, cores.len(), cores)
+            Flusher::confined(CopyMethod::NonTemporal, cores.len(), cores, threads)
         }
     }?)
 }
@@ -159,6 +208,7 @@ fn disk_registry(
     options: &mut ReceiverOptions,
     budgets: &Budgets,
     events: &Arc<Events>,
+    threads: &Threads,
 ) -> Result<Option<DiskRegistry>, ReceiverError> {
     let Some(serving) = &mut options.disks else {
         return Ok(None);
@@ -173,34 +223,40 @@ fn disk_registry(
         segment_bytes: SEGMENT_BYTES,
     };
     let segments = LogShare {
-        ram: budgets.ram.clone(),
+        memory: budgets.memory.clone(),
         logs: Arc::new(Budget::new(
-            budgets.ram.limit() / LOG_SHARE,
+            budgets.memory.limit() / LOG_SHARE,
             "the disks' part of --ram-limit",
         )),
     };
     let memory = DiskMemory {
         segments: Arc::new(segments),
-        indexes: Arc::new(IndexShare(budgets.ram.clone())),
+        indexes: Arc::new(IndexShare(budgets.memory.clone())),
     };
     let directory = serving.directory.clone();
-    Ok(Some(DiskRegistry::new(directory, log, memory, events.clone())))
+    Ok(Some(DiskRegistry::new(
+        directory,
+        log,
+        memory,
+        events.clone(),
+        threads.clone(),
+    )))
 }
 
 /// The share of the memory that segments of disks' logs may take.
 struct LogShare {
-    ram: Arc<Budget>,
+    memory: Arc<Budget>,
     logs: Arc<Budget>,
 }
 
 impl RamShare for LogShare {
     fn take(&self, bytes: u64) -> Option<Box<dyn Send + Sync>> {
-        let leases = (self.logs.take(bytes).ok()?, self.ram.take(bytes).ok()?);
+        let leases = (self.logs.take(bytes).ok()?, self.memory.take(bytes).ok()?);
         Some(Box::new(leases))
     }
 }
 
-/// Indexes of logs have no limit but that of all RAM: without them a log beside its base is of no use, either.
+/// Indexes of logs have no limit but that of all memory: without them a log beside its base is of no use, either.
 struct IndexShare(Arc<Budget>);
 
 impl RamShare for IndexShare {
@@ -210,16 +266,13 @@ impl RamShare for IndexShare {
     }
 }
 
-/// Most device state to hold over all guests, in bytes: two of the largest possible, each with the buffer for the next.
-const DEVICE_STATES_MAX: u64 = 4 * crate::wire::limits::VMSTATE_MAX;
-
 /// Starts the workers that decode; without them channels do it themselves. In the baseline they always do, as QEMU's.
-fn start_workers(options: &ReceiverOptions, events: &Events) -> WorkerThreads {
+fn start_workers(options: &ReceiverOptions, threads: &Threads, events: &Events) -> WorkerThreads {
     let cores = match options.backend {
         BackendKind::Threads => &[],
         BackendKind::Uring | BackendKind::Epoll => &options.cores[..],
     };
-    WorkerThreads::start(cores, options.cores.len()).unwrap_or_else(|error| {
+    WorkerThreads::start(cores, options.cores.len(), threads).unwrap_or_else(|error| {
         events(Event::Warning(format!(
             "no threads to decode compressed pages, which the receiving cores do instead: {error}"
         )));
@@ -247,8 +300,10 @@ struct ReceiverServices {
     store: StoreOptions,
     budgets: Budgets,
     disks: Option<Arc<DiskRegistry>>,
+    threads: Threads,
     changed: Arc<Notify>,
     events: Arc<Events>,
+    refusals: Arc<Refusals>,
 }
 
 impl Services for ReceiverServices {
@@ -257,20 +312,12 @@ impl Services for ReceiverServices {
     }
 
     fn make_memory(&self, session: u32, table: Arc<BlockTable>) -> Result<GuestMemory, MemoryError> {
-        let leases = self.budgets.take(GuestNeeds {
-            ram_bytes: table.total_bytes(),
-            device_state_bytes: 0,
-            mappings: Store::mappings_max(&table, &self.store),
-        })?;
+        let leases = self.budgets.take(Store::mappings_max(&table, &self.store))?;
         let (store, notes) = Store::create(table, &label(session), &self.store)?;
-        let fallbacks: Vec<String> = notes.iter().map(ToString::to_string).collect();
-        for note in &fallbacks {
-            self.warn(format!("session {session}: {note}"));
-        }
         Ok(GuestMemory {
             store: Arc::new(store),
             leases,
-            fallbacks,
+            fallbacks: notes.iter().map(ToString::to_string).collect(),
         })
     }
 
@@ -289,8 +336,8 @@ impl Services for ReceiverServices {
     }
 
     fn run_in_background(&self, work: Work) -> std::io::Result<()> {
-        let thread = std::thread::Builder::new().name("colo-memory".into());
-        thread.spawn(work).map(drop)
+        let started = self.threads.start(ThreadKind::Memory, "colo-memory", work);
+        started.map(drop)
     }
 
     fn notify_control(&self) {
@@ -299,5 +346,12 @@ impl Services for ReceiverServices {
 
     fn warn(&self, text: String) {
         (self.events)(Event::Warning(text));
+    }
+
+    fn warn_of(&self, session: &LiveSession, text: String) {
+        let title = session.guest.title();
+        let event = || Event::Warning(format!("session {title}: {text}"));
+        self.refusals
+            .report(session.origin, Refused::Session, &session.guest.peer, event);
     }
 }

@@ -2,13 +2,15 @@
 
 use super::disks::{DiskStatus, UnboundDisk};
 use super::end::SessionEnd;
+use super::guest::{GuestIdentity, SessionTitle};
 use super::kept_checkpoint::KeptCheckpoint;
 use super::links::GuardStatus;
 use super::live_session::LiveSession;
 use super::promotion::Promotion;
 use crate::host::Placement;
-use crate::metrics::Summary;
+use crate::metrics::{RecentFigures, Summary};
 use crate::store::CommittedImage;
+use crate::tls::{ServerCredentials, Validity};
 use serde::{Deserialize, Serialize};
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -20,8 +22,9 @@ pub const STATUS_SCHEMA: &str = "colo-ring.status";
 /// Its version: raised when a key changes its meaning or goes.
 pub const STATUS_VERSION: u32 = 1;
 
-/// Most RAM blocks of a session in a [`StatusReport`].
+/// Most RAM blocks of a session in a [`StatusReport`], and most bytes of their names: a report of very many sessions stays small.
 const BLOCKS_SHOWN: usize = 64;
+const NAMES_SHOWN_BYTES: usize = 8 << 10;
 
 /// Longest text of a session that is gone, in bytes.
 const TEXT_MAX: usize = 512;
@@ -44,17 +47,52 @@ pub struct StatusReport {
     /// On which NUMA nodes they are, and guests' memory is to lie.
     #[serde(default)]
     pub placement: Placement,
+    /// What connections have their TLS with, where they have.
+    #[serde(default)]
+    pub tls: Option<TlsStatus>,
     /// Milliseconds since the start.
     pub uptime_ms: u64,
-    /// Guest RAM held, in bytes, and how much may be.
+    /// Memory that guests have taken: all of it, also what is reserved for them.
     pub ram_held_bytes: u64,
-    /// See `--ram-limit`.
+    /// How much it may be: `--ram-limit`, or what this host and its cgroups leave.
     pub ram_limit_bytes: u64,
+    /// Intervals that are missing in the logs of `--hist`, because they could not be written.
+    #[serde(default)]
+    pub intervals_lost: u64,
     /// Disks that are connected and that no session has taken yet.
     #[serde(default)]
     pub disks: Vec<UnboundDisk>,
     /// Running sessions and those whose checkpoint is kept.
     pub sessions: Vec<SessionStatus>,
+}
+
+/// The TLS of all connections.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TlsStatus {
+    /// The directory of its files.
+    pub directory: PathBuf,
+    /// The receiver's certificate, and until when it is valid.
+    #[serde(flatten)]
+    pub validity: Validity,
+    /// Whether primaries must have a certificate.
+    pub verifies_peer: bool,
+    /// Identities that may connect; every one that the CA has signed where there are none.
+    pub allowed: Vec<String>,
+    /// What opens records: always `user`, this process.
+    pub records: String,
+}
+
+impl TlsStatus {
+    /// As it is now.
+    pub fn of(credentials: &ServerCredentials) -> Self {
+        Self {
+            directory: credentials.directory().to_owned(),
+            validity: credentials.validity(),
+            verifies_peer: credentials.demands_certificate(),
+            allowed: credentials.allowed().identities().to_vec(),
+            records: "user".to_owned(),
+        }
+    }
 }
 
 /// Where a session stands.
@@ -69,8 +107,34 @@ pub enum SessionState {
     Ended,
     /// Its guest was resumed elsewhere from its last checkpoint.
     Promoted,
+    /// Its checkpoint was given up, by an operator or for want of places.
+    Discarded,
     /// An earlier receiver's: its committed checkpoint was found in the RAM directory.
     Recovered,
+}
+
+impl SessionState {
+    /// All of them.
+    pub const ALL: [Self; 6] = [
+        Self::Precopy,
+        Self::Protected,
+        Self::Ended,
+        Self::Promoted,
+        Self::Discarded,
+        Self::Recovered,
+    ];
+
+    /// The name in tables, metrics and JSON.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Precopy => "precopy",
+            Self::Protected => "protected",
+            Self::Ended => "ended",
+            Self::Promoted => "promoted",
+            Self::Discarded => "discarded",
+            Self::Recovered => "recovered",
+        }
+    }
 }
 
 /// A RAM block of a guest.
@@ -101,8 +165,23 @@ impl GuestBlock {
 pub struct SessionStatus {
     /// Its number in this receiver, from 1.
     pub session: u32,
+    /// Its guest's name: the operator's, or its UUID; none if it has neither.
+    #[serde(default)]
+    pub guest: Option<String>,
+    /// Its guest's UUID.
+    #[serde(default)]
+    pub uuid: Option<String>,
+    /// The address that its main channel came to.
+    #[serde(default)]
+    pub listener: Option<String>,
     /// Where its main channel came from.
     pub peer: String,
+    /// Whose certificate its connections have, with TLS.
+    #[serde(default)]
+    pub identity: Option<String>,
+    /// Version and cipher of its TLS.
+    #[serde(default)]
+    pub tls: Option<String>,
     /// Where it stands.
     pub state: SessionState,
     /// Why it ended.
@@ -122,7 +201,7 @@ pub struct SessionStatus {
     pub machine: Option<String>,
     /// Bytes over all RAM blocks, once known.
     pub ram_bytes: Option<u64>,
-    /// The RAM blocks, once known; in a [`StatusReport`] the largest 64 at most.
+    /// The RAM blocks, once known; in a [`StatusReport`] the largest 64 at most, fewer if their names are very long.
     #[serde(default)]
     pub blocks: Vec<GuestBlock>,
     /// Its guard, if there is or was one.
@@ -146,14 +225,26 @@ pub struct SessionStatus {
     /// The pool of cache slots in bytes; none with a mirror, and after the session's end.
     pub pool_bytes: Option<u64>,
     /// Slabs of the pool that were made while pages waited for them.
-    pub pool_slabs_in_haste: u64,
+    pub pool_slabs_inline: u64,
     /// Steps down from the options asked for: each says what and why.
     pub fallbacks: Vec<String>,
+    /// Its pauses of the last minutes, while it runs.
+    #[serde(default)]
+    pub recent: Option<RecentFigures>,
     /// Figures of its checkpoints.
     pub summary: Summary,
 }
 
 impl SessionStatus {
+    /// How messages call it. A UUID is no name of the operator's, and too long for every line.
+    pub fn title(&self) -> SessionTitle {
+        let name = self.guest.as_ref().filter(|_| self.guest != self.uuid);
+        SessionTitle {
+            session: self.session,
+            name: name.and_then(|name| name.parse().ok()),
+        }
+    }
+
     /// Of a live session, or of one that has just ended.
     pub(super) fn of(session: &LiveSession, summary: Summary) -> Self {
         let read = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
@@ -171,10 +262,16 @@ impl SessionStatus {
             zero_pages: read(&counters.zero_pages),
             bytes: read(&counters.bytes),
             pool_bytes: pool.filter(|_| end.is_none()).map(|pool| pool.bytes),
-            pool_slabs_in_haste: pool.map_or(0, |pool| pool.inline_growth),
+            pool_slabs_inline: pool.map_or(0, |pool| pool.inline_growth),
             fallbacks: session.fallbacks().to_vec(),
             guard: session.output.guard(),
-            ..Self::new(session.id, &session.peer, summary)
+            identity: session
+                .tls
+                .as_ref()
+                .and_then(|tls| tls.identity.as_ref())
+                .map(ToString::to_string),
+            tls: session.tls.as_ref().map(|tls| tls.suite.clone()),
+            ..Self::new(session.id, &session.guest, summary)
         };
         let is_ended = end.is_some();
         let own = match session.checkpoint() {
@@ -200,7 +297,7 @@ impl SessionStatus {
             lost: end.is_loss(),
             ram_bytes: Some(checkpoint.image.table().total_bytes()),
             blocks: GuestBlock::all(&checkpoint.image),
-            ..Self::new(checkpoint.session, &checkpoint.peer, summary)
+            ..Self::new(checkpoint.session, &checkpoint.guest, summary)
         }
         .with(checkpoint, uptime)
     }
@@ -216,6 +313,7 @@ impl SessionStatus {
                 _ => self.state,
             },
             promotion: promotion.description(),
+            guest: checkpoint.guest.name().map(String::from),
             disks: checkpoint.disks.statuses(),
             machine: Some(checkpoint.description.machine_type.clone()),
             checkpoint: number.map(|id| id.0),
@@ -240,22 +338,36 @@ impl SessionStatus {
         self
     }
 
-    /// Without the small ones of very many RAM blocks.
+    /// Without the small ones of very many RAM blocks, or of such with very long names.
     #[must_use]
     pub(super) fn with_few_blocks(mut self) -> Self {
-        if self.blocks.len() > BLOCKS_SHOWN {
+        let lengths = self.blocks.iter().map(|block| block.name.len());
+        if self.blocks.len() > BLOCKS_SHOWN || lengths.sum::<usize>() > NAMES_SHOWN_BYTES {
             self.blocks
                 .sort_by_key(|block| std::cmp::Reverse(block.used_length));
-            self.blocks.truncate(BLOCKS_SHOWN);
+            let mut names_bytes = 0;
+            let is_shown = |block: &GuestBlock| {
+                names_bytes += block.name.len();
+                names_bytes <= NAMES_SHOWN_BYTES
+            };
+            let shown = self.blocks.iter().take(BLOCKS_SHOWN).map(is_shown);
+            let shown = shown.take_while(|is_shown| *is_shown).count();
+            self.blocks.truncate(shown);
+            self.blocks.shrink_to_fit();
         }
         self
     }
 
     /// Of a session of which nothing is known.
-    fn new(session: u32, peer: &str, summary: Summary) -> Self {
+    fn new(session: u32, guest: &GuestIdentity, summary: Summary) -> Self {
         Self {
             session,
-            peer: peer.to_owned(),
+            guest: guest.name().map(String::from),
+            uuid: guest.uuid().map(String::from),
+            listener: guest.listener.clone(),
+            peer: guest.peer.clone(),
+            identity: None,
+            tls: None,
             state: SessionState::Precopy,
             end: None,
             orderly: None,
@@ -274,8 +386,9 @@ impl SessionStatus {
             zero_pages: 0,
             bytes: 0,
             pool_bytes: None,
-            pool_slabs_in_haste: 0,
+            pool_slabs_inline: 0,
             fallbacks: Vec::new(),
+            recent: None,
             summary,
         }
     }

@@ -98,8 +98,12 @@ impl Compressed {
     pub(in crate::receiver) fn received(&mut self, bytes: usize, shard: usize) -> Result<(), ChannelError> {
         let mut packet = self.current.take().expect("it began");
         packet.payload.fill(bytes);
-        if self.is_empty() && self.workers.leave_to_channel(packet.normal.as_slice().len()) {
-            let applied = PAGES.with_borrow_mut(|pages| self.queue.apply(&mut packet, shard, pages));
+        if self.is_empty()
+            && self
+                .workers
+                .leave_to_channel(packet.normal.as_slice().len(), bytes)
+        {
+            let applied = PAGES.with_borrow_mut(|pages| self.queue.apply(&packet, shard, pages));
             self.current = Some(packet);
             return applied;
         }

@@ -1,8 +1,8 @@
-//! What decoding takes of the budget of RAM, for all channels of a session at once: a channel whose first payload comes in a
+//! What decoding takes of the budget, for all channels of a session at once: a channel whose first payload comes in a
 //! later checkpoint does not reach the limit then.
 
 use super::queue::PACKETS;
-use crate::receiver::budget::{BudgetError, Lease};
+use crate::budget::{BudgetError, Lease};
 use crate::receiver::guest_memory::MemoryLeases;
 use crate::wire::codec::{self, Method, PAYLOAD_MAX};
 use std::sync::{Arc, Mutex, PoisonError, Weak};
@@ -38,7 +38,7 @@ impl SharedDecodeMemory {
         let payloads = u64::from(PACKETS) * u64::from(PAYLOAD_MAX);
         let memory = Arc::new(DecodeMemory {
             channels,
-            lease: leases.beside_ram(channels * (payloads + codec::fixed_bytes(method)))?,
+            lease: leases.beside(channels * (payloads + codec::fixed_bytes(method)))?,
             stream_bytes: Mutex::new(0),
         });
         *shared = Arc::downgrade(&memory);
@@ -65,54 +65,43 @@ impl DecodeMemory {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::receiver::budget::Budget;
-    use crate::receiver::guest_memory::{Budgets, GuestNeeds};
+    use crate::budget::Budget;
+    use crate::receiver::guest_memory::Budgets;
+
+    fn budgets(limit: u64) -> Budgets {
+        Budgets {
+            memory: Arc::new(Budget::new(limit, "--ram-limit")),
+            mappings: Arc::new(Budget::of_mappings(0)),
+        }
+    }
 
     #[test]
     fn all_channels_are_charged_with_the_first_payload() {
-        let ram = Arc::new(Budget::new(1 << 30, "--ram-limit"));
-        let budgets = Budgets {
-            ram: ram.clone(),
-            device_states: Arc::new(Budget::new(0, "--device-state-limit")),
-            mappings: Arc::new(Budget::of_mappings(0)),
-        };
-        let leases = budgets
-            .take(GuestNeeds {
-                ram_bytes: 1 << 20,
-                ..GuestNeeds::default()
-            })
-            .unwrap();
+        let budgets = budgets(1 << 30);
+        let (memory, leases) = (budgets.memory.clone(), budgets.take(0).unwrap());
         let shared = SharedDecodeMemory::default();
         let first = shared.open(Method::Zstd, 4, &leases).unwrap();
-        let opened = ram.used();
-        assert_eq!(
-            opened,
-            (1 << 20) + 4 * ((4 << 20) + codec::fixed_bytes(Method::Zstd))
-        );
+        let opened = memory.used();
+        assert_eq!(opened, 4 * ((4 << 20) + codec::fixed_bytes(Method::Zstd)));
         first.begin_stream(100).unwrap();
         let second = shared.open(Method::Zstd, 4, &leases).unwrap();
         second.begin_stream(100).unwrap();
         second.begin_stream(90).unwrap();
-        assert_eq!(ram.used(), opened + 400);
+        assert_eq!(memory.used(), opened + 400);
         second.begin_stream(101).unwrap();
-        assert_eq!(ram.used(), opened + 404);
+        assert_eq!(memory.used(), opened + 404);
         assert!(second.begin_stream(1 << 30).is_err());
-        assert_eq!(ram.used(), opened + 404);
+        assert_eq!(memory.used(), opened + 404);
         drop(first);
-        assert_eq!(ram.used(), opened + 404);
+        assert_eq!(memory.used(), opened + 404);
         drop(second);
-        assert_eq!(ram.used(), 1 << 20);
+        assert_eq!(memory.used(), 0);
     }
 
     #[test]
     fn channels_that_together_exceed_the_limit_are_refused_with_the_first() {
         let one = (4 << 20) + codec::fixed_bytes(Method::Zlib);
-        let budgets = Budgets {
-            ram: Arc::new(Budget::new(3 * one, "--ram-limit")),
-            device_states: Arc::new(Budget::new(0, "--device-state-limit")),
-            mappings: Arc::new(Budget::of_mappings(0)),
-        };
-        let leases = budgets.take(GuestNeeds::default()).unwrap();
+        let leases = budgets(3 * one).take(0).unwrap();
         let shared = SharedDecodeMemory::default();
         assert!(shared.open(Method::Zlib, 4, &leases).is_err());
         assert!(shared.open(Method::Zlib, 3, &leases).is_ok());

@@ -100,8 +100,10 @@ impl DecodeQueue {
         let is_charged = false;
         queue.put_decoder(Box::new(ChannelDecoder { decoder, is_charged }));
         for _ in 0..PACKETS {
+            let payload = StreamBuffer::try_new(PAYLOAD_MAX as usize);
+            let payload = payload.map_err(|error| ChannelError::NoMemory(error.to_string()))?;
             queue.put_free(Box::new(Packet {
-                payload: StreamBuffer::new(PAYLOAD_MAX as usize),
+                payload,
                 normal: Box::default(),
                 zero: Box::default(),
                 place: PacketPlace::default(),
@@ -139,17 +141,11 @@ impl DecodeQueue {
     /// Applies the oldest packet. Only the worker that has the queue calls it, or the channel's thread if no worker took it;
     /// `shard` is that of the calling thread. Returns whether there are more; if not, the caller has it no longer.
     pub(super) fn apply_oldest(&self, shard: usize, pages: &mut PageBuffer) -> bool {
-        let mut packet = self.pending.pop().expect("as many as the backlog says");
-        if self.session.end().is_none() {
-            let applied = catch_unwind(AssertUnwindSafe(|| self.apply(&mut packet, shard, pages)));
-            match applied {
-                Ok(Ok(())) => {}
-                Ok(Err(error)) => self.session.finish(packet.place.error(self.channel, error)),
-                Err(_) => {
-                    let error = io::Error::other("a thread that decodes panicked");
-                    self.session.finish(SessionEnd::NotDriven(error));
-                }
-            }
+        let packet = self.pending.pop().expect("as many as the backlog says");
+        if self.session.end().is_none()
+            && let Err(error) = self.apply(&packet, shard, pages)
+        {
+            self.session.finish(packet.place.error(self.channel, error));
         }
         self.put_free(packet);
         let Applied { more, wake } = self.backlog.applied();
@@ -160,13 +156,28 @@ impl DecodeQueue {
     }
 
     /// Applies a packet: its zero pages become zero, and its payload the newest content of its normal pages, unless it is
-    /// damaged: then no page changes. `shard` is the calling thread's, which has the queue.
+    /// damaged: then no page changes. `shard` is the calling thread's, which has the queue. A panic ends the session, and no other
+    /// that the calling thread drives or decodes for.
     ///
     /// # Errors
     /// If the payload does not decode to these pages, or there is no memory for them.
     pub(super) fn apply(
         &self,
-        packet: &mut Packet,
+        packet: &Packet,
+        shard: usize,
+        pages: &mut PageBuffer,
+    ) -> Result<(), ChannelError> {
+        let applied = catch_unwind(AssertUnwindSafe(|| self.decode_and_write(packet, shard, pages)));
+        applied.unwrap_or_else(|_| {
+            let error = io::Error::other("a thread that decodes panicked");
+            self.session.finish(SessionEnd::NotDriven(error));
+            Ok(())
+        })
+    }
+
+    fn decode_and_write(
+        &self,
+        packet: &Packet,
         shard: usize,
         pages: &mut PageBuffer,
     ) -> Result<(), ChannelError> {

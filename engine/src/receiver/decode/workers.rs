@@ -6,6 +6,9 @@
 use super::queue::DecodeQueue;
 use super::run_queue::{Next, RunQueue, WORKERS_MAX};
 use crate::host::pin;
+use crate::sandbox::ThreadKind;
+use crate::threads::Threads;
+use crate::units::PAGE_SIZE;
 use crate::wire::codec::PageBuffer;
 use std::io;
 use std::sync::{Arc, OnceLock};
@@ -72,9 +75,11 @@ impl Workers {
         self.threads.len()
     }
 
-    /// Whether a packet with so many pages is decoded by its channel's thread, if it is the only one.
-    pub(super) fn leave_to_channel(&self, pages: usize) -> bool {
-        !self.exist() || pages <= self.inline_pages
+    /// Whether a packet with so many pages in so many bytes is decoded by its channel's thread, if it is the only one.
+    pub(super) fn leave_to_channel(&self, pages: usize, bytes: usize) -> bool {
+        // A payload that is longer than its pages costs what other guests wait for.
+        let is_small = pages <= self.inline_pages && bytes / (2 * PAGE_SIZE) <= pages;
+        is_small || !self.exist()
     }
 
     /// Hands a queue over, whose first packet was added. If there is no room for it, it stays with the caller.
@@ -154,20 +159,25 @@ impl WorkerThreads {
     ///
     /// # Errors
     /// If a thread cannot be started; none is left running then.
-    pub(in crate::receiver) fn start(cores: &[usize], first_shard: usize) -> io::Result<Self> {
+    pub(in crate::receiver) fn start(
+        cores: &[usize],
+        first_shard: usize,
+        threads: &Threads,
+    ) -> io::Result<Self> {
         let workers = Arc::new(Workers::new(cores.len(), first_shard));
         let mut running = Self {
             workers: workers.clone(),
             threads: Vec::new(),
         };
         for number in 0..workers.threads.len() {
-            let (workers, cores) = (workers.clone(), cores.to_vec());
+            let (workers, cores, confinement) = (workers.clone(), cores.to_vec(), threads.clone());
             let thread = thread::Builder::new().name(format!("colo-decode-{number}"));
             let thread = thread.spawn(move || {
                 // It sleeps only after this, so a thread that is to wake it finds it.
                 let _ = workers.threads[number].set(thread::current());
                 // The receiving threads were pinned to them; if a core has gone since, the scheduler decides.
                 let _ = pin(&cores);
+                confinement.enter(ThreadKind::Worker);
                 Worker::new(&workers, number).run(&workers);
             })?;
             running.threads.push(thread);

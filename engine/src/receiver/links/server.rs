@@ -1,11 +1,14 @@
 //! Serves a guard's connection, as a task of the control thread.
 
-use super::registry::{Bound, Guest, LinkTicket, Links};
+use super::registry::{Bound, GuestMarks, LinkTicket, Links};
 use super::session_output::{Awaited, Next};
-use crate::link::{Hello, LINE_MAX, LINK_VERSION, LinkError, ToGuard, ToReceiver};
+use crate::link::{Call, Hello, LINE_MAX, LINK_VERSION, LinkError, ToGuard, ToReceiver};
 use crate::net::{Accepted, Origin};
-use crate::receiver::disks::parse_uuid;
-use crate::receiver::{Event, Events};
+use crate::receiver::Event;
+use crate::receiver::assemble::Who;
+use crate::receiver::names::{GuestName, NameError};
+use crate::receiver::refusals::{Refusals, Refused};
+use crate::receiver::uuid::parse_uuid;
 use std::future::pending;
 use std::io;
 use std::sync::Arc;
@@ -14,11 +17,8 @@ use thiserror::Error;
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
 use tokio::net::TcpStream;
 use tokio::net::tcp::{ReadHalf, WriteHalf};
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, oneshot};
 use tokio::time::{Instant, sleep_until};
-
-/// Longest name of a guest, in bytes.
-const NAME_MAX: usize = 128;
 
 /// Longest time that a guard may ask to be waited for.
 const TIMEOUT_MAX: Duration = Duration::from_secs(60);
@@ -43,6 +43,10 @@ enum LinkEnd {
     Protocol(#[from] LinkError),
     #[error("a message that does not belong here")]
     Unexpected,
+    #[error(
+        "there are too many guards, and of those of its host that wait for a guest it has waited longest"
+    )]
+    Crowded,
     #[error("another guard of the same guest has taken its place")]
     Replaced,
     #[error("{0}")]
@@ -53,46 +57,62 @@ enum LinkEnd {
 
 /// Serves a connection whose preface was read, until it ends.
 pub(in crate::receiver) async fn serve(
-    accepted: Accepted,
+    (accepted, who): (Accepted, Who),
     links: Arc<Links>,
     deadline: Duration,
-    events: Arc<Events>,
+    refusals: Arc<Refusals>,
 ) {
-    let from = accepted.from.clone();
-    let mut name = String::new();
-    let end = serve_until_end(accepted, &links, deadline, &*events, &mut name).await;
-    let guard = match name.is_empty() {
-        true => format!("a guard at {from}"),
-        false => format!("the guard of {name} at {from}"),
-    };
-    events(match end {
+    let (from, origin) = (accepted.from.clone(), accepted.peer.origin);
+    let (mut name, mut was_bound) = (String::new(), false);
+    let told = |event| refusals.report(origin, Refused::Guard, &from, || event);
+    let end = serve_until_end(
+        (accepted, who),
+        &links,
+        deadline,
+        &told,
+        &mut name,
+        &mut was_bound,
+    )
+    .await;
+    if let LinkEnd::Ended = end {
         // The session's own end was reported.
-        LinkEnd::Ended => return,
+        return;
+    }
+    let (guard, refused) = match name.is_empty() {
+        true => (format!("a guard at {from}"), Refused::Stranger),
+        false => (format!("the guard of {name} at {from}"), Refused::Client),
+    };
+    let event = || match &end {
         LinkEnd::Closed | LinkEnd::Broken(_) => Event::Note(format!("{guard}: {end}")),
         end => Event::Warning(format!("{guard}: {end}")),
-    });
+    };
+    let refused = if was_bound { Refused::Guard } else { refused };
+    refusals.report(origin, refused, &from, event);
 }
 
 /// Serves it, and returns why it ended.
 async fn serve_until_end(
-    accepted: Accepted,
+    (accepted, who): (Accepted, Who),
     links: &Arc<Links>,
     deadline: Duration,
-    events: &Events,
+    events: &dyn Fn(Event),
     name: &mut String,
+    was_bound: &mut bool,
 ) -> LinkEnd {
-    let Some(ticket) = links.connected() else {
-        return LinkEnd::Refused("too many guards are connected".to_owned());
-    };
     let origin = accepted.peer.origin;
+    let Some(ticket) = links.connected(origin) else {
+        return LinkEnd::Refused("too many guards are connected, of all hosts or of this one".to_owned());
+    };
     let mut stream = match stream(accepted) {
         Ok(stream) => stream,
         Err(error) => return error.into(),
     };
     let mut link = Link::new(&mut stream);
-    let end = link.serve(&ticket, origin, deadline, events, name).await;
+    let end = link
+        .serve(&ticket, (origin, who), deadline, events, name, was_bound)
+        .await;
     let Err(end) = end else { return LinkEnd::Ended };
-    if let LinkEnd::Refused(_) | LinkEnd::Replaced = end {
+    if let LinkEnd::Refused(_) | LinkEnd::Replaced | LinkEnd::Crowded = end {
         let reason = end.to_string();
         // It may be gone.
         let _ = tokio::time::timeout(deadline, link.write(&ToGuard::Refused { reason })).await;
@@ -115,30 +135,30 @@ fn timeout_of(hello: &Hello) -> Duration {
     Duration::from_millis(hello.timeout_ms.into()).min(TIMEOUT_MAX)
 }
 
-/// The UUID of a guard's guest.
+/// The UUID of a guest, as a guard says it.
 ///
 /// # Errors
-/// [`LinkEnd::Refused`], with the reason.
-fn check(hello: &Hello) -> Result<Option<[u8; 16]>, LinkEnd> {
-    if hello.version != LINK_VERSION {
-        let version = hello.version;
-        return Err(LinkEnd::Refused(format!(
+/// [`LinkEnd::Refused`], with the reason. So do the others of these.
+fn check_uuid(uuid: Option<&str>) -> Result<Option<[u8; 16]>, LinkEnd> {
+    let parsed = uuid.map(|text| {
+        parse_uuid(text).ok_or_else(|| {
+            LinkEnd::Refused("the guest's UUID must have 36 characters, as QEMU writes it".to_owned())
+        })
+    });
+    parsed.transpose()
+}
+
+fn check_name(name: &str) -> Result<GuestName, LinkEnd> {
+    name.parse()
+        .map_err(|error: NameError| LinkEnd::Refused(error.to_string()))
+}
+
+fn check_version(version: u32) -> Result<(), LinkEnd> {
+    match version == LINK_VERSION {
+        true => Ok(()),
+        false => Err(LinkEnd::Refused(format!(
             "it speaks version {version} of the link protocol, this receiver version {LINK_VERSION}"
-        )));
-    }
-    if hello.name.is_empty() || hello.name.len() > NAME_MAX || hello.name.chars().any(char::is_control) {
-        return Err(LinkEnd::Refused(format!(
-            "the guest's name must have 1 to {NAME_MAX} printable bytes"
-        )));
-    }
-    match &hello.uuid {
-        None => Ok(None),
-        Some(text) => match parse_uuid(text) {
-            Some(uuid) => Ok(Some(uuid)),
-            None => Err(LinkEnd::Refused(
-                "the guest's UUID must have 36 characters, as QEMU writes it".to_owned(),
-            )),
-        },
+        ))),
     }
 }
 
@@ -167,26 +187,30 @@ impl<'a> Link<'a> {
     async fn serve(
         &mut self,
         ticket: &LinkTicket,
-        origin: Origin,
+        (origin, who): (Origin, Who),
         deadline: Duration,
-        events: &Events,
+        events: &dyn Fn(Event),
         name: &mut String,
+        was_bound: &mut bool,
     ) -> Result<(), LinkEnd> {
         let hello = tokio::time::timeout(deadline, self.read()).await;
-        let ToReceiver::Hello(hello) = hello.map_err(|_| LinkEnd::Silent(deadline))?? else {
-            return Err(LinkEnd::Unexpected);
+        let hello = match hello.map_err(|_| LinkEnd::Silent(deadline))?? {
+            ToReceiver::Hello(hello) => hello,
+            ToReceiver::Call(call) => return self.serve_call(ticket, (origin, who), call).await,
+            _ => return Err(LinkEnd::Unexpected),
         };
-        let uuid = check(&hello)?;
+        check_version(hello.version)?;
+        let uuid = check_uuid(hello.uuid.as_deref())?;
+        let guest_name = check_name(&hello.name)?;
         name.clone_from(&hello.name);
         let version = LINK_VERSION;
         self.write(&ToGuard::Welcome { version }).await?;
-        let bound = self
-            .wait_for_session(ticket, Guest { uuid, origin }, &hello)
-            .await?;
-        let session = bound.session;
+        let marks = GuestMarks { uuid, origin, who };
+        let bound = self.wait_for_session(ticket, marks, &hello, guest_name).await?;
+        *was_bound = true;
+        let session = bound.guest.title();
         events(Event::Note(format!(
-            "session {session} is guarded as {}: its output waits for its commit",
-            hello.name
+            "session {session} is guarded: its output waits for its commit"
         )));
         let served = self.serve_session(&bound, timeout_of(&hello)).await;
         if served.is_err() && bound.output.detach(bound.link) {
@@ -196,6 +220,38 @@ impl<'a> Link<'a> {
             )));
         }
         served
+    }
+
+    /// Names a guest that is about to be protected, and tells what it is called once it is.
+    async fn serve_call(
+        &mut self,
+        ticket: &LinkTicket,
+        (origin, who): (Origin, Who),
+        call: Call,
+    ) -> Result<(), LinkEnd> {
+        check_version(call.version)?;
+        let uuid = check_uuid(call.uuid.as_deref())?;
+        let name = call.name.as_deref().map(check_name).transpose()?;
+        let version = LINK_VERSION;
+        self.write(&ToGuard::Welcome { version }).await?;
+        let (sender, called) = oneshot::channel();
+        ticket.call(GuestMarks { uuid, origin, who }, name, sender);
+        let guest = tokio::select! {
+            guest = called => guest.map_err(|_| LinkEnd::Crowded)?,
+            // Its caller has nothing to say any more, and may go.
+            read = self.read() => return match read {
+                Ok(_) => Err(LinkEnd::Unexpected),
+                Err(LinkEnd::Closed | LinkEnd::Broken(_)) => Ok(()),
+                Err(end) => Err(end),
+            },
+        };
+        let called = ToGuard::Called {
+            session: guest.session(),
+            name: guest.name().map(String::from),
+        };
+        // It may be gone: what is called so stays called so.
+        let _ = self.write(&called).await;
+        Ok(())
     }
 
     /// Reads a message. May be given up at any time, and called again.
@@ -220,30 +276,42 @@ impl<'a> Link<'a> {
         Ok(self.writer.write_all(&line).await?)
     }
 
-    /// Waits until the link belongs to a session. The guard has nothing to say meanwhile.
+    /// The guard asks whether this receiver is there.
+    async fn answer_ping(&mut self, timeout: Duration) -> Result<(), LinkEnd> {
+        let written = tokio::time::timeout(timeout, self.write(&ToGuard::Pong)).await;
+        written.map_err(|_| LinkEnd::Hangs(timeout))?
+    }
+
+    /// Waits until the link belongs to a session. The guard only asks meanwhile whether this receiver is there.
     async fn wait_for_session(
         &mut self,
         ticket: &LinkTicket,
-        guest: Guest,
+        guest: GuestMarks,
         hello: &Hello,
+        name: GuestName,
     ) -> Result<Bound, LinkEnd> {
         let (sender, mut receiver) = mpsc::unbounded_channel();
-        ticket.wait(guest, hello.clone(), sender);
-        let bound = tokio::select! {
-            bound = receiver.recv() => bound.ok_or(LinkEnd::Closed)?,
-            read = self.read() => {
+        ticket.wait(guest, (hello.clone(), name), sender);
+        let bound = loop {
+            let read = tokio::select! {
+                bound = receiver.recv() => break bound.ok_or(LinkEnd::Crowded)?,
+                read = self.read() => read,
+            };
+            let answered = match read {
+                Ok(ToReceiver::Ping) => self.answer_ping(timeout_of(hello)).await,
+                Ok(_) => Err(LinkEnd::Unexpected),
+                Err(end) => Err(end),
+            };
+            if let Err(end) = answered {
                 // One that was bound in this moment is given up again.
                 receiver.close();
                 while let Ok(bound) = receiver.try_recv() {
                     bound.output.detach(bound.link);
                 }
-                return Err(match read {
-                    Ok(_) => LinkEnd::Unexpected,
-                    Err(end) => end,
-                });
+                return Err(end);
             }
         };
-        let session = bound.session;
+        let session = bound.guest.session();
         self.write(&ToGuard::Bound { session })
             .await
             .inspect_err(|_| _ = bound.output.detach(bound.link))?;
@@ -253,19 +321,24 @@ impl<'a> Link<'a> {
     /// Exchanges messages until the session ends.
     async fn serve_session(&mut self, bound: &Bound, timeout: Duration) -> Result<(), LinkEnd> {
         let mut deadline: Option<(Awaited, Instant)> = None;
+        let (mut committed, mut keep_limit) = (Instant::now(), Duration::ZERO);
         loop {
             match bound.output.next(bound.link) {
                 Next::Send(message) => {
+                    if let ToGuard::Committed { .. } = message {
+                        committed = Instant::now();
+                    }
                     let written = tokio::time::timeout(timeout, self.write(&message)).await;
                     written.map_err(|_| LinkEnd::Hangs(timeout))??;
                     continue;
                 }
                 Next::Ended(reason) => {
-                    let session = bound.session;
+                    let session = bound.guest.session();
                     return self.write(&ToGuard::Ended { session, reason }).await;
                 }
                 Next::Replaced => return Err(LinkEnd::Replaced),
                 Next::Wait(Awaited::Nothing) => deadline = None,
+                Next::Wait(awaited @ Awaited::Begin) => deadline = Some((awaited, committed + keep_limit)),
                 Next::Wait(awaited) => {
                     let limit = match awaited {
                         Awaited::PrimaryEnd => timeout + PRIMARY_END_LIMIT,
@@ -288,14 +361,22 @@ impl<'a> Link<'a> {
                 () = bound.output.changed() => {}
                 read = self.read() => match read? {
                     ToReceiver::Placed { checkpoint } => bound.output.placed(bound.link, checkpoint)?,
-                    ToReceiver::Released { checkpoint } => bound.output.released(bound.link, checkpoint)?,
+                    ToReceiver::Keep { limit_ms } => {
+                        keep_limit = Duration::from_millis(limit_ms.into());
+                        bound.output.keep(bound.link);
+                    }
+                    ToReceiver::Begin { after } => bound.output.begin(bound.link, after),
                     ToReceiver::HandoverReady => bound.output.handover_ready(bound.link),
                     ToReceiver::HandoverRefused { reason } => bound.output.handover_refused(bound.link, reason),
                     ToReceiver::Leaving => bound.output.leaving(bound.link),
                     ToReceiver::PrimaryEnded => bound.output.primary_ended(bound.link)?,
-                    ToReceiver::Hello(_) => return Err(LinkEnd::Unexpected),
+                    ToReceiver::Ping => self.answer_ping(timeout).await?,
+                    ToReceiver::Hello(_) | ToReceiver::Call(_) => return Err(LinkEnd::Unexpected),
                 },
-                () = expired => return Err(LinkEnd::Hangs(timeout)),
+                () = expired => match deadline {
+                    Some((Awaited::Begin, _)) => bound.output.begin_now(bound.link),
+                    _ => return Err(LinkEnd::Hangs(timeout)),
+                },
             }
         }
     }

@@ -1,5 +1,6 @@
 //! What a session's main channel and its link share: locked a few times a checkpoint, never per packet.
 
+use crate::canary::{self, Canary};
 use crate::link::{Barriers, HandoverError, Hello, LinkError, ToGuard};
 use crate::ring::Waker;
 use crate::units::CheckpointId;
@@ -67,6 +68,8 @@ pub(in crate::receiver) enum Awaited {
     Nothing,
     /// An answer, without which the guest does not run on.
     Answer,
+    /// The guard's word that a checkpoint may begin, for which the primary asks.
+    Begin,
     /// The end of the primary, which takes as long as its memory needs to be freed.
     PrimaryEnd,
 }
@@ -104,7 +107,7 @@ impl SessionOutput {
         state.link += 1;
         state.link_ended("another guard has taken the place of its guard");
         state.is_leaving = false;
-        state.barriers.attach(hello.releases_in_pause);
+        state.barriers.attach();
         state.guard = Some(GuardStatus {
             name: hello.name.clone(),
             linked: true,
@@ -133,6 +136,55 @@ impl SessionOutput {
         self.handed_over.notify_waiters();
         self.main.wake();
         true
+    }
+
+    /// The primary asks for a checkpoint. Whether it may begin; if not, the main channel is woken when it may.
+    pub(in crate::receiver) fn request(&self) -> bool {
+        let mut state = self.lock();
+        state.barriers.request();
+        let may_begin = state.barriers.may_begin();
+        drop(state);
+        if !may_begin {
+            self.changed.notify_one();
+        }
+        may_begin
+    }
+
+    /// Whether the checkpoint that the primary asks for may begin.
+    pub(in crate::receiver) fn may_begin(&self) -> bool {
+        self.lock().barriers.may_begin()
+    }
+
+    /// The guard says when checkpoints begin.
+    pub(in crate::receiver) fn keep(&self, link: LinkNumber) {
+        let mut state = self.lock();
+        if state.link == link.0 {
+            state.barriers.keep();
+        }
+    }
+
+    /// The guard wants the checkpoint that follows this one.
+    pub(in crate::receiver) fn begin(&self, link: LinkNumber, after: Option<CheckpointId>) {
+        self.let_begin(link, |barriers| barriers.begin(after));
+    }
+
+    /// The primary's request was kept for long enough.
+    pub(in crate::receiver) fn begin_now(&self, link: LinkNumber) {
+        self.let_begin(link, Barriers::begin_now);
+    }
+
+    fn let_begin(&self, link: LinkNumber, let_begin: impl FnOnce(&mut Barriers)) {
+        let mut state = self.lock();
+        if state.link != link.0 {
+            return;
+        }
+        let was_kept = state.barriers.keeps_request();
+        let_begin(&mut state.barriers);
+        let is_kept = state.barriers.keeps_request();
+        drop(state);
+        if was_kept && !is_kept && !canary::is_set(Canary::SilentBegin) {
+            self.main.wake();
+        }
     }
 
     /// The primary's guest is stopped for this checkpoint.
@@ -184,8 +236,21 @@ impl SessionOutput {
             Some(reason) if !state.barriers.awaits_end() => Next::Ended(reason.clone()),
             _ if state.barriers.awaits_end() => Next::Wait(Awaited::PrimaryEnd),
             _ if state.barriers.awaits_answer() => Next::Wait(Awaited::Answer),
+            _ if state.barriers.keeps_request() => Next::Wait(Awaited::Begin),
             _ => Next::Wait(Awaited::Nothing),
         }
+    }
+
+    /// Whether a request of the primary is kept for the guard: until it is answered, the primary sends nothing.
+    pub(in crate::receiver) fn is_request_kept(&self) -> bool {
+        self.lock().barriers.keeps_request()
+    }
+
+    /// For the simulation: whether the link's task waits for nothing but the time of a request that is kept.
+    #[cfg(all(test, not(loom), not(miri)))]
+    pub(in crate::receiver) fn keeps_request(&self, link: LinkNumber) -> bool {
+        let state = self.lock();
+        state.link == link.0 && state.barriers.keeps_request()
     }
 
     /// Waits until [`Self::next`] may say something else.
@@ -202,19 +267,14 @@ impl SessionOutput {
         link: LinkNumber,
         checkpoint: CheckpointId,
     ) -> Result<(), LinkError> {
-        self.answered(link, |barriers| barriers.placed(checkpoint))
-    }
-
-    /// The guard has let go of a checkpoint's frames.
-    ///
-    /// # Errors
-    /// If it was not committed.
-    pub(in crate::receiver) fn released(
-        &self,
-        link: LinkNumber,
-        checkpoint: CheckpointId,
-    ) -> Result<(), LinkError> {
-        self.answered(link, |barriers| barriers.released(checkpoint))
+        let mut state = self.lock();
+        if state.link != link.0 {
+            return Ok(());
+        }
+        state.barriers.placed(checkpoint)?;
+        drop(state);
+        self.main.wake();
+        Ok(())
     }
 
     /// The guest is to go on at this receiver: its guard is to have it make a last checkpoint, and to end its primary.
@@ -278,6 +338,9 @@ impl SessionOutput {
         if state.link == link.0 {
             state.barriers.handover_ready();
         }
+        drop(state);
+        // A request that was kept is that of the last checkpoint.
+        self.main.wake();
     }
 
     /// The guard cannot end the primary, which runs on.
@@ -303,21 +366,6 @@ impl SessionOutput {
         state.handed_over = Some(Ok(state.barriers.primary_ended()?));
         drop(state);
         self.handed_over.notify_waiters();
-        Ok(())
-    }
-
-    fn answered(
-        &self,
-        link: LinkNumber,
-        take: impl FnOnce(&mut Barriers) -> Result<(), LinkError>,
-    ) -> Result<(), LinkError> {
-        let mut state = self.lock();
-        if state.link != link.0 {
-            return Ok(());
-        }
-        take(&mut state.barriers)?;
-        drop(state);
-        self.main.wake();
         Ok(())
     }
 
