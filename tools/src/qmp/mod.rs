@@ -1,20 +1,22 @@
-//! A client of QEMU's monitor (QMP): commands one at a time, events collected as they come.
+//! A client of QEMU's monitor (QMP): commands and their replies, events collected as they come.
 //!
-//! Every command has a number, which its reply repeats: a reply that comes after its command was given up is dropped.
-//! Where QEMU offers it, some commands go out of band, past one that hangs.
+//! A reply that comes after its command was given up is dropped. Where QEMU offers it, some commands go out of band, past one that hangs.
 //!
 //! A thread reads; it ends when QEMU closes the connection. A line is at most `LINE_MAX` bytes and at most
 //! `EVENTS_MAX` events are kept, so that whatever listens at the path cannot fill this process's memory.
 
+mod conversation;
 mod error;
 mod process;
 
+pub(crate) use conversation::Asked;
+use conversation::{Conversation, Replies, Verb};
 use serde_json::{Value, json};
 use std::fmt;
-use std::io::{BufRead, BufReader, Read, Write};
+use std::io::{BufRead, BufReader, Read};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
-use std::sync::mpsc::{self, Receiver, RecvTimeoutError};
+use std::sync::mpsc::RecvTimeoutError;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -24,11 +26,13 @@ pub use process::{ProcessError, QemuProcess};
 /// `PATH` or `unix:PATH`.
 pub(crate) fn socket_path(text: &str) -> Result<PathBuf, String> {
     match text.strip_prefix("unix:").unwrap_or(text) {
-        "" => Err("write the path of a UNIX socket".to_owned()),
         tcp if tcp.starts_with("tcp:") => Err("only UNIX sockets are supported".to_owned()),
-        path => Ok(PathBuf::from(path)),
+        path => colo_ring::net::socket_path(path).map_err(|error| error.to_string()),
     }
 }
+
+/// How long a monitor that should be there may take to be there.
+pub(crate) const CONNECT_LIMIT: Duration = Duration::from_secs(5);
 
 /// How long QEMU may take to answer a command.
 const REPLY_LIMIT: Duration = Duration::from_secs(60);
@@ -124,77 +128,16 @@ impl Collected {
     }
 }
 
-/// What one command at a time uses.
-#[derive(Debug)]
-struct Conversation {
-    writer: UnixStream,
-    replies: Receiver<Value>,
-    commands: u64,
-}
-
-impl Conversation {
-    /// Adds a command to what is to be sent. Returns its number.
-    fn add(&mut self, verb: &str, command: &str, arguments: &Value, lines: &mut String) -> u64 {
-        self.commands += 1;
-        let number = self.commands;
-        lines.push_str(&json!({verb: command, "arguments": arguments, "id": number}).to_string());
-        number
-    }
-
-    fn send(&mut self, command: &str, lines: &str) -> Result<(), QmpError> {
-        let written = self.writer.write_all(lines.as_bytes());
-        written.map_err(|_| closed(command))
-    }
-
-    /// What the command of that number returned.
-    fn reply(
-        &mut self,
-        command: &str,
-        number: u64,
-        deadline: Instant,
-        limit: Duration,
-    ) -> Result<Value, QmpError> {
-        let mut reply = loop {
-            let left = deadline.saturating_duration_since(Instant::now());
-            match self.replies.recv_timeout(left) {
-                // One without a number is to something that was not understood.
-                Ok(reply) if reply["id"].as_u64().is_none_or(|id| id == number) => break reply,
-                Ok(_) => {}
-                Err(RecvTimeoutError::Timeout) => {
-                    let command = command.to_owned();
-                    return Err(QmpError::Timeout { command, limit });
-                }
-                Err(RecvTimeoutError::Disconnected) => return Err(closed(command)),
-            }
-        };
-        if let Some(error) = reply.get("error") {
-            let description = error["desc"].as_str().unwrap_or("it did not say why");
-            return Err(QmpError::Refused {
-                command: command.to_owned(),
-                description: description.to_owned(),
-            });
-        }
-        match reply.get_mut("return") {
-            Some(returned) => Ok(returned.take()),
-            None => Err(closed(command)),
-        }
-    }
-}
-
-fn closed(command: &str) -> QmpError {
-    QmpError::Closed {
-        command: command.to_owned(),
-    }
-}
-
-/// A connection to QEMU's monitor. Clones share it: a command of one waits for that of another.
+/// A connection to QEMU's monitor. Clones share it. QEMU runs their commands in the order in which they were sent.
 #[derive(Clone)]
 pub struct Qmp {
     path: PathBuf,
-    conversation: Arc<Mutex<Conversation>>,
+    conversation: Arc<Conversation>,
     collected: Arc<Collected>,
     version: Version,
     out_of_band: bool,
+    /// How long QEMU may take to answer a command for which nothing else is said.
+    reply_limit: Duration,
 }
 
 impl Qmp {
@@ -223,17 +166,18 @@ impl Qmp {
             path: owned.clone(),
             source,
         })?;
-        let (sender, replies) = mpsc::channel();
-        let collected = Arc::new(Collected::default());
-        let (there, said_to) = (Arc::clone(&collected), sender.clone());
+        let (replies, collected) = (Replies::default(), Arc::new(Collected::default()));
+        let greeting = replies.wait();
+        let (of_thread, there) = (replies.clone(), Arc::clone(&collected));
         std::thread::spawn(move || {
-            if let Some(said) = read_all(reader, &there, &sender) {
+            if let Some(said) = read_all(reader, &there, &of_thread) {
                 // Only the greeting is looked at for it.
-                let _ = said_to.send(Value::String(said));
+                of_thread.deliver(Value::String(said));
             }
+            of_thread.close();
             there.close();
         });
-        let greeting = match replies.recv_timeout(GREETING_LIMIT) {
+        let greeting = match greeting.receive(GREETING_LIMIT) {
             Ok(greeting) => greeting,
             Err(RecvTimeoutError::Timeout) => return Err(QmpError::Busy(owned)),
             Err(RecvTimeoutError::Disconnected) => {
@@ -250,17 +194,13 @@ impl Qmp {
         };
         let offered = greeting["QMP"]["capabilities"].as_array();
         let out_of_band = offered.is_some_and(|list| list.iter().any(|one| one == "oob"));
-        let conversation = Conversation {
-            writer,
-            replies,
-            commands: 0,
-        };
         let mut qmp = Self {
             path: owned,
-            conversation: Arc::new(Mutex::new(conversation)),
+            conversation: Arc::new(Conversation::new(writer, replies)),
             collected,
             version,
             out_of_band,
+            reply_limit: REPLY_LIMIT,
         };
         let enabled = match out_of_band {
             true => json!({"enable": ["oob"]}),
@@ -287,7 +227,23 @@ impl Qmp {
     /// # Errors
     /// [`QmpError::Refused`] with QEMU's own words; [`QmpError::Closed`] when QEMU is gone.
     pub fn execute(&mut self, command: &str, arguments: &Value) -> Result<Value, QmpError> {
-        self.run("execute", command, arguments, REPLY_LIMIT)
+        self.execute_within(command, arguments, self.reply_limit)
+    }
+
+    /// The same connection, whose commands are given up after `limit`.
+    pub(crate) fn within(&self, limit: Duration) -> Self {
+        Self {
+            reply_limit: limit,
+            ..self.clone()
+        }
+    }
+
+    /// Sends a command and returns at once.
+    ///
+    /// # Errors
+    /// [`QmpError::Closed`] when QEMU is gone.
+    pub(crate) fn ask(&self, command: &'static str, arguments: &Value) -> Result<Asked, QmpError> {
+        self.conversation.ask(command, arguments)
     }
 
     /// The same, given up after `limit`: QEMU answers nothing while a checkpoint hangs.
@@ -300,7 +256,8 @@ impl Qmp {
         arguments: &Value,
         limit: Duration,
     ) -> Result<Value, QmpError> {
-        self.run("execute", command, arguments, limit)
+        self.conversation
+            .run(Verb::InTurn, &[(command, arguments)], limit)
     }
 
     /// Runs a command past those that are not answered yet, where QEMU offers that. Few commands can be run so.
@@ -313,8 +270,11 @@ impl Qmp {
         arguments: &Value,
         limit: Duration,
     ) -> Result<Value, QmpError> {
-        let verb = if self.out_of_band { "exec-oob" } else { "execute" };
-        self.run(verb, command, arguments, limit)
+        let verb = match self.out_of_band {
+            true => Verb::OutOfBand,
+            false => Verb::InTurn,
+        };
+        self.conversation.run(verb, &[(command, arguments)], limit)
     }
 
     /// Runs commands one after the other that are sent together: nothing else comes between them, and QEMU waits for none.
@@ -326,37 +286,21 @@ impl Qmp {
         commands: &[(&str, Value)],
         limit: Duration,
     ) -> Result<(), QmpError> {
-        let mut conversation = self.lock();
-        let mut lines = String::new();
-        let numbers: Vec<_> = commands
-            .iter()
-            .map(|(command, arguments)| conversation.add("execute", command, arguments, &mut lines))
+        let commands: Vec<_> = (commands.iter())
+            .map(|(command, arguments)| (*command, arguments))
             .collect();
-        let first = commands.first().map_or("nothing", |(command, _)| *command);
-        conversation.send(first, &lines)?;
-        let deadline = Instant::now() + limit;
-        let mut replies = commands.iter().zip(numbers);
-        replies.try_for_each(|((command, _), number)| {
-            conversation.reply(command, number, deadline, limit).map(drop)
-        })
+        self.conversation.run(Verb::InTurn, &commands, limit).map(drop)
     }
 
-    fn run(
-        &mut self,
-        verb: &str,
-        command: &str,
-        arguments: &Value,
-        limit: Duration,
-    ) -> Result<Value, QmpError> {
-        let mut conversation = self.lock();
-        let mut line = String::new();
-        let number = conversation.add(verb, command, arguments, &mut line);
-        conversation.send(command, &line)?;
-        conversation.reply(command, number, Instant::now() + limit, limit)
-    }
-
-    fn lock(&self) -> MutexGuard<'_, Conversation> {
-        self.conversation.lock().unwrap_or_else(PoisonError::into_inner)
+    /// The names of the objects that were added to QEMU.
+    ///
+    /// # Errors
+    /// If QEMU does not answer.
+    pub(crate) fn objects(&mut self) -> Result<Vec<String>, QmpError> {
+        let listed = self.execute("qom-list", &json!({"path": "/objects"}))?;
+        let objects = listed.as_array().into_iter().flatten();
+        let names = objects.filter_map(|object| object["name"].as_str());
+        Ok(names.map(str::to_owned).collect())
     }
 
     /// The guest's UUID, where it has one; without, QEMU says zeroes.
@@ -385,6 +329,13 @@ impl Qmp {
         self.collected.lock().closed
     }
 
+    /// Waits until QEMU has closed the connection, at most for `limit`. Whether it has.
+    pub(crate) fn wait_closed(&self, limit: Duration) -> bool {
+        let is_open = |events: &mut Events| !events.closed;
+        let waited = (self.collected.changed).wait_timeout_while(self.collected.lock(), limit, is_open);
+        waited.unwrap_or_else(PoisonError::into_inner).0.closed
+    }
+
     /// All events so far, in order. An event that QEMU sent before a reply is in the list when the reply is.
     #[must_use]
     pub fn events(&self) -> Vec<Event> {
@@ -406,7 +357,7 @@ impl Qmp {
 }
 
 /// Reads messages until the connection ends, or something comes that is no message: its beginning is returned.
-fn read_all(reader: UnixStream, collected: &Collected, replies: &mpsc::Sender<Value>) -> Option<String> {
+fn read_all(reader: UnixStream, collected: &Collected, replies: &Replies) -> Option<String> {
     let mut reader = BufReader::new(reader);
     let mut line = Vec::new();
     loop {
@@ -419,10 +370,7 @@ fn read_all(reader: UnixStream, collected: &Collected, replies: &mpsc::Sender<Va
             return Some(String::from_utf8_lossy(&line).chars().take(60).collect());
         };
         let Some(event) = parse_event(&message) else {
-            // The requester may have ended.
-            if replies.send(message).is_err() {
-                return None;
-            }
+            replies.deliver(message);
             continue;
         };
         let Some(event) = collected.offer(event) else {

@@ -1,7 +1,9 @@
 //! A monitor with scripted answers, and the client connected to it.
 
 use super::*;
+use std::io::Write;
 use std::os::unix::net::UnixListener;
+use std::sync::mpsc;
 use tempfile::TempDir;
 
 /// A socket's path in a directory of its own, which is removed when this is dropped.
@@ -80,9 +82,11 @@ fn says(text: &'static str) -> SocketPath {
     let listener = UnixListener::bind(&path.0).unwrap();
     std::thread::spawn(move || {
         let (mut stream, _) = listener.accept().unwrap();
-        stream.write_all(text.as_bytes()).unwrap();
-        if text.contains("return") {
+        let (greeting, answers) = text.split_at(text.find('\n').map_or(text.len(), |end| end + 1));
+        stream.write_all(greeting.as_bytes()).unwrap();
+        if !answers.is_empty() {
             let _ = stream.read(&mut [0; 64]);
+            stream.write_all(answers.as_bytes()).unwrap();
         }
     });
     path
@@ -142,6 +146,42 @@ fn commands_that_are_sent_together_are_run_in_turn() {
             word => json!(word),
         })
     );
+}
+
+/// A caller whose command hangs does not hold up another one.
+#[test]
+fn commands_are_answered_in_any_order() {
+    let path = SocketPath::new();
+    let listener = UnixListener::bind(&path.0).unwrap();
+    let (comes, has_come) = mpsc::channel();
+    std::thread::spawn(move || {
+        let (mut stream, _) = listener.accept().unwrap();
+        let qemu = json!({"major": 11, "minor": 1, "micro": 3});
+        let greeting = json!({"QMP": {"version": {"qemu": qemu}, "capabilities": ["oob"]}});
+        writeln!(stream, "{greeting}").unwrap();
+        let requests = serde_json::Deserializer::from_reader(stream.try_clone().unwrap());
+        let mut hangs = None;
+        for request in requests.into_iter::<Value>().map_while(Result::ok) {
+            if request["execute"] == "query-migrate" {
+                hangs = Some(request["id"].clone());
+                comes.send(()).unwrap();
+                continue;
+            }
+            writeln!(stream, "{}", json!({"return": {}, "id": request["id"]})).unwrap();
+            if request["exec-oob"] == "yank" {
+                let answer = json!({"return": {"status": "failed"}, "id": hangs.take()});
+                writeln!(stream, "{answer}").unwrap();
+            }
+        }
+    });
+    let limit = Duration::from_secs(300);
+    let mut qmp = connect(&path).unwrap();
+    let mut other = qmp.clone();
+    let hangs = std::thread::spawn(move || other.execute_within("query-migrate", &json!({}), limit));
+    has_come.recv().unwrap();
+    qmp.execute("query-status", &json!({})).unwrap();
+    qmp.execute_out_of_band("yank", &json!({}), limit).unwrap();
+    assert_eq!(hangs.join().unwrap().unwrap()["status"], "failed");
 }
 
 #[test]

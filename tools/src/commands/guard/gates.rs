@@ -1,11 +1,11 @@
 //! Which gate each of a guest's network cards gets.
 
-use super::filter::{Filter, FilterError};
+use super::filter::{self, Filter, FilterError};
 use super::gate::OutputGate;
 use super::nics::{self, Nic};
 use super::plug::{self, Plug, PlugError};
-use super::relay::Relay;
-use super::tap::{Tap, TapError};
+use super::relay::{Relay, RelayError};
+use super::tap::TapError;
 use super::{GuardArgs, MIB, NetMode};
 use crate::output::tell;
 use crate::qmp::{Qmp, QmpError};
@@ -133,6 +133,17 @@ impl Way<'_> {
     }
 }
 
+/// What the end of this guard means for cards whose frames go through it, if there are any.
+pub(super) fn relays_end(args: &GuardArgs) -> Option<String> {
+    let cards: Vec<_> = args.relay.iter().map(|plan| plan.netdev.as_str()).collect();
+    (!cards.is_empty()).then(|| {
+        format!(
+            "-netdev {}: no connection without a guard, whose relay it has: start one with --relay again",
+            cards.join(", ")
+        )
+    })
+}
+
 /// The plans are of cards that there are, and that fit.
 fn check_plans(args: &GuardArgs, nics: &[Nic]) -> Result<(), GatesError> {
     let relays = args.relay.iter().map(|plan| ("--relay", &plan.netdev));
@@ -256,6 +267,9 @@ pub(super) fn make(
             tell(&way.describe(nic));
             gates.push(make_one(args, qmp, nic, way, holds)?);
         }
+        if !matches!(way, Some(Way::Filter)) {
+            remove_left_filters(qmp, nic, way)?;
+        }
     }
     if args.net == NetMode::None {
         tell("output of the guest is not held (--net none): its connections may not survive a failover");
@@ -273,6 +287,22 @@ fn remove_left_plug(nic: &Nic) -> Result<(), GatesError> {
     })
 }
 
+/// Filters that an earlier guard has left on a card that gets another gate, or none. With another gate, which is behind them, that one holds what
+/// they have held.
+fn remove_left_filters(qmp: &mut Qmp, nic: &Nic, way: Option<&Way<'_>>) -> Result<(), GatesError> {
+    if filter::remove_left(qmp, &nic.netdev)? {
+        let what = match way {
+            Some(_) => "goes through the new gate",
+            None => "has left, committed or not",
+        };
+        tell(&format!(
+            "warning: -netdev {}: filters of an earlier guard were left there and are removed; what they held {what}",
+            nic.netdev
+        ));
+    }
+    Ok(())
+}
+
 fn make_one(
     args: &GuardArgs,
     qmp: &Qmp,
@@ -285,10 +315,13 @@ fn make_one(
     let held_max = args.held_max * MIB;
     Ok(match way {
         Way::Relay(plan) => {
-            let relay = Relay::listen(name, &plan.path, Tap::open(&plan.tap)?, held_max, holds);
-            let failed = |source| GatesError::Socket {
-                path: plan.path.clone(),
-                source,
+            let relay = Relay::listen(name, &plan.path, &plan.tap, held_max, holds);
+            let failed = |error| match error {
+                RelayError::Tap(error) => GatesError::Tap(error),
+                RelayError::Socket(source) => GatesError::Socket {
+                    path: plan.path.clone(),
+                    source,
+                },
             };
             Box::new(relay.map_err(failed)?)
         }
@@ -305,7 +338,9 @@ fn make_one(
 
 #[cfg(test)]
 mod tests {
+    use super::super::OnlyGuard;
     use super::*;
+    use clap::Parser;
 
     #[test]
     fn a_relay_names_card_socket_and_tap() {
@@ -322,6 +357,15 @@ mod tests {
         ] {
             assert_eq!(wrong.parse::<RelayPlan>(), Err(RelayPlanError), "{wrong}");
         }
+    }
+
+    #[test]
+    fn the_end_of_a_relay_is_said() {
+        let words = "guard --qmp /run/q --to tcp:192.0.2.3:4444 --name web3";
+        let args = |more: &str| OnlyGuard::parse_from(format!("{words}{more}").split(' ')).args;
+        assert_eq!(relays_end(&args("")), None);
+        let said = relays_end(&args(" --relay net0=/run/a,tap3 --relay net1=/run/b,tap4")).unwrap();
+        assert!(said.contains("net0, net1: no connection"), "{said}");
     }
 
     #[test]

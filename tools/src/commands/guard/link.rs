@@ -1,27 +1,24 @@
 //! The guard's end of the link to a receiver: messages as lines ([`colo_ring::link`]).
 
 use crate::net::{Address, ConnectError, Socket};
-use colo_ring::link::{Hello, LINE_MAX, LINK_VERSION, PREFACE, ToGuard, ToReceiver};
-use colo_ring::net::HostWatch;
-use std::io::{self, ErrorKind, IoSlice};
+use crate::tls::{Front, TlsArgs, TlsError};
+use colo_ring::link::{Call, Hello, LINE_MAX, LINK_VERSION, PREFACE, ToGuard, ToReceiver};
+use rustix::io::{Errno, ioctl_fionread};
+use rustix::net::SendFlags;
+use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 use thiserror::Error;
 
-/// How long the receiver may take for an answer or to take a line.
-const PATIENCE: Duration = Duration::from_secs(2);
-
-/// When a receiver's host that does not answer is given up. It is a matter of a second or two, since the guest may be stopped.
-const WATCH: HostWatch = HostWatch {
-    probe_after_s: 1,
-    give_up_after_s: 2,
-};
-
 /// Why there is no link, or none any more.
 #[derive(Debug, Error)]
-pub(super) enum LinkError {
+pub(crate) enum LinkError {
     #[error(transparent)]
     Connect(#[from] ConnectError),
+    #[error(transparent)]
+    Tls(#[from] TlsError),
     #[error("the link to the receiver broke: {0}")]
     Broken(#[from] io::Error),
     #[error("the receiver closed the link")]
@@ -34,36 +31,128 @@ pub(super) enum LinkError {
     NotUnderstood(#[from] serde_json::Error),
     #[error("a line of more than {LINE_MAX} bytes from the receiver")]
     TooLong,
+    #[error("the receiver does not answer")]
+    Silent,
+    #[error("the receiver does not read what is sent to it")]
+    Full,
+}
+
+/// The connection, as the threads use it that read it and watch it.
+#[derive(Debug)]
+pub(super) struct LinkSocket {
+    socket: Socket,
+    /// Bytes that were read.
+    read: AtomicU64,
+    /// Held while a line is sent.
+    sends: Mutex<()>,
+}
+
+impl LinkSocket {
+    pub(super) fn of(socket: Socket) -> Self {
+        Self {
+            socket,
+            read: AtomicU64::new(0),
+            sends: Mutex::new(()),
+        }
+    }
+
+    /// Sends a message, and never waits: a receiver that reads leaves room for it.
+    ///
+    /// # Errors
+    /// If the link is over, or the receiver reads nothing.
+    pub(super) fn send(&self, message: &ToReceiver) -> Result<(), LinkError> {
+        self.send_behind(&[], message)
+    }
+
+    fn send_behind(&self, first: &[u8], message: &ToReceiver) -> Result<(), LinkError> {
+        let mut line = first.to_vec();
+        serde_json::to_writer(&mut line, message)?;
+        line.push(b'\n');
+        let _sends = self.sends.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut left = &line[..];
+        while !left.is_empty() {
+            match rustix::net::send(&self.socket, left, SendFlags::DONTWAIT | SendFlags::NOSIGNAL) {
+                Ok(count) => left = &left[count..],
+                Err(Errno::INTR) => {}
+                Err(Errno::AGAIN) => return Err(LinkError::Full),
+                Err(errno) => return Err(io::Error::from(errno).into()),
+            }
+        }
+        Ok(())
+    }
+
+    fn read(&self, bytes: &mut [u8]) -> Result<usize, LinkError> {
+        match rustix::io::read(&self.socket, bytes) {
+            Ok(0) => Err(LinkError::Closed),
+            Ok(count) => {
+                self.read.fetch_add(count as u64, Ordering::Relaxed);
+                Ok(count)
+            }
+            Err(Errno::INTR) => Ok(0),
+            Err(Errno::AGAIN) => Err(LinkError::Silent),
+            Err(errno) => Err(io::Error::from(errno).into()),
+        }
+    }
+
+    /// A number that changes when something has arrived, whether or not it was read.
+    pub(super) fn heard(&self) -> u64 {
+        // One that cannot be asked has ended, which is noticed when it is read.
+        let unread = ioctl_fionread(&self.socket).unwrap_or_default();
+        self.read.load(Ordering::Relaxed).wrapping_add(unread)
+    }
 }
 
 /// A connection that the receiver has welcomed.
 #[derive(Debug)]
-pub(super) struct Link {
-    socket: Socket,
+pub(crate) struct Link {
+    socket: Arc<LinkSocket>,
     /// What has arrived and is not a whole line.
     buffer: Vec<u8>,
 }
 
 impl Link {
-    /// Connects and says which guest this guards.
+    /// Connects and says which guest this guards. The receiver may take so long for either.
     ///
     /// # Errors
     /// If there is no receiver, or it refuses: with its reason.
-    pub(super) fn connect(address: &Address, hello: Hello) -> Result<Self, LinkError> {
-        let mut socket = Socket::connect(address, "the guard's link", PATIENCE)?;
+    pub(super) fn connect(
+        address: &Address,
+        tls: &TlsArgs,
+        hello: Hello,
+        patience: Duration,
+    ) -> Result<Self, LinkError> {
+        Self::open((address, tls), &ToReceiver::Hello(hello), patience)
+    }
+
+    /// Connects, and asks what a guest is called that nothing guards.
+    ///
+    /// # Errors
+    /// If there is no receiver, or it refuses: with its reason.
+    pub(crate) fn call(
+        address: &Address,
+        tls: &TlsArgs,
+        call: Call,
+        patience: Duration,
+    ) -> Result<Self, LinkError> {
+        Self::open((address, tls), &ToReceiver::Call(call), patience)
+    }
+
+    fn open(
+        (address, tls): (&Address, &TlsArgs),
+        first_message: &ToReceiver,
+        patience: Duration,
+    ) -> Result<Self, LinkError> {
+        // Until the receiver has answered; and with the certificates that are there now.
+        let front = tls.front(address)?;
+        let to = front.as_ref().map_or(address, Front::address);
+        let socket = Socket::connect(to, "the link to the receiver", patience)?;
         socket.set_nodelay()?;
-        if matches!(address, Address::Tcp(_)) {
-            // A host that has vanished says nothing.
-            WATCH.apply(&socket).map_err(io::Error::from)?;
-        }
-        let mut first = PREFACE.to_vec();
-        add_line(&mut first, &ToReceiver::Hello(hello))?;
-        socket.write_parts(&mut [IoSlice::new(&first)])?;
         let mut link = Self {
-            socket,
+            socket: Arc::new(LinkSocket::of(socket)),
             buffer: Vec::with_capacity(LINE_MAX),
         };
-        let answer = link.read_first().map_err(|error| match error {
+        link.socket.send_behind(&PREFACE, first_message)?;
+        let answer = link.read_message().map_err(|error| match error {
             LinkError::Closed | LinkError::NotUnderstood(_) => LinkError::NoReceiver(address.clone()),
             other => other,
         })?;
@@ -75,7 +164,16 @@ impl Link {
         Ok(link)
     }
 
-    fn read_first(&mut self) -> Result<ToGuard, LinkError> {
+    /// For a watch.
+    pub(super) fn socket(&self) -> Arc<LinkSocket> {
+        self.socket.clone()
+    }
+
+    /// Waits for a message.
+    ///
+    /// # Errors
+    /// If the link is over, or the receiver says nothing for long.
+    pub(crate) fn read_message(&mut self) -> Result<ToGuard, LinkError> {
         loop {
             if let Some(message) = self.next_message()? {
                 return Ok(message);
@@ -90,12 +188,7 @@ impl Link {
     /// If the link is over.
     pub(super) fn fill(&mut self) -> Result<(), LinkError> {
         let mut bytes = [0; LINE_MAX];
-        let count = match self.socket.read(&mut bytes) {
-            Ok(0) => return Err(LinkError::Closed),
-            Ok(count) => count,
-            Err(error) if error.kind() == ErrorKind::Interrupted => 0,
-            Err(error) => return Err(error.into()),
-        };
+        let count = self.socket.read(&mut bytes)?;
         self.buffer.extend_from_slice(&bytes[..count]);
         Ok(())
     }
@@ -119,22 +212,14 @@ impl Link {
     /// Sends a message.
     ///
     /// # Errors
-    /// If the link is over, or the receiver reads nothing.
-    pub(super) fn send(&mut self, message: &ToReceiver) -> Result<(), LinkError> {
-        let mut line = Vec::with_capacity(64);
-        add_line(&mut line, message)?;
-        Ok(self.socket.write_parts(&mut [IoSlice::new(&line)])?)
+    /// As of [`LinkSocket::send`].
+    pub(super) fn send(&self, message: &ToReceiver) -> Result<(), LinkError> {
+        self.socket.send(message)
     }
 }
 
 impl AsFd for Link {
     fn as_fd(&self) -> BorrowedFd<'_> {
-        self.socket.as_fd()
+        self.socket.socket.as_fd()
     }
-}
-
-fn add_line(line: &mut Vec<u8>, message: &ToReceiver) -> Result<(), LinkError> {
-    serde_json::to_writer(&mut *line, message)?;
-    line.push(b'\n');
-    Ok(())
 }

@@ -5,6 +5,8 @@ pub(super) mod filter;
 mod gate;
 mod gates;
 mod link;
+mod link_watch;
+mod metrics;
 mod nics;
 mod on_loss;
 mod pace;
@@ -13,15 +15,20 @@ pub(super) mod plug;
 mod relay;
 mod report;
 mod resident;
+pub(super) mod stop_mark;
 mod supervisor;
 mod tap;
 
 use crate::commands::protect::PrimaryArgs;
+use crate::log::{self, LogArgs};
 use crate::options::{ControlAddress, Switch};
 use crate::output::CommandError;
 use crate::stderr;
 use clap::{Args, ValueEnum};
+use colo_ring::net::ListenAddress;
+use colo_ring::receiver::GuestName;
 use gates::{PlugPlan, RelayPlan};
+pub(crate) use link::Link;
 use path::PathEvent;
 use resident::Guard;
 use serde::Serialize;
@@ -29,6 +36,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, mpsc};
+use std::time::Duration;
 use supervisor::Heartbeat;
 
 /// Bytes of a MiB.
@@ -49,7 +57,8 @@ pub struct GuardArgs {
     net: NetMode,
 
     /// A network card whose QEMU has -netdev stream,id=NETDEV,addr.type=unix,addr.path=PATH,reconnect-ms=1000: this process listens
-    /// at PATH and passes its frames to the tap device IFNAME. Repeatable
+    /// at PATH and passes its frames to the tap device IFNAME. The card has no connection while no such guard runs, however it has ended.
+    /// Repeatable
     #[arg(long, value_name = "NETDEV=PATH,IFNAME", conflicts_with = "net")]
     relay: Vec<RelayPlan>,
 
@@ -87,6 +96,10 @@ pub struct GuardArgs {
     #[arg(long, value_name = "MS", default_value_t = 5000, value_parser = clap::value_parser!(u32).range(100..=60_000))]
     guard_timeout: u32,
 
+    /// Milliseconds after which a receiver that does not answer on the link is lost
+    #[arg(long, value_name = "MS", default_value_t = 1000, value_parser = clap::value_parser!(u32).range(100..=60_000))]
+    receiver_timeout: u32,
+
     /// Write the latencies of `stopped` and `held` as PREFIX.stopped.hlog and PREFIX.held.hlog
     #[arg(long, value_name = "PREFIX")]
     hist: Option<PathBuf>,
@@ -94,6 +107,14 @@ pub struct GuardArgs {
     /// Answer with the guard's state at this UNIX socket, a line of JSON (schema colo-ring.guard, version 1) for each connection
     #[arg(long, value_name = "unix:PATH")]
     control: Option<ControlAddress>,
+
+    /// Serve measurements to Prometheus at http://ADDRESS:PORT/metrics: tcp:ADDRESS:PORT or unix:PATH. Anyone who can connect reads
+    /// them
+    #[arg(long, value_name = "ADDRESS")]
+    metrics: Option<ListenAddress>,
+
+    #[command(flatten)]
+    log: LogArgs,
 
     /// This is the worker of a supervisor, which its standard input leads to
     #[arg(long, hide = true)]
@@ -153,13 +174,19 @@ struct EventSender {
     wish: mpsc::Sender<()>,
 }
 
+impl GuardArgs {
+    fn receiver_timeout(&self) -> Duration {
+        Duration::from_millis(self.receiver_timeout.into())
+    }
+}
+
 impl EventSender {
     fn send(&self, event: GuardEvent) {
         use GuardEvent::{Path, Resumed, Stopped};
-        use PathEvent::{Bound, HandedOver, HandoverAsked, OutputWaits};
+        use PathEvent::{Bound, HandedOver, HandoverAsked, OutputBegins};
         let is_usual = matches!(
             event,
-            Path(Bound { .. } | OutputWaits | HandoverAsked | HandedOver) | Stopped(_) | Resumed(_)
+            Path(Bound { .. } | OutputBegins | HandoverAsked | HandedOver) | Stopped(_) | Resumed(_)
         );
         // A guard that has ended needs neither.
         let _ = self.events.send(event);
@@ -186,7 +213,8 @@ pub fn run(args: &GuardArgs) -> Result<ExitCode, CommandError> {
     if args.dry_run {
         return dry_run::run(args);
     }
-    stderr::never_wait().map_err(CommandError::failed)?;
+    log::begin(args.log);
+    stderr::never_wait(|| ()).map_err(CommandError::failed)?;
     match args.supervised {
         true => guard(args),
         false => supervisor::run(args),
@@ -214,11 +242,18 @@ fn guard(args: &GuardArgs) -> Result<ExitCode, CommandError> {
     Guard::start(args, channels)?.run()
 }
 
-fn guest_name(text: &str) -> Result<String, String> {
-    match !text.is_empty() && text.len() <= 128 && !text.chars().any(char::is_control) {
-        true => Ok(text.to_owned()),
-        false => Err("a name has 1 to 128 printable bytes".to_owned()),
-    }
+/// A guard's options alone.
+#[cfg(test)]
+#[derive(clap::Parser)]
+struct OnlyGuard {
+    #[command(flatten)]
+    args: GuardArgs,
+}
+
+/// A name that the receiver takes.
+pub(crate) fn guest_name(text: &str) -> Result<String, String> {
+    let name: Result<GuestName, _> = text.parse();
+    name.map(String::from).map_err(|error| error.to_string())
 }
 
 fn share(text: &str) -> Result<f64, String> {

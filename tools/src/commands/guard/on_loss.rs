@@ -11,7 +11,7 @@ pub(super) fn run(args: &GuardArgs, reason: &str) {
     let wait = move || end(&name, child);
     if let Err(error) = std::thread::Builder::new().name("on-loss".to_owned()).spawn(wait) {
         tell(&format!(
-            "{}: WARNING: it is not known how --on-loss ends: no thread for it: {error}",
+            "WARNING: {}: it is not known how --on-loss ends: no thread for it: {error}",
             args.name
         ));
     }
@@ -36,14 +36,14 @@ fn start(args: &GuardArgs, reason: &str) -> Option<Child> {
         .stdout(std::io::stderr())
         .spawn();
     started
-        .inspect_err(|error| tell(&format!("{}: WARNING: --on-loss: {error}", args.name)))
+        .inspect_err(|error| tell(&format!("WARNING: {}: --on-loss: {error}", args.name)))
         .ok()
 }
 
 fn end(name: &str, mut child: Child) {
     match child.wait() {
         Ok(status) if status.success() => {}
-        Ok(status) => tell(&format!("{name}: WARNING: --on-loss failed ({status})")),
-        Err(error) => tell(&format!("{name}: WARNING: --on-loss: {error}")),
+        Ok(status) => tell(&format!("WARNING: {name}: --on-loss failed ({status})")),
+        Err(error) => tell(&format!("WARNING: {name}: --on-loss: {error}")),
     }
 }

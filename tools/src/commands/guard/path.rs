@@ -1,27 +1,29 @@
 //! The thread in the way of the guest's output: it drives the gates and the link, so that no other work delays a barrier.
 
-use super::gate::{Counts, GateError, OutputGate};
+use super::gate::{Counts, GateError, HOLD_TIMES_MAX, OutputGate};
 use super::link::{Link, LinkError};
+use super::link_watch::LinkWatch;
 use super::supervisor::Heartbeat;
 use crate::qmp::{ProcessError, QemuProcess};
 use colo_ring::link::{ToGuard, ToReceiver};
+use colo_ring::units::CheckpointId;
 use nix::poll::{PollFd, PollFlags, poll};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use serde::Serialize;
 use std::io;
 use std::os::fd::AsFd;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, mpsc};
 use std::time::{Duration, Instant};
-
-/// Most hold times that are kept between two calls of [`OutputPath::take_hold_times_us`].
-const HOLD_TIMES_MAX: usize = 1 << 16;
 
 /// How long telling the receiver that the protection ends may take.
 const LEAVE_LIMIT: Duration = Duration::from_secs(1);
 
 /// How long nothing is waited for at most.
 const BEAT: u16 = 1000;
+
+/// How often it is tried to recover a gate that has failed.
+const RECOVER_EVERY: Duration = Duration::from_secs(1);
 
 /// What happens on the thread, for the guard.
 #[derive(Debug)]
@@ -30,10 +32,12 @@ pub(super) enum PathEvent {
     Bound { session: u32 },
     /// The link is lost. The session that it belonged to may be there still.
     LinkLost(String),
+    /// The receiver does not answer: nothing has come for so long.
+    ReceiverSilent(Duration),
     /// The receiver has ended the session, or does not take this guard.
     SessionLost(String),
-    /// Output waits for a checkpoint that has not begun. Comes once, until [`OutputPath::take_waiting`].
-    OutputWaits,
+    /// Output waits, and the guard has asked the receiver for the next checkpoint.
+    OutputBegins,
     /// A gate has failed: it holds what it has, and the link was closed.
     GateFailed(String),
     /// The operator wants the guest to go on at the receiver: it waits for [`OutputPath::hand_over`].
@@ -44,11 +48,17 @@ pub(super) enum PathEvent {
 
 enum Command {
     Link(Link),
+    /// The receiver keeps requests for so long at most.
+    Keep(Duration),
+    /// Output that waits lets the next checkpoint begin.
+    FollowOutput,
+    /// The next checkpoint may begin, whatever waits.
+    Begin,
     /// The protection is over.
     Unlink,
-    /// Release everything, and let everything pass.
-    Open,
-    /// The operator ends the protection: the receiver is told, and then the sender.
+    /// Release everything, and let everything pass; whether every gate did is sent.
+    Open(mpsc::Sender<bool>),
+    /// The operator ends the protection: a message for the receiver, and then one for the sender of this.
     Leave(mpsc::Sender<()>),
     /// The process to end at the last checkpoint, or why it cannot be ended.
     Handover(Result<QemuProcess, ProcessError>),
@@ -69,10 +79,8 @@ pub(super) struct GateStatus {
 struct Shown {
     gates: Mutex<Vec<GateStatus>>,
     hold_times_us: Mutex<Vec<u64>>,
-    /// Frames since the last line.
-    waiting: AtomicU64,
-    /// [`PathEvent::OutputWaits`] was sent.
-    is_told: AtomicBool,
+    /// That the receiver has asked for.
+    barriers: AtomicU64,
 }
 
 /// The thread.
@@ -91,21 +99,27 @@ impl OutputPath {
     pub(super) fn start(
         gates: Vec<Box<dyn OutputGate>>,
         heartbeat: Heartbeat,
-        report: impl Fn(PathEvent) + Send + 'static,
+        receiver_timeout: Duration,
+        report: impl Fn(PathEvent) + Send + Sync + 'static,
     ) -> io::Result<Self> {
         let flags = EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK;
         let wake = Arc::new(EventFd::from_value_and_flags(0, flags)?);
         let shown = Arc::new(Shown::default());
         let (commands, received) = mpsc::channel();
         let mut own = PathThread {
-            gates,
+            gates: gates.into_iter().map(GateInUse::from).collect(),
+            tried_at: Instant::now(),
             link: None,
+            watch: None,
+            receiver_timeout,
+            last_barrier: None,
+            follows_output: false,
             process: None,
             heartbeat,
             commands: received,
             wake: wake.clone(),
             shown: shown.clone(),
-            report: Box::new(report),
+            report: Arc::new(report),
         };
         own.show();
         let thread = std::thread::Builder::new().name("guard-output".to_owned());
@@ -121,6 +135,26 @@ impl OutputPath {
     /// Barriers come over this link from now on.
     pub(super) fn set_link(&self, link: Link) {
         self.command(Command::Link(link));
+    }
+
+    /// The receiver keeps the primary's requests from now on, for so long after a commit at most.
+    pub(super) fn keep_requests(&self, limit: Duration) {
+        self.command(Command::Keep(limit));
+    }
+
+    /// As soon as output waits, the receiver is asked for the next checkpoint; up to the next barrier.
+    pub(super) fn follow_output(&self) {
+        self.command(Command::FollowOutput);
+    }
+
+    /// The receiver is asked for the next checkpoint.
+    pub(super) fn begin(&self) {
+        self.command(Command::Begin);
+    }
+
+    /// How many barriers the receiver has asked for: one more after each checkpoint in which it knew of this link.
+    pub(super) fn barriers(&self) -> u64 {
+        self.shown.barriers.load(Ordering::SeqCst)
     }
 
     /// Answers [`PathEvent::HandoverAsked`]: with the process to end at the last checkpoint, or why it cannot be ended.
@@ -141,21 +175,18 @@ impl OutputPath {
         self.command(Command::Unlink);
     }
 
-    /// The protection is over: releases everything, and lets everything pass.
-    pub(super) fn open(&self) {
-        self.command(Command::Open);
+    /// The protection is over: releases everything, and lets everything pass. Whether nothing is held any more that this guard would leave behind
+    /// is received once that is done.
+    pub(super) fn open(&self) -> mpsc::Receiver<bool> {
+        let (done, opened) = mpsc::channel();
+        self.command(Command::Open(done));
+        opened
     }
 
     fn command(&self, command: Command) {
         // The thread ends only at Command::End.
         let _ = self.commands.send(command);
         let _ = self.wake.write(1);
-    }
-
-    /// Frames that wait for a checkpoint that has not begun. Where there is none, the next one sends [`PathEvent::OutputWaits`].
-    pub(super) fn take_waiting(&self) -> u64 {
-        self.shown.is_told.store(false, Ordering::SeqCst);
-        self.shown.waiting.load(Ordering::SeqCst)
     }
 
     /// The gates and what passes them.
@@ -181,16 +212,76 @@ impl Drop for OutputPath {
     }
 }
 
+/// A gate, and whether it has failed: then it is left alone until it recovers. What it waits for may be there for ever.
+struct GateInUse {
+    gate: Box<dyn OutputGate>,
+    has_failed: bool,
+    /// It was to be opened, and could not.
+    is_to_open: bool,
+}
+
+impl From<Box<dyn OutputGate>> for GateInUse {
+    fn from(gate: Box<dyn OutputGate>) -> Self {
+        Self {
+            gate,
+            has_failed: false,
+            is_to_open: false,
+        }
+    }
+}
+
+impl GateInUse {
+    /// Has the gate do something. The event, when it fails.
+    fn act(
+        &mut self,
+        act: impl FnOnce(&mut dyn OutputGate) -> Result<(), GateError>,
+    ) -> Result<(), PathEvent> {
+        act(&mut *self.gate).map_err(|error| {
+            self.has_failed = true;
+            PathEvent::GateFailed(error.to_string())
+        })
+    }
+
+    /// One that has failed is used again, if it can be.
+    fn recover(&mut self) -> Result<(), PathEvent> {
+        if self.has_failed {
+            self.act(|gate| gate.recover())?;
+            if self.is_to_open {
+                self.open()?;
+            }
+            self.has_failed = false;
+        }
+        Ok(())
+    }
+
+    /// Lets everything pass; one that fails does so when it recovers.
+    fn open(&mut self) -> Result<(), PathEvent> {
+        self.is_to_open = true;
+        self.act(|gate| gate.open())?;
+        self.is_to_open = false;
+        Ok(())
+    }
+}
+
 struct PathThread {
-    gates: Vec<Box<dyn OutputGate>>,
+    gates: Vec<GateInUse>,
+    /// When gates that have failed were tried to recover.
+    tried_at: Instant,
     link: Option<Link>,
+    /// While there is a link.
+    watch: Option<LinkWatch>,
+    receiver_timeout: Duration,
+    /// On this link.
+    last_barrier: Option<CheckpointId>,
+    /// Output that waits lets the next checkpoint begin, once.
+    follows_output: bool,
     /// To be ended at the last checkpoint.
     process: Option<QemuProcess>,
     heartbeat: Heartbeat,
     commands: mpsc::Receiver<Command>,
     wake: Arc<EventFd>,
     shown: Arc<Shown>,
-    report: Box<dyn Fn(PathEvent) + Send>,
+    report: Arc<dyn Fn(PathEvent) + Send + Sync>,
 }
 
 impl PathThread {
@@ -207,16 +298,22 @@ impl PathThread {
             while let Ok(command) = self.commands.try_recv() {
                 match command {
                     Command::Link(link) => {
-                        self.drop_link();
-                        self.link = Some(link);
+                        self.take_link(link);
                         // What came with the welcome.
                         self.read_link(false);
                     }
+                    Command::Keep(limit) => {
+                        let limit_ms = u32::try_from(limit.as_millis()).unwrap_or(u32::MAX);
+                        self.tell(&ToReceiver::Keep { limit_ms });
+                    }
+                    Command::FollowOutput => self.follows_output = true,
+                    Command::Begin => self.begin(),
                     Command::Unlink => self.drop_link(),
-                    Command::Open => {
+                    Command::Open(done) => {
                         // No barrier that is on its way closes a gate again.
                         self.drop_link();
-                        self.open();
+                        // A guard that stays opens later what could not be opened, and waits for nothing.
+                        let _ = done.send(self.open());
                     }
                     Command::Leave(told) => {
                         self.tell(&ToReceiver::Leaving);
@@ -226,17 +323,34 @@ impl PathThread {
                     Command::End => return,
                 }
             }
+            self.recover_gates();
             let (is_link_ready, ready) = self.wait();
             if is_link_ready {
                 self.read_link(true);
             }
             for (number, is_ready) in ready.into_iter().enumerate() {
-                if is_ready && let Err(error) = self.gates[number].go_on() {
-                    self.gate_failed(&error);
+                if is_ready && let Err(event) = self.gates[number].act(|gate| gate.go_on()) {
+                    self.drop_link();
+                    (self.report)(event);
                 }
             }
+            self.begin_if_output_waits();
             self.show();
         }
+    }
+
+    fn begin_if_output_waits(&mut self) {
+        let waits = self.follows_output && self.gates.iter().any(|used| used.gate.waiting() > 0);
+        if waits && self.link.is_some() {
+            self.follows_output = false;
+            self.begin();
+            (self.report)(PathEvent::OutputBegins);
+        }
+    }
+
+    fn begin(&mut self) {
+        let after = self.last_barrier;
+        self.tell(&ToReceiver::Begin { after });
     }
 
     /// Waits until something has arrived: whether on the link, and for which gates.
@@ -247,8 +361,10 @@ impl PathThread {
         }
         let link = fds.len() - 1;
         let ends: Vec<usize> = (self.gates.iter())
-            .map(|gate| {
-                gate.wait_for(&mut fds);
+            .map(|used| {
+                if !used.has_failed {
+                    used.gate.wait_for(&mut fds);
+                }
                 fds.len()
             })
             .collect();
@@ -275,7 +391,7 @@ impl PathThread {
         match done.and(filled.map_err(|error| PathEvent::LinkLost(error.to_string()))) {
             Ok(()) => self.link = Some(link),
             Err(event) => {
-                self.forget_barriers();
+                self.drop_link();
                 (self.report)(event);
             }
         }
@@ -292,22 +408,17 @@ impl PathThread {
     }
 
     fn carry_out(&mut self, message: ToGuard) -> Result<Option<ToReceiver>, PathEvent> {
-        let failed = |error: GateError| PathEvent::GateFailed(error.to_string());
         let mut gates = self.gates.iter_mut();
         match message {
             ToGuard::Bound { session } => (self.report)(PathEvent::Bound { session }),
             ToGuard::Barrier { checkpoint } => {
-                gates
-                    .try_for_each(|gate| gate.place(checkpoint))
-                    .map_err(failed)?;
+                (self.last_barrier, self.follows_output) = (Some(checkpoint), false);
+                self.shown.barriers.fetch_add(1, Ordering::SeqCst);
+                gates.try_for_each(|used| used.act(|gate| gate.place(checkpoint)))?;
                 return Ok(Some(ToReceiver::Placed { checkpoint }));
             }
             ToGuard::Committed { checkpoint } => {
-                gates
-                    .try_for_each(|gate| gate.committed(checkpoint))
-                    .map_err(failed)?;
-                let is_awaited = self.gates.iter().any(|gate| gate.releases_in_pause());
-                return Ok(is_awaited.then_some(ToReceiver::Released { checkpoint }));
+                gates.try_for_each(|used| used.act(|gate| gate.committed(checkpoint)))?;
             }
             ToGuard::Handover => (self.report)(PathEvent::HandoverAsked),
             ToGuard::Last { .. } => return Ok(Some(self.end_primary())),
@@ -317,7 +428,8 @@ impl PathThread {
                 )));
             }
             ToGuard::Refused { reason } => return Err(PathEvent::SessionLost(reason)),
-            ToGuard::Welcome { .. } => {}
+            // The watch has seen that something came.
+            ToGuard::Welcome { .. } | ToGuard::Pong | ToGuard::Called { .. } => {}
         }
         Ok(None)
     }
@@ -335,7 +447,7 @@ impl PathThread {
         self.tell(&answer);
     }
 
-    /// Without a link there is nobody to tell, and one that is broken is noticed when it is read.
+    /// Sends a message where there is a link. One that is broken is noticed when it is read.
     fn tell(&mut self, message: &ToReceiver) {
         if let Some(link) = &mut self.link {
             let _ = link.send(message);
@@ -344,6 +456,7 @@ impl PathThread {
 
     /// The guest, which is stopped, must not run here any more.
     fn end_primary(&mut self) -> ToReceiver {
+        self.heartbeat.busy();
         let ended = match self.process.take() {
             Some(process) => process.end().map_err(|error| error.to_string()),
             None => Err("it is not known which process to end".to_owned()),
@@ -357,35 +470,60 @@ impl PathThread {
         }
     }
 
-    fn gate_failed(&mut self, error: &GateError) {
+    /// Tries the gates that have failed, now and then.
+    fn recover_gates(&mut self) {
+        if self.tried_at.elapsed() < RECOVER_EVERY {
+            return;
+        }
+        self.tried_at = Instant::now();
+        for used in &mut self.gates {
+            // That it has failed was reported.
+            let _ = used.recover();
+        }
+    }
+
+    fn take_link(&mut self, link: Link) {
         self.drop_link();
-        (self.report)(PathEvent::GateFailed(error.to_string()));
+        // Without its gate the guest would be protected for nothing.
+        if let Err(event) = self.gates.iter_mut().try_for_each(GateInUse::recover) {
+            return (self.report)(event);
+        }
+        let watch = LinkWatch::start(link.socket(), self.receiver_timeout, self.report.clone());
+        match watch {
+            Ok(watch) => (self.link, self.watch) = (Some(link), Some(watch)),
+            Err(error) => (self.report)(PathEvent::LinkLost(format!(
+                "no thread to watch the link: {error}"
+            ))),
+        }
     }
 
     fn drop_link(&mut self) {
-        (self.link, self.process) = (None, None);
+        (self.link, self.watch, self.process) = (None, None, None);
+        (self.last_barrier, self.follows_output) = (None, false);
         self.forget_barriers();
     }
 
     fn forget_barriers(&mut self) {
-        self.gates.iter_mut().for_each(|gate| gate.forget_barriers());
+        self.gates.iter_mut().for_each(|used| used.gate.forget_barriers());
     }
 
-    fn open(&mut self) {
-        for gate in &mut self.gates {
-            if let Err(error) = gate.open() {
-                (self.report)(PathEvent::GateFailed(error.to_string()));
+    /// Opens every gate. Whether none is closed that outlives this guard.
+    fn open(&mut self) -> bool {
+        let mut all = true;
+        for used in &mut self.gates {
+            let had_failed = used.has_failed;
+            if let Err(event) = used.open() {
+                all &= !used.gate.outlives_guard();
+                if !had_failed {
+                    (self.report)(event);
+                }
             }
         }
+        all
     }
 
     fn show(&mut self) {
-        let waiting = self.gates.iter().map(|gate| gate.waiting()).sum();
-        self.shown.waiting.store(waiting, Ordering::SeqCst);
-        if waiting > 0 && !self.shown.is_told.swap(true, Ordering::SeqCst) {
-            (self.report)(PathEvent::OutputWaits);
-        }
-        let gates = self.gates.iter().map(|gate| GateStatus {
+        let gates = self.gates.iter().map(|GateInUse { gate, .. }| GateStatus {
             nic: gate.nic().to_owned(),
             gate: gate.kind(),
             counts: gate.counts(),
@@ -399,7 +537,116 @@ impl PathThread {
             .unwrap_or_else(PoisonError::into_inner);
         self.gates
             .iter_mut()
-            .for_each(|gate| gate.take_hold_times_us(&mut times));
+            .for_each(|used| used.gate.take_hold_times_us(&mut times));
         times.truncate(HOLD_TIMES_MAX);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::fd::BorrowedFd;
+    use std::sync::atomic::AtomicBool;
+
+    /// A gate whose descriptor is always ready, as that of a device that was deleted is.
+    struct Broken {
+        ready: EventFd,
+        recovers: Arc<AtomicBool>,
+        opened: Arc<AtomicU64>,
+    }
+
+    impl Broken {
+        fn fail(&self) -> Result<(), GateError> {
+            match self.recovers.load(Ordering::SeqCst) {
+                true => Ok(()),
+                false => Err(GateError::Io {
+                    nic: "net0".to_owned(),
+                    source: io::Error::other("it is gone"),
+                }),
+            }
+        }
+    }
+
+    impl OutputGate for Broken {
+        fn nic(&self) -> &'static str {
+            "net0"
+        }
+
+        fn kind(&self) -> &'static str {
+            "relay"
+        }
+
+        fn wait_for<'a>(&'a self, fds: &mut Vec<(BorrowedFd<'a>, PollFlags)>) {
+            fds.push((self.ready.as_fd(), PollFlags::POLLIN));
+        }
+
+        fn go_on(&mut self) -> Result<(), GateError> {
+            self.fail()?;
+            // It waits as a whole one does.
+            let _ = self.ready.read();
+            Ok(())
+        }
+
+        fn place(&mut self, _checkpoint: CheckpointId) -> Result<(), GateError> {
+            Ok(())
+        }
+
+        fn committed(&mut self, _checkpoint: CheckpointId) -> Result<(), GateError> {
+            Ok(())
+        }
+
+        fn forget_barriers(&mut self) {}
+
+        fn open(&mut self) -> Result<(), GateError> {
+            self.fail()?;
+            self.opened.fetch_add(1, Ordering::SeqCst);
+            Ok(())
+        }
+
+        fn recover(&mut self) -> Result<(), GateError> {
+            self.fail()
+        }
+
+        fn waiting(&self) -> u64 {
+            0
+        }
+
+        fn counts(&self) -> Counts {
+            Counts::default()
+        }
+
+        fn take_hold_times_us(&mut self, _into: &mut Vec<u64>) {}
+    }
+
+    #[test]
+    fn a_gate_that_has_failed_says_so_once_until_it_recovers() {
+        const LONG: Duration = Duration::from_secs(60);
+        let (recovers, opened) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicU64::new(0)));
+        let broken = Broken {
+            ready: EventFd::from_value_and_flags(1, EfdFlags::EFD_NONBLOCK).unwrap(),
+            recovers: recovers.clone(),
+            opened: opened.clone(),
+        };
+        let heartbeat = Heartbeat::of_nobody();
+        let (events, told) = mpsc::channel();
+        let (events, gates) = (Mutex::new(events), vec![Box::new(broken) as Box<dyn OutputGate>]);
+        let report = move |event| events.lock().unwrap().send(event).unwrap();
+        let path = OutputPath::start(gates, heartbeat, LONG, report).unwrap();
+        let failed = |event| matches!(event, PathEvent::GateFailed(_));
+        assert!(failed(told.recv_timeout(LONG).unwrap()));
+        // The protection ends, and what is tried afterwards fails as well.
+        assert!(!path.open().recv_timeout(LONG).unwrap(), "it holds still");
+        assert!(told.recv_timeout(2 * RECOVER_EVERY).is_err());
+        assert_eq!(opened.load(Ordering::SeqCst), 0);
+        recovers.store(true, Ordering::SeqCst);
+        let began = Instant::now();
+        while opened.load(Ordering::SeqCst) == 0 && began.elapsed() < LONG {
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        assert_eq!(opened.load(Ordering::SeqCst), 1, "it is opened late");
+        recovers.store(false, Ordering::SeqCst);
+        // It is in use again: what fails first of it is said.
+        assert!(!path.open().recv_timeout(LONG).unwrap(), "it holds still");
+        assert!(failed(told.recv_timeout(LONG).unwrap()));
     }
 }

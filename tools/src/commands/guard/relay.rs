@@ -3,17 +3,18 @@
 //! QEMU sends each frame behind its length, four bytes, big-endian, and takes them in the same form. What the guest sends is held;
 //! what comes for it passes at once.
 
-use super::gate::{Counts, GateError, OutputGate};
-use super::tap::Tap;
+use super::gate::{Counts, GateError, HOLD_TIMES_MAX, OutputGate};
+use super::tap::{Tap, TapError};
 use colo_ring::link::HeldOutput;
-use colo_ring::net::{Clients, bind_unix};
+use colo_ring::net::{BoundSocket, Clients, bind_unix};
 use colo_ring::units::CheckpointId;
 use nix::poll::PollFlags;
 use std::io::{self, ErrorKind, Read, Write};
 use std::os::fd::{AsFd, BorrowedFd};
-use std::os::unix::net::{UnixListener, UnixStream};
-use std::path::{Path, PathBuf};
+use std::os::unix::net::UnixStream;
+use std::path::Path;
 use std::time::Instant;
+use thiserror::Error;
 
 /// Longest frame, in bytes: QEMU's own limit is 68 KiB and a few.
 const FRAME_MAX: usize = 128 << 10;
@@ -30,13 +31,19 @@ const READ_BYTES: usize = 256 << 10;
 /// Frames from the tap that are passed on at a time, before the link has its turn.
 const FRAMES_AT_A_TIME: usize = 64;
 
-/// Most hold times that are kept between two calls of [`OutputGate::take_hold_times_us`].
-const TIMES_MAX: usize = 1 << 16;
-
 /// A frame of the guest.
 struct Frame {
     bytes: Box<[u8]>,
     at: Instant,
+}
+
+/// A relay cannot be made.
+#[derive(Debug, Error)]
+pub(super) enum RelayError {
+    #[error(transparent)]
+    Tap(#[from] TapError),
+    #[error(transparent)]
+    Socket(#[from] io::Error),
 }
 
 /// QEMU's connection.
@@ -51,10 +58,11 @@ struct Card {
 /// See the module.
 pub(super) struct Relay {
     nic: String,
-    path: PathBuf,
-    listener: UnixListener,
+    listener: BoundSocket,
     card: Option<Card>,
     tap: Tap,
+    /// Its name.
+    tap_name: String,
     held: HeldOutput<Frame>,
     /// The tap's queue is full.
     is_tap_full: bool,
@@ -69,8 +77,15 @@ impl Relay {
     /// more than `held_max` bytes between two checkpoints loses some, as on a full queue.
     ///
     /// # Errors
-    /// If the socket cannot be made.
-    pub(super) fn listen(nic: String, path: &Path, tap: Tap, held_max: u32, holds: bool) -> io::Result<Self> {
+    /// If the tap device cannot be opened, or the socket cannot be made.
+    pub(super) fn listen(
+        nic: String,
+        path: &Path,
+        tap_name: &str,
+        held_max: u32,
+        holds: bool,
+    ) -> Result<Self, RelayError> {
+        let tap = Tap::open(tap_name)?;
         let listener = bind_unix(path, Clients::Group).map_err(io::Error::other)?;
         listener.set_nonblocking(true)?;
         let mut held = HeldOutput::new(held_max.into());
@@ -79,10 +94,10 @@ impl Relay {
         }
         Ok(Self {
             nic,
-            path: path.to_owned(),
             listener,
             card: None,
             tap,
+            tap_name: tap_name.to_owned(),
             held,
             is_tap_full: false,
             since_line: 0,
@@ -154,7 +169,7 @@ impl Relay {
             }
             if let Some(frame) = self.held.pop()
                 && self.held.is_holding()
-                && self.hold_times_us.len() < TIMES_MAX
+                && self.hold_times_us.len() < HOLD_TIMES_MAX
             {
                 let held_us = u64::try_from(frame.at.elapsed().as_micros());
                 self.hold_times_us.push(held_us.unwrap_or(u64::MAX));
@@ -186,8 +201,19 @@ impl Relay {
         Ok(())
     }
 
+    /// The tap device was deleted, or has another error.
     fn failed(&self, source: io::Error) -> GateError {
+        if is_gone(&source) {
+            return self.has_no_tap(TapError::Gone(self.tap_name.clone()));
+        }
         GateError::Io {
+            nic: self.nic.clone(),
+            source,
+        }
+    }
+
+    fn has_no_tap(&self, source: TapError) -> GateError {
+        GateError::Tap {
             nic: self.nic.clone(),
             source,
         }
@@ -290,8 +316,14 @@ impl OutputGate for Relay {
         self.release()
     }
 
-    fn releases_in_pause(&self) -> bool {
+    /// Its frames end with it.
+    fn outlives_guard(&self) -> bool {
         false
+    }
+
+    fn recover(&mut self) -> Result<(), GateError> {
+        self.tap = Tap::reopen(&self.tap_name).map_err(|error| self.has_no_tap(error))?;
+        Ok(())
     }
 
     fn waiting(&self) -> u64 {
@@ -310,13 +342,6 @@ impl OutputGate for Relay {
 
     fn take_hold_times_us(&mut self, into: &mut Vec<u64>) {
         into.append(&mut self.hold_times_us);
-    }
-}
-
-impl Drop for Relay {
-    fn drop(&mut self) {
-        // A path that is left over is taken over by the next.
-        let _ = std::fs::remove_file(&self.path);
     }
 }
 

@@ -2,14 +2,16 @@
 
 use super::path::GateStatus;
 use super::{GuardArgs, OnReceiverLost};
+use crate::metrics_server::PhaseHistogram;
 use crate::options::ControlAddress;
 use crate::output::{CommandError, tell};
-use colo_ring::metrics::{IntervalLog, MetricsError, with_suffix};
-use colo_ring::net::{Clients, bind_unix};
+use colo_ring::metrics::{IntervalLog, MetricsError, set_aside_logs, with_suffix};
+use colo_ring::net::{Clients, SocketFile, bind_unix};
 use hdrhistogram::Histogram;
 use serde::Serialize;
 use std::io::Write;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::path::Path;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant, SystemTime};
 
 /// How often the logs get an interval.
@@ -25,6 +27,19 @@ pub(super) enum GuardState {
     Copying,
     /// A failover would resume it.
     Protected,
+}
+
+impl GuardState {
+    pub(super) const ALL: [Self; 3] = [Self::Unprotected, Self::Copying, Self::Protected];
+
+    /// As in JSON.
+    pub(super) fn name(self) -> &'static str {
+        match self {
+            Self::Unprotected => "unprotected",
+            Self::Copying => "copying",
+            Self::Protected => "protected",
+        }
+    }
 }
 
 /// Times, summarised.
@@ -53,7 +68,7 @@ impl Times {
 pub(super) struct GuardReport {
     schema: &'static str,
     schema_version: u32,
-    name: String,
+    pub(super) name: String,
     qmp: String,
     to: String,
     on_receiver_lost: OnReceiverLost,
@@ -64,6 +79,9 @@ pub(super) struct GuardReport {
     pub(super) reason: Option<String>,
     /// Seconds for which it is not protected.
     pub(super) unprotected_s: Option<u64>,
+    /// From which those are counted when the report is shown.
+    #[serde(skip)]
+    pub(super) unprotected_since: Option<Instant>,
     /// How often it was protected.
     pub(super) protections: u64,
     pub(super) checkpoints: u64,
@@ -72,7 +90,9 @@ pub(super) struct GuardReport {
     pub(super) interval_ms: u64,
     /// STOP to RESUME.
     pub(super) stopped: Times,
-    /// A frame's arrival to its release, where a relay holds them.
+    /// The share of its time that the guest was stopped, of the last second or so.
+    pub(super) stopped_share: f64,
+    /// A frame's arrival to its release.
     pub(super) held: Times,
     pub(super) gates: Vec<GateStatus>,
 }
@@ -90,11 +110,13 @@ impl GuardReport {
             session: None,
             reason: None,
             unprotected_s: Some(0),
+            unprotected_since: Some(Instant::now()),
             protections: 0,
             checkpoints: 0,
             asked_for_output: 0,
             interval_ms: args.interval_max.into(),
             stopped: Times::default(),
+            stopped_share: 0.0,
             held: Times::default(),
             gates: Vec::new(),
         }
@@ -102,8 +124,11 @@ impl GuardReport {
 }
 
 /// The report as the control socket gives it: a line for each connection.
-#[derive(Clone)]
-pub(super) struct Shown(Arc<Mutex<GuardReport>>);
+pub(super) struct Shown {
+    report: Arc<Mutex<GuardReport>>,
+    /// The socket's, removed with this.
+    _file: Option<SocketFile>,
+}
 
 impl Shown {
     /// Serves the report, if there is a socket for it.
@@ -111,60 +136,91 @@ impl Shown {
     /// # Errors
     /// If the socket cannot be made.
     pub(super) fn start(report: GuardReport, control: Option<&ControlAddress>) -> Result<Self, CommandError> {
-        let shown = Self(Arc::new(Mutex::new(report)));
-        let Some(address) = control else { return Ok(shown) };
-        let listener = bind_unix(&address.0, Clients::Owner).map_err(CommandError::failed)?;
-        let served = shown.clone();
-        let serve = move || {
-            for mut client in listener.incoming().flatten() {
-                let line = served.line().unwrap_or_default();
-                // A client that has gone needs none.
-                let _ = client.set_write_timeout(Some(INTERVAL));
-                let _ = client.write_all(line.as_bytes());
-            }
-        };
-        let thread = std::thread::Builder::new().name("guard-control".to_owned());
-        thread.spawn(serve).map_err(CommandError::failed)?;
-        Ok(shown)
+        let report = Arc::new(Mutex::new(report));
+        let file = control
+            .map(|address| serve(address, report.clone()))
+            .transpose()?;
+        Ok(Self { report, _file: file })
     }
 
-    fn lock(&self) -> std::sync::MutexGuard<'_, GuardReport> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    /// The same report, for another thread.
+    pub(super) fn shared(&self) -> SharedReport {
+        SharedReport(self.report.clone())
     }
 
     /// The report as a line of JSON.
     pub(super) fn line(&self) -> Result<String, serde_json::Error> {
-        Ok(colo_ring::text::json_line(&*self.lock())? + "\n")
+        line(&self.report)
     }
 
     pub(super) fn change(&self, change: impl FnOnce(&mut GuardReport)) {
-        change(&mut self.lock());
+        change(&mut lock(&self.report));
     }
+}
+
+/// The report, wherever it is read.
+pub(super) struct SharedReport(Arc<Mutex<GuardReport>>);
+
+impl SharedReport {
+    /// The report as it is.
+    pub(super) fn now(&self) -> GuardReport {
+        now(&self.0)
+    }
+}
+
+/// The report as it is shown now.
+fn now(report: &Mutex<GuardReport>) -> GuardReport {
+    let mut report = lock(report).clone();
+    report.unprotected_s = report.unprotected_since.map(|since| since.elapsed().as_secs());
+    report
+}
+
+fn lock(report: &Mutex<GuardReport>) -> MutexGuard<'_, GuardReport> {
+    report.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+fn line(report: &Mutex<GuardReport>) -> Result<String, serde_json::Error> {
+    Ok(colo_ring::text::json_line(&now(report))? + "\n")
+}
+
+/// Answers every client of a socket with the report, for as long as this process lives.
+fn serve(address: &ControlAddress, report: Arc<Mutex<GuardReport>>) -> Result<SocketFile, CommandError> {
+    let socket = bind_unix(&address.0, Clients::Owner).map_err(CommandError::failed)?;
+    let (listener, file) = socket.into_parts();
+    let serve = move || {
+        for mut client in listener.incoming().flatten() {
+            let line = line(&report).unwrap_or_default();
+            // A client that has gone needs none.
+            let _ = client.set_write_timeout(Some(INTERVAL));
+            let _ = client.write_all(line.as_bytes());
+        }
+    };
+    let thread = std::thread::Builder::new().name("guard-control".to_owned());
+    thread.spawn(serve).map_err(CommandError::failed)?;
+    Ok(file)
 }
 
 /// A measured time, all of it and that of the interval.
 struct Measured {
     all: Histogram<u64>,
     interval: Histogram<u64>,
+    /// What `--metrics` shows.
+    shown: PhaseHistogram,
     log: Option<IntervalLog>,
 }
 
+/// The logs' names.
+const PHASES: [&str; 2] = ["stopped", "held"];
+
 impl Measured {
-    fn new(args: &GuardArgs, phase: &str) -> Result<Self, MetricsError> {
-        let log = args.hist.as_ref().map(|prefix| {
-            let comments = [format!("{phase} of the guest {}, in nanoseconds", args.name)];
-            IntervalLog::create(
-                with_suffix(prefix, &format!(".{phase}.hlog")),
-                &comments,
-                SystemTime::now(),
-            )
-        });
+    fn new(log: Option<IntervalLog>) -> Self {
         let histogram = || Histogram::new(3).expect("three digits are possible");
-        Ok(Self {
+        Self {
             all: histogram(),
             interval: histogram(),
-            log: log.transpose()?,
-        })
+            shown: PhaseHistogram::default(),
+            log,
+        }
     }
 
     fn record(&mut self, time: Duration) {
@@ -172,6 +228,7 @@ impl Measured {
         // It grows as it is needed.
         let _ = self.all.record(nanoseconds);
         let _ = self.interval.record(nanoseconds);
+        self.shown.record(time);
     }
 
     fn write(&mut self, start: Duration, length: Duration) -> Result<(), MetricsError> {
@@ -184,31 +241,61 @@ impl Measured {
     }
 }
 
+/// Begins both logs. Those of an earlier worker or guard are set aside.
+fn logs(args: &GuardArgs, prefix: &Path) -> Result<[IntervalLog; 2], MetricsError> {
+    let _beginning = set_aside_logs(prefix, &PHASES)?;
+    let [stopped, held] = PHASES.map(|phase| {
+        let comments = [format!("{phase} of the guest {}, in nanoseconds", args.name)];
+        IntervalLog::create(
+            with_suffix(prefix, &format!(".{phase}.hlog")),
+            &comments,
+            SystemTime::now(),
+        )
+    });
+    Ok([stopped?, held?])
+}
+
 /// How long the guest was stopped, and its frames were held.
 pub(super) struct Measurements {
     started: Instant,
     written: Instant,
     stopped: Measured,
     held: Measured,
+    /// Since [`Self::written`], and as a share of the time before that.
+    stopped_lately: Duration,
+    stopped_share: f64,
     is_warned: bool,
 }
 
 impl Measurements {
-    /// # Errors
-    /// If a log cannot be made.
-    pub(super) fn new(args: &GuardArgs) -> Result<Self, MetricsError> {
+    /// Where logs cannot be made, there are none, and a warning: that costs measurements, not the guest's protection.
+    pub(super) fn new(args: &GuardArgs) -> Self {
+        let [stopped, held] = match args.hist.as_ref().map(|prefix| logs(args, prefix)) {
+            None => [None, None],
+            Some(Ok(logs)) => logs.map(Some),
+            Some(Err(error)) => {
+                tell(&format!(
+                    "WARNING: {}: measurements are not logged: {error}",
+                    args.name
+                ));
+                [None, None]
+            }
+        };
         let now = Instant::now();
-        Ok(Self {
+        Self {
             started: now,
             written: now,
-            stopped: Measured::new(args, "stopped")?,
-            held: Measured::new(args, "held")?,
+            stopped: Measured::new(stopped),
+            held: Measured::new(held),
+            stopped_lately: Duration::ZERO,
+            stopped_share: 0.0,
             is_warned: false,
-        })
+        }
     }
 
     pub(super) fn stopped(&mut self, time: Duration) {
         self.stopped.record(time);
+        self.stopped_lately += time;
     }
 
     pub(super) fn held(&mut self, times_us: Vec<u64>) {
@@ -225,12 +312,25 @@ impl Measurements {
         }
         let start = self.written - self.started;
         self.written += length;
+        let share = std::mem::take(&mut self.stopped_lately).as_secs_f64() / length.as_secs_f64();
+        // Three digits.
+        self.stopped_share = (share.min(1.0) * 1000.0).round() / 1000.0;
         let both = [&mut self.stopped, &mut self.held].map(|measured| measured.write(start, length));
         for error in both.into_iter().filter_map(Result::err) {
             if !std::mem::replace(&mut self.is_warned, true) {
                 tell(&format!("measurements are lost: {error}"));
             }
         }
+    }
+
+    /// What `--metrics` shows of [`Self::stopped`] and [`Self::held`].
+    pub(super) fn histograms(&self) -> (PhaseHistogram, PhaseHistogram) {
+        (self.stopped.shown.clone(), self.held.shown.clone())
+    }
+
+    /// The share of its time that the guest was stopped, of the last second or so.
+    pub(super) fn stopped_share(&self) -> f64 {
+        self.stopped_share
     }
 
     /// What was measured.

@@ -1,51 +1,37 @@
 //! The guard's own loop: protect, watch, end what was lost, and again.
 
 mod ending;
+mod handover;
+mod pacing;
+mod watch;
 
 use super::gates;
 use super::link::{Link, LinkError};
+use super::metrics;
 use super::pace::Pace;
 use super::path::{OutputPath, PathEvent};
 use super::report::{GuardReport, GuardState, Measurements, Shown};
-use super::{Channels, GuardArgs, GuardEvent};
+use super::stop_mark::{self, StopMarks};
+use super::{Channels, GuardArgs, GuardEvent, OnReceiverLost};
 use crate::commands::protect::Beginning;
-use crate::commands::unprotect::status_of;
+use crate::commands::unprotect::{guest_status, status_of};
 use crate::guest_disks::{Mirrors, running_mirrors};
-use crate::options::Switch;
+use crate::metrics_server::MetricsServer;
 use crate::output::{CommandError, tell};
-use crate::qmp::{Event, Qmp, QmpError};
+use crate::qmp::{Asked, CONNECT_LIMIT, Event, Qmp, QmpError};
 use colo_ring::link::{Hello, LINK_VERSION};
 use serde_json::json;
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::mpsc::{Receiver, RecvTimeoutError};
+use std::sync::mpsc::Receiver;
 use std::time::{Duration, Instant};
-
-/// How long QEMU's monitor may take to be there.
-const CONNECT_LIMIT: Duration = Duration::from_secs(5);
 
 /// How long QEMU may take to leave COLO, when its receiver is lost, before its connections are cut.
 const PATIENCE: Duration = Duration::from_millis(200);
 
-/// How long it is waited for to take a parameter. While pages are sent, it answers nothing, and takes it later.
-const ASK_LIMIT: Duration = Duration::from_millis(500);
-
-/// How long a guest may be stopped for a checkpoint, beyond the time that the receiver waits for the guard: then the receiver hangs.
-const STOPPED_MAX: Duration = Duration::from_secs(30);
-
-/// By which part the interval must change before it is set in QEMU.
-const INTERVAL_CHANGE: f64 = 0.2;
-
 /// How long the receiver may take to bind the link to the session that it protects.
 const BIND_LIMIT: Duration = Duration::from_secs(5);
-
-/// How often a guest that is handed over is asked for a checkpoint: the first may have begun before the receiver knew that it was to be the
-/// last. Then that of the interval is.
-const LAST_ASKS: u8 = 2;
-
-/// How often QEMU is asked whether all is well.
-const LOOK: Duration = Duration::from_secs(1);
 
 /// How long to wait before the guest is protected again: twice as long each time, up to the second.
 const BACKOFF: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(30));
@@ -81,13 +67,14 @@ pub(super) struct Guard<'a> {
     qmp: Qmp,
     uuid: Option<String>,
     path: OutputPath,
-    releases_in_pause: bool,
     pace: Pace,
     measurements: Measurements,
     shown: Shown,
-    unprotected_since: Instant,
+    _metrics: Option<MetricsServer>,
     /// When the guest was stopped, here and by QEMU's clock, while it is.
     stopped: Option<(Instant, u64)>,
+    /// When it ran again after the last checkpoint, or was protected.
+    ran: Instant,
     /// The interval that QEMU has.
     interval: Duration,
     /// The guest is protected: its stops are checkpoints.
@@ -101,7 +88,18 @@ pub(super) struct Guard<'a> {
     last_asks: Option<u8>,
     /// A checkpoint was asked for and has not begun.
     is_asked: bool,
-    output_waits: bool,
+    /// What QEMU was asked to take as its interval the last time, until it has answered.
+    asked: Option<Asked>,
+    /// What QEMU was asked while it hung, until it has answered.
+    unanswered: Option<Asked>,
+    /// The receiver is lost by its silence: what waits for it waits for ever.
+    is_silent: bool,
+    /// QEMU is to ask for the next checkpoint, which the receiver keeps.
+    is_due: bool,
+    /// Output that waits lets it begin.
+    follows_output: bool,
+    /// Barriers before the last checkpoint ended.
+    barriers: u64,
     /// QEMU was protected when this guard came.
     is_found: bool,
     /// It is taken over, which has not succeeded yet: if it fails, a protection is lost.
@@ -130,16 +128,19 @@ impl<'a> Guard<'a> {
             .map_err(CommandError::failed)?;
         // Protected by a guard that has ended, or by `protect`.
         let is_found = status_of(&migration) == "colo";
-        let gates = gates::make(args, &mut qmp, is_found).map_err(CommandError::failed)?;
-        let releases_in_pause = gates.iter().any(|gate| gate.releases_in_pause());
+        let has_stopped = !is_found && keep_stopped(args, &mut qmp).map_err(CommandError::failed)?;
+        let gates = gates::make(args, &mut qmp, is_found || has_stopped).map_err(CommandError::failed)?;
         let of_path = sender.clone();
-        let path = OutputPath::start(gates, heartbeat, move |event| {
+        let path = OutputPath::start(gates, heartbeat, args.receiver_timeout(), move |event| {
             of_path.send(GuardEvent::Path(event))
         });
         let path = path.map_err(CommandError::failed)?;
         qmp.watch_events(EVENTS, move |event| {
             sender.send(event.as_ref().map_or(GuardEvent::QemuEnded, GuardEvent::of));
         });
+        let measurements = Measurements::new(args);
+        let shown = Shown::start(GuardReport::new(args), args.control.as_ref())?;
+        let metrics = metrics::serve(args, &shown, &measurements);
         let now = Instant::now();
         Ok(Self {
             args,
@@ -148,24 +149,29 @@ impl<'a> Guard<'a> {
             uuid,
             qmp,
             path,
-            releases_in_pause,
             pace: Pace::new(
                 args.pause_share,
                 Duration::from_millis(args.interval_max.into()),
                 now,
             ),
-            measurements: Measurements::new(args).map_err(CommandError::failed)?,
-            shown: Shown::start(GuardReport::new(args), args.control.as_ref())?,
-            unprotected_since: now,
+            measurements,
+            shown,
+            _metrics: metrics,
             stopped: None,
+            ran: now,
             interval: Duration::from_millis(args.interval_max.into()),
             is_protected: false,
-            has_stopped: false,
+            has_stopped,
             session: None,
             is_ending,
             last_asks: None,
             is_asked: false,
-            output_waits: false,
+            asked: None,
+            unanswered: None,
+            is_silent: false,
+            is_due: false,
+            follows_output: false,
+            barriers: 0,
             is_found,
             takes_over: false,
             told: String::new(),
@@ -175,7 +181,7 @@ impl<'a> Guard<'a> {
     /// Protects the guest for as long as QEMU runs.
     ///
     /// # Errors
-    /// If QEMU ends, or the first attempt shows that the guest cannot be protected.
+    /// If the first attempt shows that the guest cannot be protected.
     pub(super) fn run(&mut self) -> Result<ExitCode, CommandError> {
         let mut backoff = BACKOFF.0;
         loop {
@@ -196,11 +202,10 @@ impl<'a> Guard<'a> {
                 End::Lost(_) if self.is_ending() => End::Asked,
                 end => end,
             };
-            match self.end(end)? {
+            match self.end(end) {
                 Some(code) => return Ok(code),
                 None if self.wait(backoff) => {
-                    self.end(End::Asked)?;
-                    return Ok(ExitCode::SUCCESS);
+                    return Ok(self.end(End::Asked).unwrap_or(ExitCode::SUCCESS));
                 }
                 None => backoff = (backoff * 2).min(BACKOFF.1),
             }
@@ -215,13 +220,10 @@ impl<'a> Guard<'a> {
     fn why_not(&mut self, error: &CommandError) -> End {
         let mut reason = error.to_string();
         while let Ok(event) = self.events.try_recv() {
-            match event {
-                GuardEvent::QemuEnded => return closed(),
-                GuardEvent::LeftColo(said)
-                | GuardEvent::Path(
-                    PathEvent::LinkLost(said) | PathEvent::SessionLost(said) | PathEvent::GateFailed(said),
-                ) => reason = said,
-                other => self.note(&other),
+            match (&event, self.loss(&event)) {
+                (GuardEvent::QemuEnded, _) => return closed(),
+                (_, Some(said)) => reason = said,
+                _ => self.note(&event),
             }
         }
         End::Lost(reason)
@@ -256,7 +258,8 @@ impl<'a> Guard<'a> {
         let mirrors = running_mirrors(&mut self.qmp).map_err(CommandError::failed)?;
         self.mark_protected()?;
         // What was held while there was no guard leaves with the next checkpoint.
-        self.tell_interval()?;
+        self.is_due = true;
+        self.path.begin();
         Ok(DiskMirrors::Found(mirrors))
     }
 
@@ -264,11 +267,15 @@ impl<'a> Guard<'a> {
         let session = self.wait_for_session()?;
         (self.session, self.is_protected, self.has_stopped) = (Some(session), true, false);
         self.takes_over = false;
+        self.ran = Instant::now();
+        self.keep_requests();
         self.told.clear();
+        let stops = self.stops();
+        StopMarks::set_running(&mut self.qmp, stops).map_err(CommandError::failed)?;
         self.shown.change(|report| {
             report.state = GuardState::Protected;
             report.session = Some(session);
-            report.unprotected_s = None;
+            report.unprotected_since = None;
             report.protections += 1;
         });
         tell(&format!(
@@ -284,10 +291,31 @@ impl<'a> Guard<'a> {
             version: LINK_VERSION,
             name: self.args.name.clone(),
             uuid: self.uuid.clone(),
-            releases_in_pause: self.releases_in_pause,
             timeout_ms: self.args.guard_timeout,
         };
-        Link::connect(&self.args.primary.to, hello)
+        let primary = &self.args.primary;
+        Link::connect(&primary.to, &primary.tls, hello, self.args.receiver_timeout())
+    }
+
+    /// Whether the guest is stopped when its receiver is lost.
+    fn stops(&self) -> bool {
+        self.args.on_receiver_lost == OnReceiverLost::Stop
+    }
+
+    /// Why the protection does not go on after that event, if it does not.
+    fn loss(&mut self, event: &GuardEvent) -> Option<String> {
+        use PathEvent::{GateFailed, LinkLost, ReceiverSilent, SessionLost};
+        match event {
+            GuardEvent::LeftColo(reason) => Some(format!("QEMU left COLO ({reason})")),
+            GuardEvent::Path(LinkLost(reason) | SessionLost(reason) | GateFailed(reason)) => {
+                Some(reason.clone())
+            }
+            GuardEvent::Path(ReceiverSilent(limit)) => {
+                self.is_silent = true;
+                Some(format!("the receiver has not answered for {limit:?}"))
+            }
+            _ => None,
+        }
     }
 
     /// The receiver binds the link when the first copy ends, before the guest runs on.
@@ -297,17 +325,12 @@ impl<'a> Guard<'a> {
             let left = deadline.saturating_duration_since(Instant::now());
             match self.events.recv_timeout(left) {
                 Ok(GuardEvent::Path(PathEvent::Bound { session })) => return Ok(session),
-                Ok(
-                    GuardEvent::LeftColo(reason)
-                    | GuardEvent::Path(
-                        PathEvent::LinkLost(reason)
-                        | PathEvent::SessionLost(reason)
-                        | PathEvent::GateFailed(reason),
-                    ),
-                ) => return Err(CommandError::Failed(reason)),
                 Ok(GuardEvent::QemuEnded) => return Err(CommandError::Failed("QEMU has ended".to_owned())),
                 Ok(GuardEvent::End) => return Err(CommandError::Failed("interrupted".to_owned())),
-                Ok(event) => self.note(&event),
+                Ok(event) => match self.loss(&event) {
+                    Some(reason) => return Err(CommandError::Failed(reason)),
+                    None => self.note(&event),
+                },
                 Err(_) => {
                     return Err(CommandError::Failed(format!(
                         "the receiver does not know within {BIND_LIMIT:?} which session this guard's is; does another guest have the \
@@ -324,201 +347,23 @@ impl<'a> Guard<'a> {
             self.note(&event);
         }
         while self.wished.try_recv().is_ok() {}
-        (self.is_asked, self.last_asks) = (false, None);
-    }
-
-    /// Keeps the guest protected, until it is not any more.
-    fn watch(&mut self, mirrors: &DiskMirrors) -> End {
-        let mut looked = Instant::now();
-        loop {
-            let now = Instant::now();
-            if self.is_ending() {
-                return End::Asked;
-            }
-            if let Some((since, _)) = self.stopped
-                && now - since > STOPPED_MAX + Duration::from_millis(self.args.guard_timeout.into())
-            {
-                return End::Lost(format!(
-                    "the guest has been stopped for a checkpoint for {:?}",
-                    now - since
-                ));
-            }
-            if let Err(end) = self
-                .ask_for_the_last()
-                .and_then(|()| self.ask_if_output_waits(now))
-            {
-                return end;
-            }
-            if now - looked >= LOOK {
-                looked = now;
-                if let Err(end) = self.look(mirrors) {
-                    return end;
-                }
-            }
-            let patience = match self.output_waits && !self.is_asked && self.stopped.is_none() {
-                true => self.pace.wait(now).min(LOOK),
-                false => LOOK,
-            };
-            match self.events.recv_timeout(patience) {
-                Ok(GuardEvent::Path(PathEvent::LinkLost(reason))) => match self.relink() {
-                    Ok(()) => tell(&format!("the link to the receiver is back ({reason})")),
-                    // A primary that has ended takes its session along.
-                    Err(_) if self.qmp.is_closed() => return closed(),
-                    Err(_) => return End::Lost(reason),
-                },
-                Ok(GuardEvent::Path(PathEvent::SessionLost(reason) | PathEvent::GateFailed(reason))) => {
-                    return End::Lost(reason);
-                }
-                Ok(GuardEvent::LeftColo(reason)) => return End::Lost(format!("QEMU left COLO ({reason})")),
-                Ok(GuardEvent::Path(PathEvent::HandoverAsked)) => self.prepare_handover(),
-                Ok(GuardEvent::Path(PathEvent::HandedOver)) => return End::HandedOver,
-                Ok(GuardEvent::QemuEnded) => return self.qemu_ended(),
-                Ok(GuardEvent::End) => return End::Asked,
-                Ok(event) => self.note(&event),
-                Err(RecvTimeoutError::Timeout | RecvTimeoutError::Disconnected) => {}
-            }
-        }
-    }
-
-    /// The operator wants the guest to go on at the receiver: it gets a last checkpoint, and then QEMU is ended.
-    fn prepare_handover(&mut self) {
-        let process = self.qmp.process();
-        match &process {
-            Ok(_) => {
-                tell(&format!(
-                    "{}: it is handed over to the receiver with the next checkpoint",
-                    self.args.name
-                ));
-                self.last_asks = Some(LAST_ASKS);
-            }
-            Err(error) => tell(&format!(
-                "{}: WARNING: it cannot be handed over to the receiver: {error}",
-                self.args.name
-            )),
-        }
-        self.path.hand_over(process);
-    }
-
-    /// Asks for the last checkpoint at once.
-    fn ask_for_the_last(&mut self) -> Result<(), End> {
-        let Some(left @ 1..) = self.last_asks else {
-            return Ok(());
-        };
-        if self.stopped.is_some() || self.is_asked {
-            return Ok(());
-        }
-        (self.last_asks, self.is_asked) = (Some(left - 1), true);
-        self.tell_interval().map_err(|error| End::Lost(error.to_string()))
-    }
-
-    /// QEMU has ended: by itself, or because its guest was handed over.
-    fn qemu_ended(&mut self) -> End {
-        while self.last_asks.is_some() {
-            match self.events.recv_timeout(BIND_LIMIT) {
-                Ok(GuardEvent::Path(PathEvent::HandedOver)) => return End::HandedOver,
-                Ok(event) => self.note(&event),
-                Err(_) => break,
-            }
-        }
-        closed()
-    }
-
-    /// The link alone may be lost: a new one belongs to the same session, or there is no session any more.
-    fn relink(&mut self) -> Result<(), CommandError> {
-        if self.qmp.is_closed() {
-            return Err(CommandError::Failed("QEMU has ended".to_owned()));
-        }
-        let link = self.connect().map_err(CommandError::failed)?;
-        self.path.set_link(link);
-        match Some(self.wait_for_session()?) == self.session {
-            true => Ok(()),
-            // Its commits are not this guest's.
-            false => Err(CommandError::Failed(
-                "the receiver has another session of this guest".to_owned(),
-            )),
-        }
-    }
-
-    /// Asks for a checkpoint, if output waits for one and the pace allows it.
-    fn ask_if_output_waits(&mut self, now: Instant) -> Result<(), End> {
-        if self.stopped.is_some() || self.is_asked || !self.output_waits || !self.pace.wait(now).is_zero() {
-            return Ok(());
-        }
-        // Unless a checkpoint has begun meanwhile, which takes it along.
-        self.output_waits = self.path.take_waiting() > 0;
-        if !self.output_waits {
-            return Ok(());
-        }
-        self.is_asked = true;
-        self.shown.change(|report| report.asked_for_output += 1);
-        self.tell_interval().map_err(|error| End::Lost(error.to_string()))
-    }
-
-    /// Sets the time between checkpoints, which starts one at once.
-    fn tell_interval(&mut self) -> Result<(), CommandError> {
-        self.interval = self.pace.interval();
-        let milliseconds = u32::try_from(self.interval.as_millis()).unwrap_or(u32::MAX);
-        let parameters = json!({"x-checkpoint-delay": milliseconds});
-        let told = self
-            .qmp
-            .execute_within("migrate-set-parameters", &parameters, ASK_LIMIT);
-        match told {
-            // A checkpoint is under way.
-            Ok(_) | Err(QmpError::Timeout { .. }) => Ok(()),
-            Err(error) => Err(CommandError::failed(error)),
-        }
-    }
-
-    /// Whether QEMU's interval is not the one that the pauses ask for any more.
-    fn is_interval_old(&self) -> bool {
-        let (now, told) = (self.pace.interval().as_secs_f64(), self.interval.as_secs_f64());
-        (now - told).abs() > told * INTERVAL_CHANGE
-    }
-
-    /// Whether the disks are mirrored still.
-    fn look(&mut self, mirrors: &DiskMirrors) -> Result<(), End> {
-        self.measurements.held(self.path.take_hold_times_us());
-        self.measurements.write_if_due();
-        let (stopped, held) = self.measurements.times();
-        let interval = self.pace.interval();
-        self.shown.change(|report| {
-            (report.stopped, report.held) = (stopped, held);
-            report.gates = self.path.gates();
-            report.interval_ms = u64::try_from(interval.as_millis()).unwrap_or(u64::MAX);
-        });
-        // While it sends a checkpoint, QEMU answers nothing.
-        if self.stopped.is_some() || self.is_asked {
-            return Ok(());
-        }
-        let lost = |error: &dyn std::fmt::Display| End::Lost(error.to_string());
-        if self.is_interval_old() {
-            self.tell_interval().map_err(|error| lost(&error))?;
-        }
-        match mirrors {
-            DiskMirrors::Own(mirrors) if mirrors.is_empty() => Ok(()),
-            DiskMirrors::Own(mirrors) => mirrors
-                .state(&mut self.qmp)
-                .map(drop)
-                .map_err(|error| lost(&error)),
-            DiskMirrors::Found(0) => Ok(()),
-            DiskMirrors::Found(count) => match running_mirrors(&mut self.qmp) {
-                Ok(running) if running < *count => Err(lost(&"the mirror of a disk has ended")),
-                Ok(_) => Ok(()),
-                Err(error) => Err(lost(&error)),
-            },
-        }
+        (self.is_asked, self.asked, self.last_asks) = (false, None, None);
+        self.is_silent = false;
     }
 
     /// What any event changes.
     fn note(&mut self, event: &GuardEvent) {
         match event {
-            GuardEvent::Path(PathEvent::OutputWaits) => self.output_waits = self.asks_for_output(),
+            GuardEvent::Path(PathEvent::OutputBegins) => {
+                self.shown.change(|report| report.asked_for_output += 1);
+            }
             GuardEvent::Path(PathEvent::GateFailed(reason)) => tell(&format!("WARNING: {reason}")),
             GuardEvent::Stopped(at_us) => {
                 self.stopped = Some((Instant::now(), *at_us));
-                self.is_asked = false;
+                (self.is_asked, self.follows_output) = (false, false);
             }
             GuardEvent::Resumed(at_us) => {
+                self.ran = Instant::now();
                 if let Some((_, stopped_at_us)) = self.stopped.take()
                     && self.is_protected
                 {
@@ -527,15 +372,12 @@ impl<'a> Guard<'a> {
                     self.measurements.stopped(pause);
                     self.shown.change(|report| report.checkpoints += 1);
                 }
-                self.output_waits = self.path.take_waiting() > 0 && self.asks_for_output();
+                let barriers = self.path.barriers();
+                let was_linked = std::mem::replace(&mut self.barriers, barriers) != barriers;
+                self.is_due |= was_linked && self.asks_for_output();
             }
             _ => {}
         }
-    }
-
-    /// Whether checkpoints follow the output.
-    fn asks_for_output(&self) -> bool {
-        self.args.output_checkpoints == Switch::On
     }
 
     /// Waits before the next attempt. Whether the operator ends the guard meanwhile.
@@ -545,8 +387,6 @@ impl<'a> Guard<'a> {
             if self.is_ending() {
                 return true;
             }
-            let since = self.unprotected_since.elapsed().as_secs();
-            self.shown.change(|report| report.unprotected_s = Some(since));
             let left = deadline.saturating_duration_since(Instant::now());
             match self.events.recv_timeout(left) {
                 Ok(GuardEvent::End) => return true,
@@ -556,6 +396,34 @@ impl<'a> Guard<'a> {
             }
         }
     }
+}
+
+/// A guest that an earlier guard has stopped because it was not protected, or was about to, stands until it is; where it may run
+/// unprotected, it runs on. Whether it stands.
+fn keep_stopped(args: &GuardArgs, qmp: &mut Qmp) -> Result<bool, QmpError> {
+    let found = StopMarks::find(qmp)?;
+    if args.on_receiver_lost == OnReceiverLost::Run {
+        if stop_mark::run_on(qmp)? {
+            tell(&format!(
+                "{}: an earlier guard has stopped it; it runs on",
+                args.name
+            ));
+        }
+        return Ok(false);
+    }
+    // One that runs has lost its receiver while it had no guard.
+    let is_to_stop = found.stops && !found.stopped && guest_status(qmp)? == "running";
+    if is_to_stop {
+        stop_mark::stop(qmp)?;
+    }
+    let stands = found.stopped || is_to_stop;
+    if stands {
+        tell(&format!(
+            "WARNING: {}: its receiver was lost; it is stopped until it is protected again (--on-receiver-lost stop)",
+            args.name
+        ));
+    }
+    Ok(stands)
 }
 
 /// QEMU has closed its monitor.

@@ -4,82 +4,156 @@
 //! that it is alive, and the supervisor that it is to end. Each takes the end of the socket for the end of the other: a worker
 //! without its supervisor ends the protection, as at SIGTERM.
 
-use super::{GuardArgs, OnReceiverLost, on_loss};
+use super::{GuardArgs, OnReceiverLost, gates, on_loss, stop_mark};
 use crate::commands::unprotect::{end_migration, release};
 use crate::output::{CommandError, tell};
-use crate::qmp::Qmp;
+use crate::own_program;
+use crate::qmp::{CONNECT_LIMIT, Qmp};
 use crate::signals;
 use nix::sys::socket::{MsgFlags, send};
-use serde_json::json;
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
-use std::io::{ErrorKind, Read, Write};
+use std::io::{self, ErrorKind, Read, Write};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
-use std::os::unix::process::CommandExt;
-use std::process::{Child, Command, ExitCode, ExitStatus, Stdio};
+use std::path::Path;
+use std::process::{Child, ExitCode, ExitStatus, Stdio};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-/// What the worker is told.
+/// What the supervisor says: that the worker is to end.
 const END: u8 = b'E';
 
-/// What the worker says.
+/// What the worker says: that it is alive, and that it waits for the end of QEMU.
 const ALIVE: u8 = b'.';
+const BUSY: u8 = b'b';
 
-/// How long a worker may be silent beyond `--guard-timeout`: QEMU answers nothing while it sends a checkpoint.
-const SILENT_MAX: Duration = Duration::from_secs(30);
+/// How long a worker may be silent beyond `--guard-timeout`: a gate waits for QEMU for half of that.
+const SILENT_MAX: Duration = Duration::from_secs(10);
+
+/// How long the end of a QEMU may take, whose memory is freed.
+const BUSY_MAX: Duration = Duration::from_secs(120);
+
+/// A worker's exit code when it has lost its monitor, and QEMU is there.
+pub(super) const MONITOR_LOST: u8 = 3;
+
+/// A worker's exit code, and the guard's own, when QEMU has ended.
+pub(super) const QEMU_ENDED: u8 = 4;
+
+/// A worker's exit code when it could not end the protection: what is held is held still.
+pub(super) const NOT_RELEASED: u8 = 5;
 
 /// A worker that lives shorter than this has died quickly, and so many of them in a row are not replaced.
 const QUICK: Duration = Duration::from_secs(20);
 const QUICK_DEATHS_MAX: u32 = 3;
 
-/// How long QEMU may take to leave COLO, when no guard can be had, before its connections are cut.
+/// How long QEMU may take to leave COLO, when there is no guard, before its connections are cut.
 const PATIENCE: Duration = Duration::from_secs(2);
 
-/// How long its monitor may take to be there then.
-const CONNECT_LIMIT: Duration = Duration::from_secs(5);
+/// How long to wait after what could not be done, before it is tried again.
+const RETRY: Duration = Duration::from_secs(1);
 
 /// What a panic leaves.
-const PANICKED: i32 = 101;
+const PANICKED: u8 = 101;
 
 /// Runs a worker until it ends by itself, and another when it dies.
 ///
 /// # Errors
-/// If none can be started, or each dies quickly: the guest's output is released then, or the guest is stopped, as
+/// If the first cannot be started, or each dies quickly: the guest's output is released then, or the guest is stopped, as
 /// `--on-receiver-lost` says.
 pub(super) fn run(args: &GuardArgs) -> Result<ExitCode, CommandError> {
     let current: Arc<Mutex<Current>> = Arc::default();
     let of_signals = Arc::clone(&current);
     signals::on_each(move || lock(&of_signals).end())?;
     signal_hook::flag::register(SIGHUP, Arc::default()).map_err(CommandError::failed)?;
+    match supervise(args, &current, start)? {
+        Outcome::Ended(code) => {
+            if !is_gone(&args.primary.qmp)
+                && let Some(text) = gates::relays_end(args)
+            {
+                tell(&format!("WARNING: {}: {text}", args.name));
+            }
+            Ok(code)
+        }
+        Outcome::QemuEnded => Ok(qemu_ended(args)),
+        Outcome::GivenUp { is_ending } => give_up(args, is_ending),
+    }
+}
+
+/// How the workers have ended.
+#[derive(Debug, PartialEq)]
+enum Outcome {
+    /// The last one has done all that was to be done.
+    Ended(ExitCode),
+    /// The last one has found no QEMU.
+    QemuEnded,
+    /// There is none, and what the last one held is held still.
+    GivenUp { is_ending: bool },
+}
+
+/// # Errors
+/// If the first worker cannot be started: nothing is held yet.
+fn supervise(
+    args: &GuardArgs,
+    current: &Mutex<Current>,
+    mut start: impl FnMut() -> Result<(Child, UnixStream), CommandError>,
+) -> Result<Outcome, CommandError> {
     let (mut quick_deaths, mut is_replacement) = (0, false);
     loop {
         let began = Instant::now();
-        let (mut worker, socket) = start()?;
-        if !lock(&current).replace(&socket) {
-            // The operator has ended the guard while there was no worker.
-            return Ok(ExitCode::SUCCESS);
-        }
-        let status = watch(args, &mut worker, socket)?;
-        match status.code() {
-            // One in place of another that does not come to work leaves as much behind as one that dies.
-            Some(code) if code != PANICKED && !(is_replacement && code == 1) => {
-                return Ok(u8::try_from(code).map_or(ExitCode::FAILURE, ExitCode::from));
+        let death = match start() {
+            Ok((mut worker, socket)) => {
+                lock(current).replace(&socket);
+                match watch(args, &mut worker, socket) {
+                    Ok(status) => match after(status, is_replacement, &args.primary.qmp) {
+                        Some(outcome) => return Ok(outcome),
+                        None => format!("the guard died ({status})"),
+                    },
+                    Err(error) => format!("the guard died: {error}"),
+                }
             }
-            _ => {}
-        }
+            Err(error) if !is_replacement => return Err(error),
+            // The host may lack what it has again soon.
+            Err(error) => {
+                std::thread::sleep(RETRY);
+                error.to_string()
+            }
+        };
         is_replacement = true;
         quick_deaths = if began.elapsed() < QUICK {
             quick_deaths + 1
         } else {
             0
         };
-        tell(&format!("{}: WARNING: the guard died ({status})", args.name));
-        let is_ending = lock(&current).is_ending;
+        tell(&format!("WARNING: {}: {death}", args.name));
+        let is_ending = lock(current).is_ending;
         if is_ending || quick_deaths == QUICK_DEATHS_MAX {
-            return give_up(args, is_ending);
+            return Ok(Outcome::GivenUp { is_ending });
         }
     }
+}
+
+/// What is over with a worker that has ended so; nothing, if there is to be another.
+fn after(status: ExitStatus, is_replacement: bool, monitor: &Path) -> Option<Outcome> {
+    let code = u8::try_from(status.code()?).ok()?;
+    match code {
+        PANICKED | MONITOR_LOST | NOT_RELEASED => None,
+        QEMU_ENDED => Some(Outcome::QemuEnded),
+        // One in place of another that does not come to work leaves as much behind as one that dies; but for what QEMU takes along.
+        1 if is_replacement => is_gone(monitor).then_some(Outcome::QemuEnded),
+        code => Some(Outcome::Ended(ExitCode::from(code))),
+    }
+}
+
+/// Whether nothing listens there: that QEMU has ended.
+fn is_gone(monitor: &Path) -> bool {
+    UnixStream::connect(monitor)
+        .is_err_and(|error| matches!(error.kind(), ErrorKind::ConnectionRefused | ErrorKind::NotFound))
+}
+
+/// Says that QEMU has ended, and returns the exit code for that.
+pub(super) fn qemu_ended(args: &GuardArgs) -> ExitCode {
+    tell(&format!("WARNING: {}: QEMU has ended", args.name));
+    ExitCode::from(QEMU_ENDED)
 }
 
 /// What signals reach.
@@ -90,11 +164,13 @@ struct Current {
 }
 
 impl Current {
-    /// Another worker is the one to be told. Whether there is to be one.
-    fn replace(&mut self, socket: &UnixStream) -> bool {
-        // Without another descriptor the worker is told by the end of the socket, when this process ends.
+    /// Another worker is the one to be told; at once, where the guard was ended while there was none.
+    fn replace(&mut self, socket: &UnixStream) {
+        // Without another descriptor the worker hears its end by that of the socket, when this process ends.
         self.socket = socket.try_clone().ok();
-        !self.is_ending
+        if self.is_ending {
+            self.end();
+        }
     }
 
     /// Tells the worker to end. Whether it was not told before.
@@ -115,9 +191,7 @@ fn start() -> Result<(Child, UnixStream), CommandError> {
     let failed =
         |error: std::io::Error| CommandError::Failed(format!("the guard could not be started: {error}"));
     let (ours, theirs) = UnixStream::pair().map_err(failed)?;
-    // By this name also when the file was replaced meanwhile.
-    let worker = Command::new("/proc/self/exe")
-        .arg0(std::env::args_os().next().unwrap_or_else(|| "colo-ring".into()))
+    let worker = own_program::command()
         .args(std::env::args_os().skip(1))
         .arg("--supervised")
         .stdin(Stdio::from(OwnedFd::from(theirs)))
@@ -127,19 +201,23 @@ fn start() -> Result<(Child, UnixStream), CommandError> {
 }
 
 /// Waits for the end of a worker, and makes one that hangs end.
-fn watch(args: &GuardArgs, worker: &mut Child, mut socket: UnixStream) -> Result<ExitStatus, CommandError> {
-    let silent_max = Duration::from_millis(args.guard_timeout.into()) + SILENT_MAX;
-    socket
-        .set_read_timeout(Some(silent_max))
-        .map_err(CommandError::failed)?;
+fn watch(args: &GuardArgs, worker: &mut Child, mut socket: UnixStream) -> io::Result<ExitStatus> {
+    let mut silent_max = SILENT_MAX;
     let mut bytes = [0; 256];
     loop {
+        let limit = Duration::from_millis(args.guard_timeout.into()) + silent_max;
+        socket.set_read_timeout(Some(limit))?;
         match socket.read(&mut bytes) {
-            Ok(1..) => {}
+            Ok(count @ 1..) => {
+                silent_max = match bytes[count - 1] {
+                    BUSY => BUSY_MAX,
+                    _ => SILENT_MAX,
+                }
+            }
             Err(error) if error.kind() == ErrorKind::Interrupted => {}
             Err(error) if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut) => {
                 tell(&format!(
-                    "{}: WARNING: the guard has been silent for {silent_max:?}, and is killed",
+                    "WARNING: {}: the guard has been silent for {limit:?}, and is killed",
                     args.name
                 ));
                 let _ = worker.kill();
@@ -149,34 +227,60 @@ fn watch(args: &GuardArgs, worker: &mut Child, mut socket: UnixStream) -> Result
             Ok(0) | Err(_) => break,
         }
     }
-    worker.wait().map_err(CommandError::failed)
+    worker.wait()
 }
 
-/// No guard can be had: what the last one held must not wait for the operator.
+/// There is no guard: what the last one held must not wait for the operator. It is tried until QEMU answers, or has ended.
 fn give_up(args: &GuardArgs, is_ending: bool) -> Result<ExitCode, CommandError> {
-    let mut qmp = Qmp::connect(&args.primary.qmp, CONNECT_LIMIT).map_err(CommandError::failed)?;
-    // A guest whose guard was to end runs on.
-    let stops = args.on_receiver_lost == OnReceiverLost::Stop && !is_ending;
-    let what = match stops {
-        false => {
-            release(&mut qmp, PATIENCE)?;
-            "it is not protected any more, and runs on"
-        }
-        true => {
-            // Its output stays held: nothing that it has sent was committed.
-            end_migration(&mut qmp, PATIENCE)?;
-            qmp.execute("stop", &json!({})).map_err(CommandError::failed)?;
-            "it is not protected any more, and was stopped (--on-receiver-lost stop)"
-        }
-    };
     let why = match is_ending {
         true => "the guard died when it was to end",
         false => "the guard dies again and again",
     };
+    // A guest whose guard was to end runs on.
+    let stops = args.on_receiver_lost == OnReceiverLost::Stop && !is_ending;
+    let mut told = String::new();
+    let what = loop {
+        match end_protection(&args.primary.qmp, stops) {
+            Ok(what) => break what,
+            Err(_) if is_gone(&args.primary.qmp) => return Ok(qemu_ended(args)),
+            Err(error) => {
+                let error = error.to_string();
+                if error != told {
+                    tell(&format!(
+                        "WARNING: {}: {why}, and what it held is held still: {error}; trying again",
+                        args.name
+                    ));
+                }
+                told = error;
+                std::thread::sleep(RETRY);
+            }
+        }
+    };
     if !is_ending {
         on_loss::run_and_wait(args, why);
     }
-    Err(CommandError::Failed(format!("{}: {why}; {what}", args.name)))
+    let relays = gates::relays_end(args).map_or_else(String::new, |text| format!("; {text}"));
+    Err(CommandError::Failed(format!(
+        "{}: {why}; {what}{relays}",
+        args.name
+    )))
+}
+
+/// Ends the protection in place of a worker. Returns what the guest does then.
+fn end_protection(monitor: &Path, stops: bool) -> Result<&'static str, CommandError> {
+    let mut qmp = Qmp::connect(monitor, CONNECT_LIMIT).map_err(CommandError::failed)?;
+    match stops {
+        false => {
+            release(&mut qmp, PATIENCE)?;
+            Ok("it is not protected any more, and runs on")
+        }
+        true => {
+            // Its output stays held: nothing that it has sent was committed.
+            end_migration(&mut qmp, PATIENCE)?;
+            stop_mark::stop(&mut qmp).map_err(CommandError::failed)?;
+            Ok("it is not protected any more, and was stopped (--on-receiver-lost stop)")
+        }
+    }
 }
 
 /// The worker's end of the socket.
@@ -217,10 +321,136 @@ impl Heartbeat {
         Ok(Self { socket })
     }
 
+    /// Of a worker without a supervisor.
+    #[cfg(test)]
+    pub(super) fn of_nobody() -> Self {
+        let (socket, _) = UnixStream::pair().unwrap();
+        Self { socket }
+    }
+
     /// Says that the worker is alive.
     pub(super) fn beat(&self) {
+        self.say(ALIVE);
+    }
+
+    /// Says that it waits for the end of QEMU, which may take long, until it beats again.
+    pub(super) fn busy(&self) {
+        self.say(BUSY);
+    }
+
+    fn say(&self, word: u8) {
         // A supervisor that is gone is noticed by the thread that listens, and one that hangs must not delay this thread.
         let flags = MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_NOSIGNAL;
-        let _ = send(self.socket.as_raw_fd(), &[ALIVE], flags);
+        let _ = send(self.socket.as_raw_fd(), &[word], flags);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::OnlyGuard;
+    use super::*;
+    use clap::Parser;
+    use std::os::unix::net::UnixListener;
+    use std::process::Command;
+
+    fn args(monitor: &Path) -> GuardArgs {
+        let monitor = monitor.display().to_string();
+        let words = [
+            "guard",
+            "--to",
+            "tcp:192.0.2.3:4444",
+            "--name",
+            "web3",
+            "--qmp",
+            &monitor,
+        ];
+        OnlyGuard::parse_from(words).args
+    }
+
+    /// Supervises workers that end with these codes, or by a signal, or are not started; where QEMU is there or not. Returns also how many
+    /// of them were used.
+    fn supervised(workers: &[Option<i32>], is_qemu_there: bool) -> (Result<Outcome, CommandError>, usize) {
+        let directory = tempfile::tempdir().unwrap();
+        let monitor = directory.path().join("qmp");
+        let _qemu = is_qemu_there.then(|| UnixListener::bind(&monitor).unwrap());
+        let mut used = 0;
+        let start = || {
+            let worker = workers[used];
+            used += 1;
+            let code = worker.ok_or_else(|| CommandError::Failed("no memory".to_owned()))?;
+            let (ours, theirs) = UnixStream::pair().unwrap();
+            let script = match code {
+                ..0 => "kill -9 $$".to_owned(),
+                code => format!("exit {code}"),
+            };
+            let mut shell = Command::new("sh");
+            shell
+                .args(["-c", &script])
+                .stdin(Stdio::from(OwnedFd::from(theirs)));
+            Ok((shell.spawn().unwrap(), ours))
+        };
+        (supervise(&args(&monitor), &Mutex::default(), start), used)
+    }
+
+    const KILLED: i32 = -1;
+
+    #[test]
+    fn what_a_worker_leaves_behind_is_never_left_to_nobody() {
+        let given_up = Outcome::GivenUp { is_ending: false };
+        let not_released = i32::from(NOT_RELEASED);
+        // No process for the next worker, which the host may lack for the reason for which the last one died.
+        let (outcome, used) = supervised(&[Some(KILLED), None, None], true);
+        assert_eq!((outcome.unwrap(), used), (given_up, 3));
+        let (outcome, used) = supervised(&[Some(KILLED), None, Some(0)], true);
+        assert_eq!((outcome.unwrap(), used), (Outcome::Ended(ExitCode::SUCCESS), 3));
+        // The first one could not end the protection.
+        let (outcome, used) = supervised(&[Some(not_released), Some(0)], true);
+        assert_eq!((outcome.unwrap(), used), (Outcome::Ended(ExitCode::SUCCESS), 2));
+        let (outcome, used) = supervised(&[Some(KILLED), Some(1), Some(not_released)], true);
+        assert_eq!(
+            (outcome.unwrap(), used),
+            (Outcome::GivenUp { is_ending: false }, 3)
+        );
+    }
+
+    #[test]
+    fn the_end_of_qemu_is_no_death_of_the_guard() {
+        let ended = i32::from(QEMU_ENDED);
+        for (workers, is_qemu_there) in [
+            (&[Some(ended)][..], true),
+            (&[Some(KILLED), Some(ended)], true),
+            (&[Some(KILLED), Some(1)], false),
+        ] {
+            let (outcome, used) = supervised(workers, is_qemu_there);
+            assert_eq!((outcome.unwrap(), used), (Outcome::QemuEnded, workers.len()));
+        }
+    }
+
+    #[test]
+    fn a_guard_that_cannot_begin_is_not_begun_again() {
+        for code in [1, 2] {
+            let (outcome, used) = supervised(&[Some(code)], false);
+            let failed = u8::try_from(code).unwrap();
+            assert_eq!(
+                (outcome.unwrap(), used),
+                (Outcome::Ended(ExitCode::from(failed)), 1)
+            );
+        }
+        let (outcome, used) = supervised(&[None], true);
+        assert_eq!(
+            (outcome.unwrap_err().to_string(), used),
+            ("no memory".to_owned(), 1)
+        );
+    }
+
+    #[test]
+    fn a_worker_is_told_of_an_end_that_came_before_it() {
+        let (mut ours, theirs) = UnixStream::pair().unwrap();
+        let mut current = Current::default();
+        assert!(current.end());
+        current.replace(&theirs);
+        let mut word = [0];
+        ours.read_exact(&mut word).unwrap();
+        assert_eq!(word, [END]);
     }
 }

@@ -1,13 +1,22 @@
 //! A tap device, as the kernel's other end of a guest's network card.
 
+use crate::output::tell;
 use nix::errno::Errno;
+use nix::net::if_::if_nametoindex;
 use std::fs::{File, OpenOptions};
 use std::io::{self, Read, Write};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::fs::OpenOptionsExt;
+use std::time::{Duration, Instant};
 use thiserror::Error;
 
 const DEVICE: &str = "/dev/net/tun";
+
+/// How long a tap device may be busy: the kernel closes that of a process that was killed a moment after its end.
+const BUSY_LIMIT: Duration = Duration::from_secs(5);
+
+/// How often it is tried.
+const BUSY_POLL: Duration = Duration::from_millis(10);
 
 /// Longest name of an interface, in bytes (IFNAMSIZ - 1).
 const NAME_MAX: usize = 15;
@@ -17,6 +26,8 @@ const NAME_MAX: usize = 15;
 pub(super) enum TapError {
     #[error("\"{0}\" is not the name of a network interface: 1 to {NAME_MAX} bytes, without '/' and spaces")]
     Name(String),
+    #[error("the tap device {0} was deleted: make it again")]
+    Gone(String),
     #[error("cannot open {DEVICE}: {0}; is the module tun loaded?")]
     Device(io::Error),
     #[error(
@@ -85,6 +96,31 @@ impl Tap {
     /// # Errors
     /// If the name is none, or the kernel refuses.
     pub(super) fn open(name: &str) -> Result<Self, TapError> {
+        Self::attach(name, |file, request| match ioctl::set_interface(file, request) {
+            Err(Errno::EBUSY) => {
+                tell(&format!(
+                    "the tap device {name} is busy: another process has it; trying for {BUSY_LIMIT:?}"
+                ));
+                attach_within(BUSY_LIMIT, || ioctl::set_interface(file, request))
+            }
+            attached => attached,
+        })
+    }
+
+    /// Attaches again to a tap device that was deleted, if one of that name is there: none is made, and none is waited for.
+    ///
+    /// # Errors
+    /// If there is none, or the kernel refuses.
+    pub(super) fn reopen(name: &str) -> Result<Self, TapError> {
+        // One that was made here would be in no bridge, and in the way of the operator's.
+        if_nametoindex(name).map_err(|_| TapError::Gone(name.to_owned()))?;
+        Self::attach(name, ioctl::set_interface)
+    }
+
+    fn attach(
+        name: &str,
+        set_interface: impl FnOnce(&File, &InterfaceRequest) -> Result<(), Errno>,
+    ) -> Result<Self, TapError> {
         let is_allowed = |byte: u8| byte.is_ascii_graphic() && byte != b'/';
         if name.is_empty() || name.len() > NAME_MAX || !name.bytes().all(is_allowed) {
             return Err(TapError::Name(name.to_owned()));
@@ -99,7 +135,7 @@ impl Tap {
         };
         request.name[..name.len()].copy_from_slice(name.as_bytes());
         // A device that a QEMU had before keeps what that wanted: frames without checksums, and longer than any.
-        let attached = ioctl::set_interface(&file, &request).and_then(|()| ioctl::switch_offloads_off(&file));
+        let attached = set_interface(&file, &request).and_then(|()| ioctl::switch_offloads_off(&file));
         attached.map_err(|errno| TapError::Attach {
             name: name.to_owned(),
             errno,
@@ -124,8 +160,38 @@ impl Tap {
     }
 }
 
+/// Tries again and again while the device is busy.
+fn attach_within(limit: Duration, mut attach: impl FnMut() -> Result<(), Errno>) -> Result<(), Errno> {
+    let since = Instant::now();
+    loop {
+        match attach() {
+            Err(Errno::EBUSY) if since.elapsed() < limit => std::thread::sleep(BUSY_POLL),
+            attached => return attached,
+        }
+    }
+}
+
 impl AsFd for Tap {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.file.as_fd()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_device_that_is_busy_for_a_moment_is_waited_for() {
+        let mut busy = 3;
+        let attached = attach_within(BUSY_LIMIT, || {
+            busy -= 1;
+            if busy > 0 { Err(Errno::EBUSY) } else { Ok(()) }
+        });
+        assert_eq!((attached, busy), (Ok(()), 0));
+        let attached = attach_within(Duration::ZERO, || Err(Errno::EBUSY));
+        assert_eq!(attached, Err(Errno::EBUSY));
+        let attached = attach_within(BUSY_LIMIT, || Err(Errno::EPERM));
+        assert_eq!(attached, Err(Errno::EPERM));
     }
 }

@@ -16,7 +16,7 @@ mod kernel;
 mod lines;
 mod netlink;
 
-use super::gate::{Counts, GateError, OutputGate};
+use super::gate::{Counts, GateError, HoldTimes, OutputGate};
 use super::nics;
 use crate::qmp::{Qmp, QmpError};
 use colo_ring::units::CheckpointId;
@@ -166,12 +166,11 @@ pub(crate) enum RemoveError {
 
 /// The numbers of the ifb devices that were put before this QEMU.
 fn objects(qmp: &mut Qmp) -> Result<Vec<u32>, QmpError> {
-    let listed = qmp.execute("qom-list", &json!({"path": "/objects"}))?;
-    let objects = listed.as_array().into_iter().flatten();
-    let names = objects.filter_map(|object| object["name"].as_str());
-    Ok(names
-        .filter_map(|name| name.strip_prefix(OBJECT)?.parse().ok())
-        .collect())
+    let names = qmp.objects()?;
+    let numbers = names
+        .iter()
+        .filter_map(|name| name.strip_prefix(OBJECT)?.parse().ok());
+    Ok(numbers.collect())
 }
 
 /// See the module.
@@ -190,6 +189,7 @@ pub(super) struct Plug {
     leaving_bytes: Option<u64>,
     since_line: u64,
     sent: u64,
+    times: HoldTimes,
     last: Statistics,
     /// When they were read.
     read_at: Instant,
@@ -238,6 +238,7 @@ impl Plug {
             leaving_bytes: None,
             since_line: 0,
             sent: 0,
+            times: HoldTimes::default(),
             last: Statistics::default(),
             read_at: Instant::now(),
         };
@@ -285,7 +286,10 @@ impl Plug {
     fn count_frames(&mut self) -> Result<(), GateError> {
         let count = self.frames.take().map_err(|errno| self.failed(errno.into()))?;
         self.sent += count;
-        self.since_line += if self.is_holding { count } else { 0 };
+        if self.is_holding {
+            self.since_line += count;
+            self.times.came(count);
+        }
         Ok(())
     }
 
@@ -294,6 +298,7 @@ impl Plug {
             .kernel
             .statistics(self.ifb)
             .map_err(|error| self.failed(error))?;
+        self.read_at = Instant::now();
         Ok(self.last)
     }
 
@@ -352,6 +357,7 @@ impl Plug {
             return Err(self.miscounted("was given a frame while the guest stood"));
         }
         (self.line_bytes, self.since_line) = (after.taken_bytes(), 0);
+        self.times.line();
         Ok(())
     }
 
@@ -418,6 +424,7 @@ impl OutputGate for Plug {
         }
         self.tell(Action::ReleaseOne)?;
         self.line = Line::None;
+        self.times.left();
         // Where the line is another guard's, it is not known what is before it.
         self.leaving_bytes = self.leaving_bytes.map(|_| self.line_bytes);
         self.wait_released()
@@ -431,11 +438,13 @@ impl OutputGate for Plug {
         self.tell(Action::ReleaseIndefinite)?;
         (self.is_holding, self.line, self.leaving_bytes) = (false, Line::None, None);
         (self.line_bytes, self.since_line) = (0, 0);
+        self.times.forget();
         self.statistics().map(drop)
     }
 
-    fn releases_in_pause(&self) -> bool {
-        false
+    fn recover(&mut self) -> Result<(), GateError> {
+        // Its devices may be gone, and are not made again.
+        self.statistics().map(drop)
     }
 
     fn waiting(&self) -> u64 {
@@ -449,6 +458,10 @@ impl OutputGate for Plug {
             held_bytes: self.last.waiting_bytes,
             dropped: self.last.dropped,
         }
+    }
+
+    fn take_hold_times_us(&mut self, into: &mut Vec<u64>) {
+        self.times.take_us(into);
     }
 }
 
