@@ -41,7 +41,7 @@ impl CommandLine {
     /// Takes words as they stand after `--`.
     ///
     /// # Errors
-    /// If there are none, or one that cannot be had in a failover.
+    /// If there are none, or one that does not fit a failover.
     pub(super) fn new(words: Vec<String>) -> Result<Self, CommandLineError> {
         let line = Self(words);
         if line.0.first().is_none_or(|program| program.starts_with('-')) {

@@ -1,7 +1,7 @@
 //! The guest's disks in a failover: that the fresh QEMU has them, and that they are of the checkpoint.
 
 use super::FailoverArgs;
-use crate::control::ask;
+use crate::control::Conversation;
 use crate::guest_disks::{self, DiskUse, GuestDisk};
 use crate::output::{CommandError, print, print_json, tell};
 use crate::qmp::Qmp;
@@ -34,23 +34,22 @@ struct BlockdevReport<'a> {
 
 /// Prints what a fresh QEMU's command line needs for the disks of a session. Claims nothing.
 pub(super) fn print_blockdev(args: &FailoverArgs) -> Result<ExitCode, CommandError> {
-    let status: StatusReport = ask(&args.control, &Request::Status)?;
+    let mut conversation = Conversation::open(&args.control)?;
+    let title = args.which.find(&mut conversation)?;
+    let status: StatusReport = conversation.ask(&Request::Status)?;
     let found = status
         .sessions
         .iter()
-        .find(|session| session.session == args.session);
+        .find(|session| session.session == title.session);
     let Some(session) = found else {
-        return Err(CommandError::Failed(format!(
-            "there is no session {}",
-            args.session
-        )));
+        return Err(CommandError::Failed(format!("there is no session {title}")));
     };
     let arguments = blockdev_words(&session.disks, is_block_device);
     if args.json {
         print_json(&BlockdevReport {
             schema: "colo-ring.blockdev",
             schema_version: 1,
-            session: args.session,
+            session: title.session,
             disks: &session.disks,
             arguments,
         })?;
@@ -58,8 +57,7 @@ pub(super) fn print_blockdev(args: &FailoverArgs) -> Result<ExitCode, CommandErr
     }
     if arguments.is_empty() {
         tell(&format!(
-            "session {} has no disks: its guest has none, or they are not protected",
-            args.session
+            "session {title} has no disks: its guest has none, or they are not protected"
         ));
         return Ok(ExitCode::SUCCESS);
     }
@@ -251,6 +249,9 @@ mod tests {
             session: 1,
             checkpoint: 3,
             checkpoint_age_ms: 1,
+            guest: None,
+            uuid: None,
+            listener: None,
             peer: "a primary".to_owned(),
             end: None,
             machine: "pc".to_owned(),

@@ -1,21 +1,26 @@
 //! `colo-ring failover`: resumes the guest from the last committed checkpoint.
 
 mod command_line;
+mod destination;
 mod disks;
 mod relay;
 mod report;
+mod standby;
 mod started;
 mod then_guard;
 mod waiting;
 
-use crate::control::Conversation;
+use crate::control::{Conversation, WhichSession};
 use crate::options::ControlAddress;
 use crate::output::{CommandError, printable, tell};
 use crate::qmp::socket_path;
 use crate::signals;
 use clap::Args;
-use colo_ring::receiver::{ClaimedCheckpoint, Request, RestoreReport, RestoreRequest};
+use colo_ring::receiver::{
+    ClaimedCheckpoint, KeepRequest, Request, RestoreReport, RestoreRequest, SessionTitle,
+};
 use command_line::{CommandLine, main_block};
+use destination::{Destination, Kept, Outputs};
 use report::{Outcome, Times};
 use serde::Deserialize;
 use serde_json::Value;
@@ -35,9 +40,8 @@ pub struct FailoverArgs {
     #[arg(long, value_name = "unix:PATH")]
     control: ControlAddress,
 
-    /// Number of the session, as `colo-ring status` lists it
-    #[arg(long, value_name = "N")]
-    session: u32,
+    #[command(flatten)]
+    which: WhichSession,
 
     /// QMP socket of a QEMU that waits already (-incoming defer): the fast way
     #[arg(long, value_name = "PATH", value_parser = socket_path)]
@@ -73,7 +77,12 @@ pub struct FailoverArgs {
     #[arg(long, value_name = "FILE")]
     keep: Option<PathBuf>,
 
-    /// Make sure that the primary is off: run by sh before anything is given; it must succeed
+    /// Replace the files of --to file:PATH and --keep if they exist
+    #[arg(long)]
+    overwrite: bool,
+
+    /// Make sure that the primary is off: run by sh before anything is given; it must succeed. In its environment: COLO_RING_SESSION,
+    /// _GUEST, _UUID, _LISTENER, _PEER, _MACHINE and _CHECKPOINT
     #[arg(long, value_name = "CMD", group = "certainty")]
     fence: Option<String>,
 
@@ -95,7 +104,7 @@ pub struct FailoverArgs {
     #[arg(long)]
     retry: bool,
 
-    /// Directory for sockets and the log of the QEMU that is started [default: a new one in the temporary directory]
+    /// Directory for sockets and the log of the QEMU that is started, and of no other that runs [default: a new one in the temporary directory]
     #[arg(long, value_name = "DIR")]
     run_dir: Option<PathBuf>,
 
@@ -138,6 +147,7 @@ impl FromStr for Target {
 /// A claimed checkpoint, and the conversation that has claimed it.
 struct Claim {
     conversation: Conversation,
+    title: SessionTitle,
     claimed: ClaimedCheckpoint,
 }
 
@@ -153,21 +163,24 @@ pub fn run(args: &FailoverArgs) -> Result<ExitCode, CommandError> {
     let started = Started::default();
     let to_end = started.clone();
     signals::on_end(move || {
-        to_end.end_process();
-        tell(
-            "a guest is about to run, which cannot be taken back: this ends when it does; another signal ends it at once",
-        );
+        if !to_end.end_process() {
+            tell(
+                "a guest is about to run, which cannot be taken back: this ends when it does; another signal ends it at once",
+            );
+        }
     })?;
     let line = args.command_line()?;
     let mut conversation = Conversation::open(&args.control)?;
+    let title = args.which.find(&mut conversation)?;
     let claim = Request::Claim {
-        session: args.session,
+        session: title.session,
         force: args.force || args.planned,
         retry: args.retry,
     };
     let claimed: ClaimedCheckpoint = conversation.ask(&claim)?;
     let mut claim = Claim {
         conversation,
+        title,
         claimed,
     };
     let mut times = Times {
@@ -180,10 +193,20 @@ pub fn run(args: &FailoverArgs) -> Result<ExitCode, CommandError> {
     };
     times.total = began.elapsed() - times.give_up;
     outcome.times = times;
-    report::print_outcome(args, &claim.claimed, &outcome)?;
-    match (&args.then_guard, &outcome.qmp) {
-        (Some(options), Some(monitor)) => options.become_guard(monitor),
-        _ => Ok(ExitCode::SUCCESS),
+    let printed = report::print_outcome(args, &claim, &outcome);
+    let Some(monitor) = &outcome.qmp else {
+        return printed.map(|()| ExitCode::SUCCESS);
+    };
+    // The guest runs, which no reader that has gone can change.
+    if let Err(error) = printed {
+        tell(&format!(
+            "warning: the guest runs, its monitor is {}: {error}",
+            monitor.display()
+        ));
+    }
+    match &args.then_guard {
+        Some(options) => options.become_guard(monitor),
+        None => Ok(ExitCode::SUCCESS),
     }
 }
 
@@ -207,7 +230,7 @@ impl FailoverArgs {
     }
 
     fn keep(&self) -> Result<Option<PathBuf>, CommandError> {
-        // The receiver runs elsewhere: a relative path means nothing to it.
+        // A report names it, and may be read in another directory.
         let absolute = |path: &PathBuf| std::path::absolute(path);
         let path = self.keep.as_ref().map(absolute).transpose();
         path.map_err(|error| CommandError::Failed(format!("--keep: {error}")))
@@ -215,27 +238,39 @@ impl FailoverArgs {
 }
 
 impl Claim {
+    /// Opens the files of the copy that is to be kept, if one is.
+    fn kept(&self, args: &FailoverArgs, started: &Started) -> Result<Option<Kept>, CommandError> {
+        let Some(path) = args.keep()? else {
+            return Ok(None);
+        };
+        let disks = self.claimed.disks.iter().map(|disk| disk.name.clone());
+        let kept = Kept::create(&path, disks, args.overwrite)?;
+        started.begins(kept.parts());
+        Ok(Some(kept))
+    }
+
     /// Has the receiver write the stream. It may end the session for it.
     fn restore(
         &mut self,
         to: String,
         shared: Option<String>,
-        keep: Option<PathBuf>,
+        outputs: &Outputs,
     ) -> Result<RestoreReport, CommandError> {
-        let session = self.claimed.session;
-        self.conversation.ask(&Request::Restore(RestoreRequest {
-            session,
+        let keep = outputs.kept.as_ref();
+        let request = Request::Restore(RestoreRequest {
+            session: self.claimed.session,
             to,
             shared,
-            keep,
-        }))
+            keep: keep.map(|kept| KeepRequest { disks: kept.disks() }),
+        });
+        let restored = self.conversation.ask_with(&request, &outputs.descriptors())?;
+        outputs.finish()?;
+        Ok(restored)
     }
 
     /// It failed before anything was given; the claim ends with the conversation.
     fn untouched(&self, error: &CommandError) -> CommandError {
-        let ClaimedCheckpoint {
-            session, checkpoint, ..
-        } = &self.claimed;
+        let (session, checkpoint) = (&self.title, self.claimed.checkpoint);
         CommandError::Failed(format!(
             "{error}\nnothing was given away: checkpoint {checkpoint} of session {session} is still there"
         ))
@@ -259,7 +294,8 @@ impl Claim {
         };
         let checkpoint = self.claimed.checkpoint;
         CommandError::Failed(format!(
-            "{why}\ncheckpoint {checkpoint} of session {session}: {left}"
+            "{why}\ncheckpoint {checkpoint} of session {}: {left}",
+            self.title
         ))
     }
 }
@@ -284,12 +320,16 @@ fn resume(
     started: &Started,
     times: &mut Times,
 ) -> Result<Outcome, CommandError> {
-    let (mut waiting, shared) =
+    let (mut waiting, shared, kept) =
         prepare(args, claim, line, started, times).map_err(|error| claim.untouched(&error))?;
     let began = Instant::now();
     let to = format!("unix:{}", waiting.socket().display());
     waiting.is_given();
-    let restored = match claim.restore(to, shared.clone(), args.keep()?) {
+    let restored = Destination::open(&to, false).and_then(|destination| {
+        let outputs = Outputs { destination, kept };
+        claim.restore(to, shared.clone(), &outputs)
+    });
+    let restored = match restored {
         Ok(restored) => restored,
         Err(error) => {
             let (why, may_have_run) = waiting.why_not_taken();
@@ -315,7 +355,7 @@ fn resume(
     let outcome = Outcome::resumed(&waiting, status, shared, restored);
     waiting.let_go();
     let began = Instant::now();
-    let session = args.session;
+    let session = claim.claimed.session;
     if let Err(error) = claim.conversation.ask::<Value>(&Request::Promoted { session }) {
         tell(&format!(
             "warning: the guest runs, but the receiver does not know it: {error}"
@@ -326,15 +366,15 @@ fn resume(
 }
 
 /// Starts or finds the QEMU, checks it, makes sure that the primary is off, and has it wait for the stream. Returns the
-/// name of the block that it has mapped, if it has.
+/// name of the block that it has mapped, if it has, and the copy that is begun.
 fn prepare(
     args: &FailoverArgs,
     claim: &mut Claim,
     line: Option<CommandLine>,
     started: &Started,
     times: &mut Times,
-) -> Result<(Waiting, Option<String>), CommandError> {
-    let directory = RunDirectory::new(args.run_dir.as_deref(), args.session)?;
+) -> Result<(Waiting, Option<String>, Option<Kept>), CommandError> {
+    let directory = RunDirectory::new(args.run_dir.as_deref(), claim.claimed.session)?;
     started.uses(&directory);
     let began = Instant::now();
     let mut waiting = match (line, &args.qmp) {
@@ -357,12 +397,15 @@ fn prepare(
         );
     }
     times.check = began.elapsed();
+    // Before the primary is ended: what cannot be done leaves it as it is.
+    let kept = claim.kept(args, started)?;
     fence(args, claim, times)?;
     let began = Instant::now();
+    // After that: a standby that listens cannot be used for another attempt.
     waiting.listen(shared.is_some())?;
     times.check += began.elapsed();
     hand_over(args, claim, times)?;
-    Ok((waiting, shared))
+    Ok((waiting, shared, kept))
 }
 
 /// Has the primary's guard make a last checkpoint and end the primary, if that is asked for.
@@ -371,7 +414,7 @@ fn hand_over(args: &FailoverArgs, claim: &mut Claim, times: &mut Times) -> Resul
         return Ok(());
     }
     let began = Instant::now();
-    let session = args.session;
+    let session = claim.claimed.session;
     let handed_over: HandedOver = claim.conversation.ask(&Request::Handover { session })?;
     (claim.claimed.checkpoint, claim.claimed.checkpoint_age_ms) = (handed_over.checkpoint, 0);
     times.handover = began.elapsed();
@@ -416,6 +459,18 @@ fn fence(args: &FailoverArgs, claim: &Claim, times: &mut Times) -> Result<(), Co
     shell
         .args(["-c", command])
         .env("COLO_RING_SESSION", claim.claimed.session.to_string())
+        .env(
+            "COLO_RING_GUEST",
+            claim.claimed.guest.as_deref().unwrap_or_default(),
+        )
+        .env(
+            "COLO_RING_UUID",
+            claim.claimed.uuid.as_deref().unwrap_or_default(),
+        )
+        .env(
+            "COLO_RING_LISTENER",
+            claim.claimed.listener.as_deref().unwrap_or_default(),
+        )
         .env("COLO_RING_PEER", &claim.claimed.peer)
         .env("COLO_RING_MACHINE", printable(&claim.claimed.machine))
         .env("COLO_RING_CHECKPOINT", claim.claimed.checkpoint.to_string())
@@ -441,26 +496,53 @@ fn write_only(
     started: &Started,
     times: &mut Times,
 ) -> Result<Outcome, CommandError> {
-    fence(args, claim, times)
-        .and_then(|()| hand_over(args, claim, times))
-        .map_err(|error| claim.untouched(&error))?;
-    let keep = args.keep()?;
+    let prepared = open_and_fence(args, claim, target, started, times);
+    let (destination, kept) = prepared.map_err(|error| claim.untouched(&error))?;
     let began = Instant::now();
-    let (name, restored) = match target {
-        Target::There(to) => (to.clone(), claim.restore(to.clone(), None, keep)),
-        Target::Here => {
-            let directory = RunDirectory::new(args.run_dir.as_deref(), args.session)?;
-            started.uses(&directory);
-            let relayed =
-                relay::to_stdout(&directory.file("stream.sock"), |to| claim.restore(to, None, keep));
-            ("standard output".to_owned(), relayed)
+    let restore = |name: &str, destination| {
+        let outputs = Outputs { destination, kept };
+        claim.restore(name.to_owned(), None, &outputs)
+    };
+    let (name, restored) = match (target, destination) {
+        (Target::There(to), Some(destination)) => (&**to, restore(to, destination)),
+        _ => {
+            let name = "standard output";
+            (name, relay::to_stdout(|destination| restore(name, destination)))
         }
     };
     times.restore = began.elapsed();
     match restored {
-        Ok(restored) => Ok(Outcome::written(name, restored)),
+        Ok(restored) => Ok(Outcome::written(name.to_owned(), restored)),
         Err(error) => Err(claim.release(false, &error.to_string())),
     }
+}
+
+/// Opens what is written to, and makes sure that the primary is off. Files come first: what cannot be made leaves the primary as it is.
+/// A connection comes last, as it uses a QEMU up.
+fn open_and_fence(
+    args: &FailoverArgs,
+    claim: &mut Claim,
+    target: &Target,
+    started: &Started,
+    times: &mut Times,
+) -> Result<(Option<Destination>, Option<Kept>), CommandError> {
+    let open = |to: &str| {
+        let destination = Destination::open(to, args.overwrite)?;
+        started.begins(destination.parts());
+        Ok::<_, CommandError>(Some(destination))
+    };
+    let file = match target {
+        Target::There(to) if to.starts_with("file:") => open(to)?,
+        Target::There(_) | Target::Here => None,
+    };
+    let kept = claim.kept(args, started)?;
+    fence(args, claim, times)?;
+    let destination = match target {
+        Target::There(to) if file.is_none() => open(to)?,
+        Target::There(_) | Target::Here => file,
+    };
+    hand_over(args, claim, times)?;
+    Ok((destination, kept))
 }
 
 /// A path for people.

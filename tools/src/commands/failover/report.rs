@@ -1,12 +1,13 @@
 //! What a failover reports.
 
 use super::waiting::Waiting;
-use super::{FailoverArgs, disks, shown};
+use super::{Claim, FailoverArgs, disks, shown};
 use crate::output::{CommandError, print, print_json, tell};
 use crate::units::nanoseconds;
 use colo_ring::host::Machine;
 use colo_ring::metrics::display_nanoseconds;
 use colo_ring::receiver::{ClaimedCheckpoint, RestoreReport, RestoredDisk};
+use colo_ring::text::{mebibytes, seconds};
 use serde::Serialize;
 use serde_json::json;
 use std::path::PathBuf;
@@ -71,6 +72,8 @@ struct FailoverReport<'a> {
     schema_version: u32,
     options: serde_json::Value,
     session: u32,
+    guest: Option<&'a str>,
+    uuid: Option<&'a str>,
     checkpoint: u64,
     checkpoint_age_ms: u64,
     machine_type: &'a str,
@@ -145,12 +148,12 @@ impl Outcome {
 /// Prints it, as text or as JSON. With the stream on standard output only standard error is left.
 pub(super) fn print_outcome(
     args: &FailoverArgs,
-    claimed: &ClaimedCheckpoint,
+    claim: &Claim,
     outcome: &Outcome,
 ) -> Result<(), CommandError> {
     let is_stdout_taken = args.to == Some(super::Target::Here);
     if args.json {
-        let report = report(args, claimed, outcome)?;
+        let report = report(args, &claim.claimed, outcome)?;
         return match is_stdout_taken {
             true => {
                 tell(&colo_ring::text::json_line(&report).map_err(std::io::Error::from)?);
@@ -159,7 +162,7 @@ pub(super) fn print_outcome(
             false => print_json(&report),
         };
     }
-    let text = words(args, claimed, outcome)?;
+    let text = words(args, claim, outcome)?;
     match is_stdout_taken {
         true => {
             tell(text.trim_end());
@@ -188,7 +191,9 @@ fn report<'a>(
             "qemu": args.qemu,
             "qemu_args": args.qemu_args,
         }),
-        session: args.session,
+        session: claimed.session,
+        guest: claimed.guest.as_deref(),
+        uuid: claimed.uuid.as_deref(),
         checkpoint: outcome.restored.checkpoint,
         checkpoint_age_ms: claimed.checkpoint_age_ms,
         machine_type: &claimed.machine,
@@ -208,14 +213,10 @@ fn report<'a>(
     })
 }
 
-fn words(
-    args: &FailoverArgs,
-    claimed: &ClaimedCheckpoint,
-    outcome: &Outcome,
-) -> Result<String, CommandError> {
-    let (session, checkpoint) = (args.session, outcome.restored.checkpoint);
-    let age = claimed.checkpoint_age_ms;
-    let kibibytes = outcome.restored.stream.bytes / 1024;
+fn words(args: &FailoverArgs, claim: &Claim, outcome: &Outcome) -> Result<String, CommandError> {
+    let (session, checkpoint) = (&claim.title, outcome.restored.checkpoint);
+    let age = claim.claimed.checkpoint_age_ms;
+    let sent = mebibytes(outcome.restored.stream.bytes);
     let mut text = match (&outcome.status, &outcome.to) {
         (Some(status), _) => {
             let does = if status == "running" {
@@ -226,23 +227,23 @@ fn words(
             let qemu = outcome.qemu.as_deref().unwrap_or_default();
             let of_when = match args.planned {
                 true => ", its last; its primary has ended".to_owned(),
-                false => format!(", which was {age} ms old"),
+                false => format!(", which was {} old", seconds(age)),
             };
             format!(
                 "the guest of session {session} {does} in QEMU {qemu} from checkpoint {checkpoint}{of_when}\n"
             )
         }
         (None, to) => format!(
-            "checkpoint {checkpoint} of session {session} was written to {} ({kibibytes} KiB). When its guest runs: \
+            "checkpoint {checkpoint} of session {session} was written to {} ({sent}). When its guest runs: \
              colo-ring discard; if it does not start: --retry\n",
             to.as_deref().unwrap_or_default()
         ),
     };
     match outcome.way {
         "shared" => text.push_str(&format!(
-            "its memory is the receiver's file, which the guest consumes and the receiver releases; {kibibytes} KiB were sent\n"
+            "its memory is the receiver's file, which the guest consumes and the receiver releases; {sent} were sent\n"
         )),
-        "stream" => text.push_str(&format!("its memory was sent: {kibibytes} KiB; the receiver releases its own copy\n")),
+        "stream" => text.push_str(&format!("its memory was sent: {sent}; the receiver releases its own copy\n")),
         _ => {}
     }
     text.push_str(&disks::lines(&outcome.restored));

@@ -2,6 +2,7 @@
 
 use crate::commands::guard::GuardArgs;
 use crate::output::CommandError;
+use crate::own_program;
 use clap::Parser;
 use std::os::unix::process::CommandExt;
 use std::path::Path;
@@ -43,10 +44,13 @@ impl GuardOptions {
                 "the guest runs, but its guard could not be started: {error}"
             ))
         };
-        let own = std::env::current_exe().map_err(failed)?;
-        let mut guard = Command::new(own);
+        Err(failed(self.guard(monitor).exec()))
+    }
+
+    fn guard(&self, monitor: &Path) -> Command {
+        let mut guard = own_program::command();
         guard.arg("guard").arg("--qmp").arg(monitor).args(&self.0);
-        Err(failed(guard.exec()))
+        guard
     }
 }
 
@@ -56,13 +60,33 @@ mod tests {
 
     #[test]
     fn a_guard_s_options_are_checked_before_the_failover() {
-        let options = GuardOptions::parse("--to tcp:192.0.2.3:4444 --name 'web 3'").unwrap();
-        assert_eq!(options.0, ["--to", "tcp:192.0.2.3:4444", "--name", "web 3"]);
+        let options =
+            GuardOptions::parse("--to tcp:192.0.2.3:4444 --name web3 --hist '/var/my run'").unwrap();
+        assert_eq!(
+            options.0,
+            [
+                "--to",
+                "tcp:192.0.2.3:4444",
+                "--name",
+                "web3",
+                "--hist",
+                "/var/my run"
+            ]
+        );
+        // Also after an update, which removes the file that this was started from.
+        let guard = options.guard(Path::new("/run/q"));
+        assert_eq!(guard.get_program(), "/proc/self/exe");
+        let arguments: Vec<_> = guard.get_args().take(3).collect();
+        assert_eq!(arguments, ["guard", "--qmp", "/run/q"]);
         for (text, reason) in [
             ("--to tcp:192.0.2.3:4444", "--name"),
             ("--to tcp:192.0.2.3:4444 --name web3 --nonsense", "--nonsense"),
             ("--to 'tcp:192.0.2.3:4444 --name web3", "quote"),
             ("--to nowhere --name web3", "nowhere"),
+            (
+                "--to tcp:192.0.2.3:4444 --name 'web 3'",
+                "cannot be a guest's name",
+            ),
             ("--to tcp:192.0.2.3:4444 --name web3 --qmp /other", "--qmp"),
         ] {
             let refused = GuardOptions::parse(text).unwrap_err();

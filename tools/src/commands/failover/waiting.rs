@@ -1,14 +1,18 @@
 //! A QEMU that waits for the checkpoint: started here, or by the operator as a warm standby.
 
 use super::command_line::{CommandLine, main_block};
+use super::standby::{OwnWords, why_it_stands};
 use super::started::Started;
-use crate::output::CommandError;
-use crate::qmp::{Qmp, QmpError};
+use crate::output::{CommandError, tell};
+use crate::qmp::{CONNECT_LIMIT, Qmp, QmpError};
 use colo_ring::failover::IGNORE_SHARED;
 use colo_ring::files::{self, Readers};
 use colo_ring::receiver::{ClaimedCheckpoint, GuestBlock};
+use rustix::fs::FlockOperation;
+use rustix::io::FdFlags;
 use serde_json::{Value, json};
-use std::fs::{self, DirBuilder};
+use std::fs::{self, DirBuilder, File, Metadata};
+use std::io;
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, PermissionsExt};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
@@ -19,14 +23,22 @@ use tempfile::TempDir;
 /// How long a QEMU may take from its start to its monitor's greeting.
 const START_LIMIT: Duration = Duration::from_secs(30);
 
-/// How long a monitor that should be there may take to be there.
-const CONNECT_LIMIT: Duration = Duration::from_secs(2);
-
 /// How long QEMU may take to run the guest once it has everything.
 const LOAD_LIMIT: Duration = Duration::from_secs(60);
 
 /// How long a QEMU that has closed the stream may take to end.
 const FAIL_LIMIT: Duration = Duration::from_secs(1);
+
+/// How long what QEMU needs may be busy, and how often it is tried.
+const BUSY_LIMIT: Duration = Duration::from_secs(5);
+const BUSY_POLL: Duration = Duration::from_millis(100);
+
+/// QEMU's words for what is in use: a tap device, an address, an image.
+const BUSY: [&str; 3] = [
+    "Device or resource busy",
+    "Address already in use",
+    "Is another process using the image",
+];
 
 /// How often QEMU is asked for states that no event reports.
 const POLL: Duration = Duration::from_millis(20);
@@ -34,8 +46,8 @@ const POLL: Duration = Duration::from_millis(20);
 /// The same where no event is to come, because it pauses the guest.
 const PAUSED_POLL: Duration = Duration::from_millis(1);
 
-/// Lines of QEMU's own words in an error.
-const LOG_LINES: usize = 10;
+/// How often in succession QEMU must be found with a whole guest that it does not run.
+const STANDS_AFTER: u32 = 2;
 
 /// A monitor in a run directory is as much as the guest itself.
 const RUN_DIRECTORY_MODE: u32 = 0o700;
@@ -46,6 +58,8 @@ pub(super) struct RunDirectory {
     path: PathBuf,
     /// Removed with this command; none where the operator named the directory, which stays.
     temporary: Option<TempDir>,
+    /// The directory itself, locked: by this command, and by the QEMU that it starts in it, for as long as one of them lives.
+    lock: File,
 }
 
 impl RunDirectory {
@@ -68,7 +82,31 @@ impl RunDirectory {
         let (path, temporary) = made.map_err(|error| {
             CommandError::Failed(format!("a directory for sockets in {}: {error}", named.display()))
         })?;
-        Ok(Self { path, temporary })
+        let failed = |error: io::Error| CommandError::Failed(format!("{}: {error}", path.display()));
+        let lock = File::open(&path).map_err(failed)?;
+        match rustix::fs::flock(&lock, FlockOperation::NonBlockingLockExclusive) {
+            Ok(()) => {}
+            Err(rustix::io::Errno::WOULDBLOCK) => {
+                return refuse(&format!(
+                    "the run directory {} is used by another failover, or by a QEMU that one has started: give another --run-dir",
+                    path.display()
+                ));
+            }
+            Err(errno) => return Err(failed(errno.into())),
+        }
+        Ok(Self {
+            path,
+            temporary,
+            lock,
+        })
+    }
+
+    /// Starts a program that keeps the directory locked after this command.
+    fn lend_to<T>(&self, start: impl FnOnce() -> io::Result<T>) -> io::Result<T> {
+        rustix::io::fcntl_setfd(&self.lock, FdFlags::empty())?;
+        let started = start();
+        rustix::io::fcntl_setfd(&self.lock, FdFlags::CLOEXEC)?;
+        started
     }
 
     pub(super) fn file(&self, name: &str) -> PathBuf {
@@ -92,6 +130,8 @@ impl RunDirectory {
 pub(super) struct Waiting {
     qmp: Qmp,
     child: Option<Child>,
+    /// What it says on its standard error.
+    words: OwnWords,
     started: Started,
     directory: RunDirectory,
     /// Whether it pauses the guest, once it is loaded, until `cont`.
@@ -108,6 +148,7 @@ impl Waiting {
         let qmp =
             Qmp::connect(monitor, CONNECT_LIMIT).map_err(|error| CommandError::Failed(error.to_string()))?;
         Ok(Self {
+            words: OwnWords::of(&qmp),
             qmp,
             child: None,
             started: started.clone(),
@@ -116,63 +157,36 @@ impl Waiting {
         })
     }
 
-    /// Starts one.
+    /// Starts one. One that ends because something is busy, as what the primary had is for a moment after its end, is started again.
     pub(super) fn start(
         mut line: CommandLine,
         directory: RunDirectory,
         started: &Started,
     ) -> Result<Self, CommandError> {
-        let (monitor, log) = (directory.file("qmp.sock"), directory.file("qemu.log"));
-        line.wait_for_migration(&monitor);
+        line.wait_for_migration(&directory.file("qmp.sock"));
         let pauses = line.start_paused();
-        let failed =
-            |what: &str, error: &dyn std::fmt::Display| CommandError::Failed(format!("{what}: {error}"));
-        let out = files::replace(&log, Readers::Owner)
-            .map_err(|error| failed(&log.display().to_string(), &error))?;
-        let err = out
-            .try_clone()
-            .map_err(|error| failed(&log.display().to_string(), &error))?;
-        let mut command = Command::new(line.program());
-        // A group of its own: it goes on when this command's terminal is gone.
-        command
-            .args(line.arguments())
-            .stdin(Stdio::null())
-            .stdout(out)
-            .stderr(err)
-            .process_group(0);
-        let mut child = started
-            .spawn(&mut command)
-            .map_err(|error| failed(&format!("cannot start {}", line.program()), &error))?;
-        let began = Instant::now();
+        let (since, mut is_told) = (Instant::now(), false);
         loop {
-            match Qmp::connect(&monitor, Duration::ZERO) {
-                Ok(qmp) => {
+            match start_once(&line, &directory, started) {
+                Ok((qmp, child)) => {
                     return Ok(Self {
                         qmp,
                         child: Some(child),
+                        words: OwnWords::log(&directory.file("qemu.log")),
                         started: started.clone(),
                         directory,
                         pauses,
                     });
                 }
-                Err(QmpError::Connect { .. }) if began.elapsed() < START_LIMIT => {
-                    std::thread::sleep(Duration::from_millis(2));
+                Err(NotStarted::Busy(why)) if since.elapsed() < BUSY_LIMIT => {
+                    if !std::mem::replace(&mut is_told, true) {
+                        tell(&format!("{why}\nstarting it again for {BUSY_LIMIT:?}"));
+                    }
+                    std::thread::sleep(BUSY_POLL);
                 }
-                Err(error) => {
-                    started.forget();
-                    end(&mut child);
-                    return Err(CommandError::Failed(format!(
-                        "QEMU does not start: {error}{}",
-                        last_lines(&log)
-                    )));
+                Err(NotStarted::Busy(why) | NotStarted::Failed(why)) => {
+                    return Err(CommandError::Failed(why));
                 }
-            }
-            if let Some(status) = child.try_wait().ok().flatten() {
-                started.forget();
-                return Err(CommandError::Failed(format!(
-                    "QEMU does not start ({status}){}",
-                    last_lines(&log)
-                )));
             }
         }
     }
@@ -217,6 +231,13 @@ impl Waiting {
                 status["status"].as_str().unwrap_or("unknown")
             ));
         }
+        let migration = self.ask("query-migrate", &json!({}))?;
+        if migration["status"]
+            .as_str()
+            .is_some_and(|status| status != "none")
+        {
+            return refuse("this QEMU has listened for a guest before, which works once: start another one");
+        }
         let machine = self.machine_property("type")?;
         let machine = machine.strip_suffix("-machine").unwrap_or(&machine);
         if machine != claimed.machine {
@@ -250,11 +271,26 @@ impl Waiting {
         if property("type") != "memory-backend-file" || property("share") != Value::Bool(true) {
             return Ok(false);
         }
-        let same = |path: &str| match (fs::metadata(path), fs::metadata(file)) {
-            (Ok(one), Ok(other)) => (one.dev(), one.ino()) == (other.dev(), other.ino()),
-            _ => false,
+        let is_same = |one: &Metadata, other: &Metadata| (one.dev(), one.ino()) == (other.dev(), other.ino());
+        let mapped = property("mem-path");
+        let mapped = mapped.as_str().and_then(|path| fs::metadata(path).ok());
+        let (Some(mapped), Ok(image)) = (mapped, fs::metadata(file)) else {
+            return Ok(false);
         };
-        Ok(property("mem-path").as_str().is_some_and(same))
+        if !is_same(&mapped, &image) {
+            return Ok(false);
+        }
+        // The name may have been that of an earlier session's file when QEMU mapped it.
+        let why = match self.qmp.has_mapped(&image) {
+            Ok(true) => return Ok(true),
+            Ok(false) => "it has mapped an earlier file of that name".to_owned(),
+            Err(error) => format!("what it has mapped is unknown: {error}"),
+        };
+        tell(&format!(
+            "warning: this QEMU does not get {} as it is: {why}",
+            file.display()
+        ));
+        Ok(false)
     }
 
     /// With shared memory QEMU takes no pages for any shared file, so there may be none that is not the image's.
@@ -296,13 +332,16 @@ impl Waiting {
     /// It is about to get the checkpoint. One that does not hold the guest runs it then, whatever becomes of this command.
     pub(super) fn is_given(&self) {
         if self.child.is_none() {
-            self.started.decide();
+            // A signal has nothing to end here but this process.
+            let _ = self.started.decide();
         }
     }
 
     /// Lets the guest run that was loaded and is paused. Returns QEMU's word for what it does then.
     pub(super) fn run(&mut self, status: String) -> Result<String, Unloaded> {
-        self.started.decide();
+        if !self.started.decide() {
+            return Err(Unloaded::certain("QEMU was ended by a signal".to_owned()));
+        }
         if !self.pauses || status != "paused" {
             return Ok(status);
         }
@@ -326,6 +365,7 @@ impl Waiting {
     fn wait_loaded_within(&mut self, limit: Duration) -> Result<String, Unloaded> {
         let began = Instant::now();
         let poll = if self.pauses { PAUSED_POLL } else { POLL };
+        let mut stood = 0;
         while began.elapsed() < limit {
             let resumed = self.qmp.wait_event("RESUME", poll);
             let ask = |qmp: &mut Qmp, command| qmp.execute(command, &json!({}));
@@ -346,6 +386,12 @@ impl Waiting {
                 }
                 Some("completed") if status != "inmigrate" => return Ok(status.to_owned()),
                 _ if resumed && status == "running" => return Ok(status.to_owned()),
+                // It has the guest, and could not run it: nothing changes that any more.
+                Some("completed") if stood == STANDS_AFTER => {
+                    let why = why_it_stands(&mut self.qmp);
+                    return Err(Unloaded::certain(format!("{why}{}", self.said())));
+                }
+                Some("completed") => stood += 1,
                 _ => {}
             }
         }
@@ -379,12 +425,9 @@ impl Waiting {
         Unloaded { text, may_have_run }
     }
 
-    /// The last of QEMU's own words, where they are known.
+    /// The last of QEMU's own words.
     fn said(&self) -> String {
-        match self.child {
-            Some(_) => last_lines(&self.directory.file("qemu.log")),
-            None => "; its own standard error says more".to_owned(),
-        }
+        self.words.last()
     }
 
     /// The guest runs: it is no longer ours.
@@ -403,6 +446,65 @@ impl Waiting {
     fn machine_property(&mut self, name: &str) -> Result<String, CommandError> {
         let value = self.ask("qom-get", &json!({"path": "/machine", "property": name}))?;
         Ok(value.as_str().unwrap_or_default().to_owned())
+    }
+}
+
+/// Why a QEMU was not started.
+enum NotStarted {
+    /// Something that it needs is in use.
+    Busy(String),
+    Failed(String),
+}
+
+/// Starts a QEMU, and waits for its monitor.
+fn start_once(
+    line: &CommandLine,
+    directory: &RunDirectory,
+    started: &Started,
+) -> Result<(Qmp, Child), NotStarted> {
+    let (monitor, log) = (directory.file("qmp.sock"), directory.file("qemu.log"));
+    let failed = |what: &str, error: &dyn std::fmt::Display| NotStarted::Failed(format!("{what}: {error}"));
+    let not_logged = |error| failed(&log.display().to_string(), &error);
+    let out = files::replace(&log, Readers::Owner).map_err(not_logged)?;
+    let err = out.try_clone().map_err(not_logged)?;
+    let mut command = Command::new(line.program());
+    // A group of its own: it goes on when this command's terminal is gone.
+    command
+        .args(line.arguments())
+        .stdin(Stdio::null())
+        .stdout(out)
+        .stderr(err)
+        .process_group(0);
+    // One that was left there is nobody's: no QEMU has the directory. It would be asked in vain.
+    let _ = fs::remove_file(&monitor);
+    let mut child = directory
+        .lend_to(|| started.spawn(&mut command))
+        .map_err(|error| failed(&format!("cannot start {}", line.program()), &error))?;
+    let began = Instant::now();
+    loop {
+        match Qmp::connect(&monitor, Duration::ZERO) {
+            Ok(qmp) => return Ok((qmp, child)),
+            Err(QmpError::Connect { .. }) if began.elapsed() < START_LIMIT => {
+                std::thread::sleep(Duration::from_millis(2));
+            }
+            Err(error) => {
+                started.forget();
+                end(&mut child);
+                return Err(NotStarted::Failed(format!(
+                    "QEMU does not start: {error}{}",
+                    OwnWords::log(&log).last()
+                )));
+            }
+        }
+        if let Some(status) = child.try_wait().ok().flatten() {
+            started.forget();
+            let said = OwnWords::log(&log).last();
+            let why = format!("QEMU does not start ({status}){said}");
+            return Err(match BUSY.iter().any(|words| said.contains(words)) {
+                true => NotStarted::Busy(why),
+                false => NotStarted::Failed(why),
+            });
+        }
     }
 }
 
@@ -437,17 +539,6 @@ fn end(child: &mut Child) {
     let _ = child.wait();
 }
 
-/// The end of a log, to be appended to an error.
-fn last_lines(log: &Path) -> String {
-    let text = fs::read(log).unwrap_or_default();
-    let text = String::from_utf8_lossy(&text);
-    let lines: Vec<_> = text.lines().collect();
-    match &lines[lines.len().saturating_sub(LOG_LINES)..] {
-        [] => String::new(),
-        last => format!("; it said:\n  {}", last.join("\n  ")),
-    }
-}
-
 fn refuse<T>(why: &str) -> Result<T, CommandError> {
     Err(CommandError::Failed(why.to_owned()))
 }
@@ -455,6 +546,7 @@ fn refuse<T>(why: &str) -> Result<T, CommandError> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::qmp::tests::{Responder, monitor};
 
     #[test]
     fn a_run_directory_is_its_users_alone() {
@@ -464,5 +556,48 @@ mod tests {
         let scratch = tempfile::tempdir().unwrap();
         let named = RunDirectory::new(Some(&scratch.path().join("a/b")), 1).unwrap();
         assert_eq!(mode(&named), 0o700);
+    }
+
+    /// A hook may give every guest the same.
+    #[test]
+    fn a_run_directory_is_that_of_one_failover_and_its_qemu() {
+        let scratch = tempfile::tempdir().unwrap();
+        let take = || RunDirectory::new(Some(scratch.path()), 1);
+        let directory = take().unwrap();
+        let refused = take().unwrap_err().to_string();
+        assert!(refused.contains("give another --run-dir"), "{refused}");
+        let mut qemu = directory
+            .lend_to(|| Command::new("sleep").arg("1000").spawn())
+            .unwrap();
+        drop(directory);
+        assert!(take().is_err(), "it runs there still");
+        end(&mut qemu);
+        drop(take().unwrap());
+    }
+
+    /// A standby that has the guest and cannot lock its disk says so at once, and not after the time that loading may take.
+    #[test]
+    fn a_standby_that_has_failed_is_not_waited_for() {
+        let respond: Responder = Box::new(|command, _| match command {
+            "query-status" => Ok(json!({"status": "inmigrate"})),
+            "query-migrate" => Ok(json!({"status": "completed"})),
+            "query-block" => Ok(json!([
+                {"inserted": {"active": false, "node-name": "#block1", "file": "/srv/web3.raw"}}
+            ])),
+            "blockdev-set-active" => Err("Failed to get \"write\" lock".to_owned()),
+            other => Err(format!("{other} was not expected")),
+        });
+        let path = monitor((11, 1, 3), respond);
+        let directory = RunDirectory::new(None, 1).unwrap();
+        let mut waiting = Waiting::attach(&path.0, directory, &Started::default()).unwrap();
+        let began = Instant::now();
+        let unloaded = waiting.wait_loaded().unwrap_err();
+        assert!(began.elapsed() < LOAD_LIMIT / 2, "{:?}", began.elapsed());
+        assert!(
+            unloaded.text.contains("/srv/web3.raw: Failed to get"),
+            "{}",
+            unloaded.text
+        );
+        assert!(!unloaded.may_have_run);
     }
 }
