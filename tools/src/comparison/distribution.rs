@@ -198,6 +198,14 @@ impl Order {
     }
 }
 
+/// The figures of values that were measured, and the largest of them.
+pub(super) fn figures_of(values: impl Iterator<Item = u64>) -> (Figures, u64) {
+    let mut values: Vec<_> = values.collect();
+    values.sort_unstable();
+    let figures = figures(&values, &vec![1; values.len()]);
+    (figures, values.last().copied().unwrap_or(0))
+}
+
 /// Percentiles are values that were measured: the smallest that so many of a thousand do not exceed.
 fn figures(values: &[u64], counts: &[u64]) -> Figures {
     let total: u64 = counts.iter().sum();

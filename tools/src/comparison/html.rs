@@ -1,40 +1,80 @@
 //! The comparison as one HTML page.
 
-use super::table::{display_mean, figures, interval_cell, ratio_cell, way_in_words};
+mod runs;
+
+use super::headline::headline;
+use super::table::{figures, interval_cell, ratio_cell, way_in_words};
 use super::{COUNT_MIN, Comparison, PhaseComparison, Ratio, Resampling, Row, RunInfo, plots};
+use crate::flight;
 use crate::html_page::html_page;
-use crate::run_file::Clock;
 use colo_ring::metrics::display_nanoseconds;
 use maud::{Markup, PreEscaped, html};
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 
-const STYLE: &str = include_str!("page.css");
+/// The style sheet of every page.
+pub(crate) const STYLE: &str = include_str!("page.css");
 
-/// The page.
+/// What a page says beside the figures.
+#[derive(Clone, Debug, Default)]
+pub struct Intro<'a> {
+    /// Above all.
+    pub title: &'a str,
+    /// What there is to know before one looks at figures.
+    pub explanation: &'a str,
+    /// The result in a sentence or two.
+    pub headline: String,
+    /// What a run is, in a word: its name, and the word.
+    pub marks: &'a [(&'a str, &'a str)],
+    /// Phases that are shown at once, in this order, the others on request; none: all are shown.
+    pub phases: &'a [&'a str],
+}
+
+/// The page of a comparison.
 pub fn page(comparison: &Comparison) -> String {
+    let intro = Intro {
+        title: "Checkpoint latency",
+        headline: headline(comparison),
+        ..Intro::default()
+    };
+    page_with(comparison, &intro)
+}
+
+/// The page with an introduction.
+pub fn page_with(comparison: &Comparison, intro: &Intro) -> String {
     let names: Vec<_> = comparison.runs.iter().map(|run| run.name).collect();
+    let of_name = |name: &&str| comparison.phases.iter().find(|phase| phase.phase == **name);
+    let first: Vec<_> = match intro.phases {
+        [] => comparison.phases.iter().collect(),
+        phases => phases.iter().filter_map(of_name).collect(),
+    };
+    let is_first = |phase: &&PhaseComparison| first.iter().any(|shown| shown.phase == phase.phase);
+    let others: Vec<_> = comparison
+        .phases
+        .iter()
+        .filter(|phase| !is_first(phase))
+        .collect();
     let body = html! {
         main {
-            h1 { "Checkpoint latency" }
-            p.lead { (lead(comparison)) }
-            (runs(comparison))
+            h1 { (intro.title) }
+            @if !intro.explanation.is_empty() { p.lead { (intro.explanation.replace('`', "")) } }
+            p.headline { (intro.headline) }
+            @if intro.phases.is_empty() { (runs::table(comparison, intro.marks)) }
+            @for compared in first { (phase(comparison, compared, intro.marks)) }
             (stacks(comparison))
-            @for compared in &comparison.phases { (phase(comparison, compared)) }
+            @if !intro.phases.is_empty() { (runs::table(comparison, intro.marks)) }
+            (slow(&comparison.runs))
+            @if !others.is_empty() {
+                details {
+                    summary { "Other phases: " (others.iter().map(|phase| phase.phase.as_str()).collect::<Vec<_>>().join(", ")) }
+                    @for compared in others { (phase(comparison, compared, intro.marks)) }
+                }
+            }
+            (runs::machines(&comparison.runs))
+            (runs::details(&comparison.runs))
             (method(comparison))
         }
     };
     html_page(&names.join(", "), STYLE, &body)
-}
-
-fn lead(comparison: &Comparison) -> Markup {
-    let checkpoints: u64 = comparison.runs.iter().map(|run| run.checkpoints).sum();
-    match &comparison.runs[..] {
-        [run] => html! { (checkpoints) " checkpoints of " (run.name) "." },
-        runs => html! {
-            (runs.len()) " runs, " (checkpoints) " checkpoints. Ratios are to "
-            strong { (comparison.baseline) } "; below 1 is faster."
-        },
-    }
 }
 
 /// A run's sign in legends and tables: its colour and dashes.
@@ -51,99 +91,6 @@ fn sign(index: usize) -> Markup {
 fn index_of(comparison: &Comparison, name: &str) -> usize {
     let position = comparison.runs.iter().position(|run| run.name == name);
     position.unwrap_or(0)
-}
-
-fn runs(comparison: &Comparison) -> Markup {
-    html! {
-        h2 { "Runs" }
-        div.wide {
-            table {
-                thead {
-                    tr {
-                        th { "run" }
-                        th { "clock" }
-                        th.number { "checkpoints" }
-                        th.number { "left out" }
-                        th.number { "secondary’s CPU per checkpoint" }
-                        th.number { "its memory" }
-                    }
-                }
-                tbody {
-                    @for (index, run) in comparison.runs.iter().enumerate() {
-                        (run_row(index, run, &comparison.label(run.name)))
-                    }
-                }
-            }
-        }
-        (machines(&comparison.runs))
-        (details(&comparison.runs))
-    }
-}
-
-fn run_row(index: usize, run: &RunInfo, label: &str) -> Markup {
-    let clock = match run.clock {
-        Some(Clock::Primary) => "primary’s",
-        Some(Clock::Receiver) => "receiver’s",
-        None => "–",
-    };
-    let cpu = run.secondary.filter(|_| run.checkpoints > 0);
-    let cpu = cpu.map(|used| display_mean(used.cpu_ns as f64 / run.checkpoints as f64));
-    let memory = run.secondary.map(|used| {
-        let mebibytes = used.rss_bytes_max as f64 / f64::from(1 << 20);
-        format!("{mebibytes:.0} MiB")
-    });
-    html! {
-        tr {
-            th scope="row" { (sign(index)) (label) }
-            td { (clock) }
-            td.number { (run.checkpoints) }
-            td.number { (run.dropped) }
-            td.number { (cpu.as_deref().unwrap_or("–")) }
-            td.number { (memory.as_deref().unwrap_or("–")) }
-        }
-    }
-}
-
-/// Each machine once, with the runs that were made on it.
-fn machines(runs: &[RunInfo]) -> Markup {
-    let mut machines: BTreeMap<String, Vec<&str>> = BTreeMap::new();
-    for run in runs {
-        if let Some(machine) = run.machine {
-            machines.entry(machine.to_string()).or_default().push(run.name);
-        }
-    }
-    html! {
-        @for (machine, names) in machines {
-            p.note {
-                "Machine" @if names.len() < runs.len() { " of " (names.join(", ")) } ": " (machine)
-            }
-        }
-    }
-}
-
-/// How each run was made, to make it again.
-fn details(runs: &[RunInfo]) -> Markup {
-    let item = |name: &str, text: &str| html! { li { (name) ": " code { (text) } } };
-    html! {
-        details {
-            summary { "Commands, options, files and notes" }
-            @for run in runs {
-                h3 { (run.name) }
-                ul {
-                    @if let Some(command) = run.command { (item("command", command)) }
-                    @if !run.options.is_null() { (item("options", &run.options.to_string())) }
-                    @for file in run.files { (item("file", &file.display().to_string())) }
-                    @for note in run.notes { li { (note) } }
-                    @if run.disturbed > 0 {
-                        li {
-                            (run.disturbed)
-                            " of its checkpoints were disturbed (hollow dots where they are among the slowest)"
-                        }
-                    }
-                }
-            }
-        }
-    }
 }
 
 fn stacks(comparison: &Comparison) -> Markup {
@@ -171,23 +118,51 @@ fn stacks(comparison: &Comparison) -> Markup {
     }
 }
 
-fn phase(comparison: &Comparison, phase: &PhaseComparison) -> Markup {
+fn phase(comparison: &Comparison, phase: &PhaseComparison, marks: &[(&str, &str)]) -> Markup {
     html! {
         section id=(phase.phase) {
             h2 {
                 (phase.phase)
                 @if let Some(meaning) = meaning(&phase.phase) { " " small { (meaning) } }
             }
-            (table(comparison, phase))
+            (table(comparison, phase, marks))
             figure {
                 ul.legend {
-                    @for row in &phase.rows { li { (sign(index_of(comparison, &row.run))) (row.run) } }
+                    @for row in &phase.rows {
+                        @let index = index_of(comparison, &row.run);
+                        @if plots::is_drawn(comparison.sources, index, comparison.baseline) {
+                            li { (sign(index)) (row.run) }
+                        }
+                    }
                 }
-                (PreEscaped(plots::curves(comparison.sources, &phase.phase)))
+                (PreEscaped(plots::curves(comparison.sources, &phase.phase, comparison.baseline)))
             }
-            @match plots::over_time(comparison.sources, &phase.phase) {
+            @match plots::over_time(comparison.sources, &phase.phase, comparison.baseline) {
                 Some(drawing) => figure { (PreEscaped(drawing)) },
                 None => p.note { "Histograms have no times: nothing to draw over time." },
+            }
+            @if phase.rows.len() > plots::DRAWN_MAX {
+                p.note {
+                    "Drawn are the first runs and the baseline, " (plots::DRAWN_MAX) " in all: more cannot be told apart. The table \
+                     has all."
+                }
+            }
+        }
+    }
+}
+
+/// Whose time slow checkpoints were, of the runs that say it.
+fn slow(runs: &[RunInfo]) -> Markup {
+    html! {
+        @if runs.iter().any(|run| run.slow.is_some()) {
+            section id="slow" {
+                h2 { "Slow checkpoints" " " small { "whose time they were" } }
+                @for run in runs {
+                    @if let Some(report) = &run.slow {
+                        h3 { (run.name) }
+                        (flight::section(report))
+                    }
+                }
             }
         }
     }
@@ -196,19 +171,24 @@ fn phase(comparison: &Comparison, phase: &PhaseComparison) -> Markup {
 /// What a known phase is.
 fn meaning(phase: &str) -> Option<&'static str> {
     Some(match phase {
-        "reply" => "CHECKPOINT_REQUEST read until CHECKPOINT_REPLY sent",
+        "reply" => "CHECKPOINT_REQUEST read until CHECKPOINT_REPLY sent, as the receiver sees it",
         "transfer" => "VMSTATE_SEND read until all pages are there",
         "vmstate" => "from there until the device state is complete",
         "commit" => "from there until VMSTATE_LOADED is sent",
         "pause" => "CHECKPOINT_REPLY sent until VMSTATE_LOADED sent, as the receiver sees it",
         "flush" => "copying pages to the RAM image",
+        "replied" => "CHECKPOINT_REQUEST sent until CHECKPOINT_REPLY read, as the primary sees it",
         "received" => "VMSTATE_SEND sent until VMSTATE_RECEIVED read, as the primary sees it",
         "loaded" => "VMSTATE_SEND sent until VMSTATE_LOADED read, as the primary sees it",
+        "waited" => {
+            "how long a checkpoint was due while the one before it was still running; received and loaded count it"
+        }
+        "service" => "loaded without the waiting",
         _ => return None,
     })
 }
 
-fn table(comparison: &Comparison, phase: &PhaseComparison) -> Markup {
+fn table(comparison: &Comparison, phase: &PhaseComparison, marks: &[(&str, &str)]) -> Markup {
     html! {
         div.wide {
             table {
@@ -221,7 +201,7 @@ fn table(comparison: &Comparison, phase: &PhaseComparison) -> Markup {
                     }
                 }
                 tbody {
-                    @for one in &phase.rows { (row(index_of(comparison, &one.run), one)) }
+                    @for one in &phase.rows { (row(comparison, one, marks)) }
                 }
             }
         }
@@ -231,11 +211,16 @@ fn table(comparison: &Comparison, phase: &PhaseComparison) -> Markup {
     }
 }
 
-fn row(index: usize, row: &Row) -> Markup {
+fn row(comparison: &Comparison, row: &Row, marks: &[(&str, &str)]) -> Markup {
+    let index = index_of(comparison, &row.run);
     let ratios = row.ratios.map(|ratios| ratios.columns());
     html! {
         tr {
-            th scope="row" { (sign(index)) (row.run) }
+            th scope="row" {
+                @if plots::is_drawn(comparison.sources, index, comparison.baseline) { (sign(index)) }
+                (row.run)
+                (runs::tags(comparison, &row.run, marks))
+            }
             td.number { (row.count) }
             @for (column, figure) in figures(row).iter().enumerate() {
                 td.number {

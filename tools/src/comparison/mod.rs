@@ -4,17 +4,21 @@
 
 mod bootstrap;
 mod distribution;
+pub(crate) mod headline;
 pub mod html;
 mod plots;
 mod runs;
-mod svg;
+pub(crate) mod svg;
 mod table;
+
+pub(crate) use html::STYLE;
 
 pub use bootstrap::{COUNT_MIN, Interval, Ratio, Ratios};
 pub use distribution::{ROUNDS_MIN, Resampling};
 pub use runs::{CompareError, PHASE_UNNAMED, Run, Unit, gather};
 
-use crate::run_file::{Clock, SecondaryUse};
+use crate::flight::{self, By, SlowReport};
+use crate::run_file::{Clock, RunFile, SecondaryUse};
 use bootstrap::Resampled;
 use colo_ring::host::Machine;
 use serde::Serialize;
@@ -22,9 +26,39 @@ use std::collections::BTreeSet;
 use std::path::PathBuf;
 
 /// Every known phase, in the order of tables: the receiver's clock, then the primary's.
-pub const PHASES: [&str; 8] = [
-    "reply", "transfer", "vmstate", "commit", "pause", "flush", "received", "loaded",
+pub const PHASES: [&str; 9] = [
+    "reply", "transfer", "vmstate", "commit", "pause", "flush", "replied", "received", "loaded",
 ];
+
+/// What is known of one phase of a run: the same figures wherever they are shown.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(crate) struct MeasuredPhase {
+    pub(crate) count: u64,
+    pub(crate) mean_ns: f64,
+    pub(crate) p50_ns: u64,
+    pub(crate) p90_ns: u64,
+    pub(crate) p99_ns: u64,
+    pub(crate) max_ns: u64,
+}
+
+impl MeasuredPhase {
+    /// Of one run's checkpoints.
+    pub(crate) fn of(run: &RunFile, phase: &str) -> Self {
+        let values = || {
+            let checkpoints = run.checkpoints.iter();
+            checkpoints.filter_map(|checkpoint| checkpoint.phases_ns.get(phase).copied())
+        };
+        let (figures, max_ns) = distribution::figures_of(values());
+        Self {
+            count: values().count() as u64,
+            mean_ns: figures.mean,
+            p50_ns: figures.p50,
+            p90_ns: figures.p90,
+            p99_ns: figures.p99,
+            max_ns,
+        }
+    }
+}
 
 /// Resamples behind every interval.
 pub const RESAMPLES: u32 = 1000;
@@ -76,6 +110,8 @@ struct RunInfo<'a> {
     options: &'a serde_json::Value,
     compression: Option<&'a str>,
     machine: Option<&'a Machine>,
+    /// When it began, in milliseconds since 1970.
+    started_unix_ms: Option<u64>,
     clock: Option<Clock>,
     secondary: Option<SecondaryUse>,
     checkpoints: u64,
@@ -84,6 +120,8 @@ struct RunInfo<'a> {
     /// Left out when the run was written.
     dropped: u64,
     notes: &'a [String],
+    /// Whose time its slowest checkpoints were, where its flight recorder is there.
+    slow: Option<SlowReport>,
 }
 
 /// One phase of all runs.
@@ -133,6 +171,12 @@ impl Comparison<'_> {
             Some("none") => format!("{name} (not compressed)"),
             Some(method) => format!("{name} ({method})"),
         }
+    }
+
+    /// One phase of the first run that has it.
+    pub(crate) fn first(&self, phase: &str) -> Option<&Row> {
+        let phase = self.phases.iter().find(|compared| compared.phase == phase)?;
+        phase.rows.first()
     }
 
     /// One phase of one run, if that has it.
@@ -213,12 +257,17 @@ fn run_info(run: &Run) -> RunInfo<'_> {
         options: &run.options,
         compression: run.compression.as_deref(),
         machine: run.machine.as_ref(),
+        started_unix_ms: run.started_unix_ms,
         clock: run.clock,
         secondary: run.secondary,
         checkpoints,
         disturbed,
         dropped: run.dropped,
         notes: &run.notes,
+        slow: run
+            .flight
+            .as_ref()
+            .map(|log| SlowReport::of(log, None, flight::TOP, By::Pause)),
     }
 }
 

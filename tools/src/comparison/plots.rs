@@ -27,9 +27,12 @@ struct Series<'a, T> {
     data: T,
 }
 
-/// The runs that have `data`.
-fn series<'a, T>(runs: &'a [Run], data: impl Fn(&'a Run) -> Option<T>) -> Vec<Series<'a, T>> {
+/// The runs that are drawn and have `data`.
+fn series<'a, T>(runs: &'a [Run], baseline: &str, data: impl Fn(&'a Run) -> Option<T>) -> Vec<Series<'a, T>> {
     let of_run = |(index, run): (usize, &'a Run)| {
+        if !is_drawn(runs, index, baseline) {
+            return None;
+        }
         Some(Series {
             index,
             name: run.name(),
@@ -39,14 +42,29 @@ fn series<'a, T>(runs: &'a [Run], data: impl Fn(&'a Run) -> Option<T>) -> Vec<Se
     runs.iter().enumerate().filter_map(of_run).collect()
 }
 
-/// The class of a run's colour and dashes.
+/// Runs that are drawn: as many as there are colours that can be told apart, each with dashes of its own.
+pub(super) const DRAWN_MAX: usize = 8;
+
+/// The classes of a run's colour and dashes.
 pub(super) fn class(index: usize) -> String {
-    format!("s{}", index % 8)
+    // The baseline is drawn in any case, perhaps in place of the last one.
+    let style = index.min(DRAWN_MAX - 1);
+    format!("s{style} d{style}")
+}
+
+/// Whether a run is drawn where there are many: the first ones are, and the baseline.
+pub(super) fn is_drawn(runs: &[Run], index: usize, baseline: &str) -> bool {
+    let baseline = runs.iter().position(|run| run.name() == baseline).unwrap_or(0);
+    let first = match baseline < DRAWN_MAX {
+        true => DRAWN_MAX,
+        false => DRAWN_MAX - 1,
+    };
+    index < first || index == baseline
 }
 
 /// Latency at every percentile. The axis gives every further nine the same room.
-pub(super) fn curves(runs: &[Run], phase: &str) -> String {
-    let series = series(runs, |run| run.distribution(phase));
+pub(super) fn curves(runs: &[Run], phase: &str, baseline: &str) -> String {
+    let series = series(runs, baseline, |run| run.distribution(phase));
     let values = || series.iter().map(|series| &series.data);
     let low = values()
         .filter_map(|data| data.exceedances().next())
@@ -98,25 +116,29 @@ fn draw_curve(svg: &mut Svg, series: &Series<Distribution>, y: &Axis, x: impl Fn
     let class = class(series.index);
     let end = (x(1.0, count), y.place(series.data.max()));
     points.push(end);
-    svg.polyline(&format!("curve {class}"), points, series.name);
     let figures = series.data.figures();
-    for (name, exceeding, value) in [
+    let marks = [
         ("p50", 0.5, figures.p50),
         ("p90", 0.1, figures.p90),
         ("p99", 0.01, figures.p99),
         ("p99.9", 0.001, figures.p99_9),
-    ] {
-        if exceeding * count >= 1.0 {
-            // Of a few checkpoints none is exactly there: the mark is where the curve has that one.
-            let exceeding = ((exceeding * count).floor() + 1.0) / count;
-            let title = format!("{}: {name} {}", series.name, display_nanoseconds(value));
-            svg.circle(
-                &format!("mark {class}"),
-                (x(exceeding, 1.0), y.place(value)),
-                4.0,
-                &title,
-            );
-        }
+    ];
+    let marks = marks
+        .into_iter()
+        .filter(|(_, exceeding, _)| exceeding * count >= 1.0);
+    let marks: Vec<_> = marks
+        .map(|(name, exceeding, value)| (name, value, (x(exceeding, 1.0), y.place(value))))
+        .collect();
+    // Of a few checkpoints none is exactly at a percentile: the curve goes through its mark, which is on its grid line, in place of
+    // what else would be there.
+    let is_marked = |at: f64| marks.iter().any(|(_, _, place)| (place.0 - at).abs() < 1.0);
+    points.retain(|point| *point == end || !is_marked(point.0));
+    points.extend(marks.iter().map(|(_, _, place)| *place));
+    points.sort_by(|a, b| a.0.total_cmp(&b.0));
+    svg.polyline(&format!("curve {class}"), points, series.name);
+    for (name, value, place) in marks {
+        let title = format!("{}: {name} {}", series.name, display_nanoseconds(value));
+        svg.circle(&format!("mark {class}"), place, 4.0, &title);
     }
     let title = format!(
         "{}: maximum {} of {count}",
@@ -143,16 +165,23 @@ fn percentile_ticks(nines: f64) -> Vec<(String, f64)> {
     ticks
 }
 
+/// Height of a tick's label, with a little room.
+const LABEL_HEIGHT: f64 = 15.0;
+
 fn value_ticks(svg: &mut Svg, y: &Axis, count: usize) {
+    let mut labelled: Option<f64> = None;
     for (at, label) in y.ticks(count) {
         svg.line("grid", (LEFT, at), (RIGHT, at));
-        svg.text("tick", (LEFT - 8.0, at + 4.0), Anchor::End, &label);
+        if labelled.is_none_or(|before| (before - at).abs() >= LABEL_HEIGHT) {
+            svg.text("tick", (LEFT - 8.0, at + 4.0), Anchor::End, &label);
+            labelled = Some(at);
+        }
     }
 }
 
 /// Every checkpoint over time, a panel for each run. None if no run has checkpoints: histograms have no times.
-pub(super) fn over_time(runs: &[Run], phase: &str) -> Option<String> {
-    let series = series(runs, |run| match run.samples.get(phase) {
+pub(super) fn over_time(runs: &[Run], phase: &str, baseline: &str) -> Option<String> {
+    let series = series(runs, baseline, |run| match run.samples.get(phase) {
         Some(Samples::Checkpoints(points)) if !points.is_empty() => Some(points.as_slice()),
         _ => None,
     });

@@ -1,6 +1,7 @@
 //! What is compared: runs, from whatever files they are in.
 
 use super::distribution::{Distribution, Point};
+use crate::flight::file::{self, FlightFileError};
 use crate::hlog::{HlogError, Log, add_values};
 use crate::run_file::{
     self, Clock, RunFile, RunFileError, RunNameError, SecondaryUse, check_name, read_bounded,
@@ -8,6 +9,7 @@ use crate::run_file::{
 use clap::ValueEnum;
 use colo_ring::host::Machine;
 use colo_ring::metrics::{self, Phase, Report, with_suffix};
+use colo_ring::store::{FlightLog, FlightRecord};
 use hdrhistogram::Histogram;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
@@ -26,6 +28,9 @@ pub enum CompareError {
     /// An interval log.
     #[error(transparent)]
     Log(#[from] HlogError),
+    /// A flight recorder.
+    #[error(transparent)]
+    Flight(#[from] FlightFileError),
     /// JSON of something else.
     #[error(
         "{} has the schema {schema:?}: {:?} (a run) and {:?} (a receiver's report) can be compared",
@@ -118,6 +123,10 @@ pub struct Run {
     pub(super) options: serde_json::Value,
     pub(super) compression: Option<String>,
     pub(super) machine: Option<Machine>,
+    /// When it began.
+    pub(super) started_unix_ms: Option<u64>,
+    /// Whose time its slow checkpoints were: what its receiver recorded.
+    pub(super) flight: Option<FlightLog>,
     pub(super) clock: Option<Clock>,
     pub(super) secondary: Option<SecondaryUse>,
     pub(super) samples: BTreeMap<String, Samples>,
@@ -148,6 +157,8 @@ impl From<RunFile> for Run {
             options: file.options,
             compression: file.compression,
             machine: Some(file.machine),
+            started_unix_ms: Some(file.started_unix_ms),
+            flight: None,
             clock: Some(file.clock),
             secondary: file.secondary,
             dropped: file.dropped,
@@ -167,7 +178,8 @@ impl Run {
         &self.notes
     }
 
-    /// Reads a run from `[NAME=]FILE`: a run file, a receiver's report beside its logs, or one interval log.
+    /// Reads a run from `[NAME=]FILE`: a run file, a receiver's report beside its logs, a flight recorder, or one interval log.
+    /// A recorder beside `PREFIX.run.json` or `PREFIX.json`, as `PREFIX.flight`, is read with it.
     ///
     /// # Errors
     /// If the file cannot be read, or is none of these.
@@ -177,15 +189,85 @@ impl Run {
         let path = Path::new(named.map_or(argument, |(_, path)| path));
         let mut run = if path.extension().is_some_and(|extension| extension == "hlog") {
             Self::read_log(path, unit)?
+        } else if path.is_file() && file::is_one(path)? {
+            Self::of_flight(path, file::read(path)?)
         } else {
             Self::read_json(path)?
         };
+        run.add_flight(path);
         if let Some((name, _)) = named {
             name.clone_into(&mut run.name);
         }
         check_name(&run.name)?;
         run.files.push(path.to_owned());
         Ok(run)
+    }
+
+    /// A recorder has every checkpoint by the receiver's clock.
+    fn of_flight(path: &Path, log: FlightLog) -> Self {
+        let mut run = Self::empty(path.with_extension("").as_path());
+        let point = |record: &FlightRecord, value_ns: u64| Point {
+            round: 0,
+            at_ns: record.requested_at_ns.saturating_add(record.loaded_ns),
+            value_ns,
+            disturbed: false,
+        };
+        for phase in Phase::ALL {
+            let points = log.records.iter();
+            let points = points.map(|record| point(record, duration(record, phase)));
+            run.samples
+                .insert(phase.name().to_owned(), Samples::Checkpoints(points.collect()));
+        }
+        if log.damaged > 0 {
+            run.notes.push(format!(
+                "{} records of {} are damaged",
+                log.damaged,
+                path.display()
+            ));
+        }
+        run.command = Some("colo-ring receive".to_owned());
+        run.clock = Some(Clock::Receiver);
+        run.started_unix_ms = Some(log.started_unix_ns / 1_000_000);
+        run.flight = Some(log);
+        run
+    }
+
+    /// Reads the recorder that lies beside a run's file, if one does. The run needs none: one of another run, or one that cannot be
+    /// read, is left out with a note.
+    fn add_flight(&mut self, path: &Path) {
+        let stem = path.with_extension("");
+        let stem = match stem.extension() {
+            Some(run) if run == "run" => stem.with_extension(""),
+            _ => stem,
+        };
+        let beside = with_suffix(&stem, ".flight");
+        if self.flight.is_some() || !beside.is_file() {
+            return;
+        }
+        match file::read(&beside) {
+            Ok(log) if self.is_recorded_by(&log) => self.flight = Some(log),
+            Ok(_) => self.notes.push(format!("{} is of another run", beside.display())),
+            Err(error) => self.notes.push(error.to_string()),
+        }
+    }
+
+    /// Whether a recorder is of the receiver that made this run, or of one that had checkpoints while this run lasted.
+    pub(super) fn is_recorded_by(&self, log: &FlightLog) -> bool {
+        let Some(started) = self.started_unix_ms else {
+            return false;
+        };
+        if self.clock == Some(Clock::Receiver) {
+            return (log.started_unix_ns / 1_000_000).abs_diff(started) <= SAME_START_MS;
+        }
+        let points = self.samples.values().filter_map(|samples| match samples {
+            Samples::Checkpoints(points) => points.last(),
+            Samples::Histogram(_) => None,
+        });
+        let lasted = points.map(|point| point.at_ns / 1_000_000).max().unwrap_or(0);
+        let during = started..=started.saturating_add(lasted);
+        let at_ms =
+            |record: &FlightRecord| log.started_unix_ns.saturating_add(record.requested_at_ns) / 1_000_000;
+        log.records.iter().any(|record| during.contains(&at_ms(record)))
     }
 
     fn read_json(path: &Path) -> Result<Self, CompareError> {
@@ -224,11 +306,18 @@ impl Run {
         run.command = Some("colo-ring receive".to_owned());
         run.options = report.options;
         run.machine = Some(report.machine);
+        run.started_unix_ms = Some(report.started_unix_ms);
         run.clock = Some(Clock::Receiver);
         if report.samples_dropped > 0 {
             run.notes.push(format!(
                 "{} checkpoints are missing: the receiver's queue of samples was full",
                 report.samples_dropped
+            ));
+        }
+        if report.intervals_lost > 0 {
+            run.notes.push(format!(
+                "{} intervals of a second are missing in the logs: they could not be written",
+                report.intervals_lost
             ));
         }
         Ok(run)
@@ -257,6 +346,8 @@ impl Run {
             options: serde_json::Value::Null,
             compression: None,
             machine: None,
+            started_unix_ms: None,
+            flight: None,
             clock: None,
             secondary: None,
             samples: BTreeMap::new(),
@@ -329,6 +420,12 @@ impl Run {
                 }
             }
         }
+        self.started_unix_ms = match (self.started_unix_ms, other.started_unix_ms) {
+            (Some(own), Some(others)) => Some(own.min(others)),
+            (own, others) => own.or(others),
+        };
+        // Of several recorders none is of all rounds.
+        self.flight = None;
         self.secondary = match (self.secondary, other.secondary) {
             (Some(one), Some(more)) => Some(SecondaryUse {
                 pid: one.pid,
@@ -384,6 +481,22 @@ pub fn gather(runs: Vec<Run>, merge: bool) -> Result<Vec<Run>, CompareError> {
         }
     }
     Ok(gathered)
+}
+
+/// How far apart two notes of one receiver's start may be: the clock may have been set meanwhile.
+const SAME_START_MS: u64 = 1000;
+
+/// What a record says of a phase.
+fn duration(record: &FlightRecord, phase: Phase) -> u64 {
+    let span = |to: u64, from: u64| to.saturating_sub(from);
+    match phase {
+        Phase::Reply => record.reply_ns,
+        Phase::Transfer => span(record.ram_ns, record.send_ns),
+        Phase::Vmstate => span(record.device_state_ns, record.ram_ns),
+        Phase::Commit => span(record.loaded_ns, record.device_state_ns),
+        Phase::Pause => record.pause_ns(),
+        Phase::Flush => record.flush_ns,
+    }
 }
 
 fn scaled(histogram: Histogram<u64>, factor: u64) -> Histogram<u64> {

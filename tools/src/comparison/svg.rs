@@ -7,7 +7,7 @@ use colo_ring::metrics::display_nanoseconds;
 use std::fmt::Write;
 
 /// Text that may stand in HTML and SVG, in attributes too.
-pub(super) fn escape(text: &str) -> String {
+pub(crate) fn escape(text: &str) -> String {
     let mut escaped = String::with_capacity(text.len());
     for letter in text.chars() {
         match letter {
@@ -26,20 +26,20 @@ pub(super) fn escape(text: &str) -> String {
 
 /// On which side of its point a text is.
 #[derive(Clone, Copy)]
-pub(super) enum Anchor {
+pub(crate) enum Anchor {
     Start,
     Middle,
     End,
 }
 
 /// A drawing.
-pub(super) struct Svg {
+pub(crate) struct Svg {
     text: String,
 }
 
 impl Svg {
     /// An empty one of that size, which scales with the page. `label` is what a screen reader says.
-    pub(super) fn new(width: f64, height: f64, label: &str) -> Self {
+    pub(crate) fn new(width: f64, height: f64, label: &str) -> Self {
         let text = format!(
             "<svg viewBox=\"0 0 {width} {height}\" role=\"img\" aria-label=\"{}\">\n",
             escape(label)
@@ -47,14 +47,14 @@ impl Svg {
         Self { text }
     }
 
-    pub(super) fn line(&mut self, class: &str, from: (f64, f64), to: (f64, f64)) {
+    pub(crate) fn line(&mut self, class: &str, from: (f64, f64), to: (f64, f64)) {
         self.push(format_args!(
             "<line class=\"{class}\" x1=\"{:.1}\" y1=\"{:.1}\" x2=\"{:.1}\" y2=\"{:.1}\"/>\n",
             from.0, from.1, to.0, to.1
         ));
     }
 
-    pub(super) fn rect(&mut self, class: &str, at: (f64, f64), size: (f64, f64), title: &str) {
+    pub(crate) fn rect(&mut self, class: &str, at: (f64, f64), size: (f64, f64), title: &str) {
         let title = title_element(title);
         self.push(format_args!(
             "<rect class=\"{class}\" x=\"{:.1}\" y=\"{:.1}\" width=\"{:.1}\" height=\"{:.1}\">{title}</rect>\n",
@@ -62,7 +62,7 @@ impl Svg {
         ));
     }
 
-    pub(super) fn circle(&mut self, class: &str, at: (f64, f64), radius: f64, title: &str) {
+    pub(crate) fn circle(&mut self, class: &str, at: (f64, f64), radius: f64, title: &str) {
         let title = title_element(title);
         self.push(format_args!(
             "<circle class=\"{class}\" cx=\"{:.1}\" cy=\"{:.1}\" r=\"{radius}\">{title}</circle>\n",
@@ -70,7 +70,7 @@ impl Svg {
         ));
     }
 
-    pub(super) fn text(&mut self, class: &str, at: (f64, f64), anchor: Anchor, text: &str) {
+    pub(crate) fn text(&mut self, class: &str, at: (f64, f64), anchor: Anchor, text: &str) {
         let anchor = match anchor {
             Anchor::Start => "start",
             Anchor::Middle => "middle",
@@ -84,7 +84,7 @@ impl Svg {
     }
 
     /// A line through all points.
-    pub(super) fn polyline(
+    pub(crate) fn polyline(
         &mut self,
         class: &str,
         points: impl IntoIterator<Item = (f64, f64)>,
@@ -99,7 +99,7 @@ impl Svg {
     }
 
     /// A dot at every point, as one element: strokes of no length with round ends.
-    pub(super) fn dots(&mut self, class: &str, points: impl IntoIterator<Item = (f64, f64)>) {
+    pub(crate) fn dots(&mut self, class: &str, points: impl IntoIterator<Item = (f64, f64)>) {
         let mut path = String::new();
         for (x, y) in points {
             let _ = write!(path, "M{x:.1} {y:.1}h0");
@@ -114,7 +114,7 @@ impl Svg {
         ));
     }
 
-    pub(super) fn finish(mut self) -> String {
+    pub(crate) fn finish(mut self) -> String {
         self.text.push_str("</svg>\n");
         self.text
     }
@@ -133,7 +133,7 @@ fn title_element(title: &str) -> String {
 }
 
 /// An axis of durations: logarithmic if they span much, else linear.
-pub(super) struct Axis {
+pub(crate) struct Axis {
     low: f64,
     high: f64,
     logarithmic: bool,
@@ -147,7 +147,7 @@ const LOGARITHMIC_FROM: f64 = 8.0;
 
 impl Axis {
     /// An axis for `low..=high` nanoseconds, drawn from `from` to `to`.
-    pub(super) fn new(low: u64, high: u64, from: f64, to: f64) -> Self {
+    pub(crate) fn new(low: u64, high: u64, from: f64, to: f64) -> Self {
         // A logarithm needs more than 0, and an axis some length.
         let (low, high) = (low.max(1) as f64, high.max(2) as f64);
         let logarithmic = high / low >= LOGARITHMIC_FROM;
@@ -167,11 +167,11 @@ impl Axis {
         }
     }
 
-    pub(super) fn is_logarithmic(&self) -> bool {
+    pub(crate) fn is_logarithmic(&self) -> bool {
         self.logarithmic
     }
 
-    pub(super) fn place(&self, value: u64) -> f64 {
+    pub(crate) fn place(&self, value: u64) -> f64 {
         self.place_exactly(value.max(1) as f64)
     }
 
@@ -184,7 +184,7 @@ impl Axis {
     }
 
     /// Positions and labels of the ticks: about `count`.
-    pub(super) fn ticks(&self, count: usize) -> Vec<(f64, String)> {
+    pub(crate) fn ticks(&self, count: usize) -> Vec<(f64, String)> {
         let values = match self.logarithmic {
             true => self.logarithmic_ticks(count),
             false => steps(self.low, self.high, count),
@@ -220,7 +220,7 @@ impl Axis {
 }
 
 /// Round values from `low` to `high`, about `count`.
-pub(super) fn steps(low: f64, high: f64, count: usize) -> Vec<f64> {
+pub(crate) fn steps(low: f64, high: f64, count: usize) -> Vec<f64> {
     let rough = (high - low) / count as f64;
     let decade = 10f64.powf(rough.log10().floor());
     let step = [1.0, 2.0, 5.0, 10.0]

@@ -13,6 +13,11 @@ impl Comparison<'_> {
             text.push_str(&table(&self.phase_rows(phase)));
             text.push('\n');
         }
+        for run in &self.runs {
+            if let Some(slow) = &run.slow {
+                text.push_str(&format!("{}: {}\n{}\n", run.name, slow.head(), slow.summary()));
+            }
+        }
         self.explanations()
             .iter()
             .for_each(|line| text.push_str(&format!("{line}\n")));

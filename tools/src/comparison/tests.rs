@@ -1,3 +1,4 @@
+use super::runs::Samples;
 use super::*;
 use crate::run_file::{Checkpoint, RunFile};
 use std::time::UNIX_EPOCH;
@@ -25,6 +26,81 @@ fn run(name: &str, rounds: u32, loaded: impl Fn(u64) -> u64) -> Run {
 /// Values that spread by a third, the same every time.
 fn spread(n: u64) -> u64 {
     1_000_000 + (n * 7919) % 333_333
+}
+
+/// Wherever the baseline is among them.
+#[test]
+fn no_two_runs_that_are_drawn_look_alike_and_they_are_few() {
+    let runs: Vec<_> = (0..20).map(|n| run(&format!("run {n}"), 1, spread)).collect();
+    let sheet = include_str!("page.css");
+    for baseline in [0, 7, 8, 19] {
+        let name = runs[baseline].name();
+        let drawn = (0..runs.len()).filter(|index| plots::is_drawn(&runs, *index, name));
+        let styles: std::collections::BTreeSet<_> = drawn.clone().map(plots::class).collect();
+        assert_eq!((drawn.clone().count(), styles.len()), (8, 8));
+        assert!(drawn.clone().any(|index| index == baseline));
+        for class in styles.iter().flat_map(|style| style.split(' ')) {
+            assert!(
+                class == "d0" || sheet.contains(&format!(".{class} {{")),
+                "{class}"
+            );
+        }
+        let options = Options {
+            baseline: Some(name.to_owned()),
+            phases: vec!["loaded".to_owned()],
+            ..Options::default()
+        };
+        let page = html::page(&report(&runs, options).unwrap());
+        assert_eq!(page.matches("<path class=\"curve s").count(), 8 + 2 * 8 + 8);
+        assert!(page.contains("more cannot be told apart"));
+    }
+}
+
+fn attributes<'a>(page: &'a str, element: &str, attribute: &str) -> Vec<&'a str> {
+    let with = page.split(element).skip(1);
+    let values = with.filter_map(|rest| rest.split(&format!(" {attribute}=\"")).nth(1)?.split('"').next());
+    values.collect()
+}
+
+#[test]
+fn percentiles_are_marked_on_their_grid_lines() {
+    for rounds in [1, 7, 30] {
+        let runs = [run("a", rounds, spread)];
+        let drawing = plots::curves(&runs, "loaded", "a");
+        let grid = attributes(&drawing, "<line class=\"grid\"", "x1");
+        let marks = attributes(&drawing, "<circle class=\"mark", "cx");
+        assert!(
+            marks.len() >= 2 && marks.iter().all(|mark| grid.contains(mark)),
+            "{marks:?} {grid:?}"
+        );
+    }
+}
+
+#[test]
+fn a_page_says_the_result_when_runs_began_and_what_disturbed_them() {
+    let mut runs = [run("QEMU", 8, |n| spread(n) * 2), run("half", 8, spread)];
+    let page = html::page(&report(&runs, Options::default()).unwrap());
+    for said in [
+        "QEMU: loaded p50 ",
+        "half: p50 ",
+        "× 0.50 (95 %: ",
+        "1970-01-01 00:00",
+        "Options of all",
+        "pace",
+    ] {
+        assert!(page.contains(said), "{said}");
+    }
+    assert!(!page.contains("Disturbed: "));
+    if let Some(Samples::Checkpoints(points)) = runs[1].samples.get_mut("loaded") {
+        points[3].disturbed = true;
+    }
+    runs[0].dropped = 5;
+    let page = html::page(&report(&runs, Options::default()).unwrap());
+    let table = page.split("<details>").next().unwrap();
+    assert!(
+        table.contains("Disturbed: ") && table.contains(">5</td>"),
+        "{table}"
+    );
 }
 
 #[test]
@@ -210,4 +286,38 @@ fn long_runs_make_no_long_pages() {
         .unwrap(),
     );
     assert!(page.len() < 400_000, "{} bytes", page.len());
+}
+
+#[test]
+fn a_recorder_beside_a_run_is_of_that_run_or_left_out() {
+    use colo_ring::store::{FlightLog, FlightRecord};
+    let record = |seconds: u64| FlightRecord {
+        requested_at_ns: seconds * 1_000_000_000,
+        ..FlightRecord::default()
+    };
+    let log = |started_s: u64| FlightLog {
+        started_unix_ns: started_s * 1_000_000_000,
+        records: vec![record(10), record(20)],
+        ..FlightLog::default()
+    };
+    // By the primary's clock, for 8 seconds from then on.
+    let mut run = run("a", 8, spread);
+    run.started_unix_ms = Some(1_000_000);
+    assert!(run.is_recorded_by(&log(995)) && !run.is_recorded_by(&log(900)));
+    run.clock = Some(Clock::Receiver);
+    assert!(run.is_recorded_by(&log(1000)) && !run.is_recorded_by(&log(995)));
+    run.started_unix_ms = None;
+    assert!(!run.is_recorded_by(&log(1000)));
+}
+
+#[test]
+fn merged_runs_keep_the_date_that_is_known() {
+    let mut dated = run("a", 1, spread);
+    dated.started_unix_ms = Some(5);
+    let undated = Run {
+        started_unix_ms: None,
+        ..run("a", 1, spread)
+    };
+    let merged = gather(vec![dated, undated], true).unwrap();
+    assert_eq!(merged[0].started_unix_ms, Some(5));
 }

@@ -1,94 +1,22 @@
-//! What the demo measures, and a receiver of each kind at work.
+//! A secondary of each kind at work.
 
 use super::DemoArgs;
+use super::usage::processor_time;
+use super::variant::{ReceiverKind, Secondary, Variant};
+use crate::commands::sink;
 use crate::net::Address;
 use crate::output::CommandError;
-use crate::page_compression::{CompressionArgs, PageCompression};
 use crate::primary::{Content, Distribution, Figures, PhaseFigures, SynthOptions, SynthPrimary, Version};
-use crate::run_file::{Checkpoint, Clock, RunFile};
-use clap::ValueEnum;
+use crate::run_file::{Checkpoint, Clock, RunFile, SecondaryUse};
 use colo_ring::metrics::Summary;
-use colo_ring::receiver::{Event, ListenAddress, Receiver, ReceiverOptions, Request, Response, StatusReport};
-use colo_ring::ring::BackendKind;
-use colo_ring::store::{CacheKind, CommitMode, HugePages, StoreOptions};
-use colo_ring::wire::codec::Method;
+use colo_ring::receiver::{
+    Event, ListenAddress, NameRules, RamLimit, Receiver, ReceiverOptions, Request, Response, StatusReport,
+};
+use colo_ring::store::{HugePages, StoreOptions};
 use serde::Serialize;
 use std::collections::BTreeSet;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant, SystemTime};
-
-/// The ways to receive: a name, the backend, and whether it reads into registered buffers.
-const WAYS: [(&str, BackendKind, bool); 4] = [
-    ("uring", BackendKind::Uring, true),
-    ("recvmsg", BackendKind::Uring, false),
-    ("epoll", BackendKind::Epoll, false),
-    ("threads", BackendKind::Threads, false),
-];
-
-/// Room for the decoders of a session's channels.
-const DECODERS_BYTES: u64 = 64 << 20;
-
-/// How pages compress in sessions that do.
-const RATIO: f64 = 3.0;
-
-/// What is measured: a way to receive, a cache and a commit mode.
-#[derive(Clone, Debug, Serialize)]
-pub(super) struct Variant {
-    /// `uring` receives into registered buffers, `recvmsg` is `uring` without them; then cache and commit.
-    pub(super) name: String,
-    backend: BackendKind,
-    registered: bool,
-    cache: CacheKind,
-    commit: CommitMode,
-    #[serde(flatten)]
-    compression: PageCompression,
-}
-
-impl Variant {
-    /// Every combination of what the options of `receive` offer.
-    pub(super) fn all() -> Vec<Self> {
-        let stores = CacheKind::value_variants().iter().flat_map(|&cache| {
-            CommitMode::value_variants()
-                .iter()
-                .map(move |&commit| (cache, commit))
-        });
-        stores
-            .flat_map(|(cache, commit)| {
-                WAYS.map(|(way, backend, registered)| Self {
-                    name: format!("{way} {} {}", value_name(cache), value_name(commit)),
-                    backend,
-                    registered,
-                    cache,
-                    commit,
-                    compression: PageCompression::default(),
-                })
-            })
-            .collect()
-    }
-
-    /// The first of all with each method of compression.
-    pub(super) fn compressed() -> Vec<Self> {
-        let with = |method: &Method| {
-            let args = CompressionArgs {
-                compression: *method,
-                compression_level: None,
-            };
-            let compression = args.check(1).ok().filter(|compression| compression.is_some())?;
-            let first = Self::all().into_iter().next()?;
-            Some(Self {
-                name: format!("{} {}", first.name, method.name()),
-                compression,
-                ..first
-            })
-        };
-        Method::value_variants().iter().filter_map(with).collect()
-    }
-}
-
-fn value_name(value: impl ValueEnum) -> String {
-    let value = value.to_possible_value().expect("no variant is hidden");
-    value.get_name().to_owned()
-}
 
 /// What the receivers warned of, each text once.
 #[derive(Clone, Default)]
@@ -104,13 +32,21 @@ impl Warnings {
     }
 }
 
+/// How pages compress in sessions that do.
+const RATIO: f64 = 3.0;
+
 /// A variant at work.
 pub(super) struct Contestant {
     variant: Variant,
-    receiver: Receiver,
+    /// None of a sink, which needs nothing.
+    receiver: Option<Receiver>,
     address: Address,
     figures: Figures,
     run: RunFile,
+    /// Its threads' processor time while checkpoints were taken; none if the kernel does not say it.
+    cpu: Option<Duration>,
+    /// What it held for the guest.
+    memory_bytes: u64,
 }
 
 /// One variant's figures.
@@ -118,83 +54,54 @@ pub(super) struct Contestant {
 pub(super) struct VariantReport {
     #[serde(flatten)]
     pub(super) variant: Variant,
-    /// By the receiver's clock.
-    pub(super) receiver: Summary,
+    /// By the receiver's clock; none of a sink.
+    receiver: Option<Summary>,
     /// By the primary's clock.
-    pub(super) primary: Vec<PhaseFigures>,
+    primary: Vec<PhaseFigures>,
+    /// Processor time of its threads for a checkpoint, where the kernel says it.
+    pub(super) cpu_ns_per_checkpoint: Option<u64>,
+    /// Memory that it held for the guest; of a sink its buffers are not counted.
+    pub(super) memory_bytes: u64,
 }
 
 impl Contestant {
-    /// Starts a receiver. None if it would use another backend than asked: that is no measurement of this one.
+    /// Starts a variant. None if it would use another backend than asked: that is no measurement of this one.
     pub(super) fn start(
         variant: Variant,
         args: &DemoArgs,
         cores: &[usize],
         warnings: &Warnings,
     ) -> Result<Option<Self>, CommandError> {
-        let backend = variant.backend;
-        let options = ReceiverOptions {
-            listen: vec![ListenAddress::Tcp(([127, 0, 0, 1], 0).into())],
-            channels: args.channels,
-            cores: cores.to_vec(),
-            backend,
-            registered: variant.registered,
-            store: StoreOptions {
-                hugepages: HugePages::Huge2M,
-                cache: variant.cache,
-                commit: variant.commit,
-                ..StoreOptions::default()
-            },
-            // No other primary connects, and an ended session's memory is given up at once; a guest has small blocks, too, and
-            // its channels may have decoders.
-            ram_limit_bytes: args.ram.0.saturating_mul(2).saturating_add(DECODERS_BYTES),
-            disks: None,
-            hist: None,
-            described: serde_json::Value::Null,
-            control: None,
-            once: false,
-            identify_deadline: Duration::from_secs(10),
-            precopy_deadline: Duration::from_secs(300),
-            sessions_per_origin: 64,
-            host_watch: colo_ring::net::HostWatch::default(),
-        };
-        let collected = warnings.clone();
-        let collect = move |event| {
-            if let Event::Warning(text) = event {
-                // What is the same in every session is printed once.
-                let session = text.strip_prefix("session ");
-                let text = session
-                    .and_then(|rest| rest.split_once(": "))
-                    .map_or(text.as_str(), |(_, text)| text);
-                collected.add(text.to_owned());
+        let (receiver, address) = match &variant.secondary {
+            Secondary::Sink => {
+                let address = sink::serve_in_background(args.channels).map_err(CommandError::failed)?;
+                (None, address.to_string())
             }
+            Secondary::Receiver(kind) => match start_receiver(kind, args, cores, warnings)? {
+                None => return Ok(None),
+                Some(receiver) => {
+                    let address = receiver.addresses()[0].to_string();
+                    (Some(receiver), address)
+                }
+            },
         };
-        let receiver = Receiver::start(options, collect).map_err(CommandError::failed)?;
-        let address = receiver.addresses()[0]
-            .to_string()
-            .parse()
-            .map_err(CommandError::failed)?;
-        if status(&receiver)?.backend != backend.name() {
-            warnings.add(format!("{backend} is not available here and was not measured"));
-            receiver.stop_handle().stop();
-            receiver.wait().map_err(CommandError::failed)?;
-            return Ok(None);
-        }
         let described = serde_json::to_value(&variant).map_err(CommandError::failed)?;
         let mut run = RunFile::new(
             &variant.name,
-            "demo",
+            "colo-ring demo",
             described,
             Clock::Primary,
             SystemTime::now(),
         );
-        run.compression = Some(variant.compression.to_string());
+        run.compression = Some(variant.compression().to_string());
         Ok(Some(Self {
             run,
             figures: Figures::new(args.interval > 0),
             variant,
             receiver,
-            address,
+            address: address.parse().map_err(CommandError::failed)?,
+            cpu: Some(Duration::ZERO),
+            memory_bytes: 0,
         }))
     }
 
@@ -209,12 +116,13 @@ impl Contestant {
         round: u32,
         started: Instant,
     ) -> Result<(), CommandError> {
+        let compression = self.variant.compression();
         let options = SynthOptions {
             ram_bytes: args.ram.0,
             channels: args.channels,
             dirty_pages: Distribution::Fixed(args.pages),
-            compression: self.variant.compression,
-            content: match self.variant.compression.is_some() {
+            compression,
+            content: match compression.is_some() {
                 true => Content::Ratio(RATIO),
                 false => Content::Random,
             },
@@ -223,6 +131,7 @@ impl Contestant {
             ..SynthOptions::new(Version::V11_1)
         };
         let mut primary = SynthPrimary::connect(&self.address, &options).map_err(CommandError::failed)?;
+        let cpu_before = processor_time();
         for _ in 0..args.checkpoints {
             let report = primary.checkpoint().map_err(CommandError::failed)?;
             self.figures.record(&report);
@@ -232,6 +141,14 @@ impl Contestant {
                 ..self.figures.checkpoint(&report)
             });
         }
+        // Before threads of the session end, and take their times with them. The others' are idle.
+        let used = processor_time()
+            .zip(cpu_before)
+            .map(|(after, before)| after.saturating_sub(before));
+        self.cpu = self.cpu.zip(used).map(|(before, used)| before + used);
+        if let Some(receiver) = &self.receiver {
+            self.memory_bytes = self.memory_bytes.max(status(receiver)?.ram_held_bytes);
+        }
         primary.close().map_err(CommandError::failed)?;
         self.discard()
     }
@@ -240,9 +157,12 @@ impl Contestant {
     fn discard(&self) -> Result<(), CommandError> {
         // Against hanging only: a busy machine may take its time.
         const PATIENCE: Duration = Duration::from_secs(300);
+        let Some(receiver) = &self.receiver else {
+            return Ok(());
+        };
         let started = Instant::now();
         loop {
-            let sessions = status(&self.receiver)?.sessions;
+            let sessions = status(receiver)?.sessions;
             let Some(session) = sessions.first() else {
                 return Ok(());
             };
@@ -250,7 +170,7 @@ impl Contestant {
                 session: session.session,
             };
             // Refused until the last of its connections has left.
-            let refused = self.receiver.ask(request).err();
+            let refused = receiver.ask(request).err();
             if let Some(reason) = refused.filter(|_| started.elapsed() > PATIENCE) {
                 return Err(CommandError::Failed(format!(
                     "the receiver ({}) did not end its session within {PATIENCE:?}: {reason}",
@@ -262,16 +182,92 @@ impl Contestant {
     }
 
     /// Ends the receiver.
-    pub(super) fn finish(self) -> Result<(VariantReport, RunFile), CommandError> {
-        self.receiver.stop_handle().stop();
-        let outcome = self.receiver.wait().map_err(CommandError::failed)?;
+    pub(super) fn finish(mut self) -> Result<(VariantReport, RunFile), CommandError> {
+        let outcome = self.receiver.map(|receiver| {
+            receiver.stop_handle().stop();
+            receiver.wait()
+        });
+        let outcome = outcome.transpose().map_err(CommandError::failed)?;
+        let cpu_ns = self
+            .cpu
+            .map(|cpu| u64::try_from(cpu.as_nanos()).unwrap_or(u64::MAX));
+        self.run.secondary = cpu_ns.map(|cpu_ns| SecondaryUse {
+            pid: std::process::id(),
+            cpu_ns,
+            rss_bytes_max: self.memory_bytes,
+        });
         let report = VariantReport {
             variant: self.variant,
-            receiver: outcome.report.total,
+            receiver: outcome.map(|outcome| outcome.report.total),
             primary: self.figures.phases(),
+            cpu_ns_per_checkpoint: cpu_ns.map(|cpu_ns| cpu_ns / self.figures.checkpoints.max(1)),
+            memory_bytes: self.memory_bytes,
         };
         Ok((report, self.run))
     }
+}
+
+/// Starts a receiver. None if it would use another backend than asked.
+fn start_receiver(
+    kind: &ReceiverKind,
+    args: &DemoArgs,
+    cores: &[usize],
+    warnings: &Warnings,
+) -> Result<Option<Receiver>, CommandError> {
+    let backend = kind.backend;
+    let options = ReceiverOptions {
+        listen: vec![ListenAddress::Tcp(([127, 0, 0, 1], 0).into())],
+        names: NameRules::default(),
+        channels: args.channels,
+        cores: cores.to_vec(),
+        backend,
+        registered: kind.registered,
+        store: StoreOptions {
+            hugepages: HugePages::Huge2M,
+            cache: kind.cache,
+            commit: kind.commit,
+            ..StoreOptions::default()
+        },
+        // No other primary connects, and an ended session's memory is given up at once.
+        ram_limit: RamLimit::find(Some(u64::MAX), cores.len()),
+        device_state_max_bytes: 64 << 20,
+        disks: None,
+        tls: None,
+        hist: None,
+        described: serde_json::Value::Null,
+        control: None,
+        once: false,
+        identify_deadline: Duration::from_secs(10),
+        limits: colo_ring::receiver::Limits {
+            precopy_deadline: Duration::from_secs(300),
+            sessions_per_origin: 64,
+        },
+        host_watch: colo_ring::net::HostWatch::default(),
+        sandbox: colo_ring::sandbox::Sandbox::off(),
+        samples: None,
+        other_sockets: Vec::new(),
+        configuration: None,
+        passed: colo_ring::net::PassedSockets::default(),
+    };
+    let collected = warnings.clone();
+    let collect = move |event| {
+        if let Event::Warning(text) = event {
+            // What is the same in every session is printed once.
+            let session = text.strip_prefix("session ");
+            let text = session
+                .and_then(|rest| rest.split_once(": "))
+                .map_or(text.as_str(), |(_, text)| text);
+            collected.add(text.to_owned());
+        }
+    };
+    let receiver = Receiver::start(options, collect).map_err(CommandError::failed)?;
+    if status(&receiver)?.backend != backend.name() {
+        warnings.add(format!("{backend} is not available here and was not measured"));
+        receiver.stop_handle().stop();
+        receiver.wait().map_err(CommandError::failed)?;
+        return Ok(None);
+    }
+    Ok(Some(receiver))
 }
 
 fn status(receiver: &Receiver) -> Result<StatusReport, CommandError> {
@@ -281,27 +277,5 @@ fn status(receiver: &Receiver) -> Result<StatusReport, CommandError> {
         other => Err(CommandError::Failed(format!(
             "the receiver answered {other:?} to a question for its status"
         ))),
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn every_cache_and_commit_mode_is_measured_with_every_way_to_receive() {
-        let variants = Variant::all();
-        let names: BTreeSet<_> = variants.iter().map(|variant| variant.name.clone()).collect();
-        let stores = CacheKind::value_variants().len() * CommitMode::value_variants().len();
-        assert_eq!((variants.len(), names.len()), (4 * stores, 4 * stores));
-        assert!(names.contains(super::super::BASELINE), "{names:?}");
-        let compressed: Vec<_> = Variant::compressed().into_iter().map(|one| one.name).collect();
-        assert_eq!(
-            compressed,
-            [
-                format!("{} zlib", variants[0].name),
-                format!("{} zstd", variants[0].name)
-            ]
-        );
     }
 }

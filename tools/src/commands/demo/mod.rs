@@ -1,27 +1,30 @@
-//! `colo-ring demo`: a synthetic primary against a receiver of every kind, on this machine alone.
+//! `colo-ring demo`: a synthetic primary against secondaries of several kinds, on this machine alone.
 //!
-//! All receivers run from the beginning to the end, and get their sessions in turn, in an order that is rotated from
+//! Four by default: this receiver with its defaults, the same with epoll, one that receives as QEMU does, and a sink as the floor.
+//! All of them run from the beginning to the end, and get their sessions in turn, in an order that is rotated from
 //! round to round: what disturbs the machine meanwhile disturbs them alike.
 
 mod contestant;
+mod message;
+mod usage;
+mod variant;
 
 use crate::comparison::{self, Comparison, html};
 use crate::cores::default_cores;
 use crate::options::Size;
-use crate::output::{CommandError, ProgressLine, print, print_json, table, tell};
+use crate::output::{CommandError, ProgressLine, print, print_json, table, tell, wrapped};
 use clap::Args;
 use colo_ring::files::{self, Readers};
 use colo_ring::host::Machine;
-use colo_ring::metrics::Phase;
-use contestant::{Contestant, Variant, VariantReport, Warnings};
+use colo_ring::metrics::display_nanoseconds;
+use colo_ring::text::mebibytes;
+use contestant::{Contestant, VariantReport, Warnings};
 use serde::Serialize;
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
-
-/// Built as QEMU's own receiver is: the others are divided by it.
-const BASELINE: &str = "threads mirror sync";
+use variant::{AS_QEMU, DEFAULT, FLOOR, Variant};
 
 /// Where the page goes unless something else is said.
 const HTML_DEFAULT: &str = "colo-ring-demo.html";
@@ -55,7 +58,7 @@ pub struct DemoArgs {
     #[arg(long, value_name = "N", default_value_t = 6, value_parser = clap::value_parser!(u32).range(1..))]
     rounds: u32,
 
-    /// Also sessions that compress, with zstd and with zlib, and whose pages compress about 3 to 1
+    /// Every backend, cache and commit mode, and sessions that compress, with zstd and with zlib, whose pages compress about 3 to 1
     #[arg(long)]
     all: bool,
 
@@ -64,7 +67,7 @@ pub struct DemoArgs {
     #[arg(long, value_name = "FILE")]
     html: Option<PathBuf>,
 
-    /// Print JSON (schema colo-ring.demo, version 2)
+    /// Print JSON (schema colo-ring.demo, version 3)
     #[arg(long)]
     #[serde(skip)]
     json: bool,
@@ -81,6 +84,8 @@ struct DemoReport<'a> {
     variants: Vec<VariantReport>,
     /// The primary's `loaded` of all variants, with intervals.
     comparison: Comparison<'a>,
+    /// The result in a sentence.
+    message: String,
     /// What was asked for and is not available.
     warnings: BTreeSet<String>,
 }
@@ -99,8 +104,8 @@ pub fn run(args: &DemoArgs) -> Result<ExitCode, CommandError> {
     let runs: Vec<_> = runs.into_iter().map(comparison::Run::from).collect();
     let baseline = runs
         .iter()
-        .any(|run| run.name() == BASELINE)
-        .then(|| BASELINE.to_owned());
+        .any(|run| run.name() == AS_QEMU)
+        .then(|| AS_QEMU.to_owned());
     let compare = |phases: &[&str]| {
         let options = comparison::Options {
             baseline: baseline.clone(),
@@ -109,20 +114,30 @@ pub fn run(args: &DemoArgs) -> Result<ExitCode, CommandError> {
         };
         comparison::report(&runs, options).map_err(CommandError::failed)
     };
+    let comparison = compare(&["loaded"])?;
     let report = DemoReport {
         schema: "colo-ring.demo",
-        schema_version: 2,
+        schema_version: 3,
         options: args,
         machine: Machine::read(),
         cores: &cores,
         variants,
-        comparison: compare(&["loaded"])?,
+        message: message::sentence(&comparison, args),
+        comparison,
         warnings: warnings.take(),
     };
     let default_page = (!args.json).then_some(Path::new(HTML_DEFAULT));
     let page = args.html.as_deref().or(default_page);
+    let intro = html::Intro {
+        title: "What a checkpoint costs the guest",
+        explanation: message::EXPLANATION,
+        headline: report.message.clone(),
+        marks: &[(DEFAULT, "default"), (FLOOR, "floor")],
+        phases: &["loaded"],
+    };
     let written = page.map(|page| {
-        files::write(page, html::page(&compare(&[])?).as_bytes(), Readers::ByUmask).map_err(|error| {
+        let html = html::page_with(&compare(&[])?, &intro);
+        files::write(page, html.as_bytes(), Readers::ByUmask).map_err(|error| {
             CommandError::Failed(format!(
                 "cannot write the page {}: {error}; choose another place with --html FILE",
                 page.display()
@@ -151,10 +166,12 @@ fn measure(
     warnings: &Warnings,
 ) -> Result<Vec<(VariantReport, crate::run_file::RunFile)>, CommandError> {
     let mut contestants = Vec::new();
-    let compressed = Variant::compressed().into_iter();
-    // Without channels there is nothing that compresses.
-    let compressed = compressed.filter(|_| args.all && args.channels > 0);
-    for variant in Variant::all().into_iter().chain(compressed) {
+    let variants = match args.all {
+        // Without channels there is nothing that compresses.
+        true => Variant::all(args.channels > 0),
+        false => Variant::main(),
+    };
+    for variant in variants {
         contestants.extend(Contestant::start(variant, args, cores, warnings)?);
     }
     if contestants.is_empty() {
@@ -180,53 +197,55 @@ fn measure(
 
 fn render(report: &DemoReport, elapsed: Duration) -> String {
     let options = report.options;
-    let mut head = vec!["p50/p99 in ms".to_owned()];
-    head.extend(Phase::ALL.map(|phase| phase.to_string()));
-    head.extend(["received", "loaded"].map(str::to_owned));
-    let mut rows = vec![head];
-    for variant in &report.variants {
-        let receiver = Phase::ALL.map(|phase| {
-            let figures = variant.receiver.phase(phase);
-            (figures.p50_ns, figures.p99_ns)
-        });
-        let primary = variant.primary.iter();
-        let primary = primary.filter(|figures| ["received", "loaded"].contains(&figures.phase));
-        let primary = primary.map(|figures| (figures.p50_ns, figures.p99_ns));
-        let cells = receiver.into_iter().chain(primary);
-        let cells = cells.map(|(p50, p99)| format!("{}/{}", milliseconds(p50), milliseconds(p99)));
-        rows.push(
-            std::iter::once(variant.variant.name.clone())
-                .chain(cells)
-                .collect(),
-        );
-    }
+    let head = ["loaded", "p50", "p99", "to QEMU's", "95 %", "CPU", "memory"];
+    let mut rows = vec![head.map(str::to_owned).to_vec()];
+    rows.extend(report.variants.iter().map(|variant| row(report, variant)));
     let checkpoints = options.checkpoints * u64::from(options.rounds);
-    format!(
-        "{}\n{} of guest RAM, {} dirty pages every {} ms, {} channels over loopback TCP; primary and receiver share cores \
-         {:?}; {checkpoints} checkpoints each, in {:.1} s\n\n{}\n\
-         uring: reads into registered buffers. recvmsg: io_uring without them. threads mirror sync: as QEMU's own receiver \
-         works.\n\
-         receiver's clock: reply: REQUEST to REPLY. transfer: SEND to all pages here. vmstate: to the device state here. \
-         commit: to LOADED sent.\npause: REPLY to LOADED. flush: copying to the RAM image. \
-         primary's clock: received, loaded: from when SEND was due to\n         RECEIVED and to LOADED.\n\n{}",
-        report.machine,
+    let conditions = format!(
+        "{} of guest RAM, {} dirty pages every {} ms, {} channels over loopback TCP; primary and secondary share the cores {}; \
+         {checkpoints} checkpoints each, in {:.0} s.",
         options.ram,
         options.pages,
         options.interval,
         options.channels,
-        report.cores,
+        list(report.cores),
         elapsed.as_secs_f64(),
+    );
+    [
+        wrapped(message::EXPLANATION),
+        wrapped(&conditions),
         table(&rows),
-        report.comparison.table(),
-    )
+        wrapped(message::LEGEND),
+        wrapped(&report.message),
+    ]
+    .join("\n")
 }
 
-/// Milliseconds with three significant digits, at most to the microsecond.
-fn milliseconds(nanoseconds: u64) -> String {
-    match nanoseconds as f64 / 1e6 {
-        ms if ms >= 99.95 => format!("{ms:.0}"),
-        ms if ms >= 9.995 => format!("{ms:.1}"),
-        ms if ms >= 0.9995 => format!("{ms:.2}"),
-        ms => format!("{ms:.3}"),
-    }
+fn list(cores: &[usize]) -> String {
+    let cores: Vec<_> = cores.iter().map(ToString::to_string).collect();
+    cores.join(", ")
+}
+
+/// What a contestant's checkpoints took, and the ratio of the median to the baseline's.
+fn row(report: &DemoReport, variant: &VariantReport) -> Vec<String> {
+    let loaded = report.comparison.row("loaded", &variant.variant.name);
+    let ratio = loaded.and_then(|row| row.ratios).map(|ratios| ratios.p50);
+    let interval = ratio.and_then(|ratio| ratio.interval);
+    let or_dash = |text: Option<String>| text.unwrap_or_else(|| "-".to_owned());
+    vec![
+        variant.variant.name.clone(),
+        or_dash(loaded.map(|row| display_nanoseconds(row.p50_ns))),
+        or_dash(loaded.map(|row| display_nanoseconds(row.p99_ns))),
+        or_dash(
+            ratio
+                .and_then(|ratio| ratio.ratio)
+                .map(|ratio| format!("{ratio:.2}")),
+        ),
+        or_dash(interval.map(|interval| format!("{:.2}–{:.2}", interval.low, interval.high))),
+        or_dash(variant.cpu_ns_per_checkpoint.map(display_nanoseconds)),
+        match variant.memory_bytes {
+            0 => "-".to_owned(),
+            bytes => mebibytes(bytes),
+        },
+    ]
 }
