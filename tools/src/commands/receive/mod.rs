@@ -1,176 +1,47 @@
 //! `colo-ring receive`: the secondary.
 
+mod args;
 mod event_log;
+mod hook_runner;
+mod metrics;
 mod on_loss;
+mod reload;
+mod service;
 #[cfg(test)]
 mod tests;
+mod tls;
 
-use crate::cores::{cores_of_node, default_cores};
-use crate::options::{ControlAddress, CoreList, Size, Switch};
+use crate::log;
+use crate::metrics_server::{MetricsListener, MetricsServer};
+use crate::options::{Size, Switch};
 use crate::output::{CommandError, ProgressLine, print, print_json, tell};
 use crate::{session_text, signals, stderr};
-use clap::Args;
-use colo_ring::host::{Machine, Placement, Topology};
-use colo_ring::metrics::Report;
-use colo_ring::net::HostWatch;
+pub use args::ReceiveArgs;
+pub(crate) use args::command;
+use colo_ring::metrics::{Report, SampleQueue};
 use colo_ring::receiver::{
-    DiskServing, Event, ListenAddress, Outcome, Receiver, ReceiverOptions, Request, Response, SessionStatus,
-    StatusReport,
+    Event, Outcome, RamLimit, Receiver, Request, Response, SessionStatus, StatusReport,
 };
-use colo_ring::ring::BackendKind;
-use colo_ring::store::{CacheKind, CommitMode, HugePages, StoreOptions};
+use colo_ring::sandbox::{Sandbox, ThreadKind, spare_capabilities};
+use colo_ring::text::mebibytes;
+use colo_ring::tls::ServerCredentials;
 use event_log::EventLog;
+use hook_runner::HookRunner;
+pub(crate) use hook_runner::serve as run_hooks;
+use metrics::ReceiverSource;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
-use on_loss::OnLoss;
+use on_loss::{Hook, OnLoss};
+use reload::InForce;
 use serde::Serialize;
-use std::path::PathBuf;
+use service::Service;
+use std::ffi::OsString;
+use std::fs::DirBuilder;
+use std::os::unix::fs::DirBuilderExt;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::sync::mpsc::{self, RecvTimeoutError};
 use std::time::Duration;
-
-/// Options of `colo-ring receive`.
-#[derive(Debug, Args)]
-pub struct ReceiveArgs {
-    /// Where primaries connect to: tcp:ADDRESS:PORT (IPv6 in brackets, port 0 takes a free one) or unix:PATH;
-    /// may be given several times
-    #[arg(long, value_name = "ADDRESS", required = true)]
-    listen: Vec<ListenAddress>,
-
-    /// The primaries' multifd-channels; 0 = capability multifd off
-    #[arg(long, value_name = "N", default_value_t = 4)]
-    channels: u8,
-
-    /// Cores to receive on, like 2-5,8; the first guest begins at the first one, best not that of the network card's
-    /// interrupt [default: those this process may use, at most one per channel]
-    #[arg(long, value_name = "LIST", value_parser = CoreList::parse)]
-    cores: Option<CoreList>,
-
-    /// Receive on the cores of this NUMA node, at most one per channel, into its memory: that of the network card, best
-    #[arg(long, value_name = "N", conflicts_with = "cores")]
-    numa_node: Option<usize>,
-
-    /// How to receive; without io_uring on this host, epoll takes its place with a warning
-    #[arg(long, value_enum, default_value_t = BackendKind::Uring)]
-    backend: BackendKind,
-
-    /// Receive into registered buffers (uring only)
-    #[arg(long, value_enum, default_value_t = Switch::On)]
-    registered: Switch,
-
-    /// Where received pages wait for their commit
-    #[arg(long, value_enum, default_value_t = CacheKind::Pool)]
-    cache: CacheKind,
-
-    /// Most memory that the cache `pool` grows to by itself, like 512M; a checkpoint that needs more gets it, slower,
-    /// with a warning [default: as much as the guest's RAM]
-    #[arg(long, value_name = "SIZE")]
-    pool_max: Option<Size>,
-
-    /// When pages are copied to the RAM image
-    #[arg(long, value_enum, default_value_t = CommitMode::Deferred)]
-    commit: CommitMode,
-
-    /// What guest memory is made of; what this host lacks is replaced, with a warning
-    #[arg(long, value_enum, default_value_t = HugePages::Huge2M)]
-    hugepages: HugePages,
-
-    /// Directory for guests' memory in files, on hugetlbfs or tmpfs: the last committed checkpoint is there for the next
-    /// receiver with this directory, also when this one is killed [default: memory without a name]
-    #[arg(long, value_name = "DIR")]
-    ram_dir: Option<PathBuf>,
-
-    /// Directory of guests' disks: the base of the export NAME is DIR/NAME.raw, a raw file or a symbolic link to a block device. Their
-    /// primaries mirror them there over NBD, and what they write is committed with their checkpoints
-    #[arg(long, value_name = "DIR")]
-    disks: Option<PathBuf>,
-
-    /// Where to serve the disks: tcp:ADDRESS:PORT or unix:PATH; may be given several times [default: port 10809 of every
-    /// --listen tcp:ADDRESS:PORT, and PATH.nbd of every --listen unix:PATH]
-    #[arg(long, value_name = "ADDRESS", requires = "disks")]
-    nbd: Vec<ListenAddress>,
-
-    /// Most bytes that the log of one disk may take; a guest whose log is full waits until some of it is applied
-    #[arg(long, value_name = "SIZE", default_value = "4G", requires = "disks")]
-    disk_log_max: Size,
-
-    /// Most guest RAM to hold, over all guests, like 6G [default: half of this host's memory]
-    #[arg(long, value_name = "SIZE")]
-    ram_limit: Option<Size>,
-
-    /// Write latency histograms to PREFIX.PHASE.hlog while it runs and PREFIX.json at the end; files of an earlier
-    /// run are replaced
-    #[arg(long, value_name = "PREFIX")]
-    hist: Option<PathBuf>,
-
-    /// Answer `colo-ring status`, `dump`, `discard`, `end` and `failover` there; only this user may connect
-    #[arg(long, value_name = "unix:PATH")]
-    control: Option<ControlAddress>,
-
-    /// End after one session; exit code 0 if it was protected and ended by the primary's going away
-    #[arg(long)]
-    once: bool,
-
-    /// Seconds from a session's first connection until all of its channels must be there
-    #[arg(long, value_name = "SECONDS", default_value_t = 10, value_parser = clap::value_parser!(u64).range(1..=3600))]
-    accept_timeout: u64,
-
-    /// Seconds that a primary may send nothing in its first copy, before its session is ended
-    #[arg(long, value_name = "SECONDS", default_value_t = 300, value_parser = clap::value_parser!(u64).range(1..=86400))]
-    precopy_timeout: u64,
-
-    /// Most sessions, running or kept, of one host (with IPv6, of one network of 64 bits)
-    #[arg(long, value_name = "N", default_value_t = 64, value_parser = clap::value_parser!(u16).range(1..))]
-    sessions_per_origin: u16,
-
-    /// Run CMD by sh when a primary is lost that has committed a checkpoint: with COLO_RING_SESSION, COLO_RING_CHECKPOINT (empty: nothing to resume),
-    /// COLO_RING_CHECKPOINT_AGE_MS, COLO_RING_REASON, COLO_RING_PEER, COLO_RING_MACHINE and COLO_RING_CONTROL
-    #[arg(long, value_name = "CMD")]
-    on_loss: Option<String>,
-
-    /// Run it also for primaries that are lost before their first checkpoint; anyone who can connect can cause that
-    #[arg(long, requires = "on_loss")]
-    on_loss_unprotected: bool,
-
-    /// Seconds of silence after which a primary's host is probed (TCP keep-alive)
-    #[arg(long, value_name = "SECONDS", default_value_t = HostWatch::default().probe_after_s, value_parser = clap::value_parser!(u32).range(1..=32767))]
-    keepalive: u32,
-
-    /// Seconds without a sign of life after which a primary is lost (TCP_USER_TIMEOUT)
-    #[arg(long, value_name = "SECONDS", default_value_t = HostWatch::default().give_up_after_s, value_parser = clap::value_parser!(u32).range(1..=86400))]
-    user_timeout: u32,
-
-    /// Print the report at the end as JSON (schema colo-ring.receive, version 1)
-    #[arg(long)]
-    json: bool,
-}
-
-/// The options in force, as reports echo them.
-#[derive(Serialize)]
-struct Described {
-    listen: Vec<String>,
-    channels: u8,
-    cores: Vec<usize>,
-    placement: Placement,
-    backend: BackendKind,
-    registered: bool,
-    cache: CacheKind,
-    pool_max_bytes: Option<u64>,
-    commit: CommitMode,
-    hugepages: HugePages,
-    ram_dir: Option<PathBuf>,
-    ram_limit_bytes: u64,
-    disks: Option<PathBuf>,
-    nbd: Vec<String>,
-    disk_log_max_bytes: u64,
-    once: bool,
-    accept_timeout_s: u64,
-    precopy_timeout_s: u64,
-    sessions_per_origin: usize,
-    keepalive_s: u32,
-    user_timeout_s: u32,
-    on_loss: Option<String>,
-}
 
 #[derive(Serialize)]
 struct ReceiveReport<'a> {
@@ -190,30 +61,91 @@ fn raise_open_files() {
     }
 }
 
+/// What the operator wants of a running receiver, by a signal.
+enum Wish {
+    End,
+    Reload,
+}
+
 /// Receives until a signal ends it, or --once does.
 ///
 /// # Errors
 /// If it cannot start or go on.
-pub fn run(args: ReceiveArgs) -> Result<ExitCode, CommandError> {
+pub fn run(args: ReceiveArgs, given: Vec<OsString>) -> Result<ExitCode, CommandError> {
+    log::begin(args.log);
+    // While the process may still open and connect.
+    let mut service = Service::begin();
+    let in_force = InForce::read(given)?;
+    in_force.tell_files();
     let (once, json, hist) = (args.once, args.json, args.hist.clone());
-    let on_loss = OnLoss::of(&args)?;
-    let options = args.into_options()?;
-    stderr::never_wait().map_err(CommandError::failed)?;
-    let (wish, wished) = mpsc::channel();
-    signals::on_end(move || {
-        // Without a receiver it is ending already.
-        let _ = wish.send(());
-    })?;
+    let ram_limit_asked = args.ram_limit;
+    let (switch, hooks) = (args.sandbox, [Hook::on_loss(&args), Hook::on_stall(&args)]);
+    let created = args.create_ram_dir.then(|| args.ram_dir.clone()).flatten();
+    let metrics = args.metrics.clone();
+    let mut options = args.into_options()?;
+    if let Some(directory) = created {
+        create_ram_dir(&directory)?;
+    }
+    let split_off = |hook: Option<Hook>| {
+        let runner = hook.as_ref().map(Hook::split_off).transpose();
+        runner.map(|runner| hook.zip(runner))
+    };
+    let [on_loss, on_stall] = hooks.map(split_off);
+    let hooks = [
+        on_loss.map_err(CommandError::failed)?,
+        on_stall.map_err(CommandError::failed)?,
+    ];
     raise_open_files();
+    signals::survive_file_limit()?;
+    // Before there is another thread. From here on no program can be started.
+    let (sandbox, lacks) = begin_sandbox(switch)?;
+    options.sandbox = sandbox.clone();
+    let (wish, wished) = mpsc::channel();
+    let hang_up = wish.clone();
+    signals::on_end_alone(enter(&sandbox, ThreadKind::Signals), move || {
+        // Without a receiver it is ending already.
+        let _ = wish.send(Wish::End);
+    })?;
+    signals::on_hangup_alone(enter(&sandbox, ThreadKind::Signals), move || {
+        let _ = hang_up.send(Wish::Reload);
+    })?;
+    stderr::never_wait(enter(&sandbox, ThreadKind::Log)).map_err(CommandError::failed)?;
+    tell_limit(ram_limit_asked, &options.ram_limit);
+    lacks.iter().for_each(|lack| tell(&format!("warning: {lack}")));
+    let start = |hook: Option<(Hook, HookRunner)>| {
+        let started = hook.map(|(hook, runner)| {
+            let enter = enter(&sandbox, ThreadKind::Hooks);
+            OnLoss::start(hook, runner, enter)
+        });
+        started.transpose().map_err(CommandError::failed)
+    };
+    let [on_loss, on_stall] = hooks.map(start);
+    let (on_loss, on_stall) = (on_loss?, on_stall?);
     let log = Arc::new(EventLog::new());
-    let (event_log, hooks) = (log.clone(), on_loss.as_ref().map(OnLoss::sender));
+    let event_log = log.clone();
+    let [losses, stalls] = [&on_loss, &on_stall].map(|hook| hook.as_ref().map(OnLoss::sender));
     let on_event = move |event: Event| {
         event_log.tell(&event);
-        if let (Some(hooks), Event::Ended(status)) = (&hooks, &event) {
-            hooks.session_ended(status);
+        match (&event, &losses, &stalls) {
+            (Event::Ended(status), Some(losses), _) => losses.session_ended(status),
+            (Event::Stall(stall), _, Some(stalls)) => stalls.stalled(stall),
+            _ => {}
         }
     };
+    let wanted: Vec<_> = options.addresses().chain(metrics.clone()).collect();
+    service.close_others(&wanted);
+    // Before the process may bind no more.
+    let listen = |address| MetricsListener::obtain(address, &service.passed);
+    let metrics = metrics.as_ref().map(listen).transpose();
+    let metrics = metrics.map_err(CommandError::failed)?;
+    options.samples = metrics.as_ref().map(|_| Arc::default());
+    let samples = options.samples.clone();
+    options.passed = service.passed.clone();
+    let (credentials, serves_disks) = (options.tls.clone(), options.disks.is_some());
     let receiver = Receiver::start(options, on_event).map_err(CommandError::failed)?;
+    let metrics = metrics.zip(samples);
+    let metrics = metrics.map(|(listener, samples)| serve_metrics(listener, &receiver, samples, &sandbox));
+    let metrics = metrics.transpose()?;
     for address in receiver.addresses() {
         tell(&format!("listening on {address}"));
     }
@@ -221,11 +153,17 @@ pub fn run(args: ReceiveArgs) -> Result<ExitCode, CommandError> {
         tell(&format!("serving disks on {address}"));
     }
     tell(&format!("receiving on {}", receiver.placement()));
-    watch(&receiver, &wished, &log);
-    let outcome = receiver.wait();
-    if let Some(on_loss) = on_loss {
-        on_loss.finish();
+    if let Some(credentials) = &credentials {
+        tls::tell_of(credentials, serves_disks);
     }
+    service.ready();
+    enter(&sandbox, ThreadKind::Main)();
+    let in_force = (in_force, credentials);
+    watch(&receiver, &wished, &log, in_force, &mut service);
+    service.stopping();
+    let outcome = receiver.wait();
+    drop(metrics);
+    [on_loss, on_stall].into_iter().flatten().for_each(OnLoss::finish);
     let outcome = outcome.map_err(CommandError::failed)?;
     if json {
         print_json(&ReceiveReport {
@@ -237,6 +175,8 @@ pub fn run(args: ReceiveArgs) -> Result<ExitCode, CommandError> {
     } else {
         print(&render(&outcome, hist.as_ref()))?;
     }
+    // Only now: what could not be written is on standard output.
+    outcome.written.map_err(CommandError::failed)?;
     let failed = once && !outcome.sessions.iter().any(was_protected);
     Ok(if failed {
         ExitCode::FAILURE
@@ -245,148 +185,110 @@ pub fn run(args: ReceiveArgs) -> Result<ExitCode, CommandError> {
     })
 }
 
-impl ReceiveArgs {
-    fn into_options(self) -> Result<ReceiverOptions, CommandError> {
-        let ram_limit_bytes = self.check()?;
-        let cores = match (&self.cores, self.numa_node) {
-            (Some(list), _) => list.0.clone(),
-            (None, Some(node)) => cores_of_node(node, self.channels)?,
-            (None, None) => default_cores(self.channels)?,
-        };
-        let disks = self.disks.map(|directory| DiskServing {
-            directory,
-            listen: match self.nbd.is_empty() {
-                true => default_nbd(&self.listen),
-                false => self.nbd,
-            },
-            log_max_bytes: self.disk_log_max.0,
-        });
-        let mut options = ReceiverOptions {
-            described: serde_json::Value::Null,
-            listen: self.listen,
-            channels: self.channels,
-            cores,
-            backend: self.backend,
-            registered: self.registered == Switch::On,
-            disks,
-            store: StoreOptions {
-                hugepages: self.hugepages,
-                ram_dir: self.ram_dir,
-                cache: self.cache,
-                pool_max: self.pool_max.map(|size| size.0),
-                commit: self.commit,
-                ..StoreOptions::default()
-            },
-            ram_limit_bytes,
-            hist: self.hist,
-            control: self.control.map(|address| address.0),
-            once: self.once,
-            identify_deadline: Duration::from_secs(self.accept_timeout),
-            precopy_deadline: Duration::from_secs(self.precopy_timeout),
-            sessions_per_origin: self.sessions_per_origin.into(),
-            host_watch: HostWatch {
-                probe_after_s: self.keepalive,
-                give_up_after_s: self.user_timeout,
-            },
-        };
-        let described = Described::of(&options, self.disk_log_max.0, self.on_loss);
-        options.described = serde_json::to_value(described).map_err(std::io::Error::from)?;
-        Ok(options)
-    }
-
-    /// Refuses what contradicts itself. Returns the limit of guests' RAM in bytes.
-    fn check(&self) -> Result<u64, CommandError> {
-        let usage = |text: &str| Err(CommandError::Usage(text.to_owned()));
-        if self.user_timeout < self.keepalive {
-            return usage(
-                "--user-timeout must not be shorter than --keepalive: a silent host is not given up before it was probed",
-            );
-        }
-        let ram_limit_bytes = match self.ram_limit {
-            Some(size) => size.0,
-            None => Machine::read().memory_bytes / 2,
-        };
-        if ram_limit_bytes == 0 {
-            return usage("no guest fits: give --ram-limit, like 6G");
-        }
-        if self.pool_max.is_some() && self.cache != CacheKind::Pool {
-            return usage("--pool-max is a limit of --cache pool");
-        }
-        if self.disk_log_max.0 < DISK_LOG_MIN {
-            return usage("--disk-log-max must be at least 8M: a log has two segments of 4 MiB");
-        }
-        Ok(ram_limit_bytes)
-    }
+/// Makes the directory for guests' memory. Nobody else may read what will be in it.
+fn create_ram_dir(directory: &Path) -> Result<(), CommandError> {
+    let made = DirBuilder::new().recursive(true).mode(0o700).create(directory);
+    made.map_err(|error| {
+        CommandError::Failed(format!(
+            "{}, the --ram-dir, cannot be made: {error}",
+            directory.display()
+        ))
+    })
 }
 
-impl Described {
-    fn of(options: &ReceiverOptions, disk_log_max_bytes: u64, on_loss: Option<String>) -> Self {
-        let texts = |addresses: &[ListenAddress]| addresses.iter().map(ToString::to_string).collect();
-        let disks = options.disks.as_ref();
-        Self {
-            disks: disks.map(|disks| disks.directory.clone()),
-            nbd: disks.map_or_else(Vec::new, |disks| texts(&disks.listen)),
-            disk_log_max_bytes,
-            listen: texts(&options.listen),
-            channels: options.channels,
-            placement: Topology::read().place(&options.cores),
-            cores: options.cores.clone(),
-            backend: options.backend,
-            registered: options.registered,
-            cache: options.store.cache,
-            pool_max_bytes: options.store.pool_max,
-            commit: options.store.commit,
-            hugepages: options.store.hugepages,
-            ram_dir: options.store.ram_dir.clone(),
-            ram_limit_bytes: options.ram_limit_bytes,
-            once: options.once,
-            accept_timeout_s: options.identify_deadline.as_secs(),
-            precopy_timeout_s: options.precopy_deadline.as_secs(),
-            sessions_per_origin: options.sessions_per_origin,
-            keepalive_s: options.host_watch.probe_after_s,
-            user_timeout_s: options.host_watch.give_up_after_s,
-            on_loss,
+/// Begins to confine this process, if that is wanted. Returns what is not as it should be, too.
+fn begin_sandbox(switch: Switch) -> Result<(Sandbox, Vec<String>), CommandError> {
+    let mut lacks = Vec::new();
+    let spare = spare_capabilities();
+    if !spare.is_empty() {
+        let shown = if spare.len() > SPARE_SHOWN {
+            format!(
+                "{} and {} more",
+                spare[..SPARE_SHOWN].join(", "),
+                spare.len() - SPARE_SHOWN
+            )
+        } else {
+            spare.join(", ")
+        };
+        lacks.push(format!(
+            "this process has capabilities that a receiver does not need ({shown}): run it as a user of its own (docs/threat-model.md)"
+        ));
+    }
+    let sandbox = match switch {
+        Switch::On => {
+            let (sandbox, missing) = Sandbox::begin().map_err(CommandError::failed)?;
+            lacks.extend(missing);
+            sandbox
+        }
+        Switch::Off => {
+            lacks.push("--sandbox off: an intruder in this process can do what its user can".to_owned());
+            Sandbox::off()
+        }
+    };
+    Ok((sandbox, lacks))
+}
+
+/// Serves measurements until what is returned is dropped.
+fn serve_metrics(
+    listener: MetricsListener,
+    receiver: &Receiver,
+    samples: Arc<SampleQueue>,
+    sandbox: &Sandbox,
+) -> Result<MetricsServer, CommandError> {
+    tell(&format!("serving metrics on {}", listener.address()));
+    let source = ReceiverSource::new(receiver.status_handle(), samples);
+    let server = listener.serve(source, enter(sandbox, ThreadKind::Metrics));
+    server.map_err(CommandError::failed)
+}
+
+/// What confines a thread of this kind, to be called by it.
+fn enter(sandbox: &Sandbox, kind: ThreadKind) -> impl FnOnce() + Send + 'static {
+    let sandbox = sandbox.clone();
+    move || {
+        if let Err(error) = sandbox.enter(kind) {
+            tell(&format!(
+                "warning: a thread is confined less than it should be: {error}"
+            ));
         }
     }
 }
 
-/// The port that IANA has assigned to NBD.
-const NBD_PORT: u16 = 10809;
-
-/// Least bytes of a disk's log.
-const DISK_LOG_MIN: u64 = 8 << 20;
-
-/// Where disks are served if nothing is said: beside where primaries connect to.
-fn default_nbd(listen: &[ListenAddress]) -> Vec<ListenAddress> {
-    let mut addresses = Vec::new();
-    for address in listen {
-        let address = match address {
-            ListenAddress::Tcp(address) => {
-                let mut address = *address;
-                address.set_port(NBD_PORT);
-                ListenAddress::Tcp(address)
-            }
-            ListenAddress::Unix(path) => {
-                let mut path = path.clone().into_os_string();
-                path.push(".nbd");
-                ListenAddress::Unix(path.into())
-            }
-        };
-        if !addresses.contains(&address) {
-            addresses.push(address);
-        }
+/// Warns where guests may take less than what the operator has asked for.
+fn tell_limit(asked: Option<Size>, limit: &RamLimit) {
+    if let Some(asked) = asked.filter(|_| limit.is_cut()) {
+        tell(&format!(
+            "warning: --ram-limit is {asked}, and guests may take {} together: that is {}",
+            mebibytes(limit.bytes()),
+            limit.name()
+        ));
     }
-    addresses
 }
 
-/// Shows progress until the receiver has ended; stops it when a signal asks for that.
-fn watch(receiver: &Receiver, wished: &mpsc::Receiver<()>, log: &EventLog) {
+/// Names of capabilities in a line of the log.
+const SPARE_SHOWN: usize = 3;
+
+/// Shows progress until the receiver has ended, and does what signals ask for.
+fn watch(
+    receiver: &Receiver,
+    wished: &mpsc::Receiver<Wish>,
+    log: &EventLog,
+    (mut in_force, credentials): (InForce, Option<Arc<ServerCredentials>>),
+    service: &mut Service,
+) {
     const REFRESH: Duration = Duration::from_millis(250);
     let mut line = ProgressLine::new(true);
     while !receiver.is_finished() {
         match wished.recv_timeout(REFRESH) {
-            Ok(()) => {
+            Ok(Wish::Reload) => {
                 line.clear();
+                in_force.reload(receiver);
+                credentials
+                    .as_deref()
+                    .inspect(|credentials| tls::reload(credentials));
+            }
+            Ok(Wish::End) => {
+                line.clear();
+                service.stopping();
                 tell("ending: sockets are closed, histograms written");
                 receiver.stop_handle().stop();
             }
@@ -394,6 +296,7 @@ fn watch(receiver: &Receiver, wished: &mpsc::Receiver<()>, log: &EventLog) {
             Err(RecvTimeoutError::Timeout | RecvTimeoutError::Disconnected) => {}
         }
         log.count_up();
+        service.look(receiver);
         // Without an answer it is about to end.
         if let (true, Ok(Response::Status(status))) = (line.is_shown(), receiver.ask(Request::Status)) {
             line.show(&progress(&status));
@@ -418,9 +321,9 @@ fn render(outcome: &Outcome, hist: Option<&PathBuf>) -> String {
         .map(|session| {
             format!(
                 "session {} of {}: {}\n",
-                session.session,
+                session.title(),
                 session.peer,
-                session_text::end(session)
+                session_text::at_the_end(session, outcome.kept.contains(&session.session))
             )
         })
         .collect();
@@ -431,6 +334,12 @@ fn render(outcome: &Outcome, hist: Option<&PathBuf>) -> String {
         text.push_str(&format!(
             "{} checkpoints are missing above: the queue of samples was full\n",
             outcome.report.samples_dropped
+        ));
+    }
+    if outcome.report.intervals_lost > 0 {
+        text.push_str(&format!(
+            "{} intervals of a second are missing in the logs: they could not be written\n",
+            outcome.report.intervals_lost
         ));
     }
     if let Some(prefix) = hist {

@@ -1,17 +1,18 @@
-//! `receive --on-loss`: telling a cluster manager that a primary is lost. What to do about it is its decision.
+//! `receive --on-loss` and `--on-stall`: telling a cluster manager that a primary is lost, or that a session makes no progress. What to do
+//! about it is its decision.
 //!
-//! For a guest that was protected the command always runs. One thread, made at the start, starts all commands and waits for them,
-//! so that none needs a thread of its own. Where too many run, a loss waits in a queue; no origin can fill all places. A command that the host
-//! cannot start (a limit of processes, no descriptors) is tried again until it is started.
+//! For a guest that was protected the command always runs. One thread, made at the start, has all commands run by a process of their own
+//! (`hook_runner.rs`), so that none needs a thread. Where too many run, a loss waits in a queue; no origin can fill all places. A command that the
+//! host cannot start (a limit of processes, no descriptors) is tried again until it is started.
 
 use super::ReceiveArgs;
+use super::hook_runner::{HookRunner, RunHooks, Values};
 use crate::options::ControlAddress;
-use crate::output::{CommandError, printable, tell};
-use colo_ring::receiver::SessionStatus;
+use crate::output::{printable, tell};
+use colo_ring::receiver::{SessionStatus, Stall};
 use std::net::SocketAddr;
-use std::process::{Child, Command, Stdio};
-use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
-use std::thread::{Builder, JoinHandle};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, SyncSender, channel, sync_channel};
+use std::thread::Builder;
 use std::time::{Duration, Instant};
 
 /// Most commands at a time: any peer can end a session, and each takes a process.
@@ -32,10 +33,14 @@ const FINISH_WITHIN: Duration = Duration::from_secs(10);
 /// How often the running commands are looked at.
 const POLL: Duration = Duration::from_millis(50);
 
-/// The thread that runs the command.
+/// How often it is made sure that commands can be run, while there is nothing to run.
+const CHECK: Duration = Duration::from_secs(1);
+
+/// The thread that has the command run.
 pub(super) struct OnLoss {
     hooks: Hooks,
-    thread: JoinHandle<()>,
+    /// Answered when it has ended.
+    ended: Receiver<()>,
 }
 
 /// Hands losses to it. Never waits.
@@ -44,13 +49,54 @@ pub(super) struct Hooks {
     losses: Sender<Message>,
 }
 
-/// What is run, and for whom.
+/// What is said to the command, and for whom it is run.
 #[derive(Clone)]
 struct Line {
-    command: String,
+    /// The option, for messages.
+    option: &'static str,
     control: String,
     /// Also for sessions without a checkpoint.
     for_unprotected: bool,
+}
+
+/// The operator's hook.
+pub(super) struct Hook {
+    command: String,
+    line: Line,
+}
+
+impl Hook {
+    /// `--on-loss`, if it is given.
+    pub(super) fn on_loss(args: &ReceiveArgs) -> Option<Self> {
+        Self::of(args, "--on-loss", args.on_loss.as_ref())
+    }
+
+    /// `--on-stall`, if it is given.
+    pub(super) fn on_stall(args: &ReceiveArgs) -> Option<Self> {
+        Self::of(args, "--on-stall", args.on_stall.as_ref())
+    }
+
+    fn of(args: &ReceiveArgs, option: &'static str, command: Option<&String>) -> Option<Self> {
+        let line = Line {
+            option,
+            control: args
+                .control
+                .as_ref()
+                .map(ControlAddress::to_string)
+                .unwrap_or_default(),
+            for_unprotected: args.on_loss_unprotected,
+        };
+        let command = command?.clone();
+        Some(Self { command, line })
+    }
+
+    /// Splits off the process that runs it.
+    ///
+    /// # Errors
+    /// Those of the system.
+    pub(super) fn split_off(&self) -> std::io::Result<HookRunner> {
+        HookRunner::start(&self.command)
+    }
 }
 
 enum Message {
@@ -63,37 +109,32 @@ enum Message {
 struct Loss {
     session: u32,
     origin: String,
-    command: Command,
+    values: Values,
 }
 
 impl OnLoss {
-    /// Starts it, if the options have a command.
+    /// Starts the thread, which calls `enter` first. `runner` was split off before this process was confined.
     ///
     /// # Errors
     /// If there is no thread for it.
-    pub(super) fn of(args: &ReceiveArgs) -> Result<Option<Self>, CommandError> {
-        let Some(command) = args.on_loss.clone() else {
-            return Ok(None);
-        };
-        let line = Line {
-            command,
-            control: args
-                .control
-                .as_ref()
-                .map(ControlAddress::to_string)
-                .unwrap_or_default(),
-            for_unprotected: args.on_loss_unprotected,
-        };
-        Self::start(line).map(Some).map_err(CommandError::failed)
-    }
-
-    fn start(line: Line) -> std::io::Result<Self> {
+    pub(super) fn start(
+        hook: Hook,
+        runner: HookRunner,
+        enter: impl FnOnce() + Send + 'static,
+    ) -> std::io::Result<Self> {
+        let line = hook.line;
+        let option = line.option;
         let (losses, lost) = channel();
-        let thread = Builder::new()
-            .name("on-loss".to_owned())
-            .spawn(move || run(&lost))?;
+        let (end, ended) = sync_channel(1);
+        let work = move || {
+            enter();
+            run(option, &lost, runner);
+            finished(&end);
+        };
+        let name = option.trim_start_matches('-').to_owned();
+        Builder::new().name(name).spawn(work)?;
         let hooks = Hooks { line, losses };
-        Ok(Self { hooks, thread })
+        Ok(Self { hooks, ended })
     }
 
     pub(super) fn sender(&self) -> Hooks {
@@ -107,8 +148,18 @@ impl OnLoss {
     pub(super) fn finish(self) {
         let _ = self.hooks.losses.send(Message::Finish);
         // It reports its own panic.
-        let _ = self.thread.join();
+        if let Err(RecvTimeoutError::Timeout) = self.ended.recv_timeout(FINISH_WITHIN + CHECK) {
+            tell(&format!(
+                "warning: the process that runs {} does not answer: it is not known whether all were started",
+                self.hooks.line.option
+            ));
+        }
     }
+}
+
+fn finished(end: &SyncSender<()>) {
+    // There may be none that waits for it.
+    let _ = end.send(());
 }
 
 impl Hooks {
@@ -118,11 +169,32 @@ impl Hooks {
         if !status.lost || !is_wanted {
             return;
         }
+        self.call("lost", status, status.end.as_deref().unwrap_or_default());
+    }
+
+    /// Has the command run for a protected guest whose session makes no progress, or makes some again. Anyone who can connect can let a
+    /// first copy stand still.
+    pub(super) fn stalled(&self, stall: &Stall) {
+        if stall.status.checkpoint.is_none() {
+            return;
+        }
+        let silent = stall.silent.as_secs_f64();
+        let (event, reason) = match stall.during {
+            Some(during) => ("stalled", format!("nothing has come for {silent:.0} s {during}")),
+            None => (
+                "resumed",
+                format!("it goes on after {silent:.0} s without progress"),
+            ),
+        };
+        self.call(event, &stall.status, &reason);
+    }
+
+    fn call(&self, event: &str, status: &SessionStatus, reason: &str) {
         // Its thread ends only at the very end.
         let _ = self.losses.send(Message::Lost(Box::new(Loss {
             session: status.session,
             origin: origin(&status.peer),
-            command: self.line.shell(status),
+            values: self.line.values(event, status, reason),
         })));
     }
 }
@@ -136,55 +208,50 @@ fn origin(peer: &str) -> String {
 }
 
 impl Line {
-    fn shell(&self, status: &SessionStatus) -> Command {
+    /// In the order of the variables.
+    fn values(&self, event: &str, status: &SessionStatus, reason: &str) -> Values {
         let number = |value: Option<u64>| value.map(|value| value.to_string()).unwrap_or_default();
+        let text = |text: &Option<String>| printable(text.as_deref().unwrap_or_default());
         let age = status.checkpoint.and(status.checkpoint_age_ms);
-        let mut command = Command::new("sh");
-        command
-            .args(["-c", &self.command])
-            .env("COLO_RING_SESSION", status.session.to_string())
-            .env("COLO_RING_CHECKPOINT", number(status.checkpoint))
-            .env("COLO_RING_CHECKPOINT_AGE_MS", number(age))
-            .env(
-                "COLO_RING_REASON",
-                printable(status.end.as_deref().unwrap_or_default()),
-            )
-            .env("COLO_RING_PEER", &status.peer)
-            .env(
-                "COLO_RING_MACHINE",
-                printable(status.machine.as_deref().unwrap_or_default()),
-            )
-            .env("COLO_RING_CONTROL", &self.control)
-            .stdin(Stdio::null())
-            // Standard output is for the report.
-            .stdout(std::io::stderr());
-        command
+        [
+            event.to_owned(),
+            status.session.to_string(),
+            number(status.checkpoint),
+            number(age),
+            printable(reason),
+            text(&status.guest),
+            text(&status.uuid),
+            text(&status.listener),
+            status.peer.clone(),
+            text(&status.machine),
+            self.control.clone(),
+        ]
     }
 }
 
 struct Running {
     session: u32,
     origin: String,
-    child: Child,
+    /// By which its end is reported.
+    id: u32,
 }
 
 /// What waits and what runs.
-#[derive(Default)]
-struct Queue {
+struct Queue<R> {
+    option: &'static str,
+    runner: R,
     waiting: Vec<Loss>,
     running: Vec<Running>,
     /// Until then nothing is started, because that has failed.
     not_before: Option<Instant>,
+    has_warned: bool,
 }
 
-fn run(lost: &Receiver<Message>) {
-    let mut queue = Queue::default();
+fn run(option: &'static str, lost: &Receiver<Message>, runner: HookRunner) {
+    let mut queue = Queue::new(option, runner);
     loop {
-        let message = match queue.is_idle() {
-            true => lost.recv().map_err(|_| RecvTimeoutError::Disconnected),
-            false => lost.recv_timeout(POLL),
-        };
-        match message {
+        let wait = if queue.is_idle() { CHECK } else { POLL };
+        match lost.recv_timeout(wait) {
             Ok(Message::Lost(loss)) => queue.push(*loss),
             Err(RecvTimeoutError::Timeout) => {}
             Ok(Message::Finish) | Err(RecvTimeoutError::Disconnected) => return queue.finish(),
@@ -194,7 +261,18 @@ fn run(lost: &Receiver<Message>) {
     }
 }
 
-impl Queue {
+impl<R: RunHooks> Queue<R> {
+    fn new(option: &'static str, runner: R) -> Self {
+        Self {
+            option,
+            runner,
+            waiting: Vec::new(),
+            running: Vec::new(),
+            not_before: None,
+            has_warned: false,
+        }
+    }
+
     fn is_idle(&self) -> bool {
         self.waiting.is_empty() && self.running.is_empty()
     }
@@ -205,8 +283,8 @@ impl Queue {
             return self.waiting.push(loss);
         }
         tell(&format!(
-            "warning: session {}: --on-loss is not run: {WAITING_OF_ORIGIN_MAX} losses of {} wait for it",
-            loss.session, loss.origin
+            "warning: session {}: {} is not run: {WAITING_OF_ORIGIN_MAX} sessions of {} wait for it",
+            loss.session, self.option, loss.origin
         ));
     }
 
@@ -219,23 +297,18 @@ impl Queue {
             let Some(position) = self.next(of_origin_max) else {
                 return;
             };
-            let spawned = self.waiting[position].command.spawn();
-            match spawned {
-                Ok(child) => {
+            match self.runner.run(&self.waiting[position].values) {
+                Ok(id) => {
                     let Loss { session, origin, .. } = self.waiting.remove(position);
-                    self.running.push(Running {
-                        session,
-                        origin,
-                        child,
-                    });
+                    self.running.push(Running { session, origin, id });
                     self.not_before = None;
                 }
                 Err(error) => {
                     // Once, and not at each try.
                     if self.not_before.is_none() {
-                        let session = self.waiting[position].session;
+                        let (session, option) = (self.waiting[position].session, self.option);
                         tell(&format!(
-                            "warning: session {session}: --on-loss cannot be started, and is tried again: {error}"
+                            "warning: session {session}: {option} cannot be started, and is tried again: {error}"
                         ));
                     }
                     self.not_before = Some(Instant::now() + RETRY_AFTER);
@@ -256,18 +329,23 @@ impl Queue {
 
     /// Forgets the commands that have ended.
     fn reap(&mut self) {
-        self.running.retain_mut(|running| {
-            let session = running.session;
-            match running.child.try_wait() {
-                Ok(None) => return true,
-                Ok(Some(status)) if status.success() => {}
-                Ok(Some(status)) => tell(&format!(
-                    "warning: session {session}: --on-loss failed ({status})"
-                )),
-                Err(error) => tell(&format!("warning: session {session}: --on-loss: {error}")),
+        for (id, status) in self.runner.take_ended() {
+            let Some(position) = self.running.iter().position(|running| running.id == id) else {
+                continue;
+            };
+            let Running { session, .. } = self.running.swap_remove(position);
+            if !status.success() {
+                let option = self.option;
+                tell(&format!("warning: session {session}: {option} failed ({status})"));
             }
-            false
-        });
+        }
+        if self.runner.is_gone() && !self.has_warned {
+            self.has_warned = true;
+            let option = self.option;
+            tell(&format!(
+                "WARNING: the process that runs {option} has ended, so {option} is not run any more: restart the receiver"
+            ));
+        }
     }
 
     /// Starts all that waits, whatever runs.
@@ -281,8 +359,8 @@ impl Queue {
             if begin.elapsed() > FINISH_WITHIN {
                 for loss in &self.waiting {
                     tell(&format!(
-                        "warning: session {}: --on-loss was not run",
-                        loss.session
+                        "warning: session {}: {} was not run",
+                        loss.session, self.option
                     ));
                 }
                 return;
@@ -295,53 +373,79 @@ impl Queue {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::process::ExitStatus;
 
-    fn loss(session: u32, origin: &str, script: &str) -> Loss {
-        let mut command = Command::new("sh");
-        command.args(["-c", script]);
+    /// Runs nothing.
+    #[derive(Default)]
+    struct Pretended {
+        started: u32,
+        ended: Vec<u32>,
+        refuses: bool,
+    }
+
+    impl RunHooks for Pretended {
+        fn run(&mut self, _: &Values) -> std::io::Result<u32> {
+            if self.refuses {
+                return Err(std::io::ErrorKind::WouldBlock.into());
+            }
+            self.started += 1;
+            Ok(self.started)
+        }
+
+        fn take_ended(&mut self) -> Vec<(u32, ExitStatus)> {
+            self.ended
+                .drain(..)
+                .map(|id| (id, ExitStatus::default()))
+                .collect()
+        }
+
+        fn is_gone(&mut self) -> bool {
+            false
+        }
+    }
+
+    fn loss(session: u32, origin: &str) -> Loss {
         Loss {
             session,
             origin: origin.to_owned(),
-            command,
+            values: Values::default(),
         }
     }
 
     /// However many losses of strangers are before it.
     #[test]
     fn a_loss_of_another_origin_finds_a_place() {
-        let mut queue = Queue::default();
-        (0..100).for_each(|session| queue.push(loss(session, "192.0.2.1", "exec sleep 1000")));
+        let mut queue = Queue::new("--on-loss", Pretended::default());
+        (0..100).for_each(|session| queue.push(loss(session, "192.0.2.1")));
         queue.start(2, 4);
         assert_eq!((queue.running.len(), queue.waiting.len()), (2, 98));
-        queue.push(loss(100, "192.0.2.2", "exit 0"));
+        queue.push(loss(100, "192.0.2.2"));
         queue.start(2, 4);
         assert_eq!(queue.running.last().unwrap().session, 100);
-        while queue.running.len() == 3 {
-            queue.reap();
-        }
-        for running in &mut queue.running {
-            running.child.kill().unwrap();
-            running.child.wait().unwrap();
-        }
+        queue.runner.ended.push(queue.running[2].id);
+        queue.reap();
+        assert_eq!(queue.running.len(), 2);
     }
 
     #[test]
     fn what_cannot_be_started_stays_in_the_queue() {
-        let mut queue = Queue::default();
-        queue.push(Loss {
-            command: Command::new("/nonexistent"),
-            ..loss(1, "192.0.2.1", "")
-        });
+        let mut queue = Queue::new(
+            "--on-loss",
+            Pretended {
+                refuses: true,
+                ..Pretended::default()
+            },
+        );
+        queue.push(loss(1, "192.0.2.1"));
         queue.start(1, 1);
         assert_eq!((queue.running.len(), queue.waiting.len()), (0, 1));
         // Not at once, but later.
-        queue.waiting[0].command = Command::new("true");
+        queue.runner.refuses = false;
         queue.start(1, 1);
         assert_eq!(queue.waiting.len(), 1);
         queue.not_before = Some(Instant::now());
         queue.start(1, 1);
         assert_eq!(queue.waiting.len(), 0);
-        queue.running[0].child.wait().unwrap();
     }
 
     #[test]

@@ -1,5 +1,7 @@
 use super::*;
 use clap::Parser;
+use colo_ring::host::Machine;
+use colo_ring::receiver::{ListenAddress, ReceiverOptions};
 
 #[derive(Parser)]
 struct Line {
@@ -18,7 +20,10 @@ fn the_least_that_must_be_said_is_where_to_listen() {
     let options = parse(&["--listen", "tcp:[::1]:4444"]).unwrap();
     assert_eq!(options.channels, 4);
     assert_eq!(options.identify_deadline, Duration::from_secs(10));
-    assert_eq!(options.ram_limit_bytes, Machine::read().memory_bytes / 2);
+    assert!(options.ram_limit.bytes() <= Machine::read().memory_bytes / 4 * 3);
+    assert_eq!(options.device_state_max_bytes, 64 << 20);
+    let little = parse(&["--listen", "unix:/tmp/x", "--ram-limit", "32M"]).unwrap();
+    assert_eq!(little.device_state_max_bytes, 32 << 20);
     assert!(!options.cores.is_empty() && options.cores.len() <= 4);
     assert!(parse(&[]).unwrap_err().contains("--listen"));
 }
@@ -26,17 +31,19 @@ fn the_least_that_must_be_said_is_where_to_listen() {
 #[test]
 fn what_is_asked_for_is_what_is_used_and_reported() {
     let line = "--listen tcp:127.0.0.1:0 --listen unix:/tmp/x --channels 0 --cores 1,0 --backend threads \
-                --registered off --hugepages thp --ram-limit 6G --accept-timeout 3 --once --ram-dir /dev/shm";
+                --registered off --hugepages thp --ram-limit 256M --device-state-max 8M --accept-timeout 3 --once --ram-dir /dev/shm";
     let options = parse(&line.split_whitespace().collect::<Vec<_>>()).unwrap();
     assert_eq!(options.listen.len(), 2);
     assert_eq!(options.cores, [1, 0]);
-    assert_eq!(options.ram_limit_bytes, 6 << 30);
+    assert_eq!(options.ram_limit.bytes(), 256 << 20);
+    assert_eq!(options.device_state_max_bytes, 8 << 20);
     assert_eq!(options.store.ram_dir, Some(PathBuf::from("/dev/shm")));
     assert!(options.once && !options.registered);
     for (key, value) in [
         ("backend", serde_json::json!("threads")),
         ("hugepages", serde_json::json!("thp")),
-        ("ram_limit_bytes", serde_json::json!(6u64 << 30)),
+        ("ram_limit_bytes", serde_json::json!(256u64 << 20)),
+        ("device_state_max_bytes", serde_json::json!(8u64 << 20)),
         ("accept_timeout_s", serde_json::json!(3)),
         ("precopy_timeout_s", serde_json::json!(300)),
         ("sessions_per_origin", serde_json::json!(64)),
@@ -82,13 +89,35 @@ fn nonsense_is_refused() {
         ("--listen unix:/tmp/x --numa-node 1023", "NUMA node"),
         ("--listen unix:/tmp/x --ram-limit 0", "--ram-limit"),
         ("--listen unix:/tmp/x --ram-limit 1.5G", "512M"),
+        (
+            "--listen unix:/tmp/x --ram-limit 32M --device-state-max 33M",
+            "--ram-limit is 32 MiB",
+        ),
+        ("--listen unix:/tmp/x --device-state-max 8K", "at least 1M"),
         ("--listen unix:/tmp/x --nbd unix:/tmp/n", "--disks"),
         ("--listen unix:/tmp/x --disks /srv --disk-log-max 1M", "8M"),
         ("--listen unix:/tmp/x --accept-timeout 0", "0"),
         ("--listen unix:/tmp/x --user-timeout 2", "--keepalive"),
         ("--listen unix:/tmp/x --sessions-per-origin 0", "0"),
         ("--listen unix:/tmp/x --on-loss-unprotected", "--on-loss"),
-        ("--listen unix:/tmp/x --control /tmp/c", "unix:PATH"),
+        ("--listen unix:/tmp/x --control tcp:1:2", "unix:PATH"),
+        (
+            "--listen unix:/tmp/x --cores 0,8190-8191",
+            "cores 8190, 8191 are not there",
+        ),
+        (
+            "--listen unix:/tmp/x --ram-limit 6",
+            "--ram-limit 6 is 6 bytes, in which no guest fits",
+        ),
+        (
+            "--listen unix:/tmp/x --ram-limit 15M",
+            "is 15 MiB, in which no guest fits",
+        ),
+        (
+            "--listen unix:/tmp/x --backend epoll --registered on",
+            "for --backend uring",
+        ),
+        ("--listen unix:/tmp/x --create-ram-dir", "--ram-dir"),
         ("--listen unix:/tmp/x --backend rdma", "uring"),
     ] {
         let refused = parse(&words.split_whitespace().collect::<Vec<_>>()).unwrap_err();

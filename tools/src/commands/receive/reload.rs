@@ -1,0 +1,138 @@
+//! What SIGHUP does: the configuration is read again, and what can change while guests are protected is changed.
+
+use super::ReceiveArgs;
+use crate::configuration::{self, Configuration};
+use crate::output::{CommandError, tell};
+use clap::{ArgMatches, FromArgMatches};
+use colo_ring::receiver::{Limits, Receiver};
+use std::ffi::OsString;
+
+/// Options that can change while the receiver runs, by their names for clap: those of [`ReceiveArgs::limits`]. All others take a new start:
+/// guests have their memory, cores and connections by them.
+const RELOADED: [&str; 2] = ["precopy_timeout", "sessions_per_origin"];
+
+/// The options in force.
+pub(super) struct InForce {
+    /// The words behind `receive`, as they were given.
+    given: Vec<OsString>,
+    /// As the receiver was started.
+    options: ArgMatches,
+    limits: Limits,
+    configuration: Option<Configuration>,
+}
+
+impl InForce {
+    /// Reads the words behind `receive`, with the configuration.
+    ///
+    /// # Errors
+    /// What is wrong with them.
+    pub(super) fn read(given: Vec<OsString>) -> Result<Self, CommandError> {
+        let failed = |error: clap::Error| CommandError::Usage(configuration::in_a_line(&error));
+        let command = super::command().no_binary_name(true);
+        let merged = configuration::merge(given.clone(), &command).map_err(CommandError::failed)?;
+        let options = command.try_get_matches_from(merged.words).map_err(failed)?;
+        let args = ReceiveArgs::from_arg_matches(&options).map_err(failed)?;
+        args.check()?;
+        let limits = args.limits();
+        Ok(Self {
+            given,
+            options,
+            limits,
+            configuration: merged.configuration,
+        })
+    }
+
+    /// Says where options come from, beside the command line.
+    pub(super) fn tell_files(&self) {
+        if let Some(configuration) = &self.configuration {
+            let file = configuration.path().display();
+            tell(&format!(
+                "configuration: {} options of {file}",
+                configuration.len()
+            ));
+        }
+    }
+
+    /// Reads them again. If anything is wrong with them, everything stays as it is.
+    pub(super) fn reload(&mut self, receiver: &Receiver) {
+        match self.read_again() {
+            Err(error) => tell(&format!("warning: SIGHUP: everything stays as it is: {error}")),
+            Ok((lines, limits)) => {
+                self.limits = limits;
+                receiver.set_limits(limits);
+                lines.iter().for_each(|line| tell(line));
+            }
+        }
+    }
+
+    /// What is to be said of it, and the new limits.
+    fn read_again(&self) -> Result<(Vec<String>, Limits), CommandError> {
+        let new = Self::read(self.given.clone())?;
+        let mut lines = Vec::new();
+        if new.limits != self.limits {
+            lines.push(format!("SIGHUP: limits in force: {}", new.limits));
+        }
+        for arg in super::command().get_arguments() {
+            let id = arg.get_id().as_str();
+            let is_old = RELOADED.contains(&id) || values(&new.options, id) == values(&self.options, id);
+            if let Some(name) = arg.get_long().filter(|_| !is_old) {
+                lines.push(format!(
+                    "SIGHUP: --{name} has changed, which takes effect when the receiver is started again"
+                ));
+            }
+        }
+        if lines.is_empty() {
+            lines.push("SIGHUP: the configuration is as before".to_owned());
+        }
+        Ok((lines, new.limits))
+    }
+}
+
+/// The values of an option as they were written.
+fn values(options: &ArgMatches, id: &str) -> Vec<OsString> {
+    let raw = options.try_get_raw(id).ok().flatten();
+    raw.into_iter().flatten().map(Into::into).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use colo_ring_tests::command::Scratch;
+    use std::time::Duration;
+
+    #[test]
+    fn what_is_reloaded_exists_and_the_rest_is_said() {
+        let command = super::super::command();
+        for id in RELOADED {
+            assert!(command.get_arguments().any(|arg| arg.get_id() == id), "{id}");
+        }
+        let scratch = Scratch::new();
+        let file = scratch.file("receive.toml");
+        let write = |text: &str| std::fs::write(&file, text).unwrap();
+        write("listen = \"tcp:[::1]:4444\"\nprecopy-timeout = 100\n");
+        let given = vec!["--config".into(), file.clone().into()];
+        let in_force = InForce::read(given).unwrap();
+        assert_eq!(in_force.limits.precopy_deadline, Duration::from_secs(100));
+        assert_eq!(
+            in_force.read_again().unwrap().0,
+            ["SIGHUP: the configuration is as before"]
+        );
+        write("listen = \"tcp:[::1]:4445\"\nprecopy-timeout = 50\n");
+        let (lines, limits) = in_force.read_again().unwrap();
+        assert_eq!(limits.precopy_deadline, Duration::from_secs(50));
+        let said = lines.join("\n");
+        assert!(
+            said.contains("limits in force: a first copy may stand still for 50 s"),
+            "{said}"
+        );
+        assert!(said.contains("--listen has changed, which takes"), "{said}");
+        write("listen = 4");
+        assert!(
+            in_force
+                .read_again()
+                .unwrap_err()
+                .to_string()
+                .contains("receive.toml:1:10: ")
+        );
+    }
+}
