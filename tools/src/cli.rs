@@ -1,11 +1,14 @@
 //! The command line: which subcommands there are.
 
 use crate::commands::{
-    capture, compare, demo, discard, doctor, dump, end, failover, guard, import, inspect, protect, receive,
-    replay, sink, status, synth, unprotect,
+    capture, check, compare, demo, discard, doctor, dump, end, failover, guard, import, inspect, protect,
+    receive, replay, sink, slow, status, synth, unprotect,
 };
+use crate::configuration::{self, Faults};
+use crate::output::CommandError;
 use crate::stderr;
-use clap::{Parser, Subcommand};
+use clap::{CommandFactory, Parser, Subcommand};
+use std::ffi::OsString;
 use std::process::ExitCode;
 
 /// The secondary side of QEMU COLO as a program of its own
@@ -29,9 +32,15 @@ enum Command {
     /// is kept until it is discarded or the receiver ends. Events are printed on standard error, the report at the
     /// end is printed on standard output. SIGINT and SIGTERM end it cleanly.
     #[command(
-        after_help = "Example:\n  colo-ring receive --listen tcp:0.0.0.0:4444 --channels 4 \\\n      --control unix:/run/colo-ring.sock --hist /var/log/colo/guest1\n\nThe primary then needs, over QMP: x-colo, return-path and multifd on, multifd-channels 4,\nx-checkpoint-delay as wanted, and migrate to this address: see docs/primary.md."
+        after_help = "Example:\n  colo-ring receive --listen tcp:0.0.0.0:4444 --channels 4 \\\n      --control unix:/run/colo-ring.sock --hist /var/log/colo-ring\n\nThe primary then needs, over QMP: x-colo, return-path and multifd on, multifd-channels 4,\nx-checkpoint-delay as wanted, and migrate to this address: see docs/primary.md."
     )]
     Receive(Box<receive::ReceiveArgs>),
+
+    /// Read the configuration of `receive` and say what is wrong with it
+    ///
+    /// Every fault with its line and column. Exit code 0 if there is none, 1 if there is one. Nothing is started or changed.
+    #[command(after_help = "Example:\n  colo-ring check\n  colo-ring check --config ./receive.toml")]
+    Check(check::CheckArgs),
 
     /// Put a running QEMU under the protection of a receiver, over QMP
     ///
@@ -39,7 +48,7 @@ enum Command {
     /// have (and says so), starts the migration and waits until the guest is protected. Ctrl-C gives up while disks are
     /// copied; later it ends the waiting, not the migration, and says how the primary is left.
     #[command(
-        after_help = "Example:\n  colo-ring protect --qmp /run/guest1.qmp --to tcp:192.0.2.2:4444 --channels 4 --interval 300\n  colo-ring protect --qmp /run/guest1.qmp --to tcp:192.0.2.2:4444 --disk drive0=web3-root --disk drive1=web3-data"
+        after_help = "Example:\n  colo-ring protect --qmp /run/web3.qmp --to tcp:192.0.2.2:4444 --name web3 --interval 300\n  colo-ring protect --qmp /run/guest1.qmp --to tcp:192.0.2.2:4444 --disk drive0=web3-root --disk drive1=web3-data"
     )]
     Protect(Box<protect::ProtectArgs>),
 
@@ -47,7 +56,8 @@ enum Command {
     ///
     /// What the guest sends waits until the checkpoint that contains it is committed, so that its connections survive the primary; a packet
     /// that waits asks for a checkpoint at once. When the receiver is lost, the guest runs on within a second and is protected
-    /// again as soon as there is a receiver. SIGINT and SIGTERM end the protection, too, and the guest runs on.
+    /// again as soon as there is a receiver. SIGINT and SIGTERM end the protection, too, and the guest runs on. Exit code 4 when QEMU
+    /// has ended.
     #[command(
         after_help = "Example:\n  colo-ring guard --qmp /run/web3.qmp --to tcp:192.0.2.2:4444 --name web3\n  colo-ring guard --qmp /run/web3.qmp --to tcp:192.0.2.2:4444 --name web3 --relay net0=/run/web3.net,tap3"
     )]
@@ -68,7 +78,7 @@ enum Command {
     /// travels; otherwise, and with --stream, all of it travels. The memory is the guest's then: one failover wins,
     /// and if its QEMU does not start, the checkpoint is still there. It returns once the guest runs.
     #[command(
-        after_help = "Example:\n  colo-ring failover --control unix:/run/colo-ring.sock --session 1 \\\n      --fence 'ipmitool -H bmc-a chassis power off' -- qemu-system-x86_64 -machine pc -m 4G …\n  colo-ring failover --control unix:/run/colo-ring.sock --session 1 --qmp /run/standby.qmp\n  colo-ring failover --control unix:/run/colo-ring.sock --session 1 --to - | ssh host-c …"
+        after_help = "Example:\n  colo-ring failover --control unix:/run/colo-ring.sock --guest web3 \\\n      --fence 'ipmitool -H bmc-a chassis power off' -- qemu-system-x86_64 -machine pc -m 4G …\n  colo-ring failover --control unix:/run/colo-ring.sock --guest web3 --qmp /run/standby.qmp\n  colo-ring failover --control unix:/run/colo-ring.sock --session 1 --to - | ssh host-c …"
     )]
     Failover(Box<failover::FailoverArgs>),
 
@@ -79,8 +89,8 @@ enum Command {
     /// Write the last committed checkpoint of a session to files: RAM blocks, device state, and disks
     ///
     /// What is written is one checkpoint, the last one when the dump ends; the primary goes on meanwhile, and one of its
-    /// checkpoints waits a little at the end. The receiver writes the files: one per RAM block, the device state, and
-    /// checkpoint.json that lists them. The guest's disks are written only if the session has ended, because they change
+    /// checkpoints waits a little at the end. This command opens the files, and the receiver writes them: one per RAM block,
+    /// the device state, and checkpoint.json that lists them. The guest's disks are written only if the session has ended, because they change
     /// as long as it is live.
     #[command(
         after_help = "Example:\n  colo-ring dump --control unix:/run/colo-ring.sock --session 1 --out /tmp/checkpoint"
@@ -88,14 +98,16 @@ enum Command {
     Dump(dump::DumpArgs),
 
     /// Give up the checkpoint and the memory of a session that has ended
-    #[command(after_help = "Example:\n  colo-ring discard --control unix:/run/colo-ring.sock --session 1")]
+    #[command(
+        after_help = "Example:\n  colo-ring discard --control unix:/run/colo-ring.sock --session 1\n  colo-ring discard --control unix:/run/colo-ring.sock --guest web3"
+    )]
     Discard(discard::DiscardArgs),
 
     /// End a running session: its primary loses its receiver, and its last committed checkpoint is kept
     ///
     /// Also in its first copy, of which nothing is kept. For the primary it is as if the receiver had ended: `unprotect` or
     /// `guard` on its host lets its guest run on. It returns when the session is over. --on-loss is not run.
-    #[command(after_help = "Example:\n  colo-ring end --control unix:/run/colo-ring.sock --session 1")]
+    #[command(after_help = "Example:\n  colo-ring end --control unix:/run/colo-ring.sock --guest web3")]
     End(end::EndArgs),
 
     /// Record a session: a transparent recorder between a primary and any secondary
@@ -155,22 +167,32 @@ enum Command {
     )]
     Sink(sink::SinkArgs),
 
-    /// Measure every backend, cache and commit mode with a synthetic primary on this machine alone
+    /// Measure how long a guest stands still for a checkpoint, on this machine alone
     ///
-    /// Needs no root, no huge pages and no QEMU; it prints what is missing. Prints p50 and p99 of every phase, compares
-    /// what the primary waits for, and writes a page of plots. Primary and receiver share the machine's cores, so the
-    /// figures compare receivers and are not those of two hosts.
+    /// A synthetic primary against four secondaries: this receiver, the same with epoll, one that receives as QEMU does, and a
+    /// sink as the floor; with --all every backend, cache and commit mode. Needs no root, no huge pages and no QEMU; it prints
+    /// what is missing. Prints a table and the result in a sentence, and writes a page of plots. Primary and secondary share the
+    /// machine's cores, so the figures compare secondaries and are not those of two hosts.
     #[command(
         after_help = "Example:\n  colo-ring demo\n  colo-ring demo --ram 256M --pages 10000 --interval 100"
     )]
     Demo(demo::DemoArgs),
 
-    /// Print what is in a capture, an interval log, a measured run or a receiver's report
+    /// Show the slowest checkpoints of a session, and whose time they were
+    ///
+    /// A receiver records of the last 65,536 checkpoints of each guest when what happened and what its core did meanwhile. The
+    /// slowest are listed with the part of the primary and the network, of this host's scheduler, and of this receiver.
+    #[command(
+        after_help = "Example:\n  colo-ring slow --control unix:/run/colo-ring.sock\n  colo-ring slow --control unix:/run/colo-ring.sock --guest web3 --top 50 --html slow.html"
+    )]
+    Slow(slow::SlowArgs),
+
+    /// Print what is in a capture, an interval log, a flight recorder, a measured run or a receiver's report
     ///
     /// An overview, or with --kind everything of a kind, one by one; with --json also its place in the file or stream.
     /// A file that ends early is shown up to there; damage is reported with its offset.
     #[command(
-        after_help = "Example:\n  colo-ring inspect session.cap --kind packets --channel 0 --checkpoint 1..3\n  colo-ring inspect /var/log/colo/guest1.pause.hlog"
+        after_help = "Example:\n  colo-ring inspect session.cap --kind packets --channel 0 --checkpoint 1..3\n  colo-ring inspect /var/log/colo-ring.pause.hlog"
     )]
     Inspect(inspect::InspectArgs),
 
@@ -191,13 +213,46 @@ enum Command {
         after_help = "Example:\n  colo-ring doctor\n  colo-ring doctor --qmp /run/guest1.qmp\n  colo-ring doctor --json | jq '.checks[] | select(.state != \"ok\")'"
     )]
     Doctor(doctor::DoctorArgs),
+
+    /// Runs the hooks of a receiver, which starts it
+    #[command(hide = true)]
+    RunHooks {
+        /// What sh is to run
+        #[arg(long)]
+        command: String,
+    },
+}
+
+/// The definition of the command line.
+pub fn command_line() -> clap::Command {
+    Cli::command()
+}
+
+/// The command line, with what a configuration adds to `receive`.
+fn with_configuration(given: &[OsString]) -> Result<Vec<OsString>, Faults> {
+    let words = match given {
+        [_, command, words @ ..] if command == "receive" => words,
+        _ => return Ok(given.to_vec()),
+    };
+    // Help is there also where the file is wrong.
+    if words.iter().any(|word| word == "--help" || word == "-h") {
+        return Ok(given.to_vec());
+    }
+    let merged = configuration::merge(words.to_vec(), &receive::command())?;
+    Ok(given[..2].iter().cloned().chain(merged.words).collect())
 }
 
 /// Runs the command that the process was started with.
 pub fn main() -> ExitCode {
-    let cli = Cli::parse();
+    let given: Vec<_> = std::env::args_os().collect();
+    let words = match with_configuration(&given) {
+        Ok(words) => words,
+        Err(faults) => return CommandError::Usage(faults.to_string()).report(),
+    };
+    let cli = Cli::parse_from(words);
     let result = match cli.command {
-        Command::Receive(args) => receive::run(*args),
+        Command::Receive(args) => receive::run(*args, given.into_iter().skip(2).collect()),
+        Command::Check(args) => check::run(&args),
         Command::Protect(args) => protect::run(&args),
         Command::Guard(args) => guard::run(&args),
         Command::Unprotect(args) => unprotect::run(&args),
@@ -212,9 +267,11 @@ pub fn main() -> ExitCode {
         Command::Replay(args) => replay::run(&args),
         Command::Sink(args) => sink::run(&args),
         Command::Demo(args) => demo::run(&args),
+        Command::Slow(args) => slow::run(&args),
         Command::Inspect(args) => inspect::run(&args),
         Command::Compare(args) => compare::run(&args),
         Command::Doctor(args) => doctor::run(&args),
+        Command::RunHooks { command } => receive::run_hooks(&command),
     };
     let code = result.unwrap_or_else(|error| error.report());
     stderr::flush();
@@ -224,7 +281,6 @@ pub fn main() -> ExitCode {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use clap::CommandFactory;
 
     #[test]
     fn the_command_line_is_consistent_and_every_subcommand_has_an_example() {
@@ -232,7 +288,7 @@ mod tests {
         cli.build();
         for command in cli
             .get_subcommands()
-            .filter(|command| command.get_name() != "help")
+            .filter(|command| command.get_name() != "help" && !command.is_hide_set())
         {
             let help = command.clone().render_long_help().to_string();
             assert!(help.contains("Example"), "{} has no example", command.get_name());

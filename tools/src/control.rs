@@ -2,10 +2,13 @@
 
 use crate::options::ControlAddress;
 use crate::output::CommandError;
-use colo_ring::receiver::Request;
+use clap::Args;
+use colo_ring::net::passing;
+use colo_ring::receiver::{Request, SessionTitle};
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
-use std::io::{self, BufRead, BufReader, Write};
+use std::io::{self, BufRead, BufReader};
+use std::os::fd::BorrowedFd;
 use std::os::unix::net::UnixStream;
 
 /// A line as it comes back.
@@ -57,13 +60,25 @@ impl Conversation {
     /// # Errors
     /// If the receiver goes away or refuses: with its reason.
     pub fn ask<A: DeserializeOwned>(&mut self, request: &Request) -> Result<A, CommandError> {
+        self.ask_with(request, &[])
+    }
+
+    /// The same with open files for what is to be written.
+    ///
+    /// # Errors
+    /// Those of [`Self::ask`].
+    pub fn ask_with<A: DeserializeOwned>(
+        &mut self,
+        request: &Request,
+        files: &[BorrowedFd<'_>],
+    ) -> Result<A, CommandError> {
         let address = &self.address;
         let failed = |doing: &str, error: &io::Error| {
             CommandError::Failed(format!("cannot {doing} {address}: {error}"))
         };
         let mut line = serde_json::to_vec(request).map_err(io::Error::from)?;
         line.push(b'\n');
-        let written = self.stream.get_mut().write_all(&line);
+        let written = passing::send(self.stream.get_ref(), &line, files);
         written.map_err(|error| failed("write to", &error))?;
         let mut text = String::new();
         let count = self.stream.read_line(&mut text);
@@ -88,5 +103,49 @@ impl Conversation {
                 "the answer from {address} is empty"
             ))),
         }
+    }
+}
+
+/// A session, by its number or by its guest.
+#[derive(Clone, Debug, Args)]
+#[group(id = "which", required = true, multiple = false)]
+pub struct WhichSession {
+    /// Number of the session, as `colo-ring status` lists it
+    #[arg(long, value_name = "N")]
+    session: Option<u32>,
+
+    /// The guest, by its name or its UUID, in place of the session
+    #[arg(long, value_name = "NAME")]
+    guest: Option<String>,
+}
+
+impl WhichSession {
+    /// The session that is meant.
+    ///
+    /// # Errors
+    /// If none is, or several are.
+    pub fn find(&self, conversation: &mut Conversation) -> Result<SessionTitle, CommandError> {
+        self.find_among(conversation, false)
+    }
+
+    /// The same, where only one that runs can be.
+    ///
+    /// # Errors
+    /// If none is, or several are.
+    pub fn find_running(&self, conversation: &mut Conversation) -> Result<SessionTitle, CommandError> {
+        self.find_among(conversation, true)
+    }
+
+    fn find_among(&self, conversation: &mut Conversation, runs: bool) -> Result<SessionTitle, CommandError> {
+        #[derive(Deserialize)]
+        struct Found {
+            found: SessionTitle,
+        }
+        let guest = match (&self.guest, self.session) {
+            (Some(guest), _) => guest.clone(),
+            (None, session) => session.unwrap_or_default().to_string(),
+        };
+        let found: Found = conversation.ask(&Request::Find { guest, runs })?;
+        Ok(found.found)
     }
 }

@@ -5,7 +5,7 @@
 
 use crate::net::{Address, ConnectError, Socket};
 use std::collections::HashMap;
-use std::io::{self, IoSlice};
+use std::io::{self, IoSlice, Read};
 use std::time::Duration;
 use thiserror::Error;
 

@@ -2,6 +2,7 @@
 
 use clap::ValueEnum;
 use colo_ring::host::parse_core_list;
+use colo_ring::net::{SocketPathError, socket_path};
 use serde::{Serialize, Serializer};
 use std::fmt;
 use std::path::PathBuf;
@@ -12,8 +13,11 @@ use thiserror::Error;
 #[derive(Clone, Debug, PartialEq, Eq, Error)]
 pub enum OptionError {
     /// Something else than a UNIX socket where only that will do.
-    #[error("invalid UNIX socket address '{0}': write unix:PATH")]
+    #[error("invalid UNIX socket address '{0}': write unix:PATH, or a path with a /")]
     NotUnix(String),
+    /// No path that a socket can have.
+    #[error(transparent)]
+    Path(#[from] SocketPathError),
     /// Not a size.
     #[error(
         "'{0}' is not a size; write a number of bytes, or one with K, M, G or T (powers of 1024), like 512M or 6G"
@@ -21,7 +25,7 @@ pub enum OptionError {
     Size(String),
 }
 
-/// The control socket: `unix:PATH`.
+/// The control socket: `unix:PATH`, or the path alone.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ControlAddress(pub PathBuf);
 
@@ -29,9 +33,13 @@ impl FromStr for ControlAddress {
     type Err = OptionError;
 
     fn from_str(text: &str) -> Result<Self, OptionError> {
-        let path = text.strip_prefix("unix:").filter(|path| !path.is_empty());
-        path.map(|path| Self(PathBuf::from(path)))
-            .ok_or_else(|| OptionError::NotUnix(text.to_owned()))
+        let path = match text.strip_prefix("unix:") {
+            Some(path) => path,
+            // Not what begins with another kind of address.
+            None if text.split(':').next().is_some_and(|first| first.contains('/')) => text,
+            None => return Err(OptionError::NotUnix(text.to_owned())),
+        };
+        Ok(Self(socket_path(path)?))
     }
 }
 
@@ -121,11 +129,24 @@ mod tests {
         let address: ControlAddress = "unix:/run/colo.sock".parse().unwrap();
         assert_eq!(address.0, PathBuf::from("/run/colo.sock"));
         assert_eq!(address.to_string(), "unix:/run/colo.sock");
-        for text in ["", "unix:", "/run/colo.sock", "tcp:127.0.0.1:1"] {
+        for text in ["/run/colo.sock", "./colo.sock", "/run/a:b"] {
+            assert_eq!(text.parse::<ControlAddress>().unwrap().0, PathBuf::from(text));
+        }
+        for text in ["", "colo.sock", "tcp:127.0.0.1:1", "tcp:/x"] {
             assert_eq!(
                 text.parse::<ControlAddress>(),
                 Err(OptionError::NotUnix(text.to_owned()))
             );
+        }
+        for (text, said) in [
+            ("unix:".to_owned(), "missing"),
+            (
+                format!("unix:/{}", "x".repeat(130)),
+                "at most 107 bytes, this one has 131",
+            ),
+        ] {
+            let error = text.parse::<ControlAddress>().unwrap_err().to_string();
+            assert!(error.contains(said), "{error}");
         }
     }
 

@@ -1,5 +1,6 @@
 //! What the command prints: results on standard output, everything else on standard error.
 
+use crate::log::{self, Fields};
 use crate::stderr;
 pub use colo_ring::text::printable;
 use colo_ring::text::{self, printable_lines};
@@ -43,9 +44,17 @@ impl CommandError {
     }
 }
 
-/// A line on standard error.
+/// A line of the log, on standard error. One that begins with `warning:` is a warning, one with `colo-ring:` an error.
 pub fn tell(line: &str) {
-    stderr::write(printable_lines(line) + "\n");
+    tell_of(line, Fields::default());
+}
+
+/// The same with what is known beside the text.
+pub(crate) fn tell_of(line: &str, fields: Fields) {
+    let line = stderr::shortened(printable_lines(line));
+    if let Some(entry) = log::entry(&line, fields) {
+        stderr::write_entry(entry);
+    }
 }
 
 /// A result for people, on standard output.
@@ -123,6 +132,26 @@ fn bar(done: usize, all: usize, next: &str) -> String {
     const WIDTH: usize = 30;
     let full = WIDTH * done.min(all) / all.max(1);
     format!("[{:<WIDTH$}] {done} of {all}: {next}", "=".repeat(full))
+}
+
+/// Columns of a terminal.
+const COLUMNS: usize = 80;
+
+/// A paragraph in lines that fit a terminal.
+pub fn wrapped(text: &str) -> String {
+    let mut lines = vec![String::new()];
+    for word in text.split_whitespace() {
+        let last = lines.last().map_or(0, |line| line.chars().count());
+        match lines.last_mut() {
+            Some(line) if last == 0 => line.push_str(word),
+            Some(line) if last + 1 + word.chars().count() <= COLUMNS => {
+                line.push(' ');
+                line.push_str(word);
+            }
+            _ => lines.push(word.to_owned()),
+        }
+    }
+    lines.join("\n") + "\n"
 }
 
 /// A table of texts: the first column to the left, the others to the right, as numbers are.

@@ -4,6 +4,7 @@
 //! their lines into a bounded queue, and one thread writes them. A line that finds the queue full is dropped and counted; the
 //! count is written once there is a reader again.
 
+use crate::log::{self, Entry, Fields};
 use std::backtrace::{Backtrace, BacktraceStatus};
 use std::fmt::Write as _;
 use std::io::{self, Write};
@@ -30,16 +31,16 @@ struct Queue {
 }
 
 enum Item {
-    Text(String),
+    Entry(Entry),
     /// Answered when everything before it is written.
     Flush(SyncSender<()>),
 }
 
-/// From now on no write to standard error waits for its reader.
+/// From now on no write to standard error waits for its reader. The thread that writes calls `enter` first.
 ///
 /// # Errors
 /// If the thread that writes cannot be started.
-pub(crate) fn never_wait() -> io::Result<()> {
+pub(crate) fn never_wait(enter: impl FnOnce() + Send + 'static) -> io::Result<()> {
     let (items, received) = sync_channel(QUEUE_MAX);
     let queue = Queue {
         items,
@@ -51,7 +52,10 @@ pub(crate) fn never_wait() -> io::Result<()> {
                 .get()
                 .map_or(0, |queue| queue.dropped.swap(0, Ordering::Relaxed))
         };
-        let write = move || write_all(&received, dropped, &mut io::stderr());
+        let write = move || {
+            enter();
+            write_all(&received, dropped, &mut io::stderr());
+        };
         Builder::new().name("stderr".to_owned()).spawn(write)?;
         std::panic::set_hook(Box::new(report_panic));
     }
@@ -61,27 +65,48 @@ pub(crate) fn never_wait() -> io::Result<()> {
 /// As Rust's own hook does, but through the queue: a thread that panics has to end.
 fn report_panic(info: &std::panic::PanicHookInfo<'_>) {
     let thread = std::thread::current();
-    let mut text = format!("thread '{}' {info}\n", thread.name().unwrap_or("unnamed"));
+    let mut text = format!(
+        "colo-ring: thread '{}' {info}\n",
+        thread.name().unwrap_or("unnamed")
+    );
     let backtrace = Backtrace::capture();
     if backtrace.status() == BacktraceStatus::Captured {
         let _ = writeln!(text, "{backtrace}");
     }
-    write(text);
+    if let Some(entry) = log::entry(&shortened(text), Fields::default()) {
+        write_entry(entry);
+    }
 }
 
 /// Writes a text: at once, or through the queue if there is one. If standard error is closed, it has nowhere to go.
-pub(crate) fn write(mut text: String) {
+pub(crate) fn write(text: String) {
+    write_entry(Entry::Text(text));
+}
+
+/// The same for a line of the log.
+pub(crate) fn write_entry(entry: Entry) {
     let Some(queue) = QUEUE.get() else {
-        let _ = io::stderr().write_all(text.as_bytes());
-        return;
+        return put(entry, &mut io::stderr());
     };
-    if text.len() > TEXT_MAX {
-        let end = (0..=TEXT_MAX).rfind(|end| text.is_char_boundary(*end));
-        text.truncate(end.unwrap_or(0));
-        text.push_str("…\n");
-    }
-    if queue.items.try_send(Item::Text(text)).is_err() {
+    if queue.items.try_send(Item::Entry(entry)).is_err() {
         queue.dropped.fetch_add(1, Ordering::Relaxed);
+    }
+}
+
+/// A line of the log that is not too long.
+pub(crate) fn shortened(mut line: String) -> String {
+    if line.len() > TEXT_MAX {
+        let end = (0..=TEXT_MAX).rfind(|end| line.is_char_boundary(*end));
+        line.truncate(end.unwrap_or(0));
+        line.push('…');
+    }
+    line
+}
+
+fn put(entry: Entry, out: &mut impl Write) {
+    match entry {
+        Entry::Journal(entry, _) if log::send(&entry) => {}
+        Entry::Text(text) | Entry::Journal(_, text) => drop(out.write_all(text.as_bytes())),
     }
 }
 
@@ -105,15 +130,13 @@ pub(crate) fn flush() {
 fn write_all(items: &Receiver<Item>, take_dropped: impl Fn() -> u64, out: &mut impl Write) {
     for item in items {
         match item {
-            Item::Text(text) => {
+            Item::Entry(entry) => {
                 // It was in a full queue.
                 let dropped = take_dropped();
-                let _ = out.write_all(text.as_bytes());
-                if dropped > 0 {
-                    let _ = writeln!(
-                        out,
-                        "warning: standard error was not read: {dropped} lines are missing"
-                    );
+                put(entry, out);
+                let missing = format!("warning: standard error was not read: {dropped} lines are missing");
+                if let Some(entry) = log::entry(&missing, Fields::default()).filter(|_| dropped > 0) {
+                    put(entry, out);
                 }
             }
             Item::Flush(written) => drop(written.send(())),
@@ -129,7 +152,10 @@ mod tests {
     fn what_was_dropped_is_counted_once() {
         let (items, received) = sync_channel(4);
         for line in ["a\n", "b\n"] {
-            items.try_send(Item::Text(line.to_owned())).ok().unwrap();
+            items
+                .try_send(Item::Entry(Entry::Text(line.to_owned())))
+                .ok()
+                .unwrap();
         }
         drop(items);
         let dropped = AtomicU64::new(7);

@@ -4,6 +4,7 @@ mod common;
 
 use colo_ring::host::Machine;
 use colo_ring::metrics::{CheckpointSample, Recorder, RunDescription};
+use colo_ring::threads::Threads;
 use colo_ring_tests::command::Scratch;
 use colo_ring_tools::run_file::{Checkpoint, Clock, RunFile};
 use common::{assert_refused, foreign_log, json, output, run};
@@ -17,7 +18,7 @@ fn receiver(prefix: &str, pause: impl Fn(u64) -> Duration) {
         options: serde_json::json!({ "backend": "uring" }),
         machine: Machine::read(),
     };
-    let mut recorder = Recorder::start(Some(Path::new(prefix)), description).unwrap();
+    let mut recorder = Recorder::start(Some(Path::new(prefix)), description, &Threads::free(), drop).unwrap();
     for checkpoint in 1..=500 {
         let pause = pause(checkpoint);
         recorder.record(&CheckpointSample {
@@ -40,7 +41,7 @@ fn receiver(prefix: &str, pause: impl Fn(u64) -> Duration) {
                 .unwrap();
         }
     }
-    recorder.finish(Duration::from_secs(10)).unwrap();
+    recorder.finish(Duration::from_secs(10)).1.unwrap();
 }
 
 fn measured(prefix: &str, name: &str, loaded: impl Fn(u64) -> u64) {

@@ -245,11 +245,13 @@ fn a_replay_leaves_what_the_session_left() {
             for (checkpoint, n) in measured.checkpoints.iter().zip(1..) {
                 let phase = |name: &str| checkpoint.phases_ns[name];
                 assert_eq!(checkpoint.n, n);
-                assert!(0 < phase("reply") && 0 < phase("received") && phase("received") <= phase("loaded"));
+                assert!(
+                    0 < phase("replied") && 0 < phase("received") && phase("received") <= phase("loaded")
+                );
                 let pages = checkpoint.pages + checkpoint.zero_pages;
                 assert!((200..204).contains(&pages), "{pages}");
             }
-            for phase in ["reply", "received", "loaded"] {
+            for phase in ["replied", "received", "loaded"] {
                 let log = std::fs::read_to_string(format!("{out}.{phase}.hlog")).unwrap();
                 assert!(log.contains("#[Histogram log format version 1.3]"), "{log}");
             }
@@ -261,6 +263,7 @@ fn a_replay_leaves_what_the_session_left() {
 fn sessions_in_a_row_and_a_sink() {
     let scratch = Scratch::new();
     let file = scratch.file("session.cap");
+    let out = scratch.file("measured");
     let held = recorded(&guest(Version::V11_1, 2), &file);
     let receiver = receiver(2);
     let output = run(&[
@@ -272,10 +275,22 @@ fn sessions_in_a_row_and_a_sink() {
         "max",
         "--repeat",
         "3",
+        "--out",
+        &out,
         "--json",
     ]);
     assert!(output.status.success(), "{}", said(&output));
     let report = json(&output);
+    // Whoever shows a figure of a run shows the same.
+    let compared = run(&["compare", &format!("{out}.run.json"), "--json"]);
+    let compared = json(&compared);
+    for phase in compared["phases"].as_array().unwrap() {
+        let (name, row) = (phase["phase"].as_str().unwrap(), &phase["rows"][0]);
+        for figure in ["p50_ns", "p90_ns", "p99_ns", "max_ns"] {
+            assert_eq!(row[figure], report["phases"][name][figure], "{name} {figure}");
+        }
+    }
+    assert_eq!(compared["phases"].as_array().unwrap().len(), 3);
     assert_eq!(
         (&report["sessions"], &report["checkpoints"]),
         (&3.into(), &(3 * CHECKPOINTS).into())
@@ -305,7 +320,7 @@ fn sessions_in_a_row_and_a_sink() {
         "--json",
     ]);
     assert!(output.status.success(), "{}", said(&output));
-    assert_eq!(json(&output)["phases"]["reply"]["count"], 2 * CHECKPOINTS);
+    assert_eq!(json(&output)["phases"]["replied"]["count"], 2 * CHECKPOINTS);
 }
 
 #[test]

@@ -1,9 +1,10 @@
 //! The synthetic primary against a real receiver, live and by way of a capture, and as a command.
 
-use colo_ring::receiver::{Receiver, Request, Response};
+use colo_ring::receiver::Receiver;
 use colo_ring::ring::BackendKind;
 use colo_ring::wire::codec::Method;
 use colo_ring_tests::command::Scratch;
+use colo_ring_tests::receiver::dump;
 use colo_ring_tests::{HANG_LIMIT, receiver_options};
 use colo_ring_tools::capture_file::{
     CaptureInfo, CaptureReader, CaptureWriter, Compression, Direction, Event, Record,
@@ -49,15 +50,7 @@ impl Secondary {
     }
 
     fn committed(&self) -> Committed {
-        let directory = self.scratch.path().to_owned();
-        let session = 1;
-        let Ok(Response::Dumped(dumped)) = self.receiver.ask(Request::Dump {
-            session,
-            directory,
-            without_disks: false,
-        }) else {
-            panic!("no dump")
-        };
+        let dumped = dump(&self.receiver, 1, self.scratch.path()).unwrap();
         let read = |file: &str| std::fs::read(self.scratch.path().join(file)).unwrap();
         let block = |block: &colo_ring::receiver::DumpedBlock| (block.name.clone(), read(&block.file));
         Committed {
@@ -436,7 +429,7 @@ fn without_a_schedule_nothing_is_called_waiting() {
         assert_eq!(report["options"]["schedule"], "none");
         let phases = report["phases"].as_array().unwrap().iter();
         let names: Vec<_> = phases.map(|phase| phase["phase"].as_str().unwrap()).collect();
-        assert_eq!(names, ["reply", "received", "loaded"]);
+        assert_eq!(names, ["replied", "received", "loaded"]);
     }
     secondary.end();
 }

@@ -1,6 +1,6 @@
 //! `colo-ring discard`: giving up what an ended session left.
 
-use crate::control::ask;
+use crate::control::{Conversation, WhichSession};
 use crate::options::ControlAddress;
 use crate::output::{CommandError, print, print_json};
 use clap::Args;
@@ -15,9 +15,8 @@ pub struct DiscardArgs {
     #[arg(long, value_name = "unix:PATH")]
     control: ControlAddress,
 
-    /// Number of the session, which must have ended
-    #[arg(long, value_name = "N")]
-    session: u32,
+    #[command(flatten)]
+    which: WhichSession,
 
     /// Print the number as JSON
     #[arg(long)]
@@ -33,18 +32,15 @@ pub fn run(args: &DiscardArgs) -> Result<ExitCode, CommandError> {
     struct Discarded {
         discarded: u32,
     }
-    let done: Discarded = ask(
-        &args.control,
-        &Request::Discard {
-            session: args.session,
-        },
-    )?;
+    let mut conversation = Conversation::open(&args.control)?;
+    let title = args.which.find(&mut conversation)?;
+    let session = title.session;
+    let done: Discarded = conversation.ask(&Request::Discard { session })?;
     if args.json {
         print_json(&done)?;
     } else {
         print(&format!(
-            "session {}: its checkpoint and memory are given up\n",
-            done.discarded
+            "session {title}: its checkpoint and memory are given up\n"
         ))?;
     }
     Ok(ExitCode::SUCCESS)

@@ -1,10 +1,11 @@
 //! `colo-ring dump`: a session's last committed checkpoint as files.
 
-use crate::control::ask;
+use crate::control::{Conversation, WhichSession};
 use crate::options::ControlAddress;
 use crate::output::{CommandError, print, print_json, table, tell};
+use crate::signals;
 use clap::Args;
-use colo_ring::receiver::{Dumped, DumpedBlock, DumpedDisk, Request};
+use colo_ring::receiver::{DumpContents, DumpFiles, Dumped, DumpedBlock, DumpedDisk, Request, SessionTitle};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
@@ -15,11 +16,10 @@ pub struct DumpArgs {
     #[arg(long, value_name = "unix:PATH")]
     control: ControlAddress,
 
-    /// Number of the session, as `colo-ring status` lists it
-    #[arg(long, value_name = "N")]
-    session: u32,
+    #[command(flatten)]
+    which: WhichSession,
 
-    /// Directory for the files; made if it is not there. The receiver's user must be able to write it
+    /// Directory for the files; made if it is not there
     #[arg(long, value_name = "DIR")]
     out: PathBuf,
 
@@ -35,19 +35,13 @@ pub struct DumpArgs {
 /// Has the receiver write a session's last committed checkpoint to files.
 ///
 /// # Errors
-/// If the receiver does not answer or refuses, or the directory cannot be made.
+/// If the receiver does not answer or refuses, or the files cannot be made.
 pub fn run(args: &DumpArgs) -> Result<ExitCode, CommandError> {
     let failed = |error: std::io::Error| CommandError::Failed(format!("{}: {error}", args.out.display()));
     let is_new = !args.out.exists();
     std::fs::create_dir_all(&args.out).map_err(failed)?;
-    // The receiver runs elsewhere: a relative path means nothing to it.
     let directory = args.out.canonicalize().map_err(failed)?;
-    let request = Request::Dump {
-        session: args.session,
-        directory: directory.clone(),
-        without_disks: args.no_disks,
-    };
-    let dumped: Dumped = ask(&args.control, &request).inspect_err(|_| {
+    let (title, dumped) = dump(args, &directory).inspect_err(|_| {
         if is_new {
             // Leaves it if something has been written after all.
             let _ = std::fs::remove_dir(&directory);
@@ -59,16 +53,42 @@ pub fn run(args: &DumpArgs) -> Result<ExitCode, CommandError> {
     if args.json {
         print_json(&dumped)?;
     } else {
-        print(&render(&dumped, &directory))?;
+        print(&render(&title, &dumped, &directory))?;
     }
     Ok(ExitCode::SUCCESS)
 }
 
-fn render(dumped: &Dumped, directory: &Path) -> String {
+/// Opens the files, has the receiver write to them, and gives them their names.
+fn dump(args: &DumpArgs, directory: &Path) -> Result<(SessionTitle, Dumped), CommandError> {
+    let mut conversation = Conversation::open(&args.control)?;
+    let title = args.which.find(&mut conversation)?;
+    let session = title.session;
+    let mut contents: DumpContents = conversation.ask(&Request::Contents { session })?;
+    if args.no_disks {
+        contents.disks.clear();
+    }
+    let files = DumpFiles::create(directory, contents).map_err(CommandError::failed)?;
+    let parts = files.parts();
+    signals::on_end(move || {
+        for part in parts {
+            // One that is complete has another name.
+            let _ = std::fs::remove_file(part);
+        }
+        std::process::exit(1);
+    })?;
+    let request = Request::Dump {
+        session,
+        disks: files.disks(),
+    };
+    let dumped = conversation.ask_with(&request, &files.descriptors())?;
+    let dumped = files.finish(dumped).map_err(CommandError::failed)?;
+    Ok((title, dumped))
+}
+
+fn render(title: &SessionTitle, dumped: &Dumped, directory: &Path) -> String {
     let mut text = format!(
-        "checkpoint {} of session {} ({}) is in {}\n",
+        "checkpoint {} of session {title}, {}, is in {}\n",
         dumped.checkpoint,
-        dumped.session,
         dumped.machine,
         directory.display()
     );

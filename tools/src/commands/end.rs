@@ -1,6 +1,6 @@
 //! `colo-ring end`: ending a session whose primary is connected.
 
-use crate::control::ask;
+use crate::control::{Conversation, WhichSession};
 use crate::options::ControlAddress;
 use crate::output::{CommandError, print, print_json};
 use clap::Args;
@@ -15,9 +15,8 @@ pub struct EndArgs {
     #[arg(long, value_name = "unix:PATH")]
     control: ControlAddress,
 
-    /// Number of the session, which must be running
-    #[arg(long, value_name = "N")]
-    session: u32,
+    #[command(flatten)]
+    which: WhichSession,
 
     /// Print the number and the checkpoint that is kept as JSON
     #[arg(long)]
@@ -34,8 +33,10 @@ pub fn run(args: &EndArgs) -> Result<ExitCode, CommandError> {
         ended: u32,
         checkpoint: Option<u64>,
     }
-    let session = args.session;
-    let done: Ended = ask(&args.control, &Request::End { session })?;
+    let mut conversation = Conversation::open(&args.control)?;
+    let title = args.which.find_running(&mut conversation)?;
+    let session = title.session;
+    let done: Ended = conversation.ask(&Request::End { session })?;
     if args.json {
         print_json(&done)?;
     } else {
@@ -43,7 +44,7 @@ pub fn run(args: &EndArgs) -> Result<ExitCode, CommandError> {
             Some(checkpoint) => format!("checkpoint {checkpoint} is kept"),
             None => "nothing was committed".to_owned(),
         };
-        print(&format!("session {session} has ended; {left}\n"))?;
+        print(&format!("session {title} has ended; {left}\n"))?;
     }
     Ok(ExitCode::SUCCESS)
 }

@@ -1,6 +1,7 @@
 //! The subcommands: one file or folder each, with its options and what it does.
 
 pub mod capture;
+pub mod check;
 pub mod compare;
 pub mod demo;
 pub mod discard;
@@ -15,6 +16,7 @@ pub mod protect;
 pub mod receive;
 pub mod replay;
 pub mod sink;
+pub mod slow;
 pub mod status;
 pub mod synth;
 pub mod unprotect;

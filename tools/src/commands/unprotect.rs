@@ -1,9 +1,9 @@
 //! `colo-ring unprotect`: ends a QEMU's protection; its guest runs on.
 
-use crate::commands::guard::{filter, plug};
+use crate::commands::guard::{filter, plug, stop_mark};
 use crate::guest_disks::{is_mirrors_connection, remove_all};
 use crate::output::{CommandError, print, print_json, tell};
-use crate::qmp::{Qmp, QmpError, socket_path};
+use crate::qmp::{CONNECT_LIMIT, Qmp, QmpError, socket_path};
 use clap::Args;
 use colo_ring::host::Machine;
 use serde::Serialize;
@@ -11,9 +11,6 @@ use serde_json::{Value, json};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
-
-/// How long the monitor's socket may take to be there.
-const CONNECT_LIMIT: Duration = Duration::from_secs(2);
 
 /// How long QEMU may be silent, or in COLO, before the connections to its receiver are cut.
 const SILENCE_LIMIT: Duration = Duration::from_secs(3);
@@ -140,6 +137,11 @@ pub(crate) fn release(qmp: &mut Qmp, patience: Duration) -> Result<Released, Com
     };
     let filters = filter::remove_all(qmp).map_err(|error| holds("filters", &error))?;
     let plugs = plug::remove_all(qmp).map_err(|error| holds("plugs", &error))?;
+    stop_mark::run_on(qmp).map_err(|error| {
+        CommandError::Failed(format!(
+            "the guest is no longer protected, but may stand as a guard has left it: {error}; QMP `cont` lets it continue"
+        ))
+    })?;
     Ok(Released {
         before,
         cut,
@@ -170,7 +172,7 @@ pub(crate) fn end_migration(qmp: &mut Qmp, patience: Duration) -> Result<(String
         wait_set_up(qmp)?;
     }
     let end = match &*before {
-        "none" | "completed" | "failed" | "cancelled" => return Ok((before, is_cut)),
+        over if is_over(over) => return Ok((before, is_cut)),
         "colo" => "x-colo-lost-heartbeat",
         _ => "migrate_cancel",
     };
@@ -220,8 +222,7 @@ fn wait_set_up(qmp: &mut Qmp) -> Result<(), CommandError> {
 /// Whether neither the migration nor a checkpoint holds the guest.
 fn has_ended(qmp: &mut Qmp) -> Result<bool, QmpError> {
     let state = qmp.execute_within("query-migrate", &json!({}), SILENCE_LIMIT)?;
-    let is_over = matches!(status_of(&state), "none" | "completed" | "failed" | "cancelled");
-    Ok(is_over && guest_status(qmp)? != "colo")
+    Ok(is_over(status_of(&state)) && guest_status(qmp)? != "colo")
 }
 
 pub(crate) fn guest_status(qmp: &mut Qmp) -> Result<String, QmpError> {
@@ -230,7 +231,10 @@ pub(crate) fn guest_status(qmp: &mut Qmp) -> Result<String, QmpError> {
 }
 
 /// Cuts what QEMU may wait for: the migration's connections and those of the mirrors.
-fn cut_connections(qmp: &mut Qmp) -> Result<(), CommandError> {
+///
+/// # Errors
+/// If QEMU does not answer, not even out of band.
+pub(crate) fn cut_connections(qmp: &mut Qmp) -> Result<(), CommandError> {
     let known = qmp.execute_out_of_band("query-yank", &json!({}), SILENCE_LIMIT);
     let known = known.map_err(CommandError::failed)?;
     let is_ours = |instance: &&Value| instance["type"] == "migration" || is_mirrors_connection(instance);
@@ -240,6 +244,11 @@ fn cut_connections(qmp: &mut Qmp) -> Result<(), CommandError> {
     }
     let cut = qmp.execute_out_of_band("yank", &json!({"instances": instances}), SILENCE_LIMIT);
     cut.map(drop).map_err(CommandError::failed)
+}
+
+/// Whether there is no migration in that state, or none any more.
+pub(crate) fn is_over(status: &str) -> bool {
+    matches!(status, "none" | "completed" | "failed" | "cancelled")
 }
 
 pub(crate) fn status_of(migration: &Value) -> &str {

@@ -1,14 +1,24 @@
 //! Where a secondary listens.
 
+use colo_ring::net::{SocketPathError, socket_path};
 use std::fmt;
 use std::path::PathBuf;
 use std::str::FromStr;
 use thiserror::Error;
 
-/// The address is neither `tcp:HOST:PORT` nor `unix:PATH`.
+/// Why a text is no address of a secondary.
 #[derive(Clone, Debug, PartialEq, Eq, Error)]
-#[error("invalid address \"{0}\": use tcp:HOST:PORT or unix:PATH")]
-pub struct AddressError(String);
+pub enum AddressError {
+    /// It is neither `tcp:HOST:PORT` nor `unix:PATH`.
+    #[error("invalid address \"{0}\": use tcp:HOST:PORT or unix:PATH")]
+    Kind(String),
+    /// A number that is no port. A name is one of a service.
+    #[error("invalid address \"{0}\": a port is a number from 1 to 65535")]
+    Port(String),
+    /// No path that a socket can have.
+    #[error(transparent)]
+    Path(#[from] SocketPathError),
+}
 
 /// A secondary's address, written as QEMU's `migrate` command writes it.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -57,9 +67,21 @@ impl FromStr for Address {
 
     fn from_str(text: &str) -> Result<Self, AddressError> {
         match text.split_once(':') {
-            Some(("tcp", host_port)) if host_port.contains(':') => Ok(Self::Tcp(host_port.to_owned())),
-            Some(("unix", path)) if !path.is_empty() => Ok(Self::Unix(path.into())),
-            _ => Err(AddressError(text.to_owned())),
+            Some(("tcp", host_port)) => match host_port.rsplit_once(':') {
+                Some((_, port))
+                    if !port.is_empty() && port.bytes().all(|byte| byte.is_ascii_alphanumeric()) =>
+                {
+                    let is_wrong = port.starts_with(|first: char| first.is_ascii_digit())
+                        && port.parse::<u16>().map_or(true, |port| port == 0);
+                    match is_wrong {
+                        true => Err(AddressError::Port(text.to_owned())),
+                        false => Ok(Self::Tcp(host_port.to_owned())),
+                    }
+                }
+                _ => Err(AddressError::Kind(text.to_owned())),
+            },
+            Some(("unix", path)) => Ok(Self::Unix(socket_path(path)?)),
+            _ => Err(AddressError::Kind(text.to_owned())),
         }
     }
 }
@@ -100,9 +122,23 @@ mod tests {
 
     #[test]
     fn an_address_is_written_as_qemu_writes_it() {
-        for text in ["", "tcp:", "tcp:host", "unix:", "udp:1:2", "host:1"] {
-            assert_eq!(text.parse::<Address>(), Err(AddressError(text.to_owned())));
+        for text in [
+            "",
+            "tcp:",
+            "tcp:host",
+            "tcp:host:",
+            "udp:1:2",
+            "host:1",
+            "tcp:[::1]",
+        ] {
+            assert_eq!(text.parse::<Address>(), Err(AddressError::Kind(text.to_owned())));
         }
+        for text in ["tcp:host:99999", "tcp:host:0", "tcp:host:44x4"] {
+            assert_eq!(text.parse::<Address>(), Err(AddressError::Port(text.to_owned())));
+        }
+        assert!("unix:".parse::<Address>().is_err());
+        let long = format!("unix:/{}", "x".repeat(107)).parse::<Address>();
+        assert!(long.unwrap_err().to_string().contains("at most 107 bytes"));
         assert_eq!(
             "tcp:[::1]:4444".parse::<Address>().unwrap().to_string(),
             "tcp:[::1]:4444"

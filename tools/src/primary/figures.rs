@@ -13,7 +13,7 @@ type Phase = (&'static str, fn(&CheckpointReport) -> Duration);
 
 /// What is recorded of a checkpoint.
 const PHASES: [Phase; 5] = [
-    ("reply", |report| report.reply),
+    ("replied", |report| report.reply),
     ("received", |report| report.received),
     ("loaded", |report| report.loaded),
     ("waited", |report| report.waited),

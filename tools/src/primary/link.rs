@@ -7,7 +7,7 @@ use colo_ring::wire::Parsed;
 use colo_ring::wire::colo::Message;
 use colo_ring::wire::return_path::RpMessage;
 use std::fmt::Debug;
-use std::io::{self, IoSlice};
+use std::io::{self, IoSlice, Read};
 use std::time::Duration;
 
 /// Where a session goes.

@@ -243,8 +243,11 @@ impl RunFile {
     }
 
     /// What [`Self::read`] does with the text of the file.
-    pub(crate) fn parse(path: &Path, text: &[u8]) -> Result<Self, RunFileError> {
-        let run: Self = serde_json::from_slice(text).map_err(|source| RunFileError::Json {
+    ///
+    /// # Errors
+    /// If it is not that of such a file.
+    pub fn parse(path: &Path, text: &[u8]) -> Result<Self, RunFileError> {
+        let mut run: Self = serde_json::from_slice(text).map_err(|source| RunFileError::Json {
             path: path.to_owned(),
             source,
         })?;
@@ -252,7 +255,20 @@ impl RunFile {
             path: path.to_owned(),
             reason,
         })?;
+        run.name_replies();
         Ok(run)
+    }
+
+    /// Earlier files call by the same name what the primary and what the receiver sees of a reply.
+    fn name_replies(&mut self) {
+        if self.clock == Clock::Receiver {
+            return;
+        }
+        for checkpoint in &mut self.checkpoints {
+            if let Some(time) = checkpoint.phases_ns.remove("reply") {
+                checkpoint.phases_ns.insert("replied".to_owned(), time);
+            }
+        }
     }
 
     fn check(&self) -> Result<(), ContentError> {

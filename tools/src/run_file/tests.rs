@@ -35,6 +35,24 @@ fn run() -> RunFile {
     }
 }
 
+/// What the primary sees of a reply includes the network: it has a name of its own, also in files from before.
+#[test]
+fn a_reply_is_the_receivers_alone() {
+    let path = Path::new("old.run.json");
+    for (clock, name) in [(Clock::Primary, "replied"), (Clock::Receiver, "reply")] {
+        let mut old = RunFile { clock, ..run() };
+        for checkpoint in &mut old.checkpoints {
+            checkpoint.phases_ns.insert("reply".to_owned(), 7);
+        }
+        let read = RunFile::parse(path, &serde_json::to_vec(&old).unwrap()).unwrap();
+        assert!(
+            read.phases().contains(name) && read.phases().len() == 3,
+            "{:?}",
+            read.phases()
+        );
+    }
+}
+
 #[test]
 fn a_run_comes_back_and_its_logs_lie_beside_it() {
     let scratch = tempfile::tempdir().unwrap();

@@ -5,6 +5,7 @@ use super::{Flow, StreamsError};
 use colo_ring::blocks::BlockTable;
 use colo_ring::session::{Action, Outbound, Page, PageContent, Session, SessionError, SessionLimits};
 use colo_ring::units::BlockId;
+use colo_ring::wire::colo::Message;
 use colo_ring::wire::ram::{BlockRef, RamRecord};
 use std::ops::Range;
 use std::sync::Arc;
@@ -97,6 +98,12 @@ impl MainIndex {
     }
 }
 
+/// Whether the initial device state ends where it looks so, before `rest`: there the primary waits for its answer, and a request
+/// is the first that it sends then.
+pub(crate) fn ends_initial_state(rest: &[u8]) -> bool {
+    rest.is_empty() || matches!(Message::parse(rest), Ok(Some((Message::CheckpointRequest, _))))
+}
+
 struct Reader<'a> {
     bytes: &'a [u8],
     session: Session,
@@ -113,14 +120,9 @@ struct Reader<'a> {
 
 impl<'a> Reader<'a> {
     fn new(flow: &'a Flow, channels: u8) -> Self {
-        let limits = SessionLimits {
-            channels,
-            // No guest memory is allocated here.
-            ram_limit_bytes: u64::MAX,
-        };
         Self {
             bytes: flow.bytes(),
-            session: Session::new(limits),
+            session: Session::new(SessionLimits::of_protocol(channels)),
             position: 0,
             markers: 0,
             last_block: None,
@@ -140,7 +142,7 @@ impl<'a> Reader<'a> {
         }
     }
 
-    /// Steps the session over the bytes up to `end`. The initial state ends where the primary stops sending.
+    /// Steps the session over the bytes up to `end`.
     fn read_to(&mut self, end: usize) -> Result<(), SessionError> {
         loop {
             let begin = self.position;
@@ -162,6 +164,11 @@ impl<'a> Reader<'a> {
                     self.piece(self.position);
                 }
                 Action::RamComplete => self.ram_complete(),
+                Action::LooksEnded(_) => {
+                    if ends_initial_state(&self.bytes[self.position..]) {
+                        self.session.silence();
+                    }
+                }
                 Action::Commit(_) => self.session.committed(),
                 Action::FinishFlush => {
                     self.request = begin..self.position;

@@ -23,7 +23,9 @@ use colo_ring::session::SessionMethod;
 use colo_ring::units::ChannelId;
 use colo_ring::wire::codec::Method;
 use colo_ring::wire::stream::{MAIN_MAGIC, MULTIFD_MAGIC};
+pub(crate) use main_channel::ends_initial_state;
 use main_channel::{MainCheckpoint, MainIndex};
+use std::io::{Read, Seek};
 use std::ops::Range;
 use std::path::Path;
 use std::sync::Arc;
@@ -176,7 +178,14 @@ impl Streams {
     /// # Errors
     /// See [`StreamsError`].
     pub fn load(path: &Path) -> Result<Self, StreamsError> {
-        let mut reader = CaptureReader::open(path)?;
+        Self::read(CaptureReader::open(path)?)
+    }
+
+    /// Reads a capture and finds its session.
+    ///
+    /// # Errors
+    /// See [`StreamsError`].
+    pub fn read<R: Read + Seek>(mut reader: CaptureReader<R>) -> Result<Self, StreamsError> {
         let limit_bytes = Machine::read().memory_bytes / 2;
         let mut connections = Vec::new();
         let (mut notes, mut bytes_read) = (Vec::new(), 0);

@@ -121,7 +121,7 @@ struct CaptureReport<'a> {
 /// # Errors
 /// If it cannot start or go on.
 pub fn run(args: &CaptureArgs) -> Result<ExitCode, CommandError> {
-    stderr::never_wait().map_err(CommandError::failed)?;
+    stderr::never_wait(|| ()).map_err(CommandError::failed)?;
     let (wish, wished) = watch::channel(Wish::Record);
     signals::on_each(move || ask_for_the_end(&wish))?;
     signals::survive_file_limit()?;

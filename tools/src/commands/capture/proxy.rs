@@ -89,7 +89,7 @@ async fn serve(
                 }
                 Some(Err(error)) => tell(&format!("warning: {error}")),
                 // Nothing can be accepted at all.
-                None => return accepting.await.unwrap_or_else(|error| Err(io::Error::other(error))),
+                None => return accepting.await.map_err(io::Error::other),
             },
             Some(_) = pairs.join_next() => {}
             Ok(()) = wish.changed() => {}

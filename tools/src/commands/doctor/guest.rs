@@ -4,13 +4,9 @@ use super::Check;
 use crate::guest_disks::{self, DiskUse, GuestDisk};
 use crate::options::Size;
 use crate::output::printable;
-use crate::qmp::{Qmp, QmpError};
+use crate::qmp::{CONNECT_LIMIT, Qmp, QmpError};
 use serde_json::{Value, json};
 use std::path::Path;
-use std::time::Duration;
-
-/// How long the monitor's socket may take to be there.
-const CONNECT_LIMIT: Duration = Duration::from_secs(2);
 
 /// Judges the guest of the QEMU with this monitor.
 ///

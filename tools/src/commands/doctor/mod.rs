@@ -1,6 +1,7 @@
 //! `colo-ring doctor`: what this machine lacks, what that means, and the command that fixes it.
 
 mod guest;
+mod tls;
 
 use crate::options::Size;
 use crate::output::{CommandError, print, print_json};
@@ -8,6 +9,7 @@ use crate::qmp::socket_path;
 use clap::Args;
 use colo_ring::host::HostReport;
 use colo_ring::ring::{RegistrationReport, RingReport, RingUnavailable};
+use colo_ring::sandbox::Sandbox;
 use serde::Serialize;
 use std::fmt::Write;
 use std::path::PathBuf;
@@ -19,6 +21,10 @@ pub struct DoctorArgs {
     /// Also judge the guest of the QEMU with this QMP socket: whether it can be protected, and what becomes of its disks
     #[arg(long, value_name = "PATH", value_parser = socket_path)]
     qmp: Option<PathBuf>,
+
+    /// Also judge the certificates in this directory: those of a receiver's --tls, or of a primary
+    #[arg(long, value_name = "DIR")]
+    tls: Option<PathBuf>,
 
     /// Print JSON (schema colo-ring.doctor, version 1) with everything that was found out
     #[arg(long)]
@@ -69,6 +75,8 @@ pub struct Probe {
     pub host: HostReport,
     /// io_uring as this process may use it.
     pub ring: Result<RingReport, RingUnavailable>,
+    /// What is lacking to confine a receiver, or why that cannot be tried.
+    pub sandbox: Result<Vec<String>, String>,
 }
 
 /// Looks at this machine and prints what it found.
@@ -78,10 +86,14 @@ pub struct Probe {
 pub fn run(args: &DoctorArgs) -> Result<ExitCode, CommandError> {
     let host = HostReport::probe();
     let ring = RingReport::probe(host.memory.memlock_limit_bytes);
-    let probe = Probe { host, ring };
+    let sandbox = Sandbox::probe().map_err(|error| error.to_string());
+    let probe = Probe { host, ring, sandbox };
     let mut checks = checks(&probe);
     if let Some(monitor) = &args.qmp {
         checks.extend(guest::checks(monitor).map_err(CommandError::failed)?);
+    }
+    if let Some(directory) = &args.tls {
+        checks.extend(tls::checks(directory));
     }
     let usable = !checks.iter().any(|check| check.state == State::Missing);
     if args.json {
@@ -192,7 +204,26 @@ pub fn checks(probe: &Probe) -> Vec<Check> {
         )),
     }
     checks.extend(network(host));
+    checks.extend(sandbox(probe));
     checks
+}
+
+fn sandbox(probe: &Probe) -> Vec<Check> {
+    const ITEM: &str = "sandbox";
+    const MEANING: &str = "an intruder in a receiver is confined less than docs/threat-model.md says";
+    match &probe.sandbox {
+        Ok(lacks) if lacks.is_empty() => vec![Check::ok(ITEM, "system calls, files and TCP can be confined")],
+        Ok(lacks) => lacks
+            .iter()
+            .map(|lack| Check::warn(ITEM, lack.clone(), MEANING, None))
+            .collect(),
+        Err(error) => vec![Check::warn(
+            ITEM,
+            format!("cannot be tried: {error}"),
+            MEANING,
+            Some("colo-ring receive --sandbox off"),
+        )],
+    }
 }
 
 fn cores(host: &HostReport) -> Check {

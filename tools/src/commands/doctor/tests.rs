@@ -57,7 +57,8 @@ fn good() -> Probe {
             beyond_limit: None,
         },
     });
-    Probe { host, ring }
+    let sandbox = Ok(Vec::new());
+    Probe { host, ring, sandbox }
 }
 
 /// The checks that are not ok, as `item: remedy`.

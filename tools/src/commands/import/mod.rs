@@ -13,6 +13,7 @@ use clap::Args;
 use colo_ring::host::Machine;
 use serde::Serialize;
 use session::Importer;
+use std::fs::File;
 use std::io;
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -204,7 +205,11 @@ fn import(args: &ImportArgs) -> Result<(Totals, u64, Vec<String>, Option<ImportE
         }
         Ok(CaptureWriter::replace(&args.out, &info, args.compress)?)
     });
-    let read = packets::read(&args.file, |segment| importer.take(&segment));
+    let file = File::open(&args.file).map_err(|source| ImportError::Open {
+        path: args.file.clone(),
+        source,
+    });
+    let read = file.and_then(|file| packets::read(file, |segment| importer.take(&segment)));
     let (packets, mut notes, error) = match read {
         Ok(summary) => {
             let mut notes = Vec::new();
@@ -225,4 +230,25 @@ fn import(args: &ImportArgs) -> Result<(Totals, u64, Vec<String>, Option<ImportE
 
 fn failed(args: &ImportArgs, error: &ImportError) -> CommandError {
     CommandError::Failed(format!("{}: {error}", args.file.display()))
+}
+
+/// What a fuzzer gives to the import: a recording of packets, of which connections to port 4444 are taken. Counts those.
+#[doc(hidden)]
+pub fn fuzz(recording: &[u8]) -> usize {
+    let mut importer = Importer::new(4444, |_, primary, secondary| {
+        let info = CaptureInfo {
+            primary: Some(primary),
+            secondary: Some(secondary),
+            ..CaptureInfo::now("pcap", serde_json::Value::Null)
+        };
+        Ok(CaptureWriter::new(io::sink(), &info, Compression::None)?)
+    });
+    let read = packets::read(recording, |segment| importer.take(&segment));
+    match importer.finish(read.err()) {
+        Ok((totals, ..)) => usize::try_from(totals.connections).unwrap_or(usize::MAX),
+        Err(error) => {
+            assert!(!error.to_string().is_empty());
+            0
+        }
+    }
 }

@@ -4,9 +4,8 @@ use super::ImportError;
 use etherparse::{EtherType, LaxNetSlice, LaxSlicedPacket, TransportSlice};
 use pcap_parser::traits::PcapNGPacketBlock;
 use pcap_parser::{Block, Linktype, PcapBlockOwned, PcapError, create_reader};
-use std::fs::File;
+use std::io::Read;
 use std::net::{IpAddr, SocketAddr};
-use std::path::Path;
 use std::time::Duration;
 
 /// Bytes of the file that are held: enough for some packets, and at most for one of this length.
@@ -58,13 +57,9 @@ struct Interface {
 /// # Errors
 /// If the file cannot be read or is none of the two, and what `take` says.
 pub(super) fn read(
-    path: &Path,
+    file: impl Read + Send,
     mut take: impl FnMut(Segment<'_>) -> Result<(), ImportError>,
 ) -> Result<FileSummary, ImportError> {
-    let file = File::open(path).map_err(|source| ImportError::Open {
-        path: path.to_owned(),
-        source,
-    })?;
     let mut reader = create_reader(BUFFER_BYTES, file).map_err(|error| match error {
         PcapError::ReadError => ImportError::Damaged {
             offset: 0,

@@ -5,22 +5,23 @@ use super::packets::Segment;
 use super::reassembly::Reassembly;
 use crate::capture_file::{CaptureWriter, ConnectionId, Direction, EndKind, Event, Totals};
 use std::collections::HashMap;
+use std::io::Write;
 use std::net::SocketAddr;
 use std::time::Duration;
 
 /// Makes the capture once the first connection shows when the session began and which addresses it is between.
-pub(super) trait Create:
-    FnMut(Duration, String, String) -> Result<CaptureWriter, ImportError>
+pub(super) trait Create<W: Write>:
+    FnMut(Duration, String, String) -> Result<CaptureWriter<W>, ImportError>
 {
 }
 
-impl<F: FnMut(Duration, String, String) -> Result<CaptureWriter, ImportError>> Create for F {}
+impl<W: Write, F: FnMut(Duration, String, String) -> Result<CaptureWriter<W>, ImportError>> Create<W> for F {}
 
 /// Puts segments together to a capture.
-pub(super) struct Importer<C> {
+pub(super) struct Importer<C, W: Write> {
     port: u16,
     create: C,
-    output: Option<Output>,
+    output: Option<Output<W>>,
     /// The newest connection between two ends, by position in `connections`.
     by_ends: HashMap<(SocketAddr, SocketAddr), usize>,
     connections: Vec<Connection>,
@@ -28,8 +29,8 @@ pub(super) struct Importer<C> {
     begun_before: u64,
 }
 
-struct Output {
-    writer: CaptureWriter,
+struct Output<W: Write> {
+    writer: CaptureWriter<W>,
     zero: Duration,
     last: Duration,
 }
@@ -43,7 +44,7 @@ struct Connection {
     ended: [bool; 2],
 }
 
-impl Output {
+impl<W: Write> Output<W> {
     fn write(&mut self, at: Duration, event: Event<'_>) -> Result<(), ImportError> {
         // Several processors stamp packets, and not always in the order of the file.
         self.last = self.last.max(at.saturating_sub(self.zero));
@@ -51,7 +52,7 @@ impl Output {
     }
 }
 
-impl<C: Create> Importer<C> {
+impl<W: Write, C: Create<W>> Importer<C, W> {
     /// Takes connections to this port.
     pub(super) fn new(port: u16, create: C) -> Self {
         Self {
@@ -165,7 +166,7 @@ impl Connection {
         &mut self,
         segment: &Segment<'_>,
         direction: Direction,
-        output: &mut Output,
+        output: &mut Output<impl Write>,
     ) -> Result<(), ImportError> {
         let (this, other) = match direction {
             Direction::ToSecondary => (0, 1),

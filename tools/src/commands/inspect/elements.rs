@@ -1,6 +1,6 @@
 //! What is on the main channel, element by element, as the engine's own session reads it.
 
-use crate::streams::{Flow, Streams};
+use crate::streams::{Flow, Streams, ends_initial_state};
 use colo_ring::session::{Action, Session, SessionError, SessionLimits};
 use colo_ring::wire::colo::Message;
 use colo_ring::wire::ram::{BlockEntry, BlockRef, RamRecord};
@@ -29,11 +29,7 @@ pub(super) fn walk<E>(
     mut each: impl FnMut(Element) -> Result<(), E>,
 ) -> Result<Option<String>, E> {
     let flow = &streams.main.to_secondary;
-    let limits = SessionLimits {
-        channels: u8::try_from(streams.channels.len()).unwrap_or(u8::MAX),
-        // Nothing is allocated by it here.
-        ram_limit_bytes: u64::MAX,
-    };
+    let limits = SessionLimits::of_protocol(u8::try_from(streams.channels.len()).unwrap_or(u8::MAX));
     let mut walk = Walk {
         flow,
         session: Session::new(limits),
@@ -80,6 +76,12 @@ impl Walk<'_> {
             let is_request = matches!(action, Action::FinishFlush);
             let described = match &action {
                 Action::NeedMore => return Ok(Ok(())),
+                Action::LooksEnded(_) => {
+                    if ends_initial_state(&bytes[self.position..]) {
+                        self.session.silence();
+                    }
+                    None
+                }
                 Action::Commit(checkpoint) => {
                     Some((format!("device state of checkpoint {}", checkpoint.0), false))
                 }

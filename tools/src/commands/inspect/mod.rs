@@ -1,10 +1,11 @@
-//! `colo-ring inspect`: what is in a file: a capture, an interval log, a measured run or a receiver's report.
+//! `colo-ring inspect`: what is in a file: a capture, an interval log, a flight recorder, a measured run or a receiver's report.
 //!
 //! A file's kind follows from its first bytes. Damage is reported with its offset; a file that ends early is
 //! shown up to there.
 
 mod capture;
 mod elements;
+mod flight;
 mod log;
 mod report;
 
@@ -12,6 +13,7 @@ use crate::capture_file;
 use crate::comparison::Unit;
 use crate::output::CommandError;
 use clap::{Args, ValueEnum};
+use colo_ring::store::FlightLog;
 use serde::Serialize;
 use std::fs::File;
 use std::io::Read;
@@ -28,7 +30,7 @@ const SCHEMA_VERSION: u32 = 1;
 /// Options of `colo-ring inspect`.
 #[derive(Debug, Args)]
 pub struct InspectArgs {
-    /// A capture, an interval log (.hlog), a run (.run.json), or a receiver's report (.json)
+    /// A capture, an interval log (.hlog), a flight recorder, a run (.run.json), or a receiver's report (.json)
     #[arg(value_name = "FILE")]
     file: PathBuf,
 
@@ -59,7 +61,7 @@ pub struct InspectArgs {
 enum Kind {
     /// Connections of a capture.
     Connections,
-    /// Checkpoints of a capture or a run.
+    /// Checkpoints of a capture, a run or a flight recorder.
     Checkpoints,
     /// What is on the main channel of a capture: header, sections, messages, device states.
     Sections,
@@ -187,6 +189,8 @@ pub fn run(args: &InspectArgs) -> Result<ExitCode, CommandError> {
         .map_err(cannot)?;
     if start.trim_ascii_start().starts_with(b"{") {
         report::run(args)?;
+    } else if FlightLog::is_one(&start) {
+        flight::run(args)?;
     } else if start.first() == Some(&magic[0]) || args.file.extension().is_some_and(|name| name == "cap") {
         capture::run(args)?;
     } else {

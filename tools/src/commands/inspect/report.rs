@@ -62,6 +62,12 @@ fn show_report(args: &InspectArgs, report: &Report) -> Result<(), CommandError> 
             report.samples_dropped
         ));
     }
+    if report.intervals_lost > 0 {
+        text.push_str(&format!(
+            "{} intervals of a second are missing in the logs: they could not be written\n",
+            report.intervals_lost
+        ));
+    }
     for session in &report.sessions {
         text.push_str(&format!("\nsession {}\n{}", session.session, session.summary));
     }

@@ -1,22 +1,26 @@
 //! `colo-ring protect`: puts a running QEMU under the protection of a receiver, over QMP.
 
+mod call;
 mod disks;
 mod settings;
 
 use crate::commands::unprotect::status_of;
-use crate::guest_disks::{self, Mirrors};
+use crate::guest_disks::{self, MirrorError, Mirrors};
 use crate::net::Address;
 use crate::options::Size;
 use crate::output::{CommandError, ProgressLine, print, print_json, tell};
 use crate::page_compression::{CompressionArgs, CompressionArgsError, PageCompression};
-use crate::qmp::{Qmp, QmpError, socket_path};
+use crate::qmp::{Asked, CONNECT_LIMIT, Qmp, QmpError, socket_path};
 use crate::signals;
+use crate::tls::TlsArgs;
+use call::{Called, Calling};
 use clap::Args;
 use colo_ring::host::Machine;
+use colo_ring::receiver::GuestName;
 use disks::{Changes, DiskArgs, DiskPlan, DiskReport, give_up};
 use serde::Serialize;
 use serde_json::{Value, json};
-use settings::{Wanted, set_capabilities, stops_under_tcg};
+use settings::{Wanted, set_capabilities, set_credentials, stops_under_tcg};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::mpsc::{self, RecvTimeoutError};
@@ -25,8 +29,9 @@ use std::time::{Duration, Instant};
 /// How often the primary is asked how far it is.
 const POLL: Duration = Duration::from_millis(100);
 
-/// How long the monitor's socket may take to be there.
-const CONNECT_LIMIT: Duration = Duration::from_secs(2);
+/// How long an answer is waited for before it is looked at what is wished meanwhile, and how long QEMU may answer nothing.
+const ANSWER_LIMIT: Duration = Duration::from_millis(500);
+const SILENCE_LIMIT: Duration = Duration::from_secs(60);
 
 /// What is protected, by which receiver, and how: options of `colo-ring protect` and `colo-ring guard`.
 #[derive(Debug, Args)]
@@ -42,6 +47,9 @@ pub struct PrimaryArgs {
     /// multifd connections, as many as the receiver's --channels; 0 = without multifd
     #[arg(long, value_name = "N", default_value_t = 4)]
     channels: u8,
+
+    #[command(flatten)]
+    pub(crate) tls: TlsArgs,
 
     #[command(flatten)]
     compression: CompressionArgs,
@@ -69,6 +77,10 @@ pub struct ProtectArgs {
     #[arg(long, value_name = "MS", default_value_t = 300, value_parser = clap::value_parser!(u32).range(1..))]
     interval: u32,
 
+    /// What the receiver is to call the guest, unless its own --guest does [default: its UUID]
+    #[arg(long)]
+    name: Option<GuestName>,
+
     /// Give up watching after so many seconds; the migration goes on. 0 starts it only. The first copy of disks comes
     /// before, and is always waited for [default: no limit]
     #[arg(long, value_name = "SECONDS")]
@@ -93,6 +105,8 @@ struct ProtectReport<'a> {
     xbzrle: bool,
     interval_ms: u32,
     bandwidth_bytes_per_s: u64,
+    /// Whether the migration has TLS.
+    tls: bool,
     /// Capabilities that were changed.
     changed: &'a [String],
     /// QEMU's own word: `colo` once it is protected.
@@ -100,6 +114,9 @@ struct ProtectReport<'a> {
     ram_bytes: Option<u64>,
     transferred_bytes: Option<u64>,
     elapsed_ms: u64,
+    /// The session at the receiver, and what it calls the guest, where it has said so.
+    session: Option<u32>,
+    guest: Option<String>,
     #[serde(flatten)]
     disks: DiskReport,
     machine: Machine,
@@ -146,24 +163,39 @@ pub fn run(args: &ProtectArgs) -> Result<ExitCode, CommandError> {
     };
     // Before QEMU is asked for anything.
     beginning.check_modes()?;
+    if args.name.is_some() && args.wait == Some(0) {
+        return Err(CommandError::Usage(
+            "--name needs a --wait: the guest is named when it is protected".to_owned(),
+        ));
+    }
     let (wish, wished) = mpsc::channel();
     signals::on_end(move || {
         // Without a receiver the watching is over.
         let _ = wish.send(());
     })?;
     let mut qmp = Qmp::connect(&args.primary.qmp, CONNECT_LIMIT).map_err(CommandError::failed)?;
+    let calling = match args.wait {
+        Some(0) => None,
+        _ => {
+            let uuid = qmp.guest_uuid().map_err(CommandError::failed)?;
+            let primary = &args.primary;
+            Calling::begin((&primary.to, &primary.tls), args.name.as_ref(), uuid)
+        }
+    };
     let begun = beginning.begin(&mut qmp, &wished)?;
-    let report = begun.report(args, &qmp);
+    let called = calling.and_then(Calling::end);
+    let report = begun.report(args, &qmp, called.as_ref());
     if args.json {
         print_json(&report)?;
     } else {
         print(&report.text(&beginning))?;
+        print(&called.as_ref().map(Called::line).unwrap_or_default())?;
     }
     Ok(ExitCode::SUCCESS)
 }
 
 impl Begun {
-    fn report<'a>(&'a self, args: &'a ProtectArgs, qmp: &Qmp) -> ProtectReport<'a> {
+    fn report<'a>(&'a self, args: &'a ProtectArgs, qmp: &Qmp, called: Option<&Called>) -> ProtectReport<'a> {
         let primary = &args.primary;
         ProtectReport {
             schema: "colo-ring.protect",
@@ -176,11 +208,14 @@ impl Begun {
             xbzrle: args.xbzrle,
             interval_ms: args.interval,
             bandwidth_bytes_per_s: primary.bandwidth.0,
+            tls: primary.tls.tls.is_some(),
             changed: &self.changed,
             status: status_of(&self.state).to_owned(),
             ram_bytes: self.state["ram"]["total"].as_u64(),
             transferred_bytes: self.state["ram"]["transferred"].as_u64(),
             elapsed_ms: u64::try_from(self.elapsed.as_millis()).unwrap_or(u64::MAX),
+            session: called.map(|called| called.session),
+            guest: called.and_then(|called| called.name.clone()),
             disks: self.plan.report(&primary.disks, self.changes, self.copying),
             machine: Machine::read(),
         }
@@ -253,6 +288,7 @@ impl Beginning<'_> {
         news.for_each(|change| tell(&format!("switched on the primary: {change}")));
         self.set_parameters(qmp, compression)
             .map_err(CommandError::failed)?;
+        set_credentials(qmp, &self.primary.tls, &self.primary.to)?;
         Ok(changed)
     }
 
@@ -375,26 +411,33 @@ impl Beginning<'_> {
         wished: &mpsc::Receiver<()>,
     ) -> Result<Value, CommandError> {
         let began = Instant::now();
-        let (to, limit) = (&self.primary.to, self.wait);
+        let limit = self.wait;
         let mut line = ProgressLine::new(self.shows);
+        let (mut state, mut answered) = (json!({}), began);
+        // In the last pass QEMU may answer nothing, and for ever if its receiver is lost: what is wished must end that.
+        // It is asked one question at a time: what it has not answered would keep it from reading that its connections are to be cut.
+        let mut unanswered: Option<Asked> = None;
         loop {
-            let state = qmp
-                .execute("query-migrate", &json!({}))
-                .map_err(CommandError::failed)?;
-            if let Some(exit) = qmp.events().iter().find(|event| event.name == "COLO_EXIT") {
-                let reason = exit.data["reason"].as_str().unwrap_or("unknown").to_owned();
-                return Err(left(qmp, &format!("it left COLO again ({reason})"), to));
-            }
-            check_mirrors(qmp, mirrors, status_of(&state))?;
-            match status_of(&state) {
-                "colo" if runs(qmp)? => return Ok(state),
-                "failed" | "cancelled" | "completed" => {
-                    let reason = state["error-desc"].as_str().unwrap_or("QEMU does not say why");
-                    let what = format!("the migration {}: {reason}", status_of(&state));
-                    return Err(left(qmp, &what, to));
+            let mut question = match unanswered.take() {
+                Some(question) => question,
+                None => qmp
+                    .ask("query-migrate", &json!({}))
+                    .map_err(CommandError::failed)?,
+            };
+            match question.wait(ANSWER_LIMIT).map_err(CommandError::failed)? {
+                Some(now) => {
+                    (state, answered) = (now, Instant::now());
+                    if self.is_done(qmp, mirrors, &state)? {
+                        return Ok(state);
+                    }
+                    line.show(&progress(&state));
                 }
-                _ if limit == Some(Duration::ZERO) => return Ok(state),
-                _ => line.show(&progress(&state)),
+                None if answered.elapsed() < SILENCE_LIMIT => unanswered = Some(question),
+                None => {
+                    return Err(CommandError::Failed(format!(
+                        "QEMU has answered nothing for {SILENCE_LIMIT:?}"
+                    )));
+                }
             }
             let stopped = match wished.recv_timeout(POLL) {
                 Ok(()) => "interrupted",
@@ -410,16 +453,47 @@ impl Beginning<'_> {
                 "{stopped}: the migration goes on, in state {}; the guest {}. QMP `query-migrate` shows how far it is, \
              `migrate_cancel` ends it and lets the guest run on",
                 progress(&state),
-                guest_state(qmp)
+                guest_state(&mut qmp.within(ANSWER_LIMIT))
             )));
         }
+    }
+
+    /// Whether the guest is protected, or that is not waited for.
+    ///
+    /// # Errors
+    /// If it has failed.
+    fn is_done(&self, qmp: &mut Qmp, mirrors: &Mirrors, state: &Value) -> Result<bool, CommandError> {
+        let to = &self.primary.to;
+        if let Some(exit) = qmp.events().iter().find(|event| event.name == "COLO_EXIT") {
+            let reason = exit.data["reason"].as_str().unwrap_or("unknown").to_owned();
+            return Err(left(qmp, &format!("it left COLO again ({reason})"), to));
+        }
+        check_mirrors(qmp, mirrors, status_of(state))?;
+        match status_of(state) {
+            "colo" => match runs(&mut qmp.within(ANSWER_LIMIT)) {
+                Ok(true) => return Ok(true),
+                // In a checkpoint: it is looked at again.
+                Ok(false) | Err(QmpError::Timeout { .. }) => {}
+                Err(error) => return Err(CommandError::failed(error)),
+            },
+            "failed" | "cancelled" | "completed" => {
+                let reason = state["error-desc"].as_str().unwrap_or("QEMU does not say why");
+                let what = format!("the migration {}: {reason}", status_of(state));
+                return Err(left(qmp, &what, to));
+            }
+            _ => {}
+        }
+        Ok(self.wait == Some(Duration::ZERO))
     }
 }
 
 /// Memory without its disks is no protection: if a mirror has ended, so does the migration.
 fn check_mirrors(qmp: &mut Qmp, mirrors: &Mirrors, status: &str) -> Result<(), CommandError> {
-    let Err(lost) = (!mirrors.is_empty()).then(|| mirrors.state(qmp)).transpose() else {
-        return Ok(());
+    let mut quick = qmp.within(ANSWER_LIMIT);
+    let looked = (!mirrors.is_empty()).then(|| mirrors.state(&mut quick));
+    let lost = match looked.transpose() {
+        Ok(_) | Err(MirrorError::Qmp(QmpError::Timeout { .. })) => return Ok(()),
+        Err(lost) => lost,
     };
     let end = match status {
         "colo" => "x-colo-lost-heartbeat",
@@ -432,10 +506,8 @@ fn check_mirrors(qmp: &mut Qmp, mirrors: &Mirrors, status: &str) -> Result<(), C
     Err(CommandError::Failed(format!("{lost}{ended}; {}", give_up(qmp))))
 }
 
-fn runs(qmp: &mut Qmp) -> Result<bool, CommandError> {
-    let status = qmp
-        .execute("query-status", &json!({}))
-        .map_err(CommandError::failed)?;
+fn runs(qmp: &mut Qmp) -> Result<bool, QmpError> {
+    let status = qmp.execute("query-status", &json!({}))?;
     Ok(status["status"] == "running")
 }
 
@@ -450,11 +522,7 @@ fn guest_state(qmp: &mut Qmp) -> String {
 
 /// The migration is over without protection: why, and how the primary is left.
 fn left(qmp: &mut Qmp, what: &str, to: &Address) -> CommandError {
-    let hint = if what.contains("Connection refused") || what.contains("No such file") {
-        format!("is a receiver listening on {to}?")
-    } else {
-        format!("the receiver at {to} has printed the reason where it runs.")
-    };
+    let hint = reach_hint(what, to);
     let then = match guest_state(qmp).as_str() {
         "runs" => "the guest runs on, unprotected".to_owned(),
         "stopped (colo)" => "the guest is stopped: `x-colo-lost-heartbeat` lets it continue".to_owned(),
@@ -469,6 +537,26 @@ fn left(qmp: &mut Qmp, what: &str, to: &Address) -> CommandError {
         Err(error) => format!("; the mirrors of its disks cannot be removed: {error}"),
     };
     CommandError::Failed(format!("{what}; {hint} On the primary {then}{mirrors}"))
+}
+
+/// What to look at where the primary did not reach the receiver, or was closed by it. Only that one has a log with the reason.
+fn reach_hint(what: &str, to: &Address) -> String {
+    let says = |parts: &[&str]| parts.iter().any(|part| what.contains(part));
+    if says(&[
+        "not known",
+        "name resolution",
+        "No address associated",
+        "address resolution",
+    ]) {
+        return format!("the name in {to} is not known on the primary's host.");
+    }
+    if says(&["Connection refused", "No such file"]) {
+        return format!("is a receiver listening on {to}?");
+    }
+    if says(&["timed out", "No route", "unreachable", "Permission denied"]) {
+        return format!("the primary does not reach {to}.");
+    }
+    format!("the receiver at {to} has printed the reason where it runs.")
 }
 
 fn progress(state: &Value) -> String {

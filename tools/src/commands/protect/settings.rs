@@ -1,7 +1,9 @@
 //! What a primary must be set to for COLO (spec §22), and what that changes.
 
+use crate::net::Address;
 use crate::output::CommandError;
 use crate::qmp::{Qmp, QmpError, Version};
+use crate::tls::TlsArgs;
 use serde_json::{Value, json};
 
 /// Capabilities that make another protocol of it, or hold it up: the receiver refuses a primary that has one.
@@ -152,6 +154,47 @@ pub(super) fn set_capabilities(qmp: &mut Qmp, wanted: Wanted) -> Result<Vec<Stri
         }
     }
     unreachable!("the last attempt returns")
+}
+
+/// The object that a primary's credentials are.
+const CREDENTIALS: &str = "colo-ring-tls";
+
+/// Gives the primary the credentials of `--tls`, read anew, and has its migration use them. Without `--tls` it keeps what it has.
+///
+/// # Errors
+/// If they cannot be used, by this command or by QEMU.
+pub(super) fn set_credentials(qmp: &mut Qmp, tls: &TlsArgs, to: &Address) -> Result<(), CommandError> {
+    let Some(directory) = &tls.tls else {
+        return Ok(());
+    };
+    let name = tls.name(to).map_err(CommandError::failed)?;
+    // As QEMU finds it, whose own directory is another.
+    let directory = directory
+        .canonicalize()
+        .map_err(|error| CommandError::Failed(format!("--tls {}: {error}", directory.display())))?;
+    let old = json!({"id": CREDENTIALS});
+    match qmp.execute("object-del", &old) {
+        Ok(_) => {}
+        // There is none, or not one that can be removed: then adding another fails, with the reason.
+        Err(error) if error.refusal().is_some() => {}
+        Err(error) => return Err(CommandError::failed(error)),
+    }
+    let object = json!({
+        "qom-type": "tls-creds-x509",
+        "id": CREDENTIALS,
+        "dir": directory,
+        "endpoint": "client",
+        "verify-peer": true,
+    });
+    qmp.execute("object-add", &object).map_err(|error| {
+        CommandError::Failed(format!(
+            "QEMU cannot use the certificates in {}, which it reads itself: {error}",
+            directory.display()
+        ))
+    })?;
+    let parameters = json!({"tls-creds": CREDENTIALS, "tls-hostname": name});
+    let set = qmp.execute("migrate-set-parameters", &parameters);
+    set.map(drop).map_err(CommandError::failed)
 }
 
 #[cfg(test)]

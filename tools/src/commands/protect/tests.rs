@@ -10,6 +10,7 @@ fn args(path: &SocketPath) -> PrimaryArgs {
         qmp: path.0.clone(),
         to: "tcp:192.0.2.2:4444".parse().unwrap(),
         channels: 4,
+        tls: TlsArgs::default(),
         compression: CompressionArgs::default(),
         bandwidth: Size(10 << 30),
         disks: DiskArgs::default(),
@@ -260,4 +261,30 @@ fn a_monitor_is_a_path() {
     assert_eq!(socket_path("unix:/run/q"), Ok(PathBuf::from("/run/q")));
     assert_eq!(socket_path("/run/q"), Ok(PathBuf::from("/run/q")));
     assert!(socket_path("unix:").is_err() && socket_path("tcp:h:1").is_err());
+}
+
+/// QEMU reads nothing after a few commands that it has not answered, not even one out of band.
+#[test]
+fn a_qemu_that_hangs_is_asked_once() {
+    let (release, hangs) = mpsc::channel::<()>();
+    let (seen, sees) = mpsc::channel();
+    let respond: Responder = Box::new(move |command, _| {
+        seen.send(command.to_owned()).unwrap();
+        if command == "query-migrate" {
+            hangs.recv().unwrap();
+        }
+        Ok(json!({}))
+    });
+    let path = monitor((11, 1, 3), respond);
+    let (wish, wished) = mpsc::channel();
+    std::thread::spawn(move || {
+        std::thread::sleep(4 * ANSWER_LIMIT);
+        wish.send(()).unwrap();
+    });
+    let error = watch(&path, None, &wished).unwrap_err().to_string();
+    assert!(error.starts_with("interrupted"), "{error}");
+    release.send(()).unwrap();
+    // Up to the end of the monitor, whose client is gone.
+    let seen: Vec<String> = sees.iter().collect();
+    assert_eq!(seen, ["query-migrate", "query-status"]);
 }

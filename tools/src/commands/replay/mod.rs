@@ -14,6 +14,7 @@ use crate::output::{CommandError, ProgressLine, print, print_json, tell};
 use crate::run_file::{RunNameError, check_name};
 use crate::signals;
 use crate::streams::Streams;
+use crate::tls::{Front, TlsArgs};
 use clap::{Args, ValueEnum};
 use colo_ring::host::{allowed_cores, pin};
 use player::PlayOptions;
@@ -39,6 +40,9 @@ pub struct ReplayArgs {
     #[arg(long, value_name = "ADDRESS", required_unless_present = "sink")]
     #[serde(serialize_with = "as_text")]
     to: Option<Address>,
+
+    #[command(flatten)]
+    tls: TlsArgs,
 
     /// Start a sink and play against it: the floor of the transport, below which no secondary can get
     #[arg(long, conflicts_with_all = ["to", "pid"])]
@@ -187,12 +191,18 @@ pub fn run(args: &ReplayArgs) -> Result<ExitCode, CommandError> {
     let (threads, cores) = sender_cores(args, streams.channels.len())?;
     let address = sink.as_ref().map(SinkProcess::address).or(args.to.as_ref());
     let address = address.ok_or_else(|| CommandError::Usage("give --to or --sink".to_owned()))?;
+    if args.sink && args.tls.tls.is_some() {
+        return Err(CommandError::Usage(
+            "a sink has no TLS: give --to instead of --sink".to_owned(),
+        ));
+    }
+    let front = args.tls.front(address).map_err(CommandError::failed)?;
     let pid = sink.as_ref().map(SinkProcess::pid).or(args.pid);
     let mut sessions = Sessions {
         streams: &streams,
         again: again.as_ref(),
         options: PlayOptions {
-            address: address.clone(),
+            address: front.as_ref().map_or(address, Front::address).clone(),
             threads,
             cores,
             no_stalls: args.no_stalls,

@@ -2,6 +2,7 @@
 
 use super::ReplayArgs;
 use super::session::Measured;
+use crate::comparison::MeasuredPhase;
 use crate::output::table;
 use crate::run_file::{Checkpoint, Clock, RunFile, SecondaryUse};
 use crate::streams::Streams;
@@ -121,7 +122,7 @@ fn checkpoints(streams: &Streams, measured: &Measured) -> Vec<Checkpoint> {
     let one = |measured: &super::session::MeasuredCheckpoint| {
         let (played, timing) = (&streams.checkpoints[measured.timing.checkpoint], &measured.timing);
         let phases = [
-            ("reply", timing.reply),
+            ("replied", timing.reply),
             ("received", timing.received),
             ("loaded", timing.loaded),
         ];
@@ -197,19 +198,15 @@ impl CaptureSummary {
 
 impl PhaseFigures {
     fn of(run: &RunFile, phase: &str) -> Self {
-        let histogram = run.histogram(phase);
-        let values = run
-            .checkpoints
-            .iter()
-            .filter_map(|checkpoint| checkpoint.phases_ns.get(phase));
-        let sum: u128 = values.map(|value| u128::from(*value)).sum();
+        let measured = MeasuredPhase::of(run, phase);
         Self {
-            count: histogram.len(),
-            mean_ns: u64::try_from(sum / u128::from(histogram.len().max(1))).unwrap_or(u64::MAX),
-            p50_ns: histogram.value_at_quantile(0.5),
-            p90_ns: histogram.value_at_quantile(0.9),
-            p99_ns: histogram.value_at_quantile(0.99),
-            max_ns: histogram.max(),
+            count: measured.count,
+            // A mean of values of 64 bits is one itself.
+            mean_ns: format!("{:.0}", measured.mean_ns).parse().unwrap_or(u64::MAX),
+            p50_ns: measured.p50_ns,
+            p90_ns: measured.p90_ns,
+            p99_ns: measured.p99_ns,
+            max_ns: measured.max_ns,
         }
     }
 }
@@ -262,12 +259,12 @@ impl fmt::Display for Report {
         };
         let rows: Vec<_> = [head]
             .into_iter()
-            .chain(["reply", "received", "loaded"].iter().filter_map(row))
+            .chain(["replied", "received", "loaded"].iter().filter_map(row))
             .collect();
         write!(f, "{}", table(&rows))?;
         writeln!(
             f,
-            "\nreply: REQUEST to REPLY. received, loaded: SEND to RECEIVED and to LOADED."
+            "\nreplied: REQUEST to REPLY. received, loaded: SEND to RECEIVED and to LOADED."
         )?;
         if let Some(used) = &self.secondary {
             writeln!(

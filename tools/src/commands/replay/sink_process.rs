@@ -2,9 +2,10 @@
 
 use crate::net::Address;
 use crate::output::CommandError;
+use crate::own_program;
 use std::io::{BufRead, BufReader, Read};
 use std::os::unix::process::CommandExt;
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, Stdio};
 
 /// A running `colo-ring sink`, ended when dropped.
 pub(super) struct SinkProcess {
@@ -15,9 +16,7 @@ pub(super) struct SinkProcess {
 impl SinkProcess {
     /// Starts it for this many sessions and waits until it listens.
     pub fn start(channels: usize, sessions: u32) -> Result<Self, CommandError> {
-        let program = std::env::current_exe()
-            .map_err(|error| CommandError::failed(format!("cannot start a sink: {error}")))?;
-        let mut child = Command::new(program)
+        let mut child = own_program::command()
             .args(["sink", "--listen", "tcp:127.0.0.1:0"])
             .args([
                 "--channels",

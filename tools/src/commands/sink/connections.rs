@@ -1,19 +1,18 @@
 //! Accepting the connections of one session.
 
 use crate::net::Socket;
-use colo_ring::net::{Clients, bind_unix};
+use colo_ring::net::{BoundSocket, Clients, bind_unix};
 use colo_ring::receiver::ListenAddress;
 use colo_ring::wire::stream::MAIN_MAGIC;
 use nix::sys::socket::{MsgFlags, recv};
 use std::io;
 use std::net::TcpListener;
 use std::os::fd::{AsFd, AsRawFd};
-use std::os::unix::net::UnixListener;
 
 /// A listening socket.
 pub(super) enum Listener {
     Tcp(TcpListener),
-    Unix(UnixListener, ListenAddress),
+    Unix(BoundSocket, ListenAddress),
 }
 
 /// All connections of a session, in non-blocking mode.

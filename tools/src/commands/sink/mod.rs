@@ -58,6 +58,25 @@ struct SinkReport<'a> {
     bytes: u64,
 }
 
+/// Serves sessions on a thread of this process until that ends, as without options, on a free port of this host.
+///
+/// # Errors
+/// If it cannot listen.
+pub(crate) fn serve_in_background(channels: u8) -> std::io::Result<ListenAddress> {
+    let listener = Listener::bind(&ListenAddress::Tcp(([127, 0, 0, 1], 0).into()))?;
+    let address = listener.address()?;
+    let serve = move || {
+        // A session that fails fails at its primary, too, which says so.
+        while let Ok(connections) = listener.accept_session(channels) {
+            let _ = serve::session(connections, &[]);
+        }
+    };
+    std::thread::Builder::new()
+        .name("colo-sink".into())
+        .spawn(serve)?;
+    Ok(address)
+}
+
 /// Serves one session after the other.
 ///
 /// # Errors

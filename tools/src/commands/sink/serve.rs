@@ -10,7 +10,7 @@ use colo_ring::wire::multifd::{HEADER_LEN, INIT_LEN, PacketHeader};
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::eventfd::{EfdFlags, EventFd};
-use std::io::{self, IoSlice};
+use std::io::{self, IoSlice, Read};
 use std::os::fd::AsFd;
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -236,17 +236,15 @@ struct MainChannel {
     /// Markers read. The session waits at the last one until all channels have reached as many SYNCs.
     markers: u64,
     outbound: Vec<u8>,
+    /// What has arrived looks like the end of the initial device state.
+    looks_ended: bool,
     checkpoints: u64,
     bytes: u64,
 }
 
 impl MainChannel {
     fn new(socket: Socket, channels: usize) -> Self {
-        let limits = SessionLimits {
-            channels: u8::try_from(channels).unwrap_or(u8::MAX),
-            // No guest memory is allocated here.
-            ram_limit_bytes: u64::MAX,
-        };
+        let limits = SessionLimits::of_protocol(u8::try_from(channels).unwrap_or(u8::MAX));
         Self {
             socket,
             session: Session::new(limits),
@@ -254,6 +252,7 @@ impl MainChannel {
             filled: 0,
             markers: 0,
             outbound: Vec::with_capacity(Outbound::LEN_MAX),
+            looks_ended: false,
             checkpoints: 0,
             bytes: 0,
         }
@@ -280,6 +279,8 @@ impl MainChannel {
             let count = read_some(&mut self.socket, &mut self.buffer[self.filled..])?;
             self.socket.quick_ack();
             match count {
+                // Its figures are of what a primary sends; nothing is kept, and no guest could gain anything.
+                None if std::mem::take(&mut self.looks_ended) => self.session.silence(),
                 None => return Ok(false),
                 Some(0) => return Ok(true),
                 Some(count) => self.filled += count,
@@ -296,8 +297,9 @@ impl MainChannel {
                 .step(&self.buffer[begin..self.filled])
                 .map_err(io::Error::other)?;
             begin += consumed;
+            self.looks_ended = matches!(action, Action::LooksEnded(_));
             match action {
-                Action::NeedMore => break,
+                Action::NeedMore | Action::LooksEnded(_) => break,
                 Action::Marker => self.markers += u64::from(!shared.syncs.is_empty()),
                 Action::Commit(_) => self.session.committed(),
                 Action::FinishFlush => self.session.flush_finished(),

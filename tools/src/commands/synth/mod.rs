@@ -13,6 +13,7 @@ use crate::primary::{
 };
 use crate::run_file::{Clock, RunFile, RunNameError, check_name};
 use crate::signals;
+use crate::tls::{Front, TlsArgs};
 use clap::{ArgGroup, Args, ValueEnum};
 use colo_ring::host::Machine;
 use colo_ring::metrics::display_nanoseconds;
@@ -38,6 +39,9 @@ pub struct SynthArgs {
         conflicts_with = "out"
     )]
     to: Option<Address>,
+
+    #[command(flatten)]
+    tls: TlsArgs,
 
     /// Write a capture instead: no secondary is needed, the answers of one are recorded with the schedule's times
     #[arg(long, value_name = "FILE", conflicts_with = "run")]
@@ -192,6 +196,9 @@ pub fn run(args: &SynthArgs) -> Result<ExitCode, CommandError> {
     };
     match (&args.to, &args.out) {
         (Some(address), _) => command.live(address),
+        (None, Some(_)) if args.tls.tls.is_some() => Err(CommandError::Usage(
+            "--tls is for a secondary: give --to instead of --out".to_owned(),
+        )),
         (None, Some(path)) => command.capture(path),
         (None, None) => Err(CommandError::Usage("one of --to and --out is needed".to_owned())),
     }
@@ -258,7 +265,9 @@ struct Command<'a> {
 impl Command<'_> {
     fn live(self, address: &Address) -> Result<ExitCode, CommandError> {
         let started = SystemTime::now();
-        let mut primary = SynthPrimary::connect(address, &self.options).map_err(CommandError::failed)?;
+        let front = self.args.tls.front(address).map_err(CommandError::failed)?;
+        let to = front.as_ref().map_or(address, Front::address);
+        let mut primary = SynthPrimary::connect(to, &self.options).map_err(CommandError::failed)?;
         let name = self.args.name.clone().unwrap_or_else(|| address.to_string());
         let mut run = RunFile::new(&name, "synth", self.echo()?, Clock::Primary, started);
         run.compression = Some(match self.options.xbzrle {

@@ -12,7 +12,7 @@ use colo_ring::wire::multifd::{HEADER_LEN, INIT_LEN, Init, PacketHeader, PageLis
 use colo_ring::wire::ram::{BlockEntry, BlockList, BlockRef, RamRecord};
 use colo_ring::wire::return_path::RpMessage;
 use colo_ring::wire::stream::{Command, SECTION_FULL, Section, StreamHeader, parse_footer};
-use colo_ring::wire::vmdesc::EndFinder;
+use colo_ring::wire::vmdesc::{EndFinder, Evidence};
 use colo_ring::wire::xbzrle;
 use std::io::{Read, Write};
 use std::os::unix::net::{UnixListener, UnixStream};
@@ -236,7 +236,7 @@ impl MainSide {
     }
 
     fn block_list(&mut self, total: u64) {
-        let mut list = BlockList::new(total, 1 << 30).unwrap();
+        let mut list = BlockList::new(total).unwrap();
         let table = loop {
             let entry = |input: &[u8]| {
                 let entry = BlockEntry::parse(input)?;
@@ -316,8 +316,9 @@ impl MainSide {
         let mut finder = EndFinder::default();
         let mut chunk = std::mem::take(&mut self.input.bytes);
         let found = loop {
-            if let Some(found) = finder.push(&chunk).unwrap() {
-                break found;
+            if let Some(evidence) = finder.push(&chunk).unwrap() {
+                assert_eq!(evidence, Evidence::Described);
+                break finder.finish().unwrap().expect("it looks ended");
             }
             self.input.more().expect("the end of the state");
             chunk = std::mem::take(&mut self.input.bytes);

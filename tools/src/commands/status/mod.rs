@@ -1,14 +1,19 @@
 //! `colo-ring status`: the state of a running receiver and its sessions.
 
+mod events;
+mod watch;
+
 use crate::control::ask;
-use crate::options::{ControlAddress, Size};
-use crate::output::{CommandError, mebibytes, print, print_json, printable, table};
+use crate::options::ControlAddress;
+use crate::output::{CommandError, print, print_json, printable, table};
 use crate::session_text::end;
+use crate::tls::date;
 use clap::Args;
 use colo_ring::metrics::{Phase, display_nanoseconds};
 use colo_ring::receiver::{
     DiskState, DiskStatus, Request, SessionState, SessionStatus, StatusReport, UnboundDisk,
 };
+use colo_ring::text::{duration, mebibytes, seconds};
 use std::process::ExitCode;
 
 /// Options of `colo-ring status`.
@@ -19,8 +24,16 @@ pub struct StatusArgs {
     control: ControlAddress,
 
     /// Print the whole status as JSON (schema colo-ring.status, version 1)
-    #[arg(long)]
+    #[arg(long, conflicts_with_all = ["watch", "events"])]
     json: bool,
+
+    /// Show the sessions and their pauses of the last minutes again every second, until the receiver ends
+    #[arg(long, conflicts_with = "events")]
+    watch: bool,
+
+    /// Print a line of JSON for each session, and for each change of one from then on
+    #[arg(long)]
+    events: bool,
 }
 
 /// Prints the state of a receiver and its sessions.
@@ -28,6 +41,12 @@ pub struct StatusArgs {
 /// # Errors
 /// If the receiver does not answer.
 pub fn run(args: &StatusArgs) -> Result<ExitCode, CommandError> {
+    if args.watch {
+        return watch::run(&args.control);
+    }
+    if args.events {
+        return events::run(&args.control);
+    }
     let status: StatusReport = ask(&args.control, &Request::Status)?;
     if args.json {
         print_json(&status)?;
@@ -44,66 +63,98 @@ fn render(status: &StatusReport) -> String {
         .map(|ring| format!(" ({ring})"))
         .unwrap_or_default();
     let mut text = format!(
-        "listening on {}\n{}{ring} on {}; up {} s, guest RAM {:.0} MiB of at most {}\n\n",
+        "listening on {}\n{}{ring}\non {}\nup {}, guests' memory {} of at most {}\n\n",
         status.listen.join(", "),
         status.backend,
         status.placement,
-        status.uptime_ms / 1000,
+        duration(status.uptime_ms / 1000),
         mebibytes(status.ram_held_bytes),
-        Size(status.ram_limit_bytes),
+        mebibytes(status.ram_limit_bytes),
     );
+    if let Some(tls) = &status.tls {
+        text.truncate(text.trim_end().len());
+        text.push_str(&format!(
+            "\nTLS as {}, until {}{}\n\n",
+            tls.validity.subject,
+            date(tls.validity.expires_unix_s),
+            if tls.verifies_peer {
+                ""
+            } else {
+                "; primaries need no certificate"
+            }
+        ));
+    }
     if status.sessions.is_empty() {
         text.push_str("no session\n");
         text.push_str(&unbound_disks(status));
         return text;
     }
-    let head = [
-        "session",
-        "state",
-        "checkpoint",
-        "age",
-        "RAM",
-        "pause p50",
-        "p99",
-        "machine",
-        "peer",
-    ];
+    let head = ["session", "guest", "state", "ckpt", "age", "pause p50", "p99"];
     let mut rows = vec![head.map(str::to_owned).to_vec()];
     rows.extend(status.sessions.iter().map(session_row));
     text.push_str(&table(&rows));
+    text.push('\n');
     for session in &status.sessions {
+        text.push_str(&whence(session));
         if matches!(session.state, SessionState::Ended | SessionState::Recovered) {
             let state = state(session);
             text.push_str(&format!(
                 "session {} {state}: {}\n",
-                session.session,
+                session.title(),
                 end(session)
             ));
         }
         let largest = session.blocks.iter().max_by_key(|block| block.used_length);
         if let Some((block, file)) = largest.and_then(|block| Some((block, block.file.as_ref()?))) {
-            let (number, name) = (session.session, printable(&block.name));
+            let (title, name) = (session.title(), printable(&block.name));
             text.push_str(&format!(
-                "session {number}: ram block {name} is {}\n",
+                "session {title}: ram block {name} is {}\n",
                 file.display()
             ));
         }
         if let Some(ms) = session.stalled_ms {
-            let (number, seconds) = (session.session, ms / 1000);
+            let (title, time) = (session.title(), seconds(ms));
             text.push_str(&format!(
-                "session {number} is stalled: nothing has come for {seconds} s\n"
+                "session {title} is stalled: nothing has come for {time}\n"
             ));
         }
         text.push_str(&guard(session));
         if let Some(promotion) = &session.promotion {
-            text.push_str(&format!("session {}: {promotion}\n", session.session));
+            text.push_str(&format!("session {}: {promotion}\n", session.title()));
         }
         for fallback in &session.fallbacks {
-            text.push_str(&format!("session {}: {fallback}\n", session.session));
+            text.push_str(&format!("session {}: {fallback}\n", session.title()));
         }
+    }
+    if status.intervals_lost > 0 {
+        text.push_str(&format!(
+            "{} intervals of a second are missing in the logs of --hist: they could not be written\n",
+            status.intervals_lost
+        ));
     }
     text.push_str(&session_disks(status));
     text.push_str(&unbound_disks(status));
+    text
+}
+
+/// Lines that say who a session's guest is and where it comes from, of at most 80 columns as a rule.
+fn whence(session: &SessionStatus) -> String {
+    let known = [
+        session.uuid.clone().map(|uuid| format!("UUID {uuid}")),
+        session.machine.as_deref().map(printable),
+        session.ram_bytes.map(mebibytes),
+    ];
+    let known: Vec<_> = known.into_iter().flatten().collect();
+    let mut text = match known.is_empty() {
+        true => String::new(),
+        false => format!("session {}: {}\n", session.session, known.join(", ")),
+    };
+    let from = format!("session {}: from {}", session.session, session.peer);
+    text.push_str(&match &session.listener {
+        // Of a UNIX socket it is in the peer's name.
+        Some(listener) if !session.peer.starts_with(listener.as_str()) => format!("{from} to {listener}\n"),
+        _ => format!("{from}\n"),
+    });
     text
 }
 
@@ -119,7 +170,7 @@ fn guard(session: &SessionStatus) -> String {
     };
     format!(
         "session {}: guarded as {}; {link}\n",
-        session.session,
+        session.title(),
         printable(&guard.name)
     )
 }
@@ -141,10 +192,10 @@ fn session_disks(status: &StatusReport) -> String {
             vec![
                 shortened(&disk.name),
                 session.session.to_string(),
-                whole_mebibytes(disk.size_bytes),
+                mebibytes(disk.size_bytes),
                 state.to_owned(),
-                whole_mebibytes(disk.log_bytes),
-                whole_mebibytes(disk.lag_bytes),
+                mebibytes(disk.log_bytes),
+                mebibytes(disk.lag_bytes),
                 disk.lag_epochs.to_string(),
             ]
         };
@@ -163,8 +214,8 @@ fn unbound_disks(status: &StatusReport) -> String {
             "disk {}: first copy from {}, {} of {} written\n",
             disk.name,
             disk.from,
-            whole_mebibytes(disk.written_bytes),
-            whole_mebibytes(disk.size_bytes)
+            mebibytes(disk.written_bytes),
+            mebibytes(disk.size_bytes)
         )
     };
     status.disks.iter().map(line).collect()
@@ -172,25 +223,26 @@ fn unbound_disks(status: &StatusReport) -> String {
 
 /// A name that leaves room for the rest of its line.
 fn shortened(name: &str) -> String {
-    const MAX: usize = 22;
+    const MAX: usize = 20;
     match name.char_indices().nth(MAX) {
         None => name.to_owned(),
         Some(_) => name.chars().take(MAX - 1).chain(['…']).collect(),
     }
 }
 
-/// MiB, rounded up: a little is not nothing.
-fn whole_mebibytes(bytes: u64) -> String {
-    format!("{} MiB", bytes.div_ceil(1 << 20))
+/// The state as people look for it: a session that makes no progress is stalled, whatever else it is.
+fn state(session: &SessionStatus) -> &'static str {
+    match session.stalled_ms {
+        Some(_) => "stalled",
+        None => session.state.name(),
+    }
 }
 
-fn state(session: &SessionStatus) -> &'static str {
-    match session.state {
-        SessionState::Precopy => "precopy",
-        SessionState::Protected => "protected",
-        SessionState::Ended => "ended",
-        SessionState::Promoted => "promoted",
-        SessionState::Recovered => "recovered",
+/// A guest's name in a column: of one that has only a UUID, its beginning.
+fn guest(session: &SessionStatus) -> String {
+    match &session.guest {
+        None => "-".to_owned(),
+        Some(name) => shortened(name),
     }
 }
 
@@ -200,22 +252,12 @@ fn session_row(session: &SessionStatus) -> Vec<String> {
     let measured = |nanoseconds| (pause.count > 0).then(|| display_nanoseconds(nanoseconds));
     vec![
         session.session.to_string(),
+        guest(session),
         state(session).to_owned(),
         or_dash(session.checkpoint.map(|checkpoint| checkpoint.to_string())),
-        or_dash(
-            session
-                .checkpoint_age_ms
-                .map(|ms| format!("{}.{} s", ms / 1000, ms % 1000 / 100)),
-        ),
-        or_dash(
-            session
-                .ram_bytes
-                .map(|bytes| format!("{:.0} MiB", mebibytes(bytes))),
-        ),
+        or_dash(session.checkpoint_age_ms.map(seconds)),
         or_dash(measured(pause.p50_ns)),
         or_dash(measured(pause.p99_ns)),
-        or_dash(session.machine.clone()),
-        session.peer.clone(),
     ]
 }
 
@@ -224,10 +266,9 @@ mod tests {
     use super::*;
 
     #[test]
-    fn names_leave_room_and_little_is_not_nothing() {
+    fn names_leave_room() {
         assert_eq!(shortened("web3-root"), "web3-root");
         let long = shortened(&"x".repeat(64));
-        assert!(long.ends_with("x…") && long.chars().count() == 22);
-        assert_eq!([0, 1, 5 << 20].map(whole_mebibytes), ["0 MiB", "1 MiB", "5 MiB"]);
+        assert!(long.ends_with("x…") && long.chars().count() == 20);
     }
 }
