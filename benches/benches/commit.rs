@@ -66,7 +66,7 @@ fn store(ram_dir: Option<PathBuf>) -> Store {
     let (store, notes) = Store::create(Arc::new(guest(GUEST_PAGES)), &label, &options).expect("memory");
     notes.iter().for_each(|note| println!("note: {note}"));
     store.begin_colo();
-    store.record_session(|| vec![1; 1000]);
+    store.record_session(|| Ok(vec![1; 1000]));
     store
 }
 

@@ -63,8 +63,8 @@ fn compare(pages: u64, dirty: usize) -> [(&'static str, Timing); 4] {
     let mut numbers = Xoshiro256PlusPlus::seed_from_u64(7);
     let (flat, one, four) = (
         Flat::new(pages),
-        DirtyBitmap::new(pages, 1),
-        DirtyBitmap::new(pages, 4),
+        DirtyBitmap::new(pages, 1).expect("memory"),
+        DirtyBitmap::new(pages, 4).expect("memory"),
     );
     let [mut flat_time, mut one_time, mut packets_time, mut four_time] = <[Timing; 4]>::default();
     let (mut plan, mut words) = (FlushPlan::default(), Vec::new());

@@ -12,6 +12,7 @@ use seccompiler::{BpfProgram, SeccompAction, SeccompFilter, TargetArch};
 use serde_json::Value;
 use std::fs::File;
 use std::io::Read;
+use std::os::unix::fs::chown;
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStderr, Command, ExitStatus, Output, Stdio};
 use std::time::{Duration, Instant};
@@ -92,8 +93,16 @@ pub fn without_io_uring<T: Send>(errno: i32, start: impl FnOnce() -> T + Send) -
         libc::SYS_io_uring_enter,
         libc::SYS_io_uring_register,
     ];
+    without_calls(&calls, errno, start)
+}
+
+/// Runs `start` on a thread on which these system calls fail with this error, as in all that it starts.
+///
+/// # Panics
+/// If the kernel has no filters of system calls.
+pub fn without_calls<T: Send>(calls: &[i64], errno: i32, start: impl FnOnce() -> T + Send) -> T {
     let filter = SeccompFilter::new(
-        calls.into_iter().map(|call| (call, Vec::new())).collect(),
+        calls.iter().map(|call| (*call, Vec::new())).collect(),
         SeccompAction::Allow,
         SeccompAction::Errno(errno.cast_unsigned()),
         TargetArch::try_from(std::env::consts::ARCH).expect("an architecture that has filters"),
@@ -106,6 +115,28 @@ pub fn without_io_uring<T: Send>(errno: i32, start: impl FnOnce() -> T + Send) -
         });
         started.join().expect("what was to be run")
     })
+}
+
+/// What runs the command as another user, with CAP_IPC_LOCK alone. Only root can start it.
+///
+/// # Panics
+/// If the command cannot be put where that user finds it.
+#[must_use]
+pub fn as_user(user: u32, scratch: &Scratch) -> Command {
+    let own = command_under_test().expect("the command");
+    let found = scratch.file("colo-ring");
+    std::fs::copy(own, &found).expect("a copy of the command");
+    chown(scratch.path(), Some(user), Some(user)).expect("root may");
+    let mut command = Command::new("setpriv");
+    command
+        .args([
+            &format!("--reuid={user}"),
+            &format!("--regid={user}"),
+            "--clear-groups",
+        ])
+        .args(["bounding-set", "inh-caps", "ambient-caps"].map(|set| format!("--{set}=-all,+ipc_lock")))
+        .arg(found);
+    command
 }
 
 /// Starts a receiver by this command line, to which what every test needs is added.
@@ -173,7 +204,15 @@ impl RunningReceiver {
     /// If it does not listen.
     #[must_use]
     pub fn with_channels(command: Command, channels: u8, args: &[&str]) -> Self {
-        let scratch = Scratch::new();
+        Self::start_in(Scratch::new(), command, channels, args)
+    }
+
+    /// Like [`Self::with_channels`], with its files in this directory.
+    ///
+    /// # Panics
+    /// If it does not listen.
+    #[must_use]
+    pub fn start_in(scratch: Scratch, command: Command, channels: u8, args: &[&str]) -> Self {
         let log = File::create(scratch.file("log")).expect("a file");
         let mut process = spawn(command, channels, args, &scratch, log.into());
         let address = until("it listens", || {
@@ -254,6 +293,14 @@ impl RunningReceiver {
     #[must_use]
     pub fn pid(&self) -> u32 {
         self.process.id()
+    }
+
+    /// Whether it runs no more.
+    #[must_use]
+    pub fn has_ended(&self) -> bool {
+        // Of a process that has not been waited for.
+        let stat = std::fs::read_to_string(format!("/proc/{}/stat", self.process.id()));
+        stat.is_ok_and(|stat| stat.contains(") Z "))
     }
 
     /// What it has logged so far.
@@ -379,6 +426,25 @@ impl RunningReceiver {
                 "block {name} differs"
             );
         }
+    }
+
+    /// The prefix of its `--hist`.
+    pub fn histograms(&self) -> String {
+        self.scratch.file("hist")
+    }
+
+    /// What it has printed.
+    pub fn output(&self) -> String {
+        self.scratch.read("out")
+    }
+
+    /// Its exit code, once it has ended.
+    ///
+    /// # Panics
+    /// If a signal has ended it.
+    pub fn exit_code(&mut self) -> Option<i32> {
+        let status = self.process.try_wait().expect("its state")?;
+        Some(status.code().expect("no signal"))
     }
 
     /// Sends it a signal.

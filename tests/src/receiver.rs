@@ -3,10 +3,13 @@
 use crate::hostile::HostilePrimary;
 use crate::lab::SharedDirectory;
 use crate::{HANG_LIMIT, receiver_options};
-use colo_ring::receiver::{Event, ListenAddress, Receiver, ReceiverOptions, SessionStatus};
+use colo_ring::receiver::{
+    DumpFiles, Dumped, Event, ListenAddress, Receiver, ReceiverOptions, Request, Response, SessionStatus,
+};
 use colo_ring::ring::BackendKind;
 use colo_ring::store::{HugePages, StoreOptions};
 use std::net::SocketAddr;
+use std::path::Path;
 use std::sync::mpsc;
 
 /// Stopped when dropped.
@@ -43,6 +46,32 @@ pub fn tcp(address: &ListenAddress) -> SocketAddr {
     match address {
         ListenAddress::Tcp(address) => *address,
         ListenAddress::Unix(_) => panic!("the receiver listens on TCP"),
+    }
+}
+
+/// A session's last committed checkpoint, dumped into a directory as `colo-ring dump` does it.
+///
+/// # Errors
+/// What the receiver says.
+///
+/// # Panics
+/// If the files cannot be made.
+pub fn dump(receiver: &Receiver, session: u32, directory: &Path) -> Result<Dumped, String> {
+    let refused = |error: colo_ring::receiver::RequestError| error.to_string();
+    let contents = match receiver.ask(Request::Contents { session }).map_err(refused)? {
+        Response::Contents(contents) => contents,
+        other => panic!("{other:?}"),
+    };
+    let files = DumpFiles::create(directory, contents).expect("files");
+    let open = files.descriptors();
+    let open = open
+        .iter()
+        .map(|file| file.try_clone_to_owned().expect("a descriptor"));
+    let disks = files.disks();
+    let request = Request::Dump { session, disks };
+    match receiver.ask_with(request, open.collect()).map_err(refused)? {
+        Response::Dumped(dumped) => Ok(files.finish(dumped).expect("complete files")),
+        other => panic!("{other:?}"),
     }
 }
 

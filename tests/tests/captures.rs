@@ -5,11 +5,16 @@ use colo_ring::session::{
     Action, MultifdChannel, PacketAction, PageContent, Rendezvous, Session, SessionLimits, SessionMethod,
     Ticket,
 };
-use colo_ring::store::{CacheKind, CommitMode, CopyMethod, Flusher, HugePages, Store, StoreOptions};
+use colo_ring::store::{
+    CacheKind, CommitMode, CopyMethod, DumpTargets, Flusher, HugePages, Store, StoreOptions,
+};
 use colo_ring::units::{ChannelId, CheckpointId, PAGE_SIZE};
 use colo_ring::wire::multifd::{HEADER_LEN, INIT_LEN, Init, PacketHeader, PageList};
+use colo_ring::wire::vmdesc::Evidence;
 use colo_ring_tests::capture::Capture;
 use colo_ring_tests::model::Model;
+use std::fs::File;
+use std::os::unix::fs::FileExt;
 
 const CHANNELS: u8 = 4;
 
@@ -38,10 +43,6 @@ struct Secondary {
 
 impl Secondary {
     fn new(connections: usize, kind: (CacheKind, CommitMode)) -> Self {
-        let limits = SessionLimits {
-            channels: CHANNELS,
-            ram_limit_bytes: 1 << 30,
-        };
         let channel = |_| Channel {
             id: None,
             arrived: Vec::new(),
@@ -50,7 +51,7 @@ impl Secondary {
         };
         Self {
             kind,
-            session: Session::new(limits),
+            session: Session::new(SessionLimits::of_protocol(CHANNELS)),
             rendezvous: Rendezvous::new(CHANNELS),
             method: SessionMethod::default(),
             main: Vec::new(),
@@ -129,6 +130,10 @@ impl Secondary {
                 }
                 Action::Marker => self.at_marker = true,
                 Action::RamComplete => self.rendezvous.close_gate().unwrap(),
+                Action::LooksEnded(evidence) => {
+                    assert_eq!(evidence, Evidence::Described);
+                    self.session.silence();
+                }
                 Action::Commit(id) => device_state_complete = Some(id),
                 Action::FinishFlush => {
                     self.store.as_ref().unwrap().finish_flush();
@@ -244,14 +249,25 @@ fn play_with(capture: &Capture, kind: (CacheKind, CommitMode)) -> Secondary {
 
 /// The committed image and device state equal the model's, block for block.
 fn compare(secondary: &Secondary, model: &Model) {
-    let directory = tempfile::tempdir().unwrap();
-    let store = secondary.store.as_ref().unwrap();
-    let report = store.committed().dump(directory.path()).unwrap();
-    assert_eq!(report.checkpoint.0, model.checkpoints);
-    assert_eq!(report.blocks.len(), model.blocks.len());
-    for (dumped, (name, content)) in report.blocks.iter().zip(&model.blocks) {
-        assert_eq!(&*dumped.name, &name[..]);
-        let file = std::fs::read(directory.path().join(&dumped.file)).unwrap();
+    let committed = secondary.store.as_ref().unwrap().committed();
+    let file = || tempfile::tempfile().unwrap();
+    let blocks: Vec<_> = committed.table().iter().map(|_| file()).collect();
+    let device_state = file();
+    let report = committed.dump(&DumpTargets {
+        blocks: blocks.iter().collect(),
+        device_state: &device_state,
+    });
+    assert_eq!(report.unwrap().checkpoint.0, model.checkpoints);
+    let read = |file: &File| {
+        let mut bytes = vec![0; usize::try_from(file.metadata().unwrap().len()).unwrap()];
+        file.read_exact_at(&mut bytes, 0).unwrap();
+        bytes
+    };
+    assert_eq!(blocks.len(), model.blocks.len());
+    let dumped = committed.table().iter().zip(&blocks);
+    for (((_, block), file), (name, content)) in dumped.zip(&model.blocks) {
+        assert_eq!(&*block.name, &name[..]);
+        let file = read(file);
         let differing = file
             .chunks(PAGE_SIZE)
             .zip(content.chunks(PAGE_SIZE))
@@ -264,10 +280,7 @@ fn compare(secondary: &Secondary, model: &Model) {
             String::from_utf8_lossy(name)
         );
     }
-    assert_eq!(
-        std::fs::read(directory.path().join(&report.device_state)).unwrap(),
-        model.device_state
-    );
+    assert_eq!(read(&device_state), model.device_state);
 }
 
 #[test]

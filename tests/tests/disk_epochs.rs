@@ -2,14 +2,14 @@
 //! primary or a stranger does. With a real QEMU primary: `qemu/`.
 
 use colo_ring::receiver::{
-    DiskServing, DiskState, ListenAddress, ReceiverOptions, Request, Response, RestoreReport, RestoreRequest,
-    SessionState, StatusReport,
+    DiskServing, DiskState, ListenAddress, RamLimit, ReceiverOptions, Request, Response, RestoreReport,
+    RestoreRequest, SessionState, StatusReport,
 };
 use colo_ring_tests::command::until;
 use colo_ring_tests::hostile::{Cut, HostilePrimary};
 use colo_ring_tests::lab::SharedDirectory;
 use colo_ring_tests::nbd::{NbdClient, greet, kind, option, request};
-use colo_ring_tests::receiver::{LocalReceiver, options_with_files, tcp};
+use colo_ring_tests::receiver::{LocalReceiver, dump, options_with_files, tcp};
 use std::io::Write;
 use std::net::{Shutdown, SocketAddr, TcpStream};
 use std::path::{Path, PathBuf};
@@ -51,7 +51,7 @@ impl Bench {
     fn restart(&mut self, log_max_bytes: u64) {
         self.receiver = None;
         let receiver = LocalReceiver::start(ReceiverOptions {
-            ram_limit_bytes: 256 << 20,
+            ram_limit: RamLimit::exactly(256 << 20),
             disks: Some(DiskServing {
                 directory: self.bases.path().to_owned(),
                 listen: vec![ListenAddress::Tcp(([127, 0, 0, 1], 0).into())],
@@ -103,14 +103,16 @@ impl Bench {
             force: true,
             retry: false,
         })?;
-        let to = format!("file:{}", self.bases.path().join("stream").display());
+        let file = tempfile::tempfile().expect("a file");
         let request = RestoreRequest {
             session: 1,
-            to,
+            to: "a file".to_owned(),
             shared: None,
             keep: None,
         };
-        match self.ask(Request::Restore(request))? {
+        let receiver = self.receiver().get();
+        let restored = receiver.ask_with(Request::Restore(request), vec![file.into()]);
+        match restored.map_err(|error| error.to_string())? {
             Response::Restored(report) => Ok(report),
             other => panic!("{other:?}"),
         }
@@ -377,15 +379,7 @@ fn a_receiver_that_starts_again_has_disk_and_memory() {
             may_have_run,
         })
         .expect("its claim");
-    let dump = Request::Dump {
-        session,
-        directory: bench.bases.path().to_owned(),
-        without_disks: false,
-    };
-    let dumped = match bench.ask(dump) {
-        Ok(Response::Dumped(dumped)) => dumped,
-        other => panic!("{other:?}"),
-    };
+    let dumped = dump(bench.receiver().get(), 1, bench.bases.path()).expect("a dump");
     let left_out = dumped.disks_left_out.expect("a reason");
     assert!(
         dumped.disks.is_empty() && left_out.starts_with("root: a guest may have written"),

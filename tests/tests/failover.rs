@@ -3,18 +3,22 @@
 
 use colo_ring::blocks::BlockTable;
 use colo_ring::failover::{Form, write_stream};
-use colo_ring::receiver::ReceiverOptions;
+use colo_ring::receiver::{RamLimit, ReceiverOptions};
 use colo_ring::session::GuestDescription;
 use colo_ring::units::{BlockId, PAGE_SIZE};
-use colo_ring_tests::command::{RunningReceiver, Scratch, guest, until, wrapped};
+use colo_ring_tests::command::{RunningReceiver, Scratch, guest, run, until, wrapped};
+use colo_ring_tests::conversation::{Conversation, restore};
 use colo_ring_tests::hostile::{BLOCKS, Cut, HostilePrimary, RAM, header};
 use colo_ring_tests::lab::SharedDirectory;
 use colo_ring_tests::receiver::{LocalReceiver, options_with_files};
 use colo_ring_tools::primary::SynthPrimary;
 use serde_json::{Value, json};
-use std::io::{BufRead, BufReader, Read, Write};
+use std::fs::File;
+use std::io::Read;
+use std::os::fd::AsFd;
 use std::os::unix::fs::PermissionsExt;
-use std::os::unix::net::{UnixListener, UnixStream};
+use std::os::unix::net::UnixStream;
+use std::process::Stdio;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -25,30 +29,6 @@ struct Bench {
     receiver: LocalReceiver,
     scratch: Scratch,
     ram: SharedDirectory,
-}
-
-/// A conversation on the control socket.
-struct Conversation(BufReader<UnixStream>);
-
-impl Conversation {
-    fn ask(&mut self, request: &Value) -> Result<Value, String> {
-        writeln!(self.0.get_mut(), "{request}").expect("the receiver listens");
-        let mut line = String::new();
-        self.0.read_line(&mut line).expect("an answer");
-        let mut line: Value = serde_json::from_str(&line).expect("JSON");
-        match line["ok"].as_bool() {
-            Some(true) => Ok(line["answer"].take()),
-            _ => Err(line["error"].as_str().expect("a reason").to_owned()),
-        }
-    }
-
-    fn claim(&mut self, session: u32) -> Result<Value, String> {
-        self.ask(&claim(session, false, false))
-    }
-
-    fn restore(&mut self, session: u32, to: &str, shared: Option<&str>) -> Result<Value, String> {
-        self.ask(&json!({"command": "restore", "session": session, "to": to, "shared": shared, "keep": null}))
-    }
 }
 
 fn claim(session: u32, force: bool, retry: bool) -> Value {
@@ -63,7 +43,7 @@ impl Bench {
     fn start() -> Self {
         let (scratch, ram) = (Scratch::new(), SharedDirectory::new().expect("a directory"));
         let receiver = LocalReceiver::start(ReceiverOptions {
-            ram_limit_bytes: 64 << 20,
+            ram_limit: RamLimit::exactly(256 << 20),
             control: Some(scratch.file("control").into()),
             ..options_with_files(CHANNELS, &ram)
         });
@@ -75,8 +55,7 @@ impl Bench {
     }
 
     fn conversation(&self) -> Conversation {
-        let stream = UnixStream::connect(self.scratch.file("control")).expect("the control socket");
-        Conversation(BufReader::new(stream))
+        Conversation::open(self.scratch.file("control").as_ref())
     }
 
     /// A claim that succeeds as soon as the one before is noticed to have gone.
@@ -89,17 +68,16 @@ impl Bench {
 
     /// What a QEMU at a socket is given, and the receiver's answer.
     fn received(&self, conversation: &mut Conversation, shared: Option<&str>) -> (Vec<u8>, Value) {
-        let path = self.scratch.file("incoming");
-        let _ = std::fs::remove_file(&path);
-        let listener = UnixListener::bind(&path).expect("a socket");
+        let (mut stream, other) = UnixStream::pair().expect("a socket");
         let reader = std::thread::spawn(move || {
-            let (mut bytes, mut stream) = (Vec::new(), listener.accept().expect("a connection").0);
+            let mut bytes = Vec::new();
             stream.read_to_end(&mut bytes).expect("a stream");
             bytes
         });
         let restored = conversation
-            .restore(1, &format!("unix:{path}"), shared)
+            .restore(1, shared, &[other.as_fd()])
             .expect("it is given");
+        drop(other);
         (reader.join().expect("the reader"), restored)
     }
 }
@@ -182,7 +160,7 @@ fn one_conversation_wins_and_its_end_frees_the_claim() {
             .contains("another failover of it is under way")
     );
     for request in [
-        json!({"command": "restore", "session": 1, "to": "file:/tmp/x", "shared": null, "keep": null}),
+        restore(1, None),
         release(1, false),
         json!({"command": "promoted", "session": 1}),
         json!({"command": "discard", "session": 1}),
@@ -219,7 +197,7 @@ fn what_is_given_is_the_committed_checkpoint_and_only_once() {
         let refused = bench.conversation().claim(1).unwrap_err();
         refused.contains("--retry").then_some(refused)
     });
-    assert!(refused.contains("was given to unix:"), "{refused}");
+    assert!(refused.contains("was given to a test"), "{refused}");
 
     let mut two = bench.claim_soon(&claim(1, false, true));
     let (stream, _) = bench.received(&mut two, Some("pc.ram"));
@@ -260,27 +238,71 @@ fn a_target_that_cannot_be_opened_ends_no_session() {
     let mut primary = bench.receiver.protected();
     let mut conversation = bench.conversation();
     conversation.ask(&claim(1, true, false)).unwrap();
-    let link = bench.scratch.file("link");
-    std::os::unix::fs::symlink(bench.scratch.file("victim"), &link).unwrap();
-    let nobody = format!("unix:{}", bench.scratch.file("nobody"));
-    let link = format!("file:{link}");
-    for (to, shared, says) in [
-        (nobody.as_str(), None, "cannot connect to"),
-        ("tcp:127.0.0.1:1", None, "cannot connect to"),
-        ("file:/nonexistent/stream", None, "No such file"),
-        (link.as_str(), None, "is not replaced"),
-        ("fd:3", None, "is not a destination for a stream"),
-        ("file:/nonexistent/stream", Some("pc.rom"), "has no ram block"),
-    ] {
-        let refused = conversation.restore(1, to, shared).unwrap_err();
-        assert!(refused.contains(says), "{to}: {refused}");
-        primary.checkpoint(&[(0, 5, 0x55)]);
-    }
-    assert!(!std::path::Path::new(&bench.scratch.file("victim")).exists());
+    let refusals = |conversation: &mut Conversation, primary: &mut HostilePrimary| {
+        let file = tempfile::tempfile().expect("a file");
+        let both = [file.as_fd(), file.as_fd()];
+        for (shared, files, says) in [
+            (None, &[][..], "and 0 came"),
+            (None, &both, "and 2 came"),
+            (Some("pc.rom"), &both[..1], "has no ram block"),
+        ] {
+            let refused = conversation.restore(1, shared, files).unwrap_err();
+            assert!(refused.contains(says), "{refused}");
+            primary.checkpoint(&[(0, 5, 0x55)]);
+        }
+        let keep = json!({"command": "restore", "session": 1, "to": "x", "shared": null, "keep": {"disks": ["root"]}});
+        let refused = conversation.ask_with(&keep, &both).unwrap_err();
+        assert!(refused.contains("needs 3 open files"), "{refused}");
+    };
+    refusals(&mut conversation, &mut primary);
     // The claim is still there, and so is the primary.
     let (stream, restored) = bench.received(&mut conversation, None);
-    assert_eq!(restored["checkpoint"], 7);
+    assert_eq!(restored["checkpoint"], 4);
     assert!(stream == expected(&primary, Form::Complete));
+}
+
+/// The command opens it, before anything is asked of the receiver but the claim.
+#[test]
+fn a_mistyped_destination_ends_no_session() {
+    let bench = Bench::start();
+    let mut primary = bench.receiver.protected();
+    let [victim, link, nobody] = ["victim", "link", "nobody"].map(|name| bench.scratch.file(name));
+    std::os::unix::fs::symlink(&victim, &link).unwrap();
+    let (nobody, link) = (format!("unix:{nobody}"), format!("file:{link}"));
+    let control = format!("unix:{}", bench.scratch.file("control"));
+    // Only for a connection it is not known before whether it will be there.
+    let fenced = bench.scratch.file("fenced");
+    let fence =
+        format!("[ \"$COLO_RING_SESSION $COLO_RING_MACHINE\" = '1 pc-i440fx-11.1' ] && touch {fenced}");
+    for (to, more, says) in [
+        (nobody.as_str(), &[][..], "cannot connect to"),
+        ("tcp:127.0.0.1:1", &[], "cannot connect to"),
+        ("file:/nonexistent/stream", &[], "No such file"),
+        (&link, &[], "exists already"),
+        (&link, &["--overwrite"], "is not replaced"),
+        ("fd:3", &[], "write file:PATH, unix:PATH"),
+        ("-", &["--keep", "/nonexistent/stream"], "No such file"),
+    ] {
+        let line = [
+            "failover",
+            "--control",
+            &control,
+            "--session",
+            "1",
+            "--force",
+            "--fence",
+            &fence,
+            "--to",
+            to,
+        ];
+        let refused = run(&[&line[..], more].concat());
+        let text = String::from_utf8_lossy(&refused.stderr);
+        assert!(!refused.status.success() && text.contains(says), "{to}: {text}");
+        let is_fenced = std::fs::remove_file(&fenced).is_ok();
+        assert_eq!(is_fenced, says == "cannot connect to", "{to} {more:?}");
+        primary.checkpoint(&[(0, 5, 0x55)]);
+    }
+    assert!(!std::path::Path::new(&victim).exists());
 }
 
 /// A guest that runs twice destroys its disks: that its primary is off must be made sure of, or be stated.
@@ -314,6 +336,38 @@ fn force_needs_a_fence_or_a_statement() {
     assert!(std::fs::metadata(scratch.file("stream")).is_ok());
 }
 
+/// The receiver finds a closed socket then, which is not what is wrong.
+#[test]
+fn a_standard_output_that_takes_nothing_is_named() {
+    let receiver = RunningReceiver::start(wrapped(&[]), &[]);
+    let mut primary = SynthPrimary::connect(receiver.address(), &guest()).expect("precopy");
+    primary.checkpoint().expect("a checkpoint");
+    let control = format!("unix:{}", receiver.control_path());
+    let line = [
+        "failover",
+        "--control",
+        &control,
+        "--session",
+        "1",
+        "--force",
+        "--unfenced",
+        "--to",
+        "-",
+    ];
+    let full = File::options().write(true).open("/dev/full").unwrap();
+    let refused = wrapped(&[])
+        .args(line)
+        .stdout(full)
+        .stderr(Stdio::piped())
+        .spawn();
+    let refused = refused.unwrap().wait_with_output().unwrap();
+    let text = String::from_utf8_lossy(&refused.stderr);
+    assert!(
+        !refused.status.success() && text.contains("standard output: No space left"),
+        "{text}"
+    );
+}
+
 #[test]
 fn what_fails_leaves_the_checkpoint_there() {
     let bench = Bench::start();
@@ -321,35 +375,49 @@ fn what_fails_leaves_the_checkpoint_there() {
     primary.cut(Cut::Fin);
     bench.receiver.ended();
     let mut conversation = bench.conversation();
-    let nobody = format!("unix:{}", bench.scratch.file("nobody"));
-    for (to, shared, says) in [
-        (nobody.as_str(), None, "cannot connect to"),
-        ("tcp:127.0.0.1:1", None, "cannot connect to"),
-        ("file:relative", None, "not an absolute path"),
-        ("file:/nonexistent/stream", None, "No such file"),
-        ("fd:3", None, "is not a destination for a stream"),
-        (
-            "file:/nonexistent/stream",
-            Some("pc.rom"),
-            "has no ram block pc.rom",
-        ),
+    let full = File::options().write(true).open("/dev/full").unwrap();
+    let (gone, _) = UnixStream::pair().unwrap();
+    for (shared, target, says) in [
+        (None, full.as_fd(), "No space left"),
+        (None, gone.as_fd(), "did not take the checkpoint"),
+        (Some("pc.rom"), full.as_fd(), "has no ram block pc.rom"),
     ] {
         conversation.claim(1).unwrap();
-        let refused = conversation.restore(1, to, shared).unwrap_err();
-        assert!(refused.contains(says), "{to}: {refused}");
+        let refused = conversation.restore(1, shared, &[target]).unwrap_err();
+        assert!(refused.contains(says), "{refused}");
         // Nothing was given, so nothing can have run, whatever the request says.
         let released = conversation.ask(&release(1, true)).unwrap();
-        assert_eq!(released["promotion"], Value::Null, "{to}");
+        assert_eq!(released["promotion"], Value::Null, "{says}");
     }
     let path = bench.scratch.file("stream");
-    conversation.claim(1).unwrap();
-    conversation.restore(1, &format!("file:{path}"), None).unwrap();
+    let control = format!("unix:{}", bench.scratch.file("control"));
+    let line = ["failover", "--control", &control, "--session", "1", "--to"];
+    let file = format!("file:{path}");
+    // Somebody's disk is not replaced by a slip.
+    std::fs::write(&path, "a disk").expect("a file");
+    let kept = ["-", "--keep", &path];
+    for target in [&[&*file][..], &kept] {
+        let refused = run(&[&line[..], target].concat());
+        let text = String::from_utf8_lossy(&refused.stderr);
+        assert!(
+            text.contains("exists already") && text.contains("nothing was given"),
+            "{text}"
+        );
+        assert_eq!(std::fs::read(&path).expect("a file"), b"a disk");
+    }
+    let given = run(&[&line[..], &[&file, "--overwrite"]].concat());
+    assert!(
+        given.status.success(),
+        "{}",
+        String::from_utf8_lossy(&given.stderr)
+    );
     assert!(std::fs::read(&path).unwrap() == expected(&primary, Form::Complete));
     assert_eq!(
         std::fs::metadata(&path).unwrap().permissions().mode() & 0o777,
         0o600
     );
     assert!(!std::path::Path::new(&format!("{path}~part")).exists());
+    let mut conversation = bench.claim_soon(&claim(1, false, true));
     // The file may be lost: whoever knows that no guest runs from it may have another.
     assert_eq!(
         conversation.ask(&release(1, false)).unwrap()["promotion"],

@@ -1,10 +1,9 @@
 //! The whole receiver, in process, against the synthetic primary: every backend, sync mode and shape of primary.
 
-use colo_ring::receiver::{
-    Dumped, Event, ListenAddress, Outcome, Receiver, ReceiverOptions, Request, Response, SessionState,
-};
+use colo_ring::receiver::{Dumped, Event, ListenAddress, Outcome, Receiver, ReceiverOptions, SessionState};
 use colo_ring::ring::BackendKind;
 use colo_ring_tests::command::until;
+use colo_ring_tests::receiver::dump;
 use colo_ring_tests::{HANG_LIMIT, receiver_options as options};
 use colo_ring_tools::net::Address;
 use colo_ring_tools::primary::{Distribution, SynthOptions, SynthPrimary, Version};
@@ -28,6 +27,10 @@ impl Bench {
         let receiver = Receiver::start(options, move |event| {
             ears.lock().unwrap().push(match event {
                 Event::Warning(text) | Event::Note(text) => text,
+                Event::Stall(stall) => format!("session {} is stalled", stall.status.session),
+                Event::Replaced { old, new } => format!("session {old} is replaced by {new}"),
+                Event::Protected { session, .. } => format!("session {session} is protected"),
+                Event::GivenUp { session, .. } => format!("session {session} is given up"),
                 Event::Began { session, .. } => format!("session {session} began"),
                 Event::Ended(status) => format!("session {} ended: {}", status.session, status.end.unwrap()),
             });
@@ -44,15 +47,7 @@ impl Bench {
     }
 
     fn dump(&self, session: u32) -> Dumped {
-        let directory = self.directory.path().to_owned();
-        match self.receiver.ask(Request::Dump {
-            session,
-            directory,
-            without_disks: false,
-        }) {
-            Ok(Response::Dumped(dumped)) => dumped,
-            other => panic!("{other:?}"),
-        }
+        dump(&self.receiver, session, self.directory.path()).unwrap()
     }
 
     /// The committed checkpoint is what the primary has.
@@ -192,7 +187,7 @@ fn over_a_unix_socket_and_ipv6() {
             },
             primary(Version::V11_1, 2, 4),
         );
-        std::fs::remove_file(path).unwrap();
+        assert!(!path.exists(), "it was removed");
         let listen = vec!["tcp:[::1]:0".parse().unwrap()];
         protect(
             ReceiverOptions {
@@ -250,7 +245,7 @@ fn strangers_and_mismatches_get_a_message_and_cost_nothing() {
     };
     assert!(is_refused);
     let large = SynthOptions {
-        ram_bytes: 2 << 30,
+        ram_bytes: 8 << 30,
         ..primary(Version::V11_1, 2, 1)
     };
     assert!(SynthPrimary::connect(&bench.address(), &large).is_err());
@@ -262,7 +257,7 @@ fn strangers_and_mismatches_get_a_message_and_cost_nothing() {
     for part in [
         "but HTTP",
         "channel 2 connected, but only channels 0 to 1",
-        "the guest's RAM in bytes",
+        "MiB more exceed --ram-limit",
     ] {
         assert!(all.contains(part), "{part:?} is missing in:\n{all}");
     }

@@ -7,6 +7,7 @@ use colo_ring::store::{CacheKind, CommitMode, StoreOptions};
 use colo_ring_tests::capture::{Capture, capture_file};
 use colo_ring_tests::command::{Scratch, run};
 use colo_ring_tests::model::Model;
+use colo_ring_tests::receiver::dump;
 use colo_ring_tests::receiver_options;
 use serde_json::Value;
 use std::path::PathBuf;
@@ -73,14 +74,7 @@ fn play_to(receiver: Receiver, name: &str, pace: &[&str], model: &Model) {
     };
     let directory = PathBuf::from(scratch.file("dump"));
     std::fs::create_dir(&directory).unwrap();
-    let dump = Request::Dump {
-        session: status.sessions[0].session,
-        directory: directory.clone(),
-        without_disks: false,
-    };
-    let Ok(Response::Dumped(dumped)) = receiver.ask(dump) else {
-        panic!("no dump")
-    };
+    let dumped = dump(&receiver, status.sessions[0].session, &directory).unwrap();
     let dumped = serde_json::to_value(dumped).unwrap();
     assert_eq!(dumped["checkpoint"], PASSES * model.checkpoints);
     let blocks = dumped["blocks"].as_array().unwrap();

@@ -1,7 +1,7 @@
 //! A receiver that is killed, and what the next one with the same RAM directory makes of it.
 
 use colo_ring::wire::codec::Method;
-use colo_ring_tests::command::{RunningReceiver, guest, wrapped};
+use colo_ring_tests::command::{RunningReceiver, guest, run, until, wrapped};
 use colo_ring_tests::random::generator;
 use colo_ring_tools::page_compression::PageCompression;
 use colo_ring_tools::primary::{SynthOptions, SynthPrimary};
@@ -204,16 +204,19 @@ fn a_checkpoint_stays_through_any_number_of_receivers() {
     for _ in 0..3 {
         primary.checkpoint().unwrap();
     }
+    // No receiver starts beside it.
+    let ram_dir = directory.0.path().to_str().unwrap();
+    let beside = run(&["receive", "--listen", "tcp:127.0.0.1:0", "--ram-dir", ram_dir]);
+    let refused = String::from_utf8_lossy(&beside.stderr);
+    let named = format!("is used by another process, {}:", receiver.pid());
+    assert!(!beside.status.success() && refused.contains(&named), "{refused}");
+    assert!(refused.contains("a directory of its own"), "{refused}");
+    primary.checkpoint().unwrap();
     let known = Known {
-        acknowledged: 3,
+        acknowledged: 4,
         last: Snapshot::of(&primary),
         next: Snapshot::of(&primary),
     };
-    // A receiver beside it leaves it alone.
-    let beside = directory.start(&[]);
-    beside.wait_for_log("it belongs to another receiver");
-    assert_eq!(beside.status()["sessions"].as_array().unwrap().len(), 0);
-    drop(beside);
     receiver.signal(Signal::SIGTERM);
     let ended = receiver.wait();
     assert!(ended.status.success());
@@ -224,7 +227,7 @@ fn a_checkpoint_stays_through_any_number_of_receivers() {
     );
     for end in [Some(Signal::SIGTERM), None, Some(Signal::SIGINT)] {
         let receiver = directory.start(&[]);
-        assert_eq!(compare(&receiver, &known), 3);
+        assert_eq!(compare(&receiver, &known), 4);
         let beside = receiver.protect();
         assert_eq!(beside["session"], 2, "not the number of one that is kept");
         assert_eq!(
@@ -263,11 +266,65 @@ fn what_cannot_be_used_is_reported() {
     assert_eq!(session["session"], 7);
 }
 
-/// A mirror's checkpoints go with their receiver: that is said.
+/// A mirror's checkpoints go with their receiver: that is logged, and the next one removes what a killed one has left.
 #[test]
-fn a_mirror_says_that_it_does_not_last() {
+fn a_mirror_does_not_last_and_leaves_nothing() {
     let directory = RamDirectory::new();
     let receiver = directory.start(&["--cache", "mirror"]);
     let _ = receiver.protect();
     receiver.wait_for_log("do not outlive this receiver");
+    assert!(!directory.files().is_empty());
+    drop(receiver);
+    assert!(!directory.files().is_empty());
+    let receiver = directory.start(&[]);
+    receiver.wait_for_log("no checkpoint in them outlives its receiver");
+    assert_eq!(directory.files(), Vec::<String>::new());
+}
+
+/// The receiver ends in order, at a moment at which a thread is making the memory of a guest.
+#[test]
+fn an_end_while_memory_is_made_leaves_nothing() {
+    let directory = RamDirectory::new();
+    let receiver = directory.start(&[]);
+    let (address, shape) = (
+        receiver.address().clone(),
+        SynthOptions {
+            ram_bytes: 512 << 20,
+            ..guest()
+        },
+    );
+    let primary = std::thread::spawn(move || SynthPrimary::connect(&address, &shape).is_ok());
+    until("files", || (!directory.files().is_empty()).then_some(()));
+    receiver.signal(Signal::SIGTERM);
+    let ended = receiver.wait();
+    assert!(ended.status.success(), "{}", ended.log);
+    assert_eq!(directory.files(), Vec::<String>::new(), "{}", ended.log);
+    assert!(
+        !primary.join().unwrap(),
+        "its memory was made too fast for this test"
+    );
+}
+
+/// Files whose names are like those of sessions: their numbers are not used, whatever they are, and nothing of them is removed
+/// with a session.
+#[test]
+fn files_of_others_are_left_alone() {
+    let directory = RamDirectory::new();
+    let write = |name: &str| fs::write(directory.0.path().join(name), "precious").unwrap();
+    let others = ["session-2.notes", "session-4294967295.x"];
+    others.iter().for_each(|name| write(name));
+    let receiver = directory.start(&[]);
+    for number in [1, 3] {
+        let session = receiver.protect();
+        assert_eq!(session["session"], number);
+        let copy = format!("session-{number}.pc.ram.backup-by-operator");
+        write(&copy);
+        let discard = ["discard", "--json", "--session", &number.to_string()];
+        assert_eq!(receiver.ask(&discard)["discarded"], number);
+        let mut left: Vec<_> = others.map(str::to_owned).into();
+        left.push(copy.clone());
+        left.sort();
+        assert_eq!(directory.files(), left);
+        fs::remove_file(directory.0.path().join(copy)).unwrap();
+    }
 }

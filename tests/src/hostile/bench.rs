@@ -1,9 +1,10 @@
 //! A receiver in this process with a guest that behaves, while others beside it do not.
 
 use super::HostilePrimary;
+use crate::receiver::dump;
 use crate::{HANG_LIMIT, receiver_options};
 use colo_ring::receiver::{
-    Dumped, Event, ListenAddress, Receiver, ReceiverOptions, Request, Response, SessionStatus,
+    Dumped, Event, ListenAddress, RamLimit, Receiver, ReceiverOptions, Request, Response, SessionStatus,
 };
 use colo_ring::ring::BackendKind;
 use colo_ring::wire::codec::Method;
@@ -165,7 +166,7 @@ impl Bench {
     /// Waits until a session has begun.
     pub fn began(&mut self) -> u32 {
         self.wait_for("a session that begins", |event| match event {
-            Event::Began { session, .. } => Some(*session),
+            Event::Began { session, .. } => Some(session.session),
             _ => None,
         })
     }
@@ -176,6 +177,16 @@ impl Bench {
             Event::Ended(status) if status.session == session => Some(SessionStatus::clone(status)),
             _ => None,
         })
+    }
+
+    /// How a session stands; none if it has ended without a checkpoint.
+    pub fn status_of(&self, session: u32) -> Option<SessionStatus> {
+        match self.receiver.ask(Request::Status) {
+            Ok(Response::Status(report)) => {
+                (report.sessions.into_iter()).find(|status| status.session == session)
+            }
+            other => panic!("{other:?}"),
+        }
     }
 
     /// Waits for a warning with this in it.
@@ -275,21 +286,18 @@ impl Bench {
         dumped.checkpoint
     }
 
+    /// The device state of a session's checkpoint.
+    pub fn device_state(&self, session: u32) -> Vec<u8> {
+        let dumped = self.dump(session).expect("it has a checkpoint");
+        std::fs::read(self.directory.path().join(dumped.device_state_file)).expect("a dumped file")
+    }
+
     /// Dumps a session.
     ///
     /// # Errors
     /// What the receiver says.
     pub fn dump(&self, session: u32) -> Result<Dumped, String> {
-        let directory = self.directory.path().to_owned();
-        let dumped = self.receiver.ask(Request::Dump {
-            session,
-            directory,
-            without_disks: false,
-        });
-        match dumped.map_err(|error| error.to_string())? {
-            Response::Dumped(dumped) => Ok(dumped),
-            other => panic!("{other:?}"),
-        }
+        dump(&self.receiver, session, self.directory.path())
     }
 
     /// Sessions have ended as soon as their faults were there. A busy machine makes many ends late, a timer makes all.
@@ -314,7 +322,8 @@ impl Bench {
         assert!(after < END_RATIO_MAX * checkpoint.max(answer), "{times}");
     }
 
-    fn discard(&self, session: u32) {
+    /// Gives the checkpoint of a session up that has ended.
+    pub fn discard(&self, session: u32) {
         let answer = self.receiver.ask(Request::Discard { session });
         assert!(
             matches!(answer, Ok(Response::Discarded { discarded }) if discarded == session),
@@ -350,7 +359,7 @@ impl Bench {
 
 fn options(backend: BackendKind, channels: u8, identify_deadline: Duration) -> ReceiverOptions {
     ReceiverOptions {
-        ram_limit_bytes: 64 << 20,
+        ram_limit: RamLimit::exactly(192 << 20),
         identify_deadline,
         ..receiver_options(backend, channels)
     }

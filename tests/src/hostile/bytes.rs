@@ -108,6 +108,18 @@ pub fn block_list() -> Vec<u8> {
     out
 }
 
+/// A list of one block.
+///
+/// # Panics
+/// If its length is not a number of pages.
+#[must_use]
+pub fn list_of_one_block(name: &str, bytes: u64) -> Vec<u8> {
+    let table = BlockTable::new(vec![(name.as_bytes().into(), bytes)], bytes);
+    let mut out = Vec::new();
+    encode_block_list(&mut out, &table.expect("a good list"));
+    out
+}
+
 /// A list of so many blocks of one page with names as long as they can be, of bytes that are no text.
 ///
 /// # Panics
@@ -188,14 +200,33 @@ pub fn device_state(moment: u8) -> Vec<u8> {
 }
 
 /// The description of [`device_state`], with its head.
-///
-/// # Panics
-/// Never: it is short.
 #[must_use]
 pub fn vmdesc() -> Vec<u8> {
+    vmdesc_of(STATE_BYTES)
+}
+
+/// The device state of a guest that has put the end of one into a buffer of its device: up to that end, and from there on. Behind that end
+/// comes the request that would follow a real one.
+#[must_use]
+pub fn forged_end() -> (Vec<u8>, Vec<u8>) {
+    let mut state = device_state(7);
+    let tail = state.split_off(state.len() - 6);
+    let head = state.len() - STATE_BYTES;
+    state.extend_from_slice(&tail);
+    state.extend_from_slice(&vmdesc());
+    let mut rest = message(Message::CheckpointRequest);
+    rest.extend_from_slice(b"more of the buffer");
+    let body = state.len() - head + rest.len();
+    rest.extend_from_slice(&tail);
+    rest.extend_from_slice(&vmdesc_of(body));
+    (state, rest)
+}
+
+/// The description of a state of one device with so many bytes.
+fn vmdesc_of(bytes: usize) -> Vec<u8> {
     let text = format!(
         r#"{{"page_size": 4096, "devices": [{{"name": "cpu", "instance_id": 0, "vmsd_name": "cpu", "version": 1,
-        "fields": [{{"name": "state", "type": "buffer", "size": {STATE_BYTES}}}]}}]}}"#
+        "fields": [{{"name": "state", "type": "buffer", "size": {bytes}}}]}}]}}"#
     );
     let length = u32::try_from(text.len()).expect("a short text");
     let mut out = section(Section::VmDescription { length });

@@ -4,8 +4,10 @@
 //! ones begin. What it was answered and what must have been committed is known too: [`HostilePrimary::image`] changes
 //! only by [`HostilePrimary::checkpoint`].
 
+pub mod attack;
 pub mod bench;
 mod bytes;
+pub mod load;
 
 use crate::HANG_LIMIT;
 use crate::command::until;
@@ -17,9 +19,13 @@ use colo_ring::wire::multifd::Init;
 use colo_ring::wire::ram::{BlockRef, RamRecord};
 use colo_ring::wire::stream::{Command, Section};
 use nix::libc::linger;
-use nix::sys::socket::{setsockopt, sockopt::Linger};
+use nix::sys::socket::sockopt::{IpBindAddressNoPort, Linger};
+use nix::sys::socket::{
+    AddressFamily, SockFlag, SockType, SockaddrIn, SockaddrStorage, bind, connect, setsockopt, socket,
+};
 use std::io::{self, Read, Write};
-use std::net::{Shutdown, SocketAddr, TcpStream};
+use std::net::{Ipv4Addr, Shutdown, SocketAddr, SocketAddrV4, TcpStream};
+use std::os::fd::AsRawFd;
 use std::time::Duration;
 
 /// The blocks of its guest. One name is the beginning of another.
@@ -59,6 +65,41 @@ impl Cut {
     }
 }
 
+/// Where a primary connects to, and from.
+#[derive(Clone, Copy, Debug)]
+pub struct Destination {
+    /// The receiver's address.
+    pub address: SocketAddr,
+    /// An address of this host: of the primary's origin, as the receiver sees it.
+    pub from: Ipv4Addr,
+}
+
+impl From<SocketAddr> for Destination {
+    fn from(address: SocketAddr) -> Self {
+        let from = Ipv4Addr::LOCALHOST;
+        Self { address, from }
+    }
+}
+
+impl Destination {
+    fn connect(self) -> io::Result<TcpStream> {
+        let socket = socket(
+            AddressFamily::Inet,
+            SockType::Stream,
+            SockFlag::SOCK_CLOEXEC,
+            None,
+        )?;
+        // The port is chosen with the whole connection: there may be more of these than ports, one after the other.
+        setsockopt(&socket, IpBindAddressNoPort, &true)?;
+        bind(
+            socket.as_raw_fd(),
+            &SockaddrIn::from(SocketAddrV4::new(self.from, 0)),
+        )?;
+        connect(socket.as_raw_fd(), &SockaddrStorage::from(self.address))?;
+        Ok(TcpStream::from(socket))
+    }
+}
+
 /// The primary, its connections and its counts.
 pub struct HostilePrimary {
     /// The main channel.
@@ -86,10 +127,26 @@ impl Link {
     /// # Panics
     /// If nothing listens there.
     #[must_use]
-    pub fn connect(address: SocketAddr) -> Self {
-        let socket = TcpStream::connect(address).expect("the receiver listens");
+    pub fn connect(to: impl Into<Destination>) -> Self {
+        Self::of(to.into().connect().expect("the receiver listens"))
+    }
+
+    /// The same, of another host: the one of this machine's own network 127.0.2.0/24 with that number.
+    ///
+    /// # Panics
+    /// If nothing listens there on IPv4.
+    #[must_use]
+    pub fn connect_from(host: u8, to: SocketAddr) -> Self {
+        let SocketAddr::V4(to) = to else {
+            panic!("it listens on IPv4");
+        };
+        Self::of(attack::connect_from(Ipv4Addr::new(127, 0, 2, host), to).expect("the receiver listens"))
+    }
+
+    fn of(socket: TcpStream) -> Self {
         socket.set_nodelay(true).expect("a TCP socket");
         socket.set_read_timeout(Some(HANG_LIMIT)).expect("a timeout");
+        socket.set_write_timeout(Some(HANG_LIMIT)).expect("a timeout");
         Self {
             socket: Some(socket),
             bytes: 0,
@@ -99,8 +156,8 @@ impl Link {
 
     /// Connects as a multifd channel.
     #[must_use]
-    pub fn multifd(address: SocketAddr, uuid: [u8; 16], id: u8) -> Self {
-        let mut link = Self::connect(address);
+    pub fn multifd(to: impl Into<Destination>, uuid: [u8; 16], id: u8) -> Self {
+        let mut link = Self::connect(to);
         let channel = ChannelId(id);
         link.send(&Init { uuid, channel }.encode());
         link
@@ -112,6 +169,16 @@ impl Link {
         if let Some(socket) = &mut self.socket {
             let _ = socket.write_all(bytes);
         }
+    }
+
+    /// The same, where it is to be known whether the receiver has closed.
+    ///
+    /// # Errors
+    /// Those of the write.
+    pub fn try_send(&mut self, bytes: &[u8]) -> io::Result<()> {
+        self.bytes += bytes.len() as u64;
+        let socket = self.socket.as_mut().expect("it was not cut");
+        socket.write_all(bytes)
     }
 
     /// Sends a whole packet.
@@ -166,6 +233,20 @@ impl Link {
         let socket = self.socket.as_mut().expect("it was not cut");
         socket.read_exact(&mut seen).expect("an answer");
         assert_eq!(seen, expected);
+    }
+
+    /// The same, where the receiver may close instead.
+    ///
+    /// # Errors
+    /// Those of the read, and something else that came.
+    pub fn try_expect(&mut self, expected: &[u8]) -> io::Result<()> {
+        let mut seen = vec![0; expected.len()];
+        let socket = self.socket.as_mut().expect("it was not cut");
+        socket.read_exact(&mut seen)?;
+        match seen == expected {
+            true => Ok(()),
+            false => Err(io::ErrorKind::InvalidData.into()),
+        }
     }
 
     /// Whether nothing comes for this long.
@@ -226,9 +307,10 @@ fn socket_queues(local: SocketAddr, peer: SocketAddr) -> Option<SocketQueues> {
 impl HostilePrimary {
     /// Only the connections, main first.
     #[must_use]
-    pub fn connect(address: SocketAddr, channels: u8) -> Self {
-        let main = Link::connect(address);
-        let channels = (0..channels).map(|id| Link::multifd(address, [7; 16], id));
+    pub fn connect(to: impl Into<Destination>, channels: u8) -> Self {
+        let to = to.into();
+        let main = Link::connect(to);
+        let channels = (0..channels).map(|id| Link::multifd(to, [7; 16], id));
         let image = BLOCKS
             .iter()
             .map(|(_, bytes)| vec![0; usize::try_from(*bytes).expect("a small guest")]);
@@ -243,14 +325,14 @@ impl HostilePrimary {
 
     /// A session whose precopy is complete and which has committed one checkpoint: every page has a content.
     #[must_use]
-    pub fn protected(address: SocketAddr, channels: u8) -> Self {
-        Self::protected_with(address, channels, Method::None)
+    pub fn protected(to: impl Into<Destination>, channels: u8) -> Self {
+        Self::protected_with(to, channels, Method::None)
     }
 
     /// The same from a primary that compresses.
     #[must_use]
-    pub fn protected_with(address: SocketAddr, channels: u8, method: Method) -> Self {
-        let mut primary = Self::connect(address, channels);
+    pub fn protected_with(to: impl Into<Destination>, channels: u8, method: Method) -> Self {
+        let mut primary = Self::connect(to, channels);
         primary.encoders = (0..channels).filter_map(|_| Encoder::new(method, 1)).collect();
         primary.precopy();
         primary.checkpoint(&[(0, 1, 0x11), (0, 2, 0x12), (0, 3, 0x13), (1, 7, 0x17)]);

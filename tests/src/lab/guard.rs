@@ -5,7 +5,7 @@ use std::fs::{self, File};
 use std::io::Read;
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 
 use nix::sys::signal::{Signal, kill, killpg};
@@ -28,6 +28,14 @@ impl Guard {
     /// # Errors
     /// When there is no command.
     pub fn start(lab: &Lab, primary: &Qemu, to: &Address, extra: &[&str]) -> Result<Self, LabError> {
+        Self::start_at(lab, primary.free_monitor(), to, extra)
+    }
+
+    /// The same of a primary whose monitor is there.
+    ///
+    /// # Errors
+    /// As of [`Guard::start`].
+    pub fn start_at(lab: &Lab, monitor: &Path, to: &Address, extra: &[&str]) -> Result<Self, LabError> {
         let command = command_under_test()?;
         let control = lab.fresh_file("guard", "sock");
         let log = lab.fresh_file("guard", "log");
@@ -35,7 +43,7 @@ impl Guard {
         let process = Command::new(&command)
             .arg("guard")
             .arg("--qmp")
-            .arg(primary.free_monitor())
+            .arg(monitor)
             .args(["--to", &to.to_string(), "--channels", "2", "--name", "guest"])
             .args(["--control", &format!("unix:{}", control.display())])
             .args(extra)
@@ -52,7 +60,7 @@ impl Guard {
         })
     }
 
-    /// Resumes a session's guest in a QEMU that waits, by a failover that becomes its guard.
+    /// Resumes a session's guest in a QEMU that waits, by a failover that becomes its guard, whether its result can be written or not.
     ///
     /// # Errors
     /// When there is no command.
@@ -70,6 +78,7 @@ impl Guard {
             "--to {to} --channels 2 --name guest --control unix:{}",
             control.display()
         );
+        let full = File::options().write(true).open("/dev/full");
         let process = receiver
             .command("failover")
             .args([
@@ -80,7 +89,7 @@ impl Guard {
                 "--qmp",
             ])
             .arg(waits.free_monitor())
-            .stdout(Stdio::null())
+            .stdout(full.map_err(LabError::io("open /dev/full"))?)
             .stderr(stderr)
             .process_group(0)
             .spawn();
@@ -89,6 +98,12 @@ impl Guard {
             control,
             log,
         })
+    }
+
+    /// Its control socket.
+    #[must_use]
+    pub fn control(&self) -> &Path {
+        &self.control
     }
 
     /// Its state, as its control socket gives it.
@@ -148,6 +163,15 @@ impl Guard {
     /// # Errors
     /// When it has none.
     pub fn lose_worker(&self, signal: Signal) -> Result<(), LabError> {
+        let worker = self.worker()?;
+        kill(worker, signal).map_err(|errno| LabError::io("kill the guard's worker")(errno.into()))
+    }
+
+    /// The process id of its worker.
+    ///
+    /// # Errors
+    /// When it has none.
+    pub fn worker(&self) -> Result<Pid, LabError> {
         let supervisor = self.supervisor();
         let path = format!("/proc/{supervisor}/task/{supervisor}/children");
         let children = fs::read_to_string(&path).map_err(LabError::io(format!("read {path}")))?;
@@ -159,8 +183,7 @@ impl Guard {
             what: "the guard's children".into(),
             detail: children.clone(),
         })?;
-        kill(Pid::from_raw(worker), signal)
-            .map_err(|errno| LabError::io("kill the guard's worker")(errno.into()))
+        Ok(Pid::from_raw(worker))
     }
 
     fn supervisor(&self) -> Pid {

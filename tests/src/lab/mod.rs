@@ -17,6 +17,7 @@ mod host_guest;
 mod image;
 mod kills;
 mod link_proxy;
+mod monitor_proxy;
 mod net_guest;
 mod network;
 mod plug_host;
@@ -53,10 +54,11 @@ pub use guest::{Content, Guest, LinuxGuest, Pattern, TestGuest};
 pub use host_guest::{Host, HostGuest, HostKernel, NumaMap};
 pub use image::check_test_guest_image;
 pub use kills::{Kills, Moment, check_continues, failover_runs};
-pub use link_proxy::{LinkMoment, LinkProxy};
+pub use link_proxy::{LinkMoment, LinkProxy, ReceiverFault};
+pub use monitor_proxy::MonitorProxy;
 pub use net_guest::{
-    GUEST_ADDRESS, GUEST_ADDRESS_6, NetGuest, Nic, TAP, add_other_tap, join_networks, net_experiment,
-    wait_tap_free,
+    GUEST_ADDRESS, GUEST_ADDRESS_6, NetGuest, Nic, TAP, add_other_tap, delete_tap, join_networks, make_tap,
+    net_experiment, set_loopback, wait_tap_free,
 };
 pub use network::{Address, Transport};
 pub use protect::{Compression, Precopy, Protection, ZeroPageDetection};

@@ -102,14 +102,30 @@ pub(super) fn in_namespace(body: impl FnOnce() + Send) {
         let run = scope.spawn(|| {
             unshare(CloneFlags::CLONE_NEWNET).expect("a network namespace, as root");
             ip("link set lo up");
-            add_tap(TAP);
-            ip(&format!("address add {HOST_NETWORK} dev {TAP}"));
+            make_tap();
             body();
         });
         if let Err(panic) = run.join() {
             std::panic::resume_unwind(panic);
         }
     });
+}
+
+/// Deletes [`TAP`], whoever has it open, as an operator may by mistake.
+///
+/// # Panics
+/// If it cannot be deleted.
+pub fn delete_tap() {
+    ip(&format!("link delete {TAP}"));
+}
+
+/// Makes it again.
+///
+/// # Panics
+/// If it cannot be made.
+pub fn make_tap() {
+    add_tap(TAP);
+    ip(&format!("address add {HOST_NETWORK} dev {TAP}"));
 }
 
 /// Makes a switch of the experiment's network, with a second tap device, as another host on it has one.
@@ -133,6 +149,18 @@ pub fn join_networks() {
 /// If it cannot be made.
 pub fn add_other_tap() {
     add_tap(OTHER_TAP);
+}
+
+/// Sets the experiment's loopback device up or down: down, it drops what connections send, and says nothing of it.
+///
+/// # Panics
+/// If it cannot be set.
+pub fn set_loopback(is_up: bool) {
+    ip(if is_up {
+        "link set lo up"
+    } else {
+        "link set lo down"
+    });
 }
 
 fn add_tap(name: &str) {

@@ -122,6 +122,15 @@ impl Receiver {
         serde_json::from_str(&text).map_err(|error| malformed("colo-ring status --json", &error))
     }
 
+    /// `colo-ring slow --json` of its only session.
+    ///
+    /// # Errors
+    /// When the command fails or prints no JSON.
+    pub fn slow(&self, top: usize) -> Result<Value, LabError> {
+        let text = self.control_command("slow", ["--json", "--top", &top.to_string()])?;
+        serde_json::from_str(&text).map_err(|error| malformed("colo-ring slow --json", &error))
+    }
+
     /// The numbers of its sessions, as `colo-ring status` lists them.
     ///
     /// # Errors

@@ -192,7 +192,7 @@ fn wrong_streams(method: Method, count: u8) -> Vec<Case> {
             "it ends in the frame's header",
         ),
         // 2^27 bytes, which the format allows and this receiver's memory limit does not; then more than that.
-        ("a large window", window(17 << 3), "more bytes exceed"),
+        ("a large window", window(17 << 3), "MiB more exceed"),
         (
             "a larger window",
             window(18 << 3),

@@ -350,3 +350,23 @@ fn resets_in_great_number() {
         bench.end();
     }
 }
+
+/// As soon as a status says that a session has ended, its checkpoint can be discarded, however far the release of its connections is.
+#[test]
+fn an_ended_session_can_be_discarded_at_once() {
+    for backend in BACKENDS {
+        let mut bench = Bench::start(backend, 2);
+        for _ in 0..10 {
+            let (session, mut primary) = bench.protected();
+            primary.main.half_close();
+            let has_ended = |bench: &Bench| {
+                bench
+                    .status_of(session)
+                    .is_some_and(|status| status.end.is_some())
+            };
+            while !has_ended(&bench) {}
+            bench.discard(session);
+        }
+        bench.end();
+    }
+}

@@ -1,7 +1,7 @@
 //! Clients of the control socket that say nothing, and sessions that stand still.
 
 use super::socket_address;
-use colo_ring_tests::command::{RunningReceiver, until, wrapped};
+use colo_ring_tests::command::{RunningReceiver, Scratch, until, wrapped};
 use colo_ring_tests::hostile::{HostilePrimary, sync_packet};
 use serde_json::{Value, json};
 use std::io::{BufRead, BufReader, Write};
@@ -51,9 +51,20 @@ fn silent_clients_keep_no_operator_out() {
 
 #[test]
 fn a_session_that_stands_still_is_reported() {
-    let receiver = RunningReceiver::start(wrapped(&[]), &["--hugepages", "off"]);
+    let scratch = Scratch::new();
+    let told = scratch.file("told");
+    let hook = format!(
+        "echo $COLO_RING_EVENT $COLO_RING_SESSION $COLO_RING_CHECKPOINT: $COLO_RING_REASON >> {told}"
+    );
+    let args = ["--hugepages", "off", "--on-stall", &hook];
+    let receiver = RunningReceiver::start(wrapped(&[]), &args);
     let mut primary = HostilePrimary::protected(socket_address(&receiver), 2);
     assert_eq!(receiver.protected()["stalled_ms"], Value::Null);
+    let mut first_copy = HostilePrimary::connect(socket_address(&receiver), 2);
+    // Up to its list of RAM blocks: it has memory.
+    for (_, bytes) in &first_copy.precopy_parts()[..3] {
+        first_copy.main.send(bytes);
+    }
     primary.request();
     let bytes = primary.checkpoint_bytes(2, &[]);
     let (sent, rest) = bytes.split_at(bytes.len() / 2);
@@ -62,13 +73,35 @@ fn a_session_that_stands_still_is_reported() {
     let stalled = receiver.protected()["stalled_ms"].as_u64();
     assert!(stalled.is_some_and(|ms| ms >= 10_000), "{stalled:?}");
     let status = receiver.command(&["status"]).stdout;
-    assert!(String::from_utf8_lossy(&status).contains("session 1 is stalled"));
+    let status = String::from_utf8_lossy(&status);
+    assert!(status.contains("session 1 is stalled"), "{status}");
+    // Where the eye looks for it.
+    let row = status
+        .lines()
+        .find(|line| line.starts_with("1 "))
+        .unwrap_or_default();
+    assert!(row.contains("stalled") && !row.contains("protected"), "{status}");
+    // It is in the log alone: a hook for it would be a stranger's.
+    receiver.wait_for_log("session 2 is stalled: nothing has come for");
     primary.main.send(rest);
     primary
         .channels
         .iter_mut()
         .for_each(|channel| channel.send_packet(&sync_packet()));
     receiver.wait_for_log("session 1 goes on after");
+    let hooked = until("the hook", || {
+        let text = std::fs::read_to_string(&told).ok()?;
+        text.contains("resumed").then_some(text)
+    });
+    let lines: Vec<_> = hooked.lines().collect();
+    assert!(
+        lines[0].starts_with("stalled 1 1: nothing has come for"),
+        "{hooked}"
+    );
+    assert!(
+        lines[1].starts_with("resumed 1 ") && lines[1].contains(": it goes on after"),
+        "{hooked}"
+    );
     until("progress", || {
         receiver.protected()["stalled_ms"].is_null().then_some(())
     });

@@ -1,6 +1,6 @@
 //! What a receiver writes: nobody else can read a guest's memory, and nothing is written through a link.
 
-use colo_ring_tests::command::{RunningReceiver, Scratch, guest, wrapped};
+use colo_ring_tests::command::{RunningReceiver, Scratch, as_user, guest, wrapped};
 use colo_ring_tests::lab::SharedDirectory;
 use colo_ring_tools::primary::SynthPrimary;
 use std::os::unix::fs::{PermissionsExt, symlink};
@@ -78,6 +78,45 @@ fn measurements_follow_no_link() {
         "{text}"
     );
     assert_eq!(std::fs::read(&victim).unwrap(), b"precious");
+}
+
+/// A guest that finds no place for its memory is too late a notice. What was in /dev/shm is gone after each reboot.
+#[test]
+fn a_directory_for_memory_must_be_there_or_be_asked_for() {
+    let shared = SharedDirectory::new().expect("a directory");
+    let missing = shared.path().join("colo").display().to_string();
+    let receive = |more: &[&str]| {
+        let mut command = wrapped(&["timeout", "60"]);
+        command.args(["receive", "--listen", "tcp:127.0.0.1:0", "--ram-dir", &missing]);
+        command.args(more).output().expect("the command")
+    };
+    let refused = receive(&[]);
+    let text = String::from_utf8_lossy(&refused.stderr).into_owned();
+    assert_eq!(refused.status.code(), Some(1), "{text}");
+    let offer = format!("install -d -m 0700 {missing}");
+    assert!(
+        text.contains(&offer) && text.contains("--create-ram-dir"),
+        "{text}"
+    );
+    assert!(!text.contains("listening"), "{text}");
+    assert!(!Path::new(&missing).exists());
+    let args = ["--ram-dir", &missing, "--create-ram-dir"];
+    let receiver = RunningReceiver::start(wrapped(&[]), &args);
+    let mode = std::fs::metadata(&missing).unwrap().permissions().mode();
+    assert_eq!(mode & 0o777, 0o700);
+    drop(protected(&receiver));
+    if !nix::unistd::geteuid().is_root() {
+        return;
+    }
+    let scratch = Scratch::new();
+    let mut other = as_user(65534, &scratch);
+    other.args(["receive", "--listen", "tcp:127.0.0.1:0", "--ram-dir", &missing]);
+    let refused = other.output().expect("the command");
+    let text = String::from_utf8_lossy(&refused.stderr).into_owned();
+    assert!(
+        !refused.status.success() && text.contains("cannot be used by this user (uid 65534)"),
+        "{text}"
+    );
 }
 
 /// A mapping of a process: its first line of `smaps`, its kilobytes, and whether it stays out of core dumps.

@@ -18,6 +18,14 @@ fn sessions_without_checkpoint(receiver: &RunningReceiver) {
     }
 }
 
+/// A command that says for which session it runs, and waits for a file; not longer than there is the other one.
+fn waiting_hook(told: &str, release: &str) -> String {
+    format!(
+        "echo $COLO_RING_SESSION:$COLO_RING_CHECKPOINT >> {told}; \
+         while [ -e {told} ] && ! [ -e {release} ]; do sleep 0.1; done"
+    )
+}
+
 fn lost_guest(receiver: &RunningReceiver) {
     let mut primary = SynthPrimary::connect(receiver.address(), &guest()).expect("precopy");
     primary.checkpoint().expect("a checkpoint");
@@ -28,9 +36,7 @@ fn strangers_run_no_hook_and_a_guest_always_one() {
     let scratch = Scratch::new();
     let (told, release) = (scratch.file("told"), scratch.file("release"));
     // It does not return before the test ends, as a fence that hangs.
-    let hook = format!(
-        "echo $COLO_RING_SESSION:$COLO_RING_CHECKPOINT >> {told}; while ! [ -e {release} ]; do sleep 0.1; done"
-    );
+    let hook = waiting_hook(&told, &release);
     let receiver = RunningReceiver::start(wrapped(&[]), &["--hugepages", "off", "--on-loss", &hook]);
     sessions_without_checkpoint(&receiver);
     lost_guest(&receiver);
@@ -48,9 +54,7 @@ fn strangers_run_no_hook_and_a_guest_always_one() {
 fn hooks_of_strangers_wait_for_each_other() {
     let scratch = Scratch::new();
     let (told, release) = (scratch.file("told"), scratch.file("release"));
-    let hook = format!(
-        "echo $COLO_RING_SESSION:$COLO_RING_CHECKPOINT >> {told}; while ! [ -e {release} ]; do sleep 0.1; done"
-    );
+    let hook = waiting_hook(&told, &release);
     let listen = format!("unix:{}", scratch.file("listen"));
     let args = [
         "--hugepages",

@@ -4,10 +4,16 @@
 mod connections;
 mod control;
 mod files;
+mod full_disk;
 mod hooks;
+mod memory;
 mod names;
+mod process;
+mod sandbox;
 mod sessions;
+mod sockets;
 mod stderr;
+mod system_calls;
 mod threads;
 
 use colo_ring_tests::command::RunningReceiver;

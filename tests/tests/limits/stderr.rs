@@ -2,10 +2,11 @@
 
 use super::socket_address;
 use colo_ring_tests::command::{RunningReceiver, Scratch, guest, until, wrapped};
-use colo_ring_tests::hostile::Link;
+use colo_ring_tests::hostile::{Destination, Link};
 use colo_ring_tools::primary::SynthPrimary;
 use nix::sys::signal::Signal;
 use std::io::Read;
+use std::net::Ipv4Addr;
 
 #[test]
 fn unread_standard_error_holds_nothing_up() {
@@ -15,9 +16,12 @@ fn unread_standard_error_holds_nothing_up() {
         let hook = format!("echo $COLO_RING_SESSION > {told}");
         let args = ["--hugepages", "off", "--backend", backend, "--on-loss", &hook];
         let (receiver, mut pipe) = RunningReceiver::with_unread_log(wrapped(&[]), &args);
-        // 20 KiB of lines, where 4 KiB have room.
-        for _ in 0..250 {
-            let mut stranger = Link::connect(socket_address(&receiver));
+        // 15 KiB of lines, where 4 KiB have room. One host alone makes few.
+        for host in 1..=250 {
+            let mut stranger = Link::connect(Destination {
+                address: socket_address(&receiver),
+                from: Ipv4Addr::new(127, 0, 0, host),
+            });
             stranger.send(b"HELO");
             assert!(stranger.is_closed());
         }

@@ -11,9 +11,9 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use colo_ring_tests::lab::{
-    Address, Distribution, Dump, Guest, Kills, Lab, LabError, Machine, Moment, Qemu, Qmp, Secondary,
-    SharedDirectory, TestGuest, Transport, Way, check_continues, experiment, experiment_alone, failover_runs,
-    huge_pages,
+    Address, Disk, DiskBus, Distribution, Dump, Guest, Kills, Lab, LabError, Machine, Moment, Qemu, Qmp,
+    Secondary, SharedDirectory, TestGuest, Transport, Way, check_continues, experiment, experiment_alone,
+    failover_runs, huge_pages,
 };
 use serde_json::{Value, json};
 
@@ -444,6 +444,74 @@ fn a_warm_standby_goes_on_at_once() {
             "QEMU's loading after the last byte: {}",
             Distribution::of_us(&loading)
         );
+        Ok(())
+    });
+}
+
+/// A receiver that is replaced when it keeps nothing gives a session the number of an earlier one, and its file that name. A standby that
+/// has mapped the earlier file has none of the guest's memory.
+#[test]
+fn a_standby_on_an_earlier_file_of_that_name_gets_the_guest_whole() {
+    experiment(|lab| {
+        let machine = test_guest("pc");
+        let (mut secondary, primary) = protected(lab, &machine)?;
+        let standby = secondary.standby(lab, "standby", &machine, Way::Shared, 1)?;
+        let earlier = secondary.ram_file(1)?;
+        drop(primary);
+        secondary.wait_state(1, "ended")?;
+        secondary.receiver().discard(1)?;
+        secondary.kill_and_restart(lab)?;
+        let mut primary = start_primary(lab, "next", &machine)?;
+        secondary.protect(&mut primary, INTERVAL_MS)?;
+        primary.wait_checkpoints(2, HANG_LIMIT)?;
+        assert_eq!(secondary.ram_file(1)?, earlier);
+        drop(primary);
+        secondary.wait_state(1, "ended")?;
+        let monitor = standby.free_monitor().display().to_string();
+        let report = secondary.receiver().failover(1, ["--qmp", &monitor])?;
+        assert_eq!(report["way"], "stream", "{report}");
+        assert_eq!(report["status"], "running", "{report}");
+        standby.check_guest()
+    });
+}
+
+/// Its disk is locked by the primary that was not fenced: that is found out at once, and costs no checkpoint.
+#[test]
+fn a_standby_without_its_disk_fails_at_once() {
+    experiment(|lab| {
+        let image = lab.file("disk.raw");
+        let file = std::fs::File::create(&image).and_then(|file| file.set_len(1 << 20));
+        file.map_err(|source| LabError::Io {
+            what: format!("make {}", image.display()),
+            source,
+        })?;
+        let machine = Machine {
+            disk: Some(Disk {
+                bus: DiskBus::VirtioBlk,
+                file: image.clone(),
+            }),
+            ..test_guest("pc")
+        };
+        let (secondary, primary) = protected(lab, &machine)?;
+        let receiver = secondary.receiver();
+        let standby = Qemu::start_incoming(lab, "standby", &machine)?;
+        let monitor = standby.free_monitor().display().to_string();
+        let began = Instant::now();
+        let unfenced = ["--force", "--unfenced", "--stream"];
+        let refused = receiver.failover_refused(1, ["--qmp", &monitor].iter().chain(&unfenced))?;
+        println!("after {:?}: {refused}", began.elapsed());
+        // It would be a minute.
+        assert!(began.elapsed() < Duration::from_secs(40), "{:?}", began.elapsed());
+        for part in [
+            "Failed to get \"write\" lock",
+            &image.display().to_string(),
+            "another attempt can be made",
+        ] {
+            assert!(refused.contains(part), "{part:?} is missing in: {refused}");
+        }
+        drop((primary, standby));
+        let next = Qemu::start_incoming(lab, "next", &machine)?;
+        secondary.failover(1, &next, Way::Stream)?;
         Ok(())
     });
 }

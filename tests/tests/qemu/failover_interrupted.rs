@@ -215,12 +215,13 @@ impl<'a> Sweep<'a> {
         })?;
         assert_eq!(status["state"], "ended", "{status}");
         let out = self.lab.file("after");
+        let promotion = status["promotion"].as_str().unwrap_or("untouched").to_owned();
         let after = self.secondary.receiver().dump(offer.session, &out)?;
         let ram = |dump: &Dump| std::fs::read(dump.block("pc.ram").expect("pc.ram")).expect("a dump");
         assert!(ram(&offer.dump) == ram(&after), "the image has changed: {status}");
         assert_eq!(offer.dump.device_state()?, after.device_state()?);
         std::fs::remove_dir_all(&out).expect("the dump");
-        Ok(status["promotion"].as_str().unwrap_or("untouched").to_owned())
+        Ok(promotion)
     }
 
     /// Waits until no process has that QEMU's serial port open.
@@ -253,7 +254,7 @@ impl<'a> Sweep<'a> {
         }
         // On a busy machine a command may have ended before its signal comes: again, until enough were interrupted.
         let mut interrupted = early + late - ran;
-        for _ in 0..20 {
+        for _ in 0..100 {
             if interrupted >= early {
                 break;
             }

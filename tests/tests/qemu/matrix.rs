@@ -92,6 +92,9 @@ impl Case {
         // The primary dies; with --once the receiver ends, its histograms written.
         drop(primary);
         receiver.wait_exit()?;
+        let log = receiver.log();
+        // Of the warning about an end of the device state that has another description.
+        assert!(!log.contains("of other sections"), "{log}");
         let summary = receiver.histograms().with_extension("json");
         assert!(
             summary.exists(),

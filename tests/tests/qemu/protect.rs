@@ -30,8 +30,20 @@ fn protected(lab: &Lab, channels: u8, arguments: &[&str], query: &str) -> Result
 
 fn compressed(method: &str, level: &str) {
     experiment(|lab| {
-        let arguments = ["--compression", method, "--compression-level", level];
+        let arguments = [
+            "--compression",
+            method,
+            "--compression-level",
+            level,
+            "--name",
+            "web3",
+        ];
         let (report, set) = protected(lab, 4, &arguments, "query-migrate-parameters")?;
+        assert_eq!(
+            (&report["session"], &report["guest"]),
+            (&json!(1), &json!("web3")),
+            "{report}"
+        );
         assert_eq!(report["compression"], method);
         assert_eq!(report["compression_level"].to_string(), level);
         assert_eq!(set["multifd-compression"], method);

@@ -49,16 +49,16 @@ enum Instant {
 }
 
 impl Instant {
-    fn draw(way: Way, random: &mut Xoshiro256PlusPlus) -> Self {
+    fn draw(random: &mut Xoshiro256PlusPlus) -> Self {
         let skip = random.random_range(0..SKIP_MAX);
         let micros =
             |random: &mut Xoshiro256PlusPlus, most| Duration::from_micros(random.random_range(0..most));
-        match random.random_range(0..6) {
+        match random.random_range(0..7) {
             0 => Self::At(LinkMoment::Barrier, skip),
             1 => Self::At(LinkMoment::Placed, skip),
             2 => Self::At(LinkMoment::Committed, skip),
             3 => Self::At(LinkMoment::Releasing(micros(random, RELEASE_US)), skip),
-            4 if way == Way::Filter => Self::At(LinkMoment::Released, skip),
+            4 => Self::At(LinkMoment::Begin, skip),
             _ => Self::Any(micros(random, SPREAD_US)),
         }
     }
@@ -66,11 +66,11 @@ impl Instant {
     fn name(self) -> &'static str {
         match self {
             Self::Any(_) => "any time",
+            Self::At(LinkMoment::Begin, _) => "a checkpoint is wanted",
             Self::At(LinkMoment::Barrier, _) => "the barrier is asked for",
             Self::At(LinkMoment::Placed, _) => "the barrier is in place",
             Self::At(LinkMoment::Committed, _) => "between commit and release",
             Self::At(LinkMoment::Releasing(_), _) => "during the release",
-            Self::At(LinkMoment::Released, _) => "released, guest stopped",
         }
     }
 }
@@ -96,18 +96,18 @@ struct Kill {
 }
 
 impl Kill {
-    fn draw(way: Way, number: usize, random: &mut Xoshiro256PlusPlus) -> Self {
+    fn draw(number: usize, random: &mut Xoshiro256PlusPlus) -> Self {
         let (client, load) = CLIENTS[number % CLIENTS.len()];
         Self {
             client,
             load,
             is_ipv6: random.random_bool(0.25),
-            instant: Instant::draw(way, random),
+            instant: Instant::draw(random),
         }
     }
 
     fn carry_out(&self, lab: &Lab, way: Way, number: u32) -> Result<Outcome, LabError> {
-        let (scene, proxy) = Scene::set_with_proxy(lab, way, number)?;
+        let (scene, proxy) = Scene::set_with_proxy(lab, way, number, &[])?;
         let client = match self.is_ipv6 {
             true => Client::start_at(GUEST_ADDRESS_6, self.load)?,
             false => Client::start_at(GUEST_ADDRESS, self.load)?,
@@ -116,8 +116,8 @@ impl Kill {
         match self.instant {
             Instant::Any(after) => std::thread::sleep(after),
             Instant::At(moment, skip) => {
-                proxy.kill_at(moment, skip, scene.primary.pid());
-                proxy.wait_killed()?;
+                proxy.kill_at(moment, Duration::ZERO, skip, scene.primary.pid());
+                proxy.wait_acted()?;
             }
         }
         let killed = std::time::Instant::now();
@@ -224,7 +224,7 @@ fn connections_survive(way: Way) {
         let mut random = generator("COLO_RING_GUARD_SEED");
         let mut campaign = Campaign::default();
         for number in 0..kills() {
-            let kill = Kill::draw(way, number, &mut random);
+            let kill = Kill::draw(number, &mut random);
             let outcome = kill.carry_out(lab, way, u32::try_from(number).expect("a count"));
             // One that could not be made is no reason to end the others.
             let outcome = outcome.unwrap_or_else(|error| Outcome::Ended(error.to_string()));

@@ -1,35 +1,58 @@
-//! Wrong on purpose: output that leaves before its commit must be found by what a client sees. A test of the gates that this passes would
+//! Wrong on purpose: output that leaves before its commit must be found by what the world sees. A test of the gates that this passes would
 //! prove nothing. Other faults need instants that only the simulation and the model find (`engine/src/link/model.rs`).
 
+use super::frames::{ENDLESS, PAUSE_US, is_any_seen_again};
 use super::scene::{Scene, Way};
-use colo_ring_tests::lab::{Client, ClientError, Company, LinkMoment, Load, net_experiment};
+use colo_ring_tests::lab::{
+    Company, FrameCapture, LinkMoment, ReceiverFault, ask_for_frames, net_experiment,
+};
 use std::time::Duration;
 
-/// The kill may fall into a moment in which nothing was on its way.
-const ATTEMPTS: u32 = 10;
+/// One is enough, unless a thread is starved for longer than the proxy waits for it.
+const ATTEMPTS: u32 = 3;
 
-/// How long a connection that cannot go on is watched for it.
-const HANGS_FOR: Duration = Duration::from_secs(20);
+/// How long the guest sends behind an acknowledgement before the line is drawn.
+const LATE: Duration = Duration::from_millis(50);
 
-#[test]
-fn output_that_leaves_before_its_commit_is_found() {
+/// What a guard may let go has left long before that.
+const RELEASED_AFTER: Duration = Duration::from_millis(50);
+
+/// The first message.
+const SKIP: u32 = 0;
+
+/// A guest that sends without end is killed when the fault has let something go. Its frames have numbers: those that are seen again were
+/// unmade.
+fn is_found(fault: ReceiverFault, killed_at: LinkMoment) {
     net_experiment(Company::Others, |lab| {
         for attempt in 0..ATTEMPTS {
-            let (scene, proxy) = Scene::set_with_proxy(lab, Way::Relay, attempt)?;
-            let client = Client::start(Load::Count(Duration::ZERO))?;
-            client.wait_answers(20)?;
-            proxy.release_early();
-            proxy.kill_at(LinkMoment::Placed, 5, scene.primary.pid());
-            proxy.wait_killed()?;
+            let (scene, proxy) = Scene::set_with_proxy(lab, Way::Relay, attempt, &[])?;
+            let world = FrameCapture::start()?;
+            ask_for_frames(&scene.primary, None, ENDLESS, PAUSE_US)?;
+            // Of a checkpoint in which the guest sends: that guest is resumed.
+            world.wait_number(100)?;
+            proxy.break_protocol(fault);
+            proxy.kill_at(killed_at, RELEASED_AFTER, SKIP, scene.primary.pid());
+            proxy.wait_acted()?;
             let (_receiver, _fresh) = scene.fail_over()?;
-            // An answer that the guest has never sent: the client says so, or the two have nothing to say to each other any more.
-            let goes_on = client.goes_on(20, HANGS_FOR);
-            let error = client.end().error;
-            println!("attempt {attempt}: goes on: {goes_on}, {error:?}");
-            if !goes_on || matches!(error, Some(ClientError::Wrong(_))) {
+            let is_found = is_any_seen_again(&world)?;
+            println!("attempt {attempt}: {is_found}");
+            if is_found {
                 return Ok(());
             }
         }
         panic!("it was not found in {ATTEMPTS} kills");
     });
+}
+
+#[test]
+fn output_that_leaves_before_its_commit_is_found() {
+    is_found(ReceiverFault::ReleasesEarly, LinkMoment::Placed);
+}
+
+#[test]
+fn an_acknowledgement_before_the_line_is_found() {
+    is_found(
+        ReceiverFault::AcknowledgesEarly(LATE),
+        LinkMoment::Releasing(Duration::ZERO),
+    );
 }

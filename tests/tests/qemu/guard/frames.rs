@@ -21,11 +21,11 @@ const HELD_FOR: Duration = Duration::from_millis(300);
 const BURSTS: [u64; 3] = [9, 900, 90];
 
 /// A frame after each of these, and over how long its kills are spread.
-const PAUSE_US: u64 = 2000;
+pub(super) const PAUSE_US: u64 = 2000;
 const KILL_SPREAD_MS: u64 = 1500;
 
 /// More than a test lasts.
-const ENDLESS: u64 = 1_000_000;
+pub(super) const ENDLESS: u64 = 1_000_000;
 
 /// What a relay holds: the bytes, and what each frame costs beside its own.
 const RELAY_BYTES: u64 = 64 << 20;
@@ -121,9 +121,11 @@ fn lost_above_the_limit(way: Way, kind: FrameKind, count: u64) -> (u64, u64) {
         });
         assert!(in_order, "a frame is missing below the limit: {seen:?}");
         let lost = count + 1 - seen.len() as u64;
+        // It is shown now and then, and may be counted in part when it is.
+        let least = if way == Way::Relay { lost } else { 1 };
         let told = wait_for("the guard to say what was dropped", HANG_LIMIT, || {
             let dropped = scene.guard.status()?["gates"][0]["dropped"].as_u64();
-            Ok(dropped.filter(|dropped| *dropped > 0))
+            Ok(dropped.filter(|dropped| *dropped >= least))
         })?;
         println!("{way:?}: {lost} of {count} frames did not fit, the guard says {told}");
         found = (lost, told);
@@ -152,6 +154,22 @@ fn a_filter_loses_nothing_below_its_limit_and_the_guard_says_what_it_dropped() {
     assert!((1..=lost + OWN_MAX).contains(&told), "{told}");
 }
 
+/// Waits until a guest that sends without end, and was resumed, has sent more than the world had seen before, and says whether anything was
+/// seen again.
+pub(super) fn is_any_seen_again(world: &FrameCapture) -> Result<bool, LabError> {
+    let newest = world.seen().iter().map(|frame| frame.number).max();
+    world.wait_number(newest.unwrap_or(0) + 200)?;
+    let seen = world.seen();
+    for frame in &seen {
+        assert_eq!(frame.kind, Some(kind_in_turn(frame.number)), "{frame:?}");
+    }
+    let steps = || seen.windows(2).map(|pair| (pair[0].number, pair[1].number));
+    // A kill may cost frames that were held, as any network may.
+    let lost: u64 = steps().map(|(one, next)| (next).saturating_sub(one + 1)).sum();
+    println!("{} frames, lost: {lost}", seen.len());
+    Ok(steps().any(|(one, next)| next <= one))
+}
+
 /// Kills the primary of a guest that sends without end. Returns whether the world has seen a frame again that it had seen before: one whose
 /// sending was unmade.
 fn is_any_unmade(way: Way, number: u32) -> bool {
@@ -170,21 +188,9 @@ fn is_any_unmade(way: Way, number: u32) -> bool {
         world.wait_number(100)?;
         std::thread::sleep(Duration::from_millis(random.random_range(0..KILL_SPREAD_MS)));
         let (_receiver, fresh) = scene.fail_over()?;
-        let newest = world.seen().iter().map(|frame| frame.number).max();
-        world.wait_number(newest.unwrap_or(0) + 200)?;
+        is_unmade = is_any_seen_again(&world)?;
         fresh.check_guest()?;
-        let seen = world.seen();
-        for frame in &seen {
-            assert_eq!(frame.kind, Some(kind_in_turn(frame.number)), "{frame:?}");
-        }
-        let steps = || seen.windows(2).map(|pair| (pair[0].number, pair[1].number));
-        is_unmade = steps().any(|(one, next)| next <= one);
-        // A kill may cost frames that were held, as any network may.
-        let lost: u64 = steps().map(|(one, next)| (next).saturating_sub(one + 1)).sum();
-        println!(
-            "{way:?}: {} frames, unmade: {is_unmade}, lost: {lost}",
-            seen.len()
-        );
+        println!("{way:?}: unmade: {is_unmade}");
         Ok(())
     });
     is_unmade

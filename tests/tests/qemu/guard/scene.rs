@@ -3,10 +3,45 @@
 use colo_ring::ring::BackendKind;
 use colo_ring_tests::HANG_LIMIT;
 use colo_ring_tests::lab::{
-    Address, Guard, Guest, Lab, LabError, LinkProxy, Machine, NetGuest, Nic, Qemu, Receiver, ReceiverOptions,
-    TAP, Transport, wait_for, wait_tap_free,
+    Address, Client, Guard, Guest, Lab, LabError, LinkProxy, Load, Machine, NetGuest, Nic, Qemu, Receiver,
+    ReceiverOptions, TAP, Transport, wait_for, wait_tap_free,
 };
-use serde_json::Value;
+use nix::sys::signal::Signal;
+use serde_json::{Value, json};
+use std::time::Duration;
+
+/// A pause with which a client asks some 50 times a second.
+pub(super) const OFTEN: Duration = Duration::from_millis(20);
+
+/// A client of the guest that asks often, and was answered some times.
+pub(super) fn ask() -> Result<Client, LabError> {
+    let client = Client::start(Load::Count(OFTEN))?;
+    client.wait_answers(20)?;
+    Ok(client)
+}
+
+/// The client's connection has gone on all the time.
+pub(super) fn end_well(client: Client, what: &str) {
+    let seen = client.end();
+    println!("{what}: longest gap {:?}", seen.longest_gap);
+    assert_eq!(seen.error, None, "{what}");
+}
+
+/// Waits until the guest stands.
+pub(super) fn wait_stands(primary: &mut Qemu) -> Result<(), LabError> {
+    wait_for("the guest to stand", HANG_LIMIT, || {
+        let state = primary.qmp().execute("query-status", &json!({}))?;
+        Ok((state["status"] == "paused").then_some(()))
+    })
+}
+
+/// A primary whose service answers. It stands during the first copy: with TCG, QEMU may miss pages that it dirties meanwhile.
+pub(super) fn primary(lab: &Lab, name: &str, way: Way, number: u32) -> Result<Qemu, LabError> {
+    let mut primary = Qemu::start(lab, name, &machine(lab, way, number))?;
+    primary.wait_serial("listening", HANG_LIMIT)?;
+    primary.stop()?;
+    Ok(primary)
+}
 
 /// How a test guards its guest.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -36,13 +71,46 @@ impl<'a> Scene<'a> {
         Self::set_around(lab, way, number, receiver, address, extra)
     }
 
+    /// The same, and a client that asks often.
+    pub(super) fn set_asked(lab: &'a Lab, way: Way, extra: &[&str]) -> Result<(Self, Client), LabError> {
+        let scene = Self::set(lab, way, 0, extra)?;
+        Ok((scene, ask()?))
+    }
+
+    /// Kills all of its guard, if there is one, and starts another.
+    pub(super) fn restart_guard(&mut self, extra: &[&str]) -> Result<(), LabError> {
+        // It may have been killed before.
+        let _ = self.guard.end(Signal::SIGKILL);
+        self.guard = guard(
+            self.lab,
+            self.way,
+            self.number,
+            &self.primary,
+            &self.address,
+            extra,
+        )?;
+        Ok(())
+    }
+
     /// The same with a proxy between primary and guard on one side, and the receiver on the other.
-    pub(super) fn set_with_proxy(lab: &'a Lab, way: Way, number: u32) -> Result<(Self, LinkProxy), LabError> {
+    pub(super) fn set_with_proxy(
+        lab: &'a Lab,
+        way: Way,
+        number: u32,
+        extra: &[&str],
+    ) -> Result<(Self, LinkProxy), LabError> {
         let address = Address::free(lab, Transport::Unix)?;
         let receiver = receiver(lab, &address)?;
         let proxy = LinkProxy::start(lab, &address)?;
-        let scene = Self::set_around(lab, way, number, receiver, proxy.address(), &[])?;
+        let scene = Self::set_around(lab, way, number, receiver, proxy.address(), extra)?;
         Ok((scene, proxy))
+    }
+
+    /// The same over TCP, on loopback.
+    pub(super) fn set_over_tcp(lab: &'a Lab, way: Way, extra: &[&str]) -> Result<Self, LabError> {
+        let address = Address::free(lab, Transport::Tcp)?;
+        let receiver = receiver(lab, &address)?;
+        Self::set_around(lab, way, 0, receiver, address, extra)
     }
 
     fn set_around(
@@ -53,10 +121,7 @@ impl<'a> Scene<'a> {
         address: Address,
         extra: &[&str],
     ) -> Result<Self, LabError> {
-        let mut primary = Qemu::start(lab, &format!("primary{number}"), &machine(lab, way, number))?;
-        primary.wait_serial("listening", HANG_LIMIT)?;
-        // The guest stands during the first copy: with TCG, QEMU may miss pages that it dirties meanwhile.
-        primary.stop()?;
+        let primary = primary(lab, &format!("primary{number}"), way, number)?;
         let mut guard = guard(lab, way, number, &primary, &address, extra)?;
         guard.wait_state("protected")?;
         Ok(Self {
@@ -191,6 +256,8 @@ pub(super) fn receiver(lab: &Lab, address: &Address) -> Result<Receiver, LabErro
     Receiver::start(lab, address, &options)
 }
 
+pub(super) const RECEIVER_TIMEOUT: &str = "--receiver-timeout";
+
 pub(super) fn guard(
     lab: &Lab,
     way: Way,
@@ -205,5 +272,10 @@ pub(super) fn guard(
         Way::Filter => &[],
         Way::None => &["--net", "none"],
     };
-    Guard::start(lab, primary, address, &[own, extra].concat())
+    // A receiver that is not let run for a second on a busy machine is not lost.
+    let patience: &[&str] = match extra.contains(&RECEIVER_TIMEOUT) {
+        true => &[],
+        false => &[RECEIVER_TIMEOUT, "30000"],
+    };
+    Guard::start(lab, primary, address, &[own, patience, extra].concat())
 }

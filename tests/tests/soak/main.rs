@@ -1,0 +1,4 @@
+//! Long runs of one receiver. scripts/soak runs them for hours; the tests are short samples.
+
+mod memory;
+mod mixed;
