@@ -65,7 +65,23 @@ struct Entry {
     session: Option<u32>,
 }
 
+/// A disk on its way to a session.
+struct Claimed {
+    disk: Arc<Disk>,
+    link: Option<Link>,
+}
+
 impl Entry {
+    /// Gives the disk to a session, if it is still open.
+    fn claim(&mut self, session: u32) -> Option<Claimed> {
+        let disk = self.disk.upgrade()?;
+        self.session = Some(session);
+        Some(Claimed {
+            disk,
+            link: self.client.as_ref().map(link),
+        })
+    }
+
     /// As a connection that no session has taken, if it is one.
     fn unclaimed(&self) -> Option<Unclaimed> {
         let client = self.client.as_ref().filter(|_| self.session.is_none())?;
@@ -103,6 +119,14 @@ struct Known {
 }
 
 impl Known {
+    /// The disks of a session that could not bind them belong to nobody again.
+    fn unclaim(&mut self, session: u32) {
+        let own = |entry: &&mut Entry| entry.session == Some(session);
+        for entry in self.entries.iter_mut().filter(own) {
+            entry.session = None;
+        }
+    }
+
     fn forget_candidate(&mut self, session: u32) {
         self.candidates.retain(|candidate| candidate.session != session);
         for lost in &mut self.lost {
@@ -361,39 +385,39 @@ impl DiskRegistry {
         }
         all.truncate(positions.len());
         let doubts = doubts(session.id, identity, &all, &own, by);
-        let own = own.iter().map(|position| positions[*position]).collect();
-        let bound = self.bind_own(&mut known, session, own, ram);
-        // Not under the lock: a warning may wait for a terminal.
+        let own = own
+            .iter()
+            .filter_map(|position| known.entries[positions[*position]].claim(session.id))
+            .collect();
+        // Not under the lock: a warning may wait for a terminal, and binding for the file systems of bases and logs.
         drop(known);
         doubts.into_iter().for_each(|doubt| self.warn(doubt));
+        let bound = self.bind_own(session, own, ram);
+        if bound.is_err() {
+            self.known().unclaim(session.id);
+        }
         bound
     }
 
-    /// Binds the disks at these positions, which are in the order of their names.
+    /// Binds these disks, which are in the order of their names.
     fn bind_own(
         &self,
-        known: &mut Known,
         session: &Arc<LiveSession>,
-        own: Vec<usize>,
+        own: Vec<Claimed>,
         ram: Option<&Arc<RamFiles>>,
     ) -> Result<Vec<Arc<Disk>>, DiskError> {
         let Some(first) = own.first() else {
             return Ok(Vec::new());
         };
-        let leader = known.entries[*first].name.clone();
         let owner = Ownership {
             session: u64::from(session.id),
-            leader,
+            leader: first.disk.name().to_owned(),
             ram_dir: ram.map(|files| files.directory().display().to_string()),
         };
         let mut disks: Vec<Arc<Disk>> = Vec::new();
-        for position in own {
-            let entry = &mut known.entries[position];
-            let Some(disk) = entry.disk.upgrade() else {
-                continue;
-            };
+        for Claimed { disk, link } in own {
             let reserve = Reserve::take(self.memory.indexes.clone()).ok_or_else(|| DiskError::NoRoom {
-                disk: entry.name.clone(),
+                disk: disk.name().to_owned(),
                 source: Box::new(DiskError::NoIndex),
             });
             let bound = reserve.and_then(|reserve| {
@@ -407,14 +431,13 @@ impl DiskRegistry {
                     on_loss: on_loss(session),
                     on_full: self.on_full(session.id),
                     on_base_full: self.on_base_full(session.id),
-                    link: entry.client.as_ref().map(link),
+                    link,
                 })
             });
             if let Err(error) = bound.and_then(|()| start_applying(&disk, &self.threads)) {
                 disks.iter().chain([&disk]).for_each(|disk| disk.end_session());
                 return Err(error);
             }
-            entry.session = Some(session.id);
             disks.push(disk);
         }
         Ok(disks)
