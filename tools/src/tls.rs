@@ -1,7 +1,8 @@
-//! TLS for what this command connects to a receiver: as a front in this process, a socket to which it connects without TLS, and from which
-//! each connection goes on to the receiver with TLS. So whatever connects needs to know nothing of it.
+//! TLS for what this command connects to a receiver: by the thread that writes, as a QEMU does it, or as a front in this process, a socket
+//! to which it connects without TLS, and from which each connection goes on to the receiver with TLS. So whatever connects needs to know
+//! nothing of it.
 
-use crate::net::{Address, Socket};
+use crate::net::{Address, ConnectError, Socket, TlsStream};
 use crate::output::tell;
 use clap::Args;
 use colo_ring::tls::{CredentialsError, client_config};
@@ -140,9 +141,30 @@ impl ClientTls {
         })
     }
 
+    /// Connects one channel, called `what`, as [`Socket::connect`] does, and does the handshake.
+    pub(crate) fn open(&self, to: &Address, what: &str, patience: Duration) -> Result<Socket, ConnectError> {
+        let connect = || {
+            let socket = Socket::connect(to, what, patience).map_err(io::Error::other)?;
+            let secured = self.secure(socket)?;
+            secured.0.set_patience(Some(patience))?;
+            Ok(secured)
+        };
+        let connected = connect().map_err(|source| ConnectError {
+            what: what.to_owned(),
+            address: to.to_string(),
+            source,
+        });
+        connected.map(|(socket, connection)| Socket::Tls(TlsStream::new(socket, connection)))
+    }
+
     fn connect(&self, to: &Address) -> io::Result<(Socket, ClientConnection)> {
-        let mut socket = Socket::connect(to, "TLS", PATIENCE).map_err(io::Error::other)?;
+        let socket = Socket::connect(to, "TLS", PATIENCE).map_err(io::Error::other)?;
         socket.set_nodelay()?;
+        self.secure(socket)
+    }
+
+    /// Does the handshake.
+    fn secure(&self, mut socket: Socket) -> io::Result<(Socket, ClientConnection)> {
         let connection = ClientConnection::new(self.config.clone(), self.name.clone());
         let mut connection = connection.map_err(io::Error::other)?;
         while connection.is_handshaking() {

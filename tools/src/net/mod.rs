@@ -2,7 +2,9 @@
 
 mod address;
 mod socket;
+mod tls_stream;
 
 pub use address::{Address, AddressError};
 pub use socket::ConnectError;
 pub(crate) use socket::Socket;
+pub(crate) use tls_stream::TlsStream;

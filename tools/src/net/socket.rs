@@ -1,6 +1,6 @@
 //! A stream socket to a secondary or from a primary, over TCP or in this host.
 
-use super::Address;
+use super::{Address, TlsStream};
 use std::io::{self, IoSlice, Read, Write};
 use std::net::{Shutdown, TcpStream, ToSocketAddrs};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
@@ -25,6 +25,7 @@ pub struct ConnectError {
 pub(crate) enum Socket {
     Tcp(TcpStream),
     Unix(UnixStream),
+    Tls(TlsStream),
 }
 
 impl Socket {
@@ -55,8 +56,10 @@ impl Socket {
 
     /// Has what comes next acknowledged at once, where anything is acknowledged.
     pub(crate) fn quick_ack(&self) {
-        if let Self::Tcp(socket) = self {
-            colo_ring::net::quick_ack(socket.as_raw_fd());
+        match self {
+            Self::Tcp(socket) => colo_ring::net::quick_ack(socket.as_raw_fd()),
+            Self::Unix(_) => {}
+            Self::Tls(stream) => stream.socket().quick_ack(),
         }
     }
 
@@ -65,6 +68,7 @@ impl Socket {
         match self {
             Self::Tcp(socket) => socket.set_nodelay(true),
             Self::Unix(_) => Ok(()),
+            Self::Tls(stream) => stream.socket().set_nodelay(),
         }
     }
 
@@ -73,6 +77,10 @@ impl Socket {
         let _ = match self {
             Self::Tcp(socket) => socket.shutdown(Shutdown::Both),
             Self::Unix(socket) => socket.shutdown(Shutdown::Both),
+            Self::Tls(stream) => {
+                stream.socket().shutdown();
+                Ok(())
+            }
         };
     }
 
@@ -87,6 +95,7 @@ impl Socket {
                 socket.set_read_timeout(patience)?;
                 socket.set_write_timeout(patience)
             }
+            Self::Tls(stream) => stream.socket().set_patience(patience),
         }
     }
 
@@ -94,6 +103,7 @@ impl Socket {
         Ok(match self {
             Self::Tcp(socket) => Self::Tcp(socket.try_clone()?),
             Self::Unix(socket) => Self::Unix(socket.try_clone()?),
+            Self::Tls(stream) => Self::Tls(stream.try_clone()?),
         })
     }
 
@@ -102,6 +112,7 @@ impl Socket {
         match self {
             Self::Tcp(socket) => socket.set_nonblocking(true),
             Self::Unix(socket) => socket.set_nonblocking(true),
+            Self::Tls(stream) => stream.socket().set_nonblocking(),
         }
     }
 
@@ -112,6 +123,7 @@ impl Socket {
             let written = match self {
                 Self::Tcp(socket) => socket.write_vectored(parts),
                 Self::Unix(socket) => socket.write_vectored(parts),
+                Self::Tls(stream) => stream.write(&parts[0]),
             };
             match written {
                 Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
@@ -120,7 +132,7 @@ impl Socket {
                 Err(error) => return Err(error),
             }
         }
-        Ok(())
+        self.flush()
     }
 }
 
@@ -129,21 +141,26 @@ impl Read for Socket {
         match self {
             Self::Tcp(socket) => socket.read(buffer),
             Self::Unix(socket) => socket.read(buffer),
+            Self::Tls(stream) => stream.read(buffer),
         }
     }
 }
 
 impl Write for Socket {
-    /// Writes what there is room for.
+    /// Writes what there is room for. With TLS some of it may wait for the next call.
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
         match self {
             Self::Tcp(socket) => socket.write(bytes),
             Self::Unix(socket) => socket.write(bytes),
+            Self::Tls(stream) => stream.write(bytes),
         }
     }
 
     fn flush(&mut self) -> io::Result<()> {
-        Ok(())
+        match self {
+            Self::Tcp(_) | Self::Unix(_) => Ok(()),
+            Self::Tls(stream) => stream.flush(),
+        }
     }
 }
 
@@ -164,6 +181,7 @@ impl AsFd for Socket {
         match self {
             Self::Tcp(socket) => socket.as_fd(),
             Self::Unix(socket) => socket.as_fd(),
+            Self::Tls(stream) => stream.socket().as_fd(),
         }
     }
 }

@@ -14,7 +14,7 @@ use crate::output::{CommandError, ProgressLine, print, print_json, tell};
 use crate::run_file::{RunNameError, check_name};
 use crate::signals;
 use crate::streams::Streams;
-use crate::tls::{Front, TlsArgs};
+use crate::tls::TlsArgs;
 use clap::{Args, ValueEnum};
 use colo_ring::host::{allowed_cores, pin};
 use player::PlayOptions;
@@ -196,13 +196,13 @@ pub fn run(args: &ReplayArgs) -> Result<ExitCode, CommandError> {
             "a sink has no TLS: give --to instead of --sink".to_owned(),
         ));
     }
-    let front = args.tls.front(address).map_err(CommandError::failed)?;
     let pid = sink.as_ref().map(SinkProcess::pid).or(args.pid);
     let mut sessions = Sessions {
         streams: &streams,
         again: again.as_ref(),
         options: PlayOptions {
-            address: front.as_ref().map_or(address, Front::address).clone(),
+            address: address.clone(),
+            tls: args.tls.client(address).map_err(CommandError::failed)?,
             threads,
             cores,
             no_stalls: args.no_stalls,

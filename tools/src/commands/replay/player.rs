@@ -5,10 +5,10 @@
 
 use super::pace::Pacer;
 use super::sender::{Job, Line, PacketSender, SenderCpu};
-use crate::net::Address;
-use crate::net::Socket;
+use crate::net::{Address, ConnectError, Socket};
 use crate::primary::{Answer, MainLink, SynthError};
 use crate::streams::{Changed, Streams};
+use crate::tls::ClientTls;
 use colo_ring::host::pin;
 use colo_ring::wire::colo::Message;
 use colo_ring::wire::return_path::RpMessage;
@@ -30,6 +30,7 @@ pub(super) enum Part {
 #[derive(Clone, Debug)]
 pub(super) struct PlayOptions {
     pub address: Address,
+    pub tls: Option<ClientTls>,
     /// Threads that write packets.
     pub threads: usize,
     /// Cores for these threads, in turn, and for the main channel. Empty: as the system likes.
@@ -38,6 +39,15 @@ pub(super) struct PlayOptions {
     pub no_stalls: bool,
     /// How long to wait for an answer, or for room in a socket.
     pub patience: Duration,
+}
+
+impl PlayOptions {
+    fn connect(&self, what: &str) -> Result<Socket, ConnectError> {
+        match &self.tls {
+            None => Socket::connect(&self.address, what, self.patience),
+            Some(tls) => tls.open(&self.address, what, self.patience),
+        }
+    }
 }
 
 /// One checkpoint by the primary's clock.
@@ -95,7 +105,7 @@ impl<'a> Player<'a> {
     ) -> Result<Self, SynthError> {
         let started = Instant::now();
         let patience = options.patience;
-        let main = Socket::connect(&options.address, "main channel", patience)?;
+        let main = options.connect("main channel")?;
         let mut channels = Vec::new();
         let mut groups: Vec<_> = (0..options.threads.min(streams.channels.len()))
             .map(|_| Vec::new())
@@ -106,8 +116,7 @@ impl<'a> Player<'a> {
                 doing: "starting",
                 source,
             };
-            let mut socket =
-                Socket::connect(&options.address, &format!("multifd channel {number}"), patience)?;
+            let mut socket = options.connect(&format!("multifd channel {number}"))?;
             socket.set_nodelay().map_err(failed)?;
             socket
                 .write_parts(&mut [IoSlice::new(channel.init_bytes())])

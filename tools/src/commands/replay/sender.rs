@@ -41,6 +41,8 @@ pub(super) struct Line {
     next: usize,
     end: usize,
     written: usize,
+    /// Whether the socket has sent all that was written.
+    is_sent: bool,
 }
 
 impl Line {
@@ -56,7 +58,12 @@ impl Line {
             next: 0,
             end: 0,
             written: 0,
+            is_sent: true,
         })
+    }
+
+    fn is_done(&self) -> bool {
+        self.next == self.end && self.is_sent
     }
 }
 
@@ -99,8 +106,9 @@ impl PacketSender<'_> {
         loop {
             let mut earliest = None::<Instant>;
             let (mut progress, mut blocked) = (false, false);
-            for line in self.lines.iter_mut().filter(|line| line.next < line.end) {
-                let wait = job.paced_from.and_then(|from| not_yet(self.streams, line, from));
+            for line in self.lines.iter_mut().filter(|line| !line.is_done()) {
+                let paced_from = job.paced_from.filter(|_| line.is_sent);
+                let wait = paced_from.and_then(|from| not_yet(self.streams, line, from));
                 if let Some(due) = wait {
                     earliest = Some(earliest.map_or(due, |earliest| earliest.min(due)));
                     continue;
@@ -111,7 +119,7 @@ impl PacketSender<'_> {
                 progress |= wrote;
                 blocked |= !wrote;
             }
-            if self.lines.iter().all(|line| line.next == line.end) {
+            if self.lines.iter().all(Line::is_done) {
                 return Ok(job.due.elapsed().saturating_sub(not_own));
             }
             if !progress {
@@ -129,7 +137,7 @@ impl PacketSender<'_> {
             std::thread::sleep(until_due.unwrap_or_default());
             return Ok(());
         }
-        let waiting = self.lines.iter().filter(|line| line.next < line.end);
+        let waiting = self.lines.iter().filter(|line| !line.is_done());
         let mut descriptors: Vec<_> = waiting
             .map(|line| PollFd::new(line.socket.as_fd(), PollFlags::POLLOUT))
             .collect();
@@ -141,7 +149,7 @@ impl PacketSender<'_> {
                     io::ErrorKind::TimedOut,
                     format!("the secondary has read nothing for {:?}", self.patience),
                 );
-                let line = self.lines.iter().find(|line| line.next < line.end);
+                let line = self.lines.iter().find(|line| !line.is_done());
                 Err(failed(line.map_or(0, |line| line.channel), source))
             }
             Ok(_) | Err(nix::errno::Errno::EINTR) => Ok(()),
@@ -159,24 +167,34 @@ fn not_yet(streams: &Streams, line: &Line, paced_from: Instant) -> Option<Instan
     (due > Instant::now()).then_some(due)
 }
 
-/// Writes of the line's next packet what there is room for. Returns whether there was any.
+/// Sends what was written, or else writes of the line's next packet what there is room for. Returns whether there was any.
 fn write_some(streams: &Streams, line: &mut Line) -> Result<bool, SynthError> {
-    let packet = streams.channels[line.channel].packet_bytes(line.next);
-    match line.socket.write(&packet[line.written..]) {
-        Ok(0) => Err(failed(line.channel, io::ErrorKind::WriteZero.into())),
-        Ok(written) => {
-            line.written += written;
-            if line.written == packet.len() {
-                (line.next, line.written) = (line.next + 1, 0);
-            }
-            Ok(true)
-        }
+    let wrote = match line.is_sent {
+        true => write_packet(streams, line),
+        false => line.socket.flush().map(|()| line.is_sent = true),
+    };
+    match wrote {
+        Ok(()) => Ok(true),
         Err(error) => match error.kind() {
             io::ErrorKind::WouldBlock => Ok(false),
             io::ErrorKind::Interrupted => Ok(true),
             _ => Err(failed(line.channel, error)),
         },
     }
+}
+
+fn write_packet(streams: &Streams, line: &mut Line) -> io::Result<()> {
+    let packet = streams.channels[line.channel].packet_bytes(line.next);
+    let written = line.socket.write(&packet[line.written..])?;
+    if written == 0 {
+        return Err(io::ErrorKind::WriteZero.into());
+    }
+    line.is_sent = false;
+    line.written += written;
+    if line.written == packet.len() {
+        (line.next, line.written) = (line.next + 1, 0);
+    }
+    Ok(())
 }
 
 pub(super) fn failed(channel: usize, source: io::Error) -> SynthError {
