@@ -52,6 +52,7 @@ fn measure(lab: &Lab, congestion_control: &HostSetting) -> Result<(Distribution,
         spacing: INTERVAL,
     };
     let start = StartOptions {
+        authority: None,
         lab,
         transport: Transport::Tcp,
         cores: None,

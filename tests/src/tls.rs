@@ -19,6 +19,7 @@ use std::sync::Arc;
 pub const RECEIVER: &str = "localhost";
 
 /// A CA in a directory of its own. The directory `receiver` is for a receiver, `primary` for a primary.
+#[derive(Debug)]
 pub struct Authority {
     scratch: Scratch,
 }

@@ -1,6 +1,7 @@
 //! The figures of a cell: its runs side by side, and what each secondary used for them.
 
 use super::contest::{CellResult, Turns};
+use super::secondary::Secondary;
 use colo_ring::units::PAGE_BYTES;
 use colo_ring_tools::comparison::{CompareError, Options, Ratios, Row, Run, html, report};
 use serde::Serialize;
@@ -39,6 +40,8 @@ pub struct SecondaryFigures {
     pub phases: Vec<Option<Row>>,
     /// Each phase's ratio to the same receiver of another build, where that was measured.
     pub to_other_build: Vec<Option<Ratios>>,
+    /// Each phase's ratio to the same secondary without TLS, where it has TLS.
+    pub to_plaintext: Vec<Option<Ratios>>,
     /// Processor time of its process for a GiB of guest pages, all that it does between checkpoints included.
     pub cpu_s_per_gib: Option<f64>,
     /// The same for a checkpoint.
@@ -59,14 +62,21 @@ impl CellFigures {
     pub fn of(result: &CellResult, phases: &[&'static str]) -> Result<(Self, String), CompareError> {
         let runs = result.turns.iter().filter_map(|turns| turns.run.clone());
         let runs: Vec<_> = runs.map(Run::from).collect();
-        let qemu = result.turns.iter().find(|turns| turns.secondary.is_qemu());
-        let baseline = qemu.and_then(|turns| Some(turns.run.as_ref()?.name.clone()));
-        let options = Options {
-            baseline: baseline.clone(),
-            ..Options::default()
+        let compared_to = |baseline: &Option<String>| {
+            let options = Options {
+                baseline: baseline.clone(),
+                ..Options::default()
+            };
+            report(&runs, options)
         };
-        let comparison = report(&runs, options)?;
+        let baselines = [false, true].map(|is_over_tls| baseline_of(result, is_over_tls));
+        let [plain, secured] = baselines.each_ref().map(compared_to);
+        let (comparison, secured) = (plain?, secured?);
         let row = |phase: &str, turns: &Turns| {
+            let (comparison, baseline) = match turns.secondary.is_over_tls() {
+                false => (&comparison, &baselines[0]),
+                true => (&secured, &baselines[1]),
+            };
             let row = comparison.row(phase, &turns.run.as_ref()?.name)?;
             // Without QEMU the first run replaces it, and no ratio to that is of interest.
             let ratios = row.ratios.filter(|_| baseline.is_some());
@@ -78,7 +88,12 @@ impl CellFigures {
         let secondary = |turns: &Turns| {
             let rows = phases.iter().map(|phase| row(phase, turns)).collect();
             Ok::<_, CompareError>(SecondaryFigures {
-                to_other_build: to_other_build(result, turns, phases)?,
+                to_other_build: to_other(result, turns, phases, |other| {
+                    other.is_other_build_of(&turns.secondary)
+                })?,
+                to_plaintext: to_other(result, turns, phases, |other| {
+                    turns.secondary.is_over_tls_what(other)
+                })?,
                 ..SecondaryFigures::of(turns, rows)
             })
         };
@@ -89,7 +104,7 @@ impl CellFigures {
             spacing_ms: result.cell.spacing.as_millis(),
             phases: phases.to_vec(),
             secondaries,
-            baseline: baseline.clone(),
+            baseline: baselines[0].clone(),
         };
         Ok((figures, html::page(&comparison)))
     }
@@ -117,16 +132,21 @@ impl CellFigures {
     }
 }
 
-/// The ratios of each phase to the same receiver of another build; none where there is no such.
-fn to_other_build(
+/// The name of QEMU's own secondary with or without TLS.
+fn baseline_of(result: &CellResult, is_over_tls: bool) -> Option<String> {
+    let is_it = |turns: &&Turns| turns.secondary.is_qemu() && turns.secondary.is_over_tls() == is_over_tls;
+    let qemu = result.turns.iter().find(is_it);
+    qemu.and_then(|turns| Some(turns.run.as_ref()?.name.clone()))
+}
+
+/// The ratios of each phase to that other secondary; none where there is no such.
+fn to_other(
     result: &CellResult,
     turns: &Turns,
     phases: &[&'static str],
+    is_meant: impl Fn(&Secondary) -> bool,
 ) -> Result<Vec<Option<Ratios>>, CompareError> {
-    let other = result
-        .turns
-        .iter()
-        .find(|other| other.secondary.is_other_build_of(&turns.secondary));
+    let other = result.turns.iter().find(|other| is_meant(&other.secondary));
     let (Some(own), Some(other)) = (&turns.run, other.and_then(|other| other.run.as_ref())) else {
         return Ok(Vec::new());
     };
@@ -156,6 +176,7 @@ impl SecondaryFigures {
             pages_per_checkpoint: pages as f64 / turns.checkpoints().max(1) as f64,
             phases,
             to_other_build: Vec::new(),
+            to_plaintext: Vec::new(),
             cpu_s_per_gib: cpu.map(|cpu_ns| seconds(cpu_ns) / session_gib),
             cpu_ms_per_checkpoint: cpu
                 .map(|cpu_ns| 1e3 * seconds(cpu_ns) / turns.session_checkpoints.max(1) as f64),

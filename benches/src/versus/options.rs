@@ -67,6 +67,10 @@ pub struct Options {
     #[arg(long)]
     pub(super) live: bool,
 
+    /// With TLS (x509, AES-256-GCM in TLS 1.3): beside QEMU's own secondary and each receiver, the same over TLS takes turns as NAME@tls
+    #[arg(long, conflicts_with_all = ["unix", "live", "other_build"])]
+    pub(super) tls: bool,
+
     /// Over UNIX sockets, where QEMU's own secondary has no delayed acknowledgements to wait for
     #[arg(long)]
     unix: bool,
@@ -123,6 +127,13 @@ impl Options {
             let both = |one: Secondary| {
                 let other = one.of_other_build(command);
                 [Some(one), other].into_iter().flatten()
+            };
+            secondaries = secondaries.into_iter().flat_map(both).collect();
+        }
+        if self.tls {
+            let both = |one: Secondary| {
+                let secured = one.over_tls();
+                [Some(one), secured].into_iter().flatten()
             };
             secondaries = secondaries.into_iter().flat_map(both).collect();
         }

@@ -7,6 +7,7 @@ use super::process::Child;
 use super::secondary::StartOptions;
 use colo_ring::metrics::with_suffix;
 use colo_ring_tests::lab::LabError;
+use colo_ring_tests::tls::RECEIVER;
 use colo_ring_tools::run_file::{RunFile, RunFileError};
 use std::ffi::OsStr;
 use std::fs;
@@ -39,6 +40,8 @@ impl Play for Replays<'_> {
 
     fn session(&self, turn: &TurnOf<'_>) -> Result<Session, LabError> {
         let prefix = session_prefix(self.out, turn)?;
+        let authority = self.start.authority.filter(|_| turn.secondary.is_over_tls());
+        let credentials = authority.map(|authority| authority.directory("primary"));
         let capture = self.captures.file(turn.cell.shape);
         if turn.secondary.is_decoders() {
             return decoders::session(&capture, turn, &prefix);
@@ -65,10 +68,15 @@ impl Play for Replays<'_> {
             .flat_map(|(name, value)| [*name, value].map(OsStr::new));
         let args = ["replay".as_ref(), capture.as_os_str()].into_iter();
         let no_stalls = self.no_stalls.then_some(OsStr::new("--no-stalls"));
+        let tls = credentials.iter().flat_map(|directory| {
+            let name = ["--tls-hostname", RECEIVER, "--tls"].map(OsStr::new);
+            name.into_iter().chain([directory.as_os_str()])
+        });
         let args = args
             .chain(pace.iter().map(OsStr::new))
             .chain(words)
-            .chain(no_stalls);
+            .chain(no_stalls)
+            .chain(tls);
         Child::start(args, &with_suffix(&prefix, ".replay.log"))?.wait(SESSION_LIMIT)?;
         let flushed = running.end()?;
         let run = RunFile::read(&with_suffix(&prefix, ".run.json")).map_err(bad_run)?;

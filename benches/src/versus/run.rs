@@ -10,6 +10,7 @@ use super::replays::Replays;
 use super::results::Results;
 use super::secondary::StartOptions;
 use colo_ring_tests::lab::{Company, HostSetting, Lab, LabError};
+use colo_ring_tests::tls::Authority;
 use colo_ring_tools::output::{CommandError, ProgressLine, print, tell};
 use std::time::{Duration, Instant};
 
@@ -48,7 +49,9 @@ pub fn run(options: &Options, plan: &Plan) -> Result<bool, LabError> {
     let mut results = Results::new(options, options.out(), qemu.clone(), in_words)?;
     tell(&results.conditions());
     let out = results.directory().to_owned();
+    let authority = options.tls.then(Authority::new);
     let start = StartOptions {
+        authority: authority.as_ref(),
         lab: &lab,
         transport: options.transport(),
         cores: options.cores.as_deref(),

@@ -7,6 +7,7 @@ use colo_ring::metrics::{Phase, Report, with_suffix};
 use colo_ring_tests::lab::{
     Address, Lab, LabError, Qemu, Receiver, ReceiverOptions, Transport, command_under_test,
 };
+use colo_ring_tests::tls::Authority;
 use colo_ring_tools::commands::receive::ReceiveArgs;
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -20,6 +21,8 @@ pub struct StartOptions<'a> {
     pub transport: Transport,
     /// `receive --cores`; its default where there is none.
     pub cores: Option<&'a str>,
+    /// The certificates of those with TLS.
+    pub authority: Option<&'a Authority>,
 }
 
 /// One of the secondaries.
@@ -30,6 +33,8 @@ pub struct Secondary {
     kind: Kind,
     /// The `colo-ring` of another build; none is the one beside this program.
     other_build: Option<PathBuf>,
+    /// Whether its connections have TLS.
+    is_over_tls: bool,
 }
 
 /// The name of the decoders alone.
@@ -37,6 +42,9 @@ pub(super) const DECODERS: &str = "decoders";
 
 /// Ends the name of a secondary of another build.
 const OTHER: &str = "@other";
+
+/// Ends the name of a secondary that is reached over TLS.
+const TLS: &str = "@tls";
 
 #[derive(Clone, Debug, PartialEq, Eq)]
 enum Kind {
@@ -75,6 +83,7 @@ impl Secondary {
                         name: options.name(),
                         kind: Kind::Ring(options),
                         other_build: None,
+                        is_over_tls: false,
                     });
                 }
             }
@@ -83,6 +92,7 @@ impl Secondary {
             name: "sink".to_owned(),
             kind: Kind::Sink,
             other_build: None,
+            is_over_tls: false,
         });
         all
     }
@@ -122,6 +132,7 @@ impl Secondary {
             name: "qemu".to_owned(),
             kind: Kind::Qemu,
             other_build: None,
+            is_over_tls: false,
         }
     }
 
@@ -132,6 +143,7 @@ impl Secondary {
             name: DECODERS.to_owned(),
             kind: Kind::Decoders,
             other_build: None,
+            is_over_tls: false,
         }
     }
 
@@ -148,7 +160,30 @@ impl Secondary {
             name: format!("{}{OTHER}", self.name),
             kind: self.kind.clone(),
             other_build: Some(command.to_owned()),
+            is_over_tls: false,
         })
+    }
+
+    /// The same over TLS, `NAME@tls`. None of what has no TLS.
+    #[must_use]
+    pub fn over_tls(&self) -> Option<Self> {
+        matches!(self.kind, Kind::Ring(_) | Kind::Qemu).then(|| Self {
+            name: format!("{}{TLS}", self.name),
+            is_over_tls: true,
+            ..self.clone()
+        })
+    }
+
+    /// Whether its connections have TLS.
+    #[must_use]
+    pub fn is_over_tls(&self) -> bool {
+        self.is_over_tls
+    }
+
+    /// Whether it is `this` over TLS.
+    #[must_use]
+    pub fn is_over_tls_what(&self, this: &Self) -> bool {
+        this.over_tls().as_ref() == Some(self)
     }
 
     /// `colo-ring` with the options that `receive` has by itself.
@@ -174,6 +209,7 @@ impl Secondary {
     #[must_use]
     pub fn title(&self, qemu: &str) -> String {
         match &self.kind {
+            Kind::Qemu if self.is_over_tls => format!("{qemu}{TLS}"),
             Kind::Qemu => qemu.to_owned(),
             Kind::Sink | Kind::Decoders => self.name.clone(),
             Kind::Ring(_) => format!("colo-ring {}", self.name),
@@ -195,7 +231,10 @@ impl Secondary {
             lab,
             transport,
             cores,
+            authority,
         } = *options;
+        let credentials = authority.filter(|_| self.is_over_tls);
+        let credentials = credentials.map(|authority| authority.directory("receiver"));
         let address = Address::free(lab, transport)?;
         let process = match &self.kind {
             Kind::Qemu => {
@@ -204,6 +243,9 @@ impl Secondary {
                 let mut qemu = Qemu::start_incoming(lab, "own-secondary", &machine)?;
                 if let Some(compression) = shape.compression {
                     qemu.expect_compression(compression)?;
+                }
+                if let Some(directory) = &credentials {
+                    qemu.expect_tls(directory)?;
                 }
                 qemu.be_secondary(&address, shape.channels)?;
                 Process::Qemu(Box::new(qemu))
@@ -217,7 +259,12 @@ impl Secondary {
             }
             Kind::Ring(options) => {
                 let command = self.other_build.clone().map_or_else(command_under_test, Ok)?;
-                Process::Ring(options.start(command, lab, &address, shape, cores)?)
+                let mut extra = options.words();
+                for (option, value) in [("--cores", cores.map(Into::into)), ("--tls", credentials)] {
+                    let words = value.map(|value: PathBuf| [option.to_owned(), value.display().to_string()]);
+                    extra.extend(words.into_iter().flatten());
+                }
+                Process::Ring(options.start(command, lab, &address, shape, extra)?)
             }
         };
         Ok(Running { address, process })
@@ -233,29 +280,26 @@ impl RingOptions {
         format!("{backend}-{}-{}", self.cache, self.commit)
     }
 
+    /// These options for the command line.
+    fn words(&self) -> Vec<String> {
+        let registered = if self.registered { "on" } else { "off" };
+        let options = [
+            ("--cache", &*self.cache),
+            ("--commit", &*self.commit),
+            ("--registered", registered),
+        ];
+        let words = options.iter().flat_map(|(option, value)| [*option, *value]);
+        words.map(str::to_owned).collect()
+    }
+
     fn start(
         &self,
         command: PathBuf,
         lab: &Lab,
         address: &Address,
         shape: Shape,
-        cores: Option<&str>,
+        extra: Vec<String>,
     ) -> Result<Receiver, LabError> {
-        let registered = if self.registered { "on" } else { "off" };
-        let mut extra = Vec::new();
-        for (option, value) in [
-            ("--cache", Some(&*self.cache)),
-            ("--commit", Some(&*self.commit)),
-            ("--registered", Some(registered)),
-            ("--cores", cores),
-        ] {
-            extra.extend(
-                value
-                    .map(|value| [option.to_owned(), value.to_owned()])
-                    .into_iter()
-                    .flatten(),
-            );
-        }
         let backend = colo_ring::ring::BackendKind::ALL
             .into_iter()
             .find(|backend| backend.name() == self.backend)
@@ -425,6 +469,17 @@ mod tests {
         let other = ring.of_other_build(build).unwrap();
         assert_eq!(other.name, format!("{}@other", ring.name));
         assert_ne!(other.title("qemu"), ring.title("qemu"));
+    }
+
+    #[test]
+    fn what_has_tls_is_named_after_what_has_none() {
+        let ring = Secondary::default_ring();
+        let secured = ring.over_tls().unwrap();
+        assert_eq!(secured.name, format!("{}@tls", ring.name));
+        assert!(secured.is_over_tls_what(&ring));
+        assert!(!secured.is_over_tls_what(&Secondary::own()));
+        assert_eq!(Secondary::own().over_tls().unwrap().title("QEMU 1"), "QEMU 1@tls");
+        assert_eq!(Secondary::decoders().over_tls(), None);
     }
 
     #[test]

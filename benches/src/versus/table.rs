@@ -3,7 +3,7 @@
 use super::figures::{CellFigures, SecondaryFigures};
 use super::memory::CopySpeed;
 use super::secondary::DECODERS;
-use colo_ring_tools::comparison::{Ratio, Row};
+use colo_ring_tools::comparison::{Ratio, Ratios, Row};
 use colo_ring_tools::output::table;
 
 const NONE: &str = "–";
@@ -20,15 +20,18 @@ pub fn cell(cell: &CellFigures, copy: &CopySpeed) -> String {
     rows.extend(cell.secondaries.iter().map(|figures| row(figures, copy)));
     text.push_str(&table(&rows));
     for figures in &cell.secondaries {
-        for (phase, ratios) in cell.phases.iter().zip(&figures.to_other_build) {
-            if let Some(ratios) = ratios {
-                let [p50, p99] = [&ratios.p50, &ratios.p99].map(ratio);
-                text.push_str(&format!(
-                    "{}, {phase} to the other build: p50 {p50}, p99 {p99}\n",
-                    figures.name
-                ));
-            }
-        }
+        text.push_str(&to_other(
+            cell,
+            figures,
+            "the other build",
+            &figures.to_other_build,
+        ));
+        text.push_str(&to_other(
+            cell,
+            figures,
+            "itself without TLS",
+            &figures.to_plaintext,
+        ));
     }
     text.push_str(&to_decoders(cell));
     for figures in &cell.secondaries {
@@ -37,6 +40,19 @@ pub fn cell(cell: &CellFigures, copy: &CopySpeed) -> String {
         }
     }
     text
+}
+
+/// A line for each phase.
+fn to_other(cell: &CellFigures, figures: &SecondaryFigures, what: &str, ratios: &[Option<Ratios>]) -> String {
+    let lines = cell.phases.iter().zip(ratios).filter_map(|(phase, ratios)| {
+        let ratios = ratios.as_ref()?;
+        let [p50, p99] = [&ratios.p50, &ratios.p99].map(ratio);
+        Some(format!(
+            "{}, {phase} to {what}: p50 {p50}, p99 {p99}\n",
+            figures.name
+        ))
+    });
+    lines.collect()
 }
 
 /// How far each is from the decoders alone, by the median of the first phase.
@@ -186,7 +202,7 @@ pub(super) fn ratio(ratio: &Ratio) -> String {
 /// What is needed to read the tables.
 pub const LEGEND: &str = "\
 loaded, received: VMSTATE_SEND to VMSTATE_LOADED and to VMSTATE_RECEIVED, by the primary's clock. stopped: the guest's STOP to RESUME.
-ratio: to QEMU's own secondary, with its 95 % interval by resampling of the rounds. * is the maximum: p99 needs 100 checkpoints to be more.
+ratio: to QEMU's own secondary (of NAME@tls, to that over TLS), with its 95 % interval by resampling of the rounds. * is the maximum: p99 needs 100 checkpoints to be more.
 CPU: of the secondary's process after precopy, what it does between checkpoints included: for a checkpoint, and for a GiB of guest pages.
 decoders: the payloads of a compressed session decoded in memory by two threads, and nothing else done.
 flush: guest pages copied to the RAM image, and that in percent of what one thread and two threads can copy here.

@@ -169,6 +169,24 @@ impl Qemu {
         Ok(())
     }
 
+    /// Has a secondary expect TLS, with the certificates of a directory: before [`Self::be_secondary`].
+    ///
+    /// # Errors
+    /// When QEMU refuses it.
+    pub fn expect_tls(&mut self, directory: &Path) -> Result<(), LabError> {
+        let object = json!({
+            "qom-type": "tls-creds-x509",
+            "id": "tls0",
+            "dir": directory.display().to_string(),
+            "endpoint": "server",
+            "verify-peer": true,
+        });
+        self.qmp().execute("object-add", &object)?;
+        self.qmp()
+            .execute("migrate-set-parameters", &json!({"tls-creds": "tls0"}))?;
+        Ok(())
+    }
+
     /// Has a secondary expect what a primary of that compression sends: before [`Self::be_secondary`].
     ///
     /// # Errors
