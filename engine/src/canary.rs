@@ -67,6 +67,8 @@ pub(crate) enum Canary {
     EndlessKeep,
     /// The main channel, which keeps a request, is not woken when it may be answered.
     SilentBegin,
+    /// A session goes on whose guard was lost before it held anything.
+    UnguardedBeginning,
     /// A guard lets go of frames when their line is drawn.
     EarlyRelease,
     /// A budget gives more than it has.

@@ -91,12 +91,15 @@ pub struct Barriers {
     attached: Option<Attached>,
     /// The primary asks for a checkpoint, whichever link there is, and its guest runs until it is answered.
     is_requested: bool,
+    /// The guard's gates are open, until its first line.
+    is_open: bool,
 }
 
 impl Barriers {
     /// A link belongs to the session from now on, in place of the one before. The next checkpoint whose transfer begins is the
-    /// first that waits for it.
-    pub fn attach(&mut self) {
+    /// first that waits for it. `is_open`: its guard holds nothing before its first line ([`Wanted::Next`](super::Wanted::Next)).
+    pub fn attach(&mut self, is_open: bool) {
+        self.is_open = is_open;
         self.attached = Some(Attached {
             round: None,
             handover: None,
@@ -108,6 +111,12 @@ impl Barriers {
     /// The link is lost.
     pub fn detach(&mut self) {
         self.attached = None;
+    }
+
+    /// Whether the link was lost before its guard has held anything. Then nothing is acknowledged: the guest's output would leave at once.
+    #[must_use]
+    pub fn is_unguarded(&self) -> bool {
+        self.is_open && self.attached.is_none() && !canary::is_set(Canary::UnguardedBeginning)
     }
 
     /// Whether a link belongs to the session.
@@ -191,7 +200,7 @@ impl Barriers {
     #[must_use]
     pub fn may_acknowledge(&self, checkpoint: CheckpointId) -> bool {
         let Some(attached) = self.attached else {
-            return true;
+            return !self.is_unguarded();
         };
         // A link that came after the guest was stopped has no part in this checkpoint.
         let Some(round) = attached.round.filter(|round| round.checkpoint == checkpoint) else {
@@ -251,6 +260,7 @@ impl Barriers {
     pub fn placed(&mut self, checkpoint: CheckpointId) -> Result<(), LinkError> {
         let round = self.round(checkpoint).filter(|round| round.is_barrier_sent);
         round.ok_or(LinkError::NotAsked(checkpoint))?.is_placed = true;
+        self.is_open = false;
         Ok(())
     }
 

@@ -4,7 +4,7 @@ use crate::units::CheckpointId;
 use serde::{Deserialize, Serialize};
 
 /// The version of the protocol that is spoken here.
-pub const LINK_VERSION: u32 = 5;
+pub const LINK_VERSION: u32 = 6;
 
 /// The first bytes of a guard's connection, by which the receiver knows it from a migration.
 pub const PREFACE: [u8; 4] = *b"LINK";
@@ -24,6 +24,20 @@ pub struct Hello {
     /// After so many milliseconds without an answer to a barrier the receiver gives up the link and acknowledges the
     /// checkpoint: a guard that hangs stops its guest for no longer.
     pub timeout_ms: u32,
+    /// To which session of the guest the link is to belong.
+    pub wants: Wanted,
+}
+
+/// Which of a guest's sessions a guard wants.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Wanted {
+    /// The next one that begins: the guard is about to have the guest protected. Its gates are open until its first line.
+    Next,
+    /// The one that there is: the guard has found the guest protected. Its gates hold from the start.
+    Running,
+    /// The one of this number, whose link was lost.
+    Session(u32),
 }
 
 /// The only message of a connection that does not guard: it asks what the receiver calls a guest that is about to be protected, and may
@@ -71,8 +85,10 @@ pub enum ToReceiver {
     },
     /// To [`ToGuard::Last`]: the guest's QEMU has ended.
     PrimaryEnded,
-    /// The operator ends the protection: the end of the session that comes now is no loss, and the guest runs on.
+    /// The guard ends the protection now. If it says [`Self::Left`] next, the end of the session that comes is no loss.
     Leaving,
+    /// QEMU has left COLO, and its guest runs on.
+    Left,
     /// Is the receiver there? At any time after [`ToGuard::Welcome`].
     Ping,
 }

@@ -43,6 +43,9 @@
 //!    its requests any more, it sends no more of them than it would to a receiver without a guard.
 //! 6. A receiver without a link acknowledges at once. Nothing is released meanwhile: a guard without a link holds everything until it
 //!    has a link again, or has ended the protection.
+//! 7. That is so from a guard's first line on. One that has the guest protected holds nothing before it: if its link is lost by then,
+//!    nothing is acknowledged, and the receiver ends the session ([`Barriers::is_unguarded`]); and no session gets that link but one that has begun
+//!    after it ([`Wanted::Next`]): an older one, whose primary's end the receiver has not seen, would leave the new one without a guard.
 //!
 //! So: *what the world has seen is in the last committed checkpoint*. `model.rs` explores every order of events within small bounds, the
 //! receiver's simulation long runs. Barrier and transfer go on at the same time, so the barrier costs
@@ -51,8 +54,8 @@
 //! # On the wire
 //! The guard connects to an address of the receiver's `--listen` and sends [`PREFACE`]; from then on both send one JSON
 //! object a line, of at most [`LINE_MAX`] bytes: [`ToReceiver`], [`ToGuard`]. The first is [`ToReceiver::Hello`], which is answered
-//! by [`ToGuard::Welcome`] or [`ToGuard::Refused`]. The receiver binds the link to the session whose stream has the guest's UUID. A
-//! guard whose guest has none is bound to the next session of the same origin.
+//! by [`ToGuard::Welcome`] or [`ToGuard::Refused`]. The receiver binds the link to the session that the guard wants ([`Wanted`]), of those whose stream
+//! has the guest's UUID; of guests without one an origin may have one at a time.
 //!
 //! `colo-ring protect`, which does not stay, sends [`ToReceiver::Call`] as its first and only message instead. It is answered by
 //! [`ToGuard::Welcome`], and once the guest is protected by [`ToGuard::Called`].
@@ -67,4 +70,4 @@ mod tests;
 
 pub use barriers::{Barriers, HandoverError, LinkError};
 pub use held_output::{Held, HeldOutput};
-pub use message::{Call, Hello, LINE_MAX, LINK_VERSION, PREFACE, ToGuard, ToReceiver};
+pub use message::{Call, Hello, LINE_MAX, LINK_VERSION, PREFACE, ToGuard, ToReceiver, Wanted};

@@ -59,8 +59,8 @@ enum Primary {
     IsStopped,
 }
 
-/// A frame: the checkpoint that will contain its sending. Those that came before there was a line have none.
-type Frame = Option<u64>;
+/// A frame: the checkpoint that will contain its sending. Those of the first copy may leave at any time.
+type Frame = u64;
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 struct Model {
@@ -147,7 +147,7 @@ impl Model {
     /// A guard has connected before precopy.
     fn new(bounds: Bounds) -> Self {
         let mut barriers = Barriers::default();
-        barriers.attach();
+        barriers.attach(true);
         Self {
             checkpoint: 0,
             primary: Primary::Runs,
@@ -167,8 +167,9 @@ impl Model {
         }
     }
 
+    /// A session whose guard was lost before its first line ends, and its primary is not protected any more.
     fn is_done(&self) -> bool {
-        self.checkpoint == self.left.checkpoints || self.has_primary_ended
+        self.checkpoint == self.left.checkpoints || self.has_primary_ended || self.barriers.is_unguarded()
     }
 
     /// The state after a step; none if it cannot happen.
@@ -212,8 +213,7 @@ impl Model {
         let Some(checkpoint) = self.wire.pop_front() else {
             return false;
         };
-        let frame = self.held.is_holding().then_some(checkpoint);
-        self.held.push(frame, 1)
+        self.held.push(checkpoint, 1)
     }
 
     fn is_stopped(&self) -> bool {
@@ -231,7 +231,7 @@ impl Model {
         };
         self.barriers.request();
         // Nothing can come in between.
-        if self.bounds == ANSWERED {
+        if self.bounds.keeps == 0 {
             self.primary = Primary::IsAnswered;
             return self.primary_stops();
         }
@@ -395,7 +395,7 @@ impl Model {
     fn frame_leaves(&mut self) -> Result<bool, String> {
         match self.held.pop() {
             None => Ok(false),
-            Some(Some(checkpoint)) if Some(checkpoint) > self.committed => Err(format!(
+            Some(checkpoint @ 1..) if Some(checkpoint) > self.committed => Err(format!(
                 "the world has seen output of checkpoint {checkpoint} where {:?} is committed",
                 self.committed
             )),
@@ -404,10 +404,12 @@ impl Model {
     }
 
     fn receiver_loses(&mut self) -> bool {
-        if !self.barriers.is_attached() || self.left.losses == 0 {
+        // A guard that is gone has closed its end.
+        let is_loss = self.is_linked;
+        if !self.barriers.is_attached() || (is_loss && self.left.losses == 0) {
             return false;
         }
-        self.left.losses -= 1;
+        self.left.losses -= u8::from(is_loss);
         self.barriers.detach();
         self.to_receiver.clear();
         true
@@ -426,14 +428,15 @@ impl Model {
         true
     }
 
-    /// The receiver may have the old link still: it is replaced.
+    /// The receiver may have the old link still: it is replaced. A guard that has lost its link in the first copy ends the protection, and one
+    /// that begins in it would have another session.
     fn guard_connects(&mut self) -> bool {
-        if self.is_linked {
+        if self.is_linked || self.checkpoint == 0 {
             return false;
         }
         (self.is_linked, self.keeps, self.barrier) = (true, false, None);
         self.to_receiver.clear();
-        self.barriers.attach();
+        self.barriers.attach(false);
         true
     }
 
@@ -468,16 +471,15 @@ fn explore(bounds: Bounds) -> Result<usize, String> {
                 .after(step)
                 .map_err(|error| format!("{error}, after {:?}", way()))?;
             let Some(next) = next else { continue };
-            // A link need not be lost, and a guard need not die.
+            // A link need not be lost, and a guard need not die; but the end of one that is gone is noticed.
             is_end &= matches!(
                 step,
-                Step::ReceiverLoses
-                    | Step::GuardDies
+                Step::GuardDies
                     | Step::GuardKeeps
                     | Step::GuardBegins
                     | Step::OperatorHandsOver
                     | Step::OperatorGivesUp
-            );
+            ) || (step == Step::ReceiverLoses && state.is_linked);
             if known.insert(next.clone()) {
                 open.push_back((next, way()));
             }
@@ -522,9 +524,18 @@ fn a_request_that_is_kept_for_ever_is_found() {
 
 #[test]
 fn an_early_guard_or_receiver_is_found() {
-    for canary in [Canary::EarlyRelease, Canary::EarlyCommitted, Canary::EarlyLoaded] {
+    for canary in [
+        Canary::EarlyRelease,
+        Canary::EarlyCommitted,
+        Canary::EarlyLoaded,
+        Canary::UnguardedBeginning,
+    ] {
         canary::set(Some(canary));
-        let found = explore(ANSWERED);
+        // A guest in two places would be found first.
+        let found = explore(Bounds {
+            handovers: 0,
+            ..ANSWERED
+        });
         canary::set(None);
         let error = found.expect_err("a break that must be found");
         println!("{canary:?}: {error}");

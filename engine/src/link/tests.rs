@@ -82,7 +82,7 @@ fn a_checkpoint_is_acknowledged_when_its_barrier_is_placed() {
     let mut barriers = Barriers::default();
     barriers.ask(FIRST);
     assert!(barriers.may_acknowledge(FIRST) && barriers.next_message().is_none());
-    barriers.attach();
+    barriers.attach(false);
     assert!(
         barriers.may_acknowledge(FIRST),
         "it was stopped before the link came"
@@ -118,12 +118,37 @@ fn a_checkpoint_is_acknowledged_when_its_barrier_is_placed() {
     );
 }
 
+/// A guard that has its guest protected holds nothing before its first line: without it the guest does not run on.
+#[test]
+fn without_its_first_line_nothing_is_acknowledged() {
+    let mut barriers = Barriers::default();
+    barriers.attach(true);
+    assert!(!barriers.is_unguarded());
+    barriers.ask(FIRST);
+    barriers.committed(FIRST);
+    barriers.detach();
+    assert!(barriers.is_unguarded() && !barriers.may_acknowledge(FIRST));
+    // One that has found the guest protected has held from its start.
+    barriers.attach(false);
+    assert!(!barriers.is_unguarded() && barriers.may_acknowledge(FIRST));
+    barriers.detach();
+    assert!(!barriers.is_unguarded() && barriers.may_acknowledge(FIRST));
+
+    let mut barriers = Barriers::default();
+    barriers.attach(true);
+    barriers.ask(FIRST);
+    assert!(barriers.next_message().is_some());
+    assert_eq!(barriers.placed(FIRST), Ok(()));
+    barriers.detach();
+    assert!(!barriers.is_unguarded() && barriers.may_acknowledge(FIRST));
+}
+
 #[test]
 fn a_request_is_kept_until_the_guard_wants_a_checkpoint() {
     let mut barriers = Barriers::default();
     barriers.request();
     assert!(barriers.may_begin(), "there is no guard");
-    barriers.attach();
+    barriers.attach(false);
     barriers.request();
     assert!(
         barriers.may_begin(),
@@ -154,7 +179,7 @@ fn a_request_is_kept_until_the_guard_wants_a_checkpoint() {
     assert!(barriers.keeps_request());
     barriers.detach();
     assert!(barriers.may_begin(), "its guard is lost");
-    barriers.attach();
+    barriers.attach(false);
     assert!(
         barriers.may_begin(),
         "the next guard has not said that requests are kept"
@@ -172,7 +197,7 @@ fn a_request_is_kept_until_the_guard_wants_a_checkpoint() {
 fn a_guest_is_handed_over_by_its_last_checkpoint() {
     let mut barriers = Barriers::default();
     assert_eq!(barriers.begin_handover(), Err(HandoverError::NoGuard));
-    barriers.attach();
+    barriers.attach(false);
     assert_eq!(barriers.begin_handover(), Ok(()));
     assert_eq!(barriers.begin_handover(), Err(HandoverError::UnderWay));
     assert_eq!(barriers.next_message(), Some(ToGuard::Handover));
@@ -208,7 +233,7 @@ fn a_guest_is_handed_over_by_its_last_checkpoint() {
 fn a_guest_that_is_not_handed_over_runs_on() {
     let until_told = || {
         let mut barriers = Barriers::default();
-        barriers.attach();
+        barriers.attach(false);
         assert_eq!(barriers.begin_handover(), Ok(()));
         assert_eq!(barriers.next_message(), Some(ToGuard::Handover));
         barriers.handover_ready();
@@ -229,7 +254,7 @@ fn a_guest_that_is_not_handed_over_runs_on() {
     lost.detach();
     assert!(lost.may_acknowledge(FIRST) && !lost.awaits_end());
     let mut ended = Barriers::default();
-    ended.attach();
+    ended.attach(false);
     assert_eq!(ended.begin_handover(), Ok(()));
     assert!(ended.next_message().is_some());
     ended.handover_ready();
@@ -245,7 +270,7 @@ fn a_guest_that_is_not_handed_over_runs_on() {
         "its QEMU is not to end any more"
     );
     let mut cancelled = Barriers::default();
-    cancelled.attach();
+    cancelled.attach(false);
     assert_eq!(cancelled.begin_handover(), Ok(()));
     assert!(cancelled.cancel_handover());
     cancelled.handover_ready();
@@ -262,11 +287,12 @@ fn messages_are_lines_that_people_can_read() {
         name: "web3".into(),
         uuid: None,
         timeout_ms: 5000,
+        wants: Wanted::Next,
     });
     let text = serde_json::to_string(&hello).unwrap();
     assert_eq!(
         text,
-        r#"{"type":"hello","version":5,"name":"web3","uuid":null,"timeout_ms":5000}"#
+        r#"{"type":"hello","version":6,"name":"web3","uuid":null,"timeout_ms":5000,"wants":"next"}"#
     );
     assert_eq!(serde_json::from_str::<ToReceiver>(&text).unwrap(), hello);
     let barrier = ToGuard::Barrier { checkpoint: SECOND };

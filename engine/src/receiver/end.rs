@@ -103,6 +103,12 @@ pub enum SessionEnd {
         "its guard ended the protection: the guest runs on at its primary, and is ahead of this checkpoint"
     )]
     Unprotected,
+    /// Nothing holds the guest's output.
+    #[error(
+        "nothing would hold its guest's output: its guard was lost in the first copy, or it is not known which of the guards of guests \
+         without a UUID is its own. The guest runs on at its primary, unprotected"
+    )]
+    GuardLost,
     /// A client of the control socket has ended it.
     #[error("it was ended by the operator")]
     Operator,
@@ -137,6 +143,7 @@ impl SessionEnd {
             Self::Promoted
                 | Self::HandedOver
                 | Self::Unprotected
+                | Self::GuardLost
                 | Self::Operator
                 | Self::Stopped
                 | Self::Recovered
@@ -156,7 +163,7 @@ impl SessionEnd {
 
     /// Whether what was committed is not a checkpoint.
     pub(super) fn spoils_checkpoint(&self) -> bool {
-        matches!(self, Self::FalseEnd { .. })
+        matches!(self, Self::FalseEnd { .. } | Self::GuardLost)
     }
 
     /// Whether this receiver may hold the only copy of the guest (spec §5).

@@ -125,7 +125,9 @@ impl Guarded {
             if self.checkpoint.0 == 0 {
                 let identity = GuestIdentity::recovered(1, StoredGuest::default());
                 let links = &self.links;
-                links.session_commits(&Arc::new(identity), Self::guest(), &self.output);
+                links.session_begins(1, Self::guest().origin);
+                // It was told before that its guard is gone.
+                let _ = links.session_commits(&Arc::new(identity), Self::guest(), &self.output);
             }
             self.output.ask(self.checkpoint);
         } else if !self.is_committed {
@@ -194,10 +196,12 @@ async fn guard(input: &[u8]) -> usize {
         }
         read_available(&mut own, &mut answers);
     }
-    // The guard is gone: its session goes on without it, unless it has handed its guest over.
+    // The guard is gone: its session goes on without it, unless it has handed its guest over, or has held nothing yet.
     let _ = own.shutdown(std::net::Shutdown::Write);
     served.await.expect("no panic");
-    let is_free = session.output.may_acknowledge(session.checkpoint) || session.output.ends_primary();
+    let output = &session.output;
+    let is_free =
+        output.may_acknowledge(session.checkpoint) || output.ends_primary() || output.is_unguarded();
     assert!(is_free, "a link that has ended holds its session up");
     read_available(&mut own, &mut answers);
     check_answers(&answers);

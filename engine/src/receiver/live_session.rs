@@ -13,7 +13,7 @@ use super::end::SessionEnd;
 use super::guest::GuestIdentity;
 use super::guest_memory::{GuestMemory, MemoryError};
 use super::kept_checkpoint::KeptCheckpoint;
-use super::links::{GuestMarks, SessionOutput};
+use super::links::{GuardIsGone, GuestMarks, SessionOutput};
 use super::services::Services;
 use super::silence::Silence;
 use crate::budget::Lease;
@@ -36,6 +36,9 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant, SystemTime};
+
+/// How long a guard that has begun to end the protection may take to say that it has.
+const LEAVE_MAX: Duration = Duration::from_secs(5);
 
 /// The socket of a channel, and what wakes its driver.
 ///
@@ -206,6 +209,8 @@ pub(super) struct LiveSession {
     disks: OnceLock<Arc<SessionDisks>>,
     /// Set just before the first commit.
     checkpoint: OnceLock<Arc<KeptCheckpoint>>,
+    /// Its connections have ended, and its guard is to say whether that is a loss: why, and since when.
+    undecided: Mutex<Option<(SessionEnd, Instant)>>,
     end: OnceLock<SessionEnd>,
     /// A device state that another thread writes to its file.
     device_state: Mutex<Option<DeviceState>>,
@@ -234,6 +239,7 @@ impl LiveSession {
             tls,
         } = about.primary;
         let count = u8::try_from(channels.len()).expect("a session has at most 255 channels");
+        services.shared().links.session_begins(about.id, origin);
         Arc::new(Self {
             id: about.id,
             guest,
@@ -263,6 +269,7 @@ impl LiveSession {
             memory: OnceLock::new(),
             disks: OnceLock::new(),
             checkpoint: OnceLock::new(),
+            undecided: Mutex::default(),
             end: OnceLock::new(),
             device_state: Mutex::default(),
             remains: OnceLock::new(),
@@ -466,7 +473,8 @@ impl LiveSession {
             uuid,
             origin: self.origin,
         };
-        shared.links.session_commits(&self.guest, marks, &self.output);
+        let is_guarded = shared.links.session_commits(&self.guest, marks, &self.output);
+        is_guarded.map_err(|GuardIsGone| SessionEnd::GuardLost)?;
         let bound = self.services.bind_disks(self, uuid);
         let bound = bound.map_err(|error| SessionEnd::Disk(Arc::new(error)))?;
         // Set once: there is one first commit.
@@ -616,19 +624,50 @@ impl LiveSession {
         self.wake_helpers();
     }
 
-    /// Ends the session. The first reason stays.
+    /// Ends the session. The first reason stays. Where its guard has begun to end the protection, that is decided when it says that it has.
     pub(super) fn finish(&self, end: SessionEnd) {
+        if end.is_loss() && self.output.awaits_left() {
+            self.undecided().get_or_insert((end, Instant::now()));
+            self.hang_up();
+            self.wake_all();
+            return self.services.notify_control();
+        }
+        self.finish_now(end);
+    }
+
+    /// Decides what [`Self::finish`] has left open, once the guard has said what it was to say, or is gone, or says nothing.
+    pub(super) fn decide_end(&self) {
+        let mut undecided = self.undecided();
+        let is_due = |(_, since): &mut (SessionEnd, Instant)| {
+            !self.output.awaits_left() || since.elapsed() > LEAVE_MAX
+        };
+        let due = undecided.take_if(is_due);
+        drop(undecided);
+        if let Some((end, _)) = due {
+            self.finish_now(end);
+        }
+    }
+
+    fn undecided(&self) -> MutexGuard<'_, Option<(SessionEnd, Instant)>> {
+        self.undecided.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn hang_up(&self) {
+        for connection in self.channels.iter().chain([&self.main]) {
+            connection.shut_down(Shutdown::Both);
+        }
+    }
+
+    fn finish_now(&self, end: SessionEnd) {
         let end = match end.is_loss() {
             true if self.output.ends_primary() => SessionEnd::HandedOver,
-            true if self.output.is_leaving() => SessionEnd::Unprotected,
+            true if self.output.has_left() => SessionEnd::Unprotected,
             _ => end,
         };
         if self.end.set(end).is_err() {
             return;
         }
-        for connection in self.channels.iter().chain([&self.main]) {
-            connection.shut_down(Shutdown::Both);
-        }
+        self.hang_up();
         if let Some(end) = self.end() {
             self.output.end(end.to_string());
         }
@@ -662,9 +701,9 @@ impl LiveSession {
         }
     }
 
-    /// Whether all connections and tenants are dropped: nothing is received any more.
+    /// Whether all connections and tenants are dropped, and it is decided how it ended: nothing is received any more.
     pub(super) fn is_over(&self) -> bool {
-        self.parts.load(Ordering::Acquire) == 0
+        self.parts.load(Ordering::Acquire) == 0 && (self.end().is_some() || self.undecided().is_none())
     }
 }
 

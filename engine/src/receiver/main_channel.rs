@@ -304,6 +304,9 @@ impl MainChannel {
                 return self.is_wait_over();
             }
             Waiting::Output(checkpoint) => {
+                if self.session.output.is_unguarded() {
+                    return Err(SessionEnd::GuardLost);
+                }
                 if !self.session.output.may_acknowledge(checkpoint) {
                     self.timeline.waits(Wait::Guard);
                     return Ok(false);

@@ -6,7 +6,7 @@
 
 use super::fuzz::{DISK_FILES, RAM_FILES, pieces};
 use super::{names_in, sessions};
-use colo_ring::link::{Hello, LINK_VERSION, ToReceiver};
+use colo_ring::link::{Hello, LINK_VERSION, ToReceiver, Wanted};
 use colo_ring::receiver::{Request, RestoreRequest};
 use colo_ring::units::CheckpointId;
 use colo_ring::wire::codec::Method;
@@ -150,6 +150,7 @@ fn put_links() {
             name: "guest1".into(),
             uuid: None,
             timeout_ms: 2000,
+            wants: Wanted::Next,
         })
     };
     let placed = |number| ToReceiver::Placed {
@@ -158,7 +159,16 @@ fn put_links() {
     put(
         "link",
         "barriers",
-        &link(&[hello(), placed(0), placed(1), ToReceiver::Leaving], None),
+        &link(
+            &[
+                hello(),
+                placed(0),
+                placed(1),
+                ToReceiver::Leaving,
+                ToReceiver::Left,
+            ],
+            None,
+        ),
     );
     let refused = ToReceiver::HandoverRefused {
         reason: "busy".into(),

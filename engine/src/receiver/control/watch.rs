@@ -217,6 +217,7 @@ impl Live {
 
 impl ControlState {
     pub(super) fn tick(&mut self) {
+        self.live.iter().for_each(|live| live.session.decide_end());
         let now = Instant::now();
         let looked = std::mem::replace(&mut self.ticked, now);
         let paused = now.saturating_duration_since(looked).saturating_sub(PAUSE_FROM);

@@ -4,7 +4,7 @@ mod registry;
 mod server;
 mod session_output;
 
-pub(super) use registry::{GuestMarks, Links};
+pub(super) use registry::{GuardIsGone, GuestMarks, Links};
 pub(super) use server::serve;
 pub use session_output::GuardStatus;
 pub(super) use session_output::SessionOutput;

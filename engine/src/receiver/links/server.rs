@@ -369,6 +369,7 @@ impl<'a> Link<'a> {
                     ToReceiver::HandoverReady => bound.output.handover_ready(bound.link),
                     ToReceiver::HandoverRefused { reason } => bound.output.handover_refused(bound.link, reason),
                     ToReceiver::Leaving => bound.output.leaving(bound.link),
+                    ToReceiver::Left => bound.output.left(bound.link),
                     ToReceiver::PrimaryEnded => bound.output.primary_ended(bound.link)?,
                     ToReceiver::Ping => self.answer_ping(timeout).await?,
                     ToReceiver::Hello(_) | ToReceiver::Call(_) => return Err(LinkEnd::Unexpected),

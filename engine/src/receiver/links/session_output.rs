@@ -1,7 +1,7 @@
 //! What a session's main channel and its link share: locked a few times a checkpoint, never per packet.
 
 use crate::canary::{self, Canary};
-use crate::link::{Barriers, HandoverError, Hello, LinkError, ToGuard};
+use crate::link::{Barriers, HandoverError, Hello, LinkError, ToGuard, Wanted};
 use crate::ring::Waker;
 use crate::units::CheckpointId;
 use serde::{Deserialize, Serialize};
@@ -17,14 +17,24 @@ pub struct GuardStatus {
     pub linked: bool,
 }
 
+/// Whether the guard ends the protection.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+enum Leave {
+    #[default]
+    No,
+    /// It has begun to.
+    Leaving,
+    /// It has: the guest runs on.
+    Left,
+}
+
 #[derive(Debug, Default)]
 struct State {
     barriers: Barriers,
     /// Counts links: one that was replaced has no say any more.
     link: u64,
     guard: Option<GuardStatus>,
-    /// The guard ends the protection.
-    is_leaving: bool,
+    leave: Leave,
     end: Option<String>,
     /// What has become of handing the guest over; none while that is under way.
     handed_over: Option<Result<CheckpointId, HandoverError>>,
@@ -106,8 +116,8 @@ impl SessionOutput {
         let mut state = self.lock();
         state.link += 1;
         state.link_ended("another guard has taken the place of its guard");
-        state.is_leaving = false;
-        state.barriers.attach();
+        state.leave = Leave::No;
+        state.barriers.attach(hello.wants == Wanted::Next);
         state.guard = Some(GuardStatus {
             name: hello.name.clone(),
             linked: true,
@@ -202,6 +212,11 @@ impl SessionOutput {
     /// Whether the checkpoint may be acknowledged.
     pub(in crate::receiver) fn may_acknowledge(&self, checkpoint: CheckpointId) -> bool {
         self.lock().barriers.may_acknowledge(checkpoint)
+    }
+
+    /// Whether its guard was lost before it has held anything: the session must end.
+    pub(in crate::receiver) fn is_unguarded(&self) -> bool {
+        self.lock().barriers.is_unguarded()
     }
 
     /// The session has ended.
@@ -321,15 +336,31 @@ impl SessionOutput {
         state.barriers.awaits_end() || matches!(state.handed_over, Some(Ok(_)))
     }
 
-    /// The guard ends the protection, and the guest runs on.
+    /// The guard ends the protection now.
     pub(in crate::receiver) fn leaving(&self, link: LinkNumber) {
         let mut state = self.lock();
-        state.is_leaving |= state.link == link.0;
+        if state.link == link.0 {
+            state.leave = Leave::Leaving;
+        }
     }
 
-    /// Whether the guard ends the protection.
-    pub(in crate::receiver) fn is_leaving(&self) -> bool {
-        self.lock().is_leaving
+    /// The guard has ended the protection, and the guest runs on. One that has not said before that it would has lost its receiver.
+    pub(in crate::receiver) fn left(&self, link: LinkNumber) {
+        let mut state = self.lock();
+        if state.link == link.0 && state.leave == Leave::Leaving {
+            state.leave = Leave::Left;
+        }
+    }
+
+    /// Whether the guard has ended the protection, and the guest runs on.
+    pub(in crate::receiver) fn has_left(&self) -> bool {
+        self.lock().leave == Leave::Left
+    }
+
+    /// Whether the guard is to say whether it has.
+    pub(in crate::receiver) fn awaits_left(&self) -> bool {
+        let state = self.lock();
+        state.leave == Leave::Leaving && state.guard.as_ref().is_some_and(|guard| guard.linked)
     }
 
     /// The guard can end the primary: the next checkpoint is the last.

@@ -8,7 +8,7 @@
 
 use super::primary::Stage;
 use super::rng::Rng;
-use crate::link::{HeldOutput, Hello, LINK_VERSION, ToGuard, ToReceiver};
+use crate::link::{HeldOutput, Hello, LINK_VERSION, ToGuard, ToReceiver, Wanted};
 use crate::receiver::links::{LinkNumber, Next, SessionOutput};
 use crate::units::CheckpointId;
 use std::collections::VecDeque;
@@ -17,8 +17,8 @@ use std::sync::Arc;
 /// Frames that are in its memory at most.
 const FRAMES_MAX: u64 = 64;
 
-/// A frame that is held leaves once this state is committed; one that came before there was a line has none.
-type Frame = Option<usize>;
+/// A frame that is held leaves once this state is committed; those of the first copy may leave at any time.
+type Frame = usize;
 
 /// How a link ends.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -41,7 +41,21 @@ pub(super) struct SimGuard {
     barrier: Option<CheckpointId>,
     /// In how many steps the link is lost, if it is.
     losses: Option<usize>,
+    place: Place,
     pub(super) seen: u64,
+}
+
+/// Where the guest stands with its guard.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Place {
+    /// It has none yet. One that comes now has not begun the session, and holds from its start.
+    Unguarded,
+    /// Its guard has begun the session, and holds nothing before its first line.
+    Beginning,
+    /// The receiver knows that its guard holds what it sends.
+    Guarded,
+    /// Its guard was lost before that: the session must end.
+    LostEarly,
 }
 
 impl SimGuard {
@@ -54,15 +68,28 @@ impl SimGuard {
             held: HeldOutput::new(FRAMES_MAX),
             barrier: None,
             losses: rng.one_in(2).then(|| rng.pick(&[20, 100, 1000])),
+            place: Place::Unguarded,
             seen: 0,
         };
         if !rng.one_in(4) {
-            guard.connect(rng);
+            guard.place = Place::Beginning;
+            guard.connect(rng, Wanted::Next);
         }
         guard
     }
 
-    fn connect(&mut self, rng: &mut Rng) {
+    /// A guard of a guest that is protected, or on the way to it without one: it holds from its start.
+    fn take_over(&mut self, rng: &mut Rng) -> bool {
+        if matches!(self.place, Place::Beginning | Place::LostEarly) {
+            return false;
+        }
+        self.place = Place::Guarded;
+        self.held.hold();
+        self.connect(rng, Wanted::Running);
+        true
+    }
+
+    fn connect(&mut self, rng: &mut Rng, wants: Wanted) {
         // What was said on the link before, the guard has forgotten.
         self.to_guard.clear();
         self.to_receiver.clear();
@@ -76,6 +103,7 @@ impl SimGuard {
             name: "model".to_owned(),
             uuid: None,
             timeout_ms: 0,
+            wants,
         }));
     }
 
@@ -94,12 +122,14 @@ impl SimGuard {
             4 if rng.one_in(8) => Ok(self.begin(rng)),
             5 if rng.one_in(16) => Ok(self.keep_ends()),
             // One that is there still is replaced.
-            6 if rng.one_in(if self.link.is_none() { 30 } else { 300 }) => {
-                self.connect(rng);
-                Ok(true)
-            }
+            6 if rng.one_in(if self.link.is_none() { 30 } else { 300 }) => Ok(self.take_over(rng)),
             _ => self.go_on(rng),
         }
+    }
+
+    /// Whether its session must end without it.
+    pub(super) fn is_lost_early(&self) -> bool {
+        self.place == Place::LostEarly
     }
 
     /// The link's next message, in either direction. Whether there was one.
@@ -120,19 +150,16 @@ impl SimGuard {
 
     fn guest_sends(&mut self, stage: Stage, state: usize) -> bool {
         let runs = matches!(stage, Stage::Start | Stage::Idle | Stage::WaitReply | Stage::Done);
-        let frame = self.held.is_holding().then_some(state);
-        runs && self.held.push(frame, 1)
+        runs && self.place != Place::Unguarded && self.held.push(state, 1)
     }
 
     /// What may leave does, and the world sees it.
     fn look_out(&mut self, committed: usize) -> Result<(), String> {
         while let Some(frame) = self.held.pop() {
             self.seen += 1;
-            if let Some(state) = frame
-                && state >= committed
-            {
+            if frame > 0 && frame >= committed {
                 return Err(format!(
-                    "the world has seen output of state {state} where {committed} states are committed"
+                    "the world has seen output of state {frame} where {committed} states are committed"
                 ));
             }
         }
@@ -144,6 +171,9 @@ impl SimGuard {
             return false;
         };
         self.output.detach(link);
+        if self.place == Place::Beginning {
+            self.place = Place::LostEarly;
+        }
         self.to_receiver.clear();
         if rng.pick(&[Loss::Closed, Loss::GivenUp]) == Loss::Closed {
             self.to_guard.clear();
@@ -205,6 +235,7 @@ impl SimGuard {
             Some(ToReceiver::Placed { checkpoint }) => {
                 let taken = self.output.placed(link, checkpoint);
                 taken.map_err(|error| format!("the guard's answer is not taken: {error}"))?;
+                self.place = Place::Guarded;
             }
             Some(ToReceiver::Keep { .. }) => self.output.keep(link),
             Some(ToReceiver::Begin { after }) => self.output.begin(link, after),

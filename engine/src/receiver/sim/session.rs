@@ -246,7 +246,7 @@ impl SimSession {
             .live
             .checkpoint()
             .and_then(|checkpoint| checkpoint.image.checkpoint_view());
-        let is_spoilt = self.live.end().is_some_and(SessionEnd::spoils_checkpoint);
+        let is_spoilt = self.is_spoilt();
         match (self.committed.checked_sub(1), view) {
             (None, None) => Ok(()),
             // What came behind the initial state was no request: it may have been the rest of it.
@@ -268,6 +268,9 @@ impl SimSession {
     /// What the next receiver finds in a directory, where `before` states were committed before the step in which this one
     /// was killed.
     pub(super) fn found(&self, directory: &Path, before: u64) -> Result<(), String> {
+        if self.is_spoilt() {
+            return Ok(());
+        }
         let files = RecoverableCheckpoint::find(directory, &label(self.live.id))
             .map_err(|error| error.to_string())?;
         let files = match files {
@@ -439,9 +442,14 @@ impl SimSession {
         self.live.store().is_some_and(|store| store.is_flushing())
     }
 
+    /// Whether what is committed was given up with its session.
+    fn is_spoilt(&self) -> bool {
+        self.live.end().is_some_and(SessionEnd::spoils_checkpoint)
+    }
+
     /// Whether something is committed that could be dumped.
     pub(super) fn is_committed(&self) -> bool {
-        self.committed > 0
+        self.committed > 0 && !self.is_spoilt()
     }
 
     pub(super) fn commits(&self) -> u64 {
@@ -469,13 +477,20 @@ impl SimSession {
             Some(SessionEnd::Stopped) => "stopped",
             Some(SessionEnd::Contradicted { .. }) => "contradicted",
             Some(SessionEnd::Disk(_)) => "disk",
+            Some(SessionEnd::GuardLost) => "guard lost",
             Some(_) => "another",
         }
     }
 
-    /// Whether it must come to its end: nothing was done to it, and it has not ended for want of memory where that may be.
+    /// Whether it must come to its end: nothing was done to it, and it has not ended for want of memory or of its guard where that may be.
     pub(super) fn must_be_done(&self) -> bool {
-        !(self.is_touched || self.may_lack && self.end() == "no memory")
+        let has_lost_guard = self.guard.as_ref().is_some_and(SimGuard::is_lost_early);
+        let may_end = match self.end() {
+            "no memory" => self.may_lack,
+            "guard lost" => has_lost_guard,
+            _ => false,
+        };
+        !(self.is_touched || may_end)
     }
 
     /// What the control thread does when all connections and tenants are dropped.

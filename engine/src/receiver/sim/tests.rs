@@ -91,7 +91,7 @@ fn a_seed_is_a_run() {
 }
 
 /// Each break, and within how many seeds it is found.
-const CANARIES: [(Canary, u64); 30] = [
+const CANARIES: [(Canary, u64); 31] = [
     (Canary::EarlySync, 10),
     (Canary::OpenGate, 100),
     (Canary::LostWake, 10),
@@ -117,6 +117,7 @@ const CANARIES: [(Canary, u64); 30] = [
     (Canary::EarlyCommitted, 500),
     (Canary::EarlyRelease, 500),
     (Canary::SilentBegin, 100),
+    (Canary::UnguardedBeginning, 500),
     (Canary::Overdraft, 100),
     (Canary::LostLease, 10),
     (Canary::SilentLack, 100),
