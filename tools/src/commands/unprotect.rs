@@ -125,11 +125,6 @@ pub(crate) struct Released {
 /// If something is left; the error says what.
 pub(crate) fn release(qmp: &mut Qmp, patience: Duration) -> Result<Released, CommandError> {
     let (before, cut) = end_migration(qmp, patience)?;
-    let disks = remove_all(qmp).map_err(|error| {
-        CommandError::Failed(format!(
-            "the guest is no longer protected, but mirrors of its disks are left: {error}"
-        ))
-    })?;
     let holds = |gates: &str, error: &dyn std::fmt::Display| {
         CommandError::Failed(format!(
             "the guest is no longer protected, but a guard's {gates} may hold its output: {error}"
@@ -137,6 +132,12 @@ pub(crate) fn release(qmp: &mut Qmp, patience: Duration) -> Result<Released, Com
     };
     let filters = filter::remove_all(qmp).map_err(|error| holds("filters", &error))?;
     let plugs = plug::remove_all(qmp).map_err(|error| holds("plugs", &error))?;
+    // What hangs in a mirror must not hold output up.
+    let disks = remove_all(qmp).map_err(|error| {
+        CommandError::Failed(format!(
+            "the guest is no longer protected, but mirrors of its disks are left: {error}"
+        ))
+    })?;
     stop_mark::run_on(qmp).map_err(|error| {
         CommandError::Failed(format!(
             "the guest is no longer protected, but may stand as a guard has left it: {error}; QMP `cont` lets it continue"

@@ -1,8 +1,9 @@
 //! What a guard shows to Prometheus: its report, and its times as histograms.
 
 use super::GuardArgs;
+use super::measurements::Measurements;
 use super::path::GateStatus;
-use super::report::{GuardReport, GuardState, Measurements, SharedReport, Shown};
+use super::report::{GuardReport, GuardState, SharedReport, Shown};
 use crate::metrics_server::{
     About, Families, Labels, MetricsListener, MetricsServer, PhaseHistogram, Source,
 };

@@ -6,6 +6,8 @@ mod gate;
 mod gates;
 mod link;
 mod link_watch;
+mod logs;
+mod measurements;
 mod metrics;
 mod nics;
 mod on_loss;
@@ -34,7 +36,7 @@ use resident::Guard;
 use serde::Serialize;
 use std::path::PathBuf;
 use std::process::ExitCode;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicU8, Ordering};
 use std::sync::{Arc, mpsc};
 use std::time::Duration;
 use supervisor::Heartbeat;
@@ -162,8 +164,32 @@ enum GuardEvent {
     LeftColo(String),
     /// QEMU has closed its monitor.
     QemuEnded,
-    /// The operator ends the guard.
+    /// The guard is to end.
     End,
+}
+
+/// Whether a guard is to end, and why.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Wish {
+    GoOn,
+    /// The operator ends it.
+    End,
+    /// Its supervisor is gone, which the operator has not asked for.
+    Abandoned,
+}
+
+/// A [`Wish`] that threads share.
+#[derive(Debug)]
+struct SharedWish(AtomicU8);
+
+impl SharedWish {
+    fn set(&self, wish: Wish) {
+        self.0.store(wish as u8, Ordering::Relaxed);
+    }
+
+    fn get(&self) -> Wish {
+        [Wish::GoOn, Wish::End, Wish::Abandoned][usize::from(self.0.load(Ordering::Relaxed))]
+    }
 }
 
 /// Sends events to the guard.
@@ -171,7 +197,7 @@ enum GuardEvent {
 struct EventSender {
     events: mpsc::Sender<GuardEvent>,
     /// Interrupts a first copy.
-    wish: mpsc::Sender<()>,
+    interrupt: mpsc::Sender<()>,
 }
 
 impl GuardArgs {
@@ -191,7 +217,7 @@ impl EventSender {
         // A guard that has ended needs neither.
         let _ = self.events.send(event);
         if !is_usual {
-            let _ = self.wish.send(());
+            let _ = self.interrupt.send(());
         }
     }
 }
@@ -200,8 +226,8 @@ impl EventSender {
 struct Channels {
     sender: EventSender,
     events: mpsc::Receiver<GuardEvent>,
-    wished: mpsc::Receiver<()>,
-    is_ending: Arc<AtomicBool>,
+    interrupted: mpsc::Receiver<()>,
+    wish: Arc<SharedWish>,
     heartbeat: Heartbeat,
 }
 
@@ -224,19 +250,19 @@ pub fn run(args: &GuardArgs) -> Result<ExitCode, CommandError> {
 /// The guard itself.
 fn guard(args: &GuardArgs) -> Result<ExitCode, CommandError> {
     let (events, received) = mpsc::channel();
-    let (wish, wished) = mpsc::channel();
-    let sender = EventSender { events, wish };
-    let is_ending = Arc::new(AtomicBool::new(false));
-    let (of_supervisor, ends) = (sender.clone(), is_ending.clone());
-    let heartbeat = Heartbeat::of_worker(move || {
-        ends.store(true, Ordering::Relaxed);
+    let (interrupt, interrupted) = mpsc::channel();
+    let sender = EventSender { events, interrupt };
+    let wish = Arc::new(SharedWish(AtomicU8::new(Wish::GoOn as u8)));
+    let (of_supervisor, wished) = (sender.clone(), wish.clone());
+    let heartbeat = Heartbeat::of_worker(move |wish| {
+        wished.set(wish);
         of_supervisor.send(GuardEvent::End);
     })?;
     let channels = Channels {
         sender,
         events: received,
-        wished,
-        is_ending,
+        interrupted,
+        wish,
         heartbeat,
     };
     Guard::start(args, channels)?.run()

@@ -58,8 +58,10 @@ enum Command {
     Unlink,
     /// Release everything, and let everything pass; whether every gate did is sent.
     Open(mpsc::Sender<bool>),
-    /// The operator ends the protection: a message for the receiver, and then one for the sender of this.
+    /// The guard ends the protection: a message for the receiver, and then one for the sender of this.
     Leave(mpsc::Sender<()>),
+    /// QEMU has left COLO: a message for the receiver.
+    Left,
     /// The process to end at the last checkpoint, or why it cannot be ended.
     Handover(Result<QemuProcess, ProcessError>),
     End,
@@ -162,12 +164,17 @@ impl OutputPath {
         self.command(Command::Handover(process));
     }
 
-    /// Tells the receiver that the protection is ended on purpose, if there is a link.
+    /// Tells the receiver that the guard ends the protection, if there is a link.
     pub(super) fn leave(&self) {
         let (told, wait) = mpsc::channel();
         self.command(Command::Leave(told));
         // A thread that has ended drops the sender.
         let _ = wait.recv_timeout(LEAVE_LIMIT);
+    }
+
+    /// Tells it that QEMU has left COLO, and that its guest runs on.
+    pub(super) fn left(&self) {
+        self.command(Command::Left);
     }
 
     /// The protection is over, and the output stays held.
@@ -319,6 +326,7 @@ impl PathThread {
                         self.tell(&ToReceiver::Leaving);
                         let _ = told.send(());
                     }
+                    Command::Left => self.tell(&ToReceiver::Left),
                     Command::Handover(process) => self.answer_handover(process),
                     Command::End => return,
                 }

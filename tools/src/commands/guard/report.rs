@@ -1,21 +1,18 @@
-//! What a guard says of itself: on its control socket, and in histogram logs.
+//! What a guard says of itself on its control socket.
 
 use super::path::GateStatus;
 use super::{GuardArgs, OnReceiverLost};
-use crate::metrics_server::PhaseHistogram;
 use crate::options::ControlAddress;
-use crate::output::{CommandError, tell};
-use colo_ring::metrics::{IntervalLog, MetricsError, set_aside_logs, with_suffix};
+use crate::output::CommandError;
 use colo_ring::net::{Clients, SocketFile, bind_unix};
 use hdrhistogram::Histogram;
 use serde::Serialize;
 use std::io::Write;
-use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, Instant, SystemTime};
+use std::time::{Duration, Instant};
 
-/// How often the logs get an interval.
-const INTERVAL: Duration = Duration::from_secs(1);
+/// How long a client may take to read its answer.
+const WRITE_WITHIN: Duration = Duration::from_secs(1);
 
 /// Where the guest stands.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
@@ -52,7 +49,7 @@ pub(super) struct Times {
 }
 
 impl Times {
-    fn of(histogram: &Histogram<u64>) -> Self {
+    pub(super) fn of(histogram: &Histogram<u64>) -> Self {
         let us = |nanoseconds: u64| nanoseconds / 1000;
         Self {
             count: histogram.len(),
@@ -191,150 +188,11 @@ fn serve(address: &ControlAddress, report: Arc<Mutex<GuardReport>>) -> Result<So
         for mut client in listener.incoming().flatten() {
             let line = line(&report).unwrap_or_default();
             // A client that has gone needs none.
-            let _ = client.set_write_timeout(Some(INTERVAL));
+            let _ = client.set_write_timeout(Some(WRITE_WITHIN));
             let _ = client.write_all(line.as_bytes());
         }
     };
     let thread = std::thread::Builder::new().name("guard-control".to_owned());
     thread.spawn(serve).map_err(CommandError::failed)?;
     Ok(file)
-}
-
-/// A measured time, all of it and that of the interval.
-struct Measured {
-    all: Histogram<u64>,
-    interval: Histogram<u64>,
-    /// What `--metrics` shows.
-    shown: PhaseHistogram,
-    log: Option<IntervalLog>,
-}
-
-/// The logs' names.
-const PHASES: [&str; 2] = ["stopped", "held"];
-
-impl Measured {
-    fn new(log: Option<IntervalLog>) -> Self {
-        let histogram = || Histogram::new(3).expect("three digits are possible");
-        Self {
-            all: histogram(),
-            interval: histogram(),
-            shown: PhaseHistogram::default(),
-            log,
-        }
-    }
-
-    fn record(&mut self, time: Duration) {
-        let nanoseconds = u64::try_from(time.as_nanos()).unwrap_or(u64::MAX);
-        // It grows as it is needed.
-        let _ = self.all.record(nanoseconds);
-        let _ = self.interval.record(nanoseconds);
-        self.shown.record(time);
-    }
-
-    fn write(&mut self, start: Duration, length: Duration) -> Result<(), MetricsError> {
-        if let Some(log) = self.log.as_mut().filter(|_| !self.interval.is_empty()) {
-            log.add(None, &self.interval, start, length)?;
-            log.append()?;
-        }
-        self.interval.reset();
-        Ok(())
-    }
-}
-
-/// Begins both logs. Those of an earlier worker or guard are set aside.
-fn logs(args: &GuardArgs, prefix: &Path) -> Result<[IntervalLog; 2], MetricsError> {
-    let _beginning = set_aside_logs(prefix, &PHASES)?;
-    let [stopped, held] = PHASES.map(|phase| {
-        let comments = [format!("{phase} of the guest {}, in nanoseconds", args.name)];
-        IntervalLog::create(
-            with_suffix(prefix, &format!(".{phase}.hlog")),
-            &comments,
-            SystemTime::now(),
-        )
-    });
-    Ok([stopped?, held?])
-}
-
-/// How long the guest was stopped, and its frames were held.
-pub(super) struct Measurements {
-    started: Instant,
-    written: Instant,
-    stopped: Measured,
-    held: Measured,
-    /// Since [`Self::written`], and as a share of the time before that.
-    stopped_lately: Duration,
-    stopped_share: f64,
-    is_warned: bool,
-}
-
-impl Measurements {
-    /// Where logs cannot be made, there are none, and a warning: that costs measurements, not the guest's protection.
-    pub(super) fn new(args: &GuardArgs) -> Self {
-        let [stopped, held] = match args.hist.as_ref().map(|prefix| logs(args, prefix)) {
-            None => [None, None],
-            Some(Ok(logs)) => logs.map(Some),
-            Some(Err(error)) => {
-                tell(&format!(
-                    "WARNING: {}: measurements are not logged: {error}",
-                    args.name
-                ));
-                [None, None]
-            }
-        };
-        let now = Instant::now();
-        Self {
-            started: now,
-            written: now,
-            stopped: Measured::new(stopped),
-            held: Measured::new(held),
-            stopped_lately: Duration::ZERO,
-            stopped_share: 0.0,
-            is_warned: false,
-        }
-    }
-
-    pub(super) fn stopped(&mut self, time: Duration) {
-        self.stopped.record(time);
-        self.stopped_lately += time;
-    }
-
-    pub(super) fn held(&mut self, times_us: Vec<u64>) {
-        times_us
-            .into_iter()
-            .for_each(|time| self.held.record(Duration::from_micros(time)));
-    }
-
-    /// Writes an interval when it is due. A full disk costs measurements, not the guest's protection.
-    pub(super) fn write_if_due(&mut self) {
-        let length = self.written.elapsed();
-        if length < INTERVAL {
-            return;
-        }
-        let start = self.written - self.started;
-        self.written += length;
-        let share = std::mem::take(&mut self.stopped_lately).as_secs_f64() / length.as_secs_f64();
-        // Three digits.
-        self.stopped_share = (share.min(1.0) * 1000.0).round() / 1000.0;
-        let both = [&mut self.stopped, &mut self.held].map(|measured| measured.write(start, length));
-        for error in both.into_iter().filter_map(Result::err) {
-            if !std::mem::replace(&mut self.is_warned, true) {
-                tell(&format!("measurements are lost: {error}"));
-            }
-        }
-    }
-
-    /// What `--metrics` shows of [`Self::stopped`] and [`Self::held`].
-    pub(super) fn histograms(&self) -> (PhaseHistogram, PhaseHistogram) {
-        (self.stopped.shown.clone(), self.held.shown.clone())
-    }
-
-    /// The share of its time that the guest was stopped, of the last second or so.
-    pub(super) fn stopped_share(&self) -> f64 {
-        self.stopped_share
-    }
-
-    /// What was measured.
-    pub(super) fn times(&self) -> (Times, Times) {
-        (Times::of(&self.stopped.all), Times::of(&self.held.all))
-    }
 }

@@ -7,23 +7,23 @@ mod watch;
 
 use super::gates;
 use super::link::{Link, LinkError};
+use super::measurements::Measurements;
 use super::metrics;
 use super::pace::Pace;
 use super::path::{OutputPath, PathEvent};
-use super::report::{GuardReport, GuardState, Measurements, Shown};
+use super::report::{GuardReport, GuardState, Shown};
 use super::stop_mark::{self, StopMarks};
-use super::{Channels, GuardArgs, GuardEvent, OnReceiverLost};
+use super::{Channels, GuardArgs, GuardEvent, OnReceiverLost, SharedWish, Wish};
 use crate::commands::protect::Beginning;
-use crate::commands::unprotect::{guest_status, status_of};
-use crate::guest_disks::{Mirrors, running_mirrors};
+use crate::commands::unprotect::{guest_status, is_over, status_of};
+use crate::guest_disks::Mirrors;
 use crate::metrics_server::MetricsServer;
 use crate::output::{CommandError, tell};
 use crate::qmp::{Asked, CONNECT_LIMIT, Event, Qmp, QmpError};
-use colo_ring::link::{Hello, LINK_VERSION};
-use serde_json::json;
+use colo_ring::link::{Hello, LINK_VERSION, Wanted};
+use serde_json::{Value, json};
 use std::process::ExitCode;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::Receiver;
 use std::time::{Duration, Instant};
 
@@ -45,6 +45,8 @@ enum End {
     Lost(String),
     /// The operator ends the guard.
     Asked,
+    /// The supervisor is gone.
+    Abandoned,
     /// QEMU has ended.
     NoGuest(QmpError),
     /// The guest goes on at the receiver, and QEMU was ended.
@@ -55,15 +57,15 @@ enum End {
 enum DiskMirrors {
     /// That this guard has started.
     Own(Mirrors),
-    /// That it has found: how many.
-    Found(usize),
+    /// That it has found: how many, once QEMU has told.
+    Found(Option<usize>),
 }
 
 /// See the module.
 pub(super) struct Guard<'a> {
     args: &'a GuardArgs,
     events: Receiver<GuardEvent>,
-    wished: Receiver<()>,
+    interrupted: Receiver<()>,
     qmp: Qmp,
     uuid: Option<String>,
     path: OutputPath,
@@ -83,7 +85,7 @@ pub(super) struct Guard<'a> {
     has_stopped: bool,
     /// The receiver's number of the session.
     session: Option<u32>,
-    is_ending: Arc<AtomicBool>,
+    wish: Arc<SharedWish>,
     /// The guest is to be handed over: how often a checkpoint is still asked for, of which one is the last.
     last_asks: Option<u8>,
     /// A checkpoint was asked for and has not begun.
@@ -104,6 +106,8 @@ pub(super) struct Guard<'a> {
     is_found: bool,
     /// It is taken over, which has not succeeded yet: if it fails, a protection is lost.
     takes_over: bool,
+    /// QEMU was hanging when it was to keep what the next guard has to know.
+    are_marks_due: bool,
     /// The last reason that was printed: it is not printed again at each attempt.
     told: String,
 }
@@ -117,8 +121,8 @@ impl<'a> Guard<'a> {
         let Channels {
             sender,
             events,
-            wished,
-            is_ending,
+            interrupted,
+            wish,
             heartbeat,
         } = channels;
         let mut qmp = Qmp::connect(&args.primary.qmp, CONNECT_LIMIT).map_err(CommandError::failed)?;
@@ -129,7 +133,10 @@ impl<'a> Guard<'a> {
         // Protected by a guard that has ended, or by `protect`.
         let is_found = status_of(&migration) == "colo";
         let has_stopped = !is_found && keep_stopped(args, &mut qmp).map_err(CommandError::failed)?;
-        let gates = gates::make(args, &mut qmp, is_found || has_stopped).map_err(CommandError::failed)?;
+        // One that is on the way to it will not be this guard's, and its receiver may know that output is held.
+        let is_beginning = is_colo_beginning(&mut qmp, &migration).map_err(CommandError::failed)?;
+        let holds = is_found || is_beginning || has_stopped;
+        let gates = gates::make(args, &mut qmp, holds).map_err(CommandError::failed)?;
         let of_path = sender.clone();
         let path = OutputPath::start(gates, heartbeat, args.receiver_timeout(), move |event| {
             of_path.send(GuardEvent::Path(event))
@@ -145,7 +152,7 @@ impl<'a> Guard<'a> {
         Ok(Self {
             args,
             events,
-            wished,
+            interrupted,
             uuid,
             qmp,
             path,
@@ -163,7 +170,7 @@ impl<'a> Guard<'a> {
             is_protected: false,
             has_stopped,
             session: None,
-            is_ending,
+            wish,
             last_asks: None,
             is_asked: false,
             asked: None,
@@ -174,6 +181,7 @@ impl<'a> Guard<'a> {
             barriers: 0,
             is_found,
             takes_over: false,
+            are_marks_due: false,
             told: String::new(),
         })
     }
@@ -190,22 +198,23 @@ impl<'a> Guard<'a> {
                 false => self.protect(),
             };
             let end = match protected {
-                Ok(mirrors) => {
+                Ok(mut mirrors) => {
                     backoff = BACKOFF.0;
-                    self.watch(&mirrors)
+                    self.watch(&mut mirrors)
                 }
                 Err(wrong @ CommandError::Usage(_)) => return Err(wrong),
-                Err(_) if self.is_ending() => End::Asked,
+                Err(_) if self.is_ending() => self.wished_end(),
                 Err(error) => self.why_not(&error),
             };
             let end = match end {
-                End::Lost(_) if self.is_ending() => End::Asked,
+                End::Lost(_) if self.is_ending() => self.wished_end(),
                 end => end,
             };
             match self.end(end) {
                 Some(code) => return Ok(code),
                 None if self.wait(backoff) => {
-                    return Ok(self.end(End::Asked).unwrap_or(ExitCode::SUCCESS));
+                    let end = self.wished_end();
+                    return Ok(self.end(end).unwrap_or(ExitCode::SUCCESS));
                 }
                 None => backoff = (backoff * 2).min(BACKOFF.1),
             }
@@ -213,7 +222,15 @@ impl<'a> Guard<'a> {
     }
 
     fn is_ending(&self) -> bool {
-        self.is_ending.load(Ordering::Relaxed)
+        self.wish.get() != Wish::GoOn
+    }
+
+    /// The end of a guard that is to end.
+    fn wished_end(&self) -> End {
+        match self.wish.get() {
+            Wish::Abandoned => End::Abandoned,
+            Wish::End | Wish::GoOn => End::Asked,
+        }
     }
 
     /// Why the first copy has failed: it was interrupted, where the receiver or QEMU was lost.
@@ -235,7 +252,7 @@ impl<'a> Guard<'a> {
         if self.is_ending() {
             return Err(CommandError::Failed("interrupted".to_owned()));
         }
-        let link = self.connect().map_err(CommandError::failed)?;
+        let link = self.connect(Wanted::Next).map_err(CommandError::failed)?;
         self.shown.change(|report| report.state = GuardState::Copying);
         self.path.set_link(link);
         let beginning = Beginning {
@@ -245,7 +262,7 @@ impl<'a> Guard<'a> {
             wait: None,
             shows: true,
         };
-        let mirrors = beginning.begin(&mut self.qmp, &self.wished)?.mirrors;
+        let mirrors = beginning.begin(&mut self.qmp, &self.interrupted)?.mirrors;
         self.mark_protected()?;
         Ok(DiskMirrors::Own(mirrors))
     }
@@ -253,14 +270,13 @@ impl<'a> Guard<'a> {
     /// Continues a protection that is there: no output was released since its guard ended.
     fn take_over(&mut self) -> Result<DiskMirrors, CommandError> {
         self.takes_over = true;
-        let link = self.connect().map_err(CommandError::failed)?;
+        let link = self.connect(Wanted::Running).map_err(CommandError::failed)?;
         self.path.set_link(link);
-        let mirrors = running_mirrors(&mut self.qmp).map_err(CommandError::failed)?;
         self.mark_protected()?;
         // What was held while there was no guard leaves with the next checkpoint.
         self.is_due = true;
         self.path.begin();
-        Ok(DiskMirrors::Found(mirrors))
+        Ok(DiskMirrors::Found(None))
     }
 
     fn mark_protected(&mut self) -> Result<(), CommandError> {
@@ -270,8 +286,7 @@ impl<'a> Guard<'a> {
         self.ran = Instant::now();
         self.keep_requests();
         self.told.clear();
-        let stops = self.stops();
-        StopMarks::set_running(&mut self.qmp, stops).map_err(CommandError::failed)?;
+        self.set_marks().map_err(CommandError::failed)?;
         self.shown.change(|report| {
             report.state = GuardState::Protected;
             report.session = Some(session);
@@ -286,12 +301,23 @@ impl<'a> Guard<'a> {
         Ok(())
     }
 
-    fn connect(&self) -> Result<Link, LinkError> {
+    /// Leaves in QEMU what the next guard has to know. One that hangs in a checkpoint is asked again later.
+    fn set_marks(&mut self) -> Result<(), QmpError> {
+        let marked = StopMarks::set_running(&mut self.qmp.within(watch::LOOK_LIMIT), self.stops());
+        self.are_marks_due = matches!(marked, Err(QmpError::Timeout { .. }));
+        match marked {
+            Err(QmpError::Timeout { .. }) => Ok(()),
+            marked => marked,
+        }
+    }
+
+    fn connect(&self, wants: Wanted) -> Result<Link, LinkError> {
         let hello = Hello {
             version: LINK_VERSION,
             name: self.args.name.clone(),
             uuid: self.uuid.clone(),
             timeout_ms: self.args.guard_timeout,
+            wants,
         };
         let primary = &self.args.primary;
         Link::connect(&primary.to, &primary.tls, hello, self.args.receiver_timeout())
@@ -346,7 +372,7 @@ impl<'a> Guard<'a> {
         while let Ok(event) = self.events.try_recv() {
             self.note(&event);
         }
-        while self.wished.try_recv().is_ok() {}
+        while self.interrupted.try_recv().is_ok() {}
         (self.is_asked, self.asked, self.last_asks) = (false, None, None);
         self.is_silent = false;
     }
@@ -396,6 +422,16 @@ impl<'a> Guard<'a> {
             }
         }
     }
+}
+
+/// Whether a migration of COLO's is under way that has not come to COLO yet.
+fn is_colo_beginning(qmp: &mut Qmp, migration: &Value) -> Result<bool, QmpError> {
+    if is_over(status_of(migration)) || status_of(migration) == "colo" {
+        return Ok(false);
+    }
+    let capabilities = qmp.execute("query-migrate-capabilities", &json!({}))?;
+    let mut listed = capabilities.as_array().into_iter().flatten();
+    Ok(listed.any(|one| one["capability"] == "x-colo" && one["state"] == true))
 }
 
 /// A guest that an earlier guard has stopped because it was not protected, or was about to, stands until it is; where it may run

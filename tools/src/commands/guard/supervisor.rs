@@ -2,9 +2,9 @@
 //!
 //! The guard itself is a worker: this program once more. Its standard input is a socket to the supervisor, over which the worker says
 //! that it is alive, and the supervisor that it is to end. Each takes the end of the socket for the end of the other: a worker
-//! without its supervisor ends the protection, as at SIGTERM.
+//! without its supervisor ends the protection as when the receiver is lost, since nobody has asked for that.
 
-use super::{GuardArgs, OnReceiverLost, gates, on_loss, stop_mark};
+use super::{GuardArgs, OnReceiverLost, Wish, gates, on_loss, stop_mark};
 use crate::commands::unprotect::{end_migration, release};
 use crate::output::{CommandError, tell};
 use crate::own_program;
@@ -297,7 +297,7 @@ impl Heartbeat {
     ///
     /// # Errors
     /// If this is no worker of a supervisor.
-    pub(super) fn of_worker(end: impl FnOnce() + Send + 'static) -> Result<Self, CommandError> {
+    pub(super) fn of_worker(end: impl FnOnce(Wish) + Send + 'static) -> Result<Self, CommandError> {
         let failed = |error: std::io::Error| CommandError::Failed(format!("no supervisor: {error}"));
         // Its supervisor gets them, too, and tells it.
         for signal in [SIGINT, SIGTERM, SIGHUP] {
@@ -310,9 +310,10 @@ impl Heartbeat {
             let mut word = [0];
             loop {
                 match listens.read(&mut word) {
-                    Ok(1..) if word[0] != END => {}
+                    Ok(1..) if word[0] == END => return end(Wish::End),
+                    Ok(1..) => {}
                     Err(error) if error.kind() == ErrorKind::Interrupted => {}
-                    _ => return end(),
+                    Ok(0) | Err(_) => return end(Wish::Abandoned),
                 }
             }
         };

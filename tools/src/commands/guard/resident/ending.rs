@@ -32,12 +32,12 @@ impl Guard<'_> {
                 self.path.leave();
                 ("the guard was ended".to_owned(), Some(ExitCode::SUCCESS))
             }
+            End::Abandoned => return Some(self.abandoned()),
             End::NoGuest(error) => return Some(self.monitor_closed(&error)),
             End::HandedOver => return Some(self.handed_over()),
         };
         let was = self.mark_unprotected(&reason);
-        // One that was never protected is not stopped for want of a receiver.
-        let stops = self.stops() && code.is_none() && (was || self.has_stopped);
+        let stops = code.is_none() && self.stops_now(was);
         if let Err(error) = self.leave_colo(stops, was, code.is_some()) {
             return match self.qmp.wait_closed(CLOSE_LIMIT) {
                 true => Some(self.monitor_closed(&QmpError::Closed { command: reason })),
@@ -62,6 +62,34 @@ impl Guard<'_> {
         }
         self.told = reason;
         code
+    }
+
+    /// Whether the guest stops because it is protected no more. One that was never protected is not stopped for want of a receiver.
+    fn stops_now(&self, was_protected: bool) -> bool {
+        self.stops() && (was_protected || self.has_stopped)
+    }
+
+    /// Nobody has asked for the end of this guard: it ends the protection as if its receiver were lost, and nobody protects the guest again.
+    fn abandoned(&mut self) -> ExitCode {
+        let reason = "the guard's supervisor is gone";
+        let was = self.mark_unprotected(reason);
+        let stops = self.stops_now(was);
+        if !stops {
+            self.path.leave();
+        }
+        if let Err(error) = self.leave_colo(stops, was, !stops) {
+            tell(&format!(
+                "WARNING: {}: {reason}, and the protection could not be ended: {error}",
+                self.args.name
+            ));
+            return ExitCode::FAILURE;
+        }
+        self.print_state();
+        tell(&end_line(&self.args.name, reason, stops, was, false));
+        if was {
+            on_loss::run_and_wait(self.args, reason);
+        }
+        ExitCode::FAILURE
     }
 
     /// QEMU has ended, or the connection to its monitor alone: then another worker goes on.
@@ -124,6 +152,7 @@ impl Guard<'_> {
         if stops {
             self.path.unlink();
         } else {
+            self.path.left();
             let opened = self.path.open();
             if ends && !opened.recv_timeout(OPEN_LIMIT).unwrap_or(false) {
                 return Err(CommandError::Failed(

@@ -6,12 +6,13 @@ use super::{DiskMirrors, End, Guard, closed};
 use crate::guest_disks::{MirrorError, running_mirrors};
 use crate::output::{CommandError, tell};
 use crate::qmp::QmpError;
+use colo_ring::link::Wanted;
 use serde_json::json;
 use std::sync::mpsc::RecvTimeoutError;
 use std::time::{Duration, Instant};
 
 /// How long it is waited for where it is only looked at. While pages are sent, it answers nothing.
-const LOOK_LIMIT: Duration = Duration::from_millis(200);
+pub(super) const LOOK_LIMIT: Duration = Duration::from_millis(200);
 
 /// How long a guest may be stopped for a checkpoint, and how late that may begin, beyond the time that the receiver waits for the guard: then
 /// the receiver hangs.
@@ -22,12 +23,12 @@ const LOOK: Duration = Duration::from_secs(1);
 
 impl Guard<'_> {
     /// Keeps the guest protected, until it is not any more.
-    pub(super) fn watch(&mut self, mirrors: &DiskMirrors) -> End {
+    pub(super) fn watch(&mut self, mirrors: &mut DiskMirrors) -> End {
         let mut looked = Instant::now();
         loop {
             let now = Instant::now();
             if self.is_ending() {
-                return End::Asked;
+                return self.wished_end();
             }
             if let Some(late) = self.why_late(now) {
                 return End::Lost(late);
@@ -60,7 +61,7 @@ impl Guard<'_> {
                 Ok(GuardEvent::Path(PathEvent::HandoverAsked)) => self.prepare_handover(),
                 Ok(GuardEvent::Path(PathEvent::HandedOver)) => return End::HandedOver,
                 Ok(GuardEvent::QemuEnded) => return self.qemu_ended(),
-                Ok(GuardEvent::End) => return End::Asked,
+                Ok(GuardEvent::End) => return self.wished_end(),
                 Ok(event) => match self.loss(&event) {
                     Some(reason) => return End::Lost(reason),
                     None => self.note(&event),
@@ -91,7 +92,8 @@ impl Guard<'_> {
         if self.qmp.is_closed() {
             return Err(CommandError::Failed("QEMU has ended".to_owned()));
         }
-        let link = self.connect().map_err(CommandError::failed)?;
+        let wants = self.session.map_or(Wanted::Running, Wanted::Session);
+        let link = self.connect(wants).map_err(CommandError::failed)?;
         self.path.set_link(link);
         match Some(self.wait_for_session()?) == self.session {
             true => {
@@ -108,7 +110,7 @@ impl Guard<'_> {
     }
 
     /// Whether the disks are mirrored still.
-    pub(super) fn look(&mut self, mirrors: &DiskMirrors) -> Result<(), End> {
+    pub(super) fn look(&mut self, mirrors: &mut DiskMirrors) -> Result<(), End> {
         self.measurements.held(self.path.take_hold_times_us());
         self.measurements.write_if_due();
         let (stopped, held) = self.measurements.times();
@@ -136,12 +138,22 @@ impl Guard<'_> {
                 Err(error) => return Err(lost(&error)),
             }
         }
+        if self.are_marks_due {
+            self.set_marks().map_err(|error| lost(&error))?;
+        }
         let mut qmp = self.qmp.within(LOOK_LIMIT);
         let looked = match mirrors {
             DiskMirrors::Own(mirrors) if mirrors.is_empty() => Ok(()),
             DiskMirrors::Own(mirrors) => mirrors.state(&mut qmp).map(drop),
-            DiskMirrors::Found(0) => Ok(()),
-            DiskMirrors::Found(count) => match running_mirrors(&mut qmp) {
+            DiskMirrors::Found(found @ None) => match running_mirrors(&mut qmp) {
+                Ok(running) => {
+                    *found = Some(running);
+                    Ok(())
+                }
+                Err(error) => Err(MirrorError::from(error)),
+            },
+            DiskMirrors::Found(Some(0)) => Ok(()),
+            DiskMirrors::Found(Some(count)) => match running_mirrors(&mut qmp) {
                 Ok(running) if running < *count => return Err(lost(&"the mirror of a disk has ended")),
                 looked => looked.map(drop).map_err(MirrorError::from),
             },
