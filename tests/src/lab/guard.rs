@@ -158,6 +158,16 @@ impl Guard {
         self.wait_end()
     }
 
+    /// Kills its supervisor, and not its worker.
+    ///
+    /// # Errors
+    /// When it does not end.
+    pub fn kill_supervisor(&mut self) -> Result<(), LabError> {
+        let killed = kill(self.supervisor(), Signal::SIGKILL);
+        killed.map_err(|errno| LabError::io("kill the guard's supervisor")(errno.into()))?;
+        self.wait_end().map(drop)
+    }
+
     /// Kills its worker alone, or stops it for ever.
     ///
     /// # Errors

@@ -215,6 +215,12 @@ impl LinkProxy {
         self.shared.silent_before.store(u64::MAX, Ordering::SeqCst);
     }
 
+    /// After [`Self::vanish`], connections that come from now on reach the receiver, which knows of no end of those before.
+    pub fn pass_new_connections(&self) {
+        let next = self.shared.connections.load(Ordering::SeqCst);
+        self.shared.silent_before.store(next, Ordering::SeqCst);
+    }
+
     /// A receiver is there again: connections that come from now on reach it, and those before are closed.
     pub fn come_back(&self) {
         let next = self.shared.connections.load(Ordering::SeqCst);
@@ -404,6 +410,8 @@ impl Direction<'_> {
             Carries::Link => self.pass_lines(),
             Carries::Main | Carries::Pages => self.pass_bytes(),
         };
+        // Nor does an end arrive where nothing does.
+        self.shared.passes(self.number);
         // Either may be closed already.
         let _ = self.to.shutdown(Shutdown::Write);
         let _ = self.from.shutdown(Shutdown::Read);

@@ -1,5 +1,6 @@
 //! Output commit: a guest's connections survive its primary, its receiver and its guard.
 
+mod beginnings;
 mod bulk;
 mod busy;
 mod campaign;

@@ -28,15 +28,15 @@ const MOMENTS: [LinkMoment; 5] = [
 const SKIP: u32 = 3;
 
 /// A guest that is asked again and again, and what it is protected by.
-struct Guarded<'a> {
+pub(super) struct Guarded<'a> {
     lab: &'a Lab,
-    scene: Scene<'a>,
-    proxy: LinkProxy,
-    client: Client,
+    pub(super) scene: Scene<'a>,
+    pub(super) proxy: LinkProxy,
+    pub(super) client: Client,
 }
 
 impl<'a> Guarded<'a> {
-    fn start(lab: &'a Lab, way: Way, extra: &[&str]) -> Result<Self, LabError> {
+    pub(super) fn start(lab: &'a Lab, way: Way, extra: &[&str]) -> Result<Self, LabError> {
         let (scene, proxy) = Scene::set_with_proxy(lab, way, 0, extra)?;
         let client = ask()?;
         Ok(Self {
@@ -87,7 +87,7 @@ impl<'a> Guarded<'a> {
 
 /// What is given as `--receiver-timeout` where receivers are lost.
 const TIMEOUT: Duration = Duration::from_secs(1);
-const SOON: [&str; 2] = [RECEIVER_TIMEOUT, "1000"];
+pub(super) const SOON: [&str; 2] = [RECEIVER_TIMEOUT, "1000"];
 
 /// What the end of a protection is taken to last at least.
 const LEAST: Duration = Duration::from_millis(100);
@@ -289,6 +289,33 @@ fn a_guard_that_hangs_at_a_barrier_is_replaced() {
         guarded.end();
         Ok(())
     });
+}
+
+/// Nobody has asked for its end: the worker ends the protection as a lost receiver does, and says to its own what has become of the guest.
+#[test]
+fn a_guard_whose_supervisor_is_killed_ends_the_protection() {
+    let stop = ["--on-receiver-lost", "stop"];
+    for (extra, stops) in [(&[][..], false), (&stop[..], true)] {
+        net_experiment(Company::Others, |lab| {
+            let mut guarded = Guarded::start(lab, Way::Filter, extra)?;
+            let worker = guarded.scene.guard.worker()?;
+            guarded.scene.guard.kill_supervisor()?;
+            wait_for("the end of its worker", HANG_LIMIT, || {
+                Ok((kill(worker, None).is_err()).then_some(()))
+            })?;
+            let ended = wait_for("the end of the session", HANG_LIMIT, || {
+                let session = &guarded.scene.receiver.status()?["sessions"][0];
+                Ok((session["state"] == "ended").then(|| session.clone()))
+            })?;
+            // A guest that stands has shown the world nothing that is not in the checkpoint.
+            assert_eq!(ended["lost"], stops, "{ended}");
+            match stops {
+                false => guarded.client.wait_answers(20)?,
+                true => wait_stands(&mut guarded.scene.primary)?,
+            }
+            Ok(())
+        });
+    }
 }
 
 /// The monitor's connection alone: another worker takes its place at QEMU.

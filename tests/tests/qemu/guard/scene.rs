@@ -137,7 +137,13 @@ impl<'a> Scene<'a> {
 
     /// Kills the primary, and resumes its guest in a fresh QEMU with the same tap device.
     pub(super) fn fail_over(self) -> Result<(Receiver, Qemu), LabError> {
-        let (lost, session, fresh) = self.lose_primary()?;
+        let session = self.receiver.sessions()?[0];
+        self.fail_over_from(session)
+    }
+
+    /// The same from a session that need not be its receiver's first.
+    pub(super) fn fail_over_from(self, session: u64) -> Result<(Receiver, Qemu), LabError> {
+        let (lost, fresh) = self.lose_primary(session)?;
         let monitor = fresh.free_monitor().display().to_string();
         lost.receiver.failover(session, ["--qmp", &monitor])?;
         Ok((lost.receiver, fresh))
@@ -174,7 +180,8 @@ impl<'a> Scene<'a> {
 
     /// The same, and the failover becomes the guard of the fresh QEMU, which is protected by the same receiver.
     pub(super) fn fail_over_and_guard(self) -> Result<Self, LabError> {
-        let (lost, session, primary) = self.lose_primary()?;
+        let session = self.receiver.sessions()?[0];
+        let (lost, primary) = self.lose_primary(session)?;
         let mut guard = Guard::by_failover(lost.lab, &lost.receiver, session, &primary, &lost.address)?;
         guard.wait_state("protected")?;
         Ok(Self {
@@ -188,8 +195,8 @@ impl<'a> Scene<'a> {
         })
     }
 
-    /// Kills the primary, and starts a fresh QEMU that waits with the same tap device. Returns what is left, and the session.
-    fn lose_primary(self) -> Result<(Lost<'a>, u64, Qemu), LabError> {
+    /// Kills the primary, and starts a fresh QEMU that waits with the same tap device. Returns what is left.
+    fn lose_primary(self, session: u64) -> Result<(Lost<'a>, Qemu), LabError> {
         let Self {
             lab,
             address,
@@ -199,7 +206,6 @@ impl<'a> Scene<'a> {
             number,
             ..
         } = self;
-        let session = receiver.sessions()?[0];
         let _ = primary.kill();
         // It ends with its QEMU.
         guard.wait_end()?;
@@ -211,7 +217,10 @@ impl<'a> Scene<'a> {
         let fresh = Qemu::start_incoming(lab, &format!("fresh{number}-{session}"), &fresh)?;
         wait_for("the end of the session", HANG_LIMIT, || {
             let status = receiver.status()?;
-            Ok((status["sessions"][0]["state"] == "ended").then_some(()))
+            let mut sessions = status["sessions"].as_array().into_iter().flatten();
+            Ok(sessions
+                .any(|one| one["session"] == session && one["state"] == "ended")
+                .then_some(()))
         })?;
         let lost = Lost {
             lab,
@@ -219,7 +228,7 @@ impl<'a> Scene<'a> {
             address,
             receiver,
         };
-        Ok((lost, session, fresh))
+        Ok((lost, fresh))
     }
 }
 
