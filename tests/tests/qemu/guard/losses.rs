@@ -128,7 +128,7 @@ fn receiver_is_lost(loss: ReceiverLoss) {
                     // What the same machine takes for one that is noticed at once.
                     let killed = ReceiverLoss::Killed.act(&guarded.scene.receiver, &guarded.proxy);
                     let killed = guarded.lose(moment, killed)?;
-                    let limit = 10 * (TIMEOUT + killed.max(LEAST));
+                    let limit = 4 * (TIMEOUT + killed.max(LEAST));
                     assert!(
                         lost < limit,
                         "{way:?}, {moment:?}: {lost:?}, and {killed:?} of one that was killed"
