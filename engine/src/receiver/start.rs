@@ -21,7 +21,7 @@ use crate::metrics::{Recorder, RunDescription, SampleQueue};
 use crate::net::Listener;
 use crate::ring::{BackendKind, Plane, PlaneError, PlaneOptions};
 use crate::sandbox::ThreadKind;
-use crate::store::{CopyMethod, Flusher, RamDirectoryLock, Store, StoreOptions};
+use crate::store::{CopyMethod, Flusher, RamDirectoryLock, Store, StoreError, StoreOptions};
 use crate::threads::Threads;
 use std::collections::BTreeSet;
 use std::sync::Arc;
@@ -90,6 +90,11 @@ pub(super) fn make_context(
     // First: a killed receiver that still holds it may hold more.
     let ram_dir = options.store.ram_dir.as_deref().map(RamDirectoryLock::take);
     let ram_dir = ram_dir.transpose().map_err(ReceiverError::RamDirectory)?;
+    if let Some(path) = &mut options.store.ram_dir {
+        // A thread that is confined does not know the working directory.
+        let whole = path.canonicalize();
+        *path = whole.map_err(|error| ReceiverError::RamDirectory(StoreError::file(path, error)))?;
+    }
     let threads = threads(&options, &events)?;
     let flusher = flusher(&options, &threads)?;
     let budgets = Budgets {

@@ -224,6 +224,16 @@ fn an_intruder_that_starts_a_program_ends_the_process() {
     }
 }
 
+/// Confined threads do not know the working directory.
+#[test]
+fn a_ram_directory_may_be_relative() {
+    let ram = SharedDirectory::new().expect("a directory");
+    let mut command = wrapped(&[]);
+    command.current_dir(ram.path());
+    let receiver = RunningReceiver::start(command, &["--hugepages", "off", "--ram-dir", "."]);
+    assert_eq!(receiver.protect()["checkpoint"], 5);
+}
+
 /// With `--sandbox off` the threads are as the kernel makes them, and the log says so.
 #[test]
 fn it_can_be_switched_off() {
