@@ -3,6 +3,7 @@
 mod dry_run;
 pub(super) mod filter;
 mod gate;
+mod gate_in_use;
 mod gates;
 mod link;
 mod link_watch;

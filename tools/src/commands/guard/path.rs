@@ -1,6 +1,7 @@
 //! The thread in the way of the guest's output: it drives the gates and the link, so that no other work delays a barrier.
 
-use super::gate::{Counts, GateError, HOLD_TIMES_MAX, OutputGate};
+use super::gate::{Counts, HOLD_TIMES_MAX, OutputGate};
+use super::gate_in_use::GateInUse;
 use super::link::{Link, LinkError};
 use super::link_watch::LinkWatch;
 use super::supervisor::Heartbeat;
@@ -216,57 +217,6 @@ impl Drop for OutputPath {
             // Its panic was printed.
             let _ = thread.join();
         }
-    }
-}
-
-/// A gate, and whether it has failed: then it is left alone until it recovers. What it waits for may be there for ever.
-struct GateInUse {
-    gate: Box<dyn OutputGate>,
-    has_failed: bool,
-    /// It was to be opened, and could not.
-    is_to_open: bool,
-}
-
-impl From<Box<dyn OutputGate>> for GateInUse {
-    fn from(gate: Box<dyn OutputGate>) -> Self {
-        Self {
-            gate,
-            has_failed: false,
-            is_to_open: false,
-        }
-    }
-}
-
-impl GateInUse {
-    /// Has the gate do something. The event, when it fails.
-    fn act(
-        &mut self,
-        act: impl FnOnce(&mut dyn OutputGate) -> Result<(), GateError>,
-    ) -> Result<(), PathEvent> {
-        act(&mut *self.gate).map_err(|error| {
-            self.has_failed = true;
-            PathEvent::GateFailed(error.to_string())
-        })
-    }
-
-    /// One that has failed is used again, if it can be.
-    fn recover(&mut self) -> Result<(), PathEvent> {
-        if self.has_failed {
-            self.act(|gate| gate.recover())?;
-            if self.is_to_open {
-                self.open()?;
-            }
-            self.has_failed = false;
-        }
-        Ok(())
-    }
-
-    /// Lets everything pass; one that fails does so when it recovers.
-    fn open(&mut self) -> Result<(), PathEvent> {
-        self.is_to_open = true;
-        self.act(|gate| gate.open())?;
-        self.is_to_open = false;
-        Ok(())
     }
 }
 
