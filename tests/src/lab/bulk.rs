@@ -3,6 +3,7 @@
 use crate::HANG_LIMIT;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::TcpStream;
+use std::process::Command;
 use std::time::Instant;
 
 use super::{GUEST_ADDRESS, LabError, wait_for};
@@ -49,9 +50,21 @@ fn receive(mut stream: &TcpStream, bytes: u64) -> std::io::Result<()> {
     Ok(())
 }
 
+/// What the kernel knows of connections to the guest: round trip, windows, and what limits the sender.
+fn print_connections() -> std::io::Result<()> {
+    let listed = Command::new("ss")
+        .args(["-tinH", "dst", GUEST_ADDRESS])
+        .output()?;
+    println!("{}", String::from_utf8_lossy(&listed.stdout).trim());
+    Ok(())
+}
+
 fn send(mut stream: &TcpStream, bytes: u64) -> std::io::Result<()> {
     stream.write_all(format!("sink {bytes}\n").as_bytes())?;
-    std::io::copy(&mut std::io::repeat(b'x').take(bytes), &mut stream)?;
+    for part in [bytes / 2, bytes - bytes / 2] {
+        std::io::copy(&mut std::io::repeat(b'x').take(part), &mut stream)?;
+        print_connections()?;
+    }
     let mut answer = String::new();
     BufReader::new(stream).read_line(&mut answer)?;
     match answer == format!("done {bytes}\n") {

@@ -503,6 +503,7 @@ impl PathThread {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::commands::guard::gate::GateError;
     use std::os::fd::BorrowedFd;
     use std::sync::atomic::AtomicBool;
 
