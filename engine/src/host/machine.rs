@@ -1,11 +1,12 @@
 //! The machine, as measurements describe it.
 
 use super::{cores, memory, network, proc};
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use std::fmt;
 
 /// A short description of the machine, for reports only.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct Machine {
     /// The processor's model name.
     pub cpu_model: String,

@@ -3,13 +3,14 @@
 use super::{OsError, proc};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::sys::resource::{RLIM_INFINITY, Resource, getrlimit};
+use schemars::JsonSchema;
 use serde::Serialize;
 
 /// Number of CAP_IPC_LOCK in the capability sets (capabilities(7)).
 const CAP_IPC_LOCK: u32 = 14;
 
 /// The pool of one size of huge pages.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, JsonSchema)]
 pub struct HugePagePool {
     /// Size of one page.
     pub page_bytes: u64,
@@ -22,7 +23,7 @@ pub struct HugePagePool {
 }
 
 /// See the module's documentation.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, Serialize, JsonSchema)]
 pub struct MemoryReport {
     /// Memory of the machine.
     pub total_bytes: u64,
@@ -42,6 +43,7 @@ pub struct MemoryReport {
     /// container may have it without effect: [`crate::ring::RegistrationReport::beyond_limit`] was tried.
     pub cap_ipc_lock: bool,
     /// Whether a memfd can be made: it holds guest memory.
+    #[schemars(with = "Result<(), String>")]
     pub memfd: Result<(), OsError>,
 }
 

@@ -25,10 +25,11 @@ pub use numa::{CorePlace, NumaError, NumaNode, Placement, Topology, ranges};
 pub use os_error::OsError;
 pub(crate) use proc::{io_uring_disabled, max_mappings};
 
+use schemars::JsonSchema;
 use serde::Serialize;
 
 /// Everything that [`HostReport::probe`] finds out.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, Serialize, JsonSchema)]
 pub struct HostReport {
     /// What the machine is.
     pub machine: Machine,

@@ -1,10 +1,11 @@
 //! The TCP settings that decide how fast a checkpoint is received.
 
 use super::proc;
+use schemars::JsonSchema;
 use serde::Serialize;
 
 /// The settings of this network namespace. A value that cannot be read is none.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, Serialize, JsonSchema)]
 pub struct NetworkReport {
     /// Congestion control of new sockets. The primary's decides how it sends; ours only matters for tests on loopback.
     pub congestion_control: Option<String>,

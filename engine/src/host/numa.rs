@@ -5,6 +5,7 @@
 
 use super::cores::parse_core_list;
 use super::proc;
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use std::fmt;
 use std::path::Path;
@@ -14,7 +15,7 @@ use thiserror::Error;
 pub(crate) const NODES_MAX: usize = 1024;
 
 /// One NUMA node.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, JsonSchema)]
 pub struct NumaNode {
     /// Its number.
     pub node: usize,
@@ -57,7 +58,7 @@ pub struct Topology {
 }
 
 /// Where a receiver's cores and memory are.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct Placement {
     /// The cores that it receives on.
     pub cores: Vec<CorePlace>,
@@ -67,7 +68,7 @@ pub struct Placement {
 }
 
 /// Where a core is.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct CorePlace {
     /// Its number.
     pub core: usize,

@@ -25,11 +25,12 @@ pub use recorder::{
 };
 pub use summary::{Accumulator, PhaseSummary, SIGNIFICANT_DIGITS, Summary, display_nanoseconds};
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use std::time::Duration;
 
 /// A part of a checkpoint, measured by the receiver's clock. The names are the same in logs, reports and options.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum Phase {
     /// CHECKPOINT_REQUEST read, or not kept any more for a guard, until CHECKPOINT_REPLY is sent.

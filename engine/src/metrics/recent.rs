@@ -2,6 +2,7 @@
 
 use super::CheckpointSample;
 use hdrhistogram::Histogram;
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use std::collections::VecDeque;
 use std::time::Duration;
@@ -23,7 +24,7 @@ pub struct RecentPauses {
 }
 
 /// Figures of pauses over some time.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct PauseFigures {
     /// Checkpoints in it.
     pub checkpoints: u64,
@@ -36,7 +37,7 @@ pub struct PauseFigures {
 }
 
 /// The pauses of a session lately.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct RecentFigures {
     /// Of the running window and the one before it: 10 to 20 seconds.
     pub now: PauseFigures,

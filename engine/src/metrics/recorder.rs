@@ -11,6 +11,7 @@ use super::{
 };
 use crate::host::Machine;
 use crate::threads::Threads;
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, VecDeque};
 use std::path::{Path, PathBuf};
@@ -97,7 +98,7 @@ pub struct RunDescription {
 }
 
 /// The report at the end: what `PREFIX.json` holds.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct Report {
     /// Always [`SCHEMA`].
     pub schema: String,
@@ -125,7 +126,7 @@ pub struct Report {
 }
 
 /// One session's part of the report.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct SessionSummary {
     /// Its number in this receiver.
     pub session: u32,

@@ -2,6 +2,7 @@
 
 use super::{CheckpointSample, Phase};
 use hdrhistogram::Histogram;
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use std::fmt;
 
@@ -89,7 +90,7 @@ impl Default for Accumulator {
 }
 
 /// Figures of one phase over a set of checkpoints; all zero for an empty set.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct PhaseSummary {
     /// Which.
     pub phase: Phase,
@@ -110,7 +111,7 @@ pub struct PhaseSummary {
 }
 
 /// Figures over a set of checkpoints: a session's, or all of a receiver's.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct Summary {
     /// Committed checkpoints.
     pub checkpoints: u64,

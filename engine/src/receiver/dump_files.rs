@@ -9,6 +9,7 @@ use crate::disk::is_name;
 use crate::files::{self, NewFile, Readers};
 use crate::store::file_names;
 use crate::text;
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use std::fs::{self, File};
 use std::io;
@@ -39,7 +40,7 @@ const RESERVED: [&str; 5] = [
 ];
 
 /// A dump; the content of `checkpoint.json`.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct Dumped {
     /// Always [`DUMP_SCHEMA`].
     pub schema: String,
@@ -72,7 +73,7 @@ pub struct Dumped {
 }
 
 /// One RAM block's file.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct DumpedBlock {
     /// The block's name.
     pub name: String,
@@ -83,7 +84,7 @@ pub struct DumpedBlock {
 }
 
 /// One disk's file.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct DumpedDisk {
     /// Its export's name.
     pub name: String,

@@ -11,6 +11,7 @@ use crate::host::Placement;
 use crate::metrics::{RecentFigures, Summary};
 use crate::store::CommittedImage;
 use crate::tls::{ServerCredentials, Validity};
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -30,7 +31,7 @@ const NAMES_SHOWN_BYTES: usize = 8 << 10;
 const TEXT_MAX: usize = 512;
 
 /// The receiver and its sessions.
-#[derive(Debug, Clone, Serialize, Deserialize)]
+#[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
 pub struct StatusReport {
     /// Always [`STATUS_SCHEMA`].
     pub schema: String,
@@ -67,7 +68,7 @@ pub struct StatusReport {
 }
 
 /// The TLS of all connections.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct TlsStatus {
     /// The directory of its files.
     pub directory: PathBuf,
@@ -96,7 +97,7 @@ impl TlsStatus {
 }
 
 /// Where a session stands.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum SessionState {
     /// The initial state is being received: nothing can be restored.
@@ -138,7 +139,7 @@ impl SessionState {
 }
 
 /// A RAM block of a guest.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct GuestBlock {
     /// Its name.
     pub name: String,
@@ -161,7 +162,7 @@ impl GuestBlock {
 }
 
 /// One session.
-#[derive(Debug, Clone, Serialize, Deserialize)]
+#[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
 pub struct SessionStatus {
     /// Its number in this receiver, from 1.
     pub session: u32,

@@ -9,6 +9,7 @@ use super::{Connection, ReceiveStyle, Tenant, threads};
 use crate::host::{pin, thread_times};
 use crate::sandbox::ThreadKind;
 use crate::threads::Threads;
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use std::cell::Cell;
 use std::io;
@@ -17,7 +18,7 @@ use std::thread::{self, JoinHandle};
 use thiserror::Error;
 
 /// How bytes are received.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[cfg_attr(feature = "cli", derive(clap::ValueEnum))]
 #[serde(rename_all = "lowercase")]
 pub enum BackendKind {

@@ -19,6 +19,7 @@ use crate::sandbox::ThreadKind;
 use crate::store::memory::ram_dir::RamFiles;
 use crate::threads::Threads;
 use nix::sys::socket::{Shutdown, shutdown};
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
@@ -32,7 +33,7 @@ const NAMES_MAX: usize = 1024;
 const LOST_MAX: usize = 1024;
 
 /// A disk that no session has taken yet.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct UnboundDisk {
     /// Its export's name.
     pub name: String,

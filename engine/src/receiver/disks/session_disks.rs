@@ -3,13 +3,14 @@
 use crate::canary::{self, Canary};
 use crate::disk::{Disk, DiskError, StoredDisk};
 use crate::units::CheckpointId;
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use std::path::PathBuf;
 use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
 /// Where a disk stands.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum DiskState {
     /// No session has taken it yet: writes go to the base.
@@ -21,7 +22,7 @@ pub enum DiskState {
 }
 
 /// A disk of a session.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct DiskStatus {
     /// Its export's name.
     pub name: String,
@@ -42,7 +43,7 @@ pub struct DiskStatus {
 }
 
 /// A disk whose base is what belongs to a restored checkpoint.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct RestoredDisk {
     /// Its export's name.
     pub name: String,

@@ -4,12 +4,13 @@ use crate::canary::{self, Canary};
 use crate::link::{Barriers, HandoverError, Hello, LinkError, ToGuard, Wanted};
 use crate::ring::Waker;
 use crate::units::CheckpointId;
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use tokio::sync::Notify;
 
 /// The guard of a session, in its status.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct GuardStatus {
     /// The operator's name for the guest.
     pub name: String,

@@ -4,6 +4,7 @@
 use super::setup::{RingUnavailable, SetupLevel, set_up};
 use crate::host::OsError;
 use io_uring::{Probe, opcode};
+use schemars::JsonSchema;
 use serde::Serialize;
 use std::io;
 
@@ -48,7 +49,7 @@ pub(super) const OPCODES: [Opcode; 4] = [
 ];
 
 /// One operation that the receiver uses.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, JsonSchema)]
 pub struct OpcodeSupport {
     /// Its name.
     pub name: &'static str,
@@ -61,9 +62,10 @@ pub struct OpcodeSupport {
 }
 
 /// Registered buffers as this process may use them.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, JsonSchema)]
 pub struct RegistrationReport {
     /// Whether a small buffer could be registered.
+    #[schemars(with = "Result<(), String>")]
     pub small: Result<(), OsError>,
     /// Whether more than RLIMIT_MEMLOCK could be registered: the limit does not count for this process. None if
     /// that was not tried, because the limit is unlimited or larger than [`Self::TRIAL_BYTES_MAX`].
@@ -89,7 +91,7 @@ impl RegistrationReport {
 }
 
 /// What a ring offers to this process.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, Serialize, JsonSchema)]
 pub struct RingReport {
     /// The best flags that the kernel accepts.
     pub setup: SetupLevel,

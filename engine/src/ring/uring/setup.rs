@@ -3,12 +3,13 @@
 use crate::host::io_uring_disabled;
 use io_uring::{Builder, IoUring};
 use nix::errno::Errno;
+use schemars::JsonSchema;
 use serde::Serialize;
 use std::io;
 use thiserror::Error;
 
 /// Sets of set-up flags, best first. A ring is set up with the first one that the kernel accepts.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum SetupLevel {
     /// SINGLE_ISSUER and DEFER_TASKRUN (Linux 6.1): completions are processed when the ring's own thread waits.
@@ -79,7 +80,7 @@ pub fn try_set_up(entries: u32) -> io::Result<()> {
 }
 
 /// Why this process cannot use io_uring.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Error)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Error, JsonSchema)]
 #[error("io_uring cannot be used: {reason}; {remedy}")]
 pub struct RingUnavailable {
     /// The error of io_uring_setup(2).

@@ -5,6 +5,7 @@
 //! arrival at the sync.
 
 use super::{RECORD_WORDS, checksum};
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 /// Unit in which spans are stored: 32 bits of it are seven minutes, and longer ones are stored as that.
@@ -18,7 +19,7 @@ const WAITED_BIT: u32 = 31;
 const UNKNOWN: u32 = u32::MAX;
 
 /// What the kernel's scheduler says of the core that drives the main channel, from REPLY sent to LOADED sent.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct SchedulerTimes {
     /// It ran, in the kernel too: receiving is copying there.
     pub ran_ns: u64,
@@ -27,7 +28,7 @@ pub struct SchedulerTimes {
 }
 
 /// See the module. Times without another word are spans since the request was read.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct FlightRecord {
     /// The checkpoint's number in its session.
     pub checkpoint: u64,

@@ -6,10 +6,11 @@
 //! writes a large device state.
 
 use super::record::FlightRecord;
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 /// Where a pause went. The parts add up to it.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct PauseSplit {
     /// The sockets were empty: the primary or the network.
     pub primary_ns: u64,

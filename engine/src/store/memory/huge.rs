@@ -3,6 +3,7 @@
 use crate::host;
 use crate::text::mebibytes;
 use nix::errno::Errno;
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
@@ -13,7 +14,7 @@ pub(crate) const HUGE_2M: u64 = 2 << 20;
 pub(crate) const HUGE_1G: u64 = 1 << 30;
 
 /// The size of the pages that hold guest memory.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[cfg_attr(feature = "cli", derive(clap::ValueEnum))]
 pub enum HugePages {
     /// The pool of 2 MiB pages

@@ -23,11 +23,12 @@ use super::WireError;
 use crate::units::{PACKET_PAGES, PAGE_SIZE};
 pub use encoder::Encoder;
 pub use guard::PAYLOAD_MAX;
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 /// How the primary compresses pages: its parameter `multifd-compression`. Methods that need an accelerator are not
 /// values of a command line.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize, JsonSchema)]
 #[cfg_attr(feature = "cli", derive(clap::ValueEnum))]
 #[serde(rename_all = "lowercase")]
 pub enum Method {
