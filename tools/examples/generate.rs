@@ -1,23 +1,43 @@
-//! Writes the manual pages and the completions of shells, as a package installs them: `generate DIR`.
-//!
-//! They are made of the definitions that the command line itself is made of.
+//! Writes what is made of the program's own definitions: `generate DIR` the manual pages, the completions of shells and the JSON Schemas, as a
+//! package installs them; `generate --schemas DIR` the schemas alone.
 
 use clap_complete::{Shell, generate_to};
-use std::fs::create_dir_all;
+use std::fs::{create_dir_all, write};
 use std::io;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 fn main() -> io::Result<()> {
-    let Some(out) = std::env::args_os().nth(1).map(PathBuf::from) else {
-        return Err(io::Error::other("give the directory that they are written to"));
-    };
-    let (pages, completions) = (out.join("man"), out.join("completions"));
-    create_dir_all(&pages)?;
-    create_dir_all(&completions)?;
+    let args: Vec<_> = std::env::args_os().skip(1).collect();
+    match args.as_slice() {
+        [option, out] if option == "--schemas" => schemas(Path::new(out)),
+        [out] => {
+            let out = PathBuf::from(out);
+            pages(&out.join("man"), &out.join("completions"))?;
+            schemas(&out.join("schema"))
+        }
+        _ => Err(io::Error::other("give the directory that they are written to")),
+    }
+}
+
+/// What the definition of the command line makes.
+fn pages(pages: &Path, completions: &Path) -> io::Result<()> {
+    create_dir_all(pages)?;
+    create_dir_all(completions)?;
     let mut command = colo_ring_tools::command_line();
-    clap_mangen::generate_to(command.clone(), &pages)?;
+    clap_mangen::generate_to(command.clone(), pages)?;
     for shell in [Shell::Bash, Shell::Zsh, Shell::Fish] {
-        generate_to(shell, &mut command, "colo-ring", &completions)?;
+        generate_to(shell, &mut command, "colo-ring", completions)?;
+    }
+    Ok(())
+}
+
+/// A file for each schema: status.json for `colo-ring.status`.
+fn schemas(out: &Path) -> io::Result<()> {
+    create_dir_all(out)?;
+    for (name, schema) in colo_ring_tools::json_schemas() {
+        let file = name.trim_start_matches("colo-ring.");
+        let text = serde_json::to_string_pretty(&schema)? + "\n";
+        write(out.join(format!("{file}.json")), text)?;
     }
     Ok(())
 }

@@ -5,7 +5,7 @@ use crate::commands::{
     receive, replay, sink, slow, status, synth, unprotect,
 };
 use crate::configuration::{self, Faults};
-use crate::output::CommandError;
+use crate::output::{CommandError, errors_as_json, print_error};
 use crate::stderr;
 use clap::{CommandFactory, Parser, Subcommand};
 use std::ffi::OsString;
@@ -242,14 +242,42 @@ fn with_configuration(given: &[OsString]) -> Result<Vec<OsString>, Faults> {
     Ok(given[..2].iter().cloned().chain(merged.words).collect())
 }
 
+/// Whether what is printed is for machines, also where the words make no sense otherwise. Those behind `--` are another program's.
+fn wants_json(words: &[OsString]) -> bool {
+    let own = words.iter().skip(1).take_while(|word| *word != "--");
+    own.into_iter().any(|word| word == "--json" || word == "--events")
+}
+
+/// Tells what is wrong with the command line; or prints the help that was asked for.
+fn misused(error: &clap::Error) -> ExitCode {
+    // As clap does it; nothing is left to do where it cannot be printed.
+    let _ = error.print();
+    if !error.use_stderr() {
+        return ExitCode::SUCCESS;
+    }
+    let exit_code = 2;
+    print_error(&configuration::in_a_line(error), exit_code);
+    ExitCode::from(exit_code)
+}
+
 /// Runs the command that the process was started with.
 pub fn main() -> ExitCode {
     let given: Vec<_> = std::env::args_os().collect();
+    if wants_json(&given) {
+        errors_as_json();
+    }
     let words = match with_configuration(&given) {
         Ok(words) => words,
         Err(faults) => return CommandError::Usage(faults.to_string()).report(),
     };
-    let cli = Cli::parse_from(words);
+    // The configuration may ask for it, too.
+    if wants_json(&words) {
+        errors_as_json();
+    }
+    let cli = match Cli::try_parse_from(words) {
+        Ok(cli) => cli,
+        Err(error) => return misused(&error),
+    };
     let result = match cli.command {
         Command::Receive(args) => receive::run(*args, given.into_iter().skip(2).collect()),
         Command::Check(args) => check::run(&args),

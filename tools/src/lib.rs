@@ -12,6 +12,7 @@ pub mod flight;
 mod guest_disks;
 pub mod hlog;
 pub mod html_page;
+mod json_schema;
 mod log;
 mod metrics_server;
 pub mod nbd;
@@ -32,3 +33,4 @@ pub mod tls;
 mod units;
 
 pub use cli::{command_line, main};
+pub use json_schema::json_schemas;

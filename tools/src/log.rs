@@ -9,6 +9,7 @@
 //! | `GUEST`, `PEER`, `CHECKPOINT` | `guest`, `peer`, `checkpoint` | in lines about a session's beginning and end |
 
 use clap::{Args, ValueEnum};
+use schemars::JsonSchema;
 use serde::Serialize;
 use serde_json::{Map, Value};
 use std::ffi::OsStr;
@@ -36,7 +37,7 @@ pub struct LogArgs {
 }
 
 /// A form of the log.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum LogFormat {
     /// What fits standard error
@@ -48,7 +49,7 @@ pub enum LogFormat {
 }
 
 /// How severe a line is.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, ValueEnum, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, ValueEnum, Serialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum Level {
     /// The command fails

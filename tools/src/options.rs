@@ -3,6 +3,7 @@
 use clap::ValueEnum;
 use colo_ring::host::parse_core_list;
 use colo_ring::net::{SocketPathError, socket_path};
+use schemars::JsonSchema;
 use serde::{Serialize, Serializer};
 use std::fmt;
 use std::path::PathBuf;
@@ -93,7 +94,7 @@ impl fmt::Display for Size {
 }
 
 /// A list of cores, like `2-5,8`.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, JsonSchema)]
 pub struct CoreList(pub Vec<usize>);
 
 impl CoreList {
@@ -108,7 +109,7 @@ impl CoreList {
 }
 
 /// A switch.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum Switch {
     /// Use it

@@ -4,10 +4,12 @@ use crate::log::{self, Fields};
 use crate::stderr;
 pub use colo_ring::text::printable;
 use colo_ring::text::{self, printable_lines};
+use schemars::JsonSchema;
 use serde::Serialize;
 use std::fmt::Display;
 use std::io::{self, BufWriter, IsTerminal, StdoutLock, Write};
 use std::process::ExitCode;
+use std::sync::atomic::{AtomicBool, Ordering};
 use thiserror::Error;
 
 /// Why a subcommand failed.
@@ -30,18 +32,60 @@ impl CommandError {
         Self::Failed(error.to_string())
     }
 
-    /// Tells it on standard error, and returns the exit code that belongs to it.
+    /// Tells it on standard error, for machines on standard output, too, and returns the exit code that belongs to it.
     pub fn report(&self) -> ExitCode {
-        match self {
+        let exit_code = match self {
             // The reader of the output has closed it.
             Self::Output(error) if error.kind() == io::ErrorKind::BrokenPipe => return ExitCode::SUCCESS,
-            _ => tell(&format!("colo-ring: {self}")),
-        }
-        match self {
-            Self::Usage(_) => ExitCode::from(2),
-            Self::Failed(_) | Self::Output(_) => ExitCode::FAILURE,
-        }
+            Self::Usage(_) => 2,
+            Self::Failed(_) | Self::Output(_) => 1,
+        };
+        tell(&format!("colo-ring: {self}"));
+        print_error(&self.to_string(), exit_code);
+        ExitCode::from(exit_code)
     }
+}
+
+/// Whether errors are printed as JSON: what `--json` asks for.
+static ERRORS_AS_JSON: AtomicBool = AtomicBool::new(false);
+
+/// Whether standard output has a document, or is for something else: an error would not be a document of its own there.
+static OUTPUT_TAKEN: AtomicBool = AtomicBool::new(false);
+
+/// From now on errors are printed as JSON, too.
+pub(crate) fn errors_as_json() {
+    ERRORS_AS_JSON.store(true, Ordering::Relaxed);
+}
+
+/// Standard output is for something else than results.
+pub(crate) fn take_output() {
+    OUTPUT_TAKEN.store(true, Ordering::Relaxed);
+}
+
+/// Why a command failed. It is all of standard output, unless the command has printed lines of JSON before.
+#[derive(Serialize, JsonSchema)]
+pub(crate) struct ErrorReport<'a> {
+    schema: &'static str,
+    schema_version: u32,
+    /// What is wrong and what to do about it, as on standard error.
+    error: &'a str,
+    /// The exit code: 1 failed, 2 wrong usage.
+    exit_code: u8,
+}
+
+/// Prints an error for machines, if that is asked for.
+pub(crate) fn print_error(error: &str, exit_code: u8) {
+    if !ERRORS_AS_JSON.load(Ordering::Relaxed) || OUTPUT_TAKEN.load(Ordering::Relaxed) {
+        return;
+    }
+    let report = ErrorReport {
+        schema: "colo-ring.error",
+        schema_version: 1,
+        error,
+        exit_code,
+    };
+    // Where standard output cannot be written, standard error has it.
+    let _ = text::json_line(&report).map(|line| print(&(line + "\n")));
 }
 
 /// A line of the log, on standard error. One that begins with `warning:` is a warning, one with `colo-ring:` an error.
@@ -72,6 +116,7 @@ pub fn print(text: &str) -> Result<(), CommandError> {
 /// # Errors
 /// If standard output cannot be written.
 pub fn print_json(value: &impl Serialize) -> Result<(), CommandError> {
+    take_output();
     let text = text::json(value).map_err(io::Error::from)?;
     print(&(text + "\n"))
 }
@@ -196,6 +241,7 @@ impl Lines {
     pub fn new(json: bool, around: &impl Serialize, key: &str) -> Result<Self, CommandError> {
         let mut out = BufWriter::new(io::stdout().lock());
         if json {
+            take_output();
             let object = text::json(around).map_err(io::Error::from)?;
             let open = object.trim_end().trim_end_matches('}').trim_end();
             write!(out, "{open},\n  \"{key}\": [")?;

@@ -2,6 +2,7 @@
 
 use clap::Args;
 use colo_ring::wire::codec::Method;
+use schemars::JsonSchema;
 use serde::Serialize;
 use std::fmt;
 use std::ops::RangeInclusive;
@@ -62,7 +63,7 @@ pub enum CompressionArgsError {
 }
 
 /// A method with its level.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, JsonSchema)]
 pub struct PageCompression {
     /// The method.
     #[serde(rename = "compression")]

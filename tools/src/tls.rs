@@ -8,6 +8,7 @@ use clap::Args;
 use colo_ring::tls::{CredentialsError, client_config};
 use rustls::pki_types::{InvalidDnsNameError, ServerName};
 use rustls::{ClientConfig, ClientConnection};
+use schemars::JsonSchema;
 use serde::Serialize;
 use std::fmt;
 use std::io::{self, Read, Write};
@@ -30,7 +31,7 @@ const PIECE_BYTES: usize = 128 << 10;
 const RECORD_BYTES: usize = 4096;
 
 /// Options of what connects to a receiver with TLS.
-#[derive(Args, Clone, Debug, Default, PartialEq, Eq, Serialize)]
+#[derive(Args, Clone, Debug, Default, PartialEq, Eq, Serialize, JsonSchema)]
 pub struct TlsArgs {
     /// Connect with TLS: a directory with ca-cert.pem, client-cert.pem and client-key.pem, as QEMU's tls-creds-x509 has it
     #[arg(long, value_name = "DIR")]

@@ -1,11 +1,12 @@
 //! What a capture says of itself in its header.
 
 use colo_ring::host::Machine;
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 /// Where a capture comes from. The header has it as JSON; unknown keys are skipped when it is read.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct CaptureInfo {
     /// What recorded it: `proxy`, `synth`, `pcap`.
     pub captured: String,

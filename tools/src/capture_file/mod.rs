@@ -40,6 +40,7 @@ pub use order::{OrderError, Totals};
 pub use reader::{CaptureReader, Tear, TearReason};
 pub use writer::{CaptureWriter, Compression};
 
+use schemars::JsonSchema;
 use serde::Serialize;
 use std::fmt;
 use std::time::Duration;
@@ -68,7 +69,7 @@ pub const TEXT_MAX: usize = 64 << 10;
 pub const BLOCK_MAX: usize = 4 << 20;
 
 /// A connection between the two sides. They are numbered from 0 in the order in which they were opened.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, JsonSchema)]
 #[serde(transparent)]
 pub struct ConnectionId(pub u16);
 
@@ -79,7 +80,7 @@ impl fmt::Display for ConnectionId {
 }
 
 /// Which way bytes went.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum Direction {
     /// Sent by the primary.
@@ -102,7 +103,7 @@ impl Direction {
 }
 
 /// How one direction of a connection ended.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum EndKind {
     /// Its sender closed it: all that it sent is here.

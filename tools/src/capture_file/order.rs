@@ -1,11 +1,12 @@
 //! Which records may follow which: the same rules for writer and reader.
 
 use super::{ConnectionId, Direction, Event};
+use schemars::JsonSchema;
 use serde::Serialize;
 use thiserror::Error;
 
 /// What a whole recording has, as its last record says.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, JsonSchema)]
 pub struct Totals {
     /// Records before that one.
     pub records: u64,

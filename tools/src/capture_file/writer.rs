@@ -7,6 +7,7 @@ use super::{
     Record, TEXT_MAX, record,
 };
 use colo_ring::files::{self, Readers};
+use schemars::JsonSchema;
 use serde::Serialize;
 use std::fs::File;
 use std::io::{self, Write};
@@ -23,7 +24,7 @@ const _: () = assert!(BLOCK_TARGET + record::HEADER_LEN + DATA_MAX <= BLOCK_MAX)
 const ZSTD_LEVEL: i32 = 1;
 
 /// How blocks are written.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, clap::ValueEnum)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, clap::ValueEnum, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum Compression {
     /// As they are: the least work while recording

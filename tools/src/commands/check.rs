@@ -4,6 +4,7 @@ use super::receive;
 use crate::configuration::{self, DEFAULT_FILE, Fault, Faults};
 use crate::output::{CommandError, print, print_json};
 use clap::{Args, FromArgMatches};
+use schemars::JsonSchema;
 use serde::Serialize;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -20,13 +21,16 @@ pub struct CheckArgs {
     json: bool,
 }
 
-#[derive(Serialize)]
-struct CheckReport<'a> {
+/// What is wrong with a configuration.
+#[derive(Serialize, JsonSchema)]
+pub(crate) struct CheckReport<'a> {
     schema: &'static str,
     schema_version: u32,
+    /// The file.
     config: &'a Path,
     /// How many options it sets; none if it cannot be read.
     options: Option<usize>,
+    /// What is wrong; empty if nothing is.
     faults: &'a [Fault],
 }
 

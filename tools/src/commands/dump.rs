@@ -27,7 +27,7 @@ pub struct DumpArgs {
     #[arg(long)]
     no_disks: bool,
 
-    /// Print what was written as JSON, as in DIR/checkpoint.json
+    /// Print what was written as JSON, as in DIR/checkpoint.json (schema colo-ring.checkpoint, version 1)
     #[arg(long)]
     json: bool,
 }

@@ -6,6 +6,7 @@ use crate::output::{CommandError, print, print_json, tell};
 use crate::qmp::{CONNECT_LIMIT, Qmp, QmpError, socket_path};
 use clap::Args;
 use colo_ring::host::Machine;
+use schemars::JsonSchema;
 use serde::Serialize;
 use serde_json::{Value, json};
 use std::path::{Path, PathBuf};
@@ -32,22 +33,28 @@ pub struct UnprotectArgs {
     json: bool,
 }
 
-#[derive(Serialize)]
-struct UnprotectReport<'a> {
+/// How a protection was ended.
+#[derive(Serialize, JsonSchema)]
+pub(crate) struct UnprotectReport<'a> {
     schema: &'static str,
     schema_version: u32,
+    /// Version of QEMU.
     qemu: String,
+    /// Path of its monitor.
     qmp: &'a Path,
     /// QEMU's word for the migration before.
     before: String,
     /// Whether connections had to be cut because QEMU did not answer or did not leave COLO.
     cut: bool,
+    /// Mirrors of disks that were removed.
     disks_released: usize,
     /// Network cards whose output a guard that has ended had left held.
     cards_released: usize,
     /// QEMU's word for what the guest does now.
     status: String,
+    /// How long it took.
     elapsed_ms: u64,
+    /// Where the command ran.
     machine: Machine,
 }
 

@@ -8,6 +8,7 @@
 use super::distribution::{Distribution, Figures, Resampling};
 use rand::SeedableRng;
 use rand::rngs::Xoshiro256PlusPlus;
+use schemars::JsonSchema;
 use serde::Serialize;
 
 /// Values that a run must have for an interval to mean anything.
@@ -17,7 +18,7 @@ pub const COUNT_MIN: u64 = 20;
 const ROUNDING: f64 = 1e-3;
 
 /// A figure of a run, divided by the baseline's.
-#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, JsonSchema)]
 pub struct Ratio {
     /// The ratio. None if the baseline's figure is 0.
     pub ratio: Option<f64>,
@@ -26,7 +27,7 @@ pub struct Ratio {
 }
 
 /// A 95 % interval.
-#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, JsonSchema)]
 pub struct Interval {
     /// Its lower end.
     pub low: f64,
@@ -37,7 +38,7 @@ pub struct Interval {
 }
 
 /// Every figure as a ratio.
-#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, JsonSchema)]
 pub struct Ratios {
     /// Of the means.
     pub mean: Ratio,

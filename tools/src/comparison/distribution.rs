@@ -3,6 +3,7 @@
 use hdrhistogram::Histogram;
 use rand::{Rng, RngExt};
 use rand_distr::{Binomial, Distribution as _};
+use schemars::JsonSchema;
 use serde::Serialize;
 use std::ops::Range;
 
@@ -19,7 +20,7 @@ pub(super) struct Point {
 }
 
 /// What the figures are resampled by.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum Resampling {
     /// Whole rounds.

@@ -21,6 +21,7 @@ use crate::flight::{self, By, SlowReport};
 use crate::run_file::{Clock, RunFile, SecondaryUse};
 use bootstrap::Resampled;
 use colo_ring::host::Machine;
+use schemars::JsonSchema;
 use serde::Serialize;
 use std::collections::BTreeSet;
 use std::path::PathBuf;
@@ -64,7 +65,7 @@ impl MeasuredPhase {
 pub const RESAMPLES: u32 = 1000;
 
 /// What of the runs is compared, and how.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, Serialize, JsonSchema)]
 pub struct Options {
     /// Name of the run that the others are divided by; None takes the first.
     pub baseline: Option<String>,
@@ -88,13 +89,17 @@ impl Default for Options {
 }
 
 /// Runs side by side.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, JsonSchema)]
 pub struct Comparison<'a> {
     schema: &'static str,
     schema_version: u32,
+    /// The options in force.
     options: Options,
+    /// Name of the run that the others are divided by.
     baseline: &'a str,
+    /// The runs, in the order of the figures.
     runs: Vec<RunInfo<'a>>,
+    /// Figures by phase.
     phases: Vec<PhaseComparison>,
     /// For plots.
     #[serde(skip)]
@@ -102,37 +107,49 @@ pub struct Comparison<'a> {
 }
 
 /// What there is to say of a run.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, JsonSchema)]
 struct RunInfo<'a> {
+    /// Its name.
     name: &'a str,
+    /// The files that it was read from.
     files: &'a [PathBuf],
+    /// The command that measured; null if that is not known.
     command: Option<&'a str>,
+    /// The options that it was measured with.
     options: &'a serde_json::Value,
+    /// How pages were made smaller; null if that is not known.
     compression: Option<&'a str>,
+    /// Where it was measured; null if that is not known.
     machine: Option<&'a Machine>,
     /// When it began, in milliseconds since 1970.
     started_unix_ms: Option<u64>,
+    /// Whose clock measured; null if that is not known.
     clock: Option<Clock>,
+    /// What the secondary's process used; null if that is not known.
     secondary: Option<SecondaryUse>,
+    /// Its checkpoints.
     checkpoints: u64,
     /// Of `checkpoints`, those that something is known to have disturbed.
     disturbed: u64,
     /// Left out when the run was written.
     dropped: u64,
+    /// What a reader of the figures must know.
     notes: &'a [String],
     /// Whose time its slowest checkpoints were, where its flight recorder is there.
     slow: Option<SlowReport>,
 }
 
 /// One phase of all runs.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, JsonSchema)]
 struct PhaseComparison {
+    /// Its name.
     phase: String,
+    /// A row for each run that has it.
     rows: Vec<Row>,
 }
 
 /// One phase of one run.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, Serialize, JsonSchema)]
 pub struct Row {
     /// The run's name.
     pub run: String,

@@ -11,6 +11,7 @@ use colo_ring::host::Machine;
 use colo_ring::metrics::{self, Phase, Report, with_suffix};
 use colo_ring::store::{FlightLog, FlightRecord};
 use hdrhistogram::Histogram;
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -82,7 +83,7 @@ fn merge_hint(mergeable: bool) -> &'static str {
 }
 
 /// The unit of the values in an interval log: the format does not say it.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum, Serialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum, Serialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum Unit {
     /// Nanoseconds, as colo-ring writes.

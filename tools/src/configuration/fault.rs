@@ -1,19 +1,22 @@
 //! What is wrong with a configuration, and where.
 
 use super::Located;
+use schemars::JsonSchema;
 use serde::Serialize;
 use std::fmt;
 use std::path::{Path, PathBuf};
 use thiserror::Error;
 
 /// A place and what is wrong there.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, JsonSchema)]
 pub(crate) struct Fault {
+    /// The file.
     file: PathBuf,
     /// From 1; none where it is about the whole file.
     line: Option<usize>,
     /// In characters, from 1.
     column: Option<usize>,
+    /// What is wrong.
     message: String,
 }
 

@@ -5,10 +5,11 @@
 
 use super::By;
 use colo_ring::store::{FlightRecord, Window};
+use schemars::JsonSchema;
 use serde::Serialize;
 
 /// Whose time made a checkpoint slow.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum Whose {
     /// The primary's, its guard's or the network's.
@@ -24,7 +25,7 @@ pub enum Whose {
 }
 
 /// Why a checkpoint is slow.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, JsonSchema)]
 pub struct Cause {
     /// Whose time it is.
     pub whose: Whose,

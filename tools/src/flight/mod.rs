@@ -14,6 +14,7 @@ pub use page::{page, section};
 use cause::{Parts, Usual};
 use clap::ValueEnum;
 use colo_ring::store::{FlightLog, FlightRecord, PauseSplit};
+use schemars::JsonSchema;
 use serde::Serialize;
 
 /// Name and version of the schema of `slow --json`.
@@ -24,7 +25,7 @@ const SCHEMA_VERSION: u32 = 1;
 pub const TOP: usize = 20;
 
 /// By which of its phases a checkpoint is slow.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum, Serialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum, Serialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum By {
     /// CHECKPOINT_REPLY to VMSTATE_LOADED, the guest's pause
@@ -51,7 +52,7 @@ impl By {
 }
 
 /// One slow checkpoint.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, Serialize, JsonSchema)]
 pub struct SlowCheckpoint {
     /// The pause, or the reply.
     pub duration_ns: u64,
@@ -65,7 +66,7 @@ pub struct SlowCheckpoint {
 }
 
 /// Sums of the slowest checkpoints.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, JsonSchema)]
 pub struct Sums {
     /// All of it.
     pub all_ns: u64,
@@ -90,7 +91,7 @@ impl Sums {
 }
 
 /// Figures of one duration over all recorded checkpoints.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, JsonSchema)]
 pub struct Quantiles {
     /// Median.
     pub p50_ns: u64,
@@ -101,7 +102,7 @@ pub struct Quantiles {
 }
 
 /// The slowest checkpoints of a session, and whose time they were.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, Serialize, JsonSchema)]
 pub struct SlowReport {
     schema: &'static str,
     schema_version: u32,

@@ -13,6 +13,7 @@ pub use payload::{PLAIN_BYTES_MAX, PayloadError};
 
 use colo_ring::metrics::SIGNIFICANT_DIGITS;
 use hdrhistogram::Histogram;
+use schemars::JsonSchema;
 use serde::Serialize;
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -93,7 +94,7 @@ pub enum LineError {
 }
 
 /// The end of a log that was cut in the middle of a line.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, JsonSchema)]
 pub struct Torn {
     /// Number of the cut line.
     pub line: u64,

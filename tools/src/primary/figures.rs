@@ -5,6 +5,7 @@ use crate::run_file::Checkpoint;
 use crate::units::nanoseconds;
 use colo_ring::metrics::{SIGNIFICANT_DIGITS, display_nanoseconds};
 use hdrhistogram::Histogram;
+use schemars::JsonSchema;
 use serde::Serialize;
 use std::time::Duration;
 
@@ -39,22 +40,32 @@ pub(crate) struct Figures {
 }
 
 /// One phase over all checkpoints.
-#[derive(Clone, Copy, Debug, Serialize)]
+#[derive(Clone, Copy, Debug, Serialize, JsonSchema)]
 pub(crate) struct PhaseFigures {
+    /// `received` or `loaded`: VMSTATE_SEND to VMSTATE_RECEIVED or to VMSTATE_LOADED.
     pub(crate) phase: &'static str,
+    /// Checkpoints measured.
     count: u64,
+    /// Arithmetic mean.
     mean_ns: u64,
+    /// Median.
     pub(crate) p50_ns: u64,
+    /// 90th percentile.
     p90_ns: u64,
+    /// 99th percentile.
     pub(crate) p99_ns: u64,
+    /// 99.9th percentile.
     p99_9_ns: u64,
+    /// The longest.
     max_ns: u64,
 }
 
 /// How late this side was.
-#[derive(Clone, Copy, Debug, Serialize)]
+#[derive(Clone, Copy, Debug, Serialize, JsonSchema)]
 pub(crate) struct OwnDelay {
+    /// On average.
     pub(crate) mean_ns: u64,
+    /// At most.
     pub(crate) max_ns: u64,
 }
 

@@ -2,13 +2,14 @@
 
 use super::{Distribution, Pattern, SynthOptions, Version};
 use clap::ValueEnum;
+use schemars::JsonSchema;
 use serde::Serialize;
 use std::time::Duration;
 
 /// The two loads of the test that was published with QEMU's multifd support for COLO: a guest of 6 GiB and four cores, a
 /// checkpoint every 600 ms, idle and while a file is uploaded to it, over 10 Gbit/s. How many pages its checkpoints had
 /// was not published; the numbers here are this project's.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub enum Preset {
     /// --ram 1G --pages exponential:100 --pattern hotset:0.01,0.9 --zero 0.1 --interval 600: what an idle Linux guest

@@ -4,6 +4,7 @@ use clap::ValueEnum;
 use rand::RngExt;
 use rand::rngs::Xoshiro256PlusPlus;
 use rand_distr::{Exp1, StandardNormal};
+use schemars::JsonSchema;
 use serde::{Serialize, Serializer};
 use std::fmt;
 use std::str::FromStr;
@@ -235,7 +236,7 @@ impl Serialize for Pattern {
 pub(super) const RATIOS: &str = "a ratio of compression is between 1 and 16";
 
 /// What a page that is not zero holds. No two are equal, nor are two versions of one.
-#[derive(Clone, Copy, Debug, PartialEq, ValueEnum, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, ValueEnum, Serialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum Content {
     /// Bytes that nothing can compress

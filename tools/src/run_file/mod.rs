@@ -7,6 +7,7 @@
 use colo_ring::host::Machine;
 use colo_ring::metrics::{INTERVAL, IntervalLog, MetricsError, SIGNIFICANT_DIGITS, with_suffix, write_json};
 use hdrhistogram::Histogram;
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
@@ -31,7 +32,7 @@ pub const PHASES_MAX: usize = 32;
 pub const NAME_CHARS_MAX: usize = 100;
 
 /// A measured run.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct RunFile {
     /// Always [`SCHEMA`].
     pub schema: String,
@@ -68,7 +69,7 @@ pub struct RunFile {
 }
 
 /// Whose clock measured.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum Clock {
     /// The primary's: what the guest's pause is made of, the network included.
@@ -78,7 +79,7 @@ pub enum Clock {
 }
 
 /// What the secondary's process used during the run.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct SecondaryUse {
     /// Its process.
     pub pid: u32,
@@ -89,7 +90,7 @@ pub struct SecondaryUse {
 }
 
 /// One checkpoint.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct Checkpoint {
     /// Its number in its session.
     pub n: u64,

@@ -21,6 +21,7 @@ use colo_ring::metrics::{SIGNIFICANT_DIGITS, display_nanoseconds};
 use colo_ring::wire::colo::Message;
 use colo_ring::wire::return_path::RpMessage;
 use hdrhistogram::Histogram;
+use schemars::JsonSchema;
 use serde::Serialize;
 use std::fmt;
 use std::time::{Duration, Instant};
@@ -74,7 +75,7 @@ struct Histograms {
 }
 
 /// What forwarding added, over the checkpoints of a session.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, JsonSchema)]
 pub struct Added {
     /// Checkpoints measured.
     pub checkpoints: u64,
@@ -87,7 +88,7 @@ pub struct Added {
 }
 
 /// Figures of a distribution; all zero without any checkpoint.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, JsonSchema)]
 pub struct Figures {
     /// Median.
     pub p50_ns: u64,

@@ -32,6 +32,7 @@ use colo_ring::wire::codec::Method;
 use delay::Added;
 use proxy::Outcome;
 use recorder::Recorder;
+use schemars::JsonSchema;
 use serde::Serialize;
 use session::{Connection, Progress, Wish};
 use std::fs::File;
@@ -83,24 +84,34 @@ pub struct CaptureArgs {
 }
 
 /// The options in force, as the report and the capture's header echo them.
-#[derive(Clone, Serialize)]
+#[derive(Clone, Serialize, JsonSchema)]
 struct Described {
+    /// Where the primary connects to.
     listen: String,
+    /// The secondary's address.
     to: String,
+    /// The capture file.
     out: PathBuf,
+    /// How its blocks are compressed.
     compress: Compression,
+    /// Most bytes that wait for the disk.
     queue_bytes: u64,
+    /// What becomes of the recording when the disk does not keep up.
     when_behind: WhenBehind,
 }
 
-#[derive(Serialize)]
-struct CaptureReport<'a> {
+/// What was recorded.
+#[derive(Serialize, JsonSchema)]
+pub(crate) struct CaptureReport<'a> {
     schema: &'static str,
     schema_version: u32,
+    /// The options in force.
     options: &'a Described,
+    /// Where it ran.
     machine: Machine,
     /// io_uring was used.
     uring: bool,
+    /// Length of the file; null if it cannot be read.
     file_bytes: Option<u64>,
     /// What is in the file.
     recorded: Totals,

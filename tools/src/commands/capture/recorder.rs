@@ -7,6 +7,7 @@ use crate::capture_file::{CaptureError, CaptureWriter, ConnectionId, Direction, 
 use crate::output::tell;
 use clap::ValueEnum;
 use crossbeam_queue::ArrayQueue;
+use schemars::JsonSchema;
 use serde::Serialize;
 use std::cell::Cell;
 use std::fs::File;
@@ -28,7 +29,7 @@ const SPARE_MAX: usize = 64;
 const PATIENCE: Duration = Duration::from_secs(10);
 
 /// What to do when the disk does not keep up.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum WhenBehind {
     /// End the recording and go on forwarding: a protected guest is never held up. Until it is protected, while its

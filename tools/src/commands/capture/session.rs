@@ -8,6 +8,7 @@ use crate::net::Address;
 use crate::output::tell;
 use colo_ring::wire::codec::Method;
 use colo_ring::wire::stream::{ChannelKind, StreamHeader, classify};
+use schemars::JsonSchema;
 use serde::Serialize;
 use std::cell::RefCell;
 use std::io;
@@ -35,7 +36,7 @@ pub enum Wish {
 }
 
 /// What a connection turned out to be.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum Kind {
     /// A main channel.
@@ -47,7 +48,7 @@ pub enum Kind {
 }
 
 /// A connection, for the report.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, Serialize, JsonSchema)]
 pub struct Connection {
     /// Its number in the capture.
     pub connection: ConnectionId,

@@ -13,6 +13,7 @@ use colo_ring::receiver::{
     Event, ListenAddress, NameRules, RamLimit, Receiver, ReceiverOptions, Request, Response, StatusReport,
 };
 use colo_ring::store::{HugePages, StoreOptions};
+use schemars::JsonSchema;
 use serde::Serialize;
 use std::collections::BTreeSet;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -50,7 +51,7 @@ pub(super) struct Contestant {
 }
 
 /// One variant's figures.
-#[derive(Serialize)]
+#[derive(Serialize, JsonSchema)]
 pub(super) struct VariantReport {
     #[serde(flatten)]
     pub(super) variant: Variant,

@@ -19,6 +19,7 @@ use colo_ring::host::Machine;
 use colo_ring::metrics::display_nanoseconds;
 use colo_ring::text::mebibytes;
 use contestant::{Contestant, VariantReport, Warnings};
+use schemars::JsonSchema;
 use serde::Serialize;
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
@@ -30,11 +31,12 @@ use variant::{AS_QEMU, DEFAULT, FLOOR, Variant};
 const HTML_DEFAULT: &str = "colo-ring-demo.html";
 
 /// Options of `colo-ring demo`.
-#[derive(Debug, Args, Serialize)]
+#[derive(Debug, Args, Serialize, JsonSchema)]
 pub struct DemoArgs {
     /// RAM of the synthetic guest
     #[arg(long, value_name = "SIZE", default_value = "32M")]
     #[serde(rename = "ram_bytes")]
+    #[schemars(with = "u64")]
     ram: Size,
 
     /// Pages that the guest dirties before each checkpoint
@@ -74,13 +76,17 @@ pub struct DemoArgs {
 }
 
 /// Everything the demo found out.
-#[derive(Serialize)]
-struct DemoReport<'a> {
+#[derive(Serialize, JsonSchema)]
+pub(crate) struct DemoReport<'a> {
     schema: &'static str,
     schema_version: u32,
+    /// The options in force.
     options: &'a DemoArgs,
+    /// Where it ran.
     machine: Machine,
+    /// Cores that received.
     cores: &'a [usize],
+    /// The figures of each contestant.
     variants: Vec<VariantReport>,
     /// The primary's `loaded` of all variants, with intervals.
     comparison: Comparison<'a>,

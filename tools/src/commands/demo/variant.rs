@@ -5,6 +5,7 @@ use clap::ValueEnum;
 use colo_ring::ring::BackendKind;
 use colo_ring::store::{CacheKind, CommitMode};
 use colo_ring::wire::codec::Method;
+use schemars::JsonSchema;
 use serde::Serialize;
 
 /// The names of the contestants without `--all`.
@@ -22,7 +23,7 @@ const WAYS: [(&str, BackendKind, bool); 4] = [
 ];
 
 /// A contestant.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, Serialize, JsonSchema)]
 pub(super) struct Variant {
     /// In the matrix a way to receive, then cache and commit. `uring` receives into registered buffers, `recvmsg` is `uring`
     /// without them.
@@ -32,20 +33,25 @@ pub(super) struct Variant {
 }
 
 /// What receives.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, Serialize, JsonSchema)]
 #[serde(tag = "secondary", rename_all = "lowercase")]
 pub(super) enum Secondary {
+    /// A receiver.
     Receiver(ReceiverKind),
     /// Keeps nothing: the floor of the transport.
     Sink,
 }
 
 /// A receiver with these options.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, Serialize, JsonSchema)]
 pub(super) struct ReceiverKind {
+    /// How bytes are received.
     pub(super) backend: BackendKind,
+    /// Whether reads go into registered buffers.
     pub(super) registered: bool,
+    /// Where received pages wait for their commit.
     pub(super) cache: CacheKind,
+    /// When pages are copied to the RAM image.
     pub(super) commit: CommitMode,
     #[serde(flatten)]
     compression: PageCompression,

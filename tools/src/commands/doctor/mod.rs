@@ -10,6 +10,7 @@ use clap::Args;
 use colo_ring::host::HostReport;
 use colo_ring::ring::{RegistrationReport, RingReport, RingUnavailable};
 use colo_ring::sandbox::Sandbox;
+use schemars::JsonSchema;
 use serde::Serialize;
 use std::fmt::Write;
 use std::path::PathBuf;
@@ -32,7 +33,7 @@ pub struct DoctorArgs {
 }
 
 /// The outcome of a check.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum State {
     /// As it should be.
@@ -44,7 +45,7 @@ pub enum State {
 }
 
 /// One line of the doctor's table.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, Serialize, JsonSchema)]
 pub struct Check {
     /// What was looked at.
     pub item: &'static str,
@@ -58,17 +59,21 @@ pub struct Check {
     pub remedy: Option<String>,
 }
 
-#[derive(Serialize)]
-struct DoctorReport<'a> {
+/// What this machine has and lacks.
+#[derive(Serialize, JsonSchema)]
+pub(crate) struct DoctorReport<'a> {
     schema: &'static str,
     schema_version: u32,
+    /// Whether a receiver works here.
     usable: bool,
+    /// What was looked at, in the order of the table.
     checks: &'a [Check],
+    /// Everything that was probed.
     host: &'a Probe,
 }
 
 /// Everything that was probed.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, JsonSchema)]
 pub struct Probe {
     /// This machine.
     #[serde(flatten)]

@@ -8,6 +8,7 @@ use crate::qmp::Qmp;
 use colo_ring::receiver::{
     ClaimedCheckpoint, DiskStatus, Request, RestoreReport, RestoredDisk, StatusReport,
 };
+use schemars::JsonSchema;
 use serde::Serialize;
 use serde_json::json;
 use std::collections::HashSet;
@@ -23,12 +24,16 @@ const NODE_NAME_MAX: usize = 31;
 /// A file as the kernel knows it, whatever its path.
 type FileId = (u64, u64);
 
-#[derive(Serialize)]
-struct BlockdevReport<'a> {
+/// What a fresh QEMU needs for the disks of a guest.
+#[derive(Serialize, JsonSchema)]
+pub(crate) struct BlockdevReport<'a> {
     schema: &'static str,
     schema_version: u32,
+    /// The session's number.
     session: u32,
+    /// The guest's disks.
     disks: &'a [DiskStatus],
+    /// What the command line of a fresh QEMU needs for them, word by word.
     arguments: Vec<String>,
 }
 

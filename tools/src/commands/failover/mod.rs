@@ -12,7 +12,7 @@ mod waiting;
 
 use crate::control::{Conversation, WhichSession};
 use crate::options::ControlAddress;
-use crate::output::{CommandError, printable, tell};
+use crate::output::{CommandError, printable, take_output, tell};
 use crate::qmp::socket_path;
 use crate::signals;
 use clap::Args;
@@ -21,6 +21,8 @@ use colo_ring::receiver::{
 };
 use command_line::{CommandLine, main_block};
 use destination::{Destination, Kept, Outputs};
+pub(crate) use disks::BlockdevReport;
+pub(crate) use report::FailoverReport;
 use report::{Outcome, Times};
 use serde::Deserialize;
 use serde_json::Value;
@@ -158,6 +160,9 @@ struct Claim {
 pub fn run(args: &FailoverArgs) -> Result<ExitCode, CommandError> {
     if args.print_blockdev {
         return disks::print_blockdev(args);
+    }
+    if args.to == Some(Target::Here) {
+        take_output();
     }
     let began = Instant::now();
     let started = Started::default();

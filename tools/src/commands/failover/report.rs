@@ -8,9 +8,9 @@ use colo_ring::host::Machine;
 use colo_ring::metrics::display_nanoseconds;
 use colo_ring::receiver::{ClaimedCheckpoint, RestoreReport, RestoredDisk};
 use colo_ring::text::{mebibytes, seconds};
+use schemars::JsonSchema;
 use serde::Serialize;
-use serde_json::json;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 /// How long each step took.
@@ -50,45 +50,102 @@ pub(super) struct Outcome {
     pub(super) times: Times,
 }
 
-#[derive(Serialize)]
+/// The options in force.
+#[derive(Serialize, JsonSchema)]
+struct Options<'a> {
+    /// The receiver's control socket.
+    control: String,
+    /// Whether all of the memory is sent, even where QEMU could map it.
+    stream: bool,
+    /// Whether a session is ended whose primary is connected.
+    force: bool,
+    /// Whether the operator has said that the primary needs no fence.
+    unfenced: bool,
+    /// Whether the primary makes a last checkpoint first.
+    planned: bool,
+    /// Whether a checkpoint is taken that was given away before with an unknown result.
+    retry: bool,
+    /// The command that ends the primary; null without one.
+    fence: Option<&'a str>,
+    /// The command line of the fresh QEMU; empty where one is waiting already.
+    qemu: &'a [String],
+    /// The file of a process's command line that it was taken from; null without one.
+    qemu_args: Option<&'a Path>,
+}
+
+/// How long each step took.
+#[derive(Serialize, JsonSchema)]
 struct Steps {
+    /// Until the checkpoint was claimed.
     claim_ns: u64,
+    /// Starting QEMU, or connecting to it.
     start_ns: u64,
+    /// Checking and preparing it.
     check_ns: u64,
+    /// The `--fence` command.
     fence_ns: u64,
+    /// The last checkpoint of a connected primary, and the end of its QEMU.
     handover_ns: u64,
+    /// The receiver's part: `hold_ns`, `keep_ns` and `write_ns`.
     restore_ns: u64,
+    /// Of that: ending the session, applying what is left of the disks' logs, locking the checkpoint.
     hold_ns: u64,
+    /// Of that: the copy of `--keep`.
     keep_ns: u64,
+    /// Of that: writing the stream, which QEMU loads meanwhile.
     write_ns: u64,
+    /// From the stream's last byte until the guest runs.
     load_ns: u64,
+    /// From the start until the guest runs.
     total_ns: u64,
+    /// Afterwards: until the receiver has released its memory.
     give_up_ns: u64,
 }
 
-#[derive(Serialize)]
-struct FailoverReport<'a> {
+/// What a failover was.
+#[derive(Serialize, JsonSchema)]
+pub(crate) struct FailoverReport<'a> {
     schema: &'static str,
     schema_version: u32,
-    options: serde_json::Value,
+    /// The options in force.
+    options: Options<'a>,
+    /// The session's number at the receiver.
     session: u32,
+    /// The guest's name; null if it has none.
     guest: Option<&'a str>,
+    /// The guest's UUID; null if it has none.
     uuid: Option<&'a str>,
+    /// The checkpoint that was resumed; 0 is the state at the end of the first copy.
     checkpoint: u64,
+    /// Its age when it was claimed.
     checkpoint_age_ms: u64,
+    /// The primary's versioned machine type.
     machine_type: &'a str,
+    /// How the memory got to QEMU: `shared` (it maps the receiver's file), `stream` (it was sent), or `written` (to `--to`, and no guest was started).
     way: &'static str,
+    /// QEMU's word for what the guest does, as `running`; null with `--to`.
     status: Option<&'a str>,
+    /// Version of the QEMU that runs the guest; null with `--to`.
     qemu: Option<&'a str>,
+    /// Path of its monitor; null with `--to`.
     qmp: Option<String>,
+    /// Its process, where it was started here; null otherwise.
     pid: Option<u32>,
+    /// Where the stream was written to with `--to`; null otherwise.
     to: Option<&'a str>,
+    /// The copy of the checkpoint that `--keep` made; null without it.
     kept: Option<String>,
+    /// The guest's disks, whose bases are at the checkpoint.
     disks: &'a [RestoredDisk],
+    /// Length of the stream.
     stream_bytes: u64,
+    /// Pages with content in the stream.
     pages: u64,
+    /// Pages of zeros in the stream.
     zero_pages: u64,
+    /// How long each step took; 0 for one that there was not.
     steps: Steps,
+    /// Where the command ran.
     machine: Machine,
 }
 
@@ -173,24 +230,24 @@ pub(super) fn print_outcome(
 }
 
 fn report<'a>(
-    args: &FailoverArgs,
+    args: &'a FailoverArgs,
     claimed: &'a ClaimedCheckpoint,
     outcome: &'a Outcome,
 ) -> Result<FailoverReport<'a>, CommandError> {
     Ok(FailoverReport {
         schema: "colo-ring.failover",
         schema_version: 1,
-        options: json!({
-            "control": args.control.to_string(),
-            "stream": args.stream,
-            "force": args.force,
-            "unfenced": args.unfenced,
-            "planned": args.planned,
-            "retry": args.retry,
-            "fence": args.fence,
-            "qemu": args.qemu,
-            "qemu_args": args.qemu_args,
-        }),
+        options: Options {
+            control: args.control.to_string(),
+            stream: args.stream,
+            force: args.force,
+            unfenced: args.unfenced,
+            planned: args.planned,
+            retry: args.retry,
+            fence: args.fence.as_deref(),
+            qemu: &args.qemu,
+            qemu_args: args.qemu_args.as_deref(),
+        },
         session: claimed.session,
         guest: claimed.guest.as_deref(),
         uuid: claimed.uuid.as_deref(),

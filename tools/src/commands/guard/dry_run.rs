@@ -3,6 +3,7 @@
 use super::{GuardArgs, gates};
 use crate::output::{CommandError, print, print_json};
 use crate::qmp::{CONNECT_LIMIT, Qmp, QmpError};
+use schemars::JsonSchema;
 use serde::Serialize;
 use serde_json::json;
 use std::process::ExitCode;
@@ -19,10 +20,13 @@ const MIB_PER_GIGABIT: f64 = 1e9 / 8.0 / (1 << 20) as f64;
 
 /// How long a guest would be stopped for its memory, over a link that nothing else uses. What a checkpoint takes beside that, some
 /// milliseconds, is not in it.
-#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, JsonSchema)]
 struct Prediction {
+    /// The link.
     gigabits_per_s: u32,
+    /// For how long the guest would be stopped at each checkpoint.
     pause_ms: f64,
+    /// The share of its time that it would be stopped.
     stopped_share: f64,
 }
 
@@ -59,8 +63,8 @@ impl Prediction {
 }
 
 /// What a guard would do.
-#[derive(Serialize)]
-struct Plan {
+#[derive(Serialize, JsonSchema)]
+pub(crate) struct Plan {
     schema: &'static str,
     schema_version: u32,
     /// How the output of each would be held.

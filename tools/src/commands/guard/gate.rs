@@ -4,6 +4,7 @@ use super::tap::TapError;
 use crate::qmp::QmpError;
 use colo_ring::units::CheckpointId;
 use nix::poll::PollFlags;
+use schemars::JsonSchema;
 use serde::Serialize;
 use std::io;
 use std::os::fd::BorrowedFd;
@@ -28,7 +29,7 @@ pub(super) enum GateError {
 }
 
 /// What passes a gate.
-#[derive(Clone, Copy, Debug, Default, Serialize)]
+#[derive(Clone, Copy, Debug, Default, Serialize, JsonSchema)]
 pub(super) struct Counts {
     /// Frames that the guest has sent, where the gate sees them.
     pub(super) sent: u64,

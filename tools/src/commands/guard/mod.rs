@@ -30,10 +30,13 @@ use crate::stderr;
 use clap::{Args, ValueEnum};
 use colo_ring::net::ListenAddress;
 use colo_ring::receiver::GuestName;
+pub(crate) use dry_run::Plan;
 use gates::{PlugPlan, RelayPlan};
 pub(crate) use link::Link;
 use path::PathEvent;
+pub(crate) use report::GuardReport;
 use resident::Guard;
+use schemars::JsonSchema;
 use serde::Serialize;
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -134,7 +137,7 @@ pub struct GuardArgs {
 }
 
 /// How output is held.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 enum NetMode {
     /// The first way that fits each network card
@@ -144,7 +147,7 @@ enum NetMode {
 }
 
 /// What becomes of a guest without a receiver.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 enum OnReceiverLost {
     /// It runs on, unprotected, and its output is let go

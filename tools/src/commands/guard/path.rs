@@ -10,6 +10,7 @@ use colo_ring::link::{ToGuard, ToReceiver};
 use colo_ring::units::CheckpointId;
 use nix::poll::{PollFd, PollFlags, poll};
 use nix::sys::eventfd::{EfdFlags, EventFd};
+use schemars::JsonSchema;
 use serde::Serialize;
 use std::io;
 use std::os::fd::AsFd;
@@ -69,9 +70,11 @@ enum Command {
 }
 
 /// A card with its gate, in a status.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, Serialize, JsonSchema)]
 pub(super) struct GateStatus {
+    /// The network card.
     pub(super) nic: String,
+    /// How its output is held.
     pub(super) gate: &'static str,
     #[serde(flatten)]
     pub(super) counts: Counts,

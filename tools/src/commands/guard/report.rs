@@ -6,6 +6,7 @@ use crate::options::ControlAddress;
 use crate::output::CommandError;
 use colo_ring::net::{Clients, SocketFile, bind_unix};
 use hdrhistogram::Histogram;
+use schemars::JsonSchema;
 use serde::Serialize;
 use std::io::Write;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -15,7 +16,7 @@ use std::time::{Duration, Instant};
 const WRITE_WITHIN: Duration = Duration::from_secs(1);
 
 /// Where the guest stands.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub(super) enum GuardState {
     /// It has no receiver.
@@ -40,11 +41,15 @@ impl GuardState {
 }
 
 /// Times, summarised.
-#[derive(Clone, Debug, Default, Serialize)]
+#[derive(Clone, Debug, Default, Serialize, JsonSchema)]
 pub(super) struct Times {
+    /// How many.
     count: u64,
+    /// Median.
     p50_us: u64,
+    /// 99th percentile.
     p99_us: u64,
+    /// The longest.
     max_us: u64,
 }
 
@@ -61,14 +66,19 @@ impl Times {
 }
 
 /// The state of a guard.
-#[derive(Clone, Debug, Serialize)]
-pub(super) struct GuardReport {
+#[derive(Clone, Debug, Serialize, JsonSchema)]
+pub(crate) struct GuardReport {
     schema: &'static str,
     schema_version: u32,
+    /// The operator's name for the guest.
     pub(super) name: String,
+    /// Path of its QEMU's monitor.
     qmp: String,
+    /// The receiver's address.
     to: String,
+    /// What becomes of the guest without a receiver.
     on_receiver_lost: OnReceiverLost,
+    /// Where the guest stands.
     pub(super) state: GuardState,
     /// The receiver's number of the session.
     pub(super) session: Option<u32>,
@@ -81,9 +91,11 @@ pub(super) struct GuardReport {
     pub(super) unprotected_since: Option<Instant>,
     /// How often it was protected.
     pub(super) protections: u64,
+    /// Committed checkpoints.
     pub(super) checkpoints: u64,
     /// Checkpoints that were asked for because output waited.
     pub(super) asked_for_output: u64,
+    /// Longest time between two checkpoints now.
     pub(super) interval_ms: u64,
     /// STOP to RESUME.
     pub(super) stopped: Times,
@@ -91,6 +103,7 @@ pub(super) struct GuardReport {
     pub(super) stopped_share: f64,
     /// A frame's arrival to its release.
     pub(super) held: Times,
+    /// The network cards and how their output is held.
     pub(super) gates: Vec<GateStatus>,
 }
 

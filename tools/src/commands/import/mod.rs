@@ -11,6 +11,7 @@ use crate::output::{CommandError, mebibytes, print, print_json, tell};
 use crate::streams::Streams;
 use clap::Args;
 use colo_ring::host::Machine;
+use schemars::JsonSchema;
 use serde::Serialize;
 use session::Importer;
 use std::fs::File;
@@ -20,7 +21,7 @@ use std::process::ExitCode;
 use thiserror::Error;
 
 /// Options of `colo-ring import`.
-#[derive(Debug, Args, Serialize)]
+#[derive(Debug, Args, Serialize, JsonSchema)]
 pub struct ImportArgs {
     /// The file of tcpdump: pcap or pcapng, of Ethernet, Linux cooked (-i any), loopback or raw IP
     #[arg(value_name = "FILE")]
@@ -127,16 +128,21 @@ pub(crate) enum ImportError {
 }
 
 /// What was imported.
-#[derive(Serialize)]
-struct ImportReport<'a> {
+#[derive(Serialize, JsonSchema)]
+pub(crate) struct ImportReport<'a> {
     schema: &'static str,
     schema_version: u32,
+    /// The options in force.
     options: &'a ImportArgs,
+    /// Where the command ran.
     machine: Machine,
+    /// Packets in the file of tcpdump.
     packets: u64,
+    /// What is in the capture.
     recorded: Totals,
     /// Complete checkpoints of the session; null if it cannot be played.
     checkpoints: Option<usize>,
+    /// What was lost, or is not as usual.
     notes: Vec<String>,
 }
 

@@ -5,6 +5,15 @@ use crate::flight::{By, SlowReport, TOP, file};
 use crate::output::{CommandError, Lines, print, print_json};
 use colo_ring::metrics::display_nanoseconds;
 use colo_ring::store::{FlightLog, FlightRecord};
+use schemars::JsonSchema;
+use serde::Serialize;
+
+/// The overview.
+#[derive(Serialize, JsonSchema)]
+pub(super) struct Content {
+    /// Its slowest checkpoints, as `slow` shows them.
+    recorder: SlowReport,
+}
 
 pub(super) fn run(args: &InspectArgs) -> Result<(), CommandError> {
     args.allow("a flight recorder", &[Kind::Checkpoints], true)?;
@@ -14,7 +23,7 @@ pub(super) fn run(args: &InspectArgs) -> Result<(), CommandError> {
     }
     let report = SlowReport::of(&log, None, TOP, By::Pause);
     match args.json {
-        true => print_json(&args.inspection("flight recorder", &report)),
+        true => print_json(&args.inspection("flight recorder", Content { recorder: report })),
         false => print(&format!(
             "flight recorder, room for {}; {}",
             log.capacity,
@@ -24,7 +33,7 @@ pub(super) fn run(args: &InspectArgs) -> Result<(), CommandError> {
 }
 
 fn list(args: &InspectArgs, log: &FlightLog) -> Result<(), CommandError> {
-    let mut lines = Lines::new(args.json, &args.inspection("flight recorder", ()), "checkpoints")?;
+    let mut lines = Lines::new(args.json, &args.around_list("flight recorder"), "checkpoints")?;
     let head = "number|at s|reply|send|ram|state|commit|loaded|pages|pause";
     lines.head(head, &[7, 9, 7, 7, 7, 7, 7, 7, 6, 7])?;
     for record in &log.records {

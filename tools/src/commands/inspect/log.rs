@@ -5,6 +5,7 @@ use crate::hlog::{Entry, HlogError, Interval, Log, Reader, Torn};
 use crate::output::{CommandError, Lines, print, print_json, printable, table, tell};
 use colo_ring::metrics::display_nanoseconds;
 use hdrhistogram::Histogram;
+use schemars::JsonSchema;
 use serde::Serialize;
 
 const QUANTILES: [(&str, f64); 5] = [
@@ -15,36 +16,56 @@ const QUANTILES: [(&str, f64); 5] = [
     ("p99.99", 0.9999),
 ];
 
-#[derive(Serialize)]
-struct LogContent {
+/// The overview of a log.
+#[derive(Serialize, JsonSchema)]
+pub(super) struct LogContent {
+    /// Start of the log, in seconds since 1970; null if it does not say it.
     started_unix_s: Option<f64>,
+    /// Its comments.
     comments: Vec<String>,
+    /// Its intervals.
     intervals: u64,
+    /// Figures of all intervals.
     total: Figures,
+    /// Figures by tag.
     tags: Vec<TagFigures>,
+    /// There are more tags than are listed.
     tags_not_kept: bool,
+    /// Where it ends in the middle of a line; null if it does not.
     torn: Option<Torn>,
 }
 
-#[derive(Serialize)]
+/// The intervals of one tag.
+#[derive(Serialize, JsonSchema)]
 struct TagFigures {
+    /// The tag.
     tag: String,
+    /// Its intervals.
     intervals: u64,
     #[serde(flatten)]
     figures: Figures,
 }
 
 /// Of one histogram, in nanoseconds.
-#[derive(Serialize)]
+#[derive(Serialize, JsonSchema)]
 struct Figures {
+    /// Values.
     count: u64,
+    /// The shortest.
     min_ns: u64,
+    /// Arithmetic mean.
     mean_ns: f64,
+    /// Median.
     p50_ns: u64,
+    /// 90th percentile.
     p90_ns: u64,
+    /// 99th percentile.
     p99_ns: u64,
+    /// 99.9th percentile.
     p99_9_ns: u64,
+    /// 99.99th percentile.
     p99_99_ns: u64,
+    /// The longest.
     max_ns: u64,
 }
 
@@ -78,12 +99,18 @@ impl Figures {
     }
 }
 
-#[derive(Serialize)]
-struct IntervalContent {
+/// An interval in the list.
+#[derive(Serialize, JsonSchema)]
+pub(super) struct IntervalContent {
+    /// Its line in the file, from 1.
     line: u64,
+    /// The line's first byte in the file.
     offset: u64,
+    /// Its tag; null without one.
     tag: Option<String>,
+    /// Its beginning, since the start of the log or as the log has it.
     start_s: f64,
+    /// Its length.
     length_s: f64,
     #[serde(flatten)]
     figures: Figures,
@@ -162,7 +189,7 @@ fn render(content: &LogContent) -> String {
 fn list(args: &InspectArgs, factor: u64) -> Result<(), CommandError> {
     let failed = |error: HlogError| CommandError::Failed(error.to_string());
     let mut reader = Reader::open(&args.file).map_err(failed)?;
-    let mut lines = Lines::new(args.json, &args.inspection("interval log", ()), "intervals")?;
+    let mut lines = Lines::new(args.json, &args.around_list("interval log"), "intervals")?;
     let head = "start s|length s|n|p50|p90|p99|p99.9|max|tag";
     lines.head(head, &[9, 8, 6, 7, 7, 7, 7, 7])?;
     while let Some(entry) = reader.next_entry().map_err(failed)? {

@@ -8,12 +8,15 @@ mod elements;
 mod flight;
 mod log;
 mod report;
+mod schema;
 
 use crate::capture_file;
 use crate::comparison::Unit;
 use crate::output::CommandError;
 use clap::{Args, ValueEnum};
 use colo_ring::store::FlightLog;
+pub(crate) use schema::AnyInspection;
+use schemars::JsonSchema;
 use serde::Serialize;
 use std::fs::File;
 use std::io::Read;
@@ -56,7 +59,7 @@ pub struct InspectArgs {
 }
 
 /// What can be listed.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 enum Kind {
     /// Connections of a capture.
@@ -72,10 +75,12 @@ enum Kind {
 }
 
 /// One channel of a capture.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 enum ChannelFilter {
+    /// The main channel.
     Main,
+    /// A multifd channel, by its number.
     Multifd(u8),
 }
 
@@ -94,7 +99,7 @@ impl FromStr for ChannelFilter {
 }
 
 /// A range of checkpoints.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, JsonSchema)]
 struct CheckpointFilter(RangeInclusive<u64>);
 
 impl FromStr for CheckpointFilter {
@@ -112,26 +117,41 @@ impl FromStr for CheckpointFilter {
 }
 
 /// The options, as they are echoed.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, JsonSchema)]
 struct Echo<'a> {
+    /// The file.
     file: &'a PathBuf,
+    /// What was asked to be listed; null for the overview.
     kind: Option<Kind>,
+    /// The one channel that was asked for; null for all.
     channel: Option<ChannelFilter>,
+    /// The checkpoints that were asked for; null for all.
     checkpoint: Option<&'a CheckpointFilter>,
 }
 
-/// What every output begins with; `T` is what the file is.
-#[derive(Debug, Serialize)]
+/// What is in a file.
+#[derive(Debug, Serialize, JsonSchema)]
 struct Inspection<'a, T> {
     schema: &'static str,
     schema_version: u32,
+    /// The options in force.
     options: Echo<'a>,
+    /// What the file is: `capture`, `interval log`, `flight recorder`, `run` or `receiver's report`.
     file_kind: &'static str,
     #[serde(flatten)]
     content: T,
 }
 
+/// Of a list, which is written behind it.
+#[derive(Debug, Serialize, JsonSchema)]
+struct NoContent {}
+
 impl InspectArgs {
+    /// What a list is put into.
+    fn around_list(&self, file_kind: &'static str) -> Inspection<'_, NoContent> {
+        self.inspection(file_kind, NoContent {})
+    }
+
     fn inspection<T>(&self, file_kind: &'static str, content: T) -> Inspection<'_, T> {
         Inspection {
             schema: SCHEMA,

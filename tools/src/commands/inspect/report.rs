@@ -1,16 +1,31 @@
 //! A measured run, or a receiver's report.
 
 use super::{InspectArgs, Kind};
-use crate::comparison::{self, Options, Run};
+use crate::comparison::{self, Comparison, Options, Run};
 use crate::output::{CommandError, Lines, mebibytes, print, print_json, printable};
 use crate::run_file::{self, Checkpoint, RunFile, read_bounded};
 use colo_ring::metrics::{self, Report, display_nanoseconds};
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 /// The part that names the rest of the keys.
 #[derive(Deserialize)]
 struct Head {
     schema: String,
+}
+
+/// The overview of a report.
+#[derive(Serialize, JsonSchema)]
+pub(super) struct ReportContent<'a> {
+    /// All of it.
+    report: &'a Report,
+}
+
+/// The overview of a run.
+#[derive(Serialize, JsonSchema)]
+pub(super) struct RunContent<'a> {
+    /// Its figures, as `compare` shows them.
+    run: &'a Comparison<'a>,
 }
 
 pub(super) fn run(args: &InspectArgs) -> Result<(), CommandError> {
@@ -41,12 +56,8 @@ pub(super) fn run(args: &InspectArgs) -> Result<(), CommandError> {
 }
 
 fn show_report(args: &InspectArgs, report: &Report) -> Result<(), CommandError> {
-    #[derive(Serialize)]
-    struct Content<'a> {
-        report: &'a Report,
-    }
     if args.json {
-        return print_json(&args.inspection("receiver's report", Content { report }));
+        return print_json(&args.inspection("receiver's report", ReportContent { report }));
     }
     let mut text = format!(
         "a receiver's report, {} sessions, {:.1} s\nmachine: {}\noptions: {}\n\n{}",
@@ -95,11 +106,7 @@ fn show_run(args: &InspectArgs, run: RunFile) -> Result<(), CommandError> {
     let compared = comparison::report(&runs, Options::default())
         .map_err(|error| CommandError::Failed(error.to_string()))?;
     if args.json {
-        #[derive(Serialize)]
-        struct Content<'a> {
-            run: &'a comparison::Comparison<'a>,
-        }
-        return print_json(&args.inspection("run", Content { run: &compared }));
+        return print_json(&args.inspection("run", RunContent { run: &compared }));
     }
     print(&format!("{text}\n{}", compared.table()))
 }
@@ -117,7 +124,7 @@ fn list(args: &InspectArgs, run: &RunFile) -> Result<(), CommandError> {
     columns.extend(is_disturbed.then_some(("disturbed", 0)));
     let (names, widths): (Vec<_>, Vec<_>) = columns.into_iter().unzip();
 
-    let mut lines = Lines::new(args.json, &args.inspection("run", ()), "checkpoints")?;
+    let mut lines = Lines::new(args.json, &args.around_list("run"), "checkpoints")?;
     lines.head(&names.join("|"), &widths)?;
     let wanted = |checkpoint: &&Checkpoint| args.wants_checkpoint(Some(checkpoint.n));
     for checkpoint in run.checkpoints.iter().filter(wanted) {

@@ -10,6 +10,7 @@ use crate::qmp::Qmp;
 use clap::{Args, ValueEnum};
 pub(super) use copy::Changes;
 use copy::FirstCopy;
+use schemars::JsonSchema;
 use serde::Serialize;
 use serde_json::json;
 use std::collections::HashSet;
@@ -43,7 +44,7 @@ pub struct DiskArgs {
 }
 
 /// What is copied at first.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum, Serialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum, Serialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum DiskSync {
     /// Everything
@@ -93,23 +94,32 @@ fn is_name_byte(byte: u8) -> bool {
 }
 
 /// A mirrored disk, in a report.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, JsonSchema)]
 struct MirroredDisk {
+    /// The guest's disk, by its device.
     disk: String,
+    /// Its export's name at the receiver.
     export: String,
+    /// Its size in bytes.
     bytes: u64,
+    /// Its image on this host.
     file: String,
 }
 
 /// Disks, in a report.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, JsonSchema)]
 pub(super) struct DiskReport {
+    /// The receiver's address for disks; null if none is mirrored.
     disk_to: Option<String>,
+    /// What was copied at first.
     disk_sync: DiskSync,
+    /// The mirrored disks.
     disks: Vec<MirroredDisk>,
     /// Disks that the guest can write to and that are not protected.
     unprotected_disks: Vec<String>,
+    /// Disks that the guest cannot write to: they are not mirrored.
     read_only_disks: Vec<String>,
+    /// How long the first copy of the disks took.
     disk_copy_ms: u64,
     /// Of `--disk-sync changed`.
     #[serde(skip_serializing_if = "Option::is_none")]

@@ -18,6 +18,7 @@ use clap::Args;
 use colo_ring::host::Machine;
 use colo_ring::receiver::GuestName;
 use disks::{Changes, DiskArgs, DiskPlan, DiskReport, give_up};
+use schemars::JsonSchema;
 use serde::Serialize;
 use serde_json::{Value, json};
 use settings::{Wanted, set_capabilities, set_credentials, stops_under_tcg};
@@ -91,19 +92,26 @@ pub struct ProtectArgs {
     json: bool,
 }
 
-/// What came of it.
-#[derive(Serialize)]
-struct ProtectReport<'a> {
+/// How a guest was put under protection.
+#[derive(Serialize, JsonSchema)]
+pub(crate) struct ProtectReport<'a> {
     schema: &'static str,
     schema_version: u32,
+    /// The primary's version of QEMU.
     qemu: String,
+    /// Path of its monitor.
     qmp: &'a Path,
+    /// The receiver's address.
     to: String,
+    /// multifd channels; 0 is plain mode.
     channels: u8,
     #[serde(flatten)]
     compression: PageCompression,
+    /// Whether pages are sent as differences.
     xbzrle: bool,
+    /// Time between two checkpoints.
     interval_ms: u32,
+    /// The limit for the migration.
     bandwidth_bytes_per_s: u64,
     /// Whether the migration has TLS.
     tls: bool,
@@ -111,14 +119,19 @@ struct ProtectReport<'a> {
     changed: &'a [String],
     /// QEMU's own word: `colo` once it is protected.
     status: String,
+    /// The guest's RAM; null if QEMU does not say it.
     ram_bytes: Option<u64>,
+    /// Bytes that were sent for the first copy; null if QEMU does not say it.
     transferred_bytes: Option<u64>,
+    /// From the start of the migration until the guest was protected.
     elapsed_ms: u64,
-    /// The session at the receiver, and what it calls the guest, where it has said so.
+    /// The session at the receiver; null where that has not said it.
     session: Option<u32>,
+    /// What the receiver calls the guest; null where that has not said it.
     guest: Option<String>,
     #[serde(flatten)]
     disks: DiskReport,
+    /// Where the command ran.
     machine: Machine,
 }
 

@@ -16,6 +16,7 @@ use colo_ring::sandbox::Sandbox;
 use colo_ring::store::{CacheKind, CommitMode, HugePages, StoreOptions};
 use colo_ring::text::mebibytes;
 use colo_ring::tls::{Allowed, ServerCredentials};
+use schemars::JsonSchema;
 use serde::Serialize;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -207,36 +208,65 @@ pub struct ReceiveArgs {
 }
 
 /// The options in force, as reports echo them.
-#[derive(Serialize)]
-struct Described {
+#[derive(Serialize, JsonSchema)]
+pub(super) struct Described {
+    /// Addresses that primaries connect to.
     listen: Vec<String>,
+    /// Names of guests, and by what they are recognised.
     guests: Vec<String>,
+    /// multifd channels of each primary; 0 is plain mode.
     channels: u8,
+    /// Cores that receive.
     cores: Vec<usize>,
+    /// On which NUMA nodes they and the memory of guests are.
     placement: Placement,
+    /// How bytes are received.
     backend: BackendKind,
+    /// Whether reads go into registered buffers.
     registered: bool,
+    /// Where received pages wait for their commit.
     cache: CacheKind,
+    /// Most bytes of the pool of a guest; null for no limit of its own.
     pool_max_bytes: Option<u64>,
+    /// When pages are copied to the RAM image.
     commit: CommitMode,
+    /// The pages that hold guest memory.
     hugepages: HugePages,
+    /// The directory of RAM images; null for a memfd.
     ram_dir: Option<PathBuf>,
+    /// Memory that all guests may take together.
     ram_limit_bytes: u64,
+    /// Largest device state.
     device_state_max_bytes: u64,
+    /// The directory of guests' disks; null if none are served.
     disks: Option<PathBuf>,
+    /// Addresses that disks are served on.
     nbd: Vec<String>,
+    /// Most bytes of a disk's log.
     disk_log_max_bytes: u64,
+    /// The directory of certificates and keys; null without TLS.
     tls: Option<PathBuf>,
+    /// Whether primaries must have a certificate.
     tls_verify_peer: bool,
+    /// Identities that may connect; empty for every one that the CA has signed.
     tls_allow: Vec<String>,
+    /// Address of the metrics; null without them.
     metrics: Option<String>,
+    /// Whether it ends after one session.
     once: bool,
+    /// After how long a connection that says nothing is closed.
     accept_timeout_s: u64,
+    /// Longest first copy without progress.
     precopy_timeout_s: u64,
+    /// Most sessions from one host.
     sessions_per_origin: usize,
+    /// Silence of a primary after which it is probed.
     keepalive_s: u32,
+    /// Silence of a primary after which it is lost.
     user_timeout_s: u32,
+    /// The `--on-loss` command; null without it.
     on_loss: Option<String>,
+    /// Whether the process is confined.
     sandbox: bool,
 }
 

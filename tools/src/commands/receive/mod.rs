@@ -16,6 +16,7 @@ use crate::metrics_server::{MetricsListener, MetricsServer};
 use crate::options::{Size, Switch};
 use crate::output::{CommandError, ProgressLine, print, print_json, tell};
 use crate::{session_text, signals, stderr};
+use args::Described;
 pub use args::ReceiveArgs;
 pub(crate) use args::command;
 use colo_ring::metrics::{Report, SampleQueue};
@@ -32,8 +33,10 @@ use metrics::ReceiverSource;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use on_loss::{Hook, OnLoss};
 use reload::InForce;
+use schemars::{JsonSchema, Schema, SchemaGenerator};
 use serde::Serialize;
 use service::Service;
+use std::borrow::Cow;
 use std::ffi::OsString;
 use std::fs::DirBuilder;
 use std::os::unix::fs::DirBuilderExt;
@@ -43,11 +46,34 @@ use std::sync::Arc;
 use std::sync::mpsc::{self, RecvTimeoutError};
 use std::time::Duration;
 
-#[derive(Serialize)]
-struct ReceiveReport<'a> {
+/// The report of a receiver, whose options are known.
+pub(crate) struct DescribedReport;
+
+impl JsonSchema for DescribedReport {
+    fn schema_name() -> Cow<'static, str> {
+        "Report".into()
+    }
+
+    fn json_schema(generator: &mut SchemaGenerator) -> Schema {
+        let mut schema = Report::json_schema(generator);
+        let mut options = generator.subschema_for::<Described>();
+        options.insert("description".to_owned(), "The options in force.".into());
+        if let Some(fields) = schema.get_mut("properties") {
+            fields["options"] = options.to_value();
+        }
+        schema
+    }
+}
+
+/// What a receiver leaves at its end.
+#[derive(Serialize, JsonSchema)]
+pub(crate) struct ReceiveReport<'a> {
     schema: &'static str,
     schema_version: u32,
+    /// The sessions as they were at the end.
     sessions: &'a [SessionStatus],
+    /// Figures of all checkpoints, as in the file `PREFIX.json` of `--hist`.
+    #[schemars(with = "DescribedReport")]
     report: &'a Report,
 }
 

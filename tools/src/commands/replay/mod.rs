@@ -18,7 +18,8 @@ use crate::tls::TlsArgs;
 use clap::{Args, ValueEnum};
 use colo_ring::host::{allowed_cores, pin};
 use player::PlayOptions;
-use report::Report;
+pub(crate) use report::Report;
+use schemars::JsonSchema;
 use serde::Serialize;
 use session::{Measured, Sessions};
 use sink_process::SinkProcess;
@@ -30,7 +31,7 @@ use std::time::Duration;
 use usage::Secondary;
 
 /// Options of `colo-ring replay`.
-#[derive(Debug, Args, Serialize)]
+#[derive(Debug, Args, Serialize, JsonSchema)]
 pub struct ReplayArgs {
     /// The capture file
     #[arg(value_name = "FILE")]
@@ -39,9 +40,11 @@ pub struct ReplayArgs {
     /// The secondary's address: tcp:HOST:PORT or unix:PATH
     #[arg(long, value_name = "ADDRESS", required_unless_present = "sink")]
     #[serde(serialize_with = "as_text")]
+    #[schemars(with = "Option<String>")]
     to: Option<Address>,
 
     #[command(flatten)]
+    #[schemars(description = "TLS of its connections.")]
     tls: TlsArgs,
 
     /// Start a sink and play against it: the floor of the transport, below which no secondary can get
@@ -111,7 +114,7 @@ pub struct ReplayArgs {
 }
 
 /// Where checkpoints have their times from.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 enum PaceKind {
     /// From the capture: precopy and requests come no earlier than they did there

@@ -8,69 +8,97 @@ use crate::run_file::{Checkpoint, Clock, RunFile, SecondaryUse};
 use crate::streams::Streams;
 use crate::units::nanoseconds;
 use colo_ring::metrics::display_nanoseconds;
+use schemars::JsonSchema;
 use serde::Serialize;
 use std::collections::BTreeMap;
 use std::fmt;
 use std::time::Duration;
 
 /// Everything a replay found out.
-#[derive(Debug, Serialize)]
-pub(super) struct Report {
+#[derive(Debug, Serialize, JsonSchema)]
+pub(crate) struct Report {
     schema: &'static str,
     schema_version: u32,
+    /// What the secondary is called in tables.
     name: String,
+    /// The options in force.
+    #[schemars(with = "ReplayArgs")]
     options: serde_json::Value,
+    /// Where the replay ran.
     machine: colo_ring::host::Machine,
+    /// What was played.
     capture: CaptureSummary,
+    /// Sessions that were played.
     sessions: u32,
+    /// Checkpoints that were measured.
     pub(super) checkpoints: u64,
     /// Those of them during which other processes were busy. They are in the figures.
     disturbed: u64,
+    /// Figures by phase: `received` and `loaded`, by the primary's clock.
     phases: BTreeMap<String, PhaseFigures>,
+    /// What the secondary's process used; null if that is not known.
     secondary: Option<SecondaryUse>,
+    /// How much of `loaded` is the replay's own.
     replay_share: ReplayShare,
+    /// What a reader of the figures must know.
     notes: Vec<String>,
-    /// Why the replay ended early.
+    /// Why the replay ended early; null if it did not.
     pub(super) error: Option<String>,
     #[serde(skip)]
     pub(super) run: RunFile,
 }
 
 /// What was played.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, JsonSchema)]
 struct CaptureSummary {
+    /// The primary's versioned machine type.
     machine_type: String,
+    /// multifd channels; 0 is plain mode.
     channels: usize,
+    /// The guest's RAM.
     ram_bytes: u64,
+    /// Checkpoints in the capture.
     checkpoints: usize,
+    /// Bytes of a checkpoint on average.
     bytes_per_checkpoint_mean: u64,
+    /// How pages are compressed: `none`, a method, or `xbzrle`.
     compression: &'static str,
 }
 
-#[derive(Debug, Serialize)]
+/// Figures of one phase.
+#[derive(Debug, Serialize, JsonSchema)]
 struct PhaseFigures {
+    /// Checkpoints measured.
     count: u64,
+    /// Arithmetic mean.
     mean_ns: u64,
+    /// Median.
     p50_ns: u64,
+    /// 90th percentile.
     p90_ns: u64,
+    /// 99th percentile.
     p99_ns: u64,
+    /// The longest.
     max_ns: u64,
 }
 
 /// How much of `loaded` is the replay's own: an upper bound, see docs/replay.md.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, JsonSchema)]
 struct ReplayShare {
     /// Of all checkpoints together.
     share: f64,
+    /// Time that the replay itself took, summed.
     own_ns: u64,
+    /// `loaded` of all checkpoints, summed.
     loaded_ns: u64,
     /// Processor time of the threads that send pages, precopy included: in this program, and in the kernel's sending.
     senders_user_ns: u64,
+    /// The same, in the kernel's sending.
     senders_system_ns: u64,
 }
 
 impl Report {
-    pub fn new(
+    pub(super) fn new(
         args: &ReplayArgs,
         streams: &Streams,
         measured: Measured,

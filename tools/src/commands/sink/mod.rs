@@ -14,15 +14,17 @@ use clap::Args;
 use colo_ring::host::Machine;
 use colo_ring::receiver::ListenAddress;
 use connections::Listener;
+use schemars::JsonSchema;
 use serde::Serialize;
 use std::process::ExitCode;
 
 /// Options of `colo-ring sink`.
-#[derive(Debug, Args, Serialize)]
+#[derive(Debug, Args, Serialize, JsonSchema)]
 pub struct SinkArgs {
     /// Where primaries connect to: tcp:ADDRESS:PORT (port 0 takes a free one) or unix:PATH
     #[arg(long, value_name = "ADDRESS")]
     #[serde(serialize_with = "as_text")]
+    #[schemars(with = "String")]
     listen: ListenAddress,
 
     /// The primaries' multifd-channels; 0 = plain mode
@@ -47,14 +49,20 @@ fn as_text<S: serde::Serializer>(address: &ListenAddress, serializer: S) -> Resu
     serializer.collect_str(address)
 }
 
-#[derive(Serialize)]
-struct SinkReport<'a> {
+/// What a sink has received.
+#[derive(Serialize, JsonSchema)]
+pub(crate) struct SinkReport<'a> {
     schema: &'static str,
     schema_version: u32,
+    /// The options in force.
     options: &'a SinkArgs,
+    /// Where it ran.
     machine: Machine,
+    /// Sessions that have ended.
     sessions: u64,
+    /// Checkpoints of all sessions.
     checkpoints: u64,
+    /// Bytes received.
     bytes: u64,
 }
 

@@ -4,6 +4,7 @@ use crate::control::ask;
 use crate::options::ControlAddress;
 use crate::output::{CommandError, print};
 use colo_ring::receiver::{Request, SessionState, SessionStatus, StatusReport};
+use schemars::JsonSchema;
 use serde::Serialize;
 use std::collections::BTreeMap;
 use std::process::ExitCode;
@@ -13,7 +14,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 const EVERY: Duration = Duration::from_millis(250);
 
 /// What has changed.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 enum Change {
     /// There is a session that there was not before, or it has another state.
@@ -26,20 +27,32 @@ enum Change {
     Gone,
 }
 
-/// A line.
-#[derive(Debug, Serialize)]
-struct Line<'a> {
-    /// Milliseconds since 1970.
+/// A line of `status --events`: a session that there is, or what has changed of one.
+#[derive(Debug, Serialize, JsonSchema)]
+pub(crate) struct Event<'a> {
+    schema: &'static str,
+    schema_version: u32,
+    /// When it was seen, in milliseconds since 1970.
     unix_ms: u64,
+    /// What has changed.
     change: Change,
+    /// The session's number at the receiver.
     session: u32,
+    /// Its guest's name; null if it has none.
     guest: Option<&'a str>,
+    /// Its guest's UUID; null if it has none.
     uuid: Option<&'a str>,
+    /// The address that its primary came to.
     listener: Option<&'a str>,
+    /// Where its primary came from.
     peer: &'a str,
+    /// The machine type, once known.
     machine: Option<&'a str>,
+    /// Where it stands now.
     state: SessionState,
+    /// The last committed checkpoint; null if there is none.
     checkpoint: Option<u64>,
+    /// Why it ended; null while it runs.
     end: Option<&'a str>,
 }
 
@@ -88,7 +101,9 @@ fn changes<'a>(
 
 fn line(change: Change, session: &SessionStatus) -> Result<String, CommandError> {
     let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-    let line = Line {
+    let line = Event {
+        schema: "colo-ring.event",
+        schema_version: 1,
         unix_ms: u64::try_from(since.as_millis()).unwrap_or(u64::MAX),
         change,
         session: session.session,
@@ -101,6 +116,6 @@ fn line(change: Change, session: &SessionStatus) -> Result<String, CommandError>
         checkpoint: session.checkpoint,
         end: session.end.as_deref(),
     };
-    let text = serde_json::to_string(&line).map_err(CommandError::failed)?;
+    let text = colo_ring::text::json_line(&line).map_err(CommandError::failed)?;
     Ok(text + "\n")
 }

@@ -14,6 +14,7 @@ use colo_ring::receiver::{
     DiskState, DiskStatus, Request, SessionState, SessionStatus, StatusReport, UnboundDisk,
 };
 use colo_ring::text::{duration, mebibytes, seconds};
+pub(crate) use events::Event;
 use std::process::ExitCode;
 
 /// Options of `colo-ring status`.
@@ -31,7 +32,7 @@ pub struct StatusArgs {
     #[arg(long, conflicts_with = "events")]
     watch: bool,
 
-    /// Print a line of JSON for each session, and for each change of one from then on
+    /// Print a line of JSON for each session, and for each change of one from then on (schema colo-ring.event, version 1)
     #[arg(long)]
     events: bool,
 }

@@ -7,50 +7,77 @@ use crate::primary::{Content, Distribution, Figures, OwnDelay, Pattern, PhaseFig
 use colo_ring::host::Machine;
 use colo_ring::metrics::{display_nanoseconds, with_suffix};
 use colo_ring::units::PAGE_BYTES;
+use schemars::JsonSchema;
 use serde::Serialize;
 use std::fmt;
 use std::path::Path;
 
 /// What decides when checkpoints begin.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub(super) enum Schedule {
+    /// The clock: a slow checkpoint makes those after it wait.
     OpenLoop,
+    /// The clock, which a slow checkpoint moves.
     ClosedLoop,
+    /// The answers: each begins when the one before has ended.
     None,
 }
 
 /// The options in force, as reports echo them.
-#[derive(Serialize)]
+#[derive(Serialize, JsonSchema)]
 pub(super) struct Described {
+    /// The preset; null without one.
     pub(super) preset: Option<Preset>,
+    /// The guest's RAM.
     pub(super) ram_bytes: u64,
+    /// multifd channels; 0 is plain mode.
     pub(super) channels: u8,
+    /// How many pages a checkpoint has, as `--pages` writes it.
+    #[schemars(with = "String")]
     pub(super) pages: Distribution,
+    /// Which pages are written, as `--pattern` writes it.
+    #[schemars(with = "String")]
     pub(super) pattern: Pattern,
+    /// The share of zero pages.
     pub(super) zero_share: f64,
+    /// What pages hold.
     pub(super) content: Content,
     #[serde(flatten)]
     pub(super) compression: PageCompression,
+    /// Whether pages are sent as differences.
     pub(super) xbzrle: bool,
+    /// Time between two checkpoints.
     pub(super) interval_ms: u128,
+    /// What decides when checkpoints begin.
     pub(super) schedule: Schedule,
+    /// Checkpoints to make.
     pub(super) checkpoints: u64,
+    /// Seed of all that is random.
     pub(super) seed: u64,
+    /// The version of QEMU whose stream is made.
+    #[schemars(with = "String")]
     pub(super) version: Version,
+    /// Disks that are mirrored.
     pub(super) disks: u8,
+    /// Writes to each disk between two checkpoints.
     pub(super) disk_writes: u32,
 }
 
 /// What a session has sent.
-#[derive(Serialize)]
+#[derive(Serialize, JsonSchema)]
 pub(super) struct Sent {
+    /// Checkpoints.
     pub(super) checkpoints: u64,
+    /// Pages with content.
     pub(super) pages: u64,
+    /// Zero pages.
     pub(super) zero_pages: u64,
+    /// Bytes on all channels.
     pub(super) bytes: u64,
     /// Content of pages, before it was compressed and on the wire.
     pub(super) page_bytes: u64,
+    /// The same, on the wire.
     pub(super) payload_bytes: u64,
 }
 
@@ -87,29 +114,40 @@ impl Sent {
 }
 
 /// What came of a live session.
-#[derive(Serialize)]
-pub(super) struct LiveReport {
+#[derive(Serialize, JsonSchema)]
+pub(crate) struct LiveReport {
     pub(super) schema: &'static str,
     pub(super) schema_version: u32,
+    /// The secondary's address.
     pub(super) to: String,
+    /// The options in force.
     pub(super) options: Described,
+    /// Where it ran.
     pub(super) machine: Machine,
+    /// How long the first copy took.
     pub(super) precopy_ns: u64,
     #[serde(flatten)]
     pub(super) sent: Sent,
+    /// Blocks that were written to disks.
     pub(super) disk_blocks: u64,
+    /// Figures by phase, by the primary's clock.
     pub(super) phases: Vec<PhaseFigures>,
+    /// By how much checkpoints began late because of this side.
     pub(super) own_delay: OwnDelay,
+    /// What a reader of the figures must know.
     pub(super) warnings: Vec<String>,
 }
 
 /// What came of a capture.
-#[derive(Serialize)]
-pub(super) struct CaptureReport<'a> {
+#[derive(Serialize, JsonSchema)]
+pub(crate) struct CaptureReport<'a> {
     pub(super) schema: &'static str,
     pub(super) schema_version: u32,
+    /// The capture file.
     pub(super) out: &'a Path,
+    /// The options in force.
     pub(super) options: Described,
+    /// Where it ran.
     pub(super) machine: Machine,
     #[serde(flatten)]
     pub(super) sent: Sent,

@@ -10,59 +10,88 @@ use crate::units::nanoseconds;
 use colo_ring::units::PAGE_BYTES;
 use colo_ring::wire::codec::Method;
 use colo_ring::wire::multifd::{HEADER_LEN, PacketHeader};
+use schemars::JsonSchema;
 use serde::Serialize;
 use std::time::Duration;
 
 /// A checkpoint in the list. All times are the capture's.
-#[derive(Serialize)]
-pub(super) struct CheckpointItem {
+#[derive(Serialize, JsonSchema)]
+pub(in crate::commands::inspect) struct CheckpointItem {
+    /// Its number, from 1.
     pub(super) checkpoint: u64,
+    /// Its request, since the start of the capture.
     pub(super) at_ns: u64,
     /// From the request before.
     pub(super) gap_ns: Option<u64>,
     /// Where CHECKPOINT_REQUEST is on the main channel.
     pub(super) main_offset: usize,
+    /// Pages with content.
     pub(super) pages: u64,
+    /// Zero pages.
     pub(super) zero_pages: u64,
+    /// Bytes on all channels.
     pub(super) bytes: u64,
     /// Content of its pages on the wire, and how many times larger it is in memory.
     pub(super) payload_bytes: u64,
+    /// How many times larger the content of its pages is in memory; null without pages.
     pub(super) ratio: Option<f64>,
+    /// Length of its device state.
     pub(super) device_state_bytes: usize,
+    /// Syncs of its channels.
     pub(super) syncs: u64,
     /// From VMSTATE_SEND.
     pub(super) received_ns: Option<u64>,
+    /// From VMSTATE_SEND to VMSTATE_LOADED; null if that is not there.
     pub(super) loaded_ns: Option<u64>,
 }
 
 /// A multifd packet in the list.
-#[derive(Serialize)]
-struct PacketItem {
+#[derive(Serialize, JsonSchema)]
+pub(in crate::commands::inspect) struct PacketItem {
+    /// Its multifd channel.
     channel: u8,
+    /// Its number on the channel, from 0.
     packet: usize,
+    /// The checkpoint that it belongs to; 0 is the first copy, null what comes after the last.
     checkpoint: Option<u64>,
+    /// Its first byte, since the start of the capture.
     at_ns: u64,
+    /// Its first byte in the channel's stream.
     offset: usize,
+    /// Its length with its content.
     bytes: usize,
+    /// The number that it has for the primary.
     packet_num: u64,
+    /// Whether it is a sync.
     sync: bool,
+    /// How its pages are compressed.
     method: &'static str,
+    /// The RAM block of its pages; empty without pages.
     block: String,
+    /// Pages with content.
     pages: u16,
+    /// Zero pages.
     zero_pages: u16,
     /// Offsets in the block, of the first page with content and the first zero page.
     first_page: Option<u64>,
+    /// The same of its first zero page.
     first_zero_page: Option<u64>,
 }
 
 /// An element of the main channel in the list.
-#[derive(Serialize)]
-struct ElementItem<'a> {
+#[derive(Serialize, JsonSchema)]
+pub(in crate::commands::inspect) struct ElementItem<'a> {
+    /// Always `main`.
     channel: &'static str,
+    /// The checkpoint that it belongs to; 0 is the first copy, null what comes after the last.
     checkpoint: Option<u64>,
+    /// Its first byte, since the start of the capture.
     at_ns: u64,
+    /// Its first byte in the main channel's stream.
     offset: usize,
+    /// Its length.
     bytes: usize,
+    /// What it is, in words.
     what: &'a str,
 }
 
@@ -100,7 +129,7 @@ fn ratio_text(ratio: f64) -> String {
 }
 
 pub(super) fn list_checkpoints(args: &InspectArgs, streams: &Streams) -> Result<(), CommandError> {
-    let mut lines = Lines::new(args.json, &args.inspection("capture", ()), "checkpoints")?;
+    let mut lines = Lines::new(args.json, &args.around_list("capture"), "checkpoints")?;
     let head = "ckpt|at s|gap|pages|zero|MiB|ratio|received|loaded";
     lines.head(head, &[5, 8, 8, 7, 7, 8, 5, 8, 8])?;
     for item in checkpoint_items(streams) {
@@ -141,7 +170,7 @@ pub(super) fn list_elements(args: &InspectArgs, streams: &Streams) -> Result<(),
             "sections are on the main channel: --kind packets lists multifd channels".to_owned(),
         ));
     }
-    let mut lines = Lines::new(args.json, &args.inspection("capture", ()), "sections")?;
+    let mut lines = Lines::new(args.json, &args.around_list("capture"), "sections")?;
     lines.head(ELEMENT_HEAD, ELEMENT_WIDTHS)?;
     let stopped = walk_elements(args, streams, &mut lines, |element| !element.is_page)?;
     end_list(args, lines, stopped)
@@ -182,7 +211,7 @@ fn walk_elements(
 }
 
 pub(super) fn list_packets(args: &InspectArgs, streams: &Streams) -> Result<(), CommandError> {
-    let mut lines = Lines::new(args.json, &args.inspection("capture", ()), "packets")?;
+    let mut lines = Lines::new(args.json, &args.around_list("capture"), "packets")?;
     let mut stopped = None;
     if args.wants_channel(ChannelFilter::Main) && (streams.channels.is_empty() || args.channel.is_some()) {
         // Plain mode: pages are records of the main channel.

@@ -11,10 +11,23 @@ use super::{InspectArgs, Kind};
 use crate::output::{CommandError, print, print_json, printable, tell};
 use crate::streams::{Streams, StreamsError};
 use colo_ring::metrics::display_nanoseconds;
+pub(super) use lists::{CheckpointItem, ElementItem, PacketItem};
 use lists::{list_checkpoints, list_elements, list_packets};
 use overview::Overview;
+use schemars::JsonSchema;
 use serde::Serialize;
 use session::SessionOverview;
+
+/// The overview.
+#[derive(Serialize, JsonSchema)]
+pub(super) struct Content<'a> {
+    /// What is in the file, without a look at what it means.
+    capture: &'a Overview,
+    /// The session in it; null if there is none, or if the connections alone were asked for.
+    session: Option<&'a SessionOverview>,
+    /// Why there is none.
+    no_session: Option<&'a str>,
+}
 
 pub(super) fn run(args: &InspectArgs) -> Result<(), CommandError> {
     let kinds = [
@@ -42,13 +55,6 @@ pub(super) fn run(args: &InspectArgs) -> Result<(), CommandError> {
 }
 
 fn overview(args: &InspectArgs) -> Result<(), CommandError> {
-    #[derive(Serialize)]
-    struct Content<'a> {
-        capture: &'a Overview,
-        session: Option<&'a SessionOverview>,
-        /// Why there is none.
-        no_session: Option<&'a str>,
-    }
     let file = Overview::read(&args.file)
         .map_err(|error| CommandError::Failed(format!("{}: {error}", args.file.display())))?;
     let session = match args.kind {

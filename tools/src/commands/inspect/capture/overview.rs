@@ -6,6 +6,7 @@ use crate::capture_file::{
 };
 use crate::output::{printable, table};
 use crate::units::nanoseconds;
+use schemars::JsonSchema;
 use serde::Serialize;
 use std::path::Path;
 
@@ -13,30 +14,47 @@ use std::path::Path;
 const LABEL_MAX: usize = 120;
 
 /// What is in the file, without a look at what it means.
-#[derive(Serialize)]
+#[derive(Serialize, JsonSchema)]
 pub(super) struct Overview {
+    /// What its header says of the recording.
     info: CaptureInfo,
+    /// Records in it.
     records: u64,
+    /// Its connections.
     connections: Vec<ConnectionOverview>,
+    /// Whether the recording was ended in an orderly way.
     finished: bool,
+    /// Where it ends early; null if it does not.
     torn: Option<String>,
 }
 
-#[derive(Serialize)]
+/// A connection of the recording.
+#[derive(Serialize, JsonSchema)]
 struct ConnectionOverview {
+    /// Its number.
     connection: ConnectionId,
+    /// The ends of the connection.
     label: String,
+    /// When it was opened, since the start of the capture.
     opened_ns: u64,
+    /// What the primary sent.
     to_secondary: DirectionOverview,
+    /// What the secondary sent.
     to_primary: DirectionOverview,
 }
 
-#[derive(Default, Serialize)]
+/// One direction of a connection.
+#[derive(Default, Serialize, JsonSchema)]
 struct DirectionOverview {
+    /// Bytes.
     bytes: u64,
+    /// Records.
     records: u64,
+    /// Its first byte, since the start of the capture; null without one.
     first_ns: Option<u64>,
+    /// Its last byte, since the start of the capture; null without one.
     last_ns: Option<u64>,
+    /// How it ended; null if it did not.
     end: Option<EndKind>,
 }
 

@@ -7,34 +7,53 @@ use crate::output::printable;
 use crate::streams::{Channel, Streams};
 use colo_ring::units::PAGE_BYTES;
 use colo_ring::wire::codec::Method;
+use schemars::JsonSchema;
 use serde::Serialize;
 use std::fmt;
 
 /// The session in it.
-#[derive(Serialize)]
+#[derive(Serialize, JsonSchema)]
 pub(super) struct SessionOverview {
+    /// The primary's versioned machine type.
     machine_type: String,
+    /// The connection of the main channel.
     main: ConnectionId,
+    /// The multifd channels.
     channels: Vec<ChannelOverview>,
+    /// The RAM blocks.
     blocks: Vec<BlockOverview>,
+    /// Checkpoints.
     checkpoints: usize,
+    /// How pages are compressed: `none`, a method, or `xbzrle`.
     compression: &'static str,
+    /// Pages with content in all checkpoints.
     pages: u64,
+    /// Zero pages in all checkpoints.
     zero_pages: u64,
+    /// Bytes of all checkpoints, on all channels.
     bytes: u64,
+    /// Content of their pages on the wire.
     payload_bytes: u64,
+    /// How many times larger that is in memory; null without pages.
     ratio: Option<f64>,
     /// Durations that half of the checkpoints exceed, by the capture's clock.
     interval_p50_ns: Option<u64>,
+    /// VMSTATE_SEND to VMSTATE_LOADED that half of the checkpoints exceed; null without checkpoints.
     loaded_p50_ns: Option<u64>,
+    /// What a reader must know.
     notes: Vec<String>,
 }
 
-#[derive(Serialize)]
+/// A multifd channel.
+#[derive(Serialize, JsonSchema)]
 struct ChannelOverview {
+    /// Its number.
     channel: u8,
+    /// Its connection.
     connection: ConnectionId,
+    /// Its packets.
     packets: usize,
+    /// Its syncs.
     syncs: u64,
     /// Of the pages of all its packets, precopy included.
     #[serde(flatten)]
@@ -42,20 +61,24 @@ struct ChannelOverview {
 }
 
 /// What compression has made of pages.
-#[derive(Serialize)]
+#[derive(Serialize, JsonSchema)]
 struct PageBytes {
     /// How pages are compressed; none where there is no page with content.
     method: Option<&'static str>,
     /// Content of pages, before compression and on the wire.
     page_bytes: u64,
+    /// Content of pages on the wire.
     payload_bytes: u64,
     /// Of the two; none without pages.
     ratio: Option<f64>,
 }
 
-#[derive(Serialize)]
+/// A RAM block.
+#[derive(Serialize, JsonSchema)]
 struct BlockOverview {
+    /// Its name.
     name: String,
+    /// Its length.
     used_bytes: u64,
 }
 

@@ -5,6 +5,7 @@ use crate::guest_disks::{MirrorError, MirrorState, Mirrors, changes};
 use crate::net::Address;
 use crate::output::{ProgressLine, mebibytes, tell};
 use crate::qmp::Qmp;
+use schemars::JsonSchema;
 use serde::Serialize;
 use serde_json::json;
 use std::sync::mpsc::{self, RecvTimeoutError};
@@ -30,7 +31,7 @@ pub(super) struct FirstCopy<'a> {
 }
 
 /// What a copy of the changes was.
-#[derive(Clone, Copy, Debug, Serialize)]
+#[derive(Clone, Copy, Debug, Serialize, JsonSchema)]
 pub(in crate::commands::protect) struct Changes {
     /// Bytes that had changed.
     pub(super) bytes: u64,
