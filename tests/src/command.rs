@@ -2,6 +2,7 @@
 
 use crate::HANG_LIMIT;
 use crate::lab::command_under_test;
+use crate::schema;
 use colo_ring_tools::net::Address;
 use colo_ring_tools::primary::{Distribution, SynthOptions, SynthPrimary, Version};
 use nix::fcntl::{FcntlArg, fcntl};
@@ -353,7 +354,7 @@ impl RunningReceiver {
             "{}",
             String::from_utf8_lossy(&output.stderr)
         );
-        serde_json::from_slice(&output.stdout).expect("JSON")
+        schema::document(&output.stdout)
     }
 
     /// A whole session of a guest that behaves, whose checkpoints are dumped and compared. Returns its status.
@@ -463,7 +464,7 @@ impl RunningReceiver {
     #[must_use]
     pub fn wait(mut self) -> Ended {
         let status = until("its end", || self.process.try_wait().expect("its state"));
-        let json = |name: &str| serde_json::from_str(&self.scratch.read(name)).expect("JSON");
+        let json = |name: &str| schema::document(self.scratch.read(name).as_bytes());
         Ended {
             status,
             report: json("out"),

@@ -24,6 +24,7 @@ pub mod nbd;
 pub mod openmetrics;
 pub mod random;
 pub mod receiver;
+pub mod schema;
 pub mod shrink;
 pub mod tls;
 

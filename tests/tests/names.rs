@@ -2,6 +2,7 @@
 
 use colo_ring_tests::command::{RunningReceiver, Scratch, guest, until, wrapped};
 use colo_ring_tests::lab::SharedDirectory;
+use colo_ring_tests::schema;
 use colo_ring_tools::primary::{SynthOptions, SynthPrimary};
 use nix::sys::signal::Signal;
 use serde_json::Value;
@@ -144,7 +145,7 @@ fn every_command_takes_and_shows_a_guests_name() {
         "{}",
         ended.log
     );
-    let report: Value = serde_json::from_str(&ended.read("hist.json")).expect("a report");
+    let report = schema::document(ended.read("hist.json").as_bytes());
     assert_eq!(report["sessions"][0]["guest"], "web3");
 }
 

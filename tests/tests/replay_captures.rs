@@ -9,6 +9,7 @@ use colo_ring_tests::command::{Scratch, run};
 use colo_ring_tests::model::Model;
 use colo_ring_tests::receiver::dump;
 use colo_ring_tests::receiver_options;
+use colo_ring_tests::schema;
 use serde_json::Value;
 use std::path::PathBuf;
 
@@ -65,7 +66,7 @@ fn play_to(receiver: Receiver, name: &str, pace: &[&str], model: &Model) {
     .concat());
     let said = String::from_utf8_lossy(&played.stderr);
     assert!(played.status.success(), "{said}");
-    let report: Value = serde_json::from_slice(&played.stdout).unwrap();
+    let report = schema::document(&played.stdout);
     assert_eq!(report["capture"]["checkpoints"], model.checkpoints);
     assert_eq!(report["phases"]["loaded"]["count"], PASSES * model.checkpoints);
 
@@ -152,7 +153,7 @@ fn the_replays_own_share_is_small() {
             "{}",
             String::from_utf8_lossy(&played.stderr)
         );
-        let report: Value = serde_json::from_slice(&played.stdout).unwrap();
+        let report = schema::document(&played.stdout);
         assert!(report["capture"]["bytes_per_checkpoint_mean"].as_u64().unwrap() >= 30 << 20);
         let share = report["replay_share"]["share"].as_f64().unwrap();
         shares.push(share);

@@ -4,6 +4,7 @@
 use colo_ring::host::{allowed_cores, pin};
 use colo_ring::wire::colo::Message;
 use colo_ring_tests::command::{RunningReceiver, run, until, wrapped};
+use colo_ring_tests::schema;
 use colo_ring_tools::net::Address;
 use colo_ring_tools::primary::{Distribution, SynthOptions, SynthPrimary, Version};
 use nix::sys::signal::Signal;
@@ -241,11 +242,11 @@ fn the_recorder_outlives_a_killed_receiver_and_damage_is_seen() {
             "{}",
             String::from_utf8_lossy(&output.stderr)
         );
-        serde_json::from_slice::<Value>(&output.stdout).unwrap()
+        schema::document(&output.stdout)
     };
     let seen = inspect(&[]);
     assert_eq!(
-        (&seen["file_kind"], &seen["checkpoints"]),
+        (&seen["file_kind"], &seen["recorder"]["checkpoints"]),
         (&"flight recorder".into(), &USUAL.into())
     );
     let all = inspect(&["--kind", "checkpoints"]);
@@ -264,7 +265,10 @@ fn the_recorder_outlives_a_killed_receiver_and_damage_is_seen() {
     fs::write(&file, &bytes).unwrap();
     let damaged = inspect(&[]);
     assert_eq!(
-        (&damaged["checkpoints"], &damaged["damaged"]),
+        (
+            &damaged["recorder"]["checkpoints"],
+            &damaged["recorder"]["damaged"]
+        ),
         (&(USUAL - 1).into(), &1.into())
     );
     bytes[16] ^= 1;

@@ -3,10 +3,10 @@
 use colo_ring::metrics::Phase;
 use colo_ring_tests::HANG_LIMIT;
 use colo_ring_tests::command::{Ended, RunningReceiver, Scratch, until};
+use colo_ring_tests::schema;
 use colo_ring_tools::net::Address;
 use colo_ring_tools::primary::{Distribution, SynthOptions, SynthPrimary, Version};
 use nix::sys::signal::Signal;
-use serde_json::Value;
 use std::io::{Read, Write};
 use std::net::{TcpListener, TcpStream};
 use std::path::Path;
@@ -57,8 +57,7 @@ fn a_session_is_shown_dumped_and_reported() {
     let number = session["session"].to_string();
     let dumped = receiver.ask(&["dump", "--session", &number, "--out", &out, "--json"]);
     assert_eq!(dumped["checkpoint"], 5);
-    let listed: Value =
-        serde_json::from_slice(&std::fs::read(Path::new(&out).join("checkpoint.json")).unwrap()).unwrap();
+    let listed = schema::document(&std::fs::read(Path::new(&out).join("checkpoint.json")).unwrap());
     assert_eq!(listed, dumped);
     for block in dumped["blocks"].as_array().unwrap() {
         let name = block["name"].as_str().unwrap();
@@ -159,7 +158,7 @@ fn a_wrong_configuration_is_wrong_usage_and_check_says_why() {
     assert!(help.status.success());
     let checked = run(&["check", "--config", &file, "--json"]);
     assert_eq!(checked.status.code(), Some(1));
-    let checked: serde_json::Value = serde_json::from_slice(&checked.stdout).unwrap();
+    let checked = schema::document(&checked.stdout);
     assert_eq!(checked["faults"][0]["line"], 2);
     assert_eq!(checked["faults"][1]["column"], 13);
     // Right one by one, and wrong together.
@@ -289,7 +288,7 @@ fn wrong_usage_is_exit_code_2() {
 #[test]
 fn the_doctor_reports_for_machines() {
     let output = run(&["doctor", "--json"]);
-    let report: Value = serde_json::from_slice(&output.stdout).unwrap();
+    let report = schema::document(&output.stdout);
     assert_eq!(report["schema"], "colo-ring.doctor");
     assert_eq!(
         output.status.code(),
@@ -312,7 +311,7 @@ fn the_demo_measures_every_variant_or_says_why_not() {
     let small: Vec<_> = small.split(' ').chain(["--html", &page]).collect();
     let output = run(&[&["demo", "--json", "--all"], &small[..]].concat());
     assert!(output.status.success(), "{}", said(&output));
-    let report: Value = serde_json::from_slice(&output.stdout).unwrap();
+    let report = schema::document(&output.stdout);
     assert_eq!(report["options"]["ram_bytes"], 8 << 20);
     let variants = report["variants"].as_array().unwrap();
     for variant in variants {

@@ -2,6 +2,7 @@
 //! played to others.
 
 use colo_ring_tests::command::{RunningReceiver, Scratch, until};
+use colo_ring_tests::schema;
 use colo_ring_tools::capture_file::{
     CaptureInfo, CaptureWriter, Compression, ConnectionId, Direction, Event,
 };
@@ -33,7 +34,7 @@ fn said(output: &Output) -> String {
 }
 
 fn json(output: &Output) -> Value {
-    serde_json::from_slice(&output.stdout).unwrap_or_else(|error| panic!("{error}: {}", said(output)))
+    schema::parse(&output.stdout).unwrap_or_else(|wrong| panic!("{wrong}: {}", said(output)))
 }
 
 /// `colo-ring sink` in a process of its own, killed when dropped.

@@ -5,6 +5,7 @@ use colo_ring::ring::BackendKind;
 use colo_ring::wire::codec::Method;
 use colo_ring_tests::command::Scratch;
 use colo_ring_tests::receiver::dump;
+use colo_ring_tests::schema;
 use colo_ring_tests::{HANG_LIMIT, receiver_options};
 use colo_ring_tools::capture_file::{
     CaptureInfo, CaptureReader, CaptureWriter, Compression, Direction, Event, Record,
@@ -292,7 +293,7 @@ fn compressed_sessions_leave_the_primary_s_memory() {
             .output()
             .unwrap();
         assert!(replay.status.success(), "{what}: {}", said(&replay));
-        let replayed: Value = serde_json::from_slice(&replay.stdout).unwrap();
+        let replayed = schema::document(&replay.stdout);
         assert_eq!(replayed["capture"]["compression"], compression.name());
         assert!(secondary.committed() == model_of_capture, "{what}");
         secondary.end();
@@ -381,7 +382,7 @@ fn said(output: &Output) -> String {
 fn report(args: &[&str]) -> Value {
     let output = synth(&[args, &["--json"]].concat());
     assert!(output.status.success(), "{}", said(&output));
-    let report: Value = serde_json::from_slice(&output.stdout).unwrap();
+    let report = schema::document(&output.stdout);
     assert_eq!(report["schema"], "colo-ring.synth");
     report
 }

@@ -11,7 +11,7 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use serde_json::Value;
 
-use super::receiver::{end_of_command, malformed};
+use super::receiver::{document, end_of_command};
 use super::{Address, Dump, Guest, Lab, LabError, Receiver, SharedDirectory, command_under_test};
 
 impl Lab {
@@ -182,7 +182,7 @@ impl Receiver {
 }
 
 fn parse_report(text: &str) -> Result<Value, LabError> {
-    serde_json::from_str(text).map_err(|error| malformed("colo-ring failover --json", &error))
+    document("colo-ring failover --json", text.as_bytes())
 }
 
 /// `colo-ring protect --json` of the QEMU with this monitor.
@@ -202,10 +202,7 @@ pub fn protect_by_command(monitor: &Path, to: &Address, arguments: &[&str]) -> R
             detail: String::from_utf8_lossy(&output.stderr).into_owned(),
         });
     }
-    serde_json::from_slice(&output.stdout).map_err(|error| LabError::Malformed {
-        what: "colo-ring protect --json".into(),
-        detail: error.to_string(),
-    })
+    document("colo-ring protect --json", &output.stdout)
 }
 
 /// `colo-ring unprotect --json` of the QEMU with this monitor.
@@ -218,7 +215,7 @@ pub fn unprotect_by_command(monitor: &Path) -> Result<Value, LabError> {
     let child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn();
     let child = child.map_err(LabError::io("run colo-ring unprotect"))?;
     let text = end_of_command(child, "unprotect")?;
-    serde_json::from_str(&text).map_err(|error| malformed("colo-ring unprotect --json", &error))
+    document("colo-ring unprotect --json", text.as_bytes())
 }
 
 #[cfg(test)]

@@ -12,6 +12,7 @@ use nix::sys::signal::{Signal, kill, killpg};
 use nix::unistd::Pid;
 use serde_json::Value;
 
+use super::receiver::document;
 use super::{Address, Lab, LabError, Qemu, Receiver, command_under_test, wait_for};
 
 /// A running guard, killed when dropped.
@@ -115,10 +116,7 @@ impl Guard {
         UnixStream::connect(&self.control)
             .and_then(|mut socket| socket.read_to_string(&mut text))
             .map_err(LabError::io("ask the guard"))?;
-        serde_json::from_str(&text).map_err(|_| LabError::Malformed {
-            what: "the guard's answer".into(),
-            detail: text,
-        })
+        document("the guard's answer", text.as_bytes())
     }
 
     /// Waits until its guest is in this state.

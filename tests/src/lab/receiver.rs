@@ -1,6 +1,7 @@
 //! The command under test: `colo-ring receive` as a process, and its control commands.
 
 use crate::HANG_LIMIT;
+use crate::schema;
 use std::ffi::OsStr;
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
@@ -119,7 +120,7 @@ impl Receiver {
     /// When the command fails or prints no JSON.
     pub fn status(&self) -> Result<Value, LabError> {
         let text = self.control_command("status", ["--json"])?;
-        serde_json::from_str(&text).map_err(|error| malformed("colo-ring status --json", &error))
+        document("colo-ring status --json", text.as_bytes())
     }
 
     /// `colo-ring slow --json` of its only session.
@@ -128,7 +129,7 @@ impl Receiver {
     /// When the command fails or prints no JSON.
     pub fn slow(&self, top: usize) -> Result<Value, LabError> {
         let text = self.control_command("slow", ["--json", "--top", &top.to_string()])?;
-        serde_json::from_str(&text).map_err(|error| malformed("colo-ring slow --json", &error))
+        document("colo-ring slow --json", text.as_bytes())
     }
 
     /// The numbers of its sessions, as `colo-ring status` lists them.
@@ -176,8 +177,9 @@ impl Receiver {
         )?;
         let file = out.join("checkpoint.json");
         let text = fs::read(&file).map_err(LabError::io(format!("read {}", file.display())))?;
-        let checkpoint =
-            serde_json::from_slice(&text).map_err(|error| malformed("checkpoint.json", &error))?;
+        let checkpoint = document("checkpoint.json", &text)?;
+        let checkpoint = serde_json::from_value(checkpoint);
+        let checkpoint = checkpoint.map_err(|error| malformed("checkpoint.json", error.to_string()))?;
         Ok(Dump {
             directory: out.to_owned(),
             checkpoint,
@@ -374,10 +376,15 @@ impl Dump {
     }
 }
 
-pub(super) fn malformed(what: &str, error: &serde_json::Error) -> LabError {
+/// A document of `colo-ring`, held against its schema.
+pub(super) fn document(what: &str, text: &[u8]) -> Result<Value, LabError> {
+    schema::parse(text).map_err(|detail| malformed(what, detail))
+}
+
+fn malformed(what: &str, detail: String) -> LabError {
     LabError::Malformed {
         what: what.to_owned(),
-        detail: error.to_string(),
+        detail,
     }
 }
 

@@ -9,7 +9,7 @@ use std::process::{Child, Command, Stdio};
 
 use serde_json::Value;
 
-use super::receiver::malformed;
+use super::receiver::document;
 use super::{Address, Lab, LabError, command_under_test, wait_for};
 
 /// A running `colo-ring capture`, killed when dropped.
@@ -86,7 +86,7 @@ impl Recorder {
             });
         }
         let text = fs::read(&self.report).map_err(LabError::io("read the report of colo-ring capture"))?;
-        serde_json::from_slice(&text).map_err(|error| malformed("colo-ring capture --json", &error))
+        document("colo-ring capture --json", &text)
     }
 
     /// What a naive reading makes of the recorded session up to a checkpoint, once the recorder has ended.

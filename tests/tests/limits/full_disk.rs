@@ -1,12 +1,12 @@
 //! A disk for measurements that is full for a while, or at the end; a pipe that nobody reads.
 
 use colo_ring_tests::command::{RunningReceiver, Scratch, guest, run, until, wrapped};
+use colo_ring_tests::schema;
 use colo_ring_tools::primary::SynthPrimary;
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::sys::signal::Signal;
 use nix::sys::stat::Mode;
 use nix::unistd::mkfifo;
-use serde_json::Value;
 use std::fs::File;
 use std::io::Write;
 use std::os::unix::fs::OpenOptionsExt;
@@ -81,7 +81,7 @@ fn measurements_that_cannot_be_written_at_the_end_do_not_cost_the_report() {
     drop(primary);
     receiver.signal(Signal::SIGTERM);
     assert_eq!(until("its end", || receiver.exit_code()), 1);
-    let report: Value = serde_json::from_str(&receiver.output()).expect("a report");
+    let report = schema::document(receiver.output().as_bytes());
     assert_eq!(report["sessions"][0]["checkpoint"], 1);
     let log = receiver.log();
     assert!(log.contains("cannot write measurements"), "{log}");
@@ -109,7 +109,7 @@ fn a_log_that_takes_nothing_holds_nothing_up() {
     }
     receiver.signal(Signal::SIGTERM);
     assert_eq!(until("its end", || receiver.exit_code()), 1);
-    let report: Value = serde_json::from_str(&receiver.output()).expect("a report");
+    let report = schema::document(receiver.output().as_bytes());
     assert!(report["report"]["intervals_lost"].as_u64() >= Some(2), "{report}");
     let log = receiver.log();
     assert!(log.contains("the last measurements were not written to"), "{log}");

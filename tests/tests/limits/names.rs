@@ -5,6 +5,7 @@ use colo_ring::wire::ram::BlockRef;
 use colo_ring_tests::command::{RunningReceiver, Scratch, until, wrapped};
 use colo_ring_tests::hostile::{HostilePrimary, PAGE, answers_to_precopy, page_record};
 use colo_ring_tests::lab::SharedDirectory;
+use colo_ring_tests::schema;
 use std::process::Output;
 
 /// Takes the place of `pc.ram`, byte by byte: an escape sequence's begin, a change of direction, a new line, a bell.
@@ -61,7 +62,7 @@ fn names_of_a_peer_command_no_terminal() {
     let shown = harmless("status", &receiver.command(&["status"]));
     assert!(shown.contains(SHOWN), "{shown}");
     let json = harmless("status --json", &receiver.command(&["status", "--json"]));
-    let status: serde_json::Value = serde_json::from_str(&json).expect("JSON");
+    let status = schema::document(json.as_bytes());
     assert_eq!(
         status["sessions"][0]["blocks"][0]["name"], NAME,
         "nothing is lost"
@@ -75,7 +76,7 @@ fn names_of_a_peer_command_no_terminal() {
     assert!(shown.contains(SHOWN), "{shown}");
     let index = std::fs::read_to_string(scratch.path().join("dump/checkpoint.json")).unwrap();
     assert_harmless("checkpoint.json", &index);
-    let index: serde_json::Value = serde_json::from_str(&index).expect("JSON");
+    let index = schema::document(index.as_bytes());
     assert_eq!(index["blocks"][0]["name"], NAME);
     for directory in [scratch.path().join("dump"), ram.path().to_owned()] {
         for entry in std::fs::read_dir(directory).unwrap() {

@@ -3,6 +3,7 @@
 
 use colo_ring::ring::BackendKind;
 use colo_ring_tests::HANG_LIMIT;
+use colo_ring_tests::schema;
 use std::fs;
 use std::path::PathBuf;
 
@@ -69,7 +70,7 @@ fn replay(recorded: &Recorded, address: &Address, more: &[&str]) -> Value {
     let output = run(&[&["replay", capture, "--to", &address.to_string(), "--json"], more].concat());
     let said = String::from_utf8_lossy(&output.stderr);
     assert!(output.status.success(), "{said}");
-    serde_json::from_slice(&output.stdout).expect("JSON")
+    schema::document(&output.stdout)
 }
 
 fn assert_same(one: &Dump, other: &Dump) -> Result<(), LabError> {

@@ -1,6 +1,7 @@
 //! The command under test, and what is around it.
 
 use colo_ring_tests::command::{Scratch, until, without_io_uring};
+use colo_ring_tests::schema;
 use colo_ring_tools::capture_file::{CaptureReader, ConnectionId, Direction, EndKind, Event, Tear};
 use colo_ring_tools::net::Address;
 use colo_ring_tools::primary::{Distribution, SynthOptions, Version};
@@ -33,8 +34,8 @@ pub struct Ended {
 
 impl Ended {
     pub fn report(&self) -> Value {
-        serde_json::from_str(&self.out)
-            .unwrap_or_else(|error| panic!("{error}: {:?}, {}", self.out, self.log))
+        schema::parse(self.out.as_bytes())
+            .unwrap_or_else(|wrong| panic!("{wrong}: {:?}, {}", self.out, self.log))
     }
 }
 

@@ -1,6 +1,7 @@
 //! What the tests of `compare` and `inspect` share.
 
 use colo_ring_tests::command::Scratch;
+use colo_ring_tests::schema;
 use std::process::{Command, Output};
 
 pub fn command() -> Command {
@@ -26,7 +27,7 @@ pub fn output(args: &[&str]) -> String {
 }
 
 pub fn json(args: &[&str]) -> serde_json::Value {
-    serde_json::from_str(&output(&[args, &["--json"]].concat())).unwrap()
+    schema::document(output(&[args, &["--json"]].concat()).as_bytes())
 }
 
 /// The subcommand refuses each of these files: its name, its content, if it is there at all, and what is said of it.
