@@ -213,7 +213,7 @@ impl<'a> Link<'a> {
             "session {session} is guarded: its output waits for its commit"
         )));
         let served = self.serve_session(&bound, timeout_of(&hello)).await;
-        if served.is_err() && bound.output.detach(bound.link) {
+        if served.is_err() && bound.output.detach(bound.link) && !bound.output.has_left() {
             events(Event::Warning(format!(
                 "session {session}: the link to its guard is lost; checkpoints continue without it, and the guard releases \
                  no output until it is back"

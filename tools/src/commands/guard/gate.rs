@@ -92,6 +92,14 @@ pub(super) trait OutputGate: Send {
         Ok(())
     }
 
+    /// Now and then: brings up to date what is counted elsewhere.
+    ///
+    /// # Errors
+    /// If it cannot.
+    fn count(&mut self) -> Result<(), GateError> {
+        Ok(())
+    }
+
     /// Frames that the guest has sent since the last line: they wait for a checkpoint that has not begun.
     fn waiting(&self) -> u64;
 

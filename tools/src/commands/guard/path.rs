@@ -24,8 +24,8 @@ const LEAVE_LIMIT: Duration = Duration::from_secs(1);
 /// How long nothing is waited for at most.
 const BEAT: u16 = 1000;
 
-/// How often it is tried to recover a gate that has failed.
-const RECOVER_EVERY: Duration = Duration::from_secs(1);
+/// How often gates are looked after.
+const LOOK_EVERY: Duration = Duration::from_secs(1);
 
 /// What happens on the thread, for the guard.
 #[derive(Debug)]
@@ -114,7 +114,7 @@ impl OutputPath {
         let (commands, received) = mpsc::channel();
         let mut own = PathThread {
             gates: gates.into_iter().map(GateInUse::from).collect(),
-            tried_at: Instant::now(),
+            looked_at: Instant::now(),
             link: None,
             watch: None,
             receiver_timeout,
@@ -225,8 +225,8 @@ impl Drop for OutputPath {
 
 struct PathThread {
     gates: Vec<GateInUse>,
-    /// When gates that have failed were tried to recover.
-    tried_at: Instant,
+    /// When gates were looked after.
+    looked_at: Instant,
     link: Option<Link>,
     /// While there is a link.
     watch: Option<LinkWatch>,
@@ -284,7 +284,7 @@ impl PathThread {
                     Command::End => return,
                 }
             }
-            self.recover_gates();
+            self.look_after_gates();
             let (is_link_ready, ready) = self.wait();
             if is_link_ready {
                 self.read_link(true);
@@ -432,14 +432,21 @@ impl PathThread {
     }
 
     /// Tries the gates that have failed, now and then.
-    fn recover_gates(&mut self) {
-        if self.tried_at.elapsed() < RECOVER_EVERY {
+    /// Gates that have failed are tried again; what the others have held and dropped is counted, also where nothing has come since.
+    fn look_after_gates(&mut self) {
+        if self.looked_at.elapsed() < LOOK_EVERY {
             return;
         }
-        self.tried_at = Instant::now();
-        for used in &mut self.gates {
-            // That it has failed was reported.
-            let _ = used.recover();
+        self.looked_at = Instant::now();
+        for number in 0..self.gates.len() {
+            let used = &mut self.gates[number];
+            if used.has_failed {
+                // That it has was reported.
+                let _ = used.recover();
+            } else if let Err(event) = used.act(|gate| gate.count()) {
+                self.drop_link();
+                (self.report)(event);
+            }
         }
     }
 
@@ -598,7 +605,7 @@ mod tests {
         assert!(failed(told.recv_timeout(LONG).unwrap()));
         // The protection ends, and what is tried afterwards fails as well.
         assert!(!path.open().recv_timeout(LONG).unwrap(), "it holds still");
-        assert!(told.recv_timeout(2 * RECOVER_EVERY).is_err());
+        assert!(told.recv_timeout(2 * LOOK_EVERY).is_err());
         assert_eq!(opened.load(Ordering::SeqCst), 0);
         recovers.store(true, Ordering::SeqCst);
         let began = Instant::now();

@@ -46,7 +46,7 @@ const EXIT_LIMIT: Duration = Duration::from_secs(2);
 /// How often it is looked whether it has.
 const LOOK: Duration = Duration::from_micros(50);
 
-/// How old what the gate shows of its queue may be while frames come.
+/// How old what the gate shows of its queue may be, beyond the guard's own looks.
 const STATISTICS_AGE: Duration = Duration::from_secs(1);
 
 /// The name of an ifb is that, and the number of its tap device.
@@ -404,6 +404,10 @@ impl OutputGate for Plug {
 
     fn go_on(&mut self) -> Result<(), GateError> {
         self.count_frames()?;
+        self.count()
+    }
+
+    fn count(&mut self) -> Result<(), GateError> {
         match self.read_at.elapsed() < STATISTICS_AGE {
             true => Ok(()),
             false => self.statistics().map(drop),

@@ -140,6 +140,9 @@ impl Guard<'_> {
         }
         if self.are_marks_due {
             self.set_marks().map_err(|error| lost(&error))?;
+            if self.are_marks_due {
+                return self.leave_unanswered();
+            }
         }
         let mut qmp = self.qmp.within(LOOK_LIMIT);
         let looked = match mirrors {
@@ -160,12 +163,15 @@ impl Guard<'_> {
         };
         match looked {
             Ok(()) => Ok(()),
-            Err(MirrorError::Qmp(QmpError::Timeout { .. })) => {
-                let asked = self.qmp.ask("query-status", &json!({}));
-                self.unanswered = Some(asked.map_err(|error| lost(&error))?);
-                Ok(())
-            }
+            Err(MirrorError::Qmp(QmpError::Timeout { .. })) => self.leave_unanswered(),
             Err(error) => Err(lost(&error)),
         }
+    }
+
+    /// QEMU hangs: once it has answered one more question, it has answered all.
+    fn leave_unanswered(&mut self) -> Result<(), End> {
+        let asked = self.qmp.ask("query-status", &json!({}));
+        self.unanswered = Some(asked.map_err(|error| End::Lost(error.to_string()))?);
+        Ok(())
     }
 }
