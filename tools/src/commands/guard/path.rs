@@ -285,6 +285,8 @@ impl PathThread {
                 }
             }
             self.look_after_gates();
+            // What waits already has no other event to tell of it.
+            self.begin_if_output_waits();
             let (is_link_ready, ready) = self.wait();
             if is_link_ready {
                 self.read_link(true);
@@ -514,14 +516,22 @@ impl PathThread {
 mod tests {
     use super::*;
     use crate::commands::guard::gate::GateError;
+    use crate::net::Address;
+    use crate::tls::TlsArgs;
+    use colo_ring::link::{Hello, LINK_VERSION, Wanted};
+    use std::io::{BufRead, BufReader, Write};
     use std::os::fd::BorrowedFd;
+    use std::os::unix::net::{UnixListener, UnixStream};
     use std::sync::atomic::AtomicBool;
+
+    const LONG: Duration = Duration::from_secs(60);
 
     /// A gate whose descriptor is always ready, as that of a device that was deleted is.
     struct Broken {
         ready: EventFd,
         recovers: Arc<AtomicBool>,
         opened: Arc<AtomicU64>,
+        waiting: u64,
     }
 
     impl Broken {
@@ -577,7 +587,7 @@ mod tests {
         }
 
         fn waiting(&self) -> u64 {
-            0
+            self.waiting
         }
 
         fn counts(&self) -> Counts {
@@ -587,14 +597,71 @@ mod tests {
         fn take_hold_times_us(&mut self, _into: &mut Vec<u64>) {}
     }
 
+    /// A link, and its receiver's end, which is silent after its welcome.
+    fn link() -> (Link, UnixStream) {
+        let directory = tempfile::tempdir().unwrap();
+        let address = directory.path().join("receiver");
+        let listener = UnixListener::bind(&address).unwrap();
+        let receiver = std::thread::spawn(move || {
+            let mut link = listener.accept().unwrap().0;
+            let mut hello = String::new();
+            BufReader::new(&link).read_line(&mut hello).unwrap();
+            let version = LINK_VERSION;
+            let welcome = serde_json::to_string(&ToGuard::Welcome { version }).unwrap();
+            writeln!(link, "{welcome}").unwrap();
+            link
+        });
+        let hello = Hello {
+            version: LINK_VERSION,
+            name: "web3".to_owned(),
+            uuid: None,
+            timeout_ms: 1000,
+            wants: Wanted::Next,
+        };
+        let link = Link::connect(&Address::Unix(address), &TlsArgs::default(), hello, LONG).unwrap();
+        (link, receiver.join().unwrap())
+    }
+
+    /// How long it takes until a checkpoint is asked for, where output waits before it is to be followed.
+    fn followed_after() -> Duration {
+        let gate = Broken {
+            ready: EventFd::from_value_and_flags(0, EfdFlags::EFD_NONBLOCK).unwrap(),
+            recovers: Arc::new(AtomicBool::new(true)),
+            opened: Arc::default(),
+            waiting: 1,
+        };
+        let (events, told) = mpsc::channel();
+        let (events, gates) = (Mutex::new(events), vec![Box::new(gate) as Box<dyn OutputGate>]);
+        let report = move |event| events.lock().unwrap().send(event).unwrap();
+        let path = OutputPath::start(gates, Heartbeat::of_nobody(), LONG, report).unwrap();
+        let (link, _receiver) = link();
+        path.set_link(link);
+        // It waits for something to happen by then.
+        std::thread::sleep(Duration::from_millis(100));
+        let began = Instant::now();
+        path.follow_output();
+        assert!(matches!(
+            told.recv_timeout(LONG).unwrap(),
+            PathEvent::OutputBegins
+        ));
+        began.elapsed()
+    }
+
+    #[test]
+    fn output_that_waits_already_is_followed_at_once() {
+        let soonest = (0..5).map(|_| followed_after()).min().unwrap();
+        let of_next_look = Duration::from_millis(BEAT.into());
+        assert!(soonest < of_next_look / 2, "{soonest:?}");
+    }
+
     #[test]
     fn a_gate_that_has_failed_says_so_once_until_it_recovers() {
-        const LONG: Duration = Duration::from_secs(60);
         let (recovers, opened) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicU64::new(0)));
         let broken = Broken {
             ready: EventFd::from_value_and_flags(1, EfdFlags::EFD_NONBLOCK).unwrap(),
             recovers: recovers.clone(),
             opened: opened.clone(),
+            waiting: 0,
         };
         let heartbeat = Heartbeat::of_nobody();
         let (events, told) = mpsc::channel();
