@@ -192,8 +192,12 @@ fn exceed_limit(traffic: &Traffic) -> Done<()> {
     let mut guarded = guard("guard4", "fresh1", &more)?;
     wait_state(&mut guarded, "protected")?;
     burst(&bursts, 3000, 1400, 0)?;
-    let status = wait("drops", || {
+    let dropped = wait("drops", || {
         Ok(guard_status().filter(|status| number(status, "dropped") > Some(0)))
+    });
+    let status = dropped.map_err(|error| {
+        let seen = traffic.observed.summary();
+        format!("{error}: {:?}; {seen}", guard_status())
     })?;
     println!("dropped: {status}");
     traffic.observed.check()?;
