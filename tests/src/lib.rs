@@ -1,7 +1,7 @@
 //! What the tests of the whole share: the laboratory with real QEMU, captures, the command under test.
 
 use colo_ring::net::{HostWatch, PassedSockets};
-use colo_ring::receiver::{ListenAddress, NameRules, RamLimit, ReceiverOptions};
+use colo_ring::receiver::{GuestRules, ListenAddress, RamLimit, ReceiverOptions};
 use colo_ring::ring::BackendKind;
 use colo_ring::sandbox::Sandbox;
 use colo_ring::store::{HugePages, StoreOptions};
@@ -36,7 +36,7 @@ pub mod tls;
 pub fn receiver_options(backend: BackendKind, channels: u8) -> ReceiverOptions {
     ReceiverOptions {
         listen: vec![ListenAddress::Tcp(([127, 0, 0, 1], 0).into())],
-        names: NameRules::default(),
+        guests: GuestRules::default(),
         channels,
         cores: colo_ring::host::allowed_cores().expect("cores to run on"),
         backend,

@@ -217,9 +217,9 @@ enum Command {
     /// Runs the hooks of a receiver, which starts it
     #[command(hide = true)]
     RunHooks {
-        /// What sh is to run
+        /// What sh is to run: one of these, as the receiver asks
         #[arg(long)]
-        command: String,
+        command: Vec<String>,
     },
 }
 

@@ -1,6 +1,7 @@
 //! How a session ended.
 
 use super::guest_memory::MemoryError;
+use super::guest_rules::NotAllowed;
 use crate::budget::BudgetError;
 use crate::disk::DiskError;
 use crate::session::{self, Ending, GateClosed, SessionError};
@@ -57,6 +58,9 @@ pub enum SessionEnd {
     /// The main channel and the multifd channels name different guests.
     #[error("its main channel has another UUID than its multifd channels: they are of two guests")]
     ForeignChannels,
+    /// Only the main channel says which guest it is of, and that one has other identities.
+    #[error(transparent)]
+    NotAllowed(#[from] NotAllowed),
     /// What was taken for the end of the initial device state was none.
     #[error(
         "main channel, byte {position}: the device state goes on behind what looked like its end, so that the first checkpoint is not \

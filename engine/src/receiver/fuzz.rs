@@ -173,7 +173,7 @@ async fn guard(input: &[u8]) -> usize {
     let deadline = Duration::from_secs(600);
     let events: Arc<Events> = Arc::new(|event| check_event(&event));
     let refusals = Arc::new(Refusals::new(events.clone()));
-    let served = links::serve((accepted, None), links, deadline, refusals);
+    let served = links::serve((accepted, None), (links, Arc::default()), deadline, refusals);
     let served = tokio::task::spawn_local(served);
     let (mut rest, mut sent, mut answers) = (input, Vec::new(), Vec::new());
     while let Some((step, tail)) = rest.split_first() {

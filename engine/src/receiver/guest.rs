@@ -4,13 +4,16 @@
 //! what its stream says. It has the name that the operator's rules give it; else that of its guard or of `colo-ring protect`; else
 //! its UUID is its name. One without any of them has the number of its session alone.
 
-use super::names::{GuestName, GuestUuid, Marks, NameRules};
+use super::assemble::Who;
+use super::guest_rules::{GuestRule, GuestRules, NotAllowed};
+use super::names::{GuestName, GuestUuid, Marks};
 use crate::net::{ListenAddress, Origin};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::fmt;
 use std::net::{IpAddr, SocketAddr};
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, RwLock, RwLockReadGuard, Weak};
+use std::time::Duration;
 
 /// A session as messages call it: by its number, and by the operator's name for its guest.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -84,6 +87,16 @@ impl GuestIdentity {
                 by_guard: stored.name,
             }),
         }
+    }
+
+    /// What rules look at; none if that was not written down.
+    fn with_marks<T>(&self, look: impl FnOnce(Marks<'_>) -> T) -> Option<T> {
+        let (listeners, origin) = self.marks.as_ref()?;
+        Some(look(Marks {
+            listeners: listeners.each_ref(),
+            origin: *origin,
+            uuid: self.uuid(),
+        }))
     }
 
     fn named(&self) -> MutexGuard<'_, Named> {
@@ -189,20 +202,61 @@ pub(super) struct Arrived<'a> {
     pub(super) uuid: Option<[u8; 16]>,
 }
 
-/// All guests of a receiver, and the operator's rules for their names.
+/// All guests of a receiver, and the operator's rules for them.
 #[derive(Debug, Default)]
 pub(super) struct Guests {
-    rules: NameRules,
+    rules: RwLock<GuestRules>,
     /// By their sessions' numbers. Those that are gone go when another begins.
     known: Mutex<BTreeMap<u32, Weak<GuestIdentity>>>,
 }
 
 impl Guests {
-    pub(super) fn new(rules: NameRules) -> Self {
+    pub(super) fn new(rules: GuestRules) -> Self {
         Self {
-            rules,
+            rules: RwLock::new(rules),
             known: Mutex::default(),
         }
+    }
+
+    fn rules(&self) -> RwLockReadGuard<'_, GuestRules> {
+        self.rules.read().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Other rules, for sessions that begin from now on. One that runs keeps its name.
+    pub(super) fn set_rules(&self, rules: GuestRules) {
+        *self.rules.write().unwrap_or_else(PoisonError::into_inner) = rules;
+    }
+
+    /// Whether connections with these marks may have this identity.
+    ///
+    /// # Errors
+    /// If they are of a guest whose rule names others.
+    pub(super) fn check_arrival(&self, marks: &Marks<'_>, who: &Who) -> Result<(), NotAllowed> {
+        self.rules().check_identity(marks, who.as_deref())
+    }
+
+    /// The same of a session, all of whose marks are known.
+    ///
+    /// # Errors
+    /// As of [`Self::check_arrival`].
+    pub(super) fn check_identity(&self, identity: &GuestIdentity, who: &Who) -> Result<(), NotAllowed> {
+        identity
+            .with_marks(|marks| self.rules().check_identity(&marks, who.as_deref()))
+            .unwrap_or(Ok(()))
+    }
+
+    /// Whether a peer may call its guest so.
+    ///
+    /// # Errors
+    /// If a rule of that name names other identities.
+    pub(super) fn check_claim(&self, name: &GuestName, who: &Who) -> Result<(), NotAllowed> {
+        self.rules().check_claim(name, who.as_deref())
+    }
+
+    /// How long this guest may send nothing in its first copy, where that is not as for all.
+    pub(super) fn precopy_deadline(&self, identity: &GuestIdentity) -> Option<Duration> {
+        let deadline = |rule: &GuestRule| rule.precopy_deadline;
+        identity.with_marks(|marks| self.rules().rule(&marks).and_then(deadline))?
     }
 
     fn known(&self) -> MutexGuard<'_, BTreeMap<u32, Weak<GuestIdentity>>> {
@@ -244,16 +298,10 @@ impl Guests {
     }
 
     fn name_by_rule(&self, identity: &GuestIdentity) {
-        let Some((listeners, origin)) = &identity.marks else {
-            return;
-        };
-        let marks = Marks {
-            listeners: listeners.each_ref(),
-            origin: *origin,
-            uuid: identity.uuid(),
-        };
-        let name = self.rules.name(&marks).cloned();
-        identity.named().by_rule = name;
+        let name = |marks: Marks<'_>| self.rules().rule(&marks).map(|rule| rule.name.name.clone());
+        if let Some(name) = identity.with_marks(name) {
+            identity.named().by_rule = name;
+        }
     }
 
     /// How messages call a session.
@@ -266,12 +314,16 @@ impl Guests {
 #[cfg(all(test, not(loom)))]
 mod tests {
     use super::*;
+    use crate::receiver::names::NameRule;
 
     const UUID: [u8; 16] = [7; 16];
 
     fn guests(rules: &[&str]) -> Guests {
-        let rules = rules.iter().map(|rule| rule.parse().unwrap()).collect();
-        Guests::new(NameRules::new(rules, &[]).unwrap())
+        let rules = rules
+            .iter()
+            .map(|rule| rule.parse::<NameRule>().unwrap().into())
+            .collect();
+        Guests::new(GuestRules::new(rules, &[]).unwrap())
     }
 
     fn arrive(guests: &Guests, session: u32, host: &str, uuid: Option<[u8; 16]>) -> Arc<GuestIdentity> {

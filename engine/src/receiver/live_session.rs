@@ -468,6 +468,7 @@ impl LiveSession {
         }
         let shared = self.services.shared();
         shared.guests.has_uuid(&self.guest, uuid.or(self.channels_uuid));
+        shared.guests.check_identity(&self.guest, &self.who())?;
         let marks = GuestMarks {
             who: self.who(),
             uuid,

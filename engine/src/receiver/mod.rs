@@ -26,6 +26,7 @@ mod flight;
 pub mod fuzz;
 mod guest;
 mod guest_memory;
+mod guest_rules;
 mod handshakes;
 mod identify;
 mod kept_checkpoint;
@@ -64,8 +65,9 @@ pub use end::{ChannelError, SessionEnd};
 pub use flight::{CopiedFlight, FlightCopyError};
 pub use guest::SessionTitle;
 pub use guest_memory::MemoryError;
+pub use guest_rules::{GuestRule, GuestRules, NotAllowed};
 pub use links::GuardStatus;
-pub use names::{GUEST_NAME_MAX, GuestName, GuestUuid, Marks, NameError, NameRule, NameRules, PeerNetwork};
+pub use names::{GUEST_NAME_MAX, GuestName, GuestUuid, Marks, NameError, NameRule, PeerNetwork};
 pub use options::{DiskServing, Limits, ReceiverOptions};
 pub use promotion::PromotionError;
 pub use ram_limit::RamLimit;
@@ -391,6 +393,13 @@ impl Receiver {
     pub fn set_limits(&self, limits: Limits) {
         // A receiver that has ended needs none.
         let _ = self.ask.blocking_send(ClientEvent::Limits(limits));
+    }
+
+    /// Changes the rules for guests: names and identities for sessions that begin from now on, the rest also for what runs. Not to be called
+    /// from an asynchronous task.
+    pub fn set_guests(&self, rules: GuestRules) {
+        // As above.
+        let _ = self.ask.blocking_send(ClientEvent::Guests(rules));
     }
 
     /// Whether [`Self::wait`] would return at once.

@@ -1,14 +1,12 @@
 //! How a guest gets its name: by rules of the operator, by its guard, or by its UUID.
 //!
 //! A [`NameRule`] says where a guest comes in, from which host, or which UUID it has, and how it is called. Rules are options and
-//! configuration; [`NameRules`] is all of them, checked. Of several that match a guest, that with the closest conditions counts: a
-//! UUID before a listener, a listener before a peer, a small network before a large one; then the first.
+//! configuration; [`GuestRules`](super::guest_rules::GuestRules) is all of them, checked.
 
 use super::uuid::{Uuid, format_uuid, parse_uuid};
 use crate::net::{ListenAddress, Origin};
 use crate::text::written_as_text;
 use serde::{Deserialize, Serialize};
-use std::cmp::Reverse;
 use std::fmt;
 use std::net::IpAddr;
 use std::str::FromStr;
@@ -287,7 +285,7 @@ impl NameRule {
         }
     }
 
-    fn matches(&self, guest: &Marks<'_>) -> bool {
+    pub(super) fn matches(&self, guest: &Marks<'_>) -> bool {
         let listener = |wanted: &ListenAddress| guest.listeners.contains(&wanted);
         let peer = |wanted: &PeerNetwork| match guest.origin {
             Origin::Host(address) => wanted.includes(address),
@@ -299,7 +297,7 @@ impl NameRule {
     }
 
     /// The larger, the closer its conditions.
-    fn closeness(&self) -> (bool, bool, Option<u8>) {
+    pub(super) fn closeness(&self) -> (bool, bool, Option<u8>) {
         let peer = self.peer.map(PeerNetwork::closeness);
         (self.uuid.is_some(), self.listener.is_some(), peer)
     }
@@ -316,64 +314,11 @@ pub struct Marks<'a> {
     pub uuid: Option<GuestUuid>,
 }
 
-/// All rules of a receiver.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct NameRules(Vec<NameRule>);
-
-impl NameRules {
-    /// Checks them, for a receiver that listens on these addresses.
-    ///
-    /// # Errors
-    /// If one can never match, or matches every guest, or two cannot be told apart.
-    pub fn new(rules: Vec<NameRule>, listen: &[ListenAddress]) -> Result<Self, NameError> {
-        for (position, rule) in rules.iter().enumerate() {
-            rule.check()?;
-            if let Some(listener) = rule
-                .listener
-                .as_ref()
-                .filter(|listener| !listen.contains(listener))
-            {
-                return Err(NameError::NoListener {
-                    name: rule.name.clone(),
-                    listener: listener.clone(),
-                });
-            }
-            let is_same = |other: &&NameRule| {
-                (&other.listener, other.peer, other.uuid) == (&rule.listener, rule.peer, rule.uuid)
-                    && other.name != rule.name
-            };
-            if let Some(other) = rules[..position].iter().find(is_same) {
-                return Err(NameError::Ambiguous(other.name.clone(), rule.name.clone()));
-            }
-        }
-        Ok(Self(rules))
-    }
-
-    /// The name of a guest; none if no rule matches.
-    pub fn name(&self, guest: &Marks<'_>) -> Option<&GuestName> {
-        let matching = self.0.iter().filter(|rule| rule.matches(guest));
-        // The first of the closest.
-        let closest = matching.min_by_key(|rule| Reverse(rule.closeness()));
-        closest.map(|rule| &rule.name)
-    }
-
-    /// The rules themselves, in their order.
-    pub fn iter(&self) -> impl Iterator<Item = &NameRule> {
-        self.0.iter()
-    }
-}
-
 #[cfg(all(test, not(loom)))]
 mod tests {
     use super::*;
 
     const UUID: &str = "6b3fb1c2-0d0b-4e0c-9a54-1f0d5c2e7a10";
-
-    fn rules(lines: &[&str], listen: &[&str]) -> Result<NameRules, NameError> {
-        let rules = lines.iter().map(|line| line.parse()).collect::<Result<_, _>>()?;
-        let listen: Vec<_> = listen.iter().map(|text| text.parse().unwrap()).collect();
-        NameRules::new(rules, &listen)
-    }
 
     #[test]
     fn a_name_is_no_number_and_harms_nothing() {
@@ -430,62 +375,5 @@ mod tests {
             assert!(error.contains(hint), "{line}: {error}");
         }
         assert!(serde_json::from_str::<NameRule>(r#"{"name":"a","mac":"1"}"#).is_err());
-    }
-
-    #[test]
-    fn the_closest_rule_names_a_guest() {
-        let listen = ["tcp:0.0.0.0:0", "unix:/run/a"];
-        let rules = rules(
-            &[
-                "lab,peer=192.0.2.0/24",
-                "web,peer=192.0.2.7",
-                "port,listener=tcp:0.0.0.0:0",
-                &format!("known,uuid={UUID}"),
-                "six,peer=2001:db8::/32",
-                "local,listener=unix:/run/a",
-            ],
-            &listen,
-        )
-        .unwrap();
-        let [tcp, unix] = listen.map(|text| text.parse::<ListenAddress>().unwrap());
-        let (real, other) = (
-            "tcp:0.0.0.0:4444".parse().unwrap(),
-            "tcp:0.0.0.0:5".parse().unwrap(),
-        );
-        let name = |listeners, origin, uuid: Option<&str>| {
-            let uuid = uuid.map(|uuid| uuid.parse().unwrap());
-            let marks = Marks {
-                listeners,
-                origin,
-                uuid,
-            };
-            rules.name(&marks).map(GuestName::as_str)
-        };
-        let host = |text: &str| Origin::Host(text.parse().unwrap());
-        assert_eq!(name([&other, &other], host("192.0.2.9"), None), Some("lab"));
-        assert_eq!(
-            name([&other, &other], host("::ffff:192.0.2.7"), None),
-            Some("web")
-        );
-        assert_eq!(name([&other, &other], host("2001:db8:1::1"), None), Some("six"));
-        assert_eq!(name([&other, &other], host("2001:db9::1"), None), None);
-        assert_eq!(name([&tcp, &real], host("192.0.2.7"), None), Some("port"));
-        assert_eq!(name([&tcp, &real], host("192.0.2.7"), Some(UUID)), Some("known"));
-        assert_eq!(name([&unix, &unix], Origin::Process(7), None), Some("local"));
-    }
-
-    #[test]
-    fn rules_that_cannot_be_meant_are_refused() {
-        let refused = |lines: &[&str]| rules(lines, &["tcp:0.0.0.0:4444"]).unwrap_err().to_string();
-        assert!(refused(&["a,listener=tcp:0.0.0.0:4445"]).contains("nothing listens on tcp:0.0.0.0:4445"));
-        assert!(refused(&["a,peer=::1", "b,peer=::1"]).contains("same conditions"));
-        rules(&["a,peer=::1", "a,peer=::1", "a,peer=::2"], &[]).unwrap();
-        let unconditional = NameRule {
-            name: "a".parse().unwrap(),
-            listener: None,
-            peer: None,
-            uuid: None,
-        };
-        assert!(NameRules::new(vec![unconditional], &[]).is_err());
     }
 }

@@ -1,6 +1,6 @@
 //! What a receiver is started with.
 
-use super::names::NameRules;
+use super::guest_rules::GuestRules;
 use super::ram_limit::RamLimit;
 use crate::metrics::SampleQueue;
 use crate::net::HostWatch;
@@ -53,8 +53,8 @@ pub struct ReceiverOptions {
     pub listen: Vec<ListenAddress>,
     /// What all connections have their TLS with; without, none has TLS.
     pub tls: Option<Arc<ServerCredentials>>,
-    /// How guests get their names.
-    pub names: NameRules,
+    /// What guests are called, and what holds for one of them alone.
+    pub guests: GuestRules,
     /// The primaries' `multifd-channels`; 0 is plain mode.
     pub channels: u8,
     /// Cores to receive on, at least one.

@@ -119,7 +119,7 @@ pub(super) fn make_context(
             samples: SampleQueue::new(),
             flusher: Arc::new(flusher),
             workers: workers.workers().clone(),
-            guests: Arc::new(Guests::new(options.names.clone())),
+            guests: Arc::new(Guests::new(options.guests.clone())),
             links: Arc::default(),
             inline_state_bytes: INLINE_STATE_BYTES,
         },

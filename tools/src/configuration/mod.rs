@@ -3,10 +3,14 @@
 //! There is one list of options, clap's. A key of the file is looked up in it, and its value becomes a word of the command line, which clap then
 //! reads with the words that were given. So the file has every option that there is and no other, with the same values, checks and help. A word
 //! that was given wins: what the file says of that option, or of one that it excludes, is left out.
+//!
+//! Beside it, `guests.d` has a file for each guest that something holds for by itself.
 
 mod fault;
+mod guests;
 
 pub(crate) use fault::{Fault, Faults};
+pub(crate) use guests::GuestFile;
 
 use clap::error::{ContextKind, ContextValue, ErrorKind};
 use clap::parser::ValueSource;
@@ -99,6 +103,7 @@ impl Configuration {
 pub(crate) struct Merged {
     pub(crate) words: Vec<OsString>,
     pub(crate) configuration: Option<Configuration>,
+    pub(crate) guests: Vec<GuestFile>,
 }
 
 /// Adds the file to the words behind `receive`. `command` has the options, with `--config`.
@@ -115,12 +120,35 @@ pub(crate) fn merge(given: Vec<OsString>, command: &Command) -> Result<Merged, F
         .try_get_matches_from(&given)
         .unwrap_or_default();
     let path = known.try_get_one::<PathBuf>("config").ok().flatten();
-    let configuration = Configuration::read(path.map(PathBuf::as_path), &command)?;
+    let path = path.map(PathBuf::as_path);
+    let configuration = Configuration::read(path, &command);
+    let guests = match directory(path).filter(|directory| directory.is_dir()) {
+        Some(directory) => GuestFile::read_all(&directory),
+        None => Ok(Vec::new()),
+    };
+    let (configuration, mut guests) = both(configuration, guests)?;
+    guests.iter_mut().for_each(|guest| guest.yield_to(&known));
     let mut words = configuration
         .as_ref()
         .map_or_else(Vec::new, |configuration| configuration.words(&known, &command));
     words.extend(given);
-    Ok(Merged { words, configuration })
+    Ok(Merged {
+        words,
+        configuration,
+        guests,
+    })
+}
+
+/// Two results, or all that is wrong with either.
+fn both<A, B>(one: Result<A, Faults>, other: Result<B, Faults>) -> Result<(A, B), Faults> {
+    match (one, other) {
+        (Ok(one), Ok(other)) => Ok((one, other)),
+        (Err(Faults(mut faults)), Err(Faults(more))) => {
+            faults.extend(more);
+            Err(Faults(faults))
+        }
+        (Err(faults), Ok(_)) | (Ok(_), Err(faults)) => Err(faults),
+    }
 }
 
 /// The directory of the file at `path`, or of the one at its usual place: where a link leads to, by which files are confined. What is no file,

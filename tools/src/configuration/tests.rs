@@ -140,3 +140,138 @@ fn a_file_that_was_asked_for_must_be_there() {
     let empty = merge(words("/dev/null"), &receive::command()).unwrap();
     assert_eq!(empty.configuration.unwrap().len(), 0);
 }
+
+impl File {
+    /// Beside it, a guest's file of this name.
+    fn guest(self, name: &str, text: &str) -> Self {
+        fs::create_dir_all(self.0.file("guests.d")).unwrap();
+        fs::write(self.0.path().join("guests.d").join(name), text).unwrap();
+        self
+    }
+
+    /// The rules for guests.
+    fn rules(&self, given: &str) -> Vec<colo_ring::receiver::GuestRule> {
+        let options: Vec<_> = (raw(&self.matches(given).unwrap(), "guest").iter())
+            .map(|rule| rule.parse().unwrap())
+            .collect();
+        GuestFile::rules(&self.merge(given).unwrap().guests, &options)
+    }
+}
+
+const WEB: &str = "name = \"web3\"\npeer = \"192.0.2.7\"\ntls-allow = [\"CN=host1\"]\nprecopy-timeout = 60\n\
+                   on-loss = \"own\"\non-stall = \"too\"\n";
+
+#[test]
+fn guests_have_files_of_their_own() {
+    let file = File::new("on-loss = \"general\"\n")
+        .guest("web.toml", WEB)
+        .guest("b.toml", "name = \"db\"\nlistener = \"unix:/x\"\n")
+        .guest(".c.toml", "no file")
+        .guest("d.toml~", "no file");
+    let guests = file.merge("").unwrap().guests;
+    let names: Vec<_> = guests.iter().map(|guest| guest.name().as_str()).collect();
+    assert_eq!(names, ["db", "web3"]);
+    assert_eq!(
+        (guests[1].on_loss(), guests[1].on_stall()),
+        (Some("own"), Some("too"))
+    );
+    assert_eq!(guests[1].tls_allow(), ["CN=host1"]);
+    assert!(guests[0].tls_allow().is_empty() && guests[0].on_loss().is_none());
+    // Without a configuration, none.
+    assert!(
+        merge(vec!["--config=/dev/null".into()], &receive::command())
+            .unwrap()
+            .guests
+            .is_empty()
+    );
+}
+
+#[test]
+fn the_command_line_wins_over_a_guests_file() {
+    let file = File::new("listen = \"unix:/x\"\nprecopy-timeout = 100\n").guest("web.toml", WEB);
+    let own = &file.rules("")[0];
+    assert_eq!(own.precopy_deadline, Some(std::time::Duration::from_secs(60)));
+    assert_eq!(own.name.to_string(), "web3,peer=192.0.2.7");
+    let merged = file.merge("--precopy-timeout 5 --on-loss x").unwrap();
+    assert_eq!(
+        (merged.guests[0].on_loss(), merged.guests[0].on_stall()),
+        (None, Some("too"))
+    );
+    assert_eq!(file.rules("--precopy-timeout 5")[0].precopy_deadline, None);
+    // Its conditions do not, and the rest of the file holds.
+    let rules = file.rules("--guest web3,peer=192.0.2.8 --guest db,peer=192.0.2.9");
+    let shown: Vec<_> = rules.iter().map(|rule| rule.name.to_string()).collect();
+    assert_eq!(shown, ["web3,peer=192.0.2.8", "db,peer=192.0.2.9"]);
+    assert_eq!(rules[0].allowed.identities(), ["CN=host1"]);
+    assert!(rules[1].allowed.identities().is_empty());
+}
+
+#[test]
+fn faults_of_guests_files_have_their_places() {
+    for (text, fault) in [
+        (
+            "name = \"a\"",
+            "web.toml:1:8: a has none of listener, peer and uuid",
+        ),
+        (
+            "name = \"a\"\npear = \"::1\"\n",
+            "web.toml:2:1: unknown field `pear`",
+        ),
+        ("peer = \"::1\"\n", "web.toml:1:1: missing field `name`"),
+        (
+            "name = \"7\"\npeer = \"::1\"\n",
+            "web.toml:1:8: \"7\" cannot be a guest's name",
+        ),
+        (
+            "name = \"a\"\npeer = \"host\"\n",
+            "web.toml:2:8: \"host\" is no peer",
+        ),
+        (
+            "name = \"a\"\npeer = \"::1\"\ntls-allow = []\n",
+            "web.toml:3:13: tls-allow: name an identity",
+        ),
+        (
+            "name = \"a\"\npeer = \"::1\"\nprecopy-timeout = 0\n",
+            "web.toml:3:19: precopy-timeout: write seconds",
+        ),
+        (
+            "name = \"db\"\npeer = \"::1\"\n",
+            "web.toml:1:8: db has a file already: ",
+        ),
+        ("name = ", "web.toml:1:"),
+    ] {
+        let file = File::new("")
+            .guest("a.toml", "name = \"db\"\npeer = \"::2\"\n")
+            .guest("web.toml", text);
+        let said = file.merge("").expect_err(text).to_string();
+        assert!(said.contains(fault), "{text}: {said}");
+        assert!(!said.contains('\n'), "{said}");
+    }
+    let all = File::new("b = 1\n")
+        .guest("a.toml", "a = 1\n")
+        .guest("b.toml", "b = 1\n");
+    assert_eq!(all.merge("").unwrap_err().0.len(), 3);
+}
+
+#[test]
+fn what_has_changed_of_guests_is_said() {
+    let read = |text: &str| File::new("").guest("web.toml", text).merge("").unwrap().guests;
+    let changes = |text: &str| {
+        let lines = GuestFile::changes(&read(WEB), &read(text));
+        lines.join("; ")
+    };
+    assert_eq!(changes(WEB), "");
+    let other = WEB.replace("host1", "host2").replace("192.0.2.7", "192.0.2.8");
+    assert_eq!(
+        changes(&other),
+        "the guest web3 has changed: conditions, tls-allow"
+    );
+    assert!(
+        changes(&WEB.replace("own", "another")).starts_with("on-loss or on-stall of a guest has changed")
+    );
+    let renamed = changes(&WEB.replace("web3", "web4"));
+    assert!(
+        renamed.starts_with("the guest web3 has no file any more; the guest web4 is new, of "),
+        "{renamed}"
+    );
+}

@@ -6,6 +6,8 @@ use super::state::{ControlState, Live};
 use crate::net::{Listener, Peer, QUEUE_MAX};
 use crate::receiver::assemble::{Arrival, Who};
 use crate::receiver::end::SessionEnd;
+use crate::receiver::guest_rules::NotAllowed;
+use crate::receiver::names::{GuestUuid, Marks};
 use crate::wire::multifd::Init;
 use std::rc::Rc;
 use std::time::Instant;
@@ -67,6 +69,25 @@ impl ControlState {
         if live.session.admission.refuse(channel) {
             live.session.finish(SessionEnd::Contradicted { channel });
         }
+    }
+
+    /// Whether connections of this peer, for a guest with this UUID, may have this identity.
+    ///
+    /// # Errors
+    /// If the guest's rule names others.
+    pub(super) fn check_identity(
+        &self,
+        peer: Peer,
+        uuid: Option<[u8; 16]>,
+        who: &Who,
+    ) -> Result<(), NotAllowed> {
+        let given = &self.context.options.listen[peer.listener];
+        let marks = Marks {
+            listeners: [given, self.listeners[peer.listener].address()],
+            origin: peer.origin,
+            uuid: uuid.and_then(GuestUuid::new),
+        };
+        self.context.services.shared().guests.check_arrival(&marks, who)
     }
 
     /// Connections that have been silent for too long, where channels or a session wait for them.

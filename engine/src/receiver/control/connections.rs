@@ -256,12 +256,16 @@ impl ControlState {
                         return self.carry_out(assemblies);
                     }
                 };
-                let links = self.context.services.shared().links.clone();
+                let shared = self.context.services.shared();
+                let (links, guests) = (shared.links.clone(), shared.guests.clone());
                 let deadline = self.context.options.identify_deadline;
                 let refusals = self.context.refusals.clone();
-                self.connections
-                    .links
-                    .spawn_local(links::serve((accepted, who), links, deadline, refusals));
+                self.connections.links.spawn_local(links::serve(
+                    (accepted, who),
+                    (links, guests),
+                    deadline,
+                    refusals,
+                ));
                 while self.connections.links.try_join_next().is_some() {}
                 self.connections.assembler.given_up(arrival)
             }
@@ -269,6 +273,12 @@ impl ControlState {
                 let peer = accepted.peer;
                 let who = accepted.identity();
                 if let Identity::Multifd(init) = identity {
+                    // Before it can contradict those that are the guest's own.
+                    if let Err(not_allowed) = self.check_identity(peer, Some(init.uuid), &who) {
+                        self.refuse(&accepted, Refused::Client, &not_allowed);
+                        let assemblies = self.connections.assembler.given_up(arrival);
+                        return self.carry_out(assemblies);
+                    }
                     self.refuse_contradicted(arrival, (peer, &who), init);
                 }
                 self.connections.assembler.identified(
@@ -367,6 +377,10 @@ impl ControlState {
 
     /// All connections of a session are here: it begins.
     fn begin(&mut self, complete: Complete<Connected>) {
+        let who = complete.main.identity();
+        if let Err(not_allowed) = self.check_identity(complete.main.peer, complete.uuid, &who) {
+            return self.refuse(&complete.main, Refused::Client, &not_allowed);
+        }
         let (lease, main_buffer) = match self.make_place(&complete.main) {
             Ok(place) => place,
             Err(reason) => {

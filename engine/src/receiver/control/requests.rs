@@ -25,6 +25,7 @@ impl ControlState {
         match event {
             ClientEvent::Request(pending) => self.handle_request(pending, listeners),
             ClientEvent::Limits(limits) => self.context.options.limits = limits,
+            ClientEvent::Guests(rules) => self.context.services.shared().guests.set_rules(rules),
             ClientEvent::Disconnected(client) => {
                 for live in &self.live {
                     let claimed = |checkpoint: &Arc<KeptCheckpoint>| {

@@ -6,8 +6,8 @@
 use super::error::RequestError;
 use super::protocol::{Request, Response};
 use super::request_line::{RequestLine, RequestLines};
-use crate::receiver::Limits;
 use crate::receiver::promotion::ClientId;
+use crate::receiver::{GuestRules, Limits};
 use crate::text;
 use serde::Serialize;
 use std::cell::Cell;
@@ -63,6 +63,8 @@ pub(in crate::receiver) enum ClientEvent {
     Disconnected(ClientId),
     /// The operator of the process changes limits.
     Limits(Limits),
+    /// They change the rules for guests.
+    Guests(GuestRules),
 }
 
 /// A response line.

@@ -202,16 +202,18 @@ impl Live {
     }
 
     /// Whether it protects nothing and makes no progress: then how it ends.
-    fn overdue(&self, precopy_deadline: Duration, now: Instant) -> Option<SessionEnd> {
+    fn overdue(&self, precopy_deadline: impl FnOnce() -> Duration, now: Instant) -> Option<SessionEnd> {
         if !self.session.memory_asked.load(Ordering::Relaxed) {
             let is_late = now - self.began > BLOCK_LIST_WITHIN;
             return is_late.then_some(SessionEnd::Silent(BLOCK_LIST_WITHIN));
         }
         let is_precopy = self.watch.seen.phase == Phase::Precopy;
         // While its memory is made, nothing is read.
-        let is_late =
-            is_precopy && self.session.store().is_some() && self.watch.silent(now) > precopy_deadline;
-        is_late.then_some(SessionEnd::NoProgress(precopy_deadline))
+        if !is_precopy || self.session.store().is_none() {
+            return None;
+        }
+        let deadline = precopy_deadline();
+        (self.watch.silent(now) > deadline).then_some(SessionEnd::NoProgress(deadline))
     }
 }
 
@@ -229,6 +231,7 @@ impl ControlState {
             .recorder
             .drain(&self.context.services.shared().samples);
         let precopy_deadline = self.context.options.limits.precopy_deadline;
+        let guests = self.context.services.shared().guests.clone();
         let mut changes = Vec::new();
         let mut protected = Vec::new();
         for live in &mut self.live {
@@ -256,7 +259,12 @@ impl ControlState {
             if let Some(change) = change.filter(|_| session.end().is_none()) {
                 changes.push((session.id, change));
             }
-            if let Some(end) = live.overdue(precopy_deadline, now) {
+            let deadline = || {
+                guests
+                    .precopy_deadline(&session.guest)
+                    .unwrap_or(precopy_deadline)
+            };
+            if let Some(end) = live.overdue(deadline, now) {
                 session.finish(end);
             }
             let position = session.suppressed_at.load(Ordering::Relaxed);

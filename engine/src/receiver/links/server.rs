@@ -6,6 +6,7 @@ use crate::link::{Call, Hello, LINE_MAX, LINK_VERSION, LinkError, ToGuard, ToRec
 use crate::net::{Accepted, Origin};
 use crate::receiver::Event;
 use crate::receiver::assemble::Who;
+use crate::receiver::guest::Guests;
 use crate::receiver::names::{GuestName, NameError};
 use crate::receiver::refusals::{Refusals, Refused};
 use crate::receiver::uuid::parse_uuid;
@@ -58,7 +59,7 @@ enum LinkEnd {
 /// Serves a connection whose preface was read, until it ends.
 pub(in crate::receiver) async fn serve(
     (accepted, who): (Accepted, Who),
-    links: Arc<Links>,
+    (links, guests): (Arc<Links>, Arc<Guests>),
     deadline: Duration,
     refusals: Arc<Refusals>,
 ) {
@@ -67,7 +68,7 @@ pub(in crate::receiver) async fn serve(
     let told = |event| refusals.report(origin, Refused::Guard, &from, || event);
     let end = serve_until_end(
         (accepted, who),
-        &links,
+        (&links, &guests),
         deadline,
         &told,
         &mut name,
@@ -93,7 +94,7 @@ pub(in crate::receiver) async fn serve(
 /// Serves it, and returns why it ended.
 async fn serve_until_end(
     (accepted, who): (Accepted, Who),
-    links: &Arc<Links>,
+    (links, guests): (&Arc<Links>, &Guests),
     deadline: Duration,
     events: &dyn Fn(Event),
     name: &mut String,
@@ -107,7 +108,7 @@ async fn serve_until_end(
         Ok(stream) => stream,
         Err(error) => return error.into(),
     };
-    let mut link = Link::new(&mut stream);
+    let mut link = Link::new(&mut stream, guests);
     let end = link
         .serve(&ticket, (origin, who), deadline, events, name, was_bound)
         .await;
@@ -167,6 +168,7 @@ const PRIMARY_END_LIMIT: Duration = Duration::from_secs(60);
 
 /// A connection, line by line.
 struct Link<'a> {
+    guests: &'a Guests,
     reader: BufReader<ReadHalf<'a>>,
     writer: WriteHalf<'a>,
     /// A line that is not here whole.
@@ -174,9 +176,10 @@ struct Link<'a> {
 }
 
 impl<'a> Link<'a> {
-    fn new(stream: &'a mut TcpStream) -> Self {
+    fn new(stream: &'a mut TcpStream, guests: &'a Guests) -> Self {
         let (reader, writer) = stream.split();
         Self {
+            guests,
             reader: BufReader::with_capacity(LINE_MAX, reader),
             writer,
             line: Vec::with_capacity(LINE_MAX),
@@ -203,6 +206,7 @@ impl<'a> Link<'a> {
         let uuid = check_uuid(hello.uuid.as_deref())?;
         let guest_name = check_name(&hello.name)?;
         name.clone_from(&hello.name);
+        self.check_claim(&guest_name, &who)?;
         let version = LINK_VERSION;
         self.write(&ToGuard::Welcome { version }).await?;
         let marks = GuestMarks { uuid, origin, who };
@@ -232,6 +236,8 @@ impl<'a> Link<'a> {
         check_version(call.version)?;
         let uuid = check_uuid(call.uuid.as_deref())?;
         let name = call.name.as_deref().map(check_name).transpose()?;
+        name.as_ref()
+            .map_or(Ok(()), |name| self.check_claim(name, &who))?;
         let version = LINK_VERSION;
         self.write(&ToGuard::Welcome { version }).await?;
         let (sender, called) = oneshot::channel();
@@ -252,6 +258,12 @@ impl<'a> Link<'a> {
         // It may be gone: what is called so stays called so.
         let _ = self.write(&called).await;
         Ok(())
+    }
+
+    /// A peer has no name that a rule gives to other identities.
+    fn check_claim(&self, name: &GuestName, who: &Who) -> Result<(), LinkEnd> {
+        let claimed = self.guests.check_claim(name, who);
+        claimed.map_err(|not_allowed| LinkEnd::Refused(not_allowed.to_string()))
     }
 
     /// Reads a message. May be given up at any time, and called again.

@@ -10,7 +10,7 @@ use crate::primary::{Content, Distribution, Figures, PhaseFigures, SynthOptions,
 use crate::run_file::{Checkpoint, Clock, RunFile, SecondaryUse};
 use colo_ring::metrics::Summary;
 use colo_ring::receiver::{
-    Event, ListenAddress, NameRules, RamLimit, Receiver, ReceiverOptions, Request, Response, StatusReport,
+    Event, GuestRules, ListenAddress, RamLimit, Receiver, ReceiverOptions, Request, Response, StatusReport,
 };
 use colo_ring::store::{HugePages, StoreOptions};
 use schemars::JsonSchema;
@@ -218,7 +218,7 @@ fn start_receiver(
     let backend = kind.backend;
     let options = ReceiverOptions {
         listen: vec![ListenAddress::Tcp(([127, 0, 0, 1], 0).into())],
-        names: NameRules::default(),
+        guests: GuestRules::default(),
         channels: args.channels,
         cores: cores.to_vec(),
         backend,

@@ -1,6 +1,6 @@
 //! The options of `colo-ring receive`, and what a receiver is started with by them.
 
-use crate::configuration;
+use crate::configuration::{self, GuestFile};
 use crate::cores::{check_cores, cores_of_node, default_cores};
 use crate::log::LogArgs;
 use crate::options::{ControlAddress, CoreList, Size, Switch};
@@ -9,7 +9,7 @@ use clap::Args;
 use colo_ring::host::{Placement, Topology};
 use colo_ring::net::{HostWatch, PassedSockets};
 use colo_ring::receiver::{
-    DiskServing, Limits, ListenAddress, NameRule, NameRules, RamLimit, ReceiverOptions,
+    DiskServing, GuestRules, Limits, ListenAddress, NameRule, RamLimit, ReceiverOptions,
 };
 use colo_ring::ring::BackendKind;
 use colo_ring::sandbox::Sandbox;
@@ -40,7 +40,8 @@ const DISK_LOG_MIN: u64 = 8 << 20;
 /// Options of `colo-ring receive`.
 #[derive(Debug, Args)]
 pub struct ReceiveArgs {
-    /// Read options from this file, too: by their names, as in `listen = ["tcp:0.0.0.0:4444"]` and `ram-limit = "6G"`; those of the command line
+    /// Read options from this file, too, and what holds for single guests from guests.d/*.toml beside it: by their names, as in
+    /// `listen = ["tcp:0.0.0.0:4444"]` and `ram-limit = "6G"`; those of the command line
     /// win [default: /etc/colo-ring/receive.toml, if it is there]
     #[arg(long, value_name = "FILE")]
     pub(super) config: Option<PathBuf>,
@@ -52,7 +53,7 @@ pub struct ReceiveArgs {
 
     /// What a guest is called, and by what it is known: NAME,CONDITION… with one or more of listener=ADDRESS (as given to --listen),
     /// peer=ADDRESS or NETWORK, uuid=UUID; may be given several times. Else a guest has the name that its guard or `colo-ring protect`
-    /// gives it, or its UUID
+    /// gives it, or its UUID. What a file of guests.d says of a guest of that name holds, but for its conditions
     #[arg(long, value_name = "NAME,CONDITION")]
     pub(super) guest: Vec<NameRule>,
 
@@ -199,6 +200,10 @@ pub struct ReceiveArgs {
     #[arg(long, value_enum, default_value_t = Switch::On)]
     pub(super) sandbox: Switch,
 
+    /// What guests.d has, beside the configuration file.
+    #[arg(skip)]
+    pub(crate) guest_files: Vec<GuestFile>,
+
     #[command(flatten)]
     pub(super) log: LogArgs,
 
@@ -278,7 +283,7 @@ pub(crate) fn command() -> clap::Command {
 impl ReceiveArgs {
     pub(crate) fn into_options(self) -> Result<ReceiverOptions, CommandError> {
         self.check()?;
-        let names = self.names()?;
+        let guests = self.guest_rules()?;
         let cores = match (&self.cores, self.numa_node) {
             (Some(list), _) => {
                 check_cores(&list.0)?;
@@ -301,7 +306,7 @@ impl ReceiveArgs {
         });
         let mut options = ReceiverOptions {
             described: serde_json::Value::Null,
-            names,
+            guests,
             listen: self.listen,
             channels: self.channels,
             cores,
@@ -382,16 +387,17 @@ impl ReceiveArgs {
         }
     }
 
-    /// How guests get their names.
-    fn names(&self) -> Result<NameRules, CommandError> {
-        let names = NameRules::new(self.guest.clone(), &self.listen);
-        names.map_err(|error| CommandError::Usage(format!("--guest: {error}")))
+    /// What guests are called, and what holds for one of them alone.
+    pub(super) fn guest_rules(&self) -> Result<GuestRules, CommandError> {
+        let rules = GuestFile::rules(&self.guest_files, &self.guest);
+        let rules = GuestRules::new(rules, &self.listen);
+        rules.map_err(|error| CommandError::Usage(format!("--guest: {error}")))
     }
 
     /// Refuses what contradicts itself.
     pub(crate) fn check(&self) -> Result<(), CommandError> {
         let usage = |text: &str| Err(CommandError::Usage(text.to_owned()));
-        self.names()?;
+        self.guest_rules()?;
         if self.user_timeout < self.keepalive {
             return usage(
                 "--user-timeout must not be shorter than --keepalive: a silent host is not given up before it was probed",
@@ -414,6 +420,14 @@ impl ReceiveArgs {
         }
         if self.tls_verify_peer == Some(Switch::Off) && !self.tls_allow.is_empty() {
             return usage("--tls-allow names identities, which --tls-verify-peer off does not ask for");
+        }
+        let has_identities = self.tls.is_some() && self.tls_verify_peer != Some(Switch::Off);
+        let limited = self.guest_files.iter().find(|file| !file.tls_allow().is_empty());
+        if let Some(file) = limited.filter(|_| !has_identities) {
+            return Err(CommandError::Usage(format!(
+                "{}: tls-allow names identities, which connections have with --tls alone, and not with --tls-verify-peer off",
+                file.path().display()
+            )));
         }
         if self.disk_log_max.0 < DISK_LOG_MIN {
             return usage("--disk-log-max must be at least 8M: a log has two segments of 4 MiB");
@@ -441,7 +455,7 @@ impl Described {
                 .map_or_else(Vec::new, |tls| tls.allowed().identities().to_vec()),
             metrics: None,
             listen: texts(&options.listen),
-            guests: options.names.iter().map(ToString::to_string).collect(),
+            guests: options.guests.iter().map(|rule| rule.name.to_string()).collect(),
             channels: options.channels,
             placement: Topology::read().place(&options.cores),
             cores: options.cores.clone(),

@@ -1,17 +1,17 @@
 //! The process that runs hooks. It is split off before the receiver gives up the right to start programs, and can do one thing for it: run
-//! the operator's command, with values of its variables.
+//! one of the operator's commands, with values of its variables.
 //!
 //! | to the process | |
 //! |---|---|
-//! | [`Run`] | run the command with these values |
+//! | [`Run`] | run a command with these values |
 //!
 //! | from the process | |
 //! |---|---|
 //! | [`Report::Started`], [`Report::NotStarted`] | to each [`Run`], in their order |
 //! | [`Report::Ended`] | a command has ended |
 //!
-//! Each is a packet of JSON over a socket pair. The process ends with the receiver's end of it; commands that run go on. What the command and
-//! its variables are called, the receiver cannot say: they are arguments of the process.
+//! Each is a packet of JSON over a socket pair. The process ends with the receiver's end of it; commands that run go on. What the commands and
+//! their variables are, the receiver cannot say: they are arguments of the process.
 
 use crate::output::CommandError;
 use crate::own_program;
@@ -61,6 +61,8 @@ const POLL: Duration = Duration::from_millis(50);
 #[derive(Debug, Serialize, Deserialize)]
 struct Run {
     id: u32,
+    /// Which of the process's commands.
+    command: usize,
     values: Values,
 }
 
@@ -74,11 +76,11 @@ enum Report {
 
 /// Runs hooks.
 pub(super) trait RunHooks {
-    /// Runs the command, and returns the number by which its end is reported. Waits until it is started.
+    /// Runs a command, by its number, and returns the number by which its end is reported. Waits until it is started.
     ///
     /// # Errors
     /// Why it is not.
-    fn run(&mut self, values: &Values) -> io::Result<u32>;
+    fn run(&mut self, command: usize, values: &Values) -> io::Result<u32>;
 
     /// The commands that have ended since this was asked for the last time.
     fn take_ended(&mut self) -> Vec<(u32, ExitStatus)>;
@@ -97,11 +99,11 @@ pub(super) struct HookRunner {
 }
 
 impl HookRunner {
-    /// Starts the process for this command. This process must still be allowed to start programs.
+    /// Starts the process for these commands. This process must still be allowed to start programs.
     ///
     /// # Errors
     /// Those of the system.
-    pub(super) fn start(command: &str) -> io::Result<Self> {
+    pub(super) fn start(commands: &[String]) -> io::Result<Self> {
         let (ours, theirs) = socketpair(
             AddressFamily::UNIX,
             SocketType::SEQPACKET,
@@ -109,7 +111,8 @@ impl HookRunner {
             None,
         )?;
         own_program::command()
-            .args(["run-hooks", "--command", command])
+            .arg("run-hooks")
+            .args(commands.iter().map(|command| format!("--command={command}")))
             // What the service manager says is for the receiver.
             .env_remove("NOTIFY_SOCKET")
             .env_remove("LISTEN_PID")
@@ -151,11 +154,12 @@ impl HookRunner {
 }
 
 impl RunHooks for HookRunner {
-    fn run(&mut self, values: &Values) -> io::Result<u32> {
+    fn run(&mut self, command: usize, values: &Values) -> io::Result<u32> {
         self.last = self.last.wrapping_add(1);
         let id = self.last;
         let run = Run {
             id,
+            command,
             values: values.clone(),
         };
         if transmit(self.socket.as_fd(), &run).is_err() {
@@ -215,11 +219,11 @@ fn receive<M: DeserializeOwned>(socket: BorrowedFd<'_>, flags: RecvFlags) -> io:
     }
 }
 
-/// Is the process: runs `command` whenever the receiver, at the other end of standard input, asks for it.
+/// Is the process: runs one of `commands` whenever the receiver, at the other end of standard input, asks for it.
 ///
 /// # Errors
 /// If signals cannot be caught, or the receiver asks for something else.
-pub(crate) fn serve(command: &str) -> Result<ExitCode, CommandError> {
+pub(crate) fn serve(commands: &[String]) -> Result<ExitCode, CommandError> {
     // A terminal, or a unit that ends, sends these to all processes. The receiver ends by them, and this with it: not before all hooks
     // are started.
     signals::survive_end()?;
@@ -243,7 +247,7 @@ pub(crate) fn serve(command: &str) -> Result<ExitCode, CommandError> {
             let Some(run) = receive(socket.as_fd(), RecvFlags::empty()).map_err(CommandError::failed)? else {
                 return Ok(ExitCode::SUCCESS);
             };
-            let report = start(command, run, &mut running);
+            let report = start(commands, run, &mut running);
             transmit(socket.as_fd(), &report).map_err(CommandError::failed)?;
         }
         for report in reap(&mut running) {
@@ -252,9 +256,12 @@ pub(crate) fn serve(command: &str) -> Result<ExitCode, CommandError> {
     }
 }
 
-fn start(command: &str, run: Run, running: &mut Vec<(u32, Child)>) -> Report {
+fn start(commands: &[String], run: Run, running: &mut Vec<(u32, Child)>) -> Report {
     let id = run.id;
     let not_started = |errno| Report::NotStarted { id, errno };
+    let Some(command) = commands.get(run.command) else {
+        return not_started(nix::libc::EINVAL);
+    };
     if running.len() >= RUNNING_MAX {
         return not_started(nix::libc::EAGAIN);
     }

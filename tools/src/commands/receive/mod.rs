@@ -97,12 +97,13 @@ enum Wish {
 ///
 /// # Errors
 /// If it cannot start or go on.
-pub fn run(args: ReceiveArgs, given: Vec<OsString>) -> Result<ExitCode, CommandError> {
+pub fn run(mut args: ReceiveArgs, given: Vec<OsString>) -> Result<ExitCode, CommandError> {
     log::begin(args.log);
     // While the process may still open and connect.
     let mut service = Service::begin();
     let in_force = InForce::read(given)?;
     in_force.tell_files();
+    args.guest_files = in_force.guest_files().to_vec();
     let (once, json, hist) = (args.once, args.json, args.hist.clone());
     let ram_limit_asked = args.ram_limit;
     let (switch, hooks) = (args.sandbox, [Hook::on_loss(&args), Hook::on_stall(&args)]);

@@ -7,9 +7,11 @@
 
 use super::ReceiveArgs;
 use super::hook_runner::{HookRunner, RunHooks, Values};
+use crate::configuration::GuestFile;
 use crate::options::ControlAddress;
 use crate::output::{printable, tell};
 use colo_ring::receiver::{SessionStatus, Stall};
+use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, SyncSender, channel, sync_channel};
 use std::thread::Builder;
@@ -57,26 +59,44 @@ struct Line {
     control: String,
     /// Also for sessions without a checkpoint.
     for_unprotected: bool,
+    /// That of guests without one of their own, by its number.
+    general: Option<usize>,
+    /// Those of single guests, by their names.
+    of_guests: BTreeMap<String, usize>,
 }
 
 /// The operator's hook.
 pub(super) struct Hook {
-    command: String,
+    /// By their numbers.
+    commands: Vec<String>,
     line: Line,
 }
 
 impl Hook {
-    /// `--on-loss`, if it is given.
+    /// `--on-loss`, and `on-loss` of single guests; none if there is no such command.
     pub(super) fn on_loss(args: &ReceiveArgs) -> Option<Self> {
-        Self::of(args, "--on-loss", args.on_loss.as_ref())
+        Self::of(args, "--on-loss", args.on_loss.as_deref(), GuestFile::on_loss)
     }
 
-    /// `--on-stall`, if it is given.
+    /// `--on-stall`, likewise.
     pub(super) fn on_stall(args: &ReceiveArgs) -> Option<Self> {
-        Self::of(args, "--on-stall", args.on_stall.as_ref())
+        Self::of(args, "--on-stall", args.on_stall.as_deref(), GuestFile::on_stall)
     }
 
-    fn of(args: &ReceiveArgs, option: &'static str, command: Option<&String>) -> Option<Self> {
+    fn of(
+        args: &ReceiveArgs,
+        option: &'static str,
+        general: Option<&str>,
+        own: fn(&GuestFile) -> Option<&str>,
+    ) -> Option<Self> {
+        let guests = args.guest_files.iter();
+        let own: Vec<_> = guests
+            .filter_map(|file| Some((file.name().to_string(), own(file)?)))
+            .collect();
+        let first = usize::from(general.is_some());
+        let commands = general.into_iter().chain(own.iter().map(|(_, command)| *command));
+        let commands: Vec<_> = commands.map(str::to_owned).collect();
+        let names = own.iter().map(|(name, _)| name.clone());
         let line = Line {
             option,
             control: args
@@ -85,9 +105,10 @@ impl Hook {
                 .map(ControlAddress::to_string)
                 .unwrap_or_default(),
             for_unprotected: args.on_loss_unprotected,
+            general: general.map(|_| 0),
+            of_guests: names.zip(first..).collect(),
         };
-        let command = command?.clone();
-        Some(Self { command, line })
+        (!commands.is_empty()).then_some(Self { commands, line })
     }
 
     /// Splits off the process that runs it.
@@ -95,7 +116,7 @@ impl Hook {
     /// # Errors
     /// Those of the system.
     pub(super) fn split_off(&self) -> std::io::Result<HookRunner> {
-        HookRunner::start(&self.command)
+        HookRunner::start(&self.commands)
     }
 }
 
@@ -109,6 +130,7 @@ enum Message {
 struct Loss {
     session: u32,
     origin: String,
+    command: usize,
     values: Values,
 }
 
@@ -190,10 +212,14 @@ impl Hooks {
     }
 
     fn call(&self, event: &str, status: &SessionStatus, reason: &str) {
+        let Some(command) = self.line.command(status.guest.as_deref()) else {
+            return;
+        };
         // Its thread ends only at the very end.
         let _ = self.losses.send(Message::Lost(Box::new(Loss {
             session: status.session,
             origin: origin(&status.peer),
+            command,
             values: self.line.values(event, status, reason),
         })));
     }
@@ -208,6 +234,12 @@ fn origin(peer: &str) -> String {
 }
 
 impl Line {
+    /// The command for a guest, by its number.
+    fn command(&self, guest: Option<&str>) -> Option<usize> {
+        let own = guest.and_then(|guest| self.of_guests.get(guest)).copied();
+        own.or(self.general)
+    }
+
     /// In the order of the variables.
     fn values(&self, event: &str, status: &SessionStatus, reason: &str) -> Values {
         let number = |value: Option<u64>| value.map(|value| value.to_string()).unwrap_or_default();
@@ -297,7 +329,10 @@ impl<R: RunHooks> Queue<R> {
             let Some(position) = self.next(of_origin_max) else {
                 return;
             };
-            match self.runner.run(&self.waiting[position].values) {
+            match self
+                .runner
+                .run(self.waiting[position].command, &self.waiting[position].values)
+            {
                 Ok(id) => {
                     let Loss { session, origin, .. } = self.waiting.remove(position);
                     self.running.push(Running { session, origin, id });
@@ -384,7 +419,7 @@ mod tests {
     }
 
     impl RunHooks for Pretended {
-        fn run(&mut self, _: &Values) -> std::io::Result<u32> {
+        fn run(&mut self, _: usize, _: &Values) -> std::io::Result<u32> {
             if self.refuses {
                 return Err(std::io::ErrorKind::WouldBlock.into());
             }
@@ -408,6 +443,7 @@ mod tests {
         Loss {
             session,
             origin: origin.to_owned(),
+            command: 0,
             values: Values::default(),
         }
     }

@@ -1,15 +1,18 @@
 //! What SIGHUP does: the configuration is read again, and what can change while guests are protected is changed.
 
 use super::ReceiveArgs;
-use crate::configuration::{self, Configuration};
+use crate::configuration::{self, Configuration, GuestFile};
 use crate::output::{CommandError, tell};
 use clap::{ArgMatches, FromArgMatches};
-use colo_ring::receiver::{Limits, Receiver};
+use colo_ring::receiver::{GuestRules, Limits, Receiver};
 use std::ffi::OsString;
 
-/// Options that can change while the receiver runs, by their names for clap: those of [`ReceiveArgs::limits`]. All others take a new start:
-/// guests have their memory, cores and connections by them.
-const RELOADED: [&str; 2] = ["precopy_timeout", "sessions_per_origin"];
+/// Options that can change while the receiver runs, by their names for clap: those of [`ReceiveArgs::limits`], and [`GUEST`]. All others take
+/// a new start: guests have their memory, cores and connections by them.
+const RELOADED: [&str; 3] = ["precopy_timeout", "sessions_per_origin", GUEST];
+
+/// Names of guests. A session that runs keeps its name.
+const GUEST: &str = "guest";
 
 /// The options in force.
 pub(super) struct InForce {
@@ -18,6 +21,8 @@ pub(super) struct InForce {
     /// As the receiver was started.
     options: ArgMatches,
     limits: Limits,
+    guests: GuestRules,
+    guest_files: Vec<GuestFile>,
     configuration: Option<Configuration>,
 }
 
@@ -31,13 +36,17 @@ impl InForce {
         let command = super::command().no_binary_name(true);
         let merged = configuration::merge(given.clone(), &command).map_err(CommandError::failed)?;
         let options = command.try_get_matches_from(merged.words).map_err(failed)?;
-        let args = ReceiveArgs::from_arg_matches(&options).map_err(failed)?;
+        let mut args = ReceiveArgs::from_arg_matches(&options).map_err(failed)?;
+        args.guest_files.clone_from(&merged.guests);
         args.check()?;
         let limits = args.limits();
+        let guests = args.guest_rules()?;
         Ok(Self {
             given,
             options,
             limits,
+            guests,
+            guest_files: merged.guests,
             configuration: merged.configuration,
         })
     }
@@ -51,26 +60,47 @@ impl InForce {
                 configuration.len()
             ));
         }
+        for guest in &self.guest_files {
+            tell(&format!(
+                "configuration: the guest {} of {}",
+                guest.name(),
+                guest.path().display()
+            ));
+        }
+    }
+
+    pub(super) fn guest_files(&self) -> &[GuestFile] {
+        &self.guest_files
     }
 
     /// Reads them again. If anything is wrong with them, everything stays as it is.
     pub(super) fn reload(&mut self, receiver: &Receiver) {
         match self.read_again() {
             Err(error) => tell(&format!("warning: SIGHUP: everything stays as it is: {error}")),
-            Ok((lines, limits)) => {
-                self.limits = limits;
-                receiver.set_limits(limits);
+            Ok((lines, new)) => {
+                receiver.set_limits(new.limits);
+                receiver.set_guests(new.guests.clone());
+                // The others are as they were when the receiver was started.
+                (self.limits, self.guests, self.guest_files) = (new.limits, new.guests, new.guest_files);
                 lines.iter().for_each(|line| tell(line));
             }
         }
     }
 
-    /// What is to be said of it, and the new limits.
-    fn read_again(&self) -> Result<(Vec<String>, Limits), CommandError> {
+    /// What is to be said of it, and what was read.
+    fn read_again(&self) -> Result<(Vec<String>, Self), CommandError> {
         let new = Self::read(self.given.clone())?;
         let mut lines = Vec::new();
         if new.limits != self.limits {
             lines.push(format!("SIGHUP: limits in force: {}", new.limits));
+        }
+        let files = GuestFile::changes(&self.guest_files, &new.guest_files);
+        if new.guests != self.guests || !files.is_empty() {
+            lines.extend(files.into_iter().map(|line| format!("SIGHUP: {line}")));
+            lines.push(format!(
+                "SIGHUP: {} rules for guests in force; sessions that run keep their names",
+                new.guests.iter().count()
+            ));
         }
         for arg in super::command().get_arguments() {
             let id = arg.get_id().as_str();
@@ -84,7 +114,7 @@ impl InForce {
         if lines.is_empty() {
             lines.push("SIGHUP: the configuration is as before".to_owned());
         }
-        Ok((lines, new.limits))
+        Ok((lines, new))
     }
 }
 
@@ -118,8 +148,8 @@ mod tests {
             ["SIGHUP: the configuration is as before"]
         );
         write("listen = \"tcp:[::1]:4445\"\nprecopy-timeout = 50\n");
-        let (lines, limits) = in_force.read_again().unwrap();
-        assert_eq!(limits.precopy_deadline, Duration::from_secs(50));
+        let (lines, new) = in_force.read_again().unwrap();
+        assert_eq!(new.limits.precopy_deadline, Duration::from_secs(50));
         let said = lines.join("\n");
         assert!(
             said.contains("limits in force: a first copy may stand still for 50 s"),
@@ -130,6 +160,7 @@ mod tests {
         assert!(
             in_force
                 .read_again()
+                .map(drop)
                 .unwrap_err()
                 .to_string()
                 .contains("receive.toml:1:10: ")
