@@ -223,13 +223,89 @@ fn a_guest_that_is_protected_again_replaces_its_own_recovered_checkpoint() {
     assert!(gone.contains("session 3 was discarded"), "{gone}");
 }
 
+/// A directory with an empty receive.toml, and this file of a guest.
+fn configuration(web: &str) -> Scratch {
+    let scratch = Scratch::new();
+    std::fs::create_dir(scratch.file("guests.d")).expect("a directory");
+    std::fs::write(scratch.file("guests.d/web.toml"), web).expect("a file");
+    std::fs::write(scratch.file("receive.toml"), "").expect("a file");
+    scratch
+}
+
+#[test]
+fn a_guest_has_a_file_with_a_name_and_hooks_of_its_own() {
+    let told = Scratch::new();
+    let hook = |name: &str| {
+        let file = told.file(name);
+        format!("echo $COLO_RING_SESSION $COLO_RING_GUEST > {file}.part && mv {file}.part {file}")
+    };
+    let web = |name: &str| format!("name = '{name}'\nuuid = '{UUID}'\non-loss = '{}'\n", hook("own"));
+    let scratch = configuration(&web("web3"));
+    let config = scratch.file("receive.toml");
+    let receiver = RunningReceiver::start(wrapped(&[]), &["--config", &config, "--on-loss", "false"]);
+    // The command line wins.
+    receiver.wait_for_log("configuration: the guest web3 of ");
+    drop(protect(&receiver, &known_guest()));
+    receiver.wait_for_log("session 1: --on-loss failed");
+    drop(receiver);
+
+    let general = hook("general");
+    std::fs::write(&config, format!("on-loss = \"{general}\"\n")).expect("a file");
+    let receiver = RunningReceiver::start(wrapped(&[]), &["--config", &config]);
+    let (known, other) = (protect(&receiver, &known_guest()), protect(&receiver, &guest()));
+    assert_eq!(session(&receiver, 1)["guest"], "web3");
+    drop((known, other));
+    let read = |name: &str| until(name, || std::fs::read_to_string(told.file(name)).ok());
+    assert_eq!(
+        (read("own"), read("general")),
+        ("1 web3\n".to_owned(), "2\n".to_owned())
+    );
+
+    // Another name: for sessions that begin from now on.
+    let running = protect(&receiver, &known_guest());
+    std::fs::write(scratch.file("guests.d/web.toml"), web("web9")).expect("a file");
+    receiver.signal(Signal::SIGHUP);
+    receiver.wait_for_log("SIGHUP: the guest web9 is new, of ");
+    receiver.wait_for_log("SIGHUP: the guest web3 has no file any more");
+    receiver.wait_for_log("SIGHUP: on-loss or on-stall of a guest has changed, which takes effect");
+    receiver.wait_for_log("SIGHUP: 1 rules for guests in force");
+    let _next = protect(&receiver, &known_guest());
+    assert_eq!(session(&receiver, 4)["guest"], "web9");
+    assert_eq!(session(&receiver, 3)["guest"], "web3");
+    drop(running);
+    // A file with a fault changes nothing.
+    std::fs::write(scratch.file("guests.d/web.toml"), "name = 'web3'\nmac = 1\n").expect("a file");
+    receiver.signal(Signal::SIGHUP);
+    receiver.wait_for_log("web.toml:2:1: unknown field `mac`");
+    receiver.signal(Signal::SIGTERM);
+    assert!(receiver.wait().status.success());
+}
+
+#[test]
+fn identities_of_a_guest_take_tls() {
+    let file = format!("name = 'web3'\nuuid = '{UUID}'\ntls-allow = ['CN=host1']\n");
+    let scratch = configuration(&file);
+    let mut command = wrapped(&["timeout", "60"]);
+    command.args(["receive", "--listen", "tcp:127.0.0.1:0", "--config"]);
+    let refused = command
+        .arg(scratch.file("receive.toml"))
+        .output()
+        .expect("the command");
+    assert_eq!(refused.status.code(), Some(2), "{}", said(&refused));
+    assert!(
+        said(&refused).contains("web.toml: tls-allow names identities"),
+        "{}",
+        said(&refused)
+    );
+}
+
 #[test]
 fn rules_that_cannot_be_meant_are_usage_errors() {
     for (rule, reason) in [
         ("web3", "no condition"),
         ("7,peer=192.0.2.7", "not a number"),
         ("web3,listener=tcp:127.0.0.1:1", "nothing listens on"),
-        ("web3,uuid=0", "hexadecimal"),
+        ("web3,uuid=0", "36 characters"),
     ] {
         let mut command = wrapped(&["timeout", "60"]);
         command.args(["receive", "--listen", "tcp:127.0.0.1:0", "--guest", rule]);

@@ -152,6 +152,23 @@ fn a_first_copy_that_stands_still_ends() {
 }
 
 #[test]
+fn a_guest_may_have_less_time_for_its_first_copy_than_others() {
+    let scratch = Scratch::new();
+    std::fs::create_dir(scratch.file("guests.d")).expect("a directory");
+    let file = "name = \"lab\"\npeer = \"127.0.0.1\"\nprecopy-timeout = 2\n";
+    std::fs::write(scratch.file("guests.d/lab.toml"), file).expect("a file");
+    std::fs::write(scratch.file("receive.toml"), "precopy-timeout = 86400\n").expect("a file");
+    let config = scratch.file("receive.toml");
+    let receiver = RunningReceiver::start(wrapped(&[]), &["--hugepages", "off", "--config", &config]);
+    let mut primary = HostilePrimary::connect(socket_address(&receiver), 2);
+    for (_, bytes) in &primary.precopy_parts()[..3] {
+        primary.main.send(bytes);
+    }
+    receiver.wait_for_log("in its first copy the primary sent nothing for 2s");
+    assert!(primary.is_closed());
+}
+
+#[test]
 fn an_origin_cannot_fill_all_places() {
     let scratch = Scratch::new();
     let listen = format!("unix:{}", scratch.file("listen"));

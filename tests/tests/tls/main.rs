@@ -1,6 +1,7 @@
 //! TLS against a running receiver over real sockets, with rustls as the primary's side.
 
 mod flood;
+mod identities;
 mod records;
 mod refusals;
 mod sessions;
