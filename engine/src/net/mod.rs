@@ -7,6 +7,7 @@
 
 mod address;
 mod descriptors;
+pub(crate) mod kernel_tls;
 mod listener;
 mod passed;
 pub mod passing;

@@ -56,13 +56,14 @@
 //!
 //! # What there is not
 //!
-//! Kernel TLS: the handshake already ends in keys for it, but no receive path uses it. PSK (`tls-creds-psk`): rustls has no external
+//! Kernel TLS: the handshake already ends in keys for it, and `KernelTls` says what a kernel can, but no receive path uses it. PSK (`tls-creds-psk`): rustls has no external
 //! PSKs, and a second TLS library on the way of pages is not worth it.
 
 mod connection;
 mod credentials;
 mod handshake;
 mod identity;
+mod kernel;
 mod record;
 mod relay;
 #[cfg(all(test, not(loom), not(miri)))]
@@ -75,6 +76,7 @@ pub use credentials::{CredentialsError, ServerCredentials, Validity, client_conf
 pub use handshake::HandshakeError;
 pub(crate) use handshake::{About, Channel, accept};
 pub use identity::{Allowed, Identity, UnreadableCertificate};
+pub use kernel::{KernelLack, KernelTls};
 pub(crate) use record::Outgoing;
 pub use record::RecordError;
 pub(crate) use relay::relay;
