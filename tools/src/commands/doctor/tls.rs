@@ -2,7 +2,7 @@
 
 use super::{Check, State};
 use crate::tls::date;
-use colo_ring::tls::{Allowed, ServerCredentials, Validity, client_validity};
+use colo_ring::tls::{Allowed, KernelLack, KernelTls, ServerCredentials, Validity, client_validity};
 use std::path::Path;
 use std::time::{SystemTime, UNIX_EPOCH};
 
@@ -43,16 +43,25 @@ pub(super) fn checks(directory: &Path) -> Vec<Check> {
             checks.extend(of(&validity, now));
         }
     }
-    // On the way of a page there is one.
-    checks.push(Check {
+    checks.push(records(KernelTls::probe()));
+    checks
+}
+
+/// What opens records, and what the kernel could open.
+fn records(kernel: Result<KernelTls, KernelLack>) -> Check {
+    let kernel = match kernel {
+        Ok(kernel) if kernel.follows_key_changes() => format!("this host's kernel could open {kernel}"),
+        Ok(kernel) => format!("this host's kernel could open {kernel}, but follows no change of keys"),
+        Err(lack) => lack.to_string(),
+    };
+    Check {
         item: "TLS records",
         state: State::Ok,
         seen: "opened in user space, on the receiving cores; kernel TLS is not used by this version"
             .to_owned(),
-        meaning: String::new(),
+        meaning: kernel,
         remedy: None,
-    });
-    checks
+    }
 }
 
 fn of(validity: &Validity, now: i64) -> Vec<Check> {
