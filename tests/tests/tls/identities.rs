@@ -1,7 +1,7 @@
 //! A guest whose rule names identities has no other: none of its sessions, channels and guards.
 
 use crate::Running;
-use colo_ring::link::{Hello, LINK_VERSION, PREFACE, ToReceiver};
+use colo_ring::link::{Hello, LINK_VERSION, PREFACE, ToReceiver, Wanted};
 use colo_ring::receiver::{GuestRule, GuestRules, NameRule, ReceiverOptions};
 use colo_ring::ring::BackendKind;
 use colo_ring::tls::Allowed;
@@ -161,6 +161,7 @@ fn a_guard_with_another_identity_does_not_take_the_name() {
         name: "web3".to_owned(),
         uuid: None,
         timeout_ms: 1000,
+        wants: Wanted::Next,
     });
     let line = serde_json::to_string(&hello).expect("JSON") + "\n";
     let mut guard = Client::connect(address(&running.receiver), authority.client("other"));
