@@ -101,8 +101,8 @@ const OPENERS: Kinds = Kinds::of(&[
     Control, Histograms, Memory, DiskServer, Disk, Core, Channel, Worker, Main,
 ]);
 
-/// List and look at directories.
-const LISTERS: Kinds = Kinds::of(&[Control, Histograms, Memory, DiskServer, Disk]);
+/// List and look at directories. The command's own thread reads its configuration again.
+const LISTERS: Kinds = Kinds::of(&[Control, Histograms, Memory, DiskServer, Disk, Main]);
 
 /// Start threads, or ask how many there may be to populate memory.
 const COUNTERS: Kinds = Kinds::of(&[Starter, Memory, Disk, DiskServer, Core, Channel, Worker]);
