@@ -4,6 +4,10 @@
 //! Its connections, tenants and decode queues are then dropped one by one, and each connection closes its socket. After the last one,
 //! nothing writes to the guest's memory any more, and the control thread may drop what was not committed.
 
+mod channel_socket;
+
+pub(super) use channel_socket::{ChannelSocket, ChannelTimes};
+
 use super::admission::Admission;
 use super::assemble::Who;
 use super::decode::SharedDecodeMemory;
@@ -23,15 +27,14 @@ use crate::net::{Origin, is_gone};
 use crate::ring::Waker;
 use crate::session::{DeviceStates, GuestDescription, Rendezvous, SessionMethod};
 use crate::store::Store;
-use crate::tls::{About as TlsAbout, Outgoing};
+use crate::tls::About as TlsAbout;
 use crate::units::ChannelId;
 use crate::wire::stream::StreamHeader;
 use nix::errno::Errno;
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use nix::sys::socket::{MsgFlags, Shutdown, send, shutdown};
+use nix::sys::socket::{MsgFlags, Shutdown, send};
 use std::io;
 use std::ops::Deref;
-use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, RawFd};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
@@ -39,89 +42,6 @@ use std::time::{Duration, Instant, SystemTime};
 
 /// How long a guard that has begun to end the protection may take to say that it has.
 const LEAVE_MAX: Duration = Duration::from_secs(5);
-
-/// The socket of a channel, and what wakes its driver.
-///
-/// Any thread may shut it down. Its connection alone closes it, when it is dropped: a socket that is shut down and not closed
-/// keeps what has arrived, and a peer whose window is shut by that waits in its write for as long.
-pub(super) struct ChannelSocket {
-    /// None once the connection is dropped.
-    socket: Mutex<Option<OwnedFd>>,
-    fd: RawFd,
-    /// What makes records of what is sent to the primary, with TLS: of the main channel alone.
-    outgoing: Option<Arc<Outgoing>>,
-    pub(super) waker: Waker,
-    received: Received,
-}
-
-/// What has come on a channel. Only its driver changes it; on a cache line of its own, as drivers are on different cores.
-#[derive(Debug, Default)]
-#[repr(align(64))]
-struct Received {
-    bytes: AtomicU64,
-    /// When, in the current checkpoint: nanoseconds since the receiver's start.
-    first_ns: AtomicU64,
-    last_ns: AtomicU64,
-    sync_ns: AtomicU64,
-}
-
-/// When something came on a channel in the current checkpoint, in nanoseconds since the receiver's start.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct ChannelTimes {
-    pub(super) channel: u8,
-    pub(super) first_ns: u64,
-    pub(super) last_ns: u64,
-    pub(super) sync_ns: u64,
-}
-
-impl ChannelSocket {
-    pub(super) fn new(socket: OwnedFd, outgoing: Option<Arc<Outgoing>>, waker: Waker) -> Self {
-        Self {
-            fd: socket.as_raw_fd(),
-            outgoing,
-            socket: Mutex::new(Some(socket)),
-            waker,
-            received: Received::default(),
-        }
-    }
-
-    fn socket(&self) -> MutexGuard<'_, Option<OwnedFd>> {
-        self.socket.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn shut_down(&self, how: Shutdown) {
-        if let Some(socket) = &*self.socket() {
-            // It fails only where the peer has closed already.
-            let _ = shutdown(socket.as_raw_fd(), how);
-        }
-    }
-
-    /// Whether there is something to read: bytes, or the connection's end.
-    fn is_readable(&self) -> bool {
-        let socket = self.socket();
-        let Some(socket) = &*socket else {
-            return true;
-        };
-        let mut waits = [PollFd::new(socket.as_fd(), PollFlags::POLLIN)];
-        // Where that cannot be asked, nothing says that it is silent.
-        poll(&mut waits, PollTimeout::ZERO).map_or(true, |ready| ready > 0)
-    }
-
-    fn close(&self) {
-        let socket = self.socket().take();
-        drop(socket);
-    }
-
-    #[cfg(all(test, not(loom), not(miri)))]
-    fn is_closed(&self) -> bool {
-        self.socket().is_none()
-    }
-
-    fn add_received(&self, bytes: usize) {
-        let received = &self.received.bytes;
-        received.store(received.load(Ordering::Relaxed) + bytes as u64, Ordering::Relaxed);
-    }
-}
 
 /// Counters for the status; written at syncs and commits, never per packet.
 #[derive(Debug, Default)]
