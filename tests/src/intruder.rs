@@ -1,6 +1,7 @@
 //! Code that runs in a thread of another process, as an intruder's would: system calls that the thread makes although nothing in its program
 //! does. By ptrace(2), which a parent may use.
 
+use crate::command::until;
 use nix::errno::Errno;
 use nix::libc::user_regs_struct;
 use nix::sys::ptrace;
@@ -39,13 +40,14 @@ impl Intruder {
     /// If there is none, or it cannot be stopped.
     #[must_use]
     pub fn in_thread(process: u32, name: &str) -> Self {
-        let tasks = fs::read_dir(format!("/proc/{process}/task")).expect("it runs");
-        let mut tasks = tasks.map(|task| task.expect("a thread").path());
         let is_named = |task: &std::path::PathBuf| {
             fs::read_to_string(task.join("comm")).is_ok_and(|comm| comm.starts_with(name))
         };
-        let task = tasks.find(is_named);
-        let task = task.unwrap_or_else(|| panic!("there is no thread {name}"));
+        // A thread takes its name when it runs for the first time.
+        let task = until(&format!("a thread {name}"), || {
+            let tasks = fs::read_dir(format!("/proc/{process}/task")).expect("it runs");
+            tasks.map(|task| task.expect("a thread").path()).find(is_named)
+        });
         let number = task.file_name().and_then(|number| number.to_str()?.parse().ok());
         let thread = Pid::from_raw(number.expect("a number"));
         ptrace::attach(thread).unwrap_or_else(|errno| panic!("ptrace: {errno}"));
