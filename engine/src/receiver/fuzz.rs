@@ -126,7 +126,7 @@ impl Guarded {
                 let identity = GuestIdentity::recovered(1, StoredGuest::default());
                 let links = &self.links;
                 links.session_begins(1, Self::guest().origin);
-                // It was told before that its guard is gone.
+                // Refused only where a guard was lost after the session had begun: this one begins and commits in one step.
                 let _ = links.session_commits(&Arc::new(identity), Self::guest(), &self.output);
             }
             self.output.ask(self.checkpoint);
