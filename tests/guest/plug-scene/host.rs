@@ -224,10 +224,26 @@ pub fn assert_no_plug(when: &str) -> Done<()> {
     }
 }
 
+/// Where frames were lost, as the kernel counts them.
+fn print_counts() {
+    for name in ["plug0".to_owned()].into_iter().chain(plugs().unwrap_or_default()) {
+        let counts = ["rx_packets", "rx_dropped", "tx_packets", "tx_dropped"].map(|count| {
+            let file = format!("/sys/class/net/{name}/statistics/{count}");
+            format!(" {count} {}", fs::read_to_string(file).unwrap_or_default().trim())
+        });
+        println!("{name}:{}", counts.concat());
+    }
+    let snmp = fs::read_to_string("/proc/net/snmp").unwrap_or_default();
+    for line in snmp.lines().filter(|line| line.starts_with("Udp:")) {
+        println!("{line}");
+    }
+}
+
 /// Prints the guard's status, what the processes have printed, and the end of what the guests have.
 pub fn print_logs() {
     const LINES: usize = 5;
     println!("guard: {:?}", guard_status());
+    print_counts();
     let entries = fs::read_dir("/tmp").into_iter().flatten().flatten();
     for path in entries.map(|entry| entry.path()) {
         let text = fs::read(&path).unwrap_or_default();

@@ -108,7 +108,8 @@ fn lose_guard(traffic: &Traffic, guarded: Process) -> Done<Process> {
     if number(&status, "session") != Some(1) {
         return Err(format!("it is not the same protection: {status}"));
     }
-    observed.wait(250)?;
+    let released = observed.wait(250);
+    released.map_err(|error| format!("{error}; the guard: {:?}", guard_status()))?;
     observed.check_none_missing()?;
     client.wait_answers(10)?;
     println!("taken over");

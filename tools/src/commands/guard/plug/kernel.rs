@@ -61,7 +61,7 @@ pub(crate) enum PlugError {
     NotAllowed,
     #[error("{0} has an ingress qdisc of another program (tc qdisc show dev {0})")]
     HasIngress(String),
-    #[error("QEMU takes no object that marks its plug: {0}")]
+    #[error("QEMU does not say or take which plug is its own: {0}")]
     Marker(String),
     #[error("cannot {what}: {errno}")]
     Failed { what: String, errno: Errno },
@@ -76,6 +76,20 @@ pub(super) struct Interface {
     pub(super) kind: Option<String>,
     /// Whether something is at its other end: for a tap device, a process that has it open.
     pub(super) has_carrier: bool,
+}
+
+impl Interface {
+    /// From the kernel's description.
+    fn of(link: &[u8]) -> Option<Self> {
+        let attributes = link.get(IFINFOMSG_BYTES..)?;
+        let info = attribute(attributes, IFLA_LINKINFO);
+        Some(Self {
+            index: u32_at(link, 4)?,
+            name: text(attribute(attributes, IFLA_IFNAME)?),
+            kind: info.and_then(|info| attribute(info, IFLA_INFO_KIND)).map(text),
+            has_carrier: attribute(attributes, IFLA_CARRIER) == Some(&[1]),
+        })
+    }
 }
 
 /// What a plug is told.
@@ -221,25 +235,34 @@ impl Kernel {
     }
 
     /// The interface of that name, if there is one.
-    pub(super) fn interface(&mut self, name: &str) -> Option<Interface> {
+    ///
+    /// # Errors
+    /// If the kernel does not say whether there is.
+    pub(super) fn interface(&mut self, name: &str) -> Result<Option<Interface>, PlugError> {
         self.find(&Request::new(RTM_GETLINK, 0, &link_message(0, 0)).with_text(IFLA_IFNAME, name))
     }
 
     /// The interface of that number, if there is one.
-    pub(super) fn interface_at(&mut self, index: u32) -> Option<Interface> {
+    ///
+    /// # Errors
+    /// If the kernel does not say whether there is.
+    pub(super) fn interface_at(&mut self, index: u32) -> Result<Option<Interface>, PlugError> {
         self.find(&Request::new(RTM_GETLINK, 0, &link_message(index, 0)))
     }
 
-    fn find(&mut self, request: &Request) -> Option<Interface> {
-        let answer = self.netlink.execute(request).ok()?;
-        let attributes = answer.get(IFINFOMSG_BYTES..)?;
-        let info = attribute(attributes, IFLA_LINKINFO);
-        Some(Interface {
-            index: u32_at(&answer, 4)?,
-            name: text(attribute(attributes, IFLA_IFNAME)?),
-            kind: info.and_then(|info| attribute(info, IFLA_INFO_KIND)).map(text),
-            has_carrier: attribute(attributes, IFLA_CARRIER) == Some(&[1]),
-        })
+    fn find(&mut self, request: &Request) -> Result<Option<Interface>, PlugError> {
+        let what = || "look for an interface".to_owned();
+        match self.netlink.execute(request) {
+            Ok(answer) => match Interface::of(&answer) {
+                Some(interface) => Ok(Some(interface)),
+                None => Err(PlugError::Failed {
+                    what: what(),
+                    errno: Errno::EBADMSG,
+                }),
+            },
+            Err(Errno::ENODEV) => Ok(None),
+            Err(errno) => Err(PlugError::Failed { what: what(), errno }),
+        }
     }
 
     /// Makes an ifb device with a plug that is closed. Nothing is left when it fails.
@@ -248,7 +271,8 @@ impl Kernel {
     /// With the module that is missing.
     pub(super) fn make(&mut self, name: &str, limit_bytes: u32) -> Result<Interface, PlugError> {
         needs("ifb", self.netlink.execute(&new_ifb(name)))?;
-        let ifb = (self.interface(name)).ok_or_else(|| PlugError::NoInterface(name.to_owned()))?;
+        let ifb = self.interface(name)?;
+        let ifb = ifb.ok_or_else(|| PlugError::NoInterface(name.to_owned()))?;
         let made = self.set_up(&ifb, limit_bytes);
         if made.is_err() {
             self.delete(ifb.index);

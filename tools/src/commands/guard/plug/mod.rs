@@ -18,6 +18,7 @@ mod netlink;
 
 use super::gate::{Counts, GateError, HoldTimes, OutputGate};
 use super::nics;
+use crate::output::tell;
 use crate::qmp::{Qmp, QmpError};
 use colo_ring::units::CheckpointId;
 use frames::Frames;
@@ -61,7 +62,7 @@ fn ifb_name(tap: &Interface) -> String {
 
 /// The tap device of that name.
 fn tap_device(kernel: &mut Kernel, name: &str) -> Result<Interface, PlugError> {
-    let tap = kernel.interface(name);
+    let tap = kernel.interface(name)?;
     let tap = tap.ok_or_else(|| PlugError::NoInterface(name.to_owned()))?;
     match tap.kind.as_deref() {
         Some("tun") => Ok(tap),
@@ -94,23 +95,51 @@ fn packet_socket(errno: Errno) -> PlugError {
 }
 
 /// A tap device and the ifb that a guard has left before it.
-fn left(kernel: &mut Kernel, tap: &str) -> Option<(Interface, Interface)> {
-    let tap = kernel.interface(tap)?;
+fn left(kernel: &mut Kernel, tap: &str) -> Result<Option<(Interface, Interface)>, PlugError> {
+    let Some(tap) = kernel.interface(tap)? else {
+        return Ok(None);
+    };
     let ifb = kernel.interface(&ifb_name(&tap))?;
-    Some((tap, ifb))
+    Ok(ifb.map(|ifb| (tap, ifb)))
 }
 
 /// Removes a plug that a guard has left before that tap device: what it holds is dropped, because another QEMU may have sent it.
-pub(super) fn remove_left(tap: &str) -> Result<bool, PlugError> {
+/// Returns how many frames those were, if there was a plug.
+pub(super) fn remove_left(tap: &str) -> Result<Option<u64>, PlugError> {
     let mut kernel = Kernel::connect()?;
-    let Some((tap, ifb)) = left(&mut kernel, tap) else {
-        return Ok(false);
+    let Some((tap, ifb)) = left(&mut kernel, tap)? else {
+        return Ok(None);
     };
+    let held = kernel.statistics(ifb.index).map_or(0, |now| now.frames);
     remove(&mut kernel, tap.index, ifb.index);
-    match kernel.interface_at(ifb.index) {
-        None => Ok(true),
+    match kernel.interface_at(ifb.index)? {
+        None => Ok(Some(held)),
         Some(_) => Err(PlugError::NotAllowed),
     }
+}
+
+/// The plug that a guard has left before that tap device, if it was put before this QEMU, which is protected already (`holds`). Any other is
+/// removed.
+fn find_own(
+    kernel: &mut Kernel,
+    qmp: &mut Qmp,
+    tap: &str,
+    holds: bool,
+) -> Result<Option<Interface>, PlugError> {
+    let Some((_, ifb)) = left(kernel, tap)? else {
+        return Ok(None);
+    };
+    // Not knowing is no reason to drop what it holds.
+    let own = objects(qmp).map_err(|error| PlugError::Marker(error.to_string()))?;
+    if holds && own.contains(&ifb.index) {
+        return Ok(Some(ifb));
+    }
+    let dropped = remove_left(tap)?.unwrap_or_default();
+    tell(&format!(
+        "warning: a plug of an earlier guard was left before {tap} and is removed; the {dropped} frames that it held are dropped, as \
+         nobody knows whether they are committed"
+    ));
+    Ok(None)
 }
 
 /// Frames that come from now on pass as if it had never been there; those that it holds are dropped.
@@ -136,7 +165,7 @@ pub(crate) fn remove_all(qmp: &mut Qmp) -> Result<usize, RemoveError> {
     let mut kernel = Kernel::connect()?;
     let mut count = 0;
     for index in objects(qmp)? {
-        let ifb = kernel.interface_at(index);
+        let ifb = kernel.interface_at(index)?;
         let tap = ifb.and_then(|ifb| ifb.name.strip_prefix(IFB)?.parse().ok());
         if let Some(tap) = tap {
             kernel.act(index, Action::ReleaseIndefinite)?;
@@ -148,7 +177,7 @@ pub(crate) fn remove_all(qmp: &mut Qmp) -> Result<usize, RemoveError> {
     }
     let nics = nics::list(qmp)?;
     for tap in nics.iter().filter_map(|nic| nic.interface.as_deref()) {
-        count += usize::from(remove_left(tap)?);
+        count += usize::from(remove_left(tap)?.is_some());
     }
     Ok(count)
 }
@@ -211,15 +240,7 @@ impl Plug {
         let (mut kernel, mut qmp) = (Kernel::connect()?, qmp.clone());
         let tap = tap_device(&mut kernel, tap)?;
         let frames = Frames::watch(tap.index).map_err(packet_socket)?;
-        let found = match left(&mut kernel, &tap.name) {
-            Some((_, ifb)) if holds && objects(&mut qmp).is_ok_and(|own| own.contains(&ifb.index)) => {
-                Some(ifb)
-            }
-            _ => {
-                remove_left(&tap.name)?;
-                None
-            }
-        };
+        let found = find_own(&mut kernel, &mut qmp, &tap.name, holds)?;
         let is_found = found.is_some();
         let ifb = match found {
             Some(ifb) => ifb,
@@ -379,7 +400,7 @@ impl Plug {
             return false;
         }
         let deadline = Instant::now() + EXIT_LIMIT;
-        while (self.kernel.interface_at(self.tap)).is_some_and(|tap| tap.has_carrier) {
+        while (self.kernel.interface_at(self.tap)).is_ok_and(|tap| tap.is_some_and(|tap| tap.has_carrier)) {
             if Instant::now() > deadline {
                 return false;
             }
