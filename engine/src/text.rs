@@ -138,6 +138,11 @@ pub fn seconds(ms: u64) -> String {
     }
 }
 
+/// A time for people, as [`seconds`] has it.
+pub fn elapsed(time: std::time::Duration) -> String {
+    seconds(u64::try_from(time.as_millis()).unwrap_or(u64::MAX))
+}
+
 /// Whole seconds for people, in the two largest units.
 pub fn duration(seconds: u64) -> String {
     match (

@@ -10,6 +10,7 @@ use super::{
     Accumulator, CheckpointSample, Phase, RecentFigures, RecentPauses, SampleQueue, Summary, WINDOW,
 };
 use crate::host::Machine;
+use crate::text::elapsed;
 use crate::threads::Threads;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -69,7 +70,7 @@ pub enum MetricsError {
     )]
     Behind(PathBuf),
     /// The last files were not written in time.
-    #[error("the last measurements were not written to {}.* within {waited:?}: its file system hangs, or nobody reads a pipe there", prefix.display())]
+    #[error("the last measurements were not written to {}.* within {}: its file system hangs, or nobody reads a pipe there", prefix.display(), elapsed(*waited))]
     Late {
         /// Of the files.
         prefix: PathBuf,

@@ -42,6 +42,7 @@ pub use shape::{Content, Distribution, Pattern, ShapeError};
 use crate::capture_file::CaptureError;
 use crate::nbd::NbdError;
 use crate::net::{Address, ConnectError};
+use colo_ring::text::elapsed;
 use std::time::Duration;
 use thiserror::Error;
 
@@ -148,7 +149,7 @@ pub enum SynthError {
         expected: String,
     },
     /// The secondary said nothing.
-    #[error("the secondary did not send {expected} within {waited:?}")]
+    #[error("the secondary did not send {expected} within {}", elapsed(*.waited))]
     Silent {
         /// The message waited for.
         expected: String,

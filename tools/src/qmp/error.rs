@@ -1,5 +1,6 @@
 //! Errors of the monitor's client.
 
+use colo_ring::text::elapsed;
 use std::io;
 use std::path::PathBuf;
 use std::time::Duration;
@@ -47,7 +48,7 @@ pub enum QmpError {
         command: String,
     },
     /// QEMU does not answer.
-    #[error("QEMU did not answer {command} within {limit:?}")]
+    #[error("QEMU did not answer {command} within {}", elapsed(*.limit))]
     Timeout {
         /// The command.
         command: String,

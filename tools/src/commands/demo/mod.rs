@@ -210,7 +210,7 @@ fn render(report: &DemoReport, elapsed: Duration) -> String {
     let conditions = format!(
         "{} of guest RAM, {} dirty pages every {} ms, {} channels over loopback TCP; primary and secondary share the cores {}; \
          {checkpoints} checkpoints each, in {:.0} s.",
-        options.ram,
+        mebibytes(options.ram.0),
         options.pages,
         options.interval,
         options.channels,

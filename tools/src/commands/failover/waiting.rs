@@ -8,6 +8,7 @@ use crate::qmp::{CONNECT_LIMIT, Qmp, QmpError};
 use colo_ring::failover::IGNORE_SHARED;
 use colo_ring::files::{self, Readers};
 use colo_ring::receiver::{ClaimedCheckpoint, GuestBlock};
+use colo_ring::text::elapsed;
 use rustix::fs::FlockOperation;
 use rustix::io::FdFlags;
 use serde_json::{Value, json};
@@ -396,7 +397,11 @@ impl Waiting {
             }
         }
         Err(Unloaded {
-            text: format!("QEMU did not load the guest within {limit:?}{}", self.said()),
+            text: format!(
+                "QEMU did not load the guest within {}{}",
+                elapsed(limit),
+                self.said()
+            ),
             may_have_run: !self.pauses,
         })
     }

@@ -21,6 +21,7 @@ use crate::metrics_server::MetricsServer;
 use crate::output::{CommandError, tell};
 use crate::qmp::{Asked, CONNECT_LIMIT, Event, Qmp, QmpError};
 use colo_ring::link::{Hello, LINK_VERSION, Wanted};
+use colo_ring::text::elapsed;
 use serde_json::{Value, json};
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -338,7 +339,7 @@ impl<'a> Guard<'a> {
             }
             GuardEvent::Path(ReceiverSilent(limit)) => {
                 self.is_silent = true;
-                Some(format!("the receiver has not answered for {limit:?}"))
+                Some(format!("the receiver has not answered for {}", elapsed(*limit)))
             }
             _ => None,
         }

@@ -10,6 +10,7 @@ use crate::output::{CommandError, tell};
 use crate::own_program;
 use crate::qmp::{CONNECT_LIMIT, Qmp};
 use crate::signals;
+use colo_ring::text::elapsed;
 use nix::sys::socket::{MsgFlags, send};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use std::io::{self, ErrorKind, Read, Write};
@@ -217,8 +218,9 @@ fn watch(args: &GuardArgs, worker: &mut Child, mut socket: UnixStream) -> io::Re
             Err(error) if error.kind() == ErrorKind::Interrupted => {}
             Err(error) if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut) => {
                 tell(&format!(
-                    "WARNING: {}: the guard has been silent for {limit:?}, and is killed",
-                    args.name
+                    "WARNING: {}: the guard has been silent for {}, and is killed",
+                    args.name,
+                    elapsed(limit)
                 ));
                 let _ = worker.kill();
                 break;

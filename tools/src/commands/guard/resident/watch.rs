@@ -7,6 +7,7 @@ use crate::guest_disks::{MirrorError, running_mirrors};
 use crate::output::{CommandError, tell};
 use crate::qmp::QmpError;
 use colo_ring::link::Wanted;
+use colo_ring::text::elapsed;
 use serde_json::json;
 use std::sync::mpsc::RecvTimeoutError;
 use std::time::{Duration, Instant};
@@ -77,11 +78,11 @@ impl Guard<'_> {
         let limit = LATE_MAX + Duration::from_millis(self.args.guard_timeout.into());
         match self.stopped {
             Some((since, _)) if now - since > limit => Some(format!(
-                "the guest has been stopped for a checkpoint for {:?}",
-                now - since
+                "the guest has been stopped for a checkpoint for {}",
+                elapsed(now - since)
             )),
             None if now - self.ran > self.interval + limit => {
-                Some(format!("no checkpoint has begun for {:?}", now - self.ran))
+                Some(format!("no checkpoint has begun for {}", elapsed(now - self.ran)))
             }
             _ => None,
         }
