@@ -121,8 +121,7 @@ pub(super) struct DiskReport {
     read_only_disks: Vec<String>,
     /// How long the first copy of the disks took.
     disk_copy_ms: u64,
-    /// Of `--disk-sync changed`.
-    #[serde(skip_serializing_if = "Option::is_none")]
+    /// Of `--disk-sync changed`; null without.
     disk_changes: Option<Changes>,
 }
 
