@@ -10,6 +10,7 @@ use colo_ring::wire::multifd::Init;
 use colo_ring_tests::hostile::{HostilePrimary, header};
 use colo_ring_tests::tls::{Authority, Client, address, options};
 use colo_ring_tools::primary::{SynthOptions, SynthPrimary, Version};
+use std::time::Duration;
 
 const OWN: &str = "CN=primary,O=colo-ring laboratory";
 const UUID: [u8; 16] = [7; 16];
@@ -51,7 +52,12 @@ fn a_session_with_another_identity_does_not_begin() {
     let authority = authority();
     let mut running = receiver(&authority, 2, BY_UUID);
     let [own, other] = ["primary", "other"].map(|name| authority.front(name, address(&running.receiver)));
-    assert!(SynthPrimary::connect(other.address(), &guest(UUID)).is_err());
+    let refused = SynthOptions {
+        // Its main channel would wait for the channels that are refused.
+        patience: Duration::from_secs(2),
+        ..guest(UUID)
+    };
+    assert!(SynthPrimary::connect(other.address(), &refused).is_err());
     running.warned(REFUSED);
     assert!(running.status().sessions.is_empty());
     let mut primary = SynthPrimary::connect(own.address(), &guest(UUID)).expect("a session");
