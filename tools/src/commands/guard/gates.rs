@@ -280,11 +280,17 @@ pub(super) fn make(
 /// A plug that the guard of an earlier QEMU has left before a card that gets another gate, or none.
 fn remove_left_plug(nic: &Nic) -> Result<(), GatesError> {
     let Some(tap) = &nic.interface else { return Ok(()) };
-    let removed = plug::remove_left(tap).map(drop);
-    removed.map_err(|source| GatesError::Left {
+    let removed = plug::remove_left(tap).map_err(|source| GatesError::Left {
         tap: tap.clone(),
         source,
-    })
+    })?;
+    if let Some(dropped) = removed {
+        tell(&format!(
+            "warning: -netdev {}: a plug of an earlier guard was left before {tap} and is removed; the {dropped} frames that it held are dropped",
+            nic.netdev
+        ));
+    }
+    Ok(())
 }
 
 /// Filters that an earlier guard has left on a card that gets another gate, or none. With another gate, which is behind them, that one holds what

@@ -78,7 +78,12 @@ pub(super) fn check(tap: &str) -> Result<(), PlugError> {
     let mut kernel = Kernel::connect()?;
     let tap = tap_device(&mut kernel, tap)?;
     Frames::watch(tap.index).map_err(packet_socket)?;
-    let ifb = kernel.make(&format!("{IFB}try{}", tap.index), u32::MAX)?;
+    let name = format!("{IFB}try{}", tap.index);
+    // Of a guard that was killed here.
+    if let Some(left) = kernel.interface(&name)? {
+        kernel.delete(left.index);
+    }
+    let ifb = kernel.make(&name, u32::MAX)?;
     let redirected = kernel.redirect(&ifb, ifb.index);
     kernel.delete(ifb.index);
     redirected
@@ -119,20 +124,26 @@ pub(super) fn remove_left(tap: &str) -> Result<Option<u64>, PlugError> {
 }
 
 /// The plug that a guard has left before that tap device, if it was put before this QEMU, which is protected already (`holds`). Any other is
-/// removed.
+/// removed: what it holds leaves if it is this QEMU's, whose output nobody holds any more.
 fn find_own(
     kernel: &mut Kernel,
     qmp: &mut Qmp,
     tap: &str,
     holds: bool,
 ) -> Result<Option<Interface>, PlugError> {
-    let Some((_, ifb)) = left(kernel, tap)? else {
+    let Some((device, ifb)) = left(kernel, tap)? else {
         return Ok(None);
     };
     // Not knowing is no reason to drop what it holds.
     let own = objects(qmp).map_err(|error| PlugError::Marker(error.to_string()))?;
-    if holds && own.contains(&ifb.index) {
-        return Ok(Some(ifb));
+    match own.contains(&ifb.index) {
+        true if holds => return Ok(Some(ifb)),
+        true => {
+            let opened = let_go(kernel, device.index, ifb.index);
+            opened.map_err(|error| kernel::failed("open the plug of an earlier guard".to_owned(), &error))?;
+            return Ok(None);
+        }
+        false => {}
     }
     let dropped = remove_left(tap)?.unwrap_or_default();
     tell(&format!(
@@ -156,6 +167,14 @@ fn drain(kernel: &mut Kernel, ifb: u32) {
     }
 }
 
+/// Removes a plug once everything has left that it holds.
+fn let_go(kernel: &mut Kernel, tap: u32, ifb: u32) -> io::Result<()> {
+    kernel.act(ifb, Action::ReleaseIndefinite)?;
+    drain(kernel, ifb);
+    remove(kernel, tap, ifb);
+    Ok(())
+}
+
 /// Removes every plug that a guard has left before that QEMU: what they hold is released. Plugs that were left before its tap devices by
 /// the guard of another QEMU are removed, too, with what they hold. Returns how many network cards had one.
 ///
@@ -168,9 +187,7 @@ pub(crate) fn remove_all(qmp: &mut Qmp) -> Result<usize, RemoveError> {
         let ifb = kernel.interface_at(index)?;
         let tap = ifb.and_then(|ifb| ifb.name.strip_prefix(IFB)?.parse().ok());
         if let Some(tap) = tap {
-            kernel.act(index, Action::ReleaseIndefinite)?;
-            drain(&mut kernel, index);
-            remove(&mut kernel, tap, index);
+            let_go(&mut kernel, tap, index)?;
             count += 1;
         }
         qmp.execute("object-del", &json!({"id": format!("{OBJECT}{index}")}))?;
@@ -292,6 +309,10 @@ impl Plug {
         let found = self.kernel.statistics(self.ifb);
         self.last = found.map_err(|error| kernel::failed("read the plug's statistics".to_owned(), &error))?;
         self.since_line = self.last.frames;
+        tell(&format!(
+            "{}: goes on with the plug of an earlier guard, which holds {} frames",
+            self.nic, self.last.frames
+        ));
         Ok(())
     }
 
