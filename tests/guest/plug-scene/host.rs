@@ -208,6 +208,13 @@ pub fn wait_checkpoints(more: u64) -> Done<()> {
     })
 }
 
+/// Frames that the guest has sent, before anything holds them.
+pub fn tap_frames() -> Done<u64> {
+    let count = fs::read_to_string(format!("/sys/class/net/{TAP}/statistics/rx_packets"));
+    let count = count.map_err(text("the tap device's counts"))?;
+    count.trim().parse().map_err(text("the tap device's counts"))
+}
+
 /// Whether anything of a plug is there.
 pub fn plugs() -> Done<Vec<String>> {
     let names = fs::read_dir("/sys/class/net").map_err(text("/sys/class/net"))?;

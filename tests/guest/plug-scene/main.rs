@@ -12,7 +12,7 @@ mod traffic;
 
 use host::{
     Process, RECEIVER, RECEIVER_CONTROL, assert_no_plug, colo_ring, guard, guard_status, make_tap, number,
-    plugs, qemu, receiver, serial, wait_checkpoints, wait_state,
+    plugs, qemu, receiver, serial, tap_frames, wait_checkpoints, wait_state,
 };
 use std::fs;
 use std::net::TcpStream;
@@ -92,7 +92,10 @@ fn lose_guard(traffic: &Traffic, guarded: Process) -> Done<Process> {
         client,
     } = traffic;
     guarded.end("-KILL")?;
+    let sent = tap_frames()?;
     burst(bursts, 50, 100, 1000)?;
+    // QEMU may lose the request when a checkpoint begins; then it comes again a little later.
+    wait("burst", || Ok((tap_frames()? >= sent + 50).then_some(())))?;
     wait_checkpoints(3)?;
     let before = (observed.count(), client.answers());
     wait_checkpoints(3)?;

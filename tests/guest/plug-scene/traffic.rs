@@ -27,11 +27,15 @@ impl Observed {
         let shared = observed.clone();
         std::thread::spawn(move || {
             let mut datagram = [0; 2048];
-            while let Ok(length) = socket.recv(&mut datagram) {
-                let Some(number) = datagram[..length].first_chunk() else {
-                    continue;
-                };
-                shared.note(u64::from_be_bytes(*number));
+            loop {
+                match socket.recv(&mut datagram) {
+                    Ok(length) => {
+                        if let Some(number) = datagram[..length].first_chunk() {
+                            shared.note(u64::from_be_bytes(*number));
+                        }
+                    }
+                    Err(error) => println!("the datagrams' socket: {error}"),
+                }
             }
         });
         Ok(observed)
