@@ -2,6 +2,7 @@
 
 #[path = "../../../fuzz/src/lib.rs"]
 mod fuzz;
+mod mutations;
 mod seeds;
 mod sessions;
 
