@@ -16,6 +16,7 @@ use super::DiskError;
 use crate::failpoint;
 use crate::store::memory::copy;
 use crate::store::memory::mapping::Mapping;
+use crate::text::printable;
 use crate::units::PAGE_BYTES;
 use nix::errno::Errno;
 use nix::fcntl::{Flock, FlockArg, OFlag};
@@ -152,7 +153,7 @@ impl DiskRecord {
             let ram_dir = ram_dir.unwrap_or_else(|| "no RAM directory".to_owned());
             return Err(DiskError::Orphan {
                 record: record.path.clone(),
-                owner: format!("session {session} in {ram_dir}"),
+                owner: format!("session {session} in {}", printable(&ram_dir)),
             });
         }
         let log = SysRng.try_next_u64().map_err(|error| DiskError::File {

@@ -10,6 +10,7 @@ use super::record::{DiskRecord, SUFFIX};
 use super::segment::{EntryKind, Segment, SegmentHeader};
 use crate::store::memory::mapping::Mapping;
 use crate::store::memory::ram_dir::RamFiles;
+use crate::text::printable;
 use crate::units::PAGE_BYTES;
 use nix::fcntl::OFlag;
 use std::collections::BTreeMap;
@@ -318,7 +319,7 @@ fn recover_orphan(
         }
         return Ok(OrphanOutcome::Kept(DiskError::Orphan {
             record: DiskRecord::path_of(directory, name),
-            owner: format!("session {} in {ram_dir}", owner.session),
+            owner: format!("session {} in {}", owner.session, printable(&ram_dir)),
         }));
     }
     let Some(checkpoint) = committed else {
@@ -326,7 +327,7 @@ fn recover_orphan(
             path: DiskRecord::path_of(directory, name),
             what: format!(
                 "the record of disk {}, which says what is committed, is missing",
-                owner.leader
+                printable(&owner.leader)
             ),
         });
     };
