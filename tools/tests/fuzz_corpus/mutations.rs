@@ -1,14 +1,13 @@
 //! A sample of what `scripts/fuzz` does for hours: inputs of the corpora, changed at random. It knows nothing of coverage, so it finds
-//! what is near to real streams.
+//! what is near to real streams. The changes are always the same ones; COLO_RING_SEED gives others.
 
 use crate::{fuzz, names_in};
 use std::fs;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::path::Path;
-use std::time::{SystemTime, UNIX_EPOCH};
 
 /// Changed inputs for each target.
-const INPUTS: usize = 600;
+const INPUTS: usize = 1000;
 
 /// An input is no longer than those of `scripts/fuzz`.
 const LENGTH_MAX: usize = 64 << 10;
@@ -83,11 +82,9 @@ fn every_target_takes_changed_inputs() {
     let corpora = Path::new(env!("CARGO_MANIFEST_DIR")).join("../fuzz/corpus");
     let seed = match std::env::var("COLO_RING_SEED") {
         Ok(seed) => seed.parse().expect("a number"),
-        Err(_) => SystemTime::now()
-            .duration_since(UNIX_EPOCH)
-            .expect("after 1970")
-            .as_secs(),
+        Err(_) => 0,
     };
+    let mut valid_in_all = 0;
     for (name, target) in fuzz::TARGETS {
         let inputs = names_in(&corpora.join(name));
         let inputs: Vec<_> = inputs.iter().map(|path| fs::read(path).unwrap()).collect();
@@ -105,6 +102,8 @@ fn every_target_takes_changed_inputs() {
             });
         }
         println!("{name}: {INPUTS} changed inputs, {valid} valid parts");
-        assert!(valid > 0, "the changes leave nothing valid in {name}");
+        valid_in_all += valid;
     }
+    // A file with a checksum may have nothing left.
+    assert!(valid_in_all > 0, "the changes leave nothing valid");
 }
