@@ -172,6 +172,11 @@ impl GuestIdentity {
             }
     }
 
+    /// Whether a rule of this receiver names it.
+    pub(super) fn has_rule(&self) -> bool {
+        self.named().by_rule.is_some()
+    }
+
     /// Whether a rule of this receiver calls it so.
     pub(super) fn is_named_by_rule(&self, text: &str) -> bool {
         let named = self.named();
@@ -349,6 +354,7 @@ mod tests {
         assert_eq!(shown(&two), ("2".to_owned(), Some(uuid.to_owned())));
         two.is_called("db".parse().unwrap());
         assert_eq!(shown(&two), ("2 (db)".to_owned(), Some("db".to_owned())));
+        assert!(one.has_rule() && !two.has_rule());
         assert!(two.is_meant_by("db") && two.is_meant_by(uuid) && !two.is_meant_by("2"));
         let three = arrive(&guests, 3, "192.0.2.8", Some([0; 16]));
         assert_eq!(shown(&three), ("3".to_owned(), None));

@@ -169,6 +169,9 @@ pub struct SessionStatus {
     /// Its guest's name: the operator's, or its UUID; none if it has neither.
     #[serde(default)]
     pub guest: Option<String>,
+    /// Whether that name is one of a rule of this receiver: what a guard says proves nothing.
+    #[serde(skip)]
+    pub is_named_by_rule: bool,
     /// Its guest's UUID.
     #[serde(default)]
     pub uuid: Option<String>,
@@ -315,6 +318,7 @@ impl SessionStatus {
             },
             promotion: promotion.description(),
             guest: checkpoint.guest.name().map(String::from),
+            is_named_by_rule: checkpoint.guest.has_rule(),
             disks: checkpoint.disks.statuses(),
             machine: Some(checkpoint.description.machine_type.clone()),
             checkpoint: number.map(|id| id.0),
@@ -364,6 +368,7 @@ impl SessionStatus {
         Self {
             session,
             guest: guest.name().map(String::from),
+            is_named_by_rule: guest.has_rule(),
             uuid: guest.uuid().map(String::from),
             listener: guest.listener.clone(),
             peer: guest.peer.clone(),

@@ -2,8 +2,9 @@
 
 use super::socket_address;
 use colo_ring_tests::command::{RunningReceiver, Scratch, guest, until, wrapped};
-use colo_ring_tests::hostile::{HostilePrimary, header};
-use colo_ring_tools::primary::SynthPrimary;
+use colo_ring_tests::hostile::{Destination, HostilePrimary, header};
+use colo_ring_tools::primary::{SynthOptions, SynthPrimary};
+use std::net::Ipv4Addr;
 
 /// More than run at a time.
 const STRANGERS: usize = 70;
@@ -22,12 +23,16 @@ fn sessions_without_checkpoint(receiver: &RunningReceiver) {
 fn waiting_hook(told: &str, release: &str) -> String {
     format!(
         "echo $COLO_RING_SESSION:$COLO_RING_CHECKPOINT >> {told}; \
-         while [ -e {told} ] && ! [ -e {release} ]; do sleep 0.1; done"
+         while [ -e {told} ] && ! [ -e {release} ]; do sleep 0.3; done"
     )
 }
 
 fn lost_guest(receiver: &RunningReceiver) {
-    let mut primary = SynthPrimary::connect(receiver.address(), &guest()).expect("precopy");
+    lost(receiver, &guest());
+}
+
+fn lost(receiver: &RunningReceiver, guest: &SynthOptions) {
+    let mut primary = SynthPrimary::connect(receiver.address(), guest).expect("precopy");
     primary.checkpoint().expect("a checkpoint");
 }
 
@@ -77,11 +82,49 @@ fn hooks_of_strangers_wait_for_each_other() {
     until("the guest's hook", || {
         read().lines().any(|line| line == own).then_some(())
     });
-    assert!(read().lines().count() <= 33, "{}", read());
+    // 32 and the first of the host, and the guest's.
+    assert!(read().lines().count() <= 34, "{}", read());
     std::fs::write(&release, "").expect("a file");
     until("all hooks", || {
         (read().lines().count() == STRANGERS + 1).then_some(())
     });
+}
+
+/// Their guests are protected, and their hooks hang: as many as there are places for any.
+#[test]
+fn hostile_hosts_leave_a_place_for_each_other_host_and_each_known_guest() {
+    let scratch = Scratch::new();
+    let (told, release) = (scratch.file("told"), scratch.file("release"));
+    let hook = waiting_hook(&told, &release);
+    let known = "known,uuid=05050505-0505-0505-0505-050505050505";
+    let args = ["--hugepages", "off", "--on-loss", &hook, "--guest", known];
+    let receiver = RunningReceiver::start(wrapped(&[]), &args);
+    for host in [2, 3] {
+        let from = Ipv4Addr::new(127, 0, 0, host);
+        let address = socket_address(&receiver);
+        for _ in 0..33 {
+            drop(HostilePrimary::protected(Destination { address, from }, 2));
+        }
+    }
+    let told = || std::fs::read_to_string(&told).unwrap_or_default();
+    let runs = |session: u32| told().lines().any(|line| line == format!("{session}:1"));
+    until("hooks in all places", || {
+        (told().lines().count() == 66).then_some(())
+    });
+    lost_guest(&receiver);
+    until("the hook of another host", || runs(67).then_some(()));
+    // That host's place is taken as well; its guest that the operator knows has another.
+    lost_guest(&receiver);
+    receiver.wait_for_log("session 68 ended");
+    let guest = SynthOptions {
+        uuid: [5; 16],
+        ..guest()
+    };
+    lost(&receiver, &guest);
+    until("the hook of a known guest", || runs(69).then_some(()));
+    assert!(!runs(68), "{}", told());
+    std::fs::write(&release, "").expect("a file");
+    until("all hooks", || runs(68).then_some(()));
 }
 
 #[test]

@@ -2,6 +2,7 @@
 
 mod args;
 mod event_log;
+mod hook_queue;
 mod hook_runner;
 mod metrics;
 mod on_loss;
