@@ -13,7 +13,8 @@ fn unread_standard_error_holds_nothing_up() {
     for backend in ["uring", "epoll", "threads"] {
         let scratch = Scratch::new();
         let told = scratch.file("told");
-        let hook = format!("echo $COLO_RING_SESSION > {told}");
+        // It prints more than any pipe holds.
+        let hook = format!("head -c 1048576 /dev/zero | tr '\\0' x; echo $COLO_RING_SESSION > {told}");
         let args = ["--hugepages", "off", "--backend", backend, "--on-loss", &hook];
         let (receiver, mut pipe) = RunningReceiver::with_unread_log(wrapped(&[]), &args);
         // 15 KiB of lines, where 4 KiB have room. One host alone makes few.

@@ -10,12 +10,14 @@
 //! | [`Report::Started`], [`Report::NotStarted`] | to each [`Run`], in their order |
 //! | [`Report::Ended`] | a command has ended |
 //!
-//! Each is a packet of JSON over a socket pair. The process ends with the receiver's end of it; commands that run go on. What the commands and
-//! their variables are, the receiver cannot say: they are arguments of the process.
+//! Each is a packet of JSON over a socket pair. Commands that run go on when the receiver has closed its end of it, and the process ends when none of
+//! them can print any more ([`super::hook_output`]). What the commands and their variables are, the receiver cannot say: they are arguments of the process.
 
+use super::hook_output::Outputs;
 use crate::output::CommandError;
 use crate::own_program;
 use crate::signals;
+use crate::stderr;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use rustix::net::{AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType, recv, send, socketpair};
 use serde::de::DeserializeOwned;
@@ -227,56 +229,98 @@ pub(crate) fn serve(commands: &[String]) -> Result<ExitCode, CommandError> {
     // A terminal, or a unit that ends, sends these to all processes. The receiver ends by them, and this with it: not before all hooks
     // are started.
     signals::survive_end()?;
-    let socket = io::stdin()
-        .as_fd()
-        .try_clone_to_owned()
-        .map_err(CommandError::failed)?;
-    let mut running: Vec<(u32, Child)> = Vec::new();
-    loop {
-        let timeout = match running.is_empty() {
-            true => PollTimeout::NONE,
-            false => PollTimeout::try_from(POLL).unwrap_or(PollTimeout::NONE),
-        };
-        let mut ready = [PollFd::new(socket.as_fd(), PollFlags::POLLIN)];
-        let is_asked = match poll(&mut ready, timeout) {
-            Ok(count) => count > 0,
-            Err(nix::errno::Errno::EINTR) => false,
-            Err(errno) => return Err(CommandError::failed(io::Error::from(errno))),
-        };
-        if is_asked {
-            let Some(run) = receive(socket.as_fd(), RecvFlags::empty()).map_err(CommandError::failed)? else {
-                return Ok(ExitCode::SUCCESS);
+    stderr::never_wait(|| ()).map_err(CommandError::failed)?;
+    let mut server = Server {
+        socket: io::stdin()
+            .as_fd()
+            .try_clone_to_owned()
+            .map_err(CommandError::failed)?,
+        commands,
+        running: Vec::new(),
+        outputs: Outputs::default(),
+    };
+    let served = server.serve();
+    while !server.outputs.is_empty() {
+        let ready = ready(server.outputs.polled(), PollTimeout::NONE).map_err(CommandError::failed)?;
+        server.outputs.pass_on(&ready);
+    }
+    served.map_err(CommandError::failed)?;
+    Ok(ExitCode::SUCCESS)
+}
+
+/// What the process has.
+struct Server<'a> {
+    socket: OwnedFd,
+    commands: &'a [String],
+    running: Vec<(u32, Child)>,
+    outputs: Outputs,
+}
+
+impl Server<'_> {
+    /// Returns when the receiver has closed its end.
+    fn serve(&mut self) -> io::Result<()> {
+        loop {
+            let timeout = match self.running.is_empty() {
+                true => PollTimeout::NONE,
+                false => PollTimeout::try_from(POLL).unwrap_or(PollTimeout::NONE),
             };
-            let report = start(commands, run, &mut running);
-            transmit(socket.as_fd(), &report).map_err(CommandError::failed)?;
+            if self.wait_asked(timeout)? {
+                let Some(run) = receive(self.socket.as_fd(), RecvFlags::empty())? else {
+                    return Ok(());
+                };
+                let report = self.start(run);
+                transmit(self.socket.as_fd(), &report)?;
+            }
+            for report in reap(&mut self.running) {
+                transmit(self.socket.as_fd(), &report)?;
+            }
         }
-        for report in reap(&mut running) {
-            transmit(socket.as_fd(), &report).map_err(CommandError::failed)?;
+    }
+
+    /// Waits, and passes on what hooks print. Whether the receiver asks for something, or has closed its end.
+    fn wait_asked(&mut self, timeout: PollTimeout) -> io::Result<bool> {
+        let socket = PollFd::new(self.socket.as_fd(), PollFlags::POLLIN);
+        let ready = ready([socket].into_iter().chain(self.outputs.polled()), timeout)?;
+        let (is_asked, ready) = ready.split_first().unwrap_or((&false, &[]));
+        self.outputs.pass_on(ready);
+        Ok(*is_asked)
+    }
+
+    fn start(&mut self, run: Run) -> Report {
+        let id = run.id;
+        let not_started = |errno| Report::NotStarted { id, errno };
+        let Some(command) = self.commands.get(run.command) else {
+            return not_started(nix::libc::EINVAL);
+        };
+        if self.running.len() >= RUNNING_MAX {
+            return not_started(nix::libc::EAGAIN);
+        }
+        let (out, error) = self.outputs.begin();
+        let spawned = Command::new("sh")
+            .args(["-c", command])
+            .envs(VARIABLES.into_iter().zip(run.values))
+            .stdin(Stdio::null())
+            .stdout(out)
+            .stderr(error)
+            .spawn();
+        match spawned {
+            Ok(child) => {
+                self.running.push((id, child));
+                Report::Started { id }
+            }
+            Err(error) => not_started(error.raw_os_error().unwrap_or(nix::libc::EINVAL)),
         }
     }
 }
 
-fn start(commands: &[String], run: Run, running: &mut Vec<(u32, Child)>) -> Report {
-    let id = run.id;
-    let not_started = |errno| Report::NotStarted { id, errno };
-    let Some(command) = commands.get(run.command) else {
-        return not_started(nix::libc::EINVAL);
-    };
-    if running.len() >= RUNNING_MAX {
-        return not_started(nix::libc::EAGAIN);
-    }
-    let spawned = Command::new("sh")
-        .args(["-c", command])
-        .envs(VARIABLES.into_iter().zip(run.values))
-        .stdin(Stdio::null())
-        .stdout(io::stderr())
-        .spawn();
-    match spawned {
-        Ok(child) => {
-            running.push((id, child));
-            Report::Started { id }
-        }
-        Err(error) => not_started(error.raw_os_error().unwrap_or(nix::libc::EINVAL)),
+/// Which of them can be read, or are at their end.
+fn ready<'fd>(polled: impl Iterator<Item = PollFd<'fd>>, timeout: PollTimeout) -> io::Result<Vec<bool>> {
+    let mut polled: Vec<_> = polled.collect();
+    match poll(&mut polled, timeout) {
+        // A signal: nothing is known of them.
+        Err(nix::errno::Errno::EINTR) => Ok(Vec::new()),
+        Err(errno) => Err(errno.into()),
+        Ok(_) => Ok(polled.iter().map(|fd| fd.any().unwrap_or(false)).collect()),
     }
 }
 

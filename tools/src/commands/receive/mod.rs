@@ -2,6 +2,7 @@
 
 mod args;
 mod event_log;
+mod hook_output;
 mod hook_queue;
 mod hook_runner;
 mod metrics;
