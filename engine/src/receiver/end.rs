@@ -77,13 +77,13 @@ pub enum SessionEnd {
     #[error("the main channel sent no list of RAM blocks within {0:?}")]
     Silent(std::time::Duration),
     /// Its first copy stands still.
-    #[error("in its first copy the primary sent nothing for {0:?} (--precopy-timeout)")]
+    #[error("in its first copy the primary sent next to nothing for {0:?} (--precopy-timeout)")]
     NoProgress(std::time::Duration),
-    /// Its first copy stands still, and its memory is needed.
+    /// Its first copy stands still, and its memory or its place is needed.
     #[error(
-        "in its first copy the primary sent next to nothing for {0:?}, and there was no memory for another guest"
+        "in its first copy the primary sent next to nothing for {0:?}, and there was no {1} for another guest"
     )]
-    MadeRoom(std::time::Duration),
+    MadeRoom(std::time::Duration, &'static str),
     /// The primary does not read messages to it.
     #[error("the primary does not read its answers: {0}")]
     Answer(std::io::Error),

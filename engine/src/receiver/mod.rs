@@ -143,7 +143,7 @@ pub enum Event {
 pub struct Stall {
     /// The session.
     pub status: SessionStatus,
-    /// How long nothing has come, or had come.
+    /// How long next to nothing has come, or had come.
     pub silent: Duration,
     /// What it stands in, in words; none if it goes on again.
     pub during: Option<&'static str>,

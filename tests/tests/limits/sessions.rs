@@ -153,7 +153,7 @@ fn a_first_copy_that_stands_still_ends() {
     for (_, bytes) in &primary.precopy_parts()[..3] {
         primary.main.send(bytes);
     }
-    receiver.wait_for_log("in its first copy the primary sent nothing for 2s");
+    receiver.wait_for_log("in its first copy the primary sent next to nothing for 2s");
     assert!(primary.is_closed());
     assert_eq!(receiver.protect()["checkpoint"], 5);
     // A protected one may be silent for as long as it likes.
@@ -176,7 +176,7 @@ fn a_guest_may_have_less_time_for_its_first_copy_than_others() {
     for (_, bytes) in &primary.precopy_parts()[..3] {
         primary.main.send(bytes);
     }
-    receiver.wait_for_log("in its first copy the primary sent nothing for 2s");
+    receiver.wait_for_log("in its first copy the primary sent next to nothing for 2s");
     assert!(primary.is_closed());
 }
 
@@ -207,6 +207,27 @@ fn an_origin_cannot_fill_all_places() {
     );
     let mut third = SynthPrimary::connect(receiver.address(), &guest()).expect("precopy");
     third.checkpoint().expect("a checkpoint");
+}
+
+#[test]
+fn a_first_copy_that_stands_gives_up_its_place() {
+    let args = ["--hugepages", "off", "--sessions-per-origin", "1"];
+    let receiver = RunningReceiver::start(wrapped(&[]), &args);
+    let mut standing = HostilePrimary::connect(socket_address(&receiver), 2);
+    for (_, bytes) in &standing.precopy_parts()[..3] {
+        standing.main.send(bytes);
+    }
+    until("its memory", || (with_memory(&receiver) == 1).then_some(()));
+    // Not at once.
+    let connect = || SynthPrimary::connect(receiver.address(), &guest());
+    assert!(connect().is_err());
+    std::thread::sleep(std::time::Duration::from_secs(7));
+    assert_eq!(with_memory(&receiver), 1);
+    assert!(connect().is_err());
+    receiver.wait_for_log("and there was no place for another guest");
+    assert!(standing.is_closed());
+    receiver.wait_for_log("session 1 ended");
+    connect().expect("precopy").checkpoint().expect("a checkpoint");
 }
 
 /// Anyone can begin such migrations, and nothing else would give up what they leave.

@@ -384,7 +384,7 @@ impl ControlState {
         let (lease, main_buffer) = match self.make_place(&complete.main) {
             Ok(place) => place,
             Err(reason) => {
-                if let NoPlace::Budget(lack) = &reason {
+                if let Some(lack) = reason.lack() {
                     self.end_standing_first_copies(complete.main.peer.origin, lack);
                 }
                 return self.refuse(&complete.main, Refused::Client, &reason);

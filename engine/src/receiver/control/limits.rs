@@ -1,5 +1,6 @@
 //! What strangers may take of the receiver: places for connections and for sessions.
 
+use super::make_room::Lack;
 use super::state::{ControlState, Kept, Live};
 use crate::budget::{BudgetError, Lease};
 use crate::net::Origin;
@@ -56,6 +57,18 @@ pub(super) enum NoPlace {
     Budget(#[from] BudgetError),
     #[error("there is no memory for a session: {0}")]
     Memory(#[from] TryReserveError),
+}
+
+impl NoPlace {
+    /// What first copies that stand still could make room for.
+    pub(super) fn lack(&self) -> Option<Lack<'_>> {
+        match self {
+            Self::Full => Some(Lack::Place),
+            Self::OfOrigin(_) => Some(Lack::PlaceOfOrigin),
+            Self::Budget(lack) => Some(Lack::Budget(lack)),
+            Self::Memory(_) => None,
+        }
+    }
 }
 
 impl ControlState {

@@ -5,6 +5,7 @@ mod admission;
 mod connections;
 mod error;
 mod limits;
+mod make_room;
 mod protocol;
 mod replacement;
 mod request_line;

@@ -3,6 +3,7 @@
 use super::ControlContext;
 use super::admission::Pending;
 use super::connections::Connections;
+use super::make_room::Lack;
 use super::protocol::Response;
 use super::socket::Reply;
 use super::watch::Watch;
@@ -198,7 +199,7 @@ impl ControlState {
                 .for_each(|reply| self.discard(id, reply));
         }
         for (origin, lack) in refused {
-            self.end_standing_first_copies(origin, &lack);
+            self.end_standing_first_copies(origin, Lack::Budget(&lack));
         }
     }
 

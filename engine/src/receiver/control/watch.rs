@@ -1,8 +1,6 @@
 //! Whether sessions make progress: what has stopped is reported, and ended where it protects nothing.
 
 use super::state::{ControlState, Live};
-use crate::budget::BudgetError;
-use crate::net::Origin;
 use crate::receiver::end::SessionEnd;
 use crate::receiver::{Event, Stall};
 use crate::wire::vmdesc::EndFinder;
@@ -17,7 +15,10 @@ const BLOCK_LIST_WITHIN: Duration = Duration::from_secs(60);
 
 /// A first copy that receives less than so many bytes in so long, or than its RAM divided by [`COPY_TIMES`], stands still, whatever drips
 /// in: its memory is for guests that need it.
-const STANDING: (u64, Duration) = (1 << 20, Duration::from_secs(5));
+pub(super) const STANDING: (u64, Duration) = (1 << 20, Duration::from_secs(5));
+
+/// A slower trickle is no progress: a guest cannot be protected over a link that is that slow.
+const SLOWEST_BYTES_PER_SECOND: u64 = 4 << 10;
 
 /// A first copy that takes longer than so many times that long is none: half a day.
 const COPY_TIMES: u64 = 10_000;
@@ -81,13 +82,42 @@ enum Change {
     GoesOn { silent: Duration },
 }
 
+/// What had been received when, the last time that was much more than before.
+#[derive(Clone, Copy)]
+struct Mark {
+    received: u64,
+    at: Instant,
+}
+
+impl Mark {
+    /// Follows what is received, if that has become so much more.
+    fn follow(&mut self, received: u64, enough: u64, now: Instant) {
+        if received.saturating_sub(self.received) >= enough {
+            *self = Self { received, at: now };
+        }
+    }
+
+    fn age(self, now: Instant) -> Duration {
+        now.saturating_duration_since(self.at)
+    }
+}
+
+/// What a link that is just fast enough brings in that time.
+fn slowest(time: Duration) -> u64 {
+    time.as_secs().max(1).saturating_mul(SLOWEST_BYTES_PER_SECOND)
+}
+
 /// What was seen of a session's progress.
 pub(super) struct Watch {
     seen: Seen,
-    /// When that changed last.
+    /// Its last progress: a step, or enough bytes for the time that its phase allows.
     changed: Instant,
-    /// What had been received when, the last time that was much more than before.
-    pace: (u64, Instant),
+    /// Since then bytes are added up for the next.
+    counted: Mark,
+    /// By which a first copy stands still.
+    pace: Mark,
+    /// By which it is past its deadline.
+    deadline: Mark,
     /// When the number of the last checkpoint changed, and how long each of the last took; of two that follow each other
     /// faster than this is called, one is seen.
     committed: Instant,
@@ -99,6 +129,7 @@ pub(super) struct Watch {
 
 impl Watch {
     pub(super) fn new(now: Instant) -> Self {
+        let mark = Mark { received: 0, at: now };
         Self {
             seen: Seen {
                 phase: Phase::Precopy,
@@ -106,7 +137,9 @@ impl Watch {
                 checkpoint: None,
             },
             changed: now,
-            pace: (0, now),
+            counted: mark,
+            pace: mark,
+            deadline: mark,
             committed: now,
             intervals: [Duration::ZERO; INTERVALS],
             commits: 0,
@@ -127,29 +160,47 @@ impl Watch {
     /// Its memory is being made: nothing is read.
     fn not_before(&mut self, now: Instant) {
         self.changed = now;
-        self.pace.1 = now;
+        (self.counted.at, self.pace.at, self.deadline.at) = (now, now, now);
     }
 
     /// For so long nobody looked, and nothing was read: this process stood still. That is no silence of the primary's.
     fn postpone(&mut self, by: Duration) {
         self.changed += by;
-        self.pace.1 += by;
+        self.counted.at += by;
+        self.pace.at += by;
+        self.deadline.at += by;
         self.committed += by;
     }
 
-    /// Whether it is a first copy that stands still.
-    fn is_standing(&self, now: Instant) -> bool {
-        self.seen.phase == Phase::Precopy && now.saturating_duration_since(self.pace.1) > STANDING.1
+    /// Since when it is a first copy that stands still, if it is one.
+    pub(super) fn standing_since(&self, now: Instant) -> Option<Instant> {
+        let is_standing = self.seen.phase == Phase::Precopy && self.pace.age(now) > STANDING.1;
+        is_standing.then_some(self.pace.at)
+    }
+
+    /// Whether a first copy has received too little for so long.
+    fn is_past(&mut self, deadline: Duration, now: Instant) -> bool {
+        self.deadline.follow(self.seen.received, slowest(deadline), now);
+        self.seen.phase == Phase::Precopy && self.deadline.age(now) > deadline
     }
 
     /// `ram`: bytes of the guest's memory.
     fn observe(&mut self, seen: Seen, ram: u64, now: Instant) -> Option<Change> {
-        if seen.received.saturating_sub(self.pace.0) >= STANDING.0.max(ram / COPY_TIMES) {
-            self.pace = (seen.received, now);
-        }
-        if seen == self.seen {
-            let (silent, longest) = (self.silent(now), self.longest());
-            if self.stalled.is_some() || silent < seen.phase.allows(longest) {
+        self.pace
+            .follow(seen.received, STANDING.0.max(ram / COPY_TIMES), now);
+        let allowed = seen.phase.allows(self.longest());
+        let is_step = (seen.phase, seen.checkpoint) != (self.seen.phase, self.seen.checkpoint);
+        if !is_step && seen.received.saturating_sub(self.counted.received) < slowest(allowed) {
+            self.seen = seen;
+            if self.stalled.is_some() && self.counted.age(now) >= allowed {
+                // A trickle must not add up to progress over hours.
+                self.counted = Mark {
+                    received: seen.received,
+                    at: now,
+                };
+            }
+            let silent = self.silent(now);
+            if self.stalled.is_some() || silent < allowed {
                 return None;
             }
             self.stalled = Some(self.changed);
@@ -167,6 +218,10 @@ impl Watch {
         let silent = self.silent(now);
         self.seen = seen;
         self.changed = now;
+        self.counted = Mark {
+            received: seen.received,
+            at: now,
+        };
         self.stalled.take().map(|_| Change::GoesOn { silent })
     }
 
@@ -202,7 +257,7 @@ impl Live {
     }
 
     /// Whether it protects nothing and makes no progress: then how it ends.
-    fn overdue(&self, precopy_deadline: impl FnOnce() -> Duration, now: Instant) -> Option<SessionEnd> {
+    fn overdue(&mut self, precopy_deadline: impl FnOnce() -> Duration, now: Instant) -> Option<SessionEnd> {
         if !self.session.memory_asked.load(Ordering::Relaxed) {
             let is_late = now - self.began > BLOCK_LIST_WITHIN;
             return is_late.then_some(SessionEnd::Silent(BLOCK_LIST_WITHIN));
@@ -213,7 +268,8 @@ impl Live {
             return None;
         }
         let deadline = precopy_deadline();
-        (self.watch.silent(now) > deadline).then_some(SessionEnd::NoProgress(deadline))
+        let is_past = self.watch.is_past(deadline, now);
+        is_past.then_some(SessionEnd::NoProgress(deadline))
     }
 }
 
@@ -303,67 +359,17 @@ impl ControlState {
     }
 }
 
-impl ControlState {
-    /// There was no memory for a guest of `origin`: first copies that stand still make room, so that it finds some when it tries again.
-    /// Those of its own origin do first, and no more than are needed.
-    pub(super) fn end_standing_first_copies(&self, origin: Origin, lack: &BudgetError) {
-        let now = Instant::now();
-        let has_memory = self.live.iter().filter(|live| live.session.store().is_some());
-        let (ending, running): (Vec<_>, Vec<_>) = has_memory.partition(|live| live.session.end().is_some());
-        // What ends already gives its part back soon.
-        let soon = ending.iter().map(|live| live.gives_back(lack));
-        let missing = soon.fold(lack.missing(), u64::saturating_sub);
-        let standing = running.into_iter().filter(|live| live.watch.is_standing(now));
-        let standing = standing.map(|live| Standing {
-            is_foreign: live.session.origin.group() != origin.group(),
-            since: live.watch.pace.1,
-            gives_back: live.gives_back(lack),
-            what: live,
-        });
-        for live in enough(standing.collect(), missing) {
-            live.session.finish(SessionEnd::MadeRoom(STANDING.1));
-        }
-    }
-}
-
-impl Live {
-    /// What its end gives back at least of that which is missing.
-    fn gives_back(&self, lack: &BudgetError) -> u64 {
-        let Some(memory) = self.session.memory() else {
-            return 0;
-        };
-        if !lack.is_of_bytes() {
-            return memory.leases.mappings();
-        }
-        memory.store.reserved_bytes()
-    }
-}
-
-/// A first copy that stands still.
-struct Standing<T> {
-    /// Of another origin than the guest that was refused.
-    is_foreign: bool,
-    since: Instant,
-    gives_back: u64,
-    what: T,
-}
-
-/// Those whose ends give so much back, or all: foreign ones last, and those that have stood longest first.
-fn enough<T>(mut standing: Vec<Standing<T>>, mut missing: u64) -> Vec<T> {
-    standing.sort_by_key(|copy| (copy.is_foreign, copy.since));
-    let needed = standing.into_iter().take_while(|copy| {
-        let is_needed = missing > 0;
-        missing = missing.saturating_sub(copy.gives_back);
-        is_needed
-    });
-    needed.map(|copy| copy.what).collect()
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
 
     const RAM: u64 = 1 << 30;
+
+    impl Watch {
+        fn is_standing(&self, now: Instant) -> bool {
+            self.standing_since(now).is_some()
+        }
+    }
 
     fn seen(phase: Phase, received: u64, checkpoint: u64) -> Seen {
         Seen {
@@ -389,10 +395,57 @@ mod tests {
         assert_eq!(watch.observe(standing, RAM, after(12)), Some(stalled));
         assert_eq!(watch.observe(standing, RAM, after(100)), None);
         assert_eq!(watch.stalled_ms(after(101)), Some(100_000));
-        let on = watch.observe(seen(Phase::Checkpoint, 101, 0), RAM, after(201));
+        let on = watch.observe(seen(Phase::Checkpoint, 100 + (40 << 10), 0), RAM, after(201));
         let silent = Duration::from_secs(200);
         assert_eq!(on, Some(Change::GoesOn { silent }));
         assert_eq!(watch.stalled_ms(after(201)), None);
+    }
+
+    /// However many hours.
+    #[test]
+    fn bytes_that_drip_are_no_progress() {
+        let start = Instant::now();
+        let after = |seconds: u64| start + Duration::from_secs(seconds);
+        for phase in [Phase::Precopy, Phase::Checkpoint, Phase::Between] {
+            let mut watch = Watch::new(start);
+            watch.observe(seen(phase, 100, 0), RAM, start);
+            let mut changes = Vec::new();
+            for second in 1..40_000 {
+                let dripped = seen(phase, 100 + second, 0);
+                changes.extend(watch.observe(dripped, RAM, after(second)));
+            }
+            assert!(
+                matches!(changes[..], [Change::Stalled { phase: of, .. }] if of == phase),
+                "{changes:?}"
+            );
+            let silent = Duration::from_secs(40_000);
+            assert_eq!(watch.stalled_ms(after(40_000)), Some(40_000_000));
+            let step = seen(phase, 100 + 40_000, 1);
+            let on = watch.observe(step, RAM, after(40_000));
+            assert_eq!(on, Some(Change::GoesOn { silent }));
+        }
+    }
+
+    /// One byte before each deadline kept a place for ever.
+    #[test]
+    fn a_first_copy_that_drips_is_past_its_deadline() {
+        let start = Instant::now();
+        let deadline = Duration::from_secs(300);
+        let mut first_copies: Vec<_> = [1, 4000 * 299, 4096 * 299]
+            .into_iter()
+            .map(|bytes_in_299_s| (Watch::new(start), bytes_in_299_s, None))
+            .collect();
+        for second in 1..2000 {
+            let now = start + Duration::from_secs(second);
+            for (watch, bytes, past) in &mut first_copies {
+                watch.observe(seen(Phase::Precopy, *bytes * second / 299, 0), RAM, now);
+                if watch.is_past(deadline, now) {
+                    past.get_or_insert(second);
+                }
+            }
+        }
+        let past: Vec<_> = first_copies.into_iter().map(|(_, _, past)| past).collect();
+        assert_eq!(past, [Some(301), Some(301), None]);
     }
 
     /// The process was stopped, say: its own absence is nobody's silence.
@@ -452,40 +505,16 @@ mod tests {
         }
     }
 
-    #[test]
-    fn as_many_first_copies_end_as_are_needed_and_foreign_ones_last() {
-        let start = Instant::now();
-        let copies = || {
-            let copy = |what, is_foreign, seconds| Standing {
-                is_foreign,
-                since: start + Duration::from_secs(seconds),
-                gives_back: 100,
-                what,
-            };
-            vec![
-                copy("foreign", true, 0),
-                copy("own, later", false, 2),
-                copy("own", false, 1),
-                copy("foreign, later", true, 3),
-            ]
-        };
-        assert!(enough(copies(), 0).is_empty());
-        assert_eq!(enough(copies(), 100), ["own"]);
-        assert_eq!(enough(copies(), 101), ["own", "own, later"]);
-        assert_eq!(enough(copies(), 250), ["own", "own, later", "foreign"]);
-        assert_eq!(enough(copies(), u64::MAX).len(), 4);
-    }
-
     /// A slow one that makes progress is not, nor one whose checkpoints are usually far apart.
     #[test]
     fn what_is_usual_for_a_session_is_not_a_stall() {
         let start = Instant::now();
         let mut watch = Watch::new(start);
         let mut now = start;
-        for received in 0..100 {
+        for part in 0..100 {
             now += Duration::from_secs(9);
             assert_eq!(
-                watch.observe(seen(Phase::Checkpoint, received, 0), RAM, now),
+                watch.observe(seen(Phase::Checkpoint, part * (40 << 10), 0), RAM, now),
                 None
             );
         }

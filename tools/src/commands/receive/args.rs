@@ -165,7 +165,7 @@ pub struct ReceiveArgs {
     #[arg(long, value_name = "SECONDS", default_value_t = 10, value_parser = clap::value_parser!(u64).range(1..=3600))]
     pub(super) accept_timeout: u64,
 
-    /// Seconds that a primary may send nothing in its first copy, before its session is ended
+    /// Seconds that a primary may send next to nothing (less than 4 KiB a second) in its first copy, before its session is ended
     #[arg(long, value_name = "SECONDS", default_value_t = 300, value_parser = clap::value_parser!(u64).range(1..=86400))]
     pub(super) precopy_timeout: u64,
 

@@ -110,7 +110,7 @@ fn describe(event: &Event) -> String {
             match stall.during {
                 Some(during) => {
                     format!(
-                        "warning: session {session} is stalled: nothing has come for {silent:.0} s {during}"
+                        "warning: session {session} is stalled: next to nothing has come for {silent:.0} s {during}"
                     )
                 }
                 None => format!("session {session} goes on after {silent:.0} s without progress"),

@@ -180,7 +180,7 @@ impl Hooks {
         let (event, reason) = match stall.during {
             Some(during) => (
                 "stalled",
-                format!("nothing has come for {silent:.0} s {during}"),
+                format!("next to nothing has come for {silent:.0} s {during}"),
             ),
             None => (
                 "resumed",

@@ -116,7 +116,7 @@ fn render(status: &StatusReport) -> String {
         if let Some(ms) = session.stalled_ms {
             let (title, time) = (session.title(), seconds(ms));
             text.push_str(&format!(
-                "session {title} is stalled: nothing has come for {time}\n"
+                "session {title} is stalled: next to nothing has come for {time}\n"
             ));
         }
         text.push_str(&guard(session));
