@@ -18,6 +18,7 @@ use std::future::pending;
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
+use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
@@ -52,7 +53,7 @@ pub fn control(input: &[u8]) -> usize {
 async fn converse(input: &[u8]) -> usize {
     let (client, server) = tokio::net::UnixStream::pair().expect("two descriptors");
     let (ask, mut asked) = mpsc::channel(1);
-    let conversation = Conversation::new(ClientId::OWN);
+    let conversation = Conversation::new(ClientId::OWN, Rc::default());
     let (mut requests, mut answers) = (0, Vec::new());
     let talk = async {
         let (mut read, mut write) = client.into_split();

@@ -28,6 +28,11 @@ pub enum RequestError {
     /// It brings more files than any request needs.
     #[error("a request brings at most {0} files")]
     TooManyFiles(usize),
+    /// Too many clients are waiting for long requests.
+    #[error(
+        "{0} clients are waiting for dumps, or for sessions to end or to be discarded, which is the limit: try again when one has finished"
+    )]
+    Busy(usize),
     /// The receiver answers no more.
     #[error("the receiver has ended")]
     Ended,

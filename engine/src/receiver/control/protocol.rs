@@ -102,6 +102,16 @@ pub enum Request {
     },
 }
 
+impl Request {
+    /// Whether its answer waits for a disk, or for the end of a session, and no failover waits for it.
+    pub(super) fn takes_long(&self) -> bool {
+        matches!(
+            self,
+            Self::Dump { .. } | Self::Recorder { .. } | Self::Discard { .. } | Self::End { .. }
+        )
+    }
+}
+
 /// A claimed checkpoint: what a failover needs to know before it changes anything.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ClaimedCheckpoint {
