@@ -15,6 +15,7 @@ use colo_ring_tools::primary::SynthPrimary;
 use serde_json::{Value, json};
 use std::fs::File;
 use std::io::Read;
+use std::net::TcpListener;
 use std::os::fd::AsFd;
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixStream;
@@ -273,7 +274,6 @@ fn a_mistyped_destination_ends_no_session() {
     std::os::unix::fs::symlink(&victim, &link).unwrap();
     let (nobody, link) = (format!("unix:{nobody}"), format!("file:{link}"));
     let control = format!("unix:{}", bench.scratch.file("control"));
-    // Only for a connection it is not known before whether it will be there.
     let fenced = bench.scratch.file("fenced");
     let fence =
         format!("[ \"$COLO_RING_SESSION $COLO_RING_MACHINE\" = '1 pc-i440fx-11.1' ] && touch {fenced}");
@@ -301,11 +301,59 @@ fn a_mistyped_destination_ends_no_session() {
         let refused = run(&[&line[..], more].concat());
         let text = String::from_utf8_lossy(&refused.stderr);
         assert!(!refused.status.success() && text.contains(says), "{to}: {text}");
-        let is_fenced = std::fs::remove_file(&fenced).is_ok();
-        assert_eq!(is_fenced, says == "cannot connect to", "{to} {more:?}");
+        assert!(!std::path::Path::new(&fenced).exists(), "{to} {more:?}");
         primary.checkpoint(&[(0, 5, 0x55)]);
     }
     assert!(!std::path::Path::new(&victim).exists());
+}
+
+/// The fence is run when it is certain that something takes the checkpoint; a fence that fails has cost a connection alone.
+#[test]
+fn a_connection_is_there_before_the_fence() {
+    let bench = Bench::start();
+    let mut primary = bench.receiver.protected();
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    listener.set_nonblocking(true).unwrap();
+    let port = listener.local_addr().unwrap().port();
+    let to = format!("tcp:127.0.0.1:{port}");
+    let control = format!("unix:{}", bench.scratch.file("control"));
+    // One that listens has 0A there, and one that is connected 01.
+    let fence = |result: &str| format!("grep -qi ':{port:04X} 01 ' /proc/net/tcp && exit {result}");
+    let failover = |result: &str| {
+        let line = [
+            "failover",
+            "--control",
+            &control,
+            "--session",
+            "1",
+            "--force",
+            "--fence",
+            &fence(result),
+            "--to",
+            &to,
+        ];
+        run(&line)
+    };
+    let refused = failover("7");
+    let text = String::from_utf8_lossy(&refused.stderr);
+    assert!(
+        !refused.status.success() && text.contains("exit status: 7") && text.contains("nothing was given"),
+        "{text}"
+    );
+    let given = || {
+        let (mut connection, _) = until("a connection", || listener.accept().ok());
+        let mut bytes = Vec::new();
+        connection.read_to_end(&mut bytes).unwrap();
+        bytes
+    };
+    assert!(given().is_empty());
+    primary.checkpoint(&[(0, 5, 0x55)]);
+    std::thread::scope(|threads| {
+        let done = threads.spawn(|| failover("0"));
+        assert!(given() == expected(&primary, Form::Complete));
+        let done = done.join().unwrap();
+        assert!(done.status.success(), "{}", String::from_utf8_lossy(&done.stderr));
+    });
 }
 
 /// A guest that runs twice destroys its disks: that its primary is off must be made sure of, or be stated.

@@ -522,8 +522,8 @@ fn write_only(
     }
 }
 
-/// Opens what is written to, and makes sure that the primary is off. Files come first: what cannot be made leaves the primary as it is.
-/// A connection comes last, as it uses a QEMU up.
+/// Opens what is written to, and then makes sure that the primary is off: what cannot be opened leaves it as it is. A connection is held until the
+/// stream goes there. It comes after files, as it uses a QEMU up.
 fn open_and_fence(
     args: &FailoverArgs,
     claim: &mut Claim,
@@ -531,21 +531,13 @@ fn open_and_fence(
     started: &Started,
     times: &mut Times,
 ) -> Result<(Option<Destination>, Option<Kept>), CommandError> {
-    let open = |to: &str| {
-        let destination = Destination::open(to, args.overwrite)?;
-        started.begins(destination.parts());
-        Ok::<_, CommandError>(Some(destination))
-    };
-    let file = match target {
-        Target::There(to) if to.starts_with("file:") => open(to)?,
-        Target::There(_) | Target::Here => None,
-    };
     let kept = claim.kept(args, started)?;
-    fence(args, claim, times)?;
     let destination = match target {
-        Target::There(to) if file.is_none() => open(to)?,
-        Target::There(_) | Target::Here => file,
+        Target::There(to) => Some(Destination::open(to, args.overwrite)?),
+        Target::Here => None,
     };
+    started.begins(destination.iter().flat_map(Destination::parts).collect());
+    fence(args, claim, times)?;
     hand_over(args, claim, times)?;
     Ok((destination, kept))
 }
