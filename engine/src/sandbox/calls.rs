@@ -1,7 +1,8 @@
 //! The system calls that each kind of thread makes. What is not here is refused.
 //!
 //! A test (`tests/tests/limits/system_calls.rs`) runs a receiver in which all kinds of threads do what they are for, and lists the calls
-//! that they make: one that is not here fails it, and one here that none of them makes, unless a rule says why it is rare.
+//! that they make: one that is not here fails it, and one here that a kind does not make, unless a rule says why it is rare. Of a rare one it is
+//! enough that some kind makes it; those that the test does not bring about it lists.
 
 use super::kinds::ThreadKind::*;
 use super::kinds::{Kinds, ThreadKind};

@@ -31,6 +31,38 @@ const DONE_WITHOUT: [(&str, &str); 2] = [
 /// What only a receiver reads that is refused its directory, and ends.
 const NOT_OPENED: [&str; 1] = ["/proc/locks"];
 
+/// Rare calls that nothing here brings about for certain.
+const NOT_BROUGHT_ABOUT: [&str; 23] = [
+    // A crash, or a debugger.
+    "rt_sigaction",
+    "tgkill",
+    "getpid",
+    "restart_syscall",
+    // Chance: where an allocation lies, and which thread is first.
+    "mremap",
+    "sched_yield",
+    // Another kernel, processor, user or memory than this host's.
+    "capset",
+    "mlock",
+    "munlock",
+    "mbind",
+    "io_uring_register",
+    // Another C library, or the form that calls have on other processors.
+    "clone3",
+    "rseq",
+    "newfstatat",
+    "fstat",
+    "epoll_pwait",
+    "ppoll",
+    "unlinkat",
+    "renameat",
+    "readlinkat",
+    "pwritev2",
+    // Clients of disks that flush or read ahead.
+    "fdatasync",
+    "fadvise64",
+];
+
 /// The kind of the threads of this name.
 fn kind_of(name: &str) -> Option<ThreadKind> {
     Some(
@@ -439,6 +471,24 @@ fn every_call_has_a_rule_and_every_rule_a_call() {
                     call.kind, call.name
                 ));
             }
+        }
+    }
+    // What is rare need not be made by every kind of thread.
+    for rule in rules() {
+        let Some(why) = rule.rare().filter(|_| !NOT_BROUGHT_ABOUT.contains(&rule.name())) else {
+            continue;
+        };
+        let is_made = |kind: ThreadKind| {
+            let name = rule.name().to_owned();
+            let kind = name_of(kind);
+            seen.calls.contains_key(&Call { kind, name })
+        };
+        let mut kinds = ThreadKind::ALL.into_iter().filter(|kind| rule.is_for(*kind));
+        if !kinds.any(is_made) {
+            faults.push(format!(
+                "no thread makes {}, which a rule allows: {why}",
+                rule.name()
+            ));
         }
     }
     for (call, example) in &seen.calls {
