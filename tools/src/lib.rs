@@ -29,6 +29,8 @@ mod session_text;
 mod signals;
 mod stderr;
 pub mod streams;
+#[cfg(test)]
+mod test_status;
 pub mod tls;
 mod units;
 

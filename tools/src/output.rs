@@ -106,8 +106,16 @@ pub(crate) fn tell_of(line: &str, fields: Fields) {
 /// # Errors
 /// If standard output cannot be written.
 pub fn print(text: &str) -> Result<(), CommandError> {
+    draw(&printable_lines(text))
+}
+
+/// A text with commands to the terminal, on standard output: what others have chosen in it is printable already.
+///
+/// # Errors
+/// If standard output cannot be written.
+pub(crate) fn draw(text: &str) -> Result<(), CommandError> {
     let mut out = io::stdout().lock();
-    out.write_all(printable_lines(text).as_bytes())?;
+    out.write_all(text.as_bytes())?;
     Ok(out.flush()?)
 }
 
@@ -180,7 +188,7 @@ fn bar(done: usize, all: usize, next: &str) -> String {
 }
 
 /// Columns of a terminal.
-const COLUMNS: usize = 80;
+pub(crate) const COLUMNS: usize = 80;
 
 /// A paragraph in lines that fit a terminal.
 pub fn wrapped(text: &str) -> String {

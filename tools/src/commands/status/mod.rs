@@ -28,7 +28,7 @@ pub struct StatusArgs {
     #[arg(long, conflicts_with_all = ["watch", "events"])]
     json: bool,
 
-    /// Show the sessions and their pauses of the last minutes again every second, until the receiver ends
+    /// Show the sessions and their pauses of the last minutes again every second, also of a receiver that is restarted
     #[arg(long, conflicts_with = "events")]
     watch: bool,
 
