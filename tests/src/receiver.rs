@@ -123,7 +123,7 @@ impl LocalReceiver {
     pub fn warned(&self, words: &str) {
         loop {
             match self.events.recv_timeout(HANG_LIMIT).expect("a warning") {
-                Event::Warning(text) if text.contains(words) => return,
+                Event::Warning(remark) if remark.text.contains(words) => return,
                 _ => {}
             }
         }

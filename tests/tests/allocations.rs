@@ -122,8 +122,8 @@ fn shape(channels: u8, version: Version, method: Method) -> SynthOptions {
 fn in_steady_state(backend: BackendKind, shape: &SynthOptions) -> u64 {
     let channels = shape.channels;
     let receiver = Receiver::start(receiver_options(backend, channels), |event| {
-        if let Event::Warning(text) = event {
-            println!("{text}");
+        if let Event::Warning(remark) = event {
+            println!("{remark}");
         }
     });
     let receiver = receiver.unwrap();

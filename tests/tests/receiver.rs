@@ -26,7 +26,7 @@ impl Bench {
         let directory = tempfile::tempdir().unwrap();
         let receiver = Receiver::start(options, move |event| {
             ears.lock().unwrap().push(match event {
-                Event::Warning(text) | Event::Note(text) => text,
+                Event::Warning(remark) | Event::Note(remark) => remark.text,
                 Event::Stall(stall) => format!("session {} is stalled", stall.status.session),
                 Event::Replaced { old, new } => format!("session {old} is replaced by {new}"),
                 Event::Protected { session, .. } => format!("session {session} is protected"),

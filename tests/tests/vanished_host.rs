@@ -151,7 +151,7 @@ fn a_vanished_host_is_noticed_and_reported() {
     let log = receiver.log();
     let end = log
         .lines()
-        .find(|line| line.starts_with("session 1 ended"))
+        .find(|line| line.starts_with("warning: session 1 ended"))
         .expect("it was logged");
     assert!(
         end.contains("checkpoint 0") && end.contains("s old, is kept"),

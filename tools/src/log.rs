@@ -6,9 +6,12 @@
 //! | `MESSAGE` | `message` | the line, without `warning:` |
 //! | `PRIORITY` | `level` | 3 `error`, 4 `warning`, 6 `info` |
 //! | `SESSION` | `session` | the receiver's number, in lines about one session |
-//! | `GUEST`, `PEER`, `CHECKPOINT` | `guest`, `peer`, `checkpoint` | in lines about a session's beginning and end |
+//! | `GUEST` | `guest` | its guest's name, where it has one |
+//! | `PEER`, `CHECKPOINT` | `peer`, `checkpoint` | in lines about a session's beginning and end |
+//! | `STATE` | `state` | in lines that say how a session stands now |
 
 use clap::{Args, ValueEnum};
+use colo_ring::receiver::SessionTitle;
 use schemars::JsonSchema;
 use serde::Serialize;
 use serde_json::{Map, Value};
@@ -91,9 +94,19 @@ pub(crate) struct Fields {
     pub(crate) guest: Option<String>,
     pub(crate) peer: Option<String>,
     pub(crate) checkpoint: Option<u64>,
+    pub(crate) state: Option<&'static str>,
 }
 
 impl Fields {
+    /// Of a line about a session.
+    pub(crate) fn of(session: &SessionTitle) -> Self {
+        Self {
+            session: Some(session.session),
+            guest: session.name.as_ref().map(ToString::to_string),
+            ..Self::default()
+        }
+    }
+
     /// Completed by what the line itself says: `session 3: …`, `session 3 ended …`.
     fn with_session_of(self, line: &str) -> Self {
         let named = line.strip_prefix("session ").map(|rest| {
@@ -110,6 +123,7 @@ impl Fields {
             ("guest", self.guest.clone().map(Value::from)),
             ("peer", self.peer.clone().map(Value::from)),
             ("checkpoint", self.checkpoint.map(Value::from)),
+            ("state", self.state.map(Value::from)),
         ];
         all.into_iter().filter_map(|(name, value)| Some((name, value?)))
     }

@@ -37,7 +37,8 @@ fn runtime() -> Runtime {
 
 /// A line for the operator has something in it, and commands no terminal.
 fn check_event(event: &Event) {
-    if let Event::Warning(text) | Event::Note(text) = event {
+    if let Event::Warning(remark) | Event::Note(remark) = event {
+        let text = &remark.text;
         assert!(
             !text.is_empty() && !text.chars().any(char::is_control),
             "{text:?}"

@@ -43,6 +43,7 @@ mod promotion;
 mod ram_limit;
 mod recovery;
 mod refusals;
+mod remark;
 mod restore;
 mod services;
 mod session_codec;
@@ -71,6 +72,7 @@ pub use names::{GUEST_NAME_MAX, GuestName, GuestUuid, Marks, NameError, NameRule
 pub use options::{DiskServing, Limits, ReceiverOptions};
 pub use promotion::PromotionError;
 pub use ram_limit::RamLimit;
+pub use remark::Remark;
 pub use restore::{KeepRequest, RestoreError, RestoreReport, RestoreRequest};
 pub use status::{
     GuestBlock, STATUS_SCHEMA, STATUS_VERSION, SessionState, SessionStatus, StatusReport, TlsStatus,
@@ -99,9 +101,9 @@ use tokio::sync::{Notify, mpsc};
 #[derive(Debug)]
 pub enum Event {
     /// Something is not as requested, or a connection was refused.
-    Warning(String),
+    Warning(Remark),
     /// Something worth knowing.
-    Note(String),
+    Note(Remark),
     /// A session has all of its connections.
     Began {
         /// Its number, and its guest's name if that is known already.
@@ -136,6 +138,16 @@ pub enum Event {
     },
     /// A session is over; the status says how.
     Ended(Box<SessionStatus>),
+}
+
+impl Event {
+    fn warning(remark: impl Into<Remark>) -> Self {
+        Self::Warning(remark.into())
+    }
+
+    fn note(remark: impl Into<Remark>) -> Self {
+        Self::Note(remark.into())
+    }
 }
 
 /// A session that makes no progress, or makes some again.
@@ -300,7 +312,7 @@ impl Receiver {
         rules.extend(certificates.map(|directory| FileRule::new(directory, FileAccess::Read)));
         let lack = options.sandbox.confine_files(&rules)?;
         if let Some(lack) = lack {
-            events(Event::Warning(lack));
+            events(Event::warning(lack));
         }
         let changed = Arc::new(Notify::new());
         let placement = Topology::read().place(&options.cores);

@@ -6,6 +6,7 @@ use super::guest::{GuestIdentity, StoredGuest};
 use super::guest_memory::Budgets;
 use super::kept_checkpoint::KeptCheckpoint;
 use super::names::GuestUuid;
+use super::remark::Remark;
 use super::session_codec::{DecodeError, StoredSession, decode};
 use super::{Event, Events};
 use crate::budget::BudgetError;
@@ -143,21 +144,21 @@ fn recover_disks(
 pub(super) fn recover_orphaned_disks(directory: &Path, events: &Events) {
     let outcomes = match disk::recover_orphans(directory) {
         Ok(outcomes) => outcomes,
-        Err(error) => return events(Event::Warning(error.to_string())),
+        Err(error) => return events(Event::warning(error.to_string())),
     };
     for (name, outcome) in outcomes {
         events(match outcome {
-            OrphanOutcome::At(checkpoint) => Event::Note(format!(
+            OrphanOutcome::At(checkpoint) => Event::note(format!(
                 "disk {name} was left at checkpoint {checkpoint} of an earlier receiver, whose memory is lost: a guest finds it as \
                  after a power failure"
             )),
-            OrphanOutcome::Unfinished => Event::Note(format!(
+            OrphanOutcome::Unfinished => Event::note(format!(
                 "disk {name}: its receiver ended before a checkpoint was committed; its content is incomplete until it is copied again"
             )),
-            OrphanOutcome::Discarded => Event::Note(format!(
+            OrphanOutcome::Discarded => Event::note(format!(
                 "disk {name}: its checkpoint was discarded by an earlier receiver, which was killed before it had removed all of it"
             )),
-            OrphanOutcome::Kept(error) => Event::Warning(format!("disk {name} is not served: {error}")),
+            OrphanOutcome::Kept(error) => Event::warning(format!("disk {name} is not served: {error}")),
         });
     }
 }
@@ -173,7 +174,7 @@ pub(super) fn recover_all(
     let labels = match labels_in(directory) {
         Ok(labels) => labels,
         Err(error) => {
-            events(Event::Warning(error.to_string()));
+            events(Event::warning(error.to_string()));
             return (Vec::new(), BTreeSet::new());
         }
     };
@@ -184,21 +185,22 @@ pub(super) fn recover_all(
         let files = files.display();
         match recover(directory, *session, started, budgets) {
             Ok(Recovered::Checkpoint(kept)) => {
-                events(Event::Note(format!(
-                    "session {} of {} was recovered from {files}: checkpoint {} is whole",
-                    kept.guest.title(),
+                let title = kept.guest.title();
+                let text = format!(
+                    "session {title} of {} was recovered from {files}: checkpoint {} is whole",
                     kept.guest.peer,
                     kept.number().map_or(0, |id| id.0)
-                )));
+                );
+                events(Event::note(Remark::of(&title, text)));
                 recovered.push(kept);
             }
-            Ok(Recovered::InUse) => events(Event::Note(format!(
+            Ok(Recovered::InUse) => events(Event::note(format!(
                 "{files}: it belongs to another receiver, which is running"
             ))),
-            Ok(Recovered::Nothing) => events(Event::Note(format!(
+            Ok(Recovered::Nothing) => events(Event::note(format!(
                 "{files}: no checkpoint in them outlives its receiver, so there is nothing to resume; they were removed"
             ))),
-            Err(error) => events(Event::Warning(format!(
+            Err(error) => events(Event::warning(format!(
                 "{files} cannot be used and stay as they are: {error}; remove them if no virtual machine runs on them"
             ))),
         }

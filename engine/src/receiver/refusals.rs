@@ -148,7 +148,7 @@ impl Refusals {
 
     /// Warns of a connection of `origin`, which is called `from`, if that may be logged now; otherwise counts it.
     pub(super) fn warn(&self, origin: Origin, refused: Refused, from: &str, why: &str) {
-        self.report(origin, refused, from, || Event::Warning(format!("{from}: {why}")));
+        self.report(origin, refused, from, || Event::warning(format!("{from}: {why}")));
     }
 
     /// The same with an event of its own.
@@ -161,7 +161,7 @@ impl Refusals {
     /// Warns of what no origin can be named for.
     pub(super) fn warn_of_all(&self, text: String) {
         if self.lock().all[Refused::Client as usize].admits(Instant::now()) {
-            (self.events)(Event::Warning(text));
+            (self.events)(Event::warning(text));
         }
     }
 
@@ -170,7 +170,7 @@ impl Refusals {
         let lines = self.lock().counts(now);
         lines
             .into_iter()
-            .for_each(|line| (self.events)(Event::Warning(line)));
+            .for_each(|line| (self.events)(Event::warning(line)));
     }
 }
 

@@ -6,6 +6,7 @@ use super::guest::Guests;
 use super::guest_memory::{GuestMemory, MemoryError};
 use super::links::Links;
 use super::live_session::LiveSession;
+use super::remark::Remark;
 use crate::blocks::BlockTable;
 use crate::disk::DiskError;
 use crate::metrics::SampleQueue;
@@ -69,7 +70,7 @@ pub(super) trait Services: Send + Sync {
     fn notify_control(&self);
 
     /// Warns the operator.
-    fn warn(&self, text: String);
+    fn warn(&self, remark: Remark);
 
     /// The same of a session, which anyone can begin: limited for each origin.
     fn warn_of(&self, session: &LiveSession, text: String);

@@ -11,6 +11,7 @@ use super::kept_checkpoint::KeptCheckpoint;
 use super::live_session::LiveSession;
 use super::recovery::{label, recover_all, recover_orphaned_disks};
 use super::refusals::{Refusals, Refused};
+use super::remark::Remark;
 use super::services::{INLINE_STATE_BYTES, Services, Shared, Work};
 use super::{Event, Events, ReceiverError, ReceiverOptions};
 use crate::blocks::BlockTable;
@@ -44,7 +45,7 @@ fn start_plane(
                 registered,
                 threads: threads.clone(),
             },
-            move |text| events(Event::Warning(text)),
+            move |text| events(Event::warning(text)),
         )
     };
     let plane = match start(options.backend) {
@@ -54,23 +55,23 @@ fn start_plane(
                 ..
             },
         ) => {
-            events(Event::Warning(format!("{error}; receiving with epoll instead")));
+            events(Event::warning(format!("{error}; receiving with epoll instead")));
             start(BackendKind::Epoll)?
         }
         other => other?,
     };
     options.backend = plane.options().backend;
     if plane.features().is_some_and(|features| !features.restricted) {
-        events(Event::Warning(
+        events(Event::warning(
             "this kernel's io_uring cannot be confined to receiving (Linux 5.10): an intruder could open files and connections by it"
-                .into(),
+                .to_owned(),
         ));
     }
     if options.registered && plane.features().is_some_and(|features| !features.registered) {
-        events(Event::Warning(
+        events(Event::warning(
             "this kernel's io_uring has no sparse table of registered buffers (Linux 5.19); pages are received \
              without them"
-                .into(),
+                .to_owned(),
         ));
     }
     Ok(plane)
@@ -108,7 +109,7 @@ pub(super) fn make_context(
     };
     let disks = disk_registry(&mut options, &budgets, &events, &threads)?.map(Arc::new);
     let of_files = events.clone();
-    let warn = move |text| of_files(Event::Warning(text));
+    let warn = move |text| of_files(Event::warning(text));
     let recorder = Recorder::start(options.hist.as_deref(), run, &threads, warn)?;
     let recorder = recorder.observed_by(options.samples.clone());
     let workers = start_workers(&options, &threads, &*events);
@@ -181,7 +182,7 @@ pub(super) fn make_context(
 /// Starts and confines the threads of the receiver.
 fn threads(options: &ReceiverOptions, events: &Arc<Events>) -> Result<Threads, ReceiverError> {
     let events = events.clone();
-    let warn = move |text| events(Event::Warning(text));
+    let warn = move |text| events(Event::warning(text));
     Threads::confined(options.sandbox.clone(), warn).map_err(ReceiverError::Thread)
 }
 
@@ -278,7 +279,7 @@ fn start_workers(options: &ReceiverOptions, threads: &Threads, events: &Events) 
         BackendKind::Uring | BackendKind::Epoll => &options.cores[..],
     };
     WorkerThreads::start(cores, options.cores.len(), threads).unwrap_or_else(|error| {
-        events(Event::Warning(format!(
+        events(Event::warning(format!(
             "no threads to decode compressed pages, which the receiving cores do instead: {error}"
         )));
         WorkerThreads::none()
@@ -349,13 +350,13 @@ impl Services for ReceiverServices {
         self.changed.notify_one();
     }
 
-    fn warn(&self, text: String) {
-        (self.events)(Event::Warning(text));
+    fn warn(&self, remark: Remark) {
+        (self.events)(Event::Warning(remark));
     }
 
     fn warn_of(&self, session: &LiveSession, text: String) {
         let title = session.guest.title();
-        let event = || Event::Warning(format!("session {title}: {text}"));
+        let event = || Event::warning(Remark::of(&title, format!("session {title}: {text}")));
         self.refusals
             .report(session.origin, Refused::Session, &session.guest.peer, event);
     }

@@ -192,7 +192,7 @@ impl Bench {
     /// Waits for a warning with this in it.
     pub fn warned(&mut self, part: &str) {
         self.wait_for(part, |event| match event {
-            Event::Warning(text) => text.contains(part).then_some(()),
+            Event::Warning(remark) => remark.text.contains(part).then_some(()),
             _ => None,
         });
     }

@@ -49,7 +49,7 @@ impl Running {
     /// Waits for a warning with these words, and returns it.
     pub(crate) fn warned(&mut self, words: &str) -> String {
         self.wait_for(words, |event| match event {
-            Event::Warning(text) if text.contains(words) => Some(text.clone()),
+            Event::Warning(remark) if remark.text.contains(words) => Some(remark.text.clone()),
             _ => None,
         })
     }

@@ -13,6 +13,7 @@ use crate::receiver::identify::{ConnectionKind, IdentifyError, identify, stream}
 use crate::receiver::links;
 use crate::receiver::live_session::PrimaryId;
 use crate::receiver::refusals::Refused;
+use crate::receiver::remark::Remark;
 use crate::ring::{Connection, Driver, Plane, Tenant, Waker};
 use crate::session::SessionLimits;
 use crate::tls;
@@ -451,18 +452,20 @@ impl ControlState {
             style: options.backend.style(),
             home_core,
         };
+        let title = guest.title();
         (self.context.events)(Event::Began {
-            session: guest.title(),
+            session: title.clone(),
             peer: guest.peer.clone(),
             listener: guest.listener.clone().unwrap_or_default(),
         });
         let is_by_order = uuid == Some([0; 16]) && self.connections.assembler.has_others(peer);
         // Once: strangers can cause that, too.
         if is_by_order && !std::mem::replace(&mut self.connections.has_warned_of_order, true) {
-            self.warn(format!(
+            let text = format!(
                 "session {id}: its guest has no UUID, and other connections of its host wait: their order alone says which channels are \
                  its own. Give each guest one (QEMU's -uuid)"
-            ));
+            );
+            self.warn(Remark::of(&title, text));
         }
         if let Some(disks) = &self.context.disks {
             disks.session_began(id, new.primary.origin);

@@ -9,6 +9,7 @@ use crate::receiver::connected::Connected;
 use crate::receiver::guest_memory::session_bytes;
 use crate::receiver::live_session::LiveSession;
 use crate::receiver::main_buffer::MainBuffer;
+use crate::receiver::remark::Remark;
 use crate::text::mebibytes;
 use crate::wire::stream::MAIN_MAGIC;
 use std::collections::TryReserveError;
@@ -112,12 +113,13 @@ impl ControlState {
         let Some(kept) = oldest.and_then(|session| self.take_kept(session)) else {
             return false;
         };
-        self.warn(format!(
-            "session {}: its checkpoint is given up, because all {SESSIONS_MAX} places are taken and its guest has only {} \
+        let title = kept.checkpoint.guest.title();
+        let text = format!(
+            "session {title}: its checkpoint is given up, because all {SESSIONS_MAX} places are taken and its guest has only {} \
              of RAM",
-            kept.checkpoint.guest.title(),
             mebibytes(kept.checkpoint.image.table().total_bytes())
-        ));
+        );
+        self.warn(Remark::of(&title, text));
         let services = self.context.services.clone();
         self.in_background(WorkKind::Release, move || kept.release(&*services));
         true
@@ -156,12 +158,13 @@ impl ControlState {
         let Some(kept) = oldest.and_then(|session| self.take_kept(session)) else {
             return;
         };
-        self.warn(format!(
-            "session {}: its checkpoint is given up, because its guest has only {} of RAM, and more such guests than {of_origin_max} of \
+        let title = kept.checkpoint.guest.title();
+        let text = format!(
+            "session {title}: its checkpoint is given up, because its guest has only {} of RAM, and more such guests than {of_origin_max} of \
              one host, or {all_max} of all, have migrated here without COLO",
-            kept.checkpoint.guest.title(),
             mebibytes(kept.checkpoint.image.table().total_bytes())
-        ));
+        );
+        self.warn(Remark::of(&title, text));
         let services = self.context.services.clone();
         self.in_background(WorkKind::Release, move || kept.release(&*services));
     }

@@ -14,6 +14,7 @@ use crate::receiver::guest::{GuestIdentity, SessionTitle};
 use crate::receiver::kept_checkpoint::KeptCheckpoint;
 use crate::receiver::live_session::LiveSession;
 use crate::receiver::promotion::{ClientId, Promotion, PromotionError};
+use crate::receiver::remark::Remark;
 use crate::receiver::restore::restore;
 use crate::receiver::services::Services;
 use crate::receiver::status::{STATUS_SCHEMA, STATUS_VERSION, SessionState, StatusReport, TlsStatus};
@@ -455,11 +456,12 @@ impl Kept {
         let checkpoint = self.checkpoint;
         // The bases are left at the checkpoint, as the session's end does.
         if let Err(error) = checkpoint.disks.drain() {
-            services.warn(format!(
-                "session {}: {error}. Its checkpoint is given up all the same: that base is not at a checkpoint, and must be \
-                 mirrored again in full",
-                checkpoint.guest.title()
-            ));
+            let title = checkpoint.guest.title();
+            let text = format!(
+                "session {title}: {error}. Its checkpoint is given up all the same: that base is not at a checkpoint, and must \
+                 be mirrored again in full"
+            );
+            services.warn(Remark::of(&title, text));
         }
         // Else a kill between the two removals would leave records of disks that say that a checkpoint needs them, which is gone.
         checkpoint.disks.give_up();

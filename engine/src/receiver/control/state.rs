@@ -15,6 +15,7 @@ use crate::receiver::guest::SessionTitle;
 use crate::receiver::kept_checkpoint::KeptCheckpoint;
 use crate::receiver::live_session::LiveSession;
 use crate::receiver::outlet::Stopping;
+use crate::receiver::remark::Remark;
 use crate::receiver::silence::Question;
 use crate::receiver::status::{GuestBlock, SessionState, SessionStatus};
 use crate::receiver::{Event, Outcome, ReceiverError};
@@ -85,8 +86,8 @@ pub(super) struct ControlState {
 }
 
 impl ControlState {
-    pub(super) fn warn(&self, text: String) {
-        self.context.services.warn(text);
+    pub(super) fn warn(&self, remark: impl Into<Remark>) {
+        self.context.services.warn(remark.into());
     }
 
     /// Since the receiver's start.
@@ -220,11 +221,12 @@ impl ControlState {
             true => ". This receiver keeps running although it was started with --once",
             false => "",
         };
-        self.warn(format!(
+        let text = format!(
             "session {title} is kept until `colo-ring failover --session {id}` starts its guest here or `colo-ring discard` \
              gives it up{goes_on}",
             id = title.session
-        ));
+        );
+        self.warn(Remark::of(title, text));
     }
 
     /// The figures of a session that is gone stay for the report.
@@ -326,14 +328,18 @@ impl ControlState {
         match kept {
             KeptFiles::Kept => {
                 checkpoint.disks.keep_files();
-                (self.context.events)(Event::Note(format!(
+                let text = format!(
                     "session {session}: its last checkpoint stays in {directory}; a receiver with this --ram-dir offers it \
                      again"
-                )));
+                );
+                (self.context.events)(Event::note(Remark::of(&session, text)));
             }
-            KeptFiles::Gone => self.warn(format!(
-                "session {session}: its last checkpoint is lost: its files were removed from {directory}"
-            )),
+            KeptFiles::Gone => {
+                let text = format!(
+                    "session {session}: its last checkpoint is lost: its files were removed from {directory}"
+                );
+                self.warn(Remark::of(&session, text));
+            }
             KeptFiles::NoCheckpoint => {}
         }
         kept == KeptFiles::Kept

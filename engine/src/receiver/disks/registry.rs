@@ -12,7 +12,9 @@ use crate::disk::{
 };
 use crate::net::{Origin, is_gone};
 use crate::receiver::end::SessionEnd;
+use crate::receiver::guest::SessionTitle;
 use crate::receiver::live_session::LiveSession;
+use crate::receiver::remark::Remark;
 use crate::receiver::uuid::{Uuid, format_uuid, parse_uuid};
 use crate::receiver::{Event, Events};
 use crate::sandbox::ThreadKind;
@@ -225,8 +227,8 @@ impl DiskRegistry {
         &self.directory
     }
 
-    pub(super) fn warn(&self, text: String) {
-        (self.events)(Event::Warning(text));
+    pub(super) fn warn(&self, remark: impl Into<Remark>) {
+        (self.events)(Event::warning(remark));
     }
 
     // --- clients ---------------------------------------------------------------------------------------------------
@@ -392,7 +394,9 @@ impl DiskRegistry {
             .collect();
         // Not under the lock: a warning may wait for a terminal, and binding for the file systems of bases and logs.
         drop(known);
-        doubts.into_iter().for_each(|doubt| self.warn(doubt));
+        let title = session.guest.title();
+        let doubts = doubts.into_iter().map(|doubt| Remark::of(&title, doubt));
+        doubts.for_each(|doubt| self.warn(doubt));
         let bound = self.bind_own(session, own, ram);
         if bound.is_err() {
             self.known().unclaim(session.id);
@@ -430,8 +434,8 @@ impl DiskRegistry {
                     }),
                     index: Arc::new(reserve),
                     on_loss: on_loss(session),
-                    on_full: self.on_full(session.id),
-                    on_base_full: self.on_base_full(session.id),
+                    on_full: self.on_full(session.guest.title()),
+                    on_base_full: self.on_base_full(session.guest.title()),
                     link,
                 })
             });
@@ -444,23 +448,25 @@ impl DiskRegistry {
         Ok(disks)
     }
 
-    fn on_full(&self, session: u32) -> Box<dyn Fn(String) + Send + Sync> {
+    fn on_full(&self, title: SessionTitle) -> Box<dyn Fn(String) + Send + Sync> {
         let events = self.events.clone();
         Box::new(move |disk| {
-            events(Event::Warning(format!(
-                "session {session}: the log of disk {disk} is full; its guest's writes wait until some of it is applied. If this lasts, \
+            let text = format!(
+                "session {title}: the log of disk {disk} is full; its guest's writes wait until some of it is applied. If this lasts, \
                  give more with --disk-log-max or a faster disk"
-            )));
+            );
+            events(Event::warning(Remark::of(&title, text)));
         })
     }
 
-    fn on_base_full(&self, session: u32) -> OnBaseFull {
+    fn on_base_full(&self, title: SessionTitle) -> OnBaseFull {
         let events = self.events.clone();
         Box::new(move |disk, error| {
-            events(Event::Warning(format!(
-                "session {session}: what is committed cannot be written to the base of disk {disk}: {error}. It stays in the log, and is tried again \
+            let text = format!(
+                "session {title}: what is committed cannot be written to the base of disk {disk}: {error}. It stays in the log, and is tried again \
                  every second: make room on that file system"
-            )));
+            );
+            events(Event::warning(Remark::of(&title, text)));
         })
     }
 

@@ -6,9 +6,10 @@ use crate::link::{Call, Hello, LINE_MAX, LINK_VERSION, LinkError, ToGuard, ToRec
 use crate::net::{Accepted, Origin};
 use crate::receiver::Event;
 use crate::receiver::assemble::Who;
-use crate::receiver::guest::Guests;
+use crate::receiver::guest::{Guests, SessionTitle};
 use crate::receiver::names::{GuestName, NameError};
 use crate::receiver::refusals::{Refusals, Refused};
+use crate::receiver::remark::Remark;
 use crate::receiver::uuid::parse_uuid;
 use std::future::pending;
 use std::io;
@@ -64,7 +65,7 @@ pub(in crate::receiver) async fn serve(
     refusals: Arc<Refusals>,
 ) {
     let (from, origin) = (accepted.from.clone(), accepted.peer.origin);
-    let (mut name, mut was_bound) = (String::new(), false);
+    let (mut name, mut bound_to) = (String::new(), None);
     let told = |event| refusals.report(origin, Refused::Guard, &from, || event);
     let end = serve_until_end(
         (accepted, who),
@@ -72,7 +73,7 @@ pub(in crate::receiver) async fn serve(
         deadline,
         &told,
         &mut name,
-        &mut was_bound,
+        &mut bound_to,
     )
     .await;
     if let LinkEnd::Ended = end {
@@ -83,11 +84,21 @@ pub(in crate::receiver) async fn serve(
         true => (format!("a guard at {from}"), Refused::Stranger),
         false => (format!("the guard of {name} at {from}"), Refused::Client),
     };
-    let event = || match &end {
-        LinkEnd::Closed | LinkEnd::Broken(_) => Event::Note(format!("{guard}: {end}")),
-        end => Event::Warning(format!("{guard}: {end}")),
+    let refused = if bound_to.is_some() {
+        Refused::Guard
+    } else {
+        refused
     };
-    let refused = if was_bound { Refused::Guard } else { refused };
+    let event = || {
+        let remark = Remark {
+            session: bound_to,
+            text: format!("{guard}: {end}"),
+        };
+        match end {
+            LinkEnd::Closed | LinkEnd::Broken(_) => Event::Note(remark),
+            _ => Event::Warning(remark),
+        }
+    };
     refusals.report(origin, refused, &from, event);
 }
 
@@ -98,7 +109,7 @@ async fn serve_until_end(
     deadline: Duration,
     events: &dyn Fn(Event),
     name: &mut String,
-    was_bound: &mut bool,
+    bound_to: &mut Option<SessionTitle>,
 ) -> LinkEnd {
     let origin = accepted.peer.origin;
     let Some(ticket) = links.connected(origin) else {
@@ -110,7 +121,7 @@ async fn serve_until_end(
     };
     let mut link = Link::new(&mut stream, guests);
     let end = link
-        .serve(&ticket, (origin, who), deadline, events, name, was_bound)
+        .serve(&ticket, (origin, who), deadline, events, name, bound_to)
         .await;
     let Err(end) = end else { return LinkEnd::Ended };
     if let LinkEnd::Refused(_) | LinkEnd::Replaced | LinkEnd::Crowded = end {
@@ -194,7 +205,7 @@ impl<'a> Link<'a> {
         deadline: Duration,
         events: &dyn Fn(Event),
         name: &mut String,
-        was_bound: &mut bool,
+        bound_to: &mut Option<SessionTitle>,
     ) -> Result<(), LinkEnd> {
         let hello = tokio::time::timeout(deadline, self.read()).await;
         let hello = match hello.map_err(|_| LinkEnd::Silent(deadline))?? {
@@ -211,17 +222,17 @@ impl<'a> Link<'a> {
         self.write(&ToGuard::Welcome { version }).await?;
         let marks = GuestMarks { uuid, origin, who };
         let bound = self.wait_for_session(ticket, marks, &hello, guest_name).await?;
-        *was_bound = true;
         let session = bound.guest.title();
-        events(Event::Note(format!(
-            "session {session} is guarded: its output waits for its commit"
-        )));
+        *bound_to = Some(session.clone());
+        let text = format!("session {session} is guarded: its output waits for its commit");
+        events(Event::note(Remark::of(&session, text)));
         let served = self.serve_session(&bound, timeout_of(&hello)).await;
         if served.is_err() && bound.output.detach(bound.link) && !bound.output.has_left() {
-            events(Event::Warning(format!(
+            let text = format!(
                 "session {session}: the link to its guard is lost; checkpoints continue without it, and the guard releases \
                  no output until it is back"
-            )));
+            );
+            events(Event::warning(Remark::of(&session, text)));
         }
         served
     }

@@ -10,7 +10,8 @@ use crate::primary::{Content, Distribution, Figures, PhaseFigures, SynthOptions,
 use crate::run_file::{Checkpoint, Clock, RunFile, SecondaryUse};
 use colo_ring::metrics::Summary;
 use colo_ring::receiver::{
-    Event, GuestRules, ListenAddress, RamLimit, Receiver, ReceiverOptions, Request, Response, StatusReport,
+    Event, GuestRules, ListenAddress, RamLimit, Receiver, ReceiverOptions, Remark, Request, Response,
+    StatusReport,
 };
 use colo_ring::store::{HugePages, StoreOptions};
 use schemars::JsonSchema;
@@ -252,7 +253,7 @@ fn start_receiver(
     };
     let collected = warnings.clone();
     let collect = move |event| {
-        if let Event::Warning(text) = event {
+        if let Event::Warning(Remark { text, .. }) = event {
             // What is the same in every session is printed once.
             let session = text.strip_prefix("session ");
             let text = session

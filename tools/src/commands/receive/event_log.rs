@@ -5,7 +5,7 @@ use crate::log::Fields;
 use crate::output::{printable, tell, tell_of};
 use crate::session_text;
 use colo_ring::rate_limit::RateLimit;
-use colo_ring::receiver::{Event, SessionStatus};
+use colo_ring::receiver::{Event, SessionState, SessionStatus};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -55,40 +55,63 @@ impl EventLog {
 }
 
 fn fields(event: &Event) -> Fields {
+    let in_state = |fields: Fields, state| Fields {
+        state: Some(state),
+        ..fields
+    };
     match event {
-        // What they are about, their text says.
-        Event::Warning(_) | Event::Note(_) => Fields::default(),
+        Event::Warning(remark) | Event::Note(remark) => {
+            remark.session.as_ref().map(Fields::of).unwrap_or_default()
+        }
         Event::Began { session, peer, .. } => Fields {
-            session: Some(session.session),
-            guest: session.name.as_ref().map(ToString::to_string),
             peer: Some(printable(peer)),
-            ..Fields::default()
+            ..in_state(Fields::of(session), SessionState::Precopy.name())
         },
-        Event::Replaced { old: session, .. }
-        | Event::Protected { session, .. }
-        | Event::GivenUp { session, .. } => Fields {
-            session: Some(session.session),
-            guest: session.name.as_ref().map(ToString::to_string),
-            ..Fields::default()
-        },
-        Event::Stall(stall) => of(&stall.status),
-        Event::Ended(status) => of(status),
+        Event::Protected { session, .. } => in_state(Fields::of(session), SessionState::Protected.name()),
+        Event::GivenUp { session, is_promoted } => in_state(
+            Fields::of(session),
+            match is_promoted {
+                true => SessionState::Promoted.name(),
+                false => SessionState::Discarded.name(),
+            },
+        ),
+        Event::Replaced { old, .. } => in_state(Fields::of(old), SessionState::Discarded.name()),
+        Event::Stall(stall) => in_state(
+            of_status(&stall.status),
+            match stall.during {
+                Some(_) => "stalled",
+                None => stall.status.state.name(),
+            },
+        ),
+        Event::Ended(status) => in_state(
+            of_status(status),
+            match is_loss(status) {
+                true => "lost",
+                false => status.state.name(),
+            },
+        ),
     }
 }
 
-fn of(status: &SessionStatus) -> Fields {
+/// Whether a guest is without its primary that was protected.
+fn is_loss(status: &SessionStatus) -> bool {
+    status.lost && status.checkpoint.is_some()
+}
+
+fn of_status(status: &SessionStatus) -> Fields {
     Fields {
         session: Some(status.session),
         guest: status.guest.clone(),
         peer: Some(printable(&status.peer)),
         checkpoint: status.checkpoint,
+        state: None,
     }
 }
 
 fn describe(event: &Event) -> String {
     match event {
-        Event::Warning(text) => format!("warning: {text}"),
-        Event::Note(text) => text.clone(),
+        Event::Warning(remark) => format!("warning: {remark}"),
+        Event::Note(remark) => remark.text.clone(),
         Event::Began {
             session,
             peer,
@@ -123,7 +146,119 @@ fn describe(event: &Event) -> String {
         }
         Event::Ended(status) => {
             let session = status.title();
-            format!("session {session} ended: {}", session_text::end(status))
+            let severity = if is_loss(status) { "warning: " } else { "" };
+            format!(
+                "{severity}session {session} ended: {}",
+                session_text::end(status)
+            )
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::test_status;
+    use colo_ring::receiver::{Remark, SessionTitle, Stall};
+
+    fn web3() -> SessionTitle {
+        SessionTitle {
+            session: 3,
+            name: Some("web3".parse().unwrap()),
+        }
+    }
+
+    fn ended(state: SessionState, lost: bool) -> SessionStatus {
+        SessionStatus {
+            guest: Some("web3".to_owned()),
+            state,
+            lost,
+            checkpoint: Some(7),
+            end: Some("the end".to_owned()),
+            ..test_status::session(3)
+        }
+    }
+
+    fn stall(during: Option<&'static str>) -> Event {
+        Event::Stall(Box::new(Stall {
+            status: ended(SessionState::Protected, false),
+            silent: Duration::from_secs(9),
+            during,
+        }))
+    }
+
+    #[test]
+    fn every_line_about_a_guest_has_its_name_and_its_state() {
+        let remark = || Remark {
+            session: Some(web3()),
+            text: "session 3 (web3): pages come late".to_owned(),
+        };
+        let session = web3;
+        let after = Duration::from_secs(1);
+        let began = Event::Began {
+            session: session(),
+            peer: "x".to_owned(),
+            listener: "y".to_owned(),
+        };
+        let given_up = |is_promoted| Event::GivenUp {
+            session: session(),
+            is_promoted,
+        };
+        let end = |state, lost| Event::Ended(Box::new(ended(state, lost)));
+        for (event, state) in [
+            (Event::Warning(remark()), None),
+            (Event::Note(remark()), None),
+            (began, Some("precopy")),
+            (
+                Event::Protected {
+                    session: session(),
+                    after,
+                },
+                Some("protected"),
+            ),
+            (stall(Some("in a checkpoint")), Some("stalled")),
+            (stall(None), Some("protected")),
+            (given_up(true), Some("promoted")),
+            (given_up(false), Some("discarded")),
+            (
+                Event::Replaced {
+                    old: session(),
+                    new: 4,
+                },
+                Some("discarded"),
+            ),
+            (end(SessionState::Ended, true), Some("lost")),
+            (end(SessionState::Ended, false), Some("ended")),
+            (end(SessionState::Promoted, false), Some("promoted")),
+        ] {
+            let fields = fields(&event);
+            assert_eq!(fields.session, Some(3), "{event:?}");
+            assert_eq!(fields.guest.as_deref(), Some("web3"), "{event:?}");
+            assert_eq!(fields.state, state, "{event:?}");
+        }
+        let other = Event::Note("listening".to_owned().into());
+        assert_eq!(fields(&other), Fields::default());
+        // The text is the remark's own.
+        assert_eq!(
+            describe(&Event::Note(remark())),
+            "session 3 (web3): pages come late"
+        );
+    }
+
+    #[test]
+    fn the_loss_of_a_protected_guest_is_a_warning() {
+        let line = |status: SessionStatus| describe(&Event::Ended(Box::new(status)));
+        let lost = line(ended(SessionState::Ended, true));
+        assert_eq!(
+            lost,
+            "warning: session 3 (web3) ended: the end; checkpoint 7 is kept"
+        );
+        assert!(line(ended(SessionState::Ended, false)).starts_with("session 3"));
+        // Anyone who can connect can begin and lose one.
+        let unprotected = SessionStatus {
+            checkpoint: None,
+            ..ended(SessionState::Ended, true)
+        };
+        assert!(line(unprotected).starts_with("session 3"));
     }
 }

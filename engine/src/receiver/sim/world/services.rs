@@ -10,6 +10,7 @@ use crate::receiver::disks::SessionDisks;
 use crate::receiver::guest_memory::{Budgets, GuestMemory, MemoryError};
 use crate::receiver::live_session::LiveSession;
 use crate::receiver::recovery::label;
+use crate::receiver::remark::Remark;
 use crate::receiver::services::{Services, Shared, Work};
 use crate::store::{
     CacheKind, CommitMode, CopyMethod, FlushSizes, Flusher, Granularity, HugePages, Store, StoreOptions,
@@ -182,7 +183,7 @@ impl Services for SimServices {
 
     fn notify_control(&self) {}
 
-    fn warn(&self, _text: String) {}
+    fn warn(&self, _remark: Remark) {}
 
     fn warn_of(&self, _session: &LiveSession, _text: String) {}
 }
