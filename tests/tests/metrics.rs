@@ -92,6 +92,16 @@ fn the_page_shows_what_the_status_says() {
         [Some(1.0), Some(0.0)]
     );
     assert!(shown.value("colo_ring_checkpoint_age_seconds", &of).is_some());
+    // Pages of the last checkpoint are copied out of the pool meanwhile.
+    until("the use of the pool", || {
+        let used = receiver.protected()["pool_used_bytes"].as_f64();
+        let is_part = used.is_some() && used < status["pool_bytes"].as_f64();
+        (is_part && page().value("colo_ring_pool_used_bytes", &of) == used).then_some(())
+    });
+    let about = ["machine", "uuid", "peer", "listener"];
+    let about = about.map(|name| (name, status[name].as_str().unwrap_or_default()));
+    let info = [&of[..], &about].concat();
+    assert_eq!(shown.value("colo_ring_guest_info", &info), Some(1.0), "{info:?}");
     drop(primary);
     let lost = until("its end", || {
         let page = page();

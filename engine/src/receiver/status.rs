@@ -228,6 +228,9 @@ pub struct SessionStatus {
     pub bytes: u64,
     /// The pool of cache slots in bytes; none with a mirror, and after the session's end.
     pub pool_bytes: Option<u64>,
+    /// As much of it is in use just now.
+    #[serde(default)]
+    pub pool_used_bytes: Option<u64>,
     /// Slabs of the pool that were made while pages waited for them.
     pub pool_slabs_inline: u64,
     /// Steps down from the options asked for: each says what and why.
@@ -266,6 +269,7 @@ impl SessionStatus {
             zero_pages: read(&counters.zero_pages),
             bytes: read(&counters.bytes),
             pool_bytes: pool.filter(|_| end.is_none()).map(|pool| pool.bytes),
+            pool_used_bytes: pool.filter(|_| end.is_none()).map(|pool| pool.used_bytes()),
             pool_slabs_inline: pool.map_or(0, |pool| pool.inline_growth),
             fallbacks: session.fallbacks().to_vec(),
             guard: session.output.guard(),
@@ -392,6 +396,7 @@ impl SessionStatus {
             zero_pages: 0,
             bytes: 0,
             pool_bytes: None,
+            pool_used_bytes: None,
             pool_slabs_inline: 0,
             fallbacks: Vec::new(),
             recent: None,

@@ -44,6 +44,13 @@ pub struct PoolUse {
     pub inline_growth: u64,
 }
 
+impl PoolUse {
+    /// Bytes of it that have pages, or are handed out for some.
+    pub fn used_bytes(&self) -> u64 {
+        self.extents.saturating_sub(self.free_extents) * EXTENT_BYTES
+    }
+}
+
 /// What is to be done for a pool before the next checkpoints.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum PoolTask {

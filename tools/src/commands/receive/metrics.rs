@@ -180,12 +180,17 @@ impl ReceiverFigures {
         families.infos(
             About::new(
                 "colo_ring_guest",
-                "The guest's machine type, and where its primary is or was",
+                "The guest's machine type and UUID, where its primary is or was, and the address that it came to",
             ),
             self.sessions().map(|(labels, session)| {
-                let machine = session.machine.as_deref().unwrap_or("");
-                let texts = [("machine", machine), ("peer", &session.peer)];
-                (labels, texts.map(|(name, text)| (name, printable(text))).into())
+                let known = |text: &Option<String>| text.clone().unwrap_or_default();
+                let texts = [
+                    ("machine", known(&session.machine)),
+                    ("uuid", known(&session.uuid)),
+                    ("peer", session.peer.clone()),
+                    ("listener", known(&session.listener)),
+                ];
+                (labels, texts.map(|(name, text)| (name, printable(&text))).into())
             }),
         )?;
         self.gauges(
@@ -232,6 +237,11 @@ impl ReceiverFigures {
                 "Pages that wait for their commit have this much room",
             ),
             |session| session.pool_bytes.map(exact),
+        )?;
+        self.gauges(
+            families,
+            About::bytes("colo_ring_pool_used", "As much of that room is in use"),
+            |session| session.pool_used_bytes.map(exact),
         )?;
         self.counters(
             families,
