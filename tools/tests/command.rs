@@ -82,10 +82,12 @@ fn a_session_is_shown_dumped_and_reported() {
 
 #[test]
 fn signals_end_it_cleanly() {
-    for signal in [Signal::SIGTERM, Signal::SIGINT] {
+    let directory = tempfile::tempdir_in("/dev/shm").unwrap();
+    let ram_dir = ["--ram-dir", directory.path().to_str().unwrap()];
+    for (signal, files) in [(Signal::SIGTERM, &[][..]), (Signal::SIGINT, &ram_dir)] {
         let unix = Scratch::new();
         let listen = format!("unix:{}", unix.file("listen"));
-        let receiver = receiver(&["--listen", &listen]);
+        let receiver = receiver(&[&["--listen", &listen], files].concat());
         let mut primary = SynthPrimary::connect(receiver.address(), &guest()).unwrap();
         primary.checkpoint().unwrap();
         let control = receiver.control_path();
@@ -98,6 +100,17 @@ fn signals_end_it_cleanly() {
         let left = [&unix.file("listen"), &control].map(|path| Path::new(path).exists());
         assert_eq!(left, [false; 2], "its sockets leave no file");
         assert_eq!(ended.report["sessions"][0]["checkpoint"], 1);
+        // Of what is in memory alone nothing is left.
+        let is_kept = !files.is_empty();
+        let kept: &[u64] = if is_kept { &[1] } else { &[] };
+        assert_eq!(ended.report["kept"], serde_json::json!(kept));
+        let end = ended
+            .log
+            .lines()
+            .find(|line| line.starts_with("session 1 ended: "));
+        let end = end.expect("it is logged, and no loss");
+        assert_eq!(end.ends_with("is kept"), is_kept, "{end}");
+        assert_eq!(end.ends_with("ended with this receiver"), !is_kept, "{end}");
         assert!(ended.histograms.is_object());
         assert!(
             primary.checkpoint().is_err(),

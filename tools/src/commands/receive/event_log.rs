@@ -6,6 +6,7 @@ use crate::output::{printable, tell, tell_of};
 use crate::session_text;
 use colo_ring::rate_limit::RateLimit;
 use colo_ring::receiver::{Event, SessionState, SessionStatus};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -15,14 +16,24 @@ const UNPROTECTED: (u32, Duration) = (200, Duration::from_secs(5));
 /// See the module.
 pub(super) struct EventLog {
     unprotected: Mutex<RateLimit>,
+    /// Whether there is a directory in which checkpoints outlive this receiver.
+    has_ram_dir: bool,
+    is_ending: AtomicBool,
 }
 
 impl EventLog {
-    pub(super) fn new() -> Self {
+    pub(super) fn new(has_ram_dir: bool) -> Self {
         let (burst, every) = UNPROTECTED;
         Self {
             unprotected: Mutex::new(RateLimit::new(burst, every, Instant::now())),
+            has_ram_dir,
+            is_ending: AtomicBool::new(false),
         }
+    }
+
+    /// The receiver is about to end: what it holds ends with it, or is in files.
+    pub(super) fn ending(&self) {
+        self.is_ending.store(true, Ordering::Relaxed);
     }
 
     pub(super) fn tell(&self, event: &Event) {
@@ -33,7 +44,8 @@ impl EventLog {
             Event::Warning(_) | Event::Note(_) | Event::Replaced { .. } | Event::GivenUp { .. } => false,
         };
         if !is_limited || self.limit().admits(Instant::now()) {
-            tell_of(&printable(&describe(event)), fields(event));
+            let is_kept = self.has_ram_dir || !self.is_ending.load(Ordering::Relaxed);
+            tell_of(&printable(&describe(event, is_kept)), fields(event));
         }
     }
 
@@ -108,7 +120,8 @@ fn of_status(status: &SessionStatus) -> Fields {
     }
 }
 
-fn describe(event: &Event) -> String {
+/// `is_kept`: a checkpoint outlives its session.
+fn describe(event: &Event, is_kept: bool) -> String {
     match event {
         Event::Warning(remark) => format!("warning: {remark}"),
         Event::Note(remark) => remark.text.clone(),
@@ -149,7 +162,7 @@ fn describe(event: &Event) -> String {
             let severity = if is_loss(status) { "warning: " } else { "" };
             format!(
                 "{severity}session {session} ended: {}",
-                session_text::end(status)
+                session_text::at_the_end(status, is_kept)
             )
         }
     }
@@ -240,14 +253,14 @@ mod tests {
         assert_eq!(fields(&other), Fields::default());
         // The text is the remark's own.
         assert_eq!(
-            describe(&Event::Note(remark())),
+            describe(&Event::Note(remark()), true),
             "session 3 (web3): pages come late"
         );
     }
 
     #[test]
     fn the_loss_of_a_protected_guest_is_a_warning() {
-        let line = |status: SessionStatus| describe(&Event::Ended(Box::new(status)));
+        let line = |status: SessionStatus| describe(&Event::Ended(Box::new(status)), true);
         let lost = line(ended(SessionState::Ended, true));
         assert_eq!(
             lost,
@@ -260,5 +273,15 @@ mod tests {
             ..ended(SessionState::Ended, true)
         };
         assert!(line(unprotected).starts_with("session 3"));
+    }
+
+    #[test]
+    fn what_ends_with_its_receiver_is_not_called_kept() {
+        let event = Event::Ended(Box::new(ended(SessionState::Ended, false)));
+        let said = describe(&event, false);
+        assert!(
+            said.ends_with("checkpoint 7 was the last, and ended with this receiver"),
+            "{said}"
+        );
     }
 }

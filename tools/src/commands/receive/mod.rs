@@ -74,6 +74,8 @@ pub(crate) struct ReceiveReport<'a> {
     schema_version: u32,
     /// The sessions as they were at the end.
     sessions: &'a [SessionStatus],
+    /// Numbers of the sessions whose last checkpoint is in `--ram-dir`, for the next receiver; those of others ended with this one.
+    kept: &'a [u32],
     /// Figures of all checkpoints, as in the file `PREFIX.json` of `--hist`.
     #[schemars(with = "DescribedReport")]
     report: &'a Report,
@@ -109,6 +111,7 @@ pub fn run(mut args: ReceiveArgs, given: Vec<OsString>) -> Result<ExitCode, Comm
     let (once, json, hist) = (args.once, args.json, args.hist.clone());
     let ram_limit_asked = args.ram_limit;
     let (switch, hooks) = (args.sandbox, [Hook::on_loss(&args), Hook::on_stall(&args)]);
+    let keeps_checkpoints = args.ram_dir.is_some();
     let created = args.create_ram_dir.then(|| args.ram_dir.clone()).flatten();
     let metrics = args.metrics.clone();
     let mut options = args.into_options()?;
@@ -150,7 +153,7 @@ pub fn run(mut args: ReceiveArgs, given: Vec<OsString>) -> Result<ExitCode, Comm
     };
     let [on_loss, on_stall] = hooks.map(start);
     let (on_loss, on_stall) = (on_loss?, on_stall?);
-    let log = Arc::new(EventLog::new());
+    let log = Arc::new(EventLog::new(keeps_checkpoints));
     let event_log = log.clone();
     let [losses, stalls] = [&on_loss, &on_stall].map(|hook| hook.as_ref().map(OnLoss::sender));
     let on_event = move |event: Event| {
@@ -199,6 +202,7 @@ pub fn run(mut args: ReceiveArgs, given: Vec<OsString>) -> Result<ExitCode, Comm
             schema: "colo-ring.receive",
             schema_version: 1,
             sessions: &outcome.sessions,
+            kept: &outcome.kept,
             report: &outcome.report,
         })?;
     } else {
@@ -318,6 +322,7 @@ fn watch(
             Ok(Wish::End) => {
                 line.clear();
                 service.stopping();
+                log.ending();
                 tell("ending: sockets are closed, histograms written");
                 receiver.stop_handle().stop();
             }

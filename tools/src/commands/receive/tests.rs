@@ -1,7 +1,8 @@
 use super::*;
+use crate::test_status;
 use clap::Parser;
 use colo_ring::host::Machine;
-use colo_ring::receiver::{ListenAddress, ReceiverOptions};
+use colo_ring::receiver::{ListenAddress, ReceiverOptions, SessionState};
 
 #[derive(Parser)]
 struct Line {
@@ -127,5 +128,56 @@ fn nonsense_is_refused() {
         parse(&["--listen", "unix:/tmp/x", "--cores", ""])
             .unwrap_err()
             .contains("2-5,8")
+    );
+}
+
+/// A report of no measurement.
+fn report() -> Report {
+    let value = serde_json::json!({
+        "schema": "colo-ring.latency", "schema_version": 1, "started_unix_ms": 0, "duration_ms": 0, "options": null,
+        "machine": Machine::read(), "samples_dropped": 0, "total": colo_ring::metrics::Accumulator::new().summary(),
+        "sessions": [], "sessions_not_listed": 0
+    });
+    serde_json::from_value(value).unwrap()
+}
+
+#[test]
+fn the_last_report_says_what_has_become_of_each_checkpoint() {
+    let session = |number, state, guest: &str| SessionStatus {
+        guest: Some(guest.to_owned()),
+        state,
+        checkpoint: Some(7),
+        checkpoint_age_ms: Some(2500),
+        end: Some("the primary closed its connections".to_owned()),
+        ..test_status::session(number)
+    };
+    let outcome = Outcome {
+        sessions: vec![
+            session(1, SessionState::Discarded, "a"),
+            session(2, SessionState::Promoted, "b"),
+            session(3, SessionState::Ended, "c"),
+            session(4, SessionState::Ended, "d"),
+        ],
+        kept: vec![4],
+        report: report(),
+        written: Ok(()),
+    };
+    let text = render(&outcome, None);
+    let lines: Vec<_> = text.lines().collect();
+    let of = |name: &str| format!("({name}) of 192.0.2.7:40000: the primary closed its connections; ");
+    assert_eq!(
+        lines,
+        [
+            format!("session 1 {}checkpoint 7 was given up", of("a")),
+            format!(
+                "session 2 {}its guest went on elsewhere, from checkpoint 7",
+                of("b")
+            ),
+            format!(
+                "session 3 {}checkpoint 7 was the last, and ended with this receiver",
+                of("c")
+            ),
+            format!("session 4 {}checkpoint 7, 2.5 s old, is kept", of("d")),
+        ]
     );
 }
