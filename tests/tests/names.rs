@@ -293,7 +293,7 @@ fn identities_of_a_guest_take_tls() {
         .expect("the command");
     assert_eq!(refused.status.code(), Some(2), "{}", said(&refused));
     assert!(
-        said(&refused).contains("web.toml: tls-allow names identities"),
+        said(&refused).contains("web.toml:3:13: tls-allow names identities"),
         "{}",
         said(&refused)
     );

@@ -102,15 +102,105 @@ fn check(file: &Path) -> Result<(usize, Vec<GuestFile>), Faults> {
     let words = vec!["--config".into(), file.into()];
     let merged = configuration::merge(words, &command)?;
     // What the options are together.
-    let whole = |text: String| Faults::from(Fault::of_file(file, text));
+    let whole = |text: String| {
+        let configuration = merged.configuration.as_ref();
+        let fault = configuration.map(|configuration| configuration.fault(text.clone()));
+        Faults::from(fault.unwrap_or_else(|| Fault::of_file(file, text)))
+    };
     let matches = command.no_binary_name(true).try_get_matches_from(merged.words);
     let mut args = matches
         .and_then(|matches| receive::ReceiveArgs::from_arg_matches(&matches))
         .map_err(|error| whole(configuration::in_a_line(&error)))?;
     args.guest_files.clone_from(&merged.guests);
+    if let Some(fault) = args.guest_fault() {
+        return Err(fault.into());
+    }
     args.into_options().map_err(|error| whole(error.to_string()))?;
     let options = merged
         .configuration
         .map_or(0, |configuration| configuration.len());
     Ok((options, merged.guests))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use colo_ring_tests::command::Scratch;
+    use std::fs;
+
+    /// What is wrong with this configuration and these guests' files, without the directory.
+    fn faults(text: &str, guests: &[(&str, &str)]) -> String {
+        let scratch = Scratch::new();
+        let file = scratch.path().join("receive.toml");
+        fs::write(&file, text).unwrap();
+        fs::create_dir(scratch.path().join("guests.d")).unwrap();
+        for (name, text) in guests {
+            fs::write(scratch.path().join("guests.d").join(name), text).unwrap();
+        }
+        let directory = format!("{}/", scratch.path().display());
+        let faults = check(&file).unwrap_err().to_string();
+        faults.replace(&directory, "")
+    }
+
+    #[test]
+    fn options_that_contradict_each_other_have_a_place() {
+        for (text, begin) in [
+            (
+                "listen = \"unix:/x\"\nuser-timeout = 5\nkeepalive = 10\n",
+                "receive.toml:2:1: --user-timeout must not be shorter",
+            ),
+            // The other one is as it is without being set.
+            (
+                "listen = \"unix:/x\"\n  keepalive = 3600\n",
+                "receive.toml:2:3: --user-timeout must not be shorter",
+            ),
+            (
+                "cores = \"0\"\nnuma-node = 0\nlisten = \"unix:/x\"\n",
+                "receive.toml:1:1: the argument '--cores",
+            ),
+            (
+                "listen = \"unix:/x\"\nguest = [\"a,peer=::1\", \"b,peer=::1\"]\n",
+                "receive.toml:2:1: --guest: the guests a and b have the same conditions",
+            ),
+            ("channels = 2\n", "receive.toml: the following required"),
+        ] {
+            let said = faults(text, &[]);
+            assert!(said.starts_with(begin), "{said}");
+        }
+    }
+
+    #[test]
+    fn a_guests_file_that_fits_no_other_has_a_place() {
+        let listen = "listen = \"unix:/x\"\n";
+        let other = ("a.toml", "name = \"db\"\npeer = \"::1\"\n");
+        for (guests, said) in [
+            (
+                [other, ("web.toml", "listener = \"unix:/y\"\nname = \"web\"\n")],
+                "guests.d/web.toml:2:8: the guest web: nothing listens on unix:/y",
+            ),
+            (
+                [other, ("web.toml", "peer = \"::1\"\nname = \"web\"\n")],
+                "guests.d/web.toml:2:8: the guests db and web have the same conditions; db is of guests.d/a.toml",
+            ),
+            (
+                [
+                    other,
+                    (
+                        "web.toml",
+                        "name = \"web\"\npeer = \"::2\"\ntls-allow = [\"CN=a\"]\n",
+                    ),
+                ],
+                "guests.d/web.toml:3:13: tls-allow names identities, which connections have with --tls alone, and not with \
+                 --tls-verify-peer off",
+            ),
+        ] {
+            assert_eq!(faults(listen, &guests), said);
+        }
+        // The conditions that count are those of the option.
+        let option = "listen = \"unix:/x\"\nguest = \"web,listener=unix:/z\"\n";
+        let web = ("web.toml", "name = \"web\"\npeer = \"::2\"\n");
+        assert!(
+            faults(option, &[web]).starts_with("receive.toml:2:1: --guest: the guest web: nothing listens")
+        );
+    }
 }

@@ -20,7 +20,18 @@ pub(crate) struct Fault {
     message: String,
 }
 
+/// Line and column, from 1.
+pub(super) type Place = (usize, usize);
+
 impl Fault {
+    pub(super) fn at(file: &Path, (line, column): Place, message: String) -> Self {
+        Self {
+            line: Some(line),
+            column: Some(column),
+            ..Self::of_file(file, message)
+        }
+    }
+
     /// One of the whole file.
     pub(crate) fn of_file(file: &Path, message: String) -> Self {
         Self {
@@ -56,15 +67,7 @@ impl Faults {
     /// Those of a text, in its order.
     pub(super) fn located(file: &Path, text: &str, mut faults: Vec<Located>) -> Self {
         faults.sort_by_key(|(span, _)| span.start);
-        let fault = |(span, message): Located| {
-            let (line, column) = place(text, span.start);
-            Fault {
-                file: file.to_owned(),
-                line: Some(line),
-                column: Some(column),
-                message,
-            }
-        };
+        let fault = |(span, message): Located| Fault::at(file, place(text, span.start), message);
         Self(faults.into_iter().map(fault).collect())
     }
 }
@@ -80,7 +83,7 @@ impl fmt::Display for Faults {
 }
 
 /// Line and column of a byte.
-fn place(text: &str, byte: usize) -> (usize, usize) {
+pub(super) fn place(text: &str, byte: usize) -> Place {
     let before = text.get(..byte).unwrap_or(text);
     let line = before.matches('\n').count() + 1;
     let start = before.rfind('\n').map_or(0, |end| end + 1);

@@ -1,10 +1,11 @@
 //! `guests.d/*.toml` beside the configuration file: what holds for one guest, a file for each.
 
+use super::fault::{Place, place};
 use super::{Fault, Faults, Located, read_text};
 use clap::ArgMatches;
 use clap::parser::ValueSource;
 use colo_ring::net::ListenAddress;
-use colo_ring::receiver::{GuestName, GuestRule, GuestUuid, NameRule, PeerNetwork};
+use colo_ring::receiver::{GuestName, GuestRule, GuestUuid, NameError, NameRule, PeerNetwork};
 use colo_ring::tls::Allowed;
 use serde::Deserialize;
 use std::collections::BTreeMap;
@@ -41,9 +42,12 @@ struct Keys {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct GuestFile {
     path: PathBuf,
+    /// Where the name is, for faults that other files and options have a part in.
+    name_at: Place,
     /// By what it is recognised.
     rule: NameRule,
     tls_allow: Vec<String>,
+    tls_allow_at: Option<Place>,
     precopy_deadline: Option<Duration>,
     on_loss: Option<String>,
     on_stall: Option<String>,
@@ -124,7 +128,9 @@ impl GuestFile {
         }
         Ok(Self {
             path: path.to_owned(),
+            name_at: place(text, keys.name.span().start),
             rule,
+            tls_allow_at: (keys.tls_allow.as_ref()).map(|allowed| place(text, allowed.span().start)),
             tls_allow: keys.tls_allow.map(Spanned::into_inner).unwrap_or_default(),
             precopy_deadline: keys
                 .precopy_timeout
@@ -156,8 +162,43 @@ impl GuestFile {
         &self.rule.name
     }
 
-    pub(crate) fn tls_allow(&self) -> &[String] {
+    #[cfg(test)]
+    pub(super) fn tls_allow(&self) -> &[String] {
         &self.tls_allow
+    }
+
+    /// What is wrong where connections have no identities: that a guest must have one of some.
+    pub(crate) fn needless_identities(files: &[Self]) -> Option<Fault> {
+        let (file, place) = files.iter().find_map(|file| Some((file, file.tls_allow_at?)))?;
+        let message = "tls-allow names identities, which connections have with --tls alone, and not with --tls-verify-peer off";
+        Some(Fault::at(&file.path, place, message.to_owned()))
+    }
+
+    /// What is wrong with the [rules](Self::rules), in the file that it is about; none if that is an option.
+    pub(crate) fn fault(files: &[Self], options: &[NameRule], error: &NameError) -> Option<Fault> {
+        // An option's conditions stand in place of a file's.
+        let file_of = |name: &GuestName| {
+            let is_option = options.iter().any(|rule| rule.name == *name);
+            let file = files.iter().find(|file| file.rule.name == *name);
+            file.filter(|_| !is_option)
+        };
+        match error {
+            NameError::Ambiguous(one, other) => {
+                let (one, other) = (file_of(one), file_of(other));
+                let beside = one.zip(other).map(|(one, _)| {
+                    let (name, path) = (&one.rule.name, one.path.display());
+                    format!("; {name} is of {path}")
+                });
+                let message = format!("{error}{}", beside.unwrap_or_default());
+                Some(other.or(one)?.fault_of_name(message))
+            }
+            NameError::NoListener { name, .. } => Some(file_of(name)?.fault_of_name(error.to_string())),
+            _ => None,
+        }
+    }
+
+    fn fault_of_name(&self, message: String) -> Fault {
+        Fault::at(&self.path, self.name_at, message)
     }
 
     pub(crate) fn on_loss(&self) -> Option<&str> {

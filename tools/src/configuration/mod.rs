@@ -12,6 +12,8 @@ mod guests;
 pub(crate) use fault::{Fault, Faults};
 pub(crate) use guests::GuestFile;
 
+use fault::{Place, place};
+
 use clap::error::{ContextKind, ContextValue, ErrorKind};
 use clap::parser::ValueSource;
 use clap::{Arg, ArgAction, ArgMatches, Command};
@@ -37,6 +39,10 @@ const NOT_IN_FILES: [&str; 3] = ["config", "help", "version"];
 struct Setting {
     /// Its name for clap.
     id: clap::Id,
+    /// Its name in files and on the command line.
+    name: String,
+    /// Where that is in the file.
+    place: Place,
     words: Vec<OsString>,
 }
 
@@ -72,6 +78,19 @@ impl Configuration {
 
     pub(crate) fn path(&self) -> &Path {
         &self.path
+    }
+
+    /// What is wrong with several options together, at the first of them that the file sets: `message` names them, as `--NAME`.
+    pub(crate) fn fault(&self, message: String) -> Fault {
+        let names = message.split("--").skip(1).map(|rest| {
+            let end = rest.find(|letter: char| !letter.is_ascii_alphanumeric() && letter != '-');
+            &rest[..end.unwrap_or(rest.len())]
+        });
+        let mut set = names.filter_map(|name| self.settings.iter().find(|setting| setting.name == name));
+        match set.next().map(|setting| setting.place) {
+            Some(place) => Fault::at(&self.path, place, message),
+            None => Fault::of_file(&self.path, message),
+        }
     }
 
     /// How many options it sets.
@@ -190,7 +209,7 @@ fn settings(text: &str, command: &Command) -> Result<Vec<Setting>, Vec<Located>>
     }
     let mut settings = Vec::new();
     for (key, value) in table.get_ref() {
-        match setting(key, value, command) {
+        match setting(text, key, value, command) {
             Ok(setting) => settings.push(setting),
             Err(fault) => faults.push(fault),
         }
@@ -202,6 +221,7 @@ fn settings(text: &str, command: &Command) -> Result<Vec<Setting>, Vec<Located>>
 }
 
 fn setting(
+    text: &str,
     key: &Spanned<std::borrow::Cow<'_, str>>,
     value: &Spanned<DeValue<'_>>,
     command: &Command,
@@ -229,6 +249,8 @@ fn setting(
     check(&words, command).map_err(|text| wrong(&text))?;
     Ok(Setting {
         id: arg.get_id().clone(),
+        name: name.to_string(),
+        place: place(text, key.span().start),
         words,
     })
 }

@@ -1,6 +1,6 @@
 //! The options of `colo-ring receive`, and what a receiver is started with by them.
 
-use crate::configuration::{self, GuestFile};
+use crate::configuration::{self, Fault, GuestFile};
 use crate::cores::{check_cores, cores_of_node, default_cores};
 use crate::log::LogArgs;
 use crate::options::{ControlAddress, CoreList, Size, Switch};
@@ -394,9 +394,23 @@ impl ReceiveArgs {
         rules.map_err(|error| CommandError::Usage(format!("--guest: {error}")))
     }
 
+    /// What is wrong with a guest's file beside the options and the other files.
+    pub(crate) fn guest_fault(&self) -> Option<Fault> {
+        let has_identities = self.tls.is_some() && self.tls_verify_peer != Some(Switch::Off);
+        let needless = || (!has_identities).then(|| GuestFile::needless_identities(&self.guest_files))?;
+        let rules = GuestFile::rules(&self.guest_files, &self.guest);
+        match GuestRules::new(rules, &self.listen) {
+            Err(error) => GuestFile::fault(&self.guest_files, &self.guest, &error),
+            Ok(_) => needless(),
+        }
+    }
+
     /// Refuses what contradicts itself.
     pub(crate) fn check(&self) -> Result<(), CommandError> {
         let usage = |text: &str| Err(CommandError::Usage(text.to_owned()));
+        if let Some(fault) = self.guest_fault() {
+            return Err(CommandError::Usage(fault.to_string()));
+        }
         self.guest_rules()?;
         if self.user_timeout < self.keepalive {
             return usage(
@@ -420,14 +434,6 @@ impl ReceiveArgs {
         }
         if self.tls_verify_peer == Some(Switch::Off) && !self.tls_allow.is_empty() {
             return usage("--tls-allow names identities, which --tls-verify-peer off does not ask for");
-        }
-        let has_identities = self.tls.is_some() && self.tls_verify_peer != Some(Switch::Off);
-        let limited = self.guest_files.iter().find(|file| !file.tls_allow().is_empty());
-        if let Some(file) = limited.filter(|_| !has_identities) {
-            return Err(CommandError::Usage(format!(
-                "{}: tls-allow names identities, which connections have with --tls alone, and not with --tls-verify-peer off",
-                file.path().display()
-            )));
         }
         if self.disk_log_max.0 < DISK_LOG_MIN {
             return usage("--disk-log-max must be at least 8M: a log has two segments of 4 MiB");
