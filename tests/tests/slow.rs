@@ -288,3 +288,33 @@ fn the_recorder_outlives_a_killed_receiver_and_damage_is_seen() {
     assert!(said.contains("an earlier receiver left is damaged"), "{said}");
     assert_eq!(next.status()["sessions"][0]["state"], "recovered");
 }
+
+/// Of a guest that is called by its name; the recorder that `slow` saves is read by `compare`.
+#[test]
+fn a_saved_recorder_is_compared() {
+    let receiver = receiver(&["--guest", "web3,peer=127.0.0.1"]);
+    let mut primary = SynthPrimary::connect(receiver.address(), &guest(100)).unwrap();
+    (0..USUAL).for_each(|_| _ = primary.checkpoint().unwrap());
+    until("the last record", || {
+        (slow(&receiver, &["--guest", "web3"])["checkpoints"] == USUAL).then_some(())
+    });
+    let refused = receiver.command(&["slow", "--guest", "web4"]);
+    let said = String::from_utf8_lossy(&refused.stderr).into_owned();
+    assert!(!refused.status.success() && said.contains("web4"), "{said}");
+
+    let directory = tempfile::tempdir().unwrap();
+    let file = |name: &str| directory.path().join(name).to_str().unwrap().to_owned();
+    let (saved, page) = (file("web3.flight"), file("page.html"));
+    assert_eq!(slow(&receiver, &["--save", &saved])["checkpoints"], USUAL);
+    let compared = run(&["compare", &saved, "--html", &page]);
+    assert!(
+        compared.status.success(),
+        "{}",
+        String::from_utf8_lossy(&compared.stderr)
+    );
+    let page = fs::read_to_string(page).unwrap();
+    assert!(page.contains("<title>Checkpoint latency</title>"), "{page}");
+    let (_, section) = page.split_once("<h2>Slow checkpoints").expect("the section");
+    let timeline = section.split_once("</section>").unwrap().0;
+    assert!(timeline.contains("<svg"), "{timeline}");
+}

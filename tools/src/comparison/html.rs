@@ -41,7 +41,6 @@ pub fn page(comparison: &Comparison) -> String {
 
 /// The page with an introduction.
 pub fn page_with(comparison: &Comparison, intro: &Intro) -> String {
-    let names: Vec<_> = comparison.runs.iter().map(|run| run.name).collect();
     let of_name = |name: &&str| comparison.phases.iter().find(|phase| phase.phase == **name);
     let first: Vec<_> = match intro.phases {
         [] => comparison.phases.iter().collect(),
@@ -74,7 +73,7 @@ pub fn page_with(comparison: &Comparison, intro: &Intro) -> String {
             (method(comparison))
         }
     };
-    html_page(&names.join(", "), STYLE, &body)
+    html_page(intro.title, STYLE, &body)
 }
 
 /// A run's sign in legends and tables: its colour and dashes.
