@@ -358,6 +358,15 @@ fn the_demo_measures_every_variant_or_says_why_not() {
             "{name}"
         );
     }
+    for (name, mark) in [
+        ("QEMU's way", "baseline"),
+        ("sink", "floor"),
+        ("colo-ring", "default"),
+    ] {
+        let is_there = variants.iter().any(|variant| variant["name"] == name);
+        let marked = format!("{name} <span class=\"tag\">{mark}</span>");
+        assert_eq!(text.contains(&marked), is_there, "{marked}");
+    }
     let message = report["message"].as_str().unwrap();
     assert!(
         message.contains("the guest stands still for") && message.contains("95 %"),
@@ -375,19 +384,21 @@ fn the_demo_measures_every_variant_or_says_why_not() {
             }
         })
         .collect();
-    let output = run(&[&["demo"], &nowhere[..]].concat());
-    assert_eq!(output.status.code(), Some(1));
-    assert!(
-        said(&output).contains("cannot write the page /nonexistent/page.html"),
-        "{}",
-        said(&output)
-    );
-    let table = String::from_utf8_lossy(&output.stdout);
-    // Without io_uring there is no first one.
-    let has = |name: &&str| table.lines().any(|line| line.starts_with(*name));
-    assert!(MAIN[1..].iter().all(has), "{table}");
-    assert!(table.contains("the guest stands still for"), "{table}");
-    let page_line = |line: &&str| !line.starts_with("page: ");
-    let mut lines = table.lines().filter(page_line);
-    assert!(lines.all(|line| line.chars().count() <= 80), "{table}");
+    for options in [&["demo"][..], &["demo", "--all"]] {
+        let output = run(&[options, &nowhere[..]].concat());
+        assert_eq!(output.status.code(), Some(1));
+        assert!(
+            said(&output).contains("cannot write the page /nonexistent/page.html"),
+            "{}",
+            said(&output)
+        );
+        let table = String::from_utf8_lossy(&output.stdout);
+        // Without io_uring there is no first one.
+        let has = |name: &&str| table.lines().any(|line| line.starts_with(*name));
+        assert!(MAIN[1..].iter().all(has), "{table}");
+        let is_whole = table.lines().any(|line| line.starts_with("epoll mirror sync"));
+        assert_eq!(is_whole, options.len() > 1, "{table}");
+        assert!(table.contains("the guest stands still for"), "{table}");
+        assert!(table.lines().all(|line| line.chars().count() <= 80), "{table}");
+    }
 }

@@ -201,10 +201,12 @@ fn measure(
     contestants.into_iter().map(Contestant::finish).collect()
 }
 
+/// The table's head; a row has 80 columns at most.
+const HEAD: [&str; 7] = ["loaded", "p50", "p99", "to QEMU", "95 %", "CPU", "memory"];
+
 fn render(report: &DemoReport, elapsed: Duration) -> String {
     let options = report.options;
-    let head = ["loaded", "p50", "p99", "to QEMU's", "95 %", "CPU", "memory"];
-    let mut rows = vec![head.map(str::to_owned).to_vec()];
+    let mut rows = vec![HEAD.map(str::to_owned).to_vec()];
     rows.extend(report.variants.iter().map(|variant| row(report, variant)));
     let checkpoints = options.checkpoints * u64::from(options.rounds);
     let conditions = format!(
@@ -242,16 +244,46 @@ fn row(report: &DemoReport, variant: &VariantReport) -> Vec<String> {
         variant.variant.name.clone(),
         or_dash(loaded.map(|row| display_nanoseconds(row.p50_ns))),
         or_dash(loaded.map(|row| display_nanoseconds(row.p99_ns))),
-        or_dash(
-            ratio
-                .and_then(|ratio| ratio.ratio)
-                .map(|ratio| format!("{ratio:.2}")),
-        ),
-        or_dash(interval.map(|interval| format!("{:.2}–{:.2}", interval.low, interval.high))),
+        or_dash(ratio.and_then(|ratio| ratio.ratio).map(three_digits)),
+        or_dash(interval.map(|interval| {
+            let [low, high] = [interval.low, interval.high].map(three_digits);
+            format!("{low}–{high}")
+        })),
         or_dash(variant.cpu_ns_per_checkpoint.map(display_nanoseconds)),
         match variant.memory_bytes {
             0 => "-".to_owned(),
             bytes => mebibytes(bytes),
         },
     ]
+}
+
+/// A ratio in four columns.
+fn three_digits(ratio: f64) -> String {
+    match ratio {
+        9999.5.. => format!("{ratio:.0e}"),
+        99.95.. => format!("{ratio:.0}"),
+        9.995.. => format!("{ratio:.1}"),
+        _ => format!("{ratio:.2}"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_contestant_has_a_line_of_eighty_columns() {
+        let figures = ["9.99 ms", "99.9 ms", "0.99", "0.99–99.9", "99.9 ms", "1023 MiB"];
+        let mut rows = vec![HEAD.map(str::to_owned).to_vec()];
+        rows.extend(Variant::all(true).into_iter().map(|variant| {
+            let figures = figures.iter().map(|figure| (*figure).to_owned());
+            std::iter::once(variant.name).chain(figures).collect()
+        }));
+        let table = table(&rows);
+        assert!(table.lines().all(|line| line.chars().count() <= 80), "{table}");
+        assert_eq!(
+            [0.834, 9.994, 9.996, 99.96, 9999.4, 23_456.0].map(three_digits),
+            ["0.83", "9.99", "10.0", "100", "9999", "2e4"]
+        );
+    }
 }
