@@ -246,7 +246,7 @@ fn a_guest_has_a_file_with_a_name_and_hooks_of_its_own() {
     // The command line wins.
     receiver.wait_for_log("configuration: the guest web3 of ");
     drop(protect(&receiver, &known_guest()));
-    receiver.wait_for_log("session 1: --on-loss failed");
+    receiver.wait_for_log("session 1 (web3): --on-loss failed");
     drop(receiver);
 
     let general = hook("general");

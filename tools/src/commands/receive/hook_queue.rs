@@ -11,8 +11,10 @@
 //! A loss without a place waits. The queue is bounded: when it is full, the newest loss of the most crowded party is dropped and counted.
 
 use super::hook_runner::{RunHooks, Values};
-use crate::output::tell;
+use crate::log::Fields;
+use crate::output::{tell, tell_of};
 use colo_ring::rate_limit::RateLimit;
+use colo_ring::receiver::SessionTitle;
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, Instant};
 
@@ -67,7 +69,7 @@ pub(super) struct Party {
 
 /// A primary that was lost, or stands still.
 pub(super) struct Loss {
-    pub(super) session: u32,
+    pub(super) session: SessionTitle,
     pub(super) party: Party,
     pub(super) command: usize,
     pub(super) values: Values,
@@ -80,7 +82,7 @@ enum Place {
 }
 
 struct Running {
-    session: u32,
+    session: SessionTitle,
     party: Party,
     place: Place,
     /// By which its end is reported.
@@ -124,10 +126,9 @@ impl<R: RunHooks> Queue<R> {
         };
         let Loss { session, party, .. } = self.waiting.remove(position);
         if self.dropped.admits(now) {
-            tell(&format!(
-                "warning: session {session}: {} is not run: too many losses are waiting, most of them of {}",
-                self.option, party.origin
-            ));
+            let (option, origin) = (self.option, party.origin);
+            let why = format!("too many losses are waiting, most of them of {origin}");
+            warn(&session, &format!("{option} is not run: {why}"));
         }
     }
 
@@ -183,10 +184,11 @@ impl<R: RunHooks> Queue<R> {
                 Err(error) => {
                     // Once, and not at each try.
                     if self.not_before.is_none() {
-                        let (session, option) = (self.waiting[position].session, self.option);
-                        tell(&format!(
-                            "warning: session {session}: {option} cannot be started, and is tried again: {error}"
-                        ));
+                        let (session, option) = (&self.waiting[position].session, self.option);
+                        warn(
+                            session,
+                            &format!("{option} cannot be started, and is tried again: {error}"),
+                        );
                     }
                     self.not_before = Some(Instant::now() + RETRY_AFTER);
                     return;
@@ -241,8 +243,7 @@ impl<R: RunHooks> Queue<R> {
             };
             let Running { session, .. } = self.running.swap_remove(position);
             if !status.success() {
-                let option = self.option;
-                tell(&format!("warning: session {session}: {option} failed ({status})"));
+                warn(&session, &format!("{} failed ({status})", self.option));
             }
         }
         if self.runner.is_gone() && !self.has_warned {
@@ -264,16 +265,20 @@ impl<R: RunHooks> Queue<R> {
             }
             if begin.elapsed() > FINISH_WITHIN {
                 for loss in &self.waiting {
-                    tell(&format!(
-                        "warning: session {}: {} was not run",
-                        loss.session, self.option
-                    ));
+                    warn(&loss.session, &format!("{} was not run", self.option));
                 }
                 return;
             }
             std::thread::sleep(POLL);
         }
     }
+}
+
+fn warn(session: &SessionTitle, text: &str) {
+    tell_of(
+        &format!("warning: session {session}: {text}"),
+        Fields::of(session),
+    );
 }
 
 #[cfg(test)]
@@ -316,7 +321,7 @@ mod tests {
 
     fn loss(session: u32, origin: &str, guest: Option<&str>) -> Loss {
         Loss {
-            session,
+            session: session.into(),
             party: Party {
                 origin: origin.to_owned(),
                 guest: guest.map(str::to_owned),
@@ -332,7 +337,9 @@ mod tests {
         }
 
         fn runs(&self, session: u32) -> bool {
-            self.running.iter().any(|running| running.session == session)
+            self.running
+                .iter()
+                .any(|running| running.session == session.into())
         }
 
         fn counts(&self) -> (usize, usize) {
@@ -401,7 +408,7 @@ mod tests {
         (0..300).for_each(|session| queue.lose(session, "192.0.2.1", None));
         assert_eq!(queue.waiting.len(), WAITING_OF_PARTY_MAX);
         // The first of it stay.
-        assert_eq!(queue.waiting[0].session, 0);
+        assert_eq!(queue.waiting[0].session, 0.into());
         for host in 0..2000 {
             queue.lose(1000 + host, &format!("host {}", host % 100), None);
             assert!(queue.waiting.len() <= WAITING_MAX);
@@ -410,7 +417,7 @@ mod tests {
         queue.lose(9001, "192.0.2.1", Some("web3"));
         assert_eq!(queue.waiting.len(), WAITING_MAX);
         for session in [9000, 9001] {
-            assert!(queue.waiting.iter().any(|loss| loss.session == session));
+            assert!(queue.waiting.iter().any(|loss| loss.session == session.into()));
         }
         // What is dropped is counted beyond some lines.
         let later = Instant::now() + Duration::from_secs(3600);

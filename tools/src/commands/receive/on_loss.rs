@@ -196,7 +196,7 @@ impl Hooks {
         };
         // Its thread ends only at the very end.
         let _ = self.losses.send(Message::Lost(Box::new(Loss {
-            session: status.session,
+            session: status.title(),
             party: party(status),
             command,
             values: self.line.values(event, status, reason),
