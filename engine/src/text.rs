@@ -138,9 +138,12 @@ pub fn seconds(ms: u64) -> String {
     }
 }
 
-/// A time for people, as [`seconds`] has it.
+/// A time for people: below a second in milliseconds, otherwise as [`seconds`] has it.
 pub fn elapsed(time: std::time::Duration) -> String {
-    seconds(u64::try_from(time.as_millis()).unwrap_or(u64::MAX))
+    match u64::try_from(time.as_millis()).unwrap_or(u64::MAX) {
+        ms @ 0..1000 => format!("{ms} ms"),
+        ms => seconds(ms),
+    }
 }
 
 /// Whole seconds for people, in the two largest units.
@@ -179,6 +182,8 @@ mod tests {
         }
         assert_eq!(seconds(12_345), "12.3 s");
         assert_eq!(seconds(61_999), "1 min 1 s");
+        let shown = [50, 999, 1000, 61_999].map(|ms| elapsed(std::time::Duration::from_millis(ms)));
+        assert_eq!(shown, ["50 ms", "999 ms", "1.0 s", "1 min 1 s"]);
         assert_eq!(
             [59, 61, 3_700, 90_000].map(duration),
             ["59 s", "1 min 1 s", "1 h 1 min", "1 d 1 h"]

@@ -436,7 +436,7 @@ mod tests {
         assert!(writer.put(interval()));
         let (report, written) = writer.finish_within(Duration::from_millis(50), Some(interval()), report);
         let late = written.unwrap_err().to_string();
-        assert!(late.contains("within 50ms"), "{late}");
+        assert!(late.contains("within 50 ms"), "{late}");
         assert_eq!(report.intervals_lost, 2);
     }
 }
