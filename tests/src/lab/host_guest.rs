@@ -12,10 +12,10 @@ use serde_json::Value;
 
 use super::{Lab, LabError, command_under_test, repository, wait_for};
 
-/// Two NUMA nodes of two cores and 384 MiB each.
-const TWO_NODES: &str = "-machine pc -smp 4 -m 768M \
-    -object memory-backend-ram,id=node0,size=384M -numa node,nodeid=0,cpus=0-1,memdev=node0 \
-    -object memory-backend-ram,id=node1,size=384M -numa node,nodeid=1,cpus=2-3,memdev=node1";
+/// Two NUMA nodes of two cores and 512 MiB each.
+const TWO_NODES: &str = "-machine pc -smp 4 -m 1G \
+    -object memory-backend-ram,id=node0,size=512M -numa node,nodeid=0,cpus=0-1,memdev=node0 \
+    -object memory-backend-ram,id=node1,size=512M -numa node,nodeid=1,cpus=2-3,memdev=node1";
 
 /// How long a host guest may run, if it goes on to print.
 const RUN_LIMIT: Duration = Duration::from_secs(24 * 3600);
