@@ -1,13 +1,10 @@
 //! A sample of what `scripts/fuzz` does for hours: inputs of the corpora, changed at random. It knows nothing of coverage, so it finds
-//! what is near to real streams. The changes are always the same ones; COLO_RING_SEED gives others.
+//! what is near to real streams. The changes are always the same ones; COLO_RING_SEED gives others, COLO_RING_FUZZ_INPUTS their number.
 
 use crate::{fuzz, names_in};
 use std::fs;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::path::Path;
-
-/// Changed inputs for each target.
-const INPUTS: usize = 1000;
 
 /// An input is no longer than those of `scripts/fuzz`.
 const LENGTH_MAX: usize = 64 << 10;
@@ -77,19 +74,22 @@ impl Random {
     }
 }
 
+fn number_in(variable: &str) -> Option<u64> {
+    let text = std::env::var(variable).ok()?;
+    Some(text.parse().expect("a number"))
+}
+
 #[test]
 fn every_target_takes_changed_inputs() {
     let corpora = Path::new(env!("CARGO_MANIFEST_DIR")).join("../fuzz/corpus");
-    let seed = match std::env::var("COLO_RING_SEED") {
-        Ok(seed) => seed.parse().expect("a number"),
-        Err(_) => 0,
-    };
+    let seed = number_in("COLO_RING_SEED").unwrap_or(0);
+    let count = number_in("COLO_RING_FUZZ_INPUTS").unwrap_or(1000);
     let mut valid_in_all = 0;
     for (name, target) in fuzz::TARGETS {
         let inputs = names_in(&corpora.join(name));
         let inputs: Vec<_> = inputs.iter().map(|path| fs::read(path).unwrap()).collect();
         let (mut random, mut valid) = (Random(seed), 0);
-        for number in 0..INPUTS {
+        for number in 0..count {
             let mut input = inputs[random.below(inputs.len())].clone();
             for _ in 0..=random.below(4) {
                 let other = &inputs[random.below(inputs.len())];
@@ -101,7 +101,7 @@ fn every_target_takes_changed_inputs() {
                 resume_unwind(panic)
             });
         }
-        println!("{name}: {INPUTS} changed inputs, {valid} valid parts");
+        println!("{name}: {count} changed inputs, {valid} valid parts");
         valid_in_all += valid;
     }
     // A file with a checksum may have nothing left.
