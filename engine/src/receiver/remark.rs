@@ -1,4 +1,4 @@
-//! What the operator is told in words alone.
+//! A message for the operator that is only text.
 
 use super::guest::SessionTitle;
 use std::fmt;
