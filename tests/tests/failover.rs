@@ -265,6 +265,22 @@ fn a_target_that_cannot_be_opened_ends_no_session() {
     assert!(stream == expected(&primary, Form::Complete));
 }
 
+/// A failover of session 1 to somewhere else, though its primary is connected.
+fn forced<'a>(control: &'a str, fence: &'a str, to: &'a str) -> [&'a str; 10] {
+    [
+        "failover",
+        "--control",
+        control,
+        "--session",
+        "1",
+        "--force",
+        "--fence",
+        fence,
+        "--to",
+        to,
+    ]
+}
+
 /// The command opens it, before anything is asked of the receiver but the claim.
 #[test]
 fn a_mistyped_destination_ends_no_session() {
@@ -286,19 +302,7 @@ fn a_mistyped_destination_ends_no_session() {
         ("fd:3", &[], "write file:PATH, unix:PATH"),
         ("-", &["--keep", "/nonexistent/stream"], "No such file"),
     ] {
-        let line = [
-            "failover",
-            "--control",
-            &control,
-            "--session",
-            "1",
-            "--force",
-            "--fence",
-            &fence,
-            "--to",
-            to,
-        ];
-        let refused = run(&[&line[..], more].concat());
+        let refused = run(&[&forced(&control, &fence, to)[..], more].concat());
         let text = String::from_utf8_lossy(&refused.stderr);
         assert!(!refused.status.success() && text.contains(says), "{to}: {text}");
         assert!(!std::path::Path::new(&fenced).exists(), "{to} {more:?}");
@@ -319,21 +323,7 @@ fn a_connection_is_there_before_the_fence() {
     let control = format!("unix:{}", bench.scratch.file("control"));
     // One that listens has 0A there, and one that is connected 01.
     let fence = |result: &str| format!("grep -qi ':{port:04X} 01 ' /proc/net/tcp && exit {result}");
-    let failover = |result: &str| {
-        let line = [
-            "failover",
-            "--control",
-            &control,
-            "--session",
-            "1",
-            "--force",
-            "--fence",
-            &fence(result),
-            "--to",
-            &to,
-        ];
-        run(&line)
-    };
+    let failover = |result: &str| run(&forced(&control, &fence(result), &to));
     let refused = failover("7");
     let text = String::from_utf8_lossy(&refused.stderr);
     assert!(
