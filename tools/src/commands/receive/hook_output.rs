@@ -3,6 +3,7 @@
 //! Nobody may be reading that, and a hook has to end all the same. So each hook writes into a pipe of its own, which the process that runs hooks
 //! reads at once; what standard error does not take is dropped and counted there ([`crate::stderr`]).
 
+use crate::output::tell;
 use crate::stderr;
 use nix::poll::{PollFd, PollFlags};
 use std::io::{self, ErrorKind, PipeReader, Read};
@@ -31,11 +32,15 @@ struct Output {
 impl Outputs {
     /// Where a hook is to print to, its standard output and its standard error.
     pub(super) fn begin(&mut self) -> (Stdio, Stdio) {
-        if self.0.len() >= PIPES_MAX {
-            return (Stdio::null(), Stdio::null());
-        }
+        let pipe = match self.0.len() < PIPES_MAX {
+            true => self.pipe().map_err(|error| error.to_string()),
+            false => Err(format!("{PIPES_MAX} earlier ones have not closed theirs")),
+        };
         // A hook is more important than what it prints.
-        self.pipe().unwrap_or_else(|_| (Stdio::null(), Stdio::null()))
+        pipe.unwrap_or_else(|why| {
+            tell(&format!("warning: what a hook prints goes nowhere: {why}"));
+            (Stdio::null(), Stdio::null())
+        })
     }
 
     fn pipe(&mut self) -> io::Result<(Stdio, Stdio)> {
