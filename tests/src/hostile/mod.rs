@@ -26,6 +26,7 @@ use nix::sys::socket::{
 use std::io::{self, Read, Write};
 use std::net::{Ipv4Addr, Shutdown, SocketAddr, SocketAddrV4, TcpStream};
 use std::os::fd::AsRawFd;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 /// The blocks of its guest. One name is the beginning of another.
@@ -102,6 +103,8 @@ impl Destination {
 
 /// The primary, its connections and its counts.
 pub struct HostilePrimary {
+    /// What its channels say that its machine is.
+    pub uuid: [u8; 16],
     /// The main channel.
     pub main: Link,
     /// The multifd channels in the order of their ids.
@@ -305,16 +308,27 @@ fn socket_queues(local: SocketAddr, peer: SocketAddr) -> Option<SocketQueues> {
 }
 
 impl HostilePrimary {
-    /// Only the connections, main first.
+    /// Only the connections, main first, of a machine that is none of those before: a receiver would take it for one that is protected again.
     #[must_use]
     pub fn connect(to: impl Into<Destination>, channels: u8) -> Self {
+        static MACHINES: AtomicU64 = AtomicU64::new(1);
+        let number = MACHINES.fetch_add(1, Ordering::Relaxed);
+        let mut uuid = [7; 16];
+        uuid[8..].copy_from_slice(&number.to_be_bytes());
+        Self::connect_as(to, channels, uuid)
+    }
+
+    /// The same, of this machine.
+    #[must_use]
+    pub fn connect_as(to: impl Into<Destination>, channels: u8, uuid: [u8; 16]) -> Self {
         let to = to.into();
         let main = Link::connect(to);
-        let channels = (0..channels).map(|id| Link::multifd(to, [7; 16], id));
+        let channels = (0..channels).map(|id| Link::multifd(to, uuid, id));
         let image = BLOCKS
             .iter()
             .map(|(_, bytes)| vec![0; usize::try_from(*bytes).expect("a small guest")]);
         Self {
+            uuid,
             main,
             channels: channels.collect(),
             encoders: Vec::new(),

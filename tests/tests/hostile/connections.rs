@@ -67,11 +67,11 @@ fn strangers_among_connections() {
     }
     let (session, mut primary) = bench.protected();
     // All are bound, and it has a checkpoint: one more belongs to no session, whatever it says.
-    let mut late = Link::multifd(bench.address, [7; 16], 0);
+    let mut late = Link::multifd(bench.address, primary.uuid, 0);
     bench.warned(&format!(
         "1 of 2 multifd channels came, but no main channel, within {deadline:?}"
     ));
-    let mut high = Link::multifd(bench.address, [7; 16], 2);
+    let mut high = Link::multifd(bench.address, primary.uuid, 2);
     bench.warned("channel 2 connected, but only channels 0 to 1");
     assert!(late.is_closed() && high.is_closed());
     primary.checkpoint(&[(0, 4, 0x14)]);
@@ -119,7 +119,7 @@ fn a_channel_that_comes_after_the_beginning_ends_what_has_no_checkpoint() {
         let mut primary = HostilePrimary::connect(bench.address, 2);
         primary.main.send(&header());
         let session = bench.began();
-        let mut own = Link::multifd(bench.address, [7; 16], id);
+        let mut own = Link::multifd(bench.address, primary.uuid, id);
         let status = bench.ended(session);
         let end = status.end.expect("it has ended");
         assert!(end.contains(&format!("(channel {id})")), "{end}");
@@ -151,7 +151,7 @@ fn nothing_is_committed_before_all_have_said_what_they_are() {
         let session = bench.began();
         std::thread::sleep(Duration::from_millis(300));
         let init = Init {
-            uuid: [7; 16],
+            uuid: primary.uuid,
             channel: ChannelId(0),
         };
         unknown.send(&init.encode());

@@ -294,12 +294,13 @@ fn while_it_connects() {
         let mut bench = Bench::start(BackendKind::Uring, 2);
         let mut main = Link::connect(bench.address);
         main.send(&header());
-        let mut channel = Link::multifd(bench.address, [7; 16], 0);
+        let uuid = [7; 16];
+        let mut channel = Link::multifd(bench.address, uuid, 0);
         main.wait_until_read(4);
         channel.wait_until_read(channel.bytes);
         main.cut(cut);
         channel.cut(cut);
-        let mut primary = HostilePrimary::connect(bench.address, 2);
+        let mut primary = HostilePrimary::connect_as(bench.address, 2, uuid);
         primary.precopy();
         let session = bench.began();
         primary.cut(cut);
