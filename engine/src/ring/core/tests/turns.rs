@@ -164,3 +164,47 @@ fn a_connection_with_much_to_do_has_one_part_of_each_turn() {
         "it receives on when it has done all"
     );
 }
+
+/// However many connections a guest has, and however much to do on them.
+#[test]
+fn a_guest_that_has_had_less_of_the_core_goes_first() {
+    const CONNECTIONS: usize = 50;
+    let (mut core, _) = scripted_core();
+    let (busy, other) = (Arc::<AtomicUsize>::default(), Arc::<AtomicUsize>::default());
+    for id in 1..=2 {
+        core.tenants.admit(Box::new(Guest {
+            id,
+            ..Guest::default()
+        }));
+    }
+    for _ in 0..CONNECTIONS {
+        let index = core.attach(Resumable::receiving(1, usize::MAX, &busy));
+        core.leave_unfinished(index);
+    }
+    let turns = |core: &mut Core<Scripted>, count: usize| {
+        (0..count).for_each(|_| core.turn().unwrap());
+        (busy.swap(0, Ordering::Relaxed), other.swap(0, Ordering::Relaxed))
+    };
+    let (alone, _) = turns(&mut core, 100);
+    assert!(
+        (100..=200).contains(&alone),
+        "{alone}: what a turn may do is bounded"
+    );
+    // All of what it has to do comes before the rest of the other's.
+    let index = core.attach(Resumable::receiving(2, 20, &other));
+    core.leave_unfinished(index);
+    assert_eq!(turns(&mut core, 20), (0, 20));
+    assert!(turns(&mut core, 1).0 > 0);
+    // If there is no end of it, both have the same in the long run.
+    let index = core.attach(Resumable::receiving(2, usize::MAX, &other));
+    core.leave_unfinished(index);
+    turns(&mut core, 2000);
+    let (first, second) = turns(&mut core, 2000);
+    assert!(
+        first > 0 && first.abs_diff(second) * 20 < first,
+        "{first} and {second}"
+    );
+    // And all of its connections are served.
+    let parts = core.slots.len();
+    assert!(first > 2 * parts, "{first}");
+}
