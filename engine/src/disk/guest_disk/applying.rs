@@ -8,6 +8,9 @@ use std::io;
 use std::sync::{Arc, PoisonError};
 use std::time::Duration;
 
+/// How long the last users of an earlier disk are waited for, whose checkpoint was given up.
+const BASE_WITHIN: Duration = Duration::from_secs(2);
+
 /// How long the base has no room before it is written to again.
 const RETRY_AFTER: Duration = Duration::from_secs(1);
 
@@ -15,9 +18,15 @@ impl Disk {
     /// Waits until all committed epochs are in the base. What the thread could not apply is tried once more, by the caller.
     ///
     /// # Errors
-    /// If they cannot be written.
+    /// If they cannot be written, or the base is another checkpoint's.
     pub(crate) fn wait_drained(&self) -> Result<(), DiskError> {
-        let mut state = self.state();
+        let state = self.state();
+        let awaits_base = |state: &mut super::State| state.awaits_base;
+        let waited = self.changed.wait_timeout_while(state, BASE_WITHIN, awaits_base);
+        let (mut state, _) = waited.unwrap_or_else(PoisonError::into_inner);
+        if state.awaits_base {
+            return Err(DiskError::AwaitsBase(self.name.clone()));
+        }
         while !state.committed.is_empty() {
             if state.has_apply_failed {
                 drop(state);
@@ -41,9 +50,10 @@ impl Disk {
         Ok(())
     }
 
-    /// The oldest epoch that is committed and not in the base.
+    /// The oldest epoch that is committed and may go to the base.
     pub(in crate::disk) fn oldest(&self) -> Option<Arc<Epoch>> {
-        self.state().committed.front().cloned()
+        let state = self.state();
+        state.committed.front().filter(|_| !state.awaits_base).cloned()
     }
 
     /// Waits for an epoch to apply; none when there will be no more.
@@ -53,10 +63,12 @@ impl Disk {
             if state.has_apply_failed {
                 return None;
             }
-            if let Some(epoch) = state.committed.front() {
+            if let Some(epoch) = state.committed.front().filter(|_| !state.awaits_base) {
                 return Some(epoch.clone());
             }
             if state.phase == Phase::Over {
+                // What waits for the base is applied by whoever needs the disk then.
+                state.has_apply_failed = !state.committed.is_empty();
                 return None;
             }
             state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner);

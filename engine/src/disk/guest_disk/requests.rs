@@ -23,6 +23,8 @@ const PIECES_MAX: usize = 4 * LAYER_PIECES_MAX;
 pub(crate) enum WriteTarget {
     /// To the base.
     Base,
+    /// To the log, as far as it differs from the base: by [`Disk::write_compared`].
+    Compared,
     /// To the places of the [`Wanted`].
     Log,
 }
@@ -92,6 +94,15 @@ pub(crate) struct Piece {
     pub(crate) source: Source,
 }
 
+/// What is looked at, from the newest down to the base.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum Layers {
+    All,
+    /// What the log will be applied as.
+    Logged,
+    Committed,
+}
+
 /// Where its content is.
 pub(crate) enum Source {
     Segment(Arc<Segment>, usize),
@@ -109,14 +120,27 @@ impl Disk {
         part: (u64, u64),
         wanted: &mut Wanted,
     ) -> Result<WriteTarget, RequestFailure> {
-        let (offset, length) = part;
         wanted.clear();
-        self.written.fetch_add(length, Ordering::Relaxed);
+        self.written.fetch_add(part.1, Ordering::Relaxed);
         let mut state = self.writable()?;
         state.is_writing = true;
         if state.phase == Phase::Copying {
-            return Ok(WriteTarget::Base);
+            return Ok(match state.copy {
+                Some(_) => WriteTarget::Compared,
+                None => WriteTarget::Base,
+            });
         }
+        drop(self.place(state, part, wanted)?);
+        Ok(WriteTarget::Log)
+    }
+
+    /// Finds places in the log for a range.
+    pub(super) fn place<'a>(
+        &'a self,
+        mut state: MutexGuard<'a, State>,
+        (offset, length): (u64, u64),
+        wanted: &mut Wanted,
+    ) -> Result<MutexGuard<'a, State>, RequestFailure> {
         wanted.checkpoint = state.open.checkpoint;
         while !state.open.place(offset, length, &mut wanted.placed) {
             drop(state);
@@ -127,11 +151,11 @@ impl Disk {
                 wanted.segments.push(state.open.segments[segment].clone());
             }
         }
-        Ok(WriteTarget::Log)
+        Ok(state)
     }
 
     /// The state, if writes may come now.
-    fn writable(&self) -> Result<MutexGuard<'_, State>, RequestFailure> {
+    pub(super) fn writable(&self) -> Result<MutexGuard<'_, State>, RequestFailure> {
         let mut state = self.state();
         match state.phase {
             _ if state.loss.is_some() => Err(RequestFailure::Ended),
@@ -182,10 +206,15 @@ impl Disk {
             if has_room {
                 continue;
             }
-            if state.committed.is_empty() || state.has_apply_failed {
+            if state.committed.is_empty() || state.has_apply_failed || state.awaits_base {
+                let awaits_base = state.awaits_base;
                 drop(state);
                 let disk = self.name.clone();
                 self.lose(match no_segment {
+                    NoSegment::Full if awaits_base => DiskError::CopyFull {
+                        disk,
+                        limit: self.pool.limit(),
+                    },
                     NoSegment::Full => DiskError::LogFull {
                         disk,
                         limit: self.pool.limit(),
@@ -220,12 +249,18 @@ impl Disk {
     pub(crate) fn end_write(&self, target: WriteTarget, wanted: &Wanted) -> Result<(), RequestFailure> {
         let mut state = self.writable()?;
         state.is_writing = false;
-        if target == WriteTarget::Log {
-            if state.open.checkpoint != wanted.checkpoint {
-                return Err(RequestFailure::Ended);
-            }
-            state.open.written(&wanted.placed);
+        match target {
+            WriteTarget::Log => self.take_written(&mut state, wanted),
+            WriteTarget::Base | WriteTarget::Compared => Ok(()),
         }
+    }
+
+    /// Data is in its places.
+    pub(super) fn take_written(&self, state: &mut State, wanted: &Wanted) -> Result<(), RequestFailure> {
+        if state.open.checkpoint != wanted.checkpoint {
+            return Err(RequestFailure::Ended);
+        }
+        state.open.written(&wanted.placed);
         Ok(())
     }
 
@@ -242,10 +277,29 @@ impl Disk {
     ) -> Result<(), RequestFailure> {
         let mut state = self.writable()?;
         state.is_writing = true;
-        if state.phase == Phase::Copying {
-            drop(state);
-            return self.end_change(self.base.zero(offset, length, may_punch, fast));
+        let is_copying = state.phase == Phase::Copying;
+        drop(state);
+        if !is_copying {
+            return self.log_zero(offset, length, may_punch);
         }
+        let part = Part {
+            offset,
+            length,
+            content: Content::Zero { may_punch },
+        };
+        let zeroed = self.zero_copied(part);
+        zeroed.map_or_else(
+            || self.end_change(self.base.zero(offset, length, may_punch, fast)),
+            |zeroed| {
+                self.state().is_writing = false;
+                zeroed
+            },
+        )
+    }
+
+    /// A range is zero in the log.
+    pub(super) fn log_zero(&self, offset: u64, length: u64, may_punch: bool) -> Result<(), RequestFailure> {
+        let mut state = self.writable()?;
         let checkpoint = state.open.checkpoint;
         while !state.open.zero(offset, length, may_punch) {
             drop(state);
@@ -295,7 +349,7 @@ impl Disk {
     /// What to answer.
     pub(crate) fn trim(&self, offset: u64, length: u64) -> Result<(), RequestFailure> {
         let mut state = self.writable()?;
-        if state.phase != Phase::Copying {
+        if state.phase != Phase::Copying || state.copy.is_some() {
             drop(state);
             return self.zero(offset, length, true, true);
         }
@@ -309,7 +363,7 @@ impl Disk {
     /// # Errors
     /// What to answer.
     pub(crate) fn flush(&self) -> Result<(), RequestFailure> {
-        match self.is_copying() {
+        match self.is_copying() && !self.awaits_base() {
             true => self.base.sync().map_err(|error| {
                 let failure = RequestFailure::from(&error);
                 self.change_failed(failure);
@@ -322,16 +376,20 @@ impl Disk {
     /// The first pieces of a range, in order: the newest content of each. Returns where they end, before the end of the range
     /// if they are many: the lock is not held for longer.
     pub(crate) fn pieces(&self, offset: u64, length: u64, pieces: &mut Vec<Piece>) -> u64 {
-        self.pieces_of(offset, length, true, pieces)
+        self.pieces_of(offset, length, Layers::All, pieces)
     }
 
-    fn pieces_of(&self, offset: u64, length: u64, with_open: bool, pieces: &mut Vec<Piece>) -> u64 {
+    pub(super) fn pieces_of(&self, offset: u64, length: u64, which: Layers, pieces: &mut Vec<Piece>) -> u64 {
         pieces.clear();
         let state = self.state();
         let mut end = offset + length;
         let mut open = vec![(offset, end)];
-        let newest = std::iter::once(&state.open).filter(|_| with_open);
-        let layers = newest.chain(state.committed.iter().rev().map(|epoch| &**epoch));
+        let zeroed = state.copy.iter().map(|copy| &copy.zeroed);
+        let zeroed = zeroed.filter(|_| which == Layers::All);
+        let newest = std::iter::once(&state.open).filter(|_| which != Layers::Committed);
+        let layers = zeroed
+            .chain(newest)
+            .chain(state.committed.iter().rev().map(|epoch| &**epoch));
         let of_layer = PIECES_MAX / (state.committed.len() + 1);
         for layer in layers.filter(|layer| !layer.is_empty()) {
             let mut unknown = Vec::new();
@@ -366,7 +424,7 @@ impl Disk {
     pub(crate) fn read_committed(&self) -> Vec<u8> {
         let (mut pieces, mut out, mut at) = (Vec::new(), Vec::new(), 0);
         while at < self.base.size() {
-            at = self.pieces_of(at, self.base.size() - at, false, &mut pieces);
+            at = self.pieces_of(at, self.base.size() - at, Layers::Committed, &mut pieces);
             for piece in &pieces {
                 let start = out.len();
                 out.resize(start + usize::try_from(piece.length).expect("a small disk"), 0);
