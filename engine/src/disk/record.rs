@@ -7,6 +7,7 @@
 //! | 16, 24 | the id of its log, the size of the base |
 //! | 32 | checksum of the three words before it, and in version 3 of the next one |
 //! | 40 | in version 3: the id of the log of an earlier checkpoint. While that is needed, the base is that checkpoint's, and this log waits |
+//! | 48 | the number of the full copy that was made of it; 0 if its client has given none |
 //! | 64 | state |
 //! | 72 | one more than the committed checkpoint, in the record of a session's first disk and without a RAM record |
 //! | 80 | the session's number |
@@ -42,6 +43,7 @@ mod at {
     pub(super) const SIZE: usize = 24;
     pub(super) const CHECK: usize = 32;
     pub(super) const BESIDE: usize = 40;
+    pub(super) const COPY: usize = 48;
     pub(super) const STATE: usize = 64;
     pub(super) const COMMITTED: usize = 72;
     pub(super) const SESSION: usize = 80;
@@ -193,6 +195,7 @@ impl DiskRecord {
         record.put(at::LOG, log);
         record.put(at::SIZE, size);
         record.put(at::BESIDE, beside.unwrap_or(0));
+        record.put(at::COPY, 0);
         record.put(at::CHECK, record.check());
         record.put(at::MAGIC, MAGIC);
         Ok(record)
@@ -291,6 +294,16 @@ impl DiskRecord {
 
     fn is_valid(&self) -> bool {
         self.get(at::MAGIC) == MAGIC && self.is_of_known_version() && self.get(at::CHECK) == self.check()
+    }
+
+    /// The client copies all of the disk, and calls that copy so.
+    pub(crate) fn set_copy(&self, number: u64) {
+        self.put(at::COPY, number);
+    }
+
+    /// What [`Self::set_copy`] has set.
+    pub(crate) fn copy(&self) -> u64 {
+        self.get(at::COPY)
     }
 
     /// The log of the checkpoint beside which the disk was copied.

@@ -40,7 +40,7 @@ use std::sync::{Arc, MutexGuard, PoisonError, Weak};
 const BLOCK_BYTES: usize = 4096;
 
 /// Most bytes of the file that says whose copy is not in the base.
-const MARK_MAX: u64 = 32;
+const MARK_MAX: u64 = 64;
 
 /// What is known in the first copy only.
 pub(super) struct BesideCopy {
@@ -61,6 +61,7 @@ impl Disk {
         directory: &Path,
         options: DiskOptions,
         memory: Arc<dyn RamShare>,
+        copy: u64,
     ) -> Result<Arc<Self>, DiskError> {
         let name = earlier.name();
         earlier.check_base()?;
@@ -68,7 +69,8 @@ impl Disk {
         let files = earlier.files.other();
         let record = DiskRecord::create(directory, name, files, base.size(), Some(earlier.log()))?;
         recovery::remove_logs(directory, name, files)?;
-        mark_copy(base.path(), record.log())?;
+        record.set_copy(copy);
+        mark_copy(base.path(), record.log(), copy)?;
         let pool = SegmentPool::new(directory, name, files, options.segment_bytes, options.log_max);
         let disk = Arc::new(Self::new(name, base, files, record, pool, Phase::Copying));
         let mut state = disk.state();
@@ -136,6 +138,17 @@ impl Disk {
             true => Err(DiskError::CopyIsGone(name.to_owned())),
             false => Ok(()),
         }
+    }
+
+    /// The client copies all of the disk, and calls that copy so.
+    pub(crate) fn is_copied_as(&self, number: u64) {
+        self.record.set_copy(number);
+    }
+
+    /// Whether a copy of this number is none: the client's mirror has lost its connection since it began, and connects again.
+    pub(crate) fn knows_copy(&self, number: u64) -> bool {
+        let of_mark = read_mark(self.base.path()).map(|(_, copy)| copy);
+        self.record.copy() == number || of_mark == Some(number)
     }
 
     /// All of the disk was copied to the base.
@@ -273,12 +286,12 @@ impl Disk {
 }
 
 /// The copy with that log does not come to the base for the time being.
-fn mark_copy(base: &Path, log: u64) -> Result<(), DiskError> {
+fn mark_copy(base: &Path, log: u64, copy: u64) -> Result<(), DiskError> {
     let path = mark_beside(base);
     // It fails if there is none, which is what is wanted.
     drop(std::fs::remove_file(&path));
     let made = files::create_new(&path, Readers::Owner);
-    let written = made.and_then(|mut file| file.write_all(log.to_string().as_bytes()));
+    let written = made.and_then(|mut file| file.write_all(format!("{log} {copy}").as_bytes()));
     written.map_err(|source| DiskError::File { path, source })
 }
 
@@ -292,18 +305,22 @@ fn mark_beside(base: &Path) -> PathBuf {
 
 /// The copy with that log comes to the base.
 pub(in crate::disk) fn unmark_copy(base: &Path, log: u64) {
-    let mark = mark_beside(base);
+    if read_mark(base).is_some_and(|(marked, _)| marked == log) {
+        // If it stays, only a full copy is taken next.
+        drop(std::fs::remove_file(mark_beside(base)));
+    }
+}
+
+/// The log and the number of the copy that is not in the base.
+fn read_mark(base: &Path) -> Option<(u64, u64)> {
     let mut options = File::options();
     options.read(true);
     // Never through a link, nor waiting for a pipe: other users may write to the directory.
     options.custom_flags(OFlag::O_NOFOLLOW.bits() | OFlag::O_NONBLOCK.bits());
-    let mut marked = String::new();
-    let opened = options.open(&mark);
-    let read = opened.and_then(|file| file.take(MARK_MAX).read_to_string(&mut marked));
-    if read.is_ok() && marked == log.to_string() {
-        // If it stays, only a full copy is taken next.
-        drop(std::fs::remove_file(mark));
-    }
+    let (mut text, file) = (String::new(), options.open(mark_beside(base)).ok()?);
+    file.take(MARK_MAX).read_to_string(&mut text).ok()?;
+    let (log, copy) = text.split_once(' ')?;
+    log.parse().ok().zip(copy.parse().ok())
 }
 
 impl Drop for Disk {

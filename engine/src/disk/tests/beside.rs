@@ -25,7 +25,7 @@ impl Bench {
     }
 
     fn try_beside(&self, earlier: &Disk, log_max: u64) -> Result<Arc<Disk>, DiskError> {
-        Disk::open_beside(earlier, self.bases.path(), options(log_max), share())
+        Disk::open_beside(earlier, self.bases.path(), options(log_max), share(), 7)
     }
 
     fn beside(&self, earlier: &Disk) -> Arc<Disk> {
@@ -157,7 +157,10 @@ fn a_base_has_one_later_disk_and_only_when_it_is_at_its_checkpoint() {
     earlier.end_session();
     assert!(matches!(refused(&earlier), DiskError::NotDrained(_)));
     while apply::step(&earlier) {}
+    assert!(!earlier.knows_copy(7));
     let later = bench.beside(&earlier);
+    // A mirror that connects again is no copy.
+    assert!(earlier.knows_copy(7) && later.knows_copy(7) && !later.knows_copy(8));
     assert!(matches!(refused(&earlier), DiskError::OtherReceiver(_)));
     assert!(matches!(refused(&later), DiskError::AwaitsBase(_)));
 }

@@ -145,7 +145,12 @@ impl Known {
     ///
     /// # Errors
     /// If something else has it.
-    fn earlier(&self, name: &str, uuid: Option<Uuid>, is_full: bool) -> Result<Option<Earlier>, ExportError> {
+    fn earlier(
+        &self,
+        name: &str,
+        uuid: Option<Uuid>,
+        copy: Option<u64>,
+    ) -> Result<Option<Earlier>, ExportError> {
         let of_name = || self.entries.iter().filter(|entry| entry.name == name);
         if let Some(entry) = of_name().find(|entry| entry.session.is_none()) {
             let name = name.to_owned();
@@ -165,11 +170,12 @@ impl Known {
             return Ok(None);
         };
         let earlier = entry.followed_by(uuid);
-        let earlier = earlier.filter(|_| is_full && of_name().count() == 1);
+        let is_new = |disk: &Disk| copy.is_some_and(|copy| !disk.knows_copy(copy));
+        let earlier = earlier.filter(|(disk, _)| is_new(disk) && of_name().count() == 1);
         let hint = match (uuid, entry.kept.strong_count()) {
             (_, 0) => "",
             (None, _) => ". A guest that has a -uuid is protected again without that",
-            (Some(_), _) if !is_full => ". A full copy is made without that",
+            (Some(_), _) if copy.is_none() => ". A full copy is made without that",
             (Some(_), _) => "",
         };
         earlier.map(Some).ok_or_else(|| ExportError::Kept {
@@ -238,12 +244,12 @@ pub(super) enum ExportError {
     Base(#[from] DiskError),
 }
 
-/// By what a client says that it copies all of the disk.
-const FULL: &str = "+full";
+/// By what a client says that it copies all of the disk. A number of 64 bits follows in hexadecimal, another one for each copy.
+const FULL: &str = "+full-";
 
 /// What a client asks for: `NAME` or `NAME@UUID`, and behind it [`FULL`], or not.
 fn parse(asked: &str) -> Result<(&str, Option<Uuid>), ExportError> {
-    let name = asked.strip_suffix(FULL).unwrap_or(asked);
+    let name = asked.split_once(FULL).map_or(asked, |(name, _)| name);
     let (name, uuid) = match name.split_once('@') {
         None => (name, None),
         Some((name, uuid)) => {
@@ -255,6 +261,15 @@ fn parse(asked: &str) -> Result<(&str, Option<Uuid>), ExportError> {
         true => Ok((name, uuid)),
         false => Err(ExportError::Name(name.to_owned())),
     }
+}
+
+/// The number of the full copy that a client makes.
+fn copy_of(asked: &str) -> Result<Option<u64>, ExportError> {
+    let Some((_, number)) = asked.split_once(FULL) else {
+        return Ok(None);
+    };
+    let parsed = u64::from_str_radix(number, 16);
+    parsed.map(Some).map_err(|_| ExportError::Name(asked.to_owned()))
 }
 
 impl DiskRegistry {
@@ -333,19 +348,22 @@ impl DiskRegistry {
         if known.opening.iter().any(|opening| opening == name) {
             return Err(ExportError::InUse(name.to_owned()));
         }
-        let is_full = asked.ends_with(FULL);
-        let earlier = known.earlier(name, uuid, is_full)?;
+        let copy = copy_of(asked)?;
+        let earlier = known.earlier(name, uuid, copy)?;
         // Not under the lock: a session that commits takes it.
         known.opening.push(name.to_owned());
         drop(known);
-        let opened = match &earlier {
-            None if !is_full => Disk::check_copy(&self.directory, name)
+        let opened = match (&earlier, copy) {
+            (None, None) => Disk::check_copy(&self.directory, name)
                 .and_then(|()| Disk::open(&self.directory, name, self.options))
                 .map(Arc::new),
-            None => Disk::open(&self.directory, name, self.options).map(Arc::new),
-            Some((disk, _)) => {
+            (None, Some(copy)) => {
+                let opened = Disk::open(&self.directory, name, self.options);
+                opened.map(Arc::new).inspect(|disk| disk.is_copied_as(copy))
+            }
+            (Some((disk, _)), copy) => {
                 let indexes = self.memory.indexes.clone();
-                Disk::open_beside(disk, &self.directory, self.options, indexes)
+                Disk::open_beside(disk, &self.directory, self.options, indexes, copy.unwrap_or(0))
             }
         };
         let mut known = self.known();
@@ -680,8 +698,11 @@ mod tests {
         assert_eq!(name, "web3-root");
         assert_eq!(format_uuid(&parsed.unwrap()), uuid);
         assert_eq!(parse("root").unwrap(), ("root", None));
-        assert_eq!(parse("root+full").unwrap(), ("root", None));
-        assert_eq!(parse(&format!("{asked}+full")).unwrap(), parse(&asked).unwrap());
+        let full = format!("{asked}+full-1f");
+        assert_eq!(parse(&full).unwrap(), parse(&asked).unwrap());
+        assert_eq!(copy_of(&full).unwrap(), Some(31));
+        assert_eq!(copy_of(&asked).unwrap(), None);
+        assert!(copy_of("root+full-").is_err());
         for wrong in [
             "root@",
             "root@0c5a",
