@@ -5,6 +5,7 @@ use crate::net::Address;
 use crate::output::mebibytes;
 use crate::qmp::{Event, Qmp, QmpError};
 use serde_json::{Value, json};
+use std::hash::{BuildHasher, Hasher, RandomState};
 use std::time::{Duration, Instant};
 use thiserror::Error;
 
@@ -152,10 +153,15 @@ impl Mirrors {
         replaces: bool,
     ) -> Result<Self, MirrorError> {
         let patience = if replaces { RELEASE_LIMIT } else { Duration::ZERO };
+        // QEMU connects a mirror again that has lost its connection, which is no full copy any more: so each has a number.
+        let full = match copies_all {
+            // The keys of hash tables are random.
+            true => format!("+full-{:016x}", RandomState::new().build_hasher().finish()),
+            false => String::new(),
+        };
         for (number, mirror) in wanted.iter().enumerate() {
             let node = target(number);
             let uuid = uuid.map_or_else(String::new, |uuid| format!("@{uuid}"));
-            let full = if copies_all { "+full" } else { "" };
             let wire_name = format!("{}{uuid}{full}", mirror.export);
             // Flushes are of no use there: what makes writes durable is the checkpoint's commit.
             let options = json!({
