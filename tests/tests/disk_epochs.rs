@@ -14,6 +14,7 @@ use std::io::Write;
 use std::net::{Shutdown, SocketAddr, TcpStream};
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 const CHANNELS: u8 = 1;
 const SIZE: usize = 4 << 20;
@@ -410,7 +411,9 @@ impl Bench {
     }
 
     fn known(&self, name: &str) -> Result<NbdClient, String> {
-        NbdClient::go(self.disks, &format!("{name}@{UUID}+full"))
+        static COPIES: AtomicU64 = AtomicU64::new(1);
+        let copy = COPIES.fetch_add(1, Ordering::Relaxed);
+        NbdClient::go(self.disks, &format!("{name}@{UUID}+full-{copy:x}"))
     }
 
     /// Once the session before has ended.
@@ -481,6 +484,24 @@ fn a_kept_checkpoint_is_resumed_in_the_middle_of_the_next_first_copy() {
     assert!(bench.known("root").is_err());
 }
 
+/// It writes on where it has stopped, and the disk lacks what was not committed.
+#[test]
+fn a_mirror_that_connects_again_is_no_full_copy() {
+    let bench = Bench::start();
+    let name = format!("root@{UUID}+full-abc");
+    let mut root = NbdClient::go(bench.disks, &name).expect("an export");
+    let mut primary = bench.known_protected();
+    root.write(0, &[1; 4096]).expect("a disk");
+    primary.checkpoint(&[(0, 1, 1)]);
+    drop(primary);
+    bench.receiver().ended();
+    // As soon as a new copy is taken.
+    drop(bench.known_soon("root"));
+    until("its end", || bench.status().disks.is_empty().then_some(()));
+    let refused = NbdClient::go(bench.disks, &name).err().expect("refused");
+    assert!(refused.contains("session 1"), "{refused}");
+}
+
 /// Two sessions of one guest, and an operator who gives one of them up.
 #[test]
 fn of_two_checkpoints_of_a_disk_either_can_be_given_up() {
@@ -518,8 +539,8 @@ fn another_guest_is_not_protected_beside_a_kept_checkpoint() {
     let bench = Bench::start();
     bench.ended_session(&["root", "data"]);
     for (other, hint) in [
-        ("root+full".to_owned(), "-uuid"),
-        (format!("root@{OTHER_UUID}+full"), "has ended"),
+        ("root+full-ff".to_owned(), "-uuid"),
+        (format!("root@{OTHER_UUID}+full-ff"), "has ended"),
         // It copies what has changed since the last full copy, which is not in the base of its kept checkpoint.
         (format!("root@{UUID}"), "A full copy"),
     ] {
