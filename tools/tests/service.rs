@@ -8,7 +8,7 @@ use nix::unistd::Pid;
 use std::fs::File;
 use std::net::TcpListener;
 use std::os::fd::OwnedFd;
-use std::os::unix::net::UnixDatagram;
+use std::os::unix::net::{UnixDatagram, UnixStream};
 use std::process::{Child, Command, Stdio};
 
 /// The manager's end.
@@ -172,8 +172,27 @@ fn a_socket_is_kept_and_one_that_no_option_names_is_given_up() {
     assert!(said.contains("FDNAME=tcp_127.0.0.1_"), "{said}");
     until("a warning", || {
         let log = manager.log();
-        log.contains("where no option listens: closed").then_some(())
+        log.contains("but no option listens there: closed").then_some(())
     });
+}
+
+/// Its file stays, so that primaries connect to it while no receiver is there.
+#[test]
+fn a_unix_socket_is_kept_with_its_file() {
+    let manager = Manager::new();
+    let listen = format!("unix:{}", manager.scratch.file("listen"));
+    let service = manager.start(&listen, None, &[("FDSTORE", "16")]);
+    let (said, mut sockets) = manager.wait_for("FDSTORE=1");
+    assert!(said.contains("FDNAME=unix_"), "{said}");
+    manager.wait_for("READY=1");
+    service.end();
+    let waiting = UnixStream::connect(manager.scratch.file("listen")).unwrap();
+    let passed = sockets.pop();
+    let _next = manager.start(&listen, passed, &[("FDSTORE", "16")]);
+    manager.wait_for("READY=1");
+    drop(waiting);
+    let mut primary = SynthPrimary::connect(&listen.parse().unwrap(), &guest()).unwrap();
+    primary.checkpoint().unwrap();
 }
 
 #[test]

@@ -243,7 +243,12 @@ impl Listener {
             }
             None => Self::bind(address)?,
         };
-        listener.is_shared |= passed.keep(&listener.address, listener.socket.as_fd());
+        if passed.keep(&listener.address, listener.socket.as_fd()) {
+            listener.is_shared = true;
+            if let Some(file) = listener.file.take() {
+                file.leave();
+            }
+        }
         Ok(listener)
     }
 

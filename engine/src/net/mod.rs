@@ -18,6 +18,6 @@ pub use address::{AddressError, ListenAddress, SOCKET_PATH_MAX, SocketPathError,
 pub(crate) use descriptors::{ACCEPTED_MAX, DescriptorReserve};
 pub(crate) use listener::is_gone;
 pub use listener::{AcceptError, Accepted, HostWatch, ListenError, Listener, Origin, Peer, QUEUE_MAX};
-pub use passed::{Keep, PassedSockets, kept_name};
+pub use passed::{Keep, NotTaken, PassedSockets, kept_name};
 pub use sockopt::quick_ack;
 pub use unix_socket::{BoundSocket, Clients, SocketFile, bind_unix};

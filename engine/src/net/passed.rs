@@ -11,13 +11,25 @@ use rustix::net::{SocketAddrUnix, getsockname};
 use std::net::SocketAddr;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
-use std::os::unix::fs::PermissionsExt;
+use std::os::unix::fs::{FileTypeExt, PermissionsExt};
 use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::{fmt, io};
+use thiserror::Error;
 
 /// Keeps a duplicate of a socket for the next receiver, by this name. Returns whether it does.
 pub type Keep = dyn Fn(&str, BorrowedFd<'_>) -> bool + Send + Sync;
+
+/// Why a passed socket is closed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Error)]
+pub enum NotTaken {
+    /// No option listens there.
+    #[error("no option listens there")]
+    NotWanted,
+    /// Nobody can connect to it.
+    #[error("its file was removed")]
+    FileRemoved,
+}
 
 /// What the mode of a file allows to users that are neither its owner nor of its group.
 const OTHERS: u32 = 0o007;
@@ -72,26 +84,28 @@ impl PassedSockets {
         Ok(Some(sockets.swap_remove(position).1))
     }
 
-    /// Has a socket kept for the next receiver, if there is anyone who keeps sockets.
+    /// Has a socket kept for the next receiver, if there is anyone who keeps sockets. The file of a UNIX socket must stay then.
     pub(crate) fn keep(&self, address: &ListenAddress, socket: BorrowedFd<'_>) -> bool {
-        // The file of a UNIX socket is removed at the end.
-        let is_tcp = matches!(address, ListenAddress::Tcp(_));
-        is_tcp
-            && self
-                .keep
-                .as_ref()
-                .is_some_and(|keep| keep(&kept_name(address), socket))
+        let keep = self.keep.as_ref();
+        keep.is_some_and(|keep| keep(&kept_name(address), socket))
     }
 
-    /// Closes the sockets of addresses that are not wanted, and returns those addresses. Before anything is bound: a socket of one address
-    /// is in the way of a wildcard's.
-    pub fn close_others(&self, wanted: &[ListenAddress]) -> Vec<ListenAddress> {
+    /// Closes the sockets that no listener will take, and returns their addresses with the reason. Before anything is bound: a socket of one
+    /// address is in the way of a wildcard's.
+    pub fn close_others(&self, wanted: &[ListenAddress]) -> Vec<(ListenAddress, NotTaken)> {
         let mut sockets = self.lock();
-        let (kept, others) = std::mem::take(&mut *sockets)
-            .into_iter()
-            .partition(|(address, _)| wanted.contains(address));
-        *sockets = kept;
-        others.into_iter().map(|(address, _)| address).collect()
+        let mut closed = Vec::new();
+        for (address, socket) in std::mem::take(&mut *sockets) {
+            if !wanted.contains(&address) {
+                closed.push((address, NotTaken::NotWanted));
+            } else if !has_file(&address) {
+                closed.push((address, NotTaken::FileRemoved));
+            } else if !sockets.iter().any(|(other, _)| *other == address) {
+                sockets.push((address, socket));
+            }
+            // A unit's socket and a kept duplicate of it: the unit's comes first.
+        }
+        closed
     }
 
     fn lock(&self) -> MutexGuard<'_, Vec<(ListenAddress, OwnedFd)>> {
@@ -99,9 +113,22 @@ impl PassedSockets {
     }
 }
 
-/// The name by which the socket of an address is kept: without the colons that a service manager separates names by.
+/// The name by which the socket of an address is kept: of the characters that sd_notify(3) allows in `FDNAME=`.
 pub fn kept_name(address: &ListenAddress) -> String {
-    address.to_string().replace(':', "_")
+    let is_allowed = |character: char| matches!(character, ' '..='~') && character != ':';
+    address
+        .to_string()
+        .replace(|character| !is_allowed(character), "_")
+}
+
+/// Whether a UNIX socket can be found still.
+fn has_file(address: &ListenAddress) -> bool {
+    match address {
+        ListenAddress::Unix(path) => path
+            .symlink_metadata()
+            .is_ok_and(|about| about.file_type().is_socket()),
+        ListenAddress::Tcp(_) => true,
+    }
 }
 
 /// The address of a socket that listens for streams; none of anything else.
@@ -125,7 +152,7 @@ mod tests {
     use super::*;
     use crate::net::Listener;
     use std::net::{TcpListener, TcpStream};
-    use std::os::unix::net::{UnixDatagram, UnixListener};
+    use std::os::unix::net::{UnixDatagram, UnixListener, UnixStream};
 
     #[test]
     fn what_listens_is_known_by_its_address_and_nothing_else_is_taken() {
@@ -148,7 +175,7 @@ mod tests {
         let unix_address = ListenAddress::Unix(path.clone());
         assert_eq!(
             passed.close_others(std::slice::from_ref(&unix_address)),
-            [tcp_address]
+            [(tcp_address, NotTaken::NotWanted)]
         );
         // As a unit without SocketMode= makes it.
         std::fs::set_permissions(&path, PermissionsExt::from_mode(0o666)).unwrap();
@@ -169,17 +196,54 @@ mod tests {
         Listener::obtain(&wildcard, &passed).unwrap();
     }
 
-    /// What came while no receiver was there is served by the next one.
-    #[test]
-    fn a_kept_socket_goes_on_listening() {
-        let kept: Arc<Mutex<Vec<(String, OwnedFd)>>> = Arc::default();
+    /// What a service manager keeps.
+    type Store = Arc<Mutex<Vec<(String, OwnedFd)>>>;
+
+    /// No passed sockets, and somewhere to keep them.
+    fn keeping() -> (PassedSockets, Store) {
+        let kept = Store::default();
         let store = kept.clone();
         let keep: Arc<Keep> = Arc::new(move |name, socket: BorrowedFd<'_>| {
             let socket = socket.try_clone_to_owned().unwrap();
             store.lock().unwrap().push((name.to_owned(), socket));
             true
         });
-        let (none, _) = PassedSockets::new(Vec::new(), Some(keep));
+        (PassedSockets::new(Vec::new(), Some(keep)).0, kept)
+    }
+
+    #[test]
+    fn a_kept_unix_socket_keeps_its_file_and_one_without_it_is_given_up() {
+        let scratch = tempfile::tempdir().unwrap();
+        let path = scratch.path().join("d\u{e4}ta:x");
+        let address = ListenAddress::Unix(path.clone());
+        let (none, kept) = keeping();
+        let first = Listener::obtain(&address, &none).unwrap();
+        first.close();
+        drop(first);
+        let waiting = UnixStream::connect(&path).unwrap();
+        let (name, socket) = kept.lock().unwrap().pop().unwrap();
+        assert!(name.ends_with("d_ta_x") && name.is_ascii(), "{name}");
+        let twice = vec![socket.try_clone().unwrap(), socket.try_clone().unwrap()];
+        let (passed, _) = PassedSockets::new(twice, None);
+        assert_eq!(passed.close_others(std::slice::from_ref(&address)), []);
+        let next = Listener::obtain(&address, &passed).unwrap();
+        assert!(next.has_waiting());
+        assert!(passed.take(&address).unwrap().is_none(), "a duplicate is closed");
+        drop((next, waiting));
+        std::fs::remove_file(&path).unwrap();
+        let (passed, _) = PassedSockets::new(vec![socket], None);
+        assert_eq!(
+            passed.close_others(std::slice::from_ref(&address)),
+            [(address.clone(), NotTaken::FileRemoved)]
+        );
+        let _bound = Listener::obtain(&address, &passed).unwrap();
+        UnixStream::connect(&path).unwrap();
+    }
+
+    /// What came while no receiver was there is served by the next one.
+    #[test]
+    fn a_kept_socket_goes_on_listening() {
+        let (none, kept) = keeping();
         let address = ListenAddress::Tcp(([127, 0, 0, 1], 0).into());
         let first = Listener::obtain(&address, &none).unwrap();
         let address = first.address().clone();

@@ -45,6 +45,11 @@ impl SocketFile {
             id: id(&std::fs::symlink_metadata(path)?),
         })
     }
+
+    /// Leaves the file where it is: another process goes on with the socket.
+    pub(crate) fn leave(self) {
+        std::mem::forget(self);
+    }
 }
 
 impl Drop for SocketFile {

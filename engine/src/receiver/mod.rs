@@ -87,7 +87,7 @@ use crate::sandbox::{Directories, FileAccess, FileRule, SandboxError};
 use crate::store::{FlusherError, StoreError};
 use control::{ClientEvent, ControlInputs, PendingRequest};
 use start::make_context;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
@@ -429,7 +429,7 @@ impl Receiver {
     }
 }
 
-/// The control socket, with its file if this process made it.
+/// The control socket, with its file if this process is to remove it.
 type ControlSocket = (UnixListener, Option<SocketFile>, PathBuf);
 
 fn bind_control(path: &Path, passed: &PassedSockets) -> Result<ControlSocket, ReceiverError> {
@@ -437,12 +437,18 @@ fn bind_control(path: &Path, passed: &PassedSockets) -> Result<ControlSocket, Re
         path: path.to_owned(),
         source,
     };
-    let passed = passed.take(&ListenAddress::Unix(path.to_owned()));
-    let (listener, file) = match passed.map_err(failed)? {
+    let address = ListenAddress::Unix(path.to_owned());
+    let (listener, file): (UnixListener, _) = match passed.take(&address).map_err(failed)? {
         Some(socket) => (socket.into(), None),
         None => {
             let (listener, file) = bind_unix(path, Clients::Owner)?.into_parts();
-            (listener, Some(file))
+            match passed.keep(&address, listener.as_fd()) {
+                true => {
+                    file.leave();
+                    (listener, None)
+                }
+                false => (listener, Some(file)),
+            }
         }
     };
     listener.set_nonblocking(true).map_err(failed)?;

@@ -30,7 +30,11 @@ impl Service {
         });
         let manager = Arc::new(manager);
         let keeper = manager.clone();
-        let keep = move |name: &str, socket: BorrowedFd<'_>| keeper.keep(name, socket);
+        let keep = move |name: &str, socket: BorrowedFd<'_>| {
+            // What was kept by this name may be another socket of that address, to which nobody can connect any more.
+            keeper.forget(name);
+            keeper.keep(name, socket)
+        };
         let keep = manager.keeps_sockets().then(|| Arc::new(keep) as Arc<Keep>);
         let (passed, others) = PassedSockets::new(passed_sockets(), keep);
         if !others.is_empty() {
@@ -46,11 +50,11 @@ impl Service {
         }
     }
 
-    /// Closes what the manager has passed for other addresses than these. To be called before anything is bound.
+    /// Closes what the manager has passed and no listener on these addresses will take. To be called before anything is bound.
     pub(super) fn close_others(&self, wanted: &[ListenAddress]) {
-        for address in self.passed.close_others(wanted) {
+        for (address, why) in self.passed.close_others(wanted) {
             tell(&format!(
-                "warning: the service manager has passed a socket of {address}, where no option listens: closed"
+                "warning: the service manager has passed a socket of {address}, but {why}: closed"
             ));
             self.manager.forget(&kept_name(&address));
         }

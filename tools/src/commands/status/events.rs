@@ -1,6 +1,6 @@
 //! `colo-ring status --events`: what changes in a receiver, as lines of JSON.
 
-use crate::control::ask;
+use crate::control::Conversation;
 use crate::options::ControlAddress;
 use crate::output::{CommandError, print};
 use colo_ring::receiver::{Request, SessionState, SessionStatus, StatusReport};
@@ -62,8 +62,10 @@ pub(crate) struct Event<'a> {
 /// If the receiver does not answer, or standard output cannot be written.
 pub(super) fn run(control: &ControlAddress) -> Result<ExitCode, CommandError> {
     let mut known = BTreeMap::new();
+    // One connection: it ends with the receiver, and what the next one has are other sessions.
+    let mut conversation = Conversation::open(control)?;
     loop {
-        let status: StatusReport = ask(control, &Request::Status)?;
+        let status: StatusReport = conversation.ask(&Request::Status)?;
         let now: BTreeMap<u32, SessionStatus> = (status.sessions.into_iter())
             .map(|session| (session.session, session))
             .collect();
