@@ -247,7 +247,7 @@ fn kill_receiver(place: &Place, run: u32, after: Duration) -> u64 {
     let seed = u64::from(run) + 1;
     let backend = ["uring", "epoll", "threads"][usize::try_from(run % 3).unwrap()];
     // With little memory, logs are spilled to files beside the bases.
-    let limit = ["1G", "96M"][usize::try_from(run % 2).unwrap()];
+    let limit = ["1G", "104M"][usize::try_from(run % 2).unwrap()];
     let receiver = place.receiver(&["--backend", backend, "--ram-limit", limit]);
     let primary = place.primary(&receiver, seed);
     wait_state(&receiver, "protected");

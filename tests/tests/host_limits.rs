@@ -201,7 +201,7 @@ fn what_is_missing_at_the_start_is_reported_with_a_remedy() {
 #[test]
 fn refused_guests_and_strangers_cost_nothing() {
     for backend in BACKENDS {
-        let args = ["--backend", backend, "--ram-limit", "56M", "--hugepages", "off"];
+        let args = ["--backend", backend, "--ram-limit", "64M", "--hugepages", "off"];
         let receiver = RunningReceiver::start(wrapped(&[]), &args);
         let mut browser = Link::connect(socket_address(&receiver));
         browser.send(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n");

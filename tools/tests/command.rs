@@ -219,7 +219,7 @@ fn strangers_cost_nothing() {
 
 #[test]
 fn a_guest_over_the_limit_is_refused_and_the_next_one_taken() {
-    let receiver = receiver(&["--ram-limit", "56M"]);
+    let receiver = receiver(&["--ram-limit", "64M"]);
     let big = SynthOptions {
         ram_bytes: 64 << 20,
         ..guest()

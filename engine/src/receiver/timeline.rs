@@ -4,7 +4,7 @@
 use super::live_session::LiveSession;
 use crate::host::thread_times::{self, ThreadTimes};
 use crate::metrics::CheckpointSample;
-use crate::store::{FlightRecord, SchedulerTimes};
+use crate::store::{ChannelBytes, FlightRecord, SchedulerTimes};
 use crate::units::CheckpointId;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
@@ -223,6 +223,11 @@ impl Timeline {
         for times in session.channel_times() {
             let [first, last, sync] = [times.first_ns, times.last_ns, times.sync_ns]
                 .map(|moment| moment.saturating_sub(requested_at_ns));
+            record.channels.set(ChannelBytes {
+                channel: times.channel,
+                first_byte_ns: first,
+                last_byte_ns: last,
+            });
             if record.first_byte_ns.is_none_or(|earlier| first < earlier) {
                 record.first_byte_ns = Some(first);
                 record.first_channel = Some(times.channel);

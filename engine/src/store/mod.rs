@@ -75,8 +75,8 @@ pub(crate) use create::Granularity;
 pub use dump::{DumpReport, DumpTargets};
 pub use error::StoreError;
 pub use flight::{
-    FLIGHT_CHECKPOINTS, FlightError, FlightLog, FlightRecord, FlightRing, NoFlight, PauseSplit,
-    SchedulerTimes, Window,
+    ChannelBytes, ChannelMoments, FLIGHT_CHANNELS, FLIGHT_CHECKPOINTS, FlightError, FlightLog, FlightRecord,
+    FlightRing, LastChannel, NoFlight, PauseSplit, SchedulerTimes, Window, ring_bytes,
 };
 pub use memory::copy::CopyMethod;
 pub use memory::directory_lock::RamDirectoryLock;

@@ -62,6 +62,18 @@ fn every_checkpoint_of_a_primary_is_recorded() {
                 record["first_byte_ns"].is_u64() && record["last_sync_ns"].is_u64(),
                 "{record:#}"
             );
+            let channels = record["channels"].as_array().unwrap();
+            assert_eq!(channels.len(), usize::from(CHANNELS), "{record:#}");
+            let moments = |key: &str| {
+                channels
+                    .iter()
+                    .map(|bytes| bytes[key].as_u64().unwrap())
+                    .collect::<Vec<_>>()
+            };
+            let (first, last) = (moments("first_byte_ns"), moments("last_byte_ns"));
+            assert_eq!(first.iter().min().copied(), record["first_byte_ns"].as_u64());
+            assert_eq!(first.iter().max().copied(), record["last_begin_ns"].as_u64());
+            assert_eq!(last.iter().max().copied(), record["last_byte_ns"].as_u64());
         }
         Ok(())
     });

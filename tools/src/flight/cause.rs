@@ -7,6 +7,7 @@ use super::By;
 use colo_ring::store::{FlightRecord, Window};
 use schemars::JsonSchema;
 use serde::Serialize;
+use std::borrow::Cow;
 
 /// Whose time made a checkpoint slow.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, JsonSchema)]
@@ -25,18 +26,21 @@ pub enum Whose {
 }
 
 /// Why a checkpoint is slow.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, JsonSchema)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, JsonSchema)]
 pub struct Cause {
     /// Whose time it is.
     pub whose: Whose,
     /// In which part, or by what: a few words.
-    pub what: &'static str,
+    pub what: Cow<'static, str>,
     /// How much longer that took than usual.
     pub excess_ns: u64,
 }
 
 /// What exceeds the usual by less than one part in so many of the checkpoint is not called slow.
 const USUAL_SHARE: u64 = 20;
+
+/// One channel is named if it came later than all others by more than one part in so many of what exceeds the usual.
+const LATE_SHARE: u64 = 2;
 
 /// The parts of a pause or of a reply, in nanoseconds.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -98,7 +102,7 @@ pub(super) struct Usual {
     windows: [u64; 5],
 }
 
-fn median(values: impl Iterator<Item = u64>) -> u64 {
+pub(super) fn median(values: impl Iterator<Item = u64>) -> u64 {
     let mut values: Vec<_> = values.collect();
     let middle = values.len() / 2;
     match values.is_empty() {
@@ -144,7 +148,7 @@ impl Usual {
         if excess_ns.saturating_mul(USUAL_SHARE) < by.of(record) {
             return Cause {
                 whose: Whose::Nobody,
-                what: "usual",
+                what: "usual".into(),
                 excess_ns,
             };
         }
@@ -160,6 +164,13 @@ impl Usual {
             (By::Pause, 4) => (Whose::Ours, waited(record)),
             (By::Pause, _) => (Whose::Unknown, primarys(window)),
         };
+        // One channel whose bytes came late says more than that RAM did.
+        let channel = record.channels.last().filter(|last| {
+            whose == Whose::Primary
+                && window == Window::Ram
+                && last.behind_others_ns.saturating_mul(LATE_SHARE) > excess_ns
+        });
+        let what = channel.map_or(what.into(), |last| format!("channel {}", last.channel).into());
         Cause {
             whose,
             what,

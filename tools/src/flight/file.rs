@@ -1,13 +1,13 @@
 //! A flight recorder's file: the one in a RAM directory, or one that `slow --save` has written.
 
-use colo_ring::store::{FLIGHT_CHECKPOINTS, FlightError, FlightLog};
+use colo_ring::store::{FLIGHT_CHECKPOINTS, FlightError, FlightLog, ring_bytes};
 use std::fs::File;
 use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 use thiserror::Error;
 
 /// Bytes of a recorder at most: of twice as many checkpoints as there are.
-const FILE_BYTES_MAX: u64 = 2 * FLIGHT_CHECKPOINTS * 128 + 4096;
+const FILE_BYTES_MAX: u64 = ring_bytes(2 * FLIGHT_CHECKPOINTS);
 
 /// Why a flight recorder's file was not read.
 #[derive(Debug, Error)]

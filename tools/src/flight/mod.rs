@@ -11,9 +11,9 @@ mod timeline;
 pub use cause::{Cause, Whose};
 pub use page::{page, section};
 
-use cause::{Parts, Usual};
+use cause::{Parts, Usual, median};
 use clap::ValueEnum;
-use colo_ring::store::{FlightLog, FlightRecord, PauseSplit};
+use colo_ring::store::{FLIGHT_CHANNELS, FlightLog, FlightRecord, LastChannel, PauseSplit};
 use schemars::JsonSchema;
 use serde::Serialize;
 
@@ -61,6 +61,8 @@ pub struct SlowCheckpoint {
     pub cause: Cause,
     /// Where the pause went, if the kernel says it.
     pub split: Option<PauseSplit>,
+    /// Of two and more multifd channels, the one whose last byte came last.
+    pub last: Option<LastChannel>,
     /// All that was recorded.
     pub record: FlightRecord,
 }
@@ -101,6 +103,41 @@ pub struct Quantiles {
     pub max_ns: u64,
 }
 
+/// How far apart the channels of a checkpoint were complete.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, JsonSchema)]
+pub struct ChannelSpread {
+    /// In the median checkpoint.
+    pub usual_ns: u64,
+    /// In the median one of the slowest.
+    pub of_slowest_ns: u64,
+    /// The channel that was last in most of the slowest.
+    pub last_channel: u8,
+    /// In how many of them it was.
+    pub last_count: u64,
+}
+
+impl ChannelSpread {
+    fn of(records: &[FlightRecord], slowest: &[SlowCheckpoint]) -> Option<Self> {
+        let usual = records.iter().filter_map(|record| record.channels.last());
+        let last = slowest.iter().filter_map(|slow| slow.last);
+        let mut counts = [0u64; FLIGHT_CHANNELS];
+        for channel in last.clone() {
+            counts[usize::from(channel.channel)] += 1;
+        }
+        // Of those that are equal the first.
+        let most = (0u8..)
+            .zip(counts)
+            .min_by_key(|(_, count)| std::cmp::Reverse(*count));
+        let (last_channel, last_count) = most.filter(|(_, count)| *count > 0)?;
+        Some(Self {
+            usual_ns: median(usual.map(|last| last.behind_first_ns)),
+            of_slowest_ns: median(last.map(|last| last.behind_first_ns)),
+            last_channel,
+            last_count,
+        })
+    }
+}
+
 /// The slowest checkpoints of a session, and whose time they were.
 #[derive(Clone, Debug, Serialize, JsonSchema)]
 pub struct SlowReport {
@@ -128,6 +165,8 @@ pub struct SlowReport {
     pub slowest: Vec<SlowCheckpoint>,
     /// Sums of these.
     pub of_slowest: Sums,
+    /// From the last byte of the channel that is complete first to the last byte of the one that is last; none with fewer than two channels.
+    pub channels: Option<ChannelSpread>,
     /// Checkpoints whose reply waited for a flush.
     pub waited_for_flush: u64,
 }
@@ -147,6 +186,7 @@ impl SlowReport {
             duration_ns: by.of(record),
             cause: usual.cause(record, by),
             split: record.split(),
+            last: record.channels.last(),
             record: **record,
         };
         let slowest: Vec<_> = order.iter().take(top).map(slow).collect();
@@ -157,6 +197,7 @@ impl SlowReport {
         let mut usual_sums = Sums::default();
         usual_sums.add(&usual.parts);
         let waited = log.records.iter().filter(|record| record.waited_for_flush);
+        let channels = ChannelSpread::of(&log.records, &slowest);
         Self {
             schema: SCHEMA,
             schema_version: SCHEMA_VERSION,
@@ -174,6 +215,7 @@ impl SlowReport {
             },
             usual: usual_sums,
             of_slowest,
+            channels,
             slowest,
             waited_for_flush: waited.count() as u64,
         }

@@ -32,8 +32,9 @@ pub fn section(report: &SlowReport) -> Markup {
                 (PreEscaped(drawing))
             }
             p.note {
-                "Each checkpoint by its number. Above: when what happened, from CHECKPOINT_REPLY to VMSTATE_LOADED. Below: \
-                 whose time it was, in all; not in the order in which it passed."
+                "Each checkpoint by its number. Above: when what happened, from CHECKPOINT_REPLY to VMSTATE_LOADED. Thin lines: \
+                 the multifd channels, each from its first to its last byte. Below: whose time it was, in all; not in the order \
+                 in which it passed."
             }
         }
     }

@@ -93,6 +93,15 @@ impl SlowReport {
         let made = made.iter().filter(|(count, _)| *count > 0);
         let made: Vec<_> = made.map(|(count, whose)| format!("{count} {whose}")).collect();
         text.push_str(&format!("slower than usual by: {}\n", made.join(", ")));
+        if let Some(channels) = self.channels.filter(|_| self.by == By::Pause) {
+            text.push_str(&format!(
+                "channels end {} apart, usually {}; channel {} is last in {} of them\n",
+                display_nanoseconds(channels.of_slowest_ns),
+                display_nanoseconds(channels.usual_ns),
+                channels.last_channel,
+                channels.last_count
+            ));
+        }
         if self.by == By::Pause && self.waited_for_flush > 0 {
             text.push_str(&format!(
                 "{} replies waited for a flush while the guest ran: --by reply shows them\n",
@@ -106,7 +115,8 @@ impl SlowReport {
 const LEGEND: &str = "\
 primary: nothing had come from it, by its own or the network's delay. host: a
 receiving core could have run, and another thread did. ours: this receiver
-worked, or waited for a thread of its own. slow by: what took longer than usual.
+worked, or waited for a thread of its own. slow by: what took longer than usual;
+channel N: its last bytes came long after those of the others.
 ";
 
 fn row(checkpoint: &SlowCheckpoint, by: By) -> Vec<String> {
@@ -124,7 +134,7 @@ fn row(checkpoint: &SlowCheckpoint, by: By) -> Vec<String> {
         part(parts.host),
         part(parts.working + parts.waiting),
         record.pages.to_string(),
-        checkpoint.cause.what.to_owned(),
+        checkpoint.cause.what.to_string(),
     ]
 }
 

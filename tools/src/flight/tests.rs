@@ -1,5 +1,5 @@
 use super::*;
-use colo_ring::store::SchedulerTimes;
+use colo_ring::store::{ChannelBytes, ChannelMoments, SchedulerTimes};
 
 const MS: u64 = 1_000_000;
 
@@ -86,7 +86,7 @@ fn the_right_one_is_blamed() {
         let report = report(vec![slow]);
         let first = &report.slowest[0];
         assert_eq!(first.record.checkpoint, 2001);
-        assert_eq!((first.cause.whose, first.cause.what), (whose, what));
+        assert_eq!((first.cause.whose, &*first.cause.what), (whose, what));
         assert!(first.cause.excess_ns >= 49 * MS && first.cause.excess_ns <= 50 * MS);
     }
     // What it waited for beside the primary is ours.
@@ -106,6 +106,55 @@ fn the_right_one_is_blamed() {
         ..slow
     };
     assert_eq!(report(vec![unknown]).slowest[0].cause.whose, Whose::Unknown);
+}
+
+/// Four channels, of which this one is complete so much later than the others.
+fn with_channels(record: FlightRecord, late: u8, by_ns: u64) -> FlightRecord {
+    let bytes = (0..4).map(|channel| ChannelBytes {
+        channel,
+        first_byte_ns: MS,
+        last_byte_ns: if channel == late { 2 * MS + by_ns } else { 2 * MS },
+    });
+    let channels = ChannelMoments::from(bytes.collect::<Vec<_>>());
+    FlightRecord { channels, ..record }
+}
+
+#[test]
+fn the_channel_that_came_late_is_named() {
+    let usual = (1..=1000).map(|checkpoint| with_channels(record(checkpoint), 1, MS / 10));
+    let in_ram = |checkpoint| late(checkpoint, 50 * MS, 0, 0, |moment| moment > 0);
+    let slow = [
+        with_channels(in_ram(2001), 3, 49 * MS),
+        with_channels(in_ram(2002), 3, 48 * MS),
+        // All of them came late.
+        with_channels(in_ram(2003), 2, 0),
+    ];
+    let log = FlightLog {
+        records: usual.chain(slow).collect(),
+        ..FlightLog::default()
+    };
+    let report = SlowReport::of(&log, None, 3, By::Pause);
+    let whats: Vec<_> = report.slowest.iter().map(|slow| &*slow.cause.what).collect();
+    assert_eq!(whats, ["channel 3", "channel 3", "sending RAM"]);
+    let last = report.slowest[0].last.unwrap();
+    assert_eq!((last.channel, last.behind_others_ns), (3, 49 * MS));
+    let expected = ChannelSpread {
+        usual_ns: MS / 10,
+        of_slowest_ns: 48 * MS,
+        last_channel: 3,
+        last_count: 3,
+    };
+    assert_eq!(report.channels, Some(expected));
+    let table = report.table();
+    let said = "channels end 48.0 ms apart, usually 100 µs; channel 3 is last in 3 of them";
+    assert!(table.contains(said), "{table}");
+    assert!(table.lines().all(|line| line.chars().count() <= 80), "{table}");
+    let page = page(&report);
+    assert_eq!(page.matches(r#"class="channel""#).count(), 12);
+    assert!(
+        page.contains("2001: channel 3 from 900 µs to 50.9 ms after CHECKPOINT_REPLY"),
+        "{page}"
+    );
 }
 
 #[test]
@@ -147,8 +196,8 @@ fn replies_are_the_flush_or_the_host() {
             ..FlightLog::default()
         };
         let report = SlowReport::of(&log, None, 3, By::Reply);
-        let cause = report.slowest[0].cause;
-        assert_eq!((cause.whose, cause.what), (whose, what));
+        let cause = &report.slowest[0].cause;
+        assert_eq!((cause.whose, &*cause.what), (whose, what));
     }
 }
 

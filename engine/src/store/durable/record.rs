@@ -110,7 +110,7 @@ pub(crate) fn open_flight(files: &RamFiles) -> Result<FlightRing, NoFlight> {
     }
     let area = Area::open(files, FLIGHT_FILE).map_err(|_| NoFlight::Damaged)?;
     let words = area.memory.len() / 8;
-    FlightRing::open(Words::mapped(area.memory, words)).map_err(|_| NoFlight::Damaged)
+    Ok(FlightRing::open(Words::mapped(area.memory, words))?)
 }
 
 /// What files there are of a guest.

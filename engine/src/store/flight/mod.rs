@@ -1,6 +1,6 @@
 //! The flight recorder: where the time of the last 65,536 checkpoints of a guest went.
 //!
-//! A checkpoint leaves a [`FlightRecord`] of 128 bytes in a ring of fixed size, which lies in memory of the guest, or in a file of
+//! A checkpoint leaves a [`FlightRecord`] of 256 bytes in a ring of fixed size, which lies in memory of the guest, or in a file of
 //! the RAM directory, where it outlives the process. One thread writes, the one that drives the main channel; writing takes no lock
 //! and allocates nothing. Any thread may copy the ring meanwhile ([`FlightRing::write_to`]).
 //!
@@ -17,11 +17,14 @@
 //! damaged. A record carries its checkpoint's number, which must belong to its place, and a checksum; one that has not is counted
 //! as damaged.
 
+mod channels;
 mod log;
 mod record;
 mod ring;
 mod split;
+mod ticks;
 
+pub use channels::{ChannelBytes, ChannelMoments, FLIGHT_CHANNELS, LastChannel};
 pub use log::{FlightError, FlightLog, NoFlight};
 pub use record::{FlightRecord, SchedulerTimes};
 pub use ring::FlightRing;
@@ -35,14 +38,14 @@ pub const FLIGHT_CHECKPOINTS: u64 = 1 << 16;
 
 /// First word, `\x89CLFLT\r\n`, and the second, the version.
 const MAGIC: u64 = u64::from_be_bytes(*b"\x89CLFLT\r\n");
-const VERSION: u64 = 1;
+const VERSION: u64 = 2;
 
 /// Words of the head, and of a record.
 const HEAD_WORDS: usize = 512;
-const RECORD_WORDS: usize = 16;
+const RECORD_WORDS: usize = 32;
 
-/// Bytes of a ring for so many checkpoints.
-pub(crate) const fn ring_bytes(checkpoints: u64) -> u64 {
+/// Bytes of a ring for so many checkpoints, and of its file.
+pub const fn ring_bytes(checkpoints: u64) -> u64 {
     (HEAD_WORDS as u64 + checkpoints * RECORD_WORDS as u64) * 8
 }
 

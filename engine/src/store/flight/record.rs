@@ -1,22 +1,20 @@
 //! One checkpoint's record: when what happened, and what the receiving core did meanwhile.
 //!
-//! A record has the same size for every guest, so it cannot have the first and the last byte of each of up to 255 channels. It has
-//! the channel that began first and when the last one began, the channel whose last byte came last, and the first and the last
-//! arrival at the sync.
+//! A record has the same size for every guest: it has the first and the last byte of the first 16 channels, and of all of up to 255 the one that
+//! began first, when the last one began, the one whose last byte came last, and the first and the last arrival at the sync.
 
+use super::channels::{ChannelBytes, ChannelMoments, FLIGHT_CHANNELS};
+use super::ticks::{high, known, low, maybe_ticks, ticks};
 use super::{RECORD_WORDS, checksum};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
-
-/// Unit in which spans are stored: 32 bits of it are seven minutes, and longer ones are stored as that.
-const TICK_NS: u64 = 100;
 
 /// In the word of the channels: their numbers, and whether the reply waited for a flush.
 const CHANNEL_MASK: u32 = 0x1ff;
 const WAITED_BIT: u32 = 31;
 
-/// A span that is not known.
-const UNKNOWN: u32 = u32::MAX;
+/// The words of the channels one by one begin here. The one before is free.
+const CHANNELS_AT: usize = RECORD_WORDS - FLIGHT_CHANNELS;
 
 /// What the kernel's scheduler says of the core that drives the main channel, from REPLY sent to LOADED sent.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
@@ -52,6 +50,9 @@ pub struct FlightRecord {
     pub first_channel: Option<u8>,
     /// The channel that arrived last.
     pub last_channel: Option<u8>,
+    /// First and last byte of each channel up to number 15.
+    #[schemars(with = "Vec<ChannelBytes>")]
+    pub channels: ChannelMoments,
     /// All pages here, every channel synced.
     pub ram_ns: u64,
     /// The device state complete.
@@ -84,19 +85,6 @@ pub struct FlightRecord {
     pub bytes: u64,
 }
 
-/// Stores as much of a span as there is room for.
-fn ticks(nanoseconds: u64) -> u32 {
-    u32::try_from(nanoseconds / TICK_NS).map_or(UNKNOWN - 1, |ticks| ticks.min(UNKNOWN - 1))
-}
-
-fn maybe_ticks(nanoseconds: Option<u64>) -> u32 {
-    nanoseconds.map_or(UNKNOWN, ticks)
-}
-
-fn known(ticks: u32) -> Option<u64> {
-    (ticks != UNKNOWN).then(|| u64::from(ticks) * TICK_NS)
-}
-
 /// Channels are counted from 1 here, 0 is none.
 fn channel_number(channel: Option<u8>) -> u32 {
     channel.map_or(0, |channel| u32::from(channel) + 1)
@@ -106,15 +94,6 @@ fn channel(number: u32) -> Option<u8> {
     number
         .checked_sub(1)
         .and_then(|channel| u8::try_from(channel).ok())
-}
-
-fn low(word: u64) -> u32 {
-    let [a, b, c, d, ..] = word.to_le_bytes();
-    u32::from_le_bytes([a, b, c, d])
-}
-
-fn high(word: u64) -> u32 {
-    (word >> 32) as u32
 }
 
 impl FlightRecord {
@@ -158,6 +137,7 @@ impl FlightRecord {
         words[13] = self.bytes;
         let count = |pages: u64| u64::from(u32::try_from(pages).unwrap_or(u32::MAX));
         words[14] = count(self.pages) | count(self.zero_pages) << 32;
+        words[CHANNELS_AT..].copy_from_slice(&self.channels.to_words());
         words[1] = Self::check(&words);
         words
     }
@@ -196,6 +176,7 @@ impl FlightRecord {
             last_sync_ns: maybe(6),
             first_channel: channel(channels & CHANNEL_MASK),
             last_channel: channel(channels >> 16 & CHANNEL_MASK),
+            channels: ChannelMoments::of_words(words.last_chunk()?),
             ram_ns: time(7),
             device_state_ns: time(8),
             committed_ns: time(9),
@@ -245,6 +226,11 @@ mod tests {
             last_sync_ns: Some(3_500_000),
             first_channel: Some(0),
             last_channel: Some(254),
+            channels: ChannelMoments::from(vec![ChannelBytes {
+                channel: 15,
+                first_byte_ns: 2_200_000,
+                last_byte_ns: 3_400_000,
+            }]),
             ram_ns: 3_600_000,
             device_state_ns: 3_700_000,
             committed_ns: 3_800_000,

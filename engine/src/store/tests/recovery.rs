@@ -411,6 +411,12 @@ fn a_recorder_that_is_damaged_or_gone_costs_no_checkpoint() {
         recover(|path| fs::write(path, [0; 4096]).unwrap()),
         Err(NoFlight::Damaged)
     );
+    let other_version = |path: &Path| {
+        let mut bytes = fs::read(path).unwrap();
+        bytes[8..16].copy_from_slice(&1u64.to_ne_bytes());
+        fs::write(path, bytes).unwrap();
+    };
+    assert_eq!(recover(other_version), Err(NoFlight::Version(1)));
     assert_eq!(
         recover(|path| fs::remove_file(path).unwrap()),
         Err(NoFlight::Missing)
