@@ -80,15 +80,31 @@ pub struct NewFile {
     path: PathBuf,
     part: PathBuf,
     file: File,
+    replaces: bool,
 }
 
 impl NewFile {
-    /// Begins a file that is to be at `path`.
+    /// Begins a file that is to be at `path`, in place of one of this user.
     ///
     /// # Errors
     /// If something else than a file of this user is there, and those of the system.
     pub fn create(path: &Path, readers: Readers) -> io::Result<Self> {
         check_own(path, Metadata::is_file)?;
+        Self::begin(path, readers, true)
+    }
+
+    /// Begins a file that is to be at `path` and replaces nothing there, neither now nor when it gets its name.
+    ///
+    /// # Errors
+    /// [`io::ErrorKind::AlreadyExists`] if anything has the name, also a link that leads nowhere; and those of the system.
+    pub fn create_free(path: &Path, readers: Readers) -> io::Result<Self> {
+        match find(path)? {
+            Some(_) => Err(io::ErrorKind::AlreadyExists.into()),
+            None => Self::begin(path, readers, false),
+        }
+    }
+
+    fn begin(path: &Path, readers: Readers, replaces: bool) -> io::Result<Self> {
         let part = part_of(path);
         // Left by a killed process. Removed rather than opened: it might be a link.
         match fs::remove_file(&part) {
@@ -100,6 +116,7 @@ impl NewFile {
             path: path.to_owned(),
             part,
             file,
+            replaces,
         })
     }
 
@@ -129,9 +146,14 @@ impl NewFile {
     /// Gives it its name.
     ///
     /// # Errors
-    /// Those of the system. It is removed then.
+    /// Those of the system, and [`io::ErrorKind::AlreadyExists`] if it is to replace nothing and another file has got the name. It is
+    /// removed then.
     pub fn rename(&self) -> io::Result<()> {
-        fs::rename(&self.part, &self.path)
+        match self.replaces {
+            true => fs::rename(&self.part, &self.path),
+            // Unlike a rename, a link replaces nothing on any file system. The other name goes when this is dropped.
+            false => fs::hard_link(&self.part, &self.path),
+        }
     }
 }
 
@@ -258,6 +280,27 @@ mod tests {
         assert_eq!(mode(new.part()), 0o600);
         drop(new);
         assert_eq!(fs::read_dir(directory.path()).unwrap().count(), 0);
+    }
+
+    #[test]
+    fn a_file_that_came_meanwhile_is_not_replaced() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("file");
+        let new = NewFile::create_free(&path, Readers::Owner).unwrap();
+        fs::write(&path, "another's").unwrap();
+        let refused = new.rename().unwrap_err();
+        assert_eq!(refused.kind(), io::ErrorKind::AlreadyExists);
+        drop(new);
+        assert_eq!(fs::read(&path).unwrap(), b"another's");
+        let refused = NewFile::create_free(&path, Readers::Owner).unwrap_err();
+        assert_eq!(refused.kind(), io::ErrorKind::AlreadyExists);
+        fs::remove_file(&path).unwrap();
+        let new = NewFile::create_free(&path, Readers::Owner).unwrap();
+        new.file().write_all(b"whole").unwrap();
+        new.rename().unwrap();
+        drop(new);
+        assert_eq!(fs::read(&path).unwrap(), b"whole");
+        assert_eq!(fs::read_dir(directory.path()).unwrap().count(), 1);
     }
 
     #[test]

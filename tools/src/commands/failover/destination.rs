@@ -121,14 +121,11 @@ impl Outputs {
 }
 
 fn new_file(path: &Path, overwrite: bool) -> Result<NewFile, CommandError> {
-    // Also a link that leads nowhere.
-    if !overwrite && std::fs::symlink_metadata(path).is_ok() {
-        return Err(CommandError::Failed(format!(
-            "{} exists already: give another name, or --overwrite to replace it",
-            path.display()
-        )));
-    }
-    NewFile::create(path, Readers::Owner).map_err(|error| failed(path, &error))
+    let file = match overwrite {
+        true => NewFile::create(path, Readers::Owner),
+        false => NewFile::create_free(path, Readers::Owner),
+    };
+    file.map_err(|error| failed(path, &error))
 }
 
 fn named(file: &NewFile) -> Result<(), CommandError> {
@@ -136,5 +133,11 @@ fn named(file: &NewFile) -> Result<(), CommandError> {
 }
 
 fn failed(path: &Path, error: &io::Error) -> CommandError {
-    CommandError::Failed(format!("writing {}: {error}", path.display()))
+    let path = path.display();
+    CommandError::Failed(match error.kind() {
+        io::ErrorKind::AlreadyExists => {
+            format!("{path} exists already: give another name, or --overwrite to replace it")
+        }
+        _ => format!("writing {path}: {error}"),
+    })
 }
