@@ -4,7 +4,7 @@ use crate::commands::{
     capture, check, compare, demo, discard, doctor, dump, end, failover, guard, import, inspect, protect,
     receive, replay, sink, slow, status, synth, unprotect,
 };
-use crate::configuration::{self, Faults};
+use crate::configuration::{self, Configuration, Faults};
 use crate::output::{CommandError, errors_as_json, print_error};
 use crate::stderr;
 use clap::{CommandFactory, Parser, Subcommand};
@@ -228,18 +228,19 @@ pub fn command_line() -> clap::Command {
     Cli::command()
 }
 
-/// The command line, with what a configuration adds to `receive`.
-fn with_configuration(given: &[OsString]) -> Result<Vec<OsString>, Faults> {
+/// The command line, with what a configuration adds to `receive`, and that configuration.
+fn with_configuration(given: &[OsString]) -> Result<(Vec<OsString>, Option<Configuration>), Faults> {
     let words = match given {
         [_, command, words @ ..] if command == "receive" => words,
-        _ => return Ok(given.to_vec()),
+        _ => return Ok((given.to_vec(), None)),
     };
     // Help is there also where the file is wrong.
     if words.iter().any(|word| word == "--help" || word == "-h") {
-        return Ok(given.to_vec());
+        return Ok((given.to_vec(), None));
     }
     let merged = configuration::merge(words.to_vec(), &receive::command())?;
-    Ok(given[..2].iter().cloned().chain(merged.words).collect())
+    let words = given[..2].iter().cloned().chain(merged.words).collect();
+    Ok((words, merged.configuration))
 }
 
 /// Whether what is printed is for machines, also where the words make no sense otherwise. Those behind `--` are another program's.
@@ -266,8 +267,8 @@ pub fn main() -> ExitCode {
     if wants_json(&given) {
         errors_as_json();
     }
-    let words = match with_configuration(&given) {
-        Ok(words) => words,
+    let (words, configuration) = match with_configuration(&given) {
+        Ok(found) => found,
         Err(faults) => return CommandError::Usage(faults.to_string()).report(),
     };
     // The configuration may ask for it, too.
@@ -276,7 +277,14 @@ pub fn main() -> ExitCode {
     }
     let cli = match Cli::try_parse_from(words) {
         Ok(cli) => cli,
-        Err(error) => return misused(&error),
+        Err(error) => {
+            let message = configuration::in_a_line(&error);
+            let fault = configuration.and_then(|configuration| configuration.fault(&message));
+            return fault.map_or_else(
+                || misused(&error),
+                |fault| CommandError::Usage(fault.to_string()).report(),
+            );
+        }
     };
     let result = match cli.command {
         Command::Receive(args) => receive::run(*args, given.into_iter().skip(2).collect()),

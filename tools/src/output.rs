@@ -32,6 +32,16 @@ impl CommandError {
         Self::Failed(error.to_string())
     }
 
+    /// The same with another message.
+    #[must_use]
+    pub(crate) fn map_message(self, change: impl FnOnce(String) -> String) -> Self {
+        match self {
+            Self::Usage(message) => Self::Usage(change(message)),
+            Self::Failed(message) => Self::Failed(change(message)),
+            Self::Output(error) => Self::Output(error),
+        }
+    }
+
     /// Tells it on standard error, for machines on standard output, too, and returns the exit code that belongs to it.
     pub fn report(&self) -> ExitCode {
         let exit_code = match self {

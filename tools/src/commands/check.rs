@@ -104,7 +104,7 @@ fn check(file: &Path) -> Result<(usize, Vec<GuestFile>), Faults> {
     // What the options are together.
     let whole = |text: String| {
         let configuration = merged.configuration.as_ref();
-        let fault = configuration.map(|configuration| configuration.fault(text.clone()));
+        let fault = configuration.and_then(|configuration| configuration.fault(&text));
         Faults::from(fault.unwrap_or_else(|| Fault::of_file(file, text)))
     };
     let matches = command.no_binary_name(true).try_get_matches_from(merged.words);

@@ -44,6 +44,8 @@ struct Setting {
     /// Where that is in the file.
     place: Place,
     words: Vec<OsString>,
+    /// Whether the command line says nothing else.
+    is_in_force: bool,
 }
 
 /// A file that was read, and is right as far as each option is by itself.
@@ -80,17 +82,17 @@ impl Configuration {
         &self.path
     }
 
-    /// What is wrong with several options together, at the first of them that the file sets: `message` names them, as `--NAME`.
-    pub(crate) fn fault(&self, message: String) -> Fault {
+    /// What is wrong with several options together, at the first of them that the file sets; none if it sets none of them: `message` names
+    /// them, as `--NAME`.
+    pub(crate) fn fault(&self, message: &str) -> Option<Fault> {
         let names = message.split("--").skip(1).map(|rest| {
             let end = rest.find(|letter: char| !letter.is_ascii_alphanumeric() && letter != '-');
             &rest[..end.unwrap_or(rest.len())]
         });
-        let mut set = names.filter_map(|name| self.settings.iter().find(|setting| setting.name == name));
-        match set.next().map(|setting| setting.place) {
-            Some(place) => Fault::at(&self.path, place, message),
-            None => Fault::of_file(&self.path, message),
-        }
+        let in_force = || self.settings.iter().filter(|setting| setting.is_in_force);
+        let mut set = names.filter_map(|name| in_force().find(|setting| setting.name == name));
+        set.next()
+            .map(|setting| Fault::at(&self.path, setting.place, message.to_owned()))
     }
 
     /// How many options it sets.
@@ -98,8 +100,8 @@ impl Configuration {
         self.settings.len()
     }
 
-    /// What it adds to a command line.
-    fn words(&self, given: &ArgMatches, command: &Command) -> Vec<OsString> {
+    /// Gives way to the command line: an option that was given there, or is excluded by one, is not in force.
+    fn yield_to(&mut self, given: &ArgMatches, command: &Command) {
         let is_given = |id: &clap::Id| given.value_source(id.as_str()) == Some(ValueSource::CommandLine);
         // Either of two may be the one that says so.
         let excludes = |one: &Arg, other: &clap::Id| {
@@ -111,9 +113,17 @@ impl Configuration {
             let mut given = command.get_arguments().filter(|arg| is_given(arg.get_id()));
             given.any(|arg| excludes(arg, id) || own.is_some_and(|own| excludes(own, arg.get_id())))
         };
-        let left =
-            (self.settings.iter()).filter(|setting| !is_given(&setting.id) && !is_excluded(&setting.id));
-        left.flat_map(|setting| setting.words.iter().cloned()).collect()
+        for setting in &mut self.settings {
+            setting.is_in_force = !is_given(&setting.id) && !is_excluded(&setting.id);
+        }
+    }
+
+    /// What it adds to the command line.
+    fn words(&self) -> Vec<OsString> {
+        let in_force = self.settings.iter().filter(|setting| setting.is_in_force);
+        in_force
+            .flat_map(|setting| setting.words.iter().cloned())
+            .collect()
     }
 }
 
@@ -123,6 +133,19 @@ pub(crate) struct Merged {
     pub(crate) words: Vec<OsString>,
     pub(crate) configuration: Option<Configuration>,
     pub(crate) guests: Vec<GuestFile>,
+}
+
+impl Merged {
+    /// What is wrong with the options together, with its place if the file sets one of them.
+    pub(crate) fn located(&self, message: String) -> String {
+        located(self.configuration.as_ref(), message)
+    }
+}
+
+/// What is wrong with the options together, with its place if that file sets one of them.
+pub(crate) fn located(configuration: Option<&Configuration>, message: String) -> String {
+    let fault = configuration.and_then(|configuration| configuration.fault(&message));
+    fault.map_or(message, |fault| fault.to_string())
 }
 
 /// Adds the file to the words behind `receive`. `command` has the options, with `--config`.
@@ -145,11 +168,12 @@ pub(crate) fn merge(given: Vec<OsString>, command: &Command) -> Result<Merged, F
         Some(directory) => GuestFile::read_all(&directory),
         None => Ok(Vec::new()),
     };
-    let (configuration, mut guests) = both(configuration, guests)?;
+    let (mut configuration, mut guests) = both(configuration, guests)?;
     guests.iter_mut().for_each(|guest| guest.yield_to(&known));
-    let mut words = configuration
-        .as_ref()
-        .map_or_else(Vec::new, |configuration| configuration.words(&known, &command));
+    if let Some(configuration) = &mut configuration {
+        configuration.yield_to(&known, &command);
+    }
+    let mut words = configuration.as_ref().map_or_else(Vec::new, Configuration::words);
     words.extend(given);
     Ok(Merged {
         words,
@@ -252,6 +276,7 @@ fn setting(
         name: name.to_string(),
         place: place(text, key.span().start),
         words,
+        is_in_force: true,
     })
 }
 

@@ -114,7 +114,7 @@ pub fn run(mut args: ReceiveArgs, given: Vec<OsString>) -> Result<ExitCode, Comm
     let keeps_checkpoints = args.ram_dir.is_some();
     let created = args.create_ram_dir.then(|| args.ram_dir.clone()).flatten();
     let metrics = args.metrics.clone();
-    let mut options = args.into_options()?;
+    let mut options = args.into_options().map_err(|error| in_force.located(error))?;
     if let Some(directory) = created {
         create_ram_dir(&directory)?;
     }

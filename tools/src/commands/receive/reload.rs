@@ -32,15 +32,20 @@ impl InForce {
     /// # Errors
     /// What is wrong with them.
     pub(super) fn read(given: Vec<OsString>) -> Result<Self, CommandError> {
-        let failed = |error: clap::Error| CommandError::Usage(configuration::in_a_line(&error));
         let command = super::command().no_binary_name(true);
         let merged = configuration::merge(given.clone(), &command).map_err(CommandError::failed)?;
-        let options = command.try_get_matches_from(merged.words).map_err(failed)?;
+        let failed =
+            |error: clap::Error| CommandError::Usage(merged.located(configuration::in_a_line(&error)));
+        let options = command.try_get_matches_from(&merged.words).map_err(failed)?;
         let mut args = ReceiveArgs::from_arg_matches(&options).map_err(failed)?;
         args.guest_files.clone_from(&merged.guests);
-        args.check()?;
+        // It has a place of its own.
+        if let Some(fault) = args.guest_fault() {
+            return Err(CommandError::Usage(fault.to_string()));
+        }
+        let checked = args.check().and_then(|()| args.guest_rules());
+        let guests = checked.map_err(|error| error.map_message(|message| merged.located(message)))?;
         let limits = args.limits();
-        let guests = args.guest_rules()?;
         Ok(Self {
             given,
             options,
@@ -67,6 +72,11 @@ impl InForce {
                 guest.path().display()
             ));
         }
+    }
+
+    /// An error in what the options are together, with its place if the configuration sets one of them.
+    pub(super) fn located(&self, error: CommandError) -> CommandError {
+        error.map_message(|message| configuration::located(self.configuration.as_ref(), message))
     }
 
     pub(super) fn guest_files(&self) -> &[GuestFile] {
@@ -130,6 +140,17 @@ mod tests {
     use colo_ring_tests::command::Scratch;
     use std::time::Duration;
 
+    /// The file has a value that would go, and is not what is wrong.
+    #[test]
+    fn what_the_command_line_says_has_no_place_in_the_file() {
+        let scratch = Scratch::new();
+        let file = scratch.file("receive.toml");
+        std::fs::write(&file, "listen = \"unix:/x\"\nuser-timeout = 9\n").unwrap();
+        let given = ["--config", &file, "--user-timeout", "1"].map(OsString::from);
+        let refused = InForce::read(given.to_vec()).map(drop).unwrap_err().to_string();
+        assert!(refused.starts_with("--user-timeout must not be"), "{refused}");
+    }
+
     #[test]
     fn what_is_reloaded_exists_and_the_rest_is_said() {
         let command = super::super::command();
@@ -156,6 +177,18 @@ mod tests {
             "{said}"
         );
         assert!(said.contains("--listen has changed, which takes"), "{said}");
+        write("listen = \"unix:/x\"\nuser-timeout = 1\n");
+        let refused = in_force.read_again().map(drop).unwrap_err().to_string();
+        assert!(
+            refused.contains("receive.toml:2:1: --user-timeout must not be"),
+            "{refused}"
+        );
+        write("listen = \"unix:/x\"\n\ncores = \"0\"\nnuma-node = 0\n");
+        let refused = in_force.read_again().map(drop).unwrap_err().to_string();
+        assert!(
+            refused.contains("receive.toml:3:1: the argument '--cores"),
+            "{refused}"
+        );
         write("listen = 4");
         assert!(
             in_force
