@@ -32,6 +32,7 @@ impl Bench {
                 Event::Protected { session, .. } => format!("session {session} is protected"),
                 Event::GivenUp { session, .. } => format!("session {session} is given up"),
                 Event::Began { session, .. } => format!("session {session} began"),
+                Event::Ending => "the receiver ends".to_owned(),
                 Event::Ended(status) => format!("session {} ended: {}", status.session, status.end.unwrap()),
             });
         });

@@ -100,9 +100,10 @@ pub(crate) struct Fields {
 impl Fields {
     /// Of a line about a session.
     pub(crate) fn of(session: &SessionTitle) -> Self {
+        let name = session.name.as_ref().map(ToString::to_string);
         Self {
             session: Some(session.session),
-            guest: session.name.as_ref().map(ToString::to_string),
+            guest: name.or_else(|| session.uuid.map(|uuid| uuid.to_string())),
             ..Self::default()
         }
     }

@@ -69,6 +69,12 @@ fn a_session_is_shown_dumped_and_reported() {
     primary.close().unwrap();
     let ended = receiver.wait();
     assert_eq!(ended.status.code(), Some(0));
+    let end = ended.log.lines().find(|line| line.contains("session 1 ended: "));
+    let end = end.expect("the end in the log");
+    assert!(
+        end.ends_with("checkpoint 5 was the last, and ended with this receiver"),
+        "{end}"
+    );
     let report = &ended.report;
     assert_eq!(report["schema"], "colo-ring.receive");
     assert_eq!(report["report"]["total"]["checkpoints"], 5);

@@ -22,11 +22,18 @@ pub struct SessionTitle {
     pub session: u32,
     /// What the operator calls its guest.
     pub name: Option<GuestName>,
+    /// Its guest's UUID, which is too long for a line.
+    #[serde(default)]
+    pub uuid: Option<GuestUuid>,
 }
 
 impl From<u32> for SessionTitle {
     fn from(session: u32) -> Self {
-        Self { session, name: None }
+        Self {
+            session,
+            name: None,
+            uuid: None,
+        }
     }
 }
 
@@ -132,6 +139,7 @@ impl GuestIdentity {
         SessionTitle {
             session: self.session,
             name: self.operators_name(),
+            uuid: self.uuid(),
         }
     }
 

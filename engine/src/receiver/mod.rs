@@ -136,6 +136,8 @@ pub enum Event {
         /// The new one.
         new: u32,
     },
+    /// The receiver ends with the session that ends next, as with `once`: what it does not have in files ends, too.
+    Ending,
     /// A session is over; the status says how.
     Ended(Box<SessionStatus>),
 }

@@ -249,6 +249,7 @@ impl SessionStatus {
         SessionTitle {
             session: self.session,
             name: name.and_then(|name| name.parse().ok()),
+            uuid: self.uuid.as_ref().and_then(|uuid| uuid.parse().ok()),
         }
     }
 

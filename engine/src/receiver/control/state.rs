@@ -149,8 +149,11 @@ impl ControlState {
             self.context.recorder.name(session.id, name);
             let summary = self.context.recorder.end_session(session.id);
             let status = SessionStatus::of(&session, summary);
-            (self.context.events)(Event::Ended(Box::new(status.clone())));
             let is_only_copy = session.end().is_some_and(SessionEnd::may_hold_the_only_copy);
+            if self.context.options.once && !is_only_copy && self.ended_sessions == 0 {
+                (self.context.events)(Event::Ending);
+            }
+            (self.context.events)(Event::Ended(Box::new(status.clone())));
             if is_only_copy {
                 self.make_room_for_only_copy(&session);
                 self.keep_the_only_copy(&session.guest.title());

@@ -89,6 +89,7 @@ impl Called {
         let title = SessionTitle {
             session: self.session,
             name: name.and_then(|name| name.parse().ok()),
+            uuid: None,
         };
         match (&self.name, name) {
             (Some(uuid), None) => {

@@ -41,12 +41,23 @@ impl EventLog {
             Event::Began { .. } | Event::Protected { .. } => true,
             Event::Ended(status) => status.checkpoint.is_none(),
             Event::Stall(stall) => stall.status.checkpoint.is_none(),
+            Event::Ending => {
+                self.ending();
+                false
+            }
             Event::Warning(_) | Event::Note(_) | Event::Replaced { .. } | Event::GivenUp { .. } => false,
         };
         if !is_limited || self.limit().admits(Instant::now()) {
-            let is_kept = self.has_ram_dir || !self.is_ending.load(Ordering::Relaxed);
-            tell_of(&printable(&describe(event, is_kept)), fields(event));
+            tell_of(
+                &printable(&describe(event, self.keeps_checkpoints())),
+                fields(event),
+            );
         }
+    }
+
+    /// Whether a checkpoint outlives its session.
+    fn keeps_checkpoints(&self) -> bool {
+        self.has_ram_dir || !self.is_ending.load(Ordering::Relaxed)
     }
 
     /// Counts up what was left out, if it is time to. To be called now and then.
@@ -88,6 +99,7 @@ fn fields(event: &Event) -> Fields {
             },
         ),
         Event::Replaced { old, .. } => in_state(Fields::of(old), SessionState::Discarded.name()),
+        Event::Ending => Fields::default(),
         Event::Stall(stall) => in_state(
             of_status(&stall.status),
             match stall.during {
@@ -157,6 +169,7 @@ fn describe(event: &Event, is_kept: bool) -> String {
                 "session {old}: its checkpoint is given up, because its guest has a newer one, of session {new}"
             )
         }
+        Event::Ending => "the receiver ends with its session, as --once says".to_owned(),
         Event::Ended(status) => {
             let session = status.title();
             let severity = if is_loss(status) { "warning: " } else { "" };
@@ -174,10 +187,13 @@ mod tests {
     use crate::test_status;
     use colo_ring::receiver::{Remark, SessionTitle, Stall};
 
+    const UUID: &str = "6b3fb1c2-0d0b-4e0c-9a54-1f0d5c2e7a10";
+
     fn web3() -> SessionTitle {
         SessionTitle {
             session: 3,
             name: Some("web3".parse().unwrap()),
+            uuid: Some(UUID.parse().unwrap()),
         }
     }
 
@@ -249,6 +265,8 @@ mod tests {
             assert_eq!(fields.guest.as_deref(), Some("web3"), "{event:?}");
             assert_eq!(fields.state, state, "{event:?}");
         }
+        let without_name = SessionTitle { name: None, ..web3() };
+        assert_eq!(Fields::of(&without_name).guest.as_deref(), Some(UUID));
         let other = Event::Note("listening".to_owned().into());
         assert_eq!(fields(&other), Fields::default());
         // The text is the remark's own.
@@ -273,6 +291,16 @@ mod tests {
             ..ended(SessionState::Ended, true)
         };
         assert!(line(unprotected).starts_with("session 3"));
+    }
+
+    #[test]
+    fn with_once_only_files_keep_a_checkpoint() {
+        for (has_ram_dir, is_kept) in [(false, false), (true, true)] {
+            let log = EventLog::new(has_ram_dir);
+            assert!(log.keeps_checkpoints());
+            log.tell(&Event::Ending);
+            assert_eq!(log.keeps_checkpoints(), is_kept);
+        }
     }
 
     #[test]
