@@ -33,7 +33,7 @@ fn again(seed: u64, error: &str) -> String {
 #[test]
 fn what_is_committed_is_always_a_checkpoint_whole() {
     let mut all = Tally::default();
-    for seed in 0..200 {
+    for seed in 0..240 {
         let tally = run(seed, How::default()).unwrap_or_else(|error| panic!("{}", again(seed, &error)));
         all.add(&tally);
     }
