@@ -14,7 +14,6 @@ use std::io::Write;
 use std::net::{Shutdown, SocketAddr, TcpStream};
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::sync::atomic::{AtomicU64, Ordering};
 
 const CHANNELS: u8 = 1;
 const SIZE: usize = 4 << 20;
@@ -99,18 +98,14 @@ impl Bench {
 
     /// What a failover is given; the stream goes to a file.
     fn restore(&self) -> Result<RestoreReport, String> {
-        self.restore_of(1)
-    }
-
-    fn restore_of(&self, session: u32) -> Result<RestoreReport, String> {
         self.ask(Request::Claim {
-            session,
+            session: 1,
             force: true,
             retry: false,
         })?;
         let file = tempfile::tempfile().expect("a file");
         let request = RestoreRequest {
-            session,
+            session: 1,
             to: "a file".to_owned(),
             shared: None,
             keep: None,
@@ -390,232 +385,6 @@ fn a_receiver_that_starts_again_has_disk_and_memory() {
         dumped.disks.is_empty() && left_out.starts_with("root: a guest may have written"),
         "{left_out}"
     );
-}
-
-/// Of the guest that is protected again, and of another one.
-const UUID: &str = "07070707-0707-0707-0707-070707070707";
-const OTHER_UUID: &str = "00000000-0000-4000-8000-000000000001";
-
-impl Bench {
-    /// The connections of that guest's primary.
-    fn known_primary(&self) -> HostilePrimary {
-        let to = tcp(&self.receiver().get().addresses()[0]);
-        HostilePrimary::connect_as(to, CHANNELS, [7; 16])
-    }
-
-    /// The same after checkpoint 0.
-    fn known_protected(&self) -> HostilePrimary {
-        let mut primary = self.known_primary();
-        primary.precopy();
-        primary
-    }
-
-    fn known(&self, name: &str) -> Result<NbdClient, String> {
-        static COPIES: AtomicU64 = AtomicU64::new(1);
-        let copy = COPIES.fetch_add(1, Ordering::Relaxed);
-        NbdClient::go(self.disks, &format!("{name}@{UUID}+full-{copy:x}"))
-    }
-
-    /// Once the session before has ended.
-    fn known_soon(&self, name: &str) -> NbdClient {
-        until("the export", || self.known(name).ok())
-    }
-
-    /// Checkpoint 1 of session 1, which has ended: its disks hold 1.
-    fn ended_session(&self, disks: &[&str]) {
-        let mut clients: Vec<_> = disks
-            .iter()
-            .map(|name| self.known(name).expect("an export"))
-            .collect();
-        let mut primary = self.known_protected();
-        for client in &mut clients {
-            client.write(0, &[1; 4096]).expect("a disk");
-        }
-        primary.checkpoint(&[(0, 1, 1)]);
-        drop(primary);
-        assert_eq!(self.receiver().ended().checkpoint, Some(1));
-    }
-
-    fn sessions(&self) -> Vec<(u32, SessionState)> {
-        let sessions = self.status().sessions;
-        sessions.iter().map(|one| (one.session, one.state)).collect()
-    }
-
-    fn begins_with(&self, name: &str, value: u8) -> bool {
-        self.base(name)[..4096].iter().all(|byte| *byte == value)
-    }
-}
-
-/// What is kept is the last committed checkpoint, whole, until the new session has one.
-#[test]
-fn a_guest_is_protected_again_beside_its_kept_checkpoint() {
-    let bench = Bench::start();
-    bench.ended_session(&["root"]);
-    let mut root = bench.known_soon("root");
-    root.write(0, &[2; 4096]).expect("a first copy");
-    let mut primary = bench.known_protected();
-    root.write(4096, &[2; 4096]).expect("a disk");
-    // Its first checkpoint may turn out to be none.
-    assert_eq!(
-        bench.sessions(),
-        [(1, SessionState::Ended), (2, SessionState::Protected)]
-    );
-    assert!(bench.begins_with("root", 1));
-    primary.checkpoint(&[(0, 1, 2)]);
-    until("the newer one alone", || {
-        (bench.sessions().len() == 1).then_some(())
-    });
-    until("its disk", || bench.begins_with("root", 2).then_some(()));
-    drop(primary);
-    assert_eq!(bench.receiver().ended().checkpoint, Some(1));
-    assert_eq!(bench.restore_of(2).expect("a checkpoint").disks[0].epoch, 1);
-    assert_eq!(bench.base("root")[..8192], [2; 8192]);
-}
-
-/// The first copy gives way to a failover of what is kept.
-#[test]
-fn a_kept_checkpoint_is_resumed_in_the_middle_of_the_next_first_copy() {
-    let bench = Bench::start();
-    bench.ended_session(&["root"]);
-    let mut root = bench.known_soon("root");
-    root.write(0, &[2; SIZE]).expect("a first copy");
-    assert_eq!(bench.restore().expect("a checkpoint").disks[0].epoch, 1);
-    assert!(bench.begins_with("root", 1) && root.is_closed());
-    assert!(bench.known("root").is_err());
-}
-
-/// It writes on where it has stopped, and the disk lacks what was not committed.
-#[test]
-fn a_mirror_that_connects_again_is_no_full_copy() {
-    let bench = Bench::start();
-    let name = format!("root@{UUID}+full-abc");
-    let mut root = NbdClient::go(bench.disks, &name).expect("an export");
-    let mut primary = bench.known_protected();
-    root.write(0, &[1; 4096]).expect("a disk");
-    primary.checkpoint(&[(0, 1, 1)]);
-    drop(primary);
-    bench.receiver().ended();
-    // As soon as a new copy is taken.
-    drop(bench.known_soon("root"));
-    until("its end", || bench.status().disks.is_empty().then_some(()));
-    let refused = NbdClient::go(bench.disks, &name).err().expect("refused");
-    assert!(refused.contains("session 1"), "{refused}");
-}
-
-/// Two sessions of one guest, and an operator who gives one of them up.
-#[test]
-fn of_two_checkpoints_of_a_disk_either_can_be_given_up() {
-    for given_up in [1, 2] {
-        let bench = Bench::start();
-        bench.ended_session(&["root"]);
-        let mut root = bench.known_soon("root");
-        root.write(0, &[2; 4096]).expect("a first copy");
-        // It ends before it has gone on.
-        drop(bench.known_protected());
-        assert_eq!(bench.receiver().ended().checkpoint, Some(0));
-        let refused = bench.restore_of(2).expect_err("a base of another");
-        assert!(refused.contains("earlier session"), "{refused}");
-        let released = Request::Release {
-            session: 2,
-            may_have_run: false,
-        };
-        bench.ask(released).expect("its claim");
-        assert!(bench.known("root").is_err());
-        bench
-            .ask(Request::Discard { session: given_up })
-            .expect("discarded");
-        let kept = 3 - given_up;
-        assert_eq!(
-            bench.restore_of(kept).expect("a checkpoint").disks[0].epoch,
-            u64::from(2 - kept)
-        );
-        assert!(bench.begins_with("root", u8::try_from(kept).expect("a byte")));
-    }
-}
-
-/// Where the newer checkpoint would not come in its place, the disks are left to the kept one.
-#[test]
-fn another_guest_is_not_protected_beside_a_kept_checkpoint() {
-    let bench = Bench::start();
-    bench.ended_session(&["root", "data"]);
-    for (other, hint) in [
-        ("root+full-ff".to_owned(), "-uuid"),
-        (format!("root@{OTHER_UUID}+full-ff"), "has ended"),
-        // It copies what has changed since the last full copy, which is not in the base of its kept checkpoint.
-        (format!("root@{UUID}"), "A full copy"),
-    ] {
-        until("a refusal for good", || {
-            let refused = NbdClient::go(bench.disks, &other).err().expect("refused");
-            (refused.contains("discard") && refused.contains(hint)).then_some(())
-        });
-    }
-    // A part of its disks.
-    let _root = bench.known_soon("root");
-    let mut primary = bench.known_primary();
-    for (_, bytes) in primary.precopy_parts() {
-        primary.main.send(&bytes);
-    }
-    primary.sync();
-    primary.sync();
-    let status = bench.receiver().ended();
-    let end = status.end.unwrap_or_default();
-    assert!(end.contains("other disks"), "{end}");
-    assert_eq!((status.checkpoint, bench.sessions().len()), (None, 1));
-}
-
-/// A primary that copies what has changed since its last full copy must find that in the base.
-#[test]
-fn only_a_full_copy_follows_one_that_did_not_come_to_the_base() {
-    let bench = Bench::start();
-    bench.ended_session(&["root"]);
-    let mut root = bench.known_soon("root");
-    root.write(0, &[2; SIZE]).expect("a first copy");
-    drop(root);
-    until("its end", || bench.status().disks.is_empty().then_some(()));
-    bench.ask(Request::Discard { session: 1 }).expect("discarded");
-    let part = || NbdClient::go(bench.disks, &format!("root@{UUID}"));
-    let refused = part().err().expect("refused");
-    assert!(refused.contains("--disk-sync full"), "{refused}");
-    // Nor after one that was not whole.
-    drop(bench.known_soon("root"));
-    until("its end", || bench.status().disks.is_empty().then_some(()));
-    assert!(part().is_err());
-    let root = bench.known_soon("root");
-    drop((bench.known_protected(), root));
-    bench.receiver().ended();
-    bench.ask(Request::Discard { session: 2 }).expect("discarded");
-    drop(part().expect("an export"));
-    // One that has come to the base.
-    bench.ended_session(&["root"]);
-    let root = bench.known_soon("root");
-    let mut primary = bench.known_protected();
-    primary.checkpoint(&[]);
-    until("the newer one alone", || {
-        (bench.sessions().len() == 1).then_some(())
-    });
-    drop((primary, root));
-    bench.receiver().ended();
-    bench.ask(Request::Discard { session: 4 }).expect("discarded");
-    drop(part().expect("an export"));
-}
-
-#[test]
-fn a_receiver_that_starts_again_has_both_checkpoints_of_a_disk() {
-    let mut bench = Bench::start();
-    bench.ended_session(&["root"]);
-    let mut root = bench.known_soon("root");
-    root.write(0, &[2; 4096]).expect("a first copy");
-    drop(bench.known_protected());
-    assert_eq!(bench.receiver().ended().checkpoint, Some(0));
-    bench.restart(64 << 20);
-    assert_eq!(
-        bench.sessions(),
-        [(1, SessionState::Recovered), (2, SessionState::Recovered)]
-    );
-    assert!(bench.begins_with("root", 1));
-    bench.ask(Request::Discard { session: 1 }).expect("discarded");
-    assert_eq!(bench.restore_of(2).expect("a checkpoint").disks[0].epoch, 0);
-    assert!(bench.begins_with("root", 2));
 }
 
 /// Two primaries on one host: their UUIDs keep their disks apart. Without, the session is refused rather than guessed.

@@ -129,7 +129,7 @@ impl Epoch {
         }
     }
 
-    pub(super) fn lease_used(&mut self, memory: &dyn RamShare) -> bool {
+    fn lease_used(&mut self, memory: &dyn RamShare) -> bool {
         let more = self.index_bytes().saturating_sub(self.leased_bytes);
         if more == 0 {
             return true;
@@ -262,11 +262,6 @@ impl Epoch {
     /// Puts a part into the index, over what was there.
     pub(crate) fn insert(&mut self, part: Part) {
         self.index.insert(part);
-    }
-
-    /// Holds nothing of a range any more. Only of an epoch without segments: a log cannot forget.
-    pub(super) fn forget(&mut self, offset: u64, length: u64) {
-        self.index.remove(offset, offset + length);
     }
 
     /// Goes through a range in order: what the epoch holds of it, and what it does not. Stops before another part once it has

@@ -167,45 +167,6 @@ pub enum DiskError {
         /// Where the memory stands.
         checkpoint: u64,
     },
-    /// The base is that of an earlier checkpoint.
-    #[error(
-        "the base of disk {0} is still that of the checkpoint of an earlier session: discard that one, or if no receiver has it, remove \
-         the other record of the disk"
-    )]
-    AwaitsBase(String),
-    /// The last full copy is not in the base.
-    #[error(
-        "disk {0}: its last full copy was made beside a checkpoint that was kept, and not come to the base: copy all of it \
-         (`protect --disk-sync full`)"
-    )]
-    CopyIsGone(String),
-    /// The log of an earlier checkpoint is not in its base.
-    #[error("what is committed of disk {0} is not in its base yet")]
-    NotDrained(String),
-    /// The first copy of a disk whose base an earlier checkpoint has.
-    #[error(
-        "disk {disk}: it differs from its disk in the guest's last checkpoint, which is kept until there is a newer one, by more than the \
-         {limit} bytes of its log: give more with --disk-log-max, or discard that checkpoint"
-    )]
-    CopyFull {
-        /// The disk.
-        disk: String,
-        /// The limit.
-        limit: u64,
-    },
-    /// A session whose checkpoint would not take the place of the one that has the base.
-    #[error(
-        "disk {disk} belongs to the checkpoint of session {session}, in whose place that of this session would not come: {why}. \
-         `colo-ring discard --session {session}` gives it up"
-    )]
-    NotInPlace {
-        /// The disk.
-        disk: String,
-        /// The earlier session.
-        session: u32,
-        /// What is different.
-        why: &'static str,
-    },
     /// Connections cannot be attributed.
     #[error("{0}")]
     Ambiguous(String),

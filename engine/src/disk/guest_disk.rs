@@ -4,22 +4,19 @@
 //! (`apply.rs`). What its client asks for is in `requests.rs`. The lock is held for steps on the index only, never for I/O, so a commit waits for none.
 
 mod applying;
-mod beside;
 mod requests;
 
 use super::DiskError;
 use super::base::Base;
 use super::epoch::Epoch;
 use super::pool::{RamPlace, RamShare, SegmentPool};
-use super::record::{DiskRecord, FileSet, Ownership};
+use super::record::{DiskRecord, Ownership};
 use crate::canary::{self, Canary};
-use beside::BesideCopy;
-pub(in crate::disk) use beside::unmark_copy;
 pub(crate) use requests::{Piece, RequestFailure, Source, Wanted, WriteTarget};
 use std::collections::VecDeque;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
 /// How disks keep their logs.
 #[derive(Clone, Copy, Debug)]
@@ -91,20 +88,15 @@ struct State {
     /// The thread that applies has given up.
     has_apply_failed: bool,
     binding: Option<Arc<Binding>>,
-    /// Of the first copy beside a kept checkpoint.
-    copy: Option<BesideCopy>,
-    /// The base is still that of a kept checkpoint: nothing is applied.
-    awaits_base: bool,
 }
 
 impl State {
     /// Takes the memory of the open epoch's index that is not taken yet, and what the entries of one more segment can need. False
     /// if there is none.
     fn lease_index(&mut self, segment_bytes: u64) -> bool {
-        match (&self.binding, &self.copy) {
-            (Some(binding), _) => self.open.lease_index(&*binding.index, segment_bytes),
-            (None, Some(copy)) => self.open.lease_index(&*copy.memory, segment_bytes),
-            (None, None) => true,
+        match &self.binding {
+            None => true,
+            Some(binding) => self.open.lease_index(&*binding.index, segment_bytes),
         }
     }
 }
@@ -113,7 +105,6 @@ impl State {
 pub(crate) struct Disk {
     name: String,
     base: Base,
-    files: FileSet,
     record: DiskRecord,
     pub(super) pool: SegmentPool,
     state: Mutex<State>,
@@ -124,11 +115,6 @@ pub(crate) struct Disk {
     /// Held by a caller that applies again what the thread could not apply.
     applying: Mutex<()>,
     written: AtomicU64,
-    /// The same disk of a later session, which gets the base when this one is given up.
-    later: Mutex<Weak<Disk>>,
-    /// The base is not that of the guest's last full copy.
-    is_marked: bool,
-    is_given_up: AtomicBool,
 }
 
 /// Figures for the status.
@@ -149,48 +135,27 @@ impl Disk {
     /// If its base cannot be used, or a checkpoint or another receiver has the disk.
     pub(crate) fn open(directory: &Path, name: &str, options: DiskOptions) -> Result<Self, DiskError> {
         let base = Base::open(&super::path_of(directory, name))?;
-        let files = FileSet::First;
-        let record = DiskRecord::create(directory, name, files, base.size(), None)?;
-        DiskRecord::remove_unneeded(directory, name, files.other())?;
-        for files in FileSet::ALL {
-            super::recovery::remove_logs(directory, name, files)?;
-        }
-        let pool = SegmentPool::new(directory, name, files, options.segment_bytes, options.log_max);
-        Ok(Self::new(name, base, files, record, pool, Phase::Copying))
+        let record = DiskRecord::create(directory, name, base.size())?;
+        super::recovery::remove_logs(directory, name)?;
+        let pool = SegmentPool::new(directory, name, options.segment_bytes, options.log_max);
+        Ok(Self::new(name, base, record, pool, Phase::Copying))
     }
 
-    /// A disk of an earlier receiver, whose base is at a checkpoint; or will be by these epochs, which wait for it.
+    /// A disk of an earlier receiver, whose base is at a checkpoint.
     pub(super) fn recovered(
         directory: &Path,
         name: &str,
         base: Base,
-        (files, record): (FileSet, DiskRecord),
+        record: DiskRecord,
         checkpoint: u64,
-        waiting: Option<Vec<Epoch>>,
     ) -> Self {
-        let pool = SegmentPool::new(directory, name, files, super::segment::SEGMENT_BYTES, 0);
-        let disk = Self::new(name, base, files, record, pool, Phase::Over);
-        let mut state = disk.state();
-        state.epoch = Some(checkpoint);
-        if let Some(epochs) = waiting {
-            state.awaits_base = true;
-            state.committed = epochs.into_iter().map(Arc::new).collect();
-            // There is no thread that would.
-            state.has_apply_failed = true;
-        }
-        drop(state);
+        let pool = SegmentPool::new(directory, name, super::segment::SEGMENT_BYTES, 0);
+        let disk = Self::new(name, base, record, pool, Phase::Over);
+        disk.state().epoch = Some(checkpoint);
         disk
     }
 
-    fn new(
-        name: &str,
-        base: Base,
-        files: FileSet,
-        record: DiskRecord,
-        pool: SegmentPool,
-        phase: Phase,
-    ) -> Self {
-        let is_marked = phase == Phase::Copying && beside::is_marked(base.path());
+    fn new(name: &str, base: Base, record: DiskRecord, pool: SegmentPool, phase: Phase) -> Self {
         let state = State {
             phase,
             open: Epoch::new(record.log(), 0),
@@ -205,13 +170,10 @@ impl Disk {
             loss: None,
             has_apply_failed: false,
             binding: None,
-            copy: None,
-            awaits_base: false,
         };
         Self {
             name: name.to_owned(),
             base,
-            files,
             record,
             pool,
             state: Mutex::new(state),
@@ -219,9 +181,6 @@ impl Disk {
             is_cut: AtomicBool::new(false),
             applying: Mutex::new(()),
             written: AtomicU64::new(0),
-            later: Mutex::default(),
-            is_marked,
-            is_given_up: AtomicBool::new(false),
         }
     }
 
@@ -259,11 +218,6 @@ impl Disk {
         self.state().phase == Phase::Copying
     }
 
-    /// Whether its session has ended.
-    pub(crate) fn is_over(&self) -> bool {
-        self.state().phase == Phase::Over
-    }
-
     /// Whether its client has changed its base, or tried to.
     pub(crate) fn is_changed(&self) -> bool {
         let state = self.state();
@@ -278,21 +232,15 @@ impl Disk {
     /// If a write is under way or has failed, or the connection is gone.
     pub(crate) fn bind(&self, binding: Binding) -> Result<(), DiskError> {
         let is_gone = binding.is_gone();
-        // What is wrong with it is found below.
-        let logged = self.log_zeroed();
         let mut state = self.state();
-        let is_unfinished = |copy: &BesideCopy| !copy.zeroed.is_empty();
-        if let Some(loss) = &state.loss {
-            return Err(self.copy_failed(loss.to_string()));
-        }
-        if let Err(failure) = logged {
-            return Err(self.copy_failed(failure.to_string()));
-        }
-        if state.is_writing || state.copy.as_ref().is_some_and(is_unfinished) {
+        if state.is_writing {
             return Err(self.unfinished(0));
         }
         if let Some(failure) = state.copy_failure {
-            return Err(self.copy_failed(failure.to_string()));
+            return Err(DiskError::CopyFailed {
+                disk: self.name.clone(),
+                reason: failure.to_string(),
+            });
         }
         if is_gone || !state.is_connected {
             return Err(self.closed_before(0));
@@ -303,24 +251,9 @@ impl Disk {
             self.pool.use_ram(ram);
         }
         state.binding = Some(Arc::new(binding));
-        if state.copy.take().is_some() {
-            // What was copied commits with checkpoint 0.
-            state.phase = Phase::Cut;
-        } else {
-            if self.is_marked {
-                self.unmark();
-            }
-            state.open = Epoch::new(self.record.log(), 1);
-            state.phase = Phase::Open;
-        }
+        state.open = Epoch::new(self.record.log(), 1);
+        state.phase = Phase::Open;
         Ok(())
-    }
-
-    fn copy_failed(&self, reason: String) -> DiskError {
-        DiskError::CopyFailed {
-            disk: self.name.clone(),
-            reason,
-        }
     }
 
     fn closed_before(&self, checkpoint: u64) -> DiskError {
@@ -396,7 +329,7 @@ impl Disk {
         }
         let mut state = self.state();
         state.epoch = Some(checkpoint);
-        if state.open.checkpoint == checkpoint {
+        if checkpoint > 0 {
             let next = Epoch::new(self.record.log(), checkpoint + 1);
             let mut cut = std::mem::replace(&mut state.open, next);
             if let Some(binding) = &state.binding {
@@ -453,19 +386,9 @@ impl Disk {
 
     /// Removes the files of a disk that no checkpoint needs any more.
     pub(crate) fn remove_files(&self) {
-        let mut state = self.state();
-        if state.awaits_base {
-            // Never to be applied.
-            let dropped = std::mem::take(&mut state.committed);
-            dropped
-                .iter()
-                .for_each(|epoch| self.pool.put(epoch.segments.clone()));
-        }
-        drop(state);
         self.pool.keep(false);
         self.pool.trim_all();
         self.record.remove();
-        self.is_given_up.store(true, Ordering::Relaxed);
     }
 
     /// The connection has ended. Returns whether a session has lost the disk by it, which [`Self::lose`] is to report.

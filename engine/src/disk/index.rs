@@ -193,7 +193,7 @@ impl Index {
     }
 
     /// Removes a range of the disk.
-    pub(super) fn remove(&mut self, offset: u64, end: u64) {
+    fn remove(&mut self, offset: u64, end: u64) {
         if let Some(before) = self.last_before(offset).filter(|before| before.end() > offset) {
             let whole = before.part();
             // Less than it was.

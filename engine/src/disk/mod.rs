@@ -7,9 +7,6 @@
 //!                                  └──────────────── end: the open epoch is dropped ──► Over
 //! ```
 //!
-//! While a checkpoint is kept, the same disk is copied for a later session beside it: everything goes to the log, and is applied when that
-//! checkpoint is given up (`guest_disk/beside.rs`).
-//!
 //! `base.rs` is a raw file or device; `segment.rs`, `pool.rs`, `epoch.rs` and `index.rs` are the log; `record.rs` is what a later receiver must know of
 //! a disk; `guest_disk.rs` puts them together; `apply.rs` brings logs to the base; `recovery.rs` does that for a receiver that was killed;
 //! `copy.rs` keeps a base for another failover.

@@ -2,7 +2,6 @@
 //! and used again while they are still in a processor's cache.
 
 use super::DiskError;
-use super::record::FileSet;
 use super::segment::Segment;
 use crate::files::{self, Readers};
 use crate::store::memory::populate::populate;
@@ -64,7 +63,6 @@ pub(crate) enum NoSegment {
 pub(crate) struct SegmentPool {
     directory: PathBuf,
     disk: String,
-    files: FileSet,
     segment_bytes: u64,
     limit: u64,
     ram: OnceLock<RamPlace>,
@@ -78,16 +76,15 @@ pub(crate) fn ram_prefix(disk: &str) -> String {
 }
 
 /// The path of a disk's segments beside its base, without their numbers.
-pub(crate) fn file_prefix(disk: &str, files: FileSet) -> String {
-    format!("{disk}{}", files.log_infix())
+pub(crate) fn file_prefix(disk: &str) -> String {
+    format!("{disk}.~log-")
 }
 
 impl SegmentPool {
-    pub(crate) fn new(directory: &Path, disk: &str, files: FileSet, segment_bytes: u64, limit: u64) -> Self {
+    pub(crate) fn new(directory: &Path, disk: &str, segment_bytes: u64, limit: u64) -> Self {
         Self {
             directory: directory.to_owned(),
             disk: disk.to_owned(),
-            files,
             segment_bytes,
             limit,
             ram: OnceLock::new(),
@@ -173,7 +170,7 @@ impl SegmentPool {
         let number = Self::number(inner);
         let path = self
             .directory
-            .join(format!("{}{number:06}", file_prefix(&self.disk, self.files)));
+            .join(format!("{}{number:06}", file_prefix(&self.disk)));
         let failed = |source| DiskError::File {
             path: path.clone(),
             source,

@@ -1,13 +1,10 @@
 //! The record of a disk, `NAME.~record` beside its base: what a later receiver must know of it. Locked by the receiver that serves the disk.
-//! Of a guest that is protected again there are two while its earlier checkpoint is kept ([`FileSet`]).
 //!
 //! | word | content |
 //! |---|---|
 //! | 0, 8 | magic, version |
 //! | 16, 24 | the id of its log, the size of the base |
-//! | 32 | checksum of the three words before it, and in version 3 of the next one |
-//! | 40 | in version 3: the id of the log of an earlier checkpoint. While that is needed, the base is that checkpoint's, and this log waits |
-//! | 48 | the number of the full copy that was made of it; 0 if its client has given none |
+//! | 32 | checksum of the three words before it |
 //! | 64 | state |
 //! | 72 | one more than the committed checkpoint, in the record of a session's first disk and without a RAM record |
 //! | 80 | the session's number |
@@ -27,14 +24,12 @@ use rand::TryRng;
 use rand::rngs::SysRng;
 use std::fs::File;
 use std::io;
-use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 
 const MAGIC: u64 = u64::from_be_bytes(*b"\x89CLDSK\r\n");
 const VERSION: u64 = 2;
-/// Of a disk that was copied beside a checkpoint: a receiver that knows nothing of that must not apply its log.
-const VERSION_BESIDE: u64 = 3;
 
 mod at {
     pub(super) const MAGIC: usize = 0;
@@ -42,8 +37,6 @@ mod at {
     pub(super) const LOG: usize = 16;
     pub(super) const SIZE: usize = 24;
     pub(super) const CHECK: usize = 32;
-    pub(super) const BESIDE: usize = 40;
-    pub(super) const COPY: usize = 48;
     pub(super) const STATE: usize = 64;
     pub(super) const COMMITTED: usize = 72;
     pub(super) const SESSION: usize = 80;
@@ -59,39 +52,8 @@ const GIVEN_UP: u64 = 4;
 /// Longest text that fits.
 const TEXT_MAX: usize = 3800;
 
-/// The files of one of the two sessions that may have a disk: one whose checkpoint is kept, and a later one of the same guest.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub(crate) enum FileSet {
-    First,
-    Second,
-}
-
-impl FileSet {
-    pub(super) const ALL: [Self; 2] = [Self::First, Self::Second];
-
-    pub(super) fn other(self) -> Self {
-        match self {
-            Self::First => Self::Second,
-            Self::Second => Self::First,
-        }
-    }
-
-    /// The extension of its record.
-    pub(super) fn record_suffix(self) -> &'static str {
-        match self {
-            Self::First => ".~record",
-            Self::Second => ".~record-b",
-        }
-    }
-
-    /// What its segments beside the base have between the disk's name and their numbers.
-    pub(super) fn log_infix(self) -> &'static str {
-        match self {
-            Self::First => ".~log-",
-            Self::Second => ".~log-b-",
-        }
-    }
-}
+/// The extension of records.
+pub(crate) const SUFFIX: &str = ".~record";
 
 /// Which checkpoints a disk's log belongs to.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -113,8 +75,8 @@ pub(crate) struct DiskRecord {
 }
 
 impl DiskRecord {
-    pub(crate) fn path_of(directory: &Path, disk: &str, files: FileSet) -> PathBuf {
-        directory.join(format!("{disk}{}", files.record_suffix()))
+    pub(crate) fn path_of(directory: &Path, disk: &str) -> PathBuf {
+        directory.join(format!("{disk}{SUFFIX}"))
     }
 
     /// Opens and locks a record, which is created if there is none.
@@ -168,21 +130,31 @@ impl DiskRecord {
         }
     }
 
-    /// Creates the record of a disk of `size` bytes for a connection, in place of one that is not needed any more. `beside` is the log of a kept
-    /// checkpoint that has the base.
+    /// Creates the record of a disk of `size` bytes for a connection, in place of one that is not needed any more.
     ///
     /// # Errors
     /// If another receiver serves the disk, or a checkpoint may need it.
-    pub(crate) fn create(
-        directory: &Path,
-        disk: &str,
-        files: FileSet,
-        size: u64,
-        beside: Option<u64>,
-    ) -> Result<Self, DiskError> {
-        let (record, is_new) = Self::open(&Self::path_of(directory, disk, files), true)?;
-        if !is_new {
-            record.check_unneeded()?;
+    pub(crate) fn create(directory: &Path, disk: &str, size: u64) -> Result<Self, DiskError> {
+        let (record, is_new) = Self::open(&Self::path_of(directory, disk), true)?;
+        if !is_new && record.is_needed() {
+            // Whatever is wrong with it: it stays, as long as a checkpoint may need it.
+            record.keep();
+            if record.get(at::MAGIC) == MAGIC && record.get(at::VERSION) != VERSION {
+                return Err(record.damaged(
+                    "another version of colo-ring has left it: let that one fail over or discard the checkpoint, or remove the file",
+                ));
+            }
+            if !record.is_valid() {
+                return Err(record.damaged(
+                    "wrong magic or checksum, and a checkpoint may need it: remove it if none of this disk is needed",
+                ));
+            }
+            let Ownership { session, ram_dir, .. } = record.ownership()?;
+            let ram_dir = ram_dir.unwrap_or_else(|| "no RAM directory".to_owned());
+            return Err(DiskError::Orphan {
+                record: record.path.clone(),
+                owner: format!("session {session} in {}", printable(&ram_dir)),
+            });
         }
         let log = SysRng.try_next_u64().map_err(|error| DiskError::File {
             path: record.path.clone(),
@@ -191,74 +163,20 @@ impl DiskRecord {
         record.put(at::STATE, 0);
         record.put(at::MAGIC, 0);
         record.put(at::COMMITTED, 0);
-        record.put(at::VERSION, beside.map_or(VERSION, |_| VERSION_BESIDE));
+        record.put(at::VERSION, VERSION);
         record.put(at::LOG, log);
         record.put(at::SIZE, size);
-        record.put(at::BESIDE, beside.unwrap_or(0));
-        record.put(at::COPY, 0);
         record.put(at::CHECK, record.check());
         record.put(at::MAGIC, MAGIC);
         Ok(record)
-    }
-
-    /// Whatever is wrong with it: it stays, as long as a checkpoint may need it.
-    fn check_unneeded(&self) -> Result<(), DiskError> {
-        if !self.is_needed() {
-            return Ok(());
-        }
-        self.keep();
-        if self.get(at::MAGIC) == MAGIC && !self.is_of_known_version() {
-            return Err(self.damaged(
-                "another version of colo-ring has left it: let that one fail over or discard the checkpoint, or remove the file",
-            ));
-        }
-        if !self.is_valid() {
-            return Err(self.damaged(
-                "wrong magic or checksum, and a checkpoint may need it: remove it if none of this disk is needed",
-            ));
-        }
-        let Ownership { session, ram_dir, .. } = self.ownership()?;
-        let ram_dir = ram_dir.unwrap_or_else(|| "no RAM directory".to_owned());
-        Err(DiskError::Orphan {
-            record: self.path.clone(),
-            owner: format!("session {session} in {}", printable(&ram_dir)),
-        })
-    }
-
-    /// Removes a record that is not needed any more, if there is one.
-    ///
-    /// # Errors
-    /// If another receiver serves the disk, or a checkpoint may need it.
-    pub(crate) fn remove_unneeded(directory: &Path, disk: &str, files: FileSet) -> Result<(), DiskError> {
-        match Self::open(&Self::path_of(directory, disk, files), false) {
-            // Dropped, it is removed.
-            Ok((record, _)) => record.check_unneeded(),
-            Err(DiskError::File { source, .. }) if source.kind() == io::ErrorKind::NotFound => Ok(()),
-            Err(error) => Err(error),
-        }
-    }
-
-    /// The log of a record that a checkpoint needs, whoever has the record locked.
-    pub(crate) fn needed_log(directory: &Path, disk: &str, files: FileSet) -> Option<u64> {
-        let mut options = File::options();
-        options.read(true);
-        options.custom_flags(OFlag::O_NOFOLLOW.bits() | OFlag::O_NONBLOCK.bits());
-        let file = options.open(Self::path_of(directory, disk, files)).ok()?;
-        let word = |at: usize| {
-            let mut bytes = [0; 8];
-            file.read_exact_at(&mut bytes, at as u64).ok()?;
-            Some(u64::from_ne_bytes(bytes))
-        };
-        let state = word(at::STATE).filter(|_| word(at::MAGIC) == Some(MAGIC))?;
-        word(at::LOG).filter(|_| state & COMMITTED != 0 && state & GIVEN_UP == 0)
     }
 
     /// Opens the record that an earlier receiver has left.
     ///
     /// # Errors
     /// If there is none, or it is in use or damaged.
-    pub(crate) fn find(directory: &Path, disk: &str, files: FileSet) -> Result<Self, DiskError> {
-        let (record, _) = Self::open(&Self::path_of(directory, disk, files), false)?;
+    pub(crate) fn find(directory: &Path, disk: &str) -> Result<Self, DiskError> {
+        let (record, _) = Self::open(&Self::path_of(directory, disk), false)?;
         match record.is_valid() || record.get(at::STATE) & COMMITTED == 0 {
             true => Ok(record),
             false => Err(record.keep().damaged("wrong magic, version or checksum")),
@@ -283,32 +201,14 @@ impl DiskRecord {
     }
 
     fn check(&self) -> u64 {
-        let words = [at::VERSION, at::LOG, at::SIZE, at::BESIDE].map(|at| self.get(at).to_le_bytes());
-        let count = if self.get(at::VERSION) == VERSION { 3 } else { 4 };
-        u64::from(crc32c::crc32c(words[..count].as_flattened()))
-    }
-
-    fn is_of_known_version(&self) -> bool {
-        [VERSION, VERSION_BESIDE].contains(&self.get(at::VERSION))
+        let words = [at::VERSION, at::LOG, at::SIZE].map(|at| self.get(at).to_le_bytes());
+        u64::from(crc32c::crc32c(words.as_flattened()))
     }
 
     fn is_valid(&self) -> bool {
-        self.get(at::MAGIC) == MAGIC && self.is_of_known_version() && self.get(at::CHECK) == self.check()
-    }
-
-    /// The client copies all of the disk, and calls that copy so.
-    pub(crate) fn set_copy(&self, number: u64) {
-        self.put(at::COPY, number);
-    }
-
-    /// What [`Self::set_copy`] has set.
-    pub(crate) fn copy(&self) -> u64 {
-        self.get(at::COPY)
-    }
-
-    /// The log of the checkpoint beside which the disk was copied.
-    pub(crate) fn beside(&self) -> Option<u64> {
-        (self.get(at::VERSION) == VERSION_BESIDE).then(|| self.get(at::BESIDE))
+        self.get(at::MAGIC) == MAGIC
+            && self.get(at::VERSION) == VERSION
+            && self.get(at::CHECK) == self.check()
     }
 
     pub(crate) fn log(&self) -> u64 {

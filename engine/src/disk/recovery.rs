@@ -4,9 +4,9 @@ use super::DiskError;
 use super::apply::{bring_to_base, release};
 use super::base::{Base, is_name, path_of};
 use super::epoch::{Content, Epoch, Part};
-use super::guest_disk::{Disk, unmark_copy};
+use super::guest_disk::Disk;
 use super::pool::{file_prefix, ram_prefix};
-use super::record::{DiskRecord, FileSet, Ownership};
+use super::record::{DiskRecord, SUFFIX};
 use super::segment::{EntryKind, Segment, SegmentHeader};
 use crate::store::memory::mapping::Mapping;
 use crate::store::memory::ram_dir::RamFiles;
@@ -57,8 +57,8 @@ fn numbered(directory: &Path, prefix: &str) -> Result<Vec<(u32, PathBuf)>, DiskE
 }
 
 /// Removes the logs beside a base, which no checkpoint needs.
-pub(super) fn remove_logs(directory: &Path, disk: &str, files: FileSet) -> Result<(), DiskError> {
-    remove_numbered(directory, &file_prefix(disk, files))
+pub(super) fn remove_logs(directory: &Path, disk: &str) -> Result<(), DiskError> {
+    remove_numbered(directory, &file_prefix(disk))
 }
 
 fn remove_numbered(directory: &Path, prefix: &str) -> Result<(), DiskError> {
@@ -107,17 +107,7 @@ fn collect(found: Vec<(u32, PathBuf)>, is_ram: bool, log: u64, into: &mut Segmen
 }
 
 /// Applies the epochs of a log up to `checkpoint`, and frees their segments.
-fn replay(base: &Base, log: u64, segments: &Segments, checkpoint: u64) -> Result<(), DiskError> {
-    for epoch in epochs(base, log, segments, checkpoint)? {
-        bring_to_base(base, &epoch, || {}).map_err(file_error(base.path()))?;
-        release(&epoch);
-    }
-    Ok(())
-}
-
-/// The epochs of a log up to `checkpoint`, in order.
-fn epochs(base: &Base, log: u64, segments: &Segments, checkpoint: u64) -> Result<Vec<Epoch>, DiskError> {
-    let mut epochs = Vec::new();
+fn replay(base: &Base, log: u64, segments: Segments, checkpoint: u64) -> Result<(), DiskError> {
     for (number, segments) in segments.range(..=checkpoint) {
         let mut epoch = Epoch::new(log, *number);
         let mut before = None;
@@ -136,9 +126,10 @@ fn epochs(base: &Base, log: u64, segments: &Segments, checkpoint: u64) -> Result
             };
             take_entries(&mut epoch, segment, header, base.size())?;
         }
-        epochs.push(epoch);
+        bring_to_base(base, &epoch, || {}).map_err(file_error(base.path()))?;
+        release(&epoch);
     }
-    Ok(epochs)
+    Ok(())
 }
 
 /// Puts the entries of a segment into the index of its epoch.
@@ -177,35 +168,8 @@ fn take_entries(
     Ok(())
 }
 
-/// Whether a checkpoint needs the base beside which this record's disk was copied.
-fn awaits_base(directory: &Path, disk: &str, files: FileSet, record: &DiskRecord) -> bool {
-    let needed = || DiskRecord::needed_log(directory, disk, files.other());
-    record.beside().is_some_and(|log| needed() == Some(log))
-}
-
-/// The record of the disk with that log.
-fn find_record(directory: &Path, stored: &StoredDisk) -> Result<(FileSet, DiskRecord), DiskError> {
-    let mut failures = Vec::new();
-    for files in FileSet::ALL {
-        // The other one may be in use: by the guest's earlier checkpoint, say.
-        match DiskRecord::find(directory, &stored.name, files) {
-            Ok(record) if record.keep().log() == stored.log => return Ok((files, record)),
-            Ok(_) => {}
-            Err(error) => failures.push(error),
-        }
-    }
-    let mirrored_again = DiskError::Damaged {
-        path: DiskRecord::path_of(directory, &stored.name, FileSet::First),
-        what: "the disk was mirrored again since that checkpoint".to_owned(),
-    };
-    Err(match failures.len() == FileSet::ALL.len() {
-        true => failures.swap_remove(0),
-        false => mirrored_again,
-    })
-}
-
-/// Brings a disk to the checkpoint of its session's record; if an earlier checkpoint has the base, once that is given up. `ram` are the session's
-/// files in the RAM directory. It can be interrupted at any time, and repeated. If it was given away already, nothing is written to it.
+/// Brings a disk to the checkpoint of its session's record. `ram` are the session's files in the RAM directory. It can be interrupted at any time,
+/// and repeated. If it was given away already, nothing is written to it.
 ///
 /// # Errors
 /// If the disk or its log is missing, damaged or in use. Its files stay as they are.
@@ -223,11 +187,17 @@ pub(crate) fn recover(
             name: stored.name.clone(),
         });
     }
-    let (files, record) = find_record(directory, stored)?;
+    let record = DiskRecord::find(directory, &stored.name)?;
+    record.keep();
     let damaged = |what: String| DiskError::Damaged {
-        path: DiskRecord::path_of(directory, &stored.name, files),
+        path: DiskRecord::path_of(directory, &stored.name),
         what,
     };
+    if record.log() != stored.log {
+        return Err(damaged(
+            "the disk was mirrored again since that checkpoint".to_owned(),
+        ));
+    }
     let path = path_of(directory, &stored.name);
     let base = match is_given {
         // A guest may run on it.
@@ -253,7 +223,7 @@ pub(crate) fn recover(
         &mut segments,
     )?;
     collect(
-        numbered(directory, &file_prefix(&stored.name, files))?,
+        numbered(directory, &file_prefix(&stored.name))?,
         false,
         stored.log,
         &mut segments,
@@ -263,31 +233,11 @@ pub(crate) fn recover(
             "it was given to a QEMU before its log was applied".to_owned(),
         ));
     }
-    let waiting = if awaits_base(directory, &stored.name, files, &record) {
-        for (_, segment) in segments
-            .range(checkpoint + 1..)
-            .flat_map(|(_, segments)| segments)
-        {
-            std::fs::remove_file(&segment.path).map_err(file_error(&segment.path))?;
-        }
-        Some(epochs(&base, stored.log, &segments, checkpoint)?)
-    } else {
-        replay(&base, stored.log, &segments, checkpoint)?;
-        remove_logs(directory, &stored.name, files)?;
-        remove_numbered(ram.directory(), ram_prefix)?;
-        unmark_copy(base.path(), stored.log);
-        None
-    };
+    replay(&base, stored.log, segments, checkpoint)?;
+    remove_logs(directory, &stored.name)?;
+    remove_numbered(ram.directory(), ram_prefix)?;
     record.set_needed();
-    let own = (files, record);
-    Ok(Disk::recovered(
-        directory,
-        &stored.name,
-        base,
-        own,
-        checkpoint,
-        waiting,
-    ))
+    Ok(Disk::recovered(directory, &stored.name, base, record, checkpoint))
 }
 
 /// What became of a disk that no recovered checkpoint needs.
@@ -296,8 +246,6 @@ pub(crate) enum OrphanOutcome {
     At(u64),
     /// No checkpoint was committed, or its copy was never complete; nothing is known of its content.
     Unfinished,
-    /// It was copied beside a checkpoint, and had none of its own yet; the base is as it was.
-    Beside,
     /// Its checkpoint was discarded, and its receiver was killed before all of that was removed. What could be
     /// applied of its log is in the base.
     Discarded,
@@ -314,21 +262,17 @@ pub(crate) fn recover_orphans(directory: &Path) -> Result<Vec<(String, OrphanOut
     let mut names = Vec::new();
     for entry in std::fs::read_dir(directory).map_err(&failed)? {
         let file = entry.map_err(&failed)?.file_name();
-        for files in FileSet::ALL {
-            let name = file.to_str();
-            let name = name.and_then(|file| file.strip_suffix(files.record_suffix()));
-            let name = name.filter(|name| is_name(name));
-            names.extend(name.map(|name| (name.to_owned(), files)));
-        }
+        let name = file.to_str().and_then(|file| file.strip_suffix(SUFFIX));
+        names.extend(name.filter(|name| is_name(name)).map(str::to_owned));
     }
     names.sort_unstable();
-    let mut records = Records::new();
+    let mut records = BTreeMap::new();
     let mut outcomes = Vec::new();
-    for (name, files) in names {
-        match DiskRecord::find(directory, &name, files) {
+    for name in names {
+        match DiskRecord::find(directory, &name) {
             Ok(record) => {
                 record.keep();
-                records.insert((name, files), record);
+                records.insert(name, record);
             }
             // Of a checkpoint that was recovered, or another receiver's.
             Err(DiskError::OtherReceiver(_)) => {}
@@ -336,76 +280,51 @@ pub(crate) fn recover_orphans(directory: &Path) -> Result<Vec<(String, OrphanOut
         }
     }
     let mut done = Vec::new();
-    // What was copied beside a checkpoint comes after that, in the base as well.
-    let mut in_order: Vec<_> = records.keys().collect();
-    let is_later = |(name, files): &RecordKey| {
-        let earlier = records.get(&(name.clone(), files.other()));
-        let beside = records[&(name.clone(), *files)].beside();
-        earlier.is_some_and(|earlier| beside == Some(earlier.log()))
-    };
-    in_order.sort_by_key(|key| (is_later(key), *key));
-    for key in in_order {
-        let result = recover_orphan(directory, key, &records);
+    for (name, record) in &records {
+        let result = recover_orphan(directory, name, record, &records);
         if !matches!(result, Ok(OrphanOutcome::Kept(_)) | Err(_)) {
-            done.push(key);
+            done.push(name);
         }
-        outcomes.push((key.0.clone(), result.unwrap_or_else(OrphanOutcome::Kept)));
+        outcomes.push((name.clone(), result.unwrap_or_else(OrphanOutcome::Kept)));
     }
     // The records with the word last: until then it can be repeated.
-    let (leaders, others): (Vec<&RecordKey>, _) = done
-        .into_iter()
-        .partition(|key| records[*key].ownership().is_ok_and(|owner| owner.leader == key.0));
-    for key in others.into_iter().chain(leaders) {
-        records[key].remove();
+    let (leaders, others): (Vec<&String>, _) = done.into_iter().partition(|name| {
+        records[*name]
+            .ownership()
+            .is_ok_and(|owner| owner.leader == **name)
+    });
+    for name in others.into_iter().chain(leaders) {
+        records[name].remove();
     }
     Ok(outcomes)
 }
 
-/// The record of a disk.
-type RecordKey = (String, FileSet);
-
-type Records = BTreeMap<RecordKey, DiskRecord>;
-
-/// The record of the first disk of a session.
-fn leader<'a>(records: &'a Records, owner: &Ownership) -> Option<&'a DiskRecord> {
-    let of_name = FileSet::ALL.map(|files| records.get(&(owner.leader.clone(), files)));
-    let is_of_session = |record: &&DiskRecord| {
-        record
-            .ownership()
-            .is_ok_and(|other| other.session == owner.session)
-    };
-    of_name.into_iter().flatten().find(is_of_session)
-}
-
 fn recover_orphan(
     directory: &Path,
-    (name, files): &RecordKey,
-    records: &Records,
+    name: &str,
+    record: &DiskRecord,
+    records: &BTreeMap<String, DiskRecord>,
 ) -> Result<OrphanOutcome, DiskError> {
-    let record = &records[&(name.clone(), *files)];
     let owner = record.ownership()?;
-    let leader = leader(records, &owner);
+    let leader = records.get(&owner.leader);
     let committed = leader.and_then(DiskRecord::committed);
     if !record.is_needed() && committed.is_none() {
-        remove_logs(directory, name, *files)?;
-        return Ok(match record.beside() {
-            Some(_) => OrphanOutcome::Beside,
-            None => OrphanOutcome::Unfinished,
-        });
+        remove_logs(directory, name)?;
+        return Ok(OrphanOutcome::Unfinished);
     }
     if let Some(ram_dir) = owner.ram_dir {
         if record.is_given_up() {
-            remove_logs(directory, name, *files)?;
+            remove_logs(directory, name)?;
             return Ok(OrphanOutcome::Discarded);
         }
         return Ok(OrphanOutcome::Kept(DiskError::Orphan {
-            record: DiskRecord::path_of(directory, name, *files),
+            record: DiskRecord::path_of(directory, name),
             owner: format!("session {} in {}", owner.session, printable(&ram_dir)),
         }));
     }
     let Some(checkpoint) = committed else {
         return Err(DiskError::Damaged {
-            path: DiskRecord::path_of(directory, name, *files),
+            path: DiskRecord::path_of(directory, name),
             what: format!(
                 "the record of disk {}, which says what is committed, is missing",
                 printable(&owner.leader)
@@ -415,13 +334,12 @@ fn recover_orphan(
     let base = Base::open(&path_of(directory, name))?;
     let mut segments = Segments::new();
     collect(
-        numbered(directory, &file_prefix(name, *files))?,
+        numbered(directory, &file_prefix(name))?,
         false,
         record.log(),
         &mut segments,
     )?;
-    replay(&base, record.log(), &segments, checkpoint)?;
-    remove_logs(directory, name, *files)?;
-    unmark_copy(base.path(), record.log());
+    replay(&base, record.log(), segments, checkpoint)?;
+    remove_logs(directory, name)?;
     Ok(OrphanOutcome::At(checkpoint))
 }

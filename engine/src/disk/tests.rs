@@ -15,7 +15,6 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-mod beside;
 mod faults;
 
 const SIZE: usize = 256 << 10;
@@ -89,24 +88,19 @@ impl Bench {
     }
 
     fn try_bind(&self, disk: &Disk, segments_in_ram: Option<usize>) -> Result<(), DiskError> {
+        let [full, base_full] = [self.warnings.clone(), self.warnings.clone()];
+        let is_gone = self.is_gone.clone();
+        let losses = self.losses.clone();
         let ram = segments_in_ram.map(|count| RamPlace {
             files: self.files(),
             share: Arc::new(Segments(Mutex::new(count))),
         });
-        let owner = Ownership {
-            session: 1,
-            leader: "disk".into(),
-            ram_dir: ram.is_some().then(|| self.ram.display().to_string()),
-        };
-        self.bind_as(disk, owner, ram)
-    }
-
-    fn bind_as(&self, disk: &Disk, owner: Ownership, ram: Option<RamPlace>) -> Result<(), DiskError> {
-        let [full, base_full] = [self.warnings.clone(), self.warnings.clone()];
-        let is_gone = self.is_gone.clone();
-        let losses = self.losses.clone();
         disk.bind(Binding {
-            owner,
+            owner: Ownership {
+                session: 1,
+                leader: "disk".into(),
+                ram_dir: ram.is_some().then(|| self.ram.display().to_string()),
+            },
             ram,
             index: Arc::new(Segments(Mutex::new(self.indexes))),
             on_loss: Box::new(move |error| losses.lock().unwrap().push(error.to_string())),
@@ -128,7 +122,7 @@ impl Bench {
             let entries = std::fs::read_dir(directory).unwrap();
             entries
                 .map(|entry| entry.unwrap().file_name().into_string().unwrap())
-                .filter(|name| name.contains('~') && !name.ends_with("~beside"))
+                .filter(|name| name.contains('~'))
                 .collect()
         };
         [names(self.bases.path()), names(&self.ram)].concat()
@@ -146,12 +140,6 @@ pub(crate) fn write(disk: &Disk, offset: usize, bytes: &[u8]) -> bool {
         WriteTarget::Base => {
             if let Err(error) = disk.base().write(bytes, offset as u64) {
                 disk.change_failed(RequestFailure::from(&error));
-                is_taken = false;
-            }
-        }
-        WriteTarget::Compared => {
-            if let Err(failure) = disk.write_compared(bytes, offset as u64) {
-                disk.change_failed(failure);
                 is_taken = false;
             }
         }

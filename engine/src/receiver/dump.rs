@@ -213,8 +213,6 @@ fn dump_disks(
     const LIVE: &str = "they change as long as the session is live; a dump has them once it has ended (`colo-ring unprotect` \
                         ends it on the primary's host)";
     const NOT_WANTED: &str = "they were not asked for";
-    const AWAITED: &str =
-        "their bases are still those of an earlier checkpoint of the guest; discard that one first";
     const FAILED_OVER: &str = "a guest may have written to them since a failover of the session";
     let all = checkpoint.disks.all();
     let left_out = |why: &str| {
@@ -226,7 +224,6 @@ fn dump_disks(
         _ if all.is_empty() => return Ok((Vec::new(), None)),
         DumpDisks::Live => return left_out(LIVE),
         DumpDisks::Copied if !checkpoint.promotion().is_here() => return left_out(FAILED_OVER),
-        DumpDisks::Copied if checkpoint.disks.await_bases() => return left_out(AWAITED),
         DumpDisks::Copied if !all.iter().all(|disk| is_wanted(disk.name())) => return left_out(NOT_WANTED),
         DumpDisks::Copied => {}
     }

@@ -396,7 +396,7 @@ impl LiveSession {
         };
         let is_guarded = shared.links.session_commits(&self.guest, marks, &self.output);
         is_guarded.map_err(|GuardIsGone| SessionEnd::GuardLost)?;
-        let bound = self.services.bind_disks(self, uuid, &description.machine_type);
+        let bound = self.services.bind_disks(self, uuid);
         let bound = bound.map_err(|error| SessionEnd::Disk(Arc::new(error)))?;
         // Set once: there is one first commit.
         let _ = self.disks.set(Arc::new(bound));

@@ -155,9 +155,6 @@ pub(super) fn recover_orphaned_disks(directory: &Path, events: &Events) {
             OrphanOutcome::Unfinished => Event::note(format!(
                 "disk {name}: its receiver ended before a checkpoint was committed; its content is incomplete until it is copied again"
             )),
-            OrphanOutcome::Beside => Event::note(format!(
-                "disk {name}: its receiver ended before its guest had another checkpoint than the one that is kept; the disk is as it was"
-            )),
             OrphanOutcome::Discarded => Event::note(format!(
                 "disk {name}: its checkpoint was discarded by an earlier receiver, which was killed before it had removed all of it"
             )),

@@ -58,7 +58,6 @@ pub(super) trait Services: Send + Sync {
         &self,
         session: &Arc<LiveSession>,
         uuid: Option<[u8; 16]>,
-        machine_type: &str,
     ) -> Result<SessionDisks, DiskError>;
 
     /// Does work on another thread.

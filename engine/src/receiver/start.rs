@@ -331,14 +331,13 @@ impl Services for ReceiverServices {
         &self,
         session: &Arc<LiveSession>,
         uuid: Option<[u8; 16]>,
-        machine_type: &str,
     ) -> Result<SessionDisks, DiskError> {
         let Some(disks) = &self.disks else {
             return Ok(SessionDisks::default());
         };
         let durable = session.store().and_then(|store| store.committed().durable());
         let ram = durable.map(|durable| durable.files());
-        let bound = disks.bind(session, uuid, machine_type, ram)?;
+        let bound = disks.bind(session, uuid, ram)?;
         Ok(SessionDisks::new(bound, ram.is_none()))
     }
 

@@ -11,7 +11,7 @@ use std::time::Duration;
 use serde_json::{Value, json};
 
 use super::disk_guest::{Disk, DiskBus, DiskContent, DiskGuest, make_image};
-use super::{Guard, Guest, Lab, LabError, Machine, Qemu, Secondary, Way, wait_for};
+use super::{Guest, Lab, LabError, Machine, Qemu, Secondary, Way, wait_for};
 
 const INTERVAL_MS: u64 = 200;
 /// How often the guest prints what it has counted.
@@ -353,50 +353,6 @@ impl<'a> DiskRuns<'a> {
         let _ = primary.kill();
         secondary.wait_state(3, "ended")?;
         let resumed = self.resume(&secondary, 3, &base)?;
-        self.sweeps_after(&resumed)?;
-        drop(resumed);
-        secondary.remove_disks()
-    }
-
-    /// A guest with a guard loses its receiver, which is killed, and runs on; the next receiver has its checkpoint, and it is protected again by
-    /// its guard alone. Then it lives on from the receiver's disk.
-    ///
-    /// # Errors
-    /// When a step fails, or memory and disk do not agree.
-    pub fn guard_again(&mut self) -> Result<(), LabError> {
-        let mut secondary = Secondary::start_with_disks(self.lab, 2)?;
-        let base = secondary.disk(EXPORT);
-        make_image(&base)?;
-        let image = self.image();
-        let mut primary = self.start(&image)?;
-        let (to, name) = (secondary.disk_address(), format!("disk0={EXPORT}"));
-        let disks = ["--disk", &name, "--disk-to", &to];
-        // It stands during each first copy: with TCG, QEMU may miss pages that it dirties meanwhile.
-        primary.stop()?;
-        let mut guard = Guard::start(self.lab, &primary, secondary.address(), &disks)?;
-        guard.wait_state("protected")?;
-        let mut session = wait_committed(&secondary)?;
-        for _ in 0..2 {
-            secondary.kill_receiver();
-            guard.wait_state("unprotected")?;
-            // So that its disk is another one than the checkpoint's.
-            self.sweeps_after(&primary)?;
-            primary.stop()?;
-            secondary.kill_and_restart(self.lab)?;
-            secondary.wait_state(session, "recovered")?;
-            guard.wait_state("protected")?;
-            let next = wait_committed(&secondary)?;
-            wait_for("the older checkpoint to go", HANG_LIMIT, || {
-                Ok((secondary.receiver().sessions()? == [next]).then_some(()))
-            })?;
-            println!("session {session} is replaced by {next}");
-            session = next;
-        }
-        self.sweeps_after(&primary)?;
-        let _ = primary.kill();
-        guard.wait_end()?;
-        secondary.wait_state(session, "ended")?;
-        let resumed = self.resume(&secondary, session, &base)?;
         self.sweeps_after(&resumed)?;
         drop(resumed);
         secondary.remove_disks()

@@ -122,13 +122,6 @@ fn a_guest_is_protected_again_by_copying_what_has_changed() {
     });
 }
 
-#[test]
-fn a_guest_with_a_disk_is_guarded_again_without_a_hand() {
-    disk_experiment(Company::Others, |lab| {
-        DiskRuns::new(lab, DiskBus::VirtioBlk, DiskContent::Raw).guard_again()
-    });
-}
-
 /// A fresh QEMU must use the checkpoint's disk; what it needs for that is printed; a copy that is kept starts the guest, too.
 #[test]
 fn a_failover_checks_the_disk_and_keeps_a_copy() {

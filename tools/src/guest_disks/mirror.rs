@@ -5,7 +5,6 @@ use crate::net::Address;
 use crate::output::mebibytes;
 use crate::qmp::{Event, Qmp, QmpError};
 use serde_json::{Value, json};
-use std::hash::{BuildHasher, Hasher, RandomState};
 use std::time::{Duration, Instant};
 use thiserror::Error;
 
@@ -139,7 +138,7 @@ impl Mirrors {
         self.0.is_empty()
     }
 
-    /// Connects every disk to its export, to copy all of it or not, and checks its size: nothing is copied yet. Whatever was connected stays when
+    /// Connects every disk to its export, and checks its size: nothing is copied yet. Whatever was connected stays when
     /// it fails: see [`remove_all`]. `replaces`: mirrors to the same receiver may have been removed just now.
     ///
     /// # Errors
@@ -149,20 +148,15 @@ impl Mirrors {
         to: &Address,
         uuid: Option<&str>,
         wanted: Vec<Mirror>,
-        copies_all: bool,
         replaces: bool,
     ) -> Result<Self, MirrorError> {
         let patience = if replaces { RELEASE_LIMIT } else { Duration::ZERO };
-        // QEMU connects a mirror again that has lost its connection, which is no full copy any more: so each has a number.
-        let full = match copies_all {
-            // The keys of hash tables are random.
-            true => format!("+full-{:016x}", RandomState::new().build_hasher().finish()),
-            false => String::new(),
-        };
         for (number, mirror) in wanted.iter().enumerate() {
             let node = target(number);
-            let uuid = uuid.map_or_else(String::new, |uuid| format!("@{uuid}"));
-            let wire_name = format!("{}{uuid}{full}", mirror.export);
+            let wire_name = match uuid {
+                Some(uuid) => format!("{}@{uuid}", mirror.export),
+                None => mirror.export.clone(),
+            };
             // Flushes are of no use there: what makes writes durable is the checkpoint's commit.
             let options = json!({
                 "driver": "nbd", "node-name": node, "server": server(to), "export": wire_name,

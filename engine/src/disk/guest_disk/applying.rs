@@ -8,9 +8,6 @@ use std::io;
 use std::sync::{Arc, PoisonError};
 use std::time::Duration;
 
-/// How long the last users of an earlier disk are waited for, whose checkpoint was given up.
-const BASE_WITHIN: Duration = Duration::from_secs(2);
-
 /// How long the base has no room before it is written to again.
 const RETRY_AFTER: Duration = Duration::from_secs(1);
 
@@ -18,15 +15,9 @@ impl Disk {
     /// Waits until all committed epochs are in the base. What the thread could not apply is tried once more, by the caller.
     ///
     /// # Errors
-    /// If they cannot be written, or the base is another checkpoint's.
+    /// If they cannot be written.
     pub(crate) fn wait_drained(&self) -> Result<(), DiskError> {
-        let state = self.state();
-        let awaits_base = |state: &mut super::State| state.awaits_base;
-        let waited = self.changed.wait_timeout_while(state, BASE_WITHIN, awaits_base);
-        let (mut state, _) = waited.unwrap_or_else(PoisonError::into_inner);
-        if state.awaits_base {
-            return Err(DiskError::AwaitsBase(self.name.clone()));
-        }
+        let mut state = self.state();
         while !state.committed.is_empty() {
             if state.has_apply_failed {
                 drop(state);
@@ -50,10 +41,9 @@ impl Disk {
         Ok(())
     }
 
-    /// The oldest epoch that is committed and may go to the base.
+    /// The oldest epoch that is committed and not in the base.
     pub(in crate::disk) fn oldest(&self) -> Option<Arc<Epoch>> {
-        let state = self.state();
-        state.committed.front().filter(|_| !state.awaits_base).cloned()
+        self.state().committed.front().cloned()
     }
 
     /// Waits for an epoch to apply; none when there will be no more.
@@ -63,12 +53,10 @@ impl Disk {
             if state.has_apply_failed {
                 return None;
             }
-            if let Some(epoch) = state.committed.front().filter(|_| !state.awaits_base) {
+            if let Some(epoch) = state.committed.front() {
                 return Some(epoch.clone());
             }
             if state.phase == Phase::Over {
-                // What waits for the base is applied by whoever needs the disk then.
-                state.has_apply_failed = !state.committed.is_empty();
                 return None;
             }
             state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner);

@@ -23,8 +23,6 @@ const PIECES_MAX: usize = 4 * LAYER_PIECES_MAX;
 pub(crate) enum WriteTarget {
     /// To the base.
     Base,
-    /// To the log, as far as it differs from the base: by [`Disk::write_compared`].
-    Compared,
     /// To the places of the [`Wanted`].
     Log,
 }
@@ -94,15 +92,6 @@ pub(crate) struct Piece {
     pub(crate) source: Source,
 }
 
-/// What is looked at, from the newest down to the base.
-#[derive(Clone, Copy, PartialEq, Eq)]
-pub(super) enum Layers {
-    All,
-    /// What the log will be applied as.
-    Logged,
-    Committed,
-}
-
 /// Where its content is.
 pub(crate) enum Source {
     Segment(Arc<Segment>, usize),
@@ -120,27 +109,14 @@ impl Disk {
         part: (u64, u64),
         wanted: &mut Wanted,
     ) -> Result<WriteTarget, RequestFailure> {
+        let (offset, length) = part;
         wanted.clear();
-        self.written.fetch_add(part.1, Ordering::Relaxed);
+        self.written.fetch_add(length, Ordering::Relaxed);
         let mut state = self.writable()?;
         state.is_writing = true;
         if state.phase == Phase::Copying {
-            return Ok(match state.copy {
-                Some(_) => WriteTarget::Compared,
-                None => WriteTarget::Base,
-            });
+            return Ok(WriteTarget::Base);
         }
-        drop(self.place(state, part, wanted)?);
-        Ok(WriteTarget::Log)
-    }
-
-    /// Finds places in the log for a range.
-    pub(super) fn place<'a>(
-        &'a self,
-        mut state: MutexGuard<'a, State>,
-        (offset, length): (u64, u64),
-        wanted: &mut Wanted,
-    ) -> Result<MutexGuard<'a, State>, RequestFailure> {
         wanted.checkpoint = state.open.checkpoint;
         while !state.open.place(offset, length, &mut wanted.placed) {
             drop(state);
@@ -151,11 +127,11 @@ impl Disk {
                 wanted.segments.push(state.open.segments[segment].clone());
             }
         }
-        Ok(state)
+        Ok(WriteTarget::Log)
     }
 
     /// The state, if writes may come now.
-    pub(super) fn writable(&self) -> Result<MutexGuard<'_, State>, RequestFailure> {
+    fn writable(&self) -> Result<MutexGuard<'_, State>, RequestFailure> {
         let mut state = self.state();
         match state.phase {
             _ if state.loss.is_some() => Err(RequestFailure::Ended),
@@ -206,15 +182,10 @@ impl Disk {
             if has_room {
                 continue;
             }
-            if state.committed.is_empty() || state.has_apply_failed || state.awaits_base {
-                let awaits_base = state.awaits_base;
+            if state.committed.is_empty() || state.has_apply_failed {
                 drop(state);
                 let disk = self.name.clone();
                 self.lose(match no_segment {
-                    NoSegment::Full if awaits_base => DiskError::CopyFull {
-                        disk,
-                        limit: self.pool.limit(),
-                    },
                     NoSegment::Full => DiskError::LogFull {
                         disk,
                         limit: self.pool.limit(),
@@ -249,18 +220,12 @@ impl Disk {
     pub(crate) fn end_write(&self, target: WriteTarget, wanted: &Wanted) -> Result<(), RequestFailure> {
         let mut state = self.writable()?;
         state.is_writing = false;
-        match target {
-            WriteTarget::Log => self.take_written(&mut state, wanted),
-            WriteTarget::Base | WriteTarget::Compared => Ok(()),
+        if target == WriteTarget::Log {
+            if state.open.checkpoint != wanted.checkpoint {
+                return Err(RequestFailure::Ended);
+            }
+            state.open.written(&wanted.placed);
         }
-    }
-
-    /// Data is in its places.
-    pub(super) fn take_written(&self, state: &mut State, wanted: &Wanted) -> Result<(), RequestFailure> {
-        if state.open.checkpoint != wanted.checkpoint {
-            return Err(RequestFailure::Ended);
-        }
-        state.open.written(&wanted.placed);
         Ok(())
     }
 
@@ -277,29 +242,10 @@ impl Disk {
     ) -> Result<(), RequestFailure> {
         let mut state = self.writable()?;
         state.is_writing = true;
-        let is_copying = state.phase == Phase::Copying;
-        drop(state);
-        if !is_copying {
-            return self.log_zero(offset, length, may_punch);
+        if state.phase == Phase::Copying {
+            drop(state);
+            return self.end_change(self.base.zero(offset, length, may_punch, fast));
         }
-        let part = Part {
-            offset,
-            length,
-            content: Content::Zero { may_punch },
-        };
-        let zeroed = self.zero_copied(part);
-        zeroed.map_or_else(
-            || self.end_change(self.base.zero(offset, length, may_punch, fast)),
-            |zeroed| {
-                self.state().is_writing = false;
-                zeroed
-            },
-        )
-    }
-
-    /// A range is zero in the log.
-    pub(super) fn log_zero(&self, offset: u64, length: u64, may_punch: bool) -> Result<(), RequestFailure> {
-        let mut state = self.writable()?;
         let checkpoint = state.open.checkpoint;
         while !state.open.zero(offset, length, may_punch) {
             drop(state);
@@ -349,7 +295,7 @@ impl Disk {
     /// What to answer.
     pub(crate) fn trim(&self, offset: u64, length: u64) -> Result<(), RequestFailure> {
         let mut state = self.writable()?;
-        if state.phase != Phase::Copying || state.copy.is_some() {
+        if state.phase != Phase::Copying {
             drop(state);
             return self.zero(offset, length, true, true);
         }
@@ -363,7 +309,7 @@ impl Disk {
     /// # Errors
     /// What to answer.
     pub(crate) fn flush(&self) -> Result<(), RequestFailure> {
-        match self.is_copying() && !self.awaits_base() {
+        match self.is_copying() {
             true => self.base.sync().map_err(|error| {
                 let failure = RequestFailure::from(&error);
                 self.change_failed(failure);
@@ -376,20 +322,16 @@ impl Disk {
     /// The first pieces of a range, in order: the newest content of each. Returns where they end, before the end of the range
     /// if they are many: the lock is not held for longer.
     pub(crate) fn pieces(&self, offset: u64, length: u64, pieces: &mut Vec<Piece>) -> u64 {
-        self.pieces_of(offset, length, Layers::All, pieces)
+        self.pieces_of(offset, length, true, pieces)
     }
 
-    pub(super) fn pieces_of(&self, offset: u64, length: u64, which: Layers, pieces: &mut Vec<Piece>) -> u64 {
+    fn pieces_of(&self, offset: u64, length: u64, with_open: bool, pieces: &mut Vec<Piece>) -> u64 {
         pieces.clear();
         let state = self.state();
         let mut end = offset + length;
         let mut open = vec![(offset, end)];
-        let zeroed = state.copy.iter().map(|copy| &copy.zeroed);
-        let zeroed = zeroed.filter(|_| which == Layers::All);
-        let newest = std::iter::once(&state.open).filter(|_| which != Layers::Committed);
-        let layers = zeroed
-            .chain(newest)
-            .chain(state.committed.iter().rev().map(|epoch| &**epoch));
+        let newest = std::iter::once(&state.open).filter(|_| with_open);
+        let layers = newest.chain(state.committed.iter().rev().map(|epoch| &**epoch));
         let of_layer = PIECES_MAX / (state.committed.len() + 1);
         for layer in layers.filter(|layer| !layer.is_empty()) {
             let mut unknown = Vec::new();
@@ -424,7 +366,7 @@ impl Disk {
     pub(crate) fn read_committed(&self) -> Vec<u8> {
         let (mut pieces, mut out, mut at) = (Vec::new(), Vec::new(), 0);
         while at < self.base.size() {
-            at = self.pieces_of(at, self.base.size() - at, Layers::Committed, &mut pieces);
+            at = self.pieces_of(at, self.base.size() - at, false, &mut pieces);
             for piece in &pieces {
                 let start = out.len();
                 out.resize(start + usize::try_from(piece.length).expect("a small disk"), 0);

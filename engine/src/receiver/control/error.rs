@@ -50,12 +50,6 @@ pub enum RequestError {
         /// Each with its state.
         sessions: String,
     },
-    /// Another session of its guest has its disks.
-    #[error(
-        "session {0}: its guest is protected again, and its disks have been copied anew beside this checkpoint, which goes as soon as there is a \
-         newer one: fail over the newer session, or end and discard that first"
-    )]
-    Followed(SessionTitle),
     /// The session's guest runs elsewhere.
     #[error(
         "session {session} was promoted at checkpoint {checkpoint}: its guest runs elsewhere, and nothing of it is \

@@ -5,7 +5,6 @@ use super::state::{ControlState, Kept, Live};
 use crate::receiver::Event;
 use crate::receiver::background::WorkKind;
 use crate::receiver::guest::SessionTitle;
-use crate::receiver::kept_checkpoint::KeptCheckpoint;
 use std::time::Duration;
 
 impl ControlState {
@@ -26,15 +25,6 @@ impl ControlState {
                 (guest.session(), guest.title(), live.session.id)
             }));
         }
-        // Those that had ended before this was looked at.
-        let newer = self.kept.iter().map(|kept| &kept.checkpoint);
-        for newer in newer.filter(|newer| newer.number().is_some_and(|number| number.0 > 0)) {
-            let older = self.kept.iter().filter(|kept| kept.makes_room_for(newer));
-            replaced.extend(older.map(|kept| {
-                let guest = &kept.checkpoint.guest;
-                (guest.session(), guest.title(), newer.session)
-            }));
-        }
         for (session, old, new) in replaced {
             let Some(kept) = self.take_kept(session) else {
                 continue;
@@ -47,32 +37,17 @@ impl ControlState {
 }
 
 impl Kept {
-    /// Whether the session is of the same guest beyond doubt, which was protected again after this checkpoint. One with disks stays, unless the
-    /// newer one has all of them.
+    /// Whether the session is of the same guest beyond doubt, which was protected again after this checkpoint, and nobody has begun to
+    /// resume it, and the guest is not one that may exist nowhere else. One with disks stays: while it is kept no other session can have
+    /// them, so that what is newer is without.
     fn is_replaced_by(&self, live: &Live, uptime: Duration) -> bool {
-        let Some(newer) = live.session.checkpoint() else {
-            return false;
-        };
-        if !self.checkpoint.disks.all().is_empty() {
-            return self.makes_room_for(newer);
-        }
+        let has_disks = !self.checkpoint.disks.all().is_empty();
+        let may_go = !self.is_only_copy && !has_disks && self.checkpoint.promotion().is_here();
         let is_older = self.checkpoint.age(uptime) > live.began.elapsed();
-        is_older && self.may_go() && self.is_same_guest(newer)
-    }
-
-    /// Whether the disks of this checkpoint were copied beside it for the newer one, which waits for their bases.
-    fn makes_room_for(&self, newer: &KeptCheckpoint) -> bool {
-        let disks = &self.checkpoint.disks;
-        let is_waited_for = !disks.all().is_empty() && disks.are_followed_by(&newer.disks);
-        is_waited_for && self.may_go() && self.is_same_guest(newer)
-    }
-
-    /// Whether nobody has begun to resume it, and its guest is not one that may exist nowhere else.
-    fn may_go(&self) -> bool {
-        !self.is_only_copy && self.checkpoint.promotion().is_here()
-    }
-
-    fn is_same_guest(&self, newer: &KeptCheckpoint) -> bool {
-        self.checkpoint.guest.is_same_guest(&newer.guest) && self.checkpoint.is_of_same_machine(newer)
+        let is_same_machine = || {
+            let newer = live.session.checkpoint();
+            newer.is_some_and(|newer| self.checkpoint.is_of_same_machine(newer))
+        };
+        may_go && is_older && self.checkpoint.guest.is_same_guest(&live.session.guest) && is_same_machine()
     }
 }

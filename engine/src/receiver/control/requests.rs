@@ -334,11 +334,9 @@ impl ControlState {
         force: bool,
         retry: bool,
     ) -> Result<Response, RequestError> {
-        // What waits for its bases has them then.
-        self.replace_kept();
         let checkpoint = match self.checkpoint(session) {
             Err(RequestError::NoCheckpoint(_)) => return Err(RequestError::Precopy(self.title(session))),
-            checkpoint => checkpoint?.clone(),
+            checkpoint => checkpoint?,
         };
         let status = match (self.live(session), self.kept(session)) {
             (Some(live), _) => self.status_of(live),
@@ -354,17 +352,10 @@ impl ControlState {
                 age_ms,
             });
         }
-        let mut promotion = checkpoint.promotion();
-        let mut claimed = promotion.clone();
-        claimed.claim(by, retry).map_err(of(self.title(session)))?;
-        if !checkpoint.disks.give_bases() {
-            return Err(RequestError::Followed(self.title(session)));
-        }
-        *promotion = claimed;
-        drop(promotion);
-        if let Some(disks) = &self.context.disks {
-            disks.hang_up_beside(&checkpoint);
-        }
+        checkpoint
+            .promotion()
+            .claim(by, retry)
+            .map_err(of(self.title(session)))?;
         Ok(Response::Claimed(ClaimedCheckpoint {
             session,
             checkpoint: status.checkpoint.unwrap_or(0),
@@ -463,10 +454,8 @@ impl Kept {
     /// Gives the checkpoint up, its memory and its files. Takes as long as the disks' logs need to be applied.
     pub(super) fn release(self, services: &dyn Services) {
         let checkpoint = self.checkpoint;
-        // The bases are left at the checkpoint, as the session's end does; those that are another checkpoint's stay that.
-        if !checkpoint.disks.await_bases()
-            && let Err(error) = checkpoint.disks.drain()
-        {
+        // The bases are left at the checkpoint, as the session's end does.
+        if let Err(error) = checkpoint.disks.drain() {
             let title = checkpoint.guest.title();
             let text = format!(
                 "session {title}: {error}. Its checkpoint is given up all the same: that base is not at a checkpoint, and must \
@@ -481,14 +470,8 @@ impl Kept {
         checkpoint.image.remove_files();
         checkpoint.disks.remove_files();
         let disks = checkpoint.disks.weak();
-        let later = checkpoint.disks.later();
         drop(checkpoint);
         disks.wait_closed();
-        // They have the bases now. If their session has ended already, nobody else applies what is in their logs.
-        for disk in later.iter().filter(|disk| disk.is_over()) {
-            // What cannot be written says so when it is needed.
-            let _ = disk.wait_drained();
-        }
     }
 }
 

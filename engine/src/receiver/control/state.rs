@@ -100,25 +100,15 @@ impl ControlState {
             self.context.services.shared().guests.add(&checkpoint.guest);
             let summary = self.context.recorder.session(checkpoint.session);
             let status = SessionStatus::recovered(&checkpoint, summary, self.uptime());
-            let checkpoint = Arc::new(checkpoint);
-            // How its session ended is not known, but a migration without COLO ends with this one.
-            let is_only_copy = checkpoint.number() == Some(CheckpointId(0));
-            self.may_be_followed(&checkpoint, is_only_copy);
             self.kept.push(Kept {
                 status: SessionStatus {
                     blocks: Vec::new(),
                     ..status
                 },
-                is_only_copy,
-                checkpoint,
+                // How its session ended is not known, but a migration without COLO ends with this one.
+                is_only_copy: checkpoint.number() == Some(CheckpointId(0)),
+                checkpoint: Arc::new(checkpoint),
             });
-        }
-    }
-
-    /// Disks of a kept checkpoint may be copied beside it, unless its guest may exist nowhere else.
-    fn may_be_followed(&self, checkpoint: &Arc<KeptCheckpoint>, is_only_copy: bool) {
-        if let Some(disks) = self.context.disks.as_ref().filter(|_| !is_only_copy) {
-            disks.is_kept(checkpoint);
         }
     }
 
@@ -173,7 +163,6 @@ impl ControlState {
             {
                 Some(checkpoint) => {
                     let checkpoint = checkpoint.clone();
-                    self.may_be_followed(&checkpoint, is_only_copy);
                     // Its guest may be protected again already: its primary's host had vanished, say.
                     self.live.iter_mut().for_each(|live| live.has_replaced = false);
                     self.kept.push(Kept {
@@ -189,11 +178,8 @@ impl ControlState {
                         if let Some(store) = store {
                             store.drop_uncommitted();
                         }
-                        // A base that cannot be written keeps its log, and says so when it is needed. One that is an earlier checkpoint's is
-                        // written when that is given up.
-                        if !disks.await_bases() {
-                            let _ = disks.drain();
-                        }
+                        // A base that cannot be written keeps its log, and says so when it is needed.
+                        let _ = disks.drain();
                         drop(session);
                     });
                 }

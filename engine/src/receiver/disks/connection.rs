@@ -253,13 +253,13 @@ impl Connection {
                 self.take_to_log(&wanted, range.length)?;
                 self.disk.end_write(WriteTarget::Log, &wanted)
             }
-            Ok(target @ (WriteTarget::Base | WriteTarget::Compared)) => {
-                let taken = self.take_copied(range, target)?;
+            Ok(WriteTarget::Base) => {
+                let taken = self.take_to_base(range)?;
                 if let Err(failure) = taken {
                     // Before a session can take the disk.
                     self.disk.change_failed(failure);
                 }
-                self.disk.end_write(target, &wanted).and(taken)
+                self.disk.end_write(WriteTarget::Base, &wanted).and(taken)
             }
         };
         wanted.clear();
@@ -319,25 +319,14 @@ impl Connection {
         Ok(())
     }
 
-    /// Takes a payload of a first copy.
-    fn take_copied(
-        &mut self,
-        range: Range,
-        target: WriteTarget,
-    ) -> Result<Result<(), RequestFailure>, ConnectionEnd> {
+    fn take_to_base(&mut self, range: Range) -> Result<Result<(), RequestFailure>, ConnectionEnd> {
         let mut at = range.offset;
         let mut result = Ok(());
         loop {
             let here = self.take_buffered(range.end() - at);
             if result.is_ok() {
-                let bytes = &self.buffer[here.clone()];
-                result = match target {
-                    WriteTarget::Compared => self.disk.write_compared(bytes, at),
-                    WriteTarget::Base | WriteTarget::Log => {
-                        let written = self.disk.base().write(bytes, at);
-                        written.map_err(|error| RequestFailure::from(&error))
-                    }
-                };
+                let written = self.disk.base().write(&self.buffer[here.clone()], at);
+                result = written.map_err(|error| RequestFailure::from(&error));
             }
             at += u64::try_from(here.len()).unwrap_or(0);
             if at == range.end() {

@@ -13,9 +13,7 @@ use crate::disk::{
 use crate::net::{Origin, is_gone};
 use crate::receiver::end::SessionEnd;
 use crate::receiver::guest::SessionTitle;
-use crate::receiver::kept_checkpoint::KeptCheckpoint;
 use crate::receiver::live_session::LiveSession;
-use crate::receiver::names::GuestUuid;
 use crate::receiver::remark::Remark;
 use crate::receiver::uuid::{Uuid, format_uuid, parse_uuid};
 use crate::receiver::{Event, Events};
@@ -68,20 +66,12 @@ struct Entry {
     client: Option<Client>,
     uuid: Option<Uuid>,
     session: Option<u32>,
-    /// The checkpoint that its session has left, in whose place another one may come.
-    kept: Weak<KeptCheckpoint>,
-    /// The checkpoint beside which it is copied.
-    beside: Weak<KeptCheckpoint>,
 }
-
-/// A disk of a kept checkpoint, with that.
-type Earlier = (Arc<Disk>, Arc<KeptCheckpoint>);
 
 /// A disk on its way to a session.
 struct Claimed {
     disk: Arc<Disk>,
     link: Option<Link>,
-    beside: Weak<KeptCheckpoint>,
 }
 
 impl Entry {
@@ -92,16 +82,7 @@ impl Entry {
         Some(Claimed {
             disk,
             link: self.client.as_ref().map(link),
-            beside: self.beside.clone(),
         })
-    }
-
-    /// The checkpoint beside which a client can copy the disk, if it is of the client's guest.
-    fn followed_by(&self, uuid: Option<Uuid>) -> Option<Earlier> {
-        let kept = self.kept.upgrade()?;
-        let uuid = uuid.and_then(GuestUuid::new)?;
-        let may_be_followed = kept.guest.uuid() == Some(uuid) && kept.promotion().is_here();
-        may_be_followed.then(|| self.disk.upgrade().zip(Some(kept)))?
     }
 
     /// As a connection that no session has taken, if it is one.
@@ -141,50 +122,6 @@ struct Known {
 }
 
 impl Known {
-    /// The kept checkpoint beside which a client can copy its disk; none if nothing has that.
-    ///
-    /// # Errors
-    /// If something else has it.
-    fn earlier(
-        &self,
-        name: &str,
-        uuid: Option<Uuid>,
-        copy: Option<u64>,
-    ) -> Result<Option<Earlier>, ExportError> {
-        let of_name = || self.entries.iter().filter(|entry| entry.name == name);
-        if let Some(entry) = of_name().find(|entry| entry.session.is_none()) {
-            let name = name.to_owned();
-            return Err(match &entry.client {
-                Some(client) => ExportError::Client {
-                    name,
-                    client: client.from.clone(),
-                },
-                None => ExportError::InUse(name),
-            });
-        }
-        // At most two, of which the later one came last.
-        let Some((entry, session)) = of_name()
-            .next_back()
-            .and_then(|entry| entry.session.map(|session| (entry, session)))
-        else {
-            return Ok(None);
-        };
-        let earlier = entry.followed_by(uuid);
-        let is_new = |disk: &Disk| copy.is_some_and(|copy| !disk.knows_copy(copy));
-        let earlier = earlier.filter(|(disk, _)| is_new(disk) && of_name().count() == 1);
-        let hint = match (uuid, entry.kept.strong_count()) {
-            (_, 0) => "",
-            (None, _) => ". A guest that has a -uuid is protected again without that",
-            (Some(_), _) if copy.is_none() => ". A full copy is made without that",
-            (Some(_), _) => "",
-        };
-        earlier.map(Some).ok_or_else(|| ExportError::Kept {
-            name: name.to_owned(),
-            session,
-            hint,
-        })
-    }
-
     /// The disks of a session that could not bind them belong to nobody again.
     fn unclaim(&mut self, session: u32) {
         let own = |entry: &&mut Entry| entry.session == Some(session);
@@ -229,13 +166,9 @@ pub(super) enum ExportError {
     Name(String),
     #[error(
         "disk {name} belongs to the checkpoint of session {session}; `colo-ring discard --session {session}` gives that up once the \
-         session has ended{hint}"
+         session has ended"
     )]
-    Kept {
-        name: String,
-        session: u32,
-        hint: &'static str,
-    },
+    Kept { name: String, session: u32 },
     #[error("disk {name} is in use by {client}")]
     Client { name: String, client: String },
     #[error("disk {0} is in use")]
@@ -244,12 +177,8 @@ pub(super) enum ExportError {
     Base(#[from] DiskError),
 }
 
-/// By what a client says that it copies all of the disk. A number of 64 bits follows in hexadecimal, another one for each copy.
-const FULL: &str = "+full-";
-
-/// What a client asks for: `NAME` or `NAME@UUID`, and behind it [`FULL`], or not.
-fn parse(asked: &str) -> Result<(&str, Option<Uuid>), ExportError> {
-    let name = asked.split_once(FULL).map_or(asked, |(name, _)| name);
+/// `NAME` or `NAME@UUID`, as a client asks for.
+fn parse(name: &str) -> Result<(&str, Option<Uuid>), ExportError> {
     let (name, uuid) = match name.split_once('@') {
         None => (name, None),
         Some((name, uuid)) => {
@@ -261,15 +190,6 @@ fn parse(asked: &str) -> Result<(&str, Option<Uuid>), ExportError> {
         true => Ok((name, uuid)),
         false => Err(ExportError::Name(name.to_owned())),
     }
-}
-
-/// The number of the full copy that a client makes.
-fn copy_of(asked: &str) -> Result<Option<u64>, ExportError> {
-    let Some((_, number)) = asked.split_once(FULL) else {
-        return Ok(None);
-    };
-    let parsed = u64::from_str_radix(number, 16);
-    parsed.map(Some).map_err(|_| ExportError::Name(asked.to_owned()))
 }
 
 impl DiskRegistry {
@@ -348,44 +268,30 @@ impl DiskRegistry {
         if known.opening.iter().any(|opening| opening == name) {
             return Err(ExportError::InUse(name.to_owned()));
         }
-        let copy = copy_of(asked)?;
-        let earlier = known.earlier(name, uuid, copy)?;
+        if let Some(entry) = known.entries.iter().find(|entry| entry.name == name) {
+            let name = name.to_owned();
+            return Err(match (&entry.client, entry.session) {
+                (_, Some(session)) => ExportError::Kept { name, session },
+                (Some(client), None) => ExportError::Client {
+                    name,
+                    client: client.from.clone(),
+                },
+                (None, None) => ExportError::InUse(name),
+            });
+        }
         // Not under the lock: a session that commits takes it.
         known.opening.push(name.to_owned());
         drop(known);
-        let opened = match (&earlier, copy) {
-            (None, None) => Disk::check_copy(&self.directory, name)
-                .and_then(|()| Disk::open(&self.directory, name, self.options))
-                .map(Arc::new),
-            (None, Some(copy)) => {
-                let opened = Disk::open(&self.directory, name, self.options);
-                opened.map(Arc::new).inspect(|disk| disk.is_copied_as(copy))
-            }
-            (Some((disk, _)), copy) => {
-                let indexes = self.memory.indexes.clone();
-                Disk::open_beside(disk, &self.directory, self.options, indexes, copy.unwrap_or(0))
-            }
-        };
+        let opened = Disk::open(&self.directory, name, self.options);
         let mut known = self.known();
         known.opening.retain(|opening| opening != name);
-        let disk = opened?;
-        let kept = earlier.map(|(_, kept)| kept);
-        // A failover that claims it from now on finds the copy.
-        if let Some(kept) = kept.as_ref().filter(|kept| !kept.promotion().is_here()) {
-            return Err(ExportError::Kept {
-                name: name.to_owned(),
-                session: kept.session,
-                hint: "",
-            });
-        }
+        let disk = Arc::new(opened?);
         known.entries.push(Entry {
             disk: Arc::downgrade(&disk),
             name: name.to_owned(),
             client: Some(client),
             uuid,
             session: None,
-            kept: Weak::new(),
-            beside: kept.as_ref().map_or_else(Weak::new, Arc::downgrade),
         });
         Ok(disk)
     }
@@ -395,8 +301,7 @@ impl DiskRegistry {
     pub(super) fn disconnected(&self, disk: &Disk) {
         let mut known = self.known();
         let sessions: Vec<u32> = known.candidates.iter().map(|one| one.session).collect();
-        let is_it = |entry: &&Entry| std::ptr::eq(entry.disk.as_ptr(), disk);
-        let entry = known.entries.iter().find(is_it);
+        let entry = known.entries.iter().find(|entry| entry.name == disk.name());
         let Some(connection) = entry.and_then(Entry::unclaimed) else {
             return;
         };
@@ -436,46 +341,13 @@ impl DiskRegistry {
 
     /// A recovered checkpoint has this disk.
     pub(in crate::receiver) fn adopt(&self, disk: &Arc<Disk>, session: u32) {
-        let mut known = self.known();
-        // The one beside which it was copied, if that is there.
-        let earlier = known.entries.iter().filter_map(|entry| entry.disk.upgrade());
-        let is_earlier =
-            |earlier: &Arc<Disk>| earlier.name() == disk.name() && disk.beside() == Some(earlier.log());
-        if let Some(earlier) = earlier.into_iter().find(is_earlier) {
-            earlier.is_followed_by(disk);
-        }
-        known.entries.push(Entry {
+        self.known().entries.push(Entry {
             disk: Arc::downgrade(disk),
             name: disk.name().to_owned(),
             client: None,
             uuid: None,
             session: Some(session),
-            kept: Weak::new(),
-            beside: Weak::new(),
         });
-    }
-
-    /// The session of a checkpoint has ended: a newer one of its guest may come in its place.
-    pub(in crate::receiver) fn is_kept(&self, checkpoint: &Arc<KeptCheckpoint>) {
-        let own = |entry: &&mut Entry| entry.session == Some(checkpoint.session);
-        for entry in self.known().entries.iter_mut().filter(own) {
-            entry.kept = Arc::downgrade(checkpoint);
-        }
-    }
-
-    /// The bases of a checkpoint are to be given to a QEMU: ends the connections of copies beside it.
-    pub(in crate::receiver) fn hang_up_beside(&self, checkpoint: &Arc<KeptCheckpoint>) {
-        let beside =
-            |entry: &&Entry| entry.session.is_none() && entry.beside.as_ptr() == Arc::as_ptr(checkpoint);
-        for client in self
-            .known()
-            .entries
-            .iter()
-            .filter(beside)
-            .filter_map(|entry| entry.client.as_ref())
-        {
-            hang_up(&client.socket);
-        }
     }
 
     /// Binds the disks of a session that commits for the first time. `ram` are the files of its RAM, where they outlive the process.
@@ -486,7 +358,6 @@ impl DiskRegistry {
         &self,
         session: &Arc<LiveSession>,
         uuid: Option<Uuid>,
-        machine_type: &str,
         ram: Option<&Arc<RamFiles>>,
     ) -> Result<Vec<Arc<Disk>>, DiskError> {
         let mut known = self.known();
@@ -517,7 +388,7 @@ impl DiskRegistry {
         }
         all.truncate(positions.len());
         let doubts = doubts(session.id, identity, &all, &own, by);
-        let own: Vec<Claimed> = own
+        let own = own
             .iter()
             .filter_map(|position| known.entries[positions[*position]].claim(session.id))
             .collect();
@@ -526,8 +397,7 @@ impl DiskRegistry {
         let title = session.guest.title();
         let doubts = doubts.into_iter().map(|doubt| Remark::of(&title, doubt));
         doubts.for_each(|doubt| self.warn(doubt));
-        let bound =
-            check_in_place(session, machine_type, &own).and_then(|()| self.bind_own(session, own, ram));
+        let bound = self.bind_own(session, own, ram);
         if bound.is_err() {
             self.known().unclaim(session.id);
         }
@@ -550,7 +420,7 @@ impl DiskRegistry {
             ram_dir: ram.map(|files| files.directory().display().to_string()),
         };
         let mut disks: Vec<Arc<Disk>> = Vec::new();
-        for Claimed { disk, link, .. } in own {
+        for Claimed { disk, link } in own {
             let reserve = Reserve::take(self.memory.indexes.clone()).ok_or_else(|| DiskError::NoRoom {
                 disk: disk.name().to_owned(),
                 source: Box::new(DiskError::NoIndex),
@@ -619,39 +489,6 @@ impl DiskRegistry {
     }
 }
 
-/// Whether the session's first checkpoints will take the place of those beside which its disks were copied: else their bases would be waited for
-/// for ever.
-fn check_in_place(session: &LiveSession, machine_type: &str, own: &[Claimed]) -> Result<(), DiskError> {
-    for Claimed { disk, beside, .. } in own {
-        // One that is given up already is in nobody's way.
-        let Some(kept) = beside.upgrade() else {
-            continue;
-        };
-        let is_own = |later: &Arc<Disk>| own.iter().any(|claimed| Arc::ptr_eq(&claimed.disk, later));
-        let has_all = || {
-            kept.disks
-                .all()
-                .iter()
-                .all(|disk| disk.later().is_some_and(|later| is_own(&later)))
-        };
-        let table = session.store().map(|store| store.committed().table());
-        let is_same_machine =
-            || kept.description.machine_type == machine_type && table == Some(kept.image.table());
-        let why = match () {
-            () if !kept.guest.is_same_guest(&session.guest) => "it is not certain that it is the same guest",
-            () if !is_same_machine() => "it is another machine by its type or its memory",
-            () if !has_all() => "the guest had other disks then",
-            () => continue,
-        };
-        return Err(DiskError::NotInPlace {
-            disk: disk.name().to_owned(),
-            session: kept.session,
-            why,
-        });
-    }
-    Ok(())
-}
-
 /// What a disk does with the connection of its client.
 fn link(client: &Client) -> Link {
     let [ended, looked_at] = [client.socket.clone(), client.socket.clone()];
@@ -698,11 +535,6 @@ mod tests {
         assert_eq!(name, "web3-root");
         assert_eq!(format_uuid(&parsed.unwrap()), uuid);
         assert_eq!(parse("root").unwrap(), ("root", None));
-        let full = format!("{asked}+full-1f");
-        assert_eq!(parse(&full).unwrap(), parse(&asked).unwrap());
-        assert_eq!(copy_of(&full).unwrap(), Some(31));
-        assert_eq!(copy_of(&asked).unwrap(), None);
-        assert!(copy_of("root+full-").is_err());
         for wrong in [
             "root@",
             "root@0c5a",

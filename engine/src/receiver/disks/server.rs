@@ -352,9 +352,6 @@ fn drive(mut connection: Connection, disk: &Disk, parts: &ServerParts, (from, or
         true => drop(disk.note_loss(lost())),
         false => registry.disconnected(disk),
     }
-    if let Some(loss) = disk.copy_loss() {
-        registry.warn(format!("{from}: {loss}"));
-    }
     if matches!(end, ConnectionEnd::Disconnected) {
         connection.finish_reads();
     }

@@ -156,29 +156,6 @@ impl SessionDisks {
         self.disks.iter().map(restored).collect()
     }
 
-    /// Whether one of their bases is still an earlier checkpoint's.
-    pub(in crate::receiver) fn await_bases(&self) -> bool {
-        self.disks.iter().any(|disk| disk.awaits_base())
-    }
-
-    /// Those that were copied beside these.
-    pub(in crate::receiver) fn later(&self) -> Vec<Arc<Disk>> {
-        self.disks.iter().filter_map(|disk| disk.later()).collect()
-    }
-
-    /// Whether `newer` has all of these disks, copied beside them.
-    pub(in crate::receiver) fn are_followed_by(&self, newer: &Self) -> bool {
-        let is_newer = |later: &Arc<Disk>| newer.disks.iter().any(|disk| Arc::ptr_eq(disk, later));
-        self.disks
-            .iter()
-            .all(|disk| disk.later().is_some_and(|later| is_newer(&later)))
-    }
-
-    /// Their bases are to be given to a QEMU: no session can take copies beside them any more. False if one has some already.
-    pub(in crate::receiver) fn give_bases(&self) -> bool {
-        self.later().iter().all(|later| later.give_way())
-    }
-
     /// Keeps their files for the next receiver.
     pub(in crate::receiver) fn keep_files(&self) {
         self.disks.iter().for_each(|disk| disk.keep_files());

@@ -244,8 +244,7 @@ impl DiskPlan {
             return Ok((Mirrors::default(), None));
         }
         let wanted = self.wanted.clone();
-        let (uuid, copies_all) = (self.uuid.as_deref(), args.disk_sync == DiskSync::Full);
-        let connected = Mirrors::connect(qmp, &self.to, uuid, wanted, copies_all, self.replaces);
+        let connected = Mirrors::connect(qmp, &self.to, self.uuid.as_deref(), wanted, self.replaces);
         let copied = connected.and_then(|mirrors| {
             let mut copy = FirstCopy {
                 qmp,

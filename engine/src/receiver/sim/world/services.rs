@@ -160,12 +160,7 @@ impl Services for SimServices {
         })
     }
 
-    fn bind_disks(
-        &self,
-        session: &Arc<LiveSession>,
-        _: Option<[u8; 16]>,
-        _: &str,
-    ) -> Result<SessionDisks, DiskError> {
+    fn bind_disks(&self, session: &Arc<LiveSession>, _: Option<[u8; 16]>) -> Result<SessionDisks, DiskError> {
         let waiting = self.disks().remove(&session.id);
         let (disks, segments_in_ram) = waiting.unwrap_or_default();
         disks::bind(session, disks, segments_in_ram)
