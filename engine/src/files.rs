@@ -3,6 +3,8 @@
 //! A file is made beside its place, as `PATH~part`, by this process alone, and takes its name by a rename. What had the name
 //! before must be a file of this user; its content is left alone, whoever else has it open or linked.
 
+use rustix::fs::{CWD, RenameFlags, renameat_with};
+use rustix::io::Errno;
 use std::fs::{self, DirBuilder, File, Metadata, OpenOptions};
 use std::io::{self, Write};
 use std::os::unix::fs::{DirBuilderExt, FileTypeExt, MetadataExt, OpenOptionsExt};
@@ -151,8 +153,18 @@ impl NewFile {
     pub fn rename(&self) -> io::Result<()> {
         match self.replaces {
             true => fs::rename(&self.part, &self.path),
-            // Unlike a rename, a link replaces nothing on any file system. The other name goes when this is dropped.
-            false => fs::hard_link(&self.part, &self.path),
+            false => self.rename_to_free(),
+        }
+    }
+
+    fn rename_to_free(&self) -> io::Result<()> {
+        match renameat_with(CWD, &self.part, CWD, &self.path, RenameFlags::NOREPLACE) {
+            // Some file systems cannot do both in one step.
+            Err(Errno::INVAL) => match find(&self.path)? {
+                Some(_) => Err(io::ErrorKind::AlreadyExists.into()),
+                None => fs::rename(&self.part, &self.path),
+            },
+            renamed => Ok(renamed?),
         }
     }
 }

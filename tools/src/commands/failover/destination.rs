@@ -1,6 +1,6 @@
 //! Where a checkpoint goes. It is opened here and passed to the receiver, which opens nothing and connects to nothing itself.
 
-use crate::output::CommandError;
+use crate::output::{CommandError, tell};
 use colo_ring::files::{NewFile, Readers};
 use std::io;
 use std::net::TcpStream;
@@ -109,14 +109,23 @@ impl Outputs {
         all
     }
 
-    /// Gives the files their names: what was to be written is on the disk.
+    /// Gives the files their names: what was to be written is on the disk. A copy that does not get its name is missing, and no reason to
+    /// give up a guest that has been given away.
+    ///
+    /// # Errors
+    /// If the destination is a file and does not get its name.
     pub(super) fn finish(&self) -> Result<(), CommandError> {
         self.destination.finish()?;
         let Some(kept) = &self.kept else {
             return Ok(());
         };
         let disks = kept.disks.iter().map(|(_, file)| file);
-        disks.chain([&kept.stream]).try_for_each(named)
+        for file in disks.chain([&kept.stream]) {
+            if let Err(error) = named(file) {
+                tell(&format!("warning: this part of --keep is missing: {error}"));
+            }
+        }
+        Ok(())
     }
 }
 
