@@ -70,7 +70,7 @@ pub(super) struct Core<B> {
     ready: VecDeque<Ready>,
     /// Whether there is something to do without waiting for it.
     busy: bool,
-    /// Slots whose connections the next turn resumes although nothing wakes them: they have had their part of this turn, or are
+    /// Slots whose connections are resumed from the next turn on although nothing wakes them: they have had their part of this turn, or are
     /// parked here only because the core that they wait for had no room for them.
     unfinished: VecDeque<usize>,
     /// Slots of connections whose guests are not present here: their sessions have ended, or nothing is ever registered here.
@@ -191,14 +191,15 @@ impl<B: Backend> Core<B> {
             return;
         }
         let most = self.tenants.shares.served_together(least);
-        let mut left = WORK_OF_A_TURN;
+        let (mut left, mut deferred) = (WORK_OF_A_TURN, 0);
         for _ in 0..self.ready.len() {
             let Some(ready) = self.ready.pop_front() else {
-                return;
+                break;
             };
             let tenant = tenant_of(&mut self.slots, &ready);
-            if left == 0 || self.tenants.shares.of_ready(tenant) > most {
+            if self.tenants.shares.of_ready(tenant) > most && !self.is_end(&ready) {
                 self.ready.push_back(ready);
+                deferred += 1;
                 continue;
             }
             left = left.saturating_sub(ready.work());
@@ -207,7 +208,21 @@ impl<B: Backend> Core<B> {
                 Ready::Completed(completion) => self.completed(completion),
                 Ready::Unfinished(slot) => self.resume_unfinished(slot),
             }
+            if left == 0 {
+                break;
+            }
         }
+        // What was deferred is before what came later.
+        self.ready.rotate_right(deferred.min(self.ready.len()));
+    }
+
+    /// Whether it is the end of a connection: that is noticed at once, whoever else has something to do.
+    fn is_end(&mut self, ready: &Ready) -> bool {
+        let Ready::Completed(completion) = ready else {
+            return false;
+        };
+        let is_closing = |slot: &mut Slot| slot.closing;
+        !matches!(completion.result, Ok(1..)) || self.slots.get_mut(completion.slot).is_some_and(is_closing)
     }
 
     fn take_arrivals(&mut self) {
@@ -295,13 +310,16 @@ impl<B: Backend> Core<B> {
         }
     }
 
-    /// Resumes the connections of a tenant.
+    /// Resumes the connections of a tenant, but for those whose turn comes as they are unfinished.
     fn resume_tenant(&mut self, tenant: usize) {
         self.tenants.activate(tenant);
-        self.tenants.shares.charge(Some(tenant), CALL);
         // From the last one on: those that leave give their places to some that were resumed.
         for position in (0..self.tenants.connections(tenant)).rev() {
-            if let Some(index) = self.tenants.connection(tenant, position) {
+            let Some(index) = self.tenants.connection(tenant, position) else {
+                continue;
+            };
+            if self.slots.get_mut(index).is_some_and(|slot| !slot.is_unfinished) {
+                self.tenants.shares.charge(Some(tenant), CALL);
                 self.resume(index);
             }
         }
@@ -454,6 +472,12 @@ impl<B: Backend> Core<B> {
     /// Takes a connection off this core. None if a receive is posted on it.
     fn detach(&mut self, index: usize) -> Option<Slot> {
         let slot = self.slots.take(index)?;
+        if slot.is_unfinished {
+            // Its number is used again.
+            self.unfinished.retain(|other| *other != index);
+            self.ready
+                .retain(|ready| !matches!(ready, Ready::Unfinished(other) if *other == index));
+        }
         self.backend.forget(index, slot.connection.fd());
         match slot.tenant {
             Some(tenant) => self.tenants.detach(tenant, index, &mut self.backend),

@@ -208,3 +208,49 @@ fn a_guest_that_has_had_less_of_the_core_goes_first() {
     let parts = core.slots.len();
     assert!(first > 2 * parts, "{first}");
 }
+
+/// Whoever else has something to do.
+#[test]
+fn the_end_of_a_connection_waits_for_nobody() {
+    let (mut core, backend) = scripted_core();
+    for id in 1..=2 {
+        core.tenants.admit(Box::new(Guest {
+            id,
+            ..Guest::default()
+        }));
+    }
+    // In slot 0, where the backend completes: its guest has had much more than the other one.
+    core.attach(Resumable::receiving(1, 0, &Arc::default()));
+    core.tenants.shares.charge(Some(0), 1 << 30);
+    let busy = Arc::<AtomicUsize>::default();
+    let index = core.attach(Resumable::receiving(2, usize::MAX, &busy));
+    core.leave_unfinished(index);
+    core.turn().unwrap();
+    backend.completes.set(Some(100));
+    core.turn().unwrap();
+    assert_eq!(core.ready.len(), 1, "its bytes wait");
+    core.ready.clear();
+    backend.completes.set(Some(0));
+    core.turn().unwrap();
+    assert!(core.slots.get_mut(0).is_none(), "its end does not");
+}
+
+/// A number that is used again does not take over what was left.
+#[test]
+fn what_a_connection_has_left_goes_with_it() {
+    let (mut core, _) = scripted_core();
+    let (first, second) = (Arc::<AtomicUsize>::default(), Arc::<AtomicUsize>::default());
+    let mut connection = Resumable::receiving(1, usize::MAX, &first);
+    connection.plan = None;
+    let index = core.attach(connection);
+    core.leave_unfinished(index);
+    core.turn().unwrap();
+    assert!(core.is_busy());
+    drop(core.detach(index));
+    let mut connection = Resumable::receiving(1, 0, &second);
+    connection.plan = None;
+    assert_eq!(core.attach(connection), index);
+    core.turn().unwrap();
+    assert_eq!(second.load(Ordering::Relaxed), 0);
+    assert!(!core.is_busy());
+}
