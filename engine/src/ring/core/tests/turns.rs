@@ -191,9 +191,9 @@ fn a_guest_that_has_had_less_of_the_core_goes_first() {
         "{alone}: what a turn may do is bounded"
     );
     // All of what it has to do comes before the rest of the other's.
-    let index = core.attach(Resumable::receiving(2, 20, &other));
+    let index = core.attach(Resumable::receiving(2, 10, &other));
     core.leave_unfinished(index);
-    assert_eq!(turns(&mut core, 20), (0, 20));
+    assert_eq!(turns(&mut core, 10), (0, 10));
     assert!(turns(&mut core, 1).0 > 0);
     // If there is no end of it, both have the same in the long run.
     let index = core.attach(Resumable::receiving(2, usize::MAX, &other));
