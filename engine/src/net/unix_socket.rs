@@ -36,6 +36,8 @@ pub struct SocketFile {
     path: PathBuf,
     /// Device and inode.
     id: (u64, u64),
+    /// Whether it stays when this is dropped.
+    stays: bool,
 }
 
 impl SocketFile {
@@ -43,18 +45,20 @@ impl SocketFile {
         Ok(Self {
             path: path.to_owned(),
             id: id(&std::fs::symlink_metadata(path)?),
+            stays: false,
         })
     }
 
     /// Leaves the file where it is: another process goes on with the socket.
-    pub(crate) fn leave(self) {
-        std::mem::forget(self);
+    pub(crate) fn leave(mut self) {
+        self.stays = true;
     }
 }
 
 impl Drop for SocketFile {
     fn drop(&mut self) {
-        if std::fs::symlink_metadata(&self.path).is_ok_and(|about| id(&about) == self.id) {
+        let is_own = || std::fs::symlink_metadata(&self.path).is_ok_and(|about| id(&about) == self.id);
+        if !self.stays && is_own() {
             // What cannot be removed is replaced when the name is bound again.
             let _ = std::fs::remove_file(&self.path);
         }
