@@ -150,11 +150,11 @@ fn no_write_hangs(backend: &str, rounds: u64) {
 
 #[test]
 fn no_write_of_a_primary_hangs_when_its_session_ends() {
-    no_write_hangs("uring", 20);
+    no_write_hangs("uring", 10);
 }
 
 #[test]
 fn no_write_hangs_with_epoll_or_threads() {
-    no_write_hangs("epoll", 4);
-    no_write_hangs("threads", 4);
+    no_write_hangs("epoll", 3);
+    no_write_hangs("threads", 3);
 }
