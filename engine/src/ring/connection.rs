@@ -50,8 +50,8 @@ pub(crate) trait Connection: Send {
     /// Its waker was woken. A receive may be posted.
     fn resume(&mut self) -> ControlFlow<()>;
 
-    /// Whether it has stopped in the middle of what has arrived, to let other connections go on: it is resumed when its
-    /// guest's turn comes again, and has no plan until then.
+    /// Whether it has stopped in the middle of what has arrived, to let other connections go on: it is resumed at the next turn of
+    /// its core, and has no plan until then.
     fn has_more(&self) -> bool {
         false
     }

@@ -7,7 +7,6 @@
 
 use super::backend::{Backend, Completion, Wait};
 use super::inbox::{Arrival, CoreHandle, Inbox, Refused, guarded};
-use super::shares::{CALL, PART};
 use super::slots::{Slot, Slots};
 use super::tenants::Tenants;
 use super::wake::{CoreWake, Woken};
@@ -23,36 +22,6 @@ use std::time::Instant;
 /// been received meanwhile.
 const WOKEN_A_TURN: usize = 64;
 
-/// Work of one turn, as the guests' shares count it: then the core looks whether something has come for a guest that goes before.
-const WORK_OF_A_TURN: u64 = 256 << 10;
-
-/// What a connection has to do.
-enum Ready {
-    /// Its receive has completed.
-    Completed(Completion),
-    /// What it has not finished before, in that slot.
-    Unfinished(usize),
-}
-
-impl Ready {
-    fn slot(&self) -> usize {
-        match self {
-            Self::Completed(completion) => completion.slot,
-            Self::Unfinished(slot) => *slot,
-        }
-    }
-
-    fn work(&self) -> u64 {
-        match self {
-            Self::Completed(completion) => {
-                let bytes = completion.result.as_ref().map_or(0, |bytes| *bytes);
-                CALL + bytes as u64
-            }
-            Self::Unfinished(_) => PART,
-        }
-    }
-}
-
 /// Takes a message for the operator.
 pub(super) type Warn = Arc<dyn Fn(String) + Send + Sync>;
 
@@ -64,13 +33,11 @@ pub(super) struct Core<B> {
     position: usize,
     slots: Slots,
     tenants: Tenants,
-    /// Completions that were just taken from the backend.
+    /// Completions that were taken from the backend and not handled yet: a field, so that a panic loses none.
     done: Vec<Completion>,
-    /// What is to be done: a field, so that a panic loses none of it. A slot is there once for a completion, and once as unfinished.
-    ready: VecDeque<Ready>,
     /// Whether there is something to do without waiting for it.
     busy: bool,
-    /// Slots whose connections are resumed from the next turn on although nothing wakes them: they have had their part of this turn, or are
+    /// Slots whose connections the next turn resumes although nothing wakes them: they have had their part of this turn, or are
     /// parked here only because the core that they wait for had no room for them.
     unfinished: VecDeque<usize>,
     /// Slots of connections whose guests are not present here: their sessions have ended, or nothing is ever registered here.
@@ -91,7 +58,6 @@ impl<B: Backend> Core<B> {
             slots: Slots::default(),
             tenants: Tenants::default(),
             done: Vec::with_capacity(256),
-            ready: VecDeque::with_capacity(256),
             busy: false,
             unfinished: VecDeque::new(),
             guestless: Vec::new(),
@@ -151,8 +117,7 @@ impl<B: Backend> Core<B> {
     /// work.
     ///
     /// What it costs depends on the connections that have received something, were woken or are unfinished, not on how many
-    /// there are; and what each of these costs is bounded: a packet, or [`Connection::has_more`]. Of the guests that have something to do,
-    /// the one that has had the least of this core goes first, and the others when there is nothing more of it.
+    /// there are; and what each of these costs is bounded: a packet, or [`Connection::has_more`].
     pub(super) fn turn(&mut self) -> io::Result<()> {
         let wait = match (self.busy, self.coalescing_since) {
             (true, _) => Wait::Poll,
@@ -161,68 +126,22 @@ impl<B: Backend> Core<B> {
         };
         let woken = self.backend.wait(wait, &mut self.done)?;
         let idle = !woken && self.done.is_empty();
-        self.ready
-            .extend(self.unfinished.drain(..).map(Ready::Unfinished));
-        self.ready.extend(self.done.drain(..).map(Ready::Completed));
-        self.work();
+        let unfinished = self.unfinished.len();
+        while let Some(completion) = self.done.pop() {
+            self.completed(completion);
+        }
         if woken {
             self.take_arrivals();
         }
         self.resume_woken();
+        self.resume_unfinished(unfinished);
         self.end_coalescing();
         let mut worked = self.tenants.register_one(&mut self.backend, &self.warn);
         if idle || !worked {
             worked |= self.tenants.background_one();
         }
-        self.busy = worked || !self.unfinished.is_empty() || !self.ready.is_empty() || self.wake().has_some();
+        self.busy = worked || !self.unfinished.is_empty() || self.wake().has_some();
         Ok(())
-    }
-
-    /// Does what is ready of the guest that has had the least, and of those that have had no more; as much as one turn may take.
-    fn work(&mut self) {
-        let tenant_of =
-            |slots: &mut Slots, ready: &Ready| slots.get_mut(ready.slot()).and_then(|slot| slot.tenant);
-        let mut least = u64::MAX;
-        for ready in &self.ready {
-            let tenant = tenant_of(&mut self.slots, ready);
-            least = least.min(self.tenants.shares.of_ready(tenant));
-        }
-        if self.ready.is_empty() {
-            return;
-        }
-        let most = self.tenants.shares.served_together(least);
-        let (mut left, mut deferred) = (WORK_OF_A_TURN, 0);
-        for _ in 0..self.ready.len() {
-            let Some(ready) = self.ready.pop_front() else {
-                break;
-            };
-            let tenant = tenant_of(&mut self.slots, &ready);
-            if self.tenants.shares.of_ready(tenant) > most && !self.is_end(&ready) {
-                self.ready.push_back(ready);
-                deferred += 1;
-                continue;
-            }
-            left = left.saturating_sub(ready.work());
-            self.tenants.shares.charge(tenant, ready.work());
-            match ready {
-                Ready::Completed(completion) => self.completed(completion),
-                Ready::Unfinished(slot) => self.resume_unfinished(slot),
-            }
-            if left == 0 {
-                break;
-            }
-        }
-        // What was deferred is before what came later.
-        self.ready.rotate_right(deferred.min(self.ready.len()));
-    }
-
-    /// Whether it is the end of a connection: that is noticed at once, whoever else has something to do.
-    fn is_end(&mut self, ready: &Ready) -> bool {
-        let Ready::Completed(completion) = ready else {
-            return false;
-        };
-        let is_closing = |slot: &mut Slot| slot.closing;
-        !matches!(completion.result, Ok(1..)) || self.slots.get_mut(completion.slot).is_some_and(is_closing)
     }
 
     fn take_arrivals(&mut self) {
@@ -262,7 +181,6 @@ impl<B: Backend> Core<B> {
         }
         // So that nothing is allocated on a packet's way.
         self.unfinished.reserve(self.slots.len());
-        self.ready.reserve(2 * self.slots.len());
         self.coalescing.reserve(self.slots.len());
         if let Some(slot) = self.slots.get_mut(index) {
             slot.tenant = tenant;
@@ -310,16 +228,12 @@ impl<B: Backend> Core<B> {
         }
     }
 
-    /// Resumes the connections of a tenant, but for those whose turn comes as they are unfinished.
+    /// Resumes the connections of a tenant.
     fn resume_tenant(&mut self, tenant: usize) {
         self.tenants.activate(tenant);
         // From the last one on: those that leave give their places to some that were resumed.
         for position in (0..self.tenants.connections(tenant)).rev() {
-            let Some(index) = self.tenants.connection(tenant, position) else {
-                continue;
-            };
-            if self.slots.get_mut(index).is_some_and(|slot| !slot.is_unfinished) {
-                self.tenants.shares.charge(Some(tenant), CALL);
+            if let Some(index) = self.tenants.connection(tenant, position) {
                 self.resume(index);
             }
         }
@@ -364,12 +278,17 @@ impl<B: Backend> Core<B> {
         }
     }
 
-    /// Resumes one that an earlier turn has left unfinished, if it was not resumed since.
-    fn resume_unfinished(&mut self, index: usize) {
-        if let Some(slot) = self.slots.get_mut(index)
-            && std::mem::take(&mut slot.is_unfinished)
-        {
-            self.resume(index);
+    /// Resumes the first so many that an earlier turn has left unfinished.
+    fn resume_unfinished(&mut self, count: usize) {
+        for _ in 0..count {
+            let Some(index) = self.unfinished.pop_front() else {
+                return;
+            };
+            if let Some(slot) = self.slots.get_mut(index)
+                && std::mem::take(&mut slot.is_unfinished)
+            {
+                self.resume(index);
+            }
         }
     }
 
@@ -472,12 +391,6 @@ impl<B: Backend> Core<B> {
     /// Takes a connection off this core. None if a receive is posted on it.
     fn detach(&mut self, index: usize) -> Option<Slot> {
         let slot = self.slots.take(index)?;
-        if slot.is_unfinished {
-            // Its number is used again.
-            self.unfinished.retain(|other| *other != index);
-            self.ready
-                .retain(|ready| !matches!(ready, Ready::Unfinished(other) if *other == index));
-        }
         self.backend.forget(index, slot.connection.fd());
         match slot.tenant {
             Some(tenant) => self.tenants.detach(tenant, index, &mut self.backend),

@@ -27,7 +27,6 @@ mod plan;
 mod plane;
 mod receive;
 mod registrations;
-mod shares;
 #[cfg(all(test, not(loom), not(miri)))]
 pub(crate) mod sim;
 mod slots;

@@ -24,7 +24,7 @@ pub(super) struct Slot {
     pub(super) is_drained: bool,
     /// Whether bytes gather in the socket before the next one.
     pub(super) is_coalescing: bool,
-    /// Whether it is among those that are resumed without being woken.
+    /// Whether it is in the list of those that the next turn resumes.
     pub(super) is_unfinished: bool,
 }
 

@@ -8,7 +8,6 @@
 use super::backend::Backend;
 use super::core::Warn;
 use super::registrations::Registration;
-use super::shares::Shares;
 use std::collections::{HashMap, VecDeque};
 
 /// Memory that a ring can register as one buffer.
@@ -108,8 +107,6 @@ pub(super) struct Tenants {
     /// Those that may have regions to register, and those that may have background work.
     registering: Active,
     working: Active,
-    /// What each has had of the core.
-    pub(super) shares: Shares,
 }
 
 impl Tenants {
@@ -136,7 +133,6 @@ impl Tenants {
         self.free.reserve(indices);
         self.registering.reserve(indices);
         self.working.reserve(indices);
-        self.shares.admit(index);
         self.activate(index);
         index
     }
