@@ -164,9 +164,11 @@ impl Usual {
             (By::Pause, 4) => (Whose::Ours, waited(record)),
             (By::Pause, _) => (Whose::Unknown, primarys(window)),
         };
-        // One channel whose bytes came late says more than that RAM did.
+        // One channel whose bytes came late says more than that RAM did; unless one came later still, of which there are no times of its own.
+        let latest = record.channels.iter().map(|bytes| bytes.last_byte_ns).max();
         let channel = record.channels.last().filter(|last| {
             whose == Whose::Primary
+                && latest >= record.last_byte_ns
                 && window == Window::Ram
                 && last.behind_others_ns.saturating_mul(LATE_SHARE) > excess_ns
         });

@@ -119,6 +119,18 @@ fn with_channels(record: FlightRecord, late: u8, by_ns: u64) -> FlightRecord {
     FlightRecord { channels, ..record }
 }
 
+/// There are times of the first 16 channels, and the last byte of all.
+#[test]
+fn no_channel_is_named_where_one_without_times_came_later() {
+    let slow = with_channels(late(2001, 50 * MS, 0, 0, |moment| moment > 0), 3, 49 * MS);
+    let what = |last_byte_ns| {
+        let slow = FlightRecord { last_byte_ns, ..slow };
+        report(vec![slow]).slowest[0].cause.what.to_string()
+    };
+    assert_eq!(what(Some(51 * MS)), "channel 3");
+    assert_eq!(what(Some(52 * MS)), "sending RAM");
+}
+
 #[test]
 fn the_channel_that_came_late_is_named() {
     let usual = (1..=1000).map(|checkpoint| with_channels(record(checkpoint), 1, MS / 10));

@@ -99,7 +99,7 @@ pub struct LastChannel {
     pub channel: u8,
     /// How much later than the last byte of the channel that was complete first.
     pub behind_first_ns: u64,
-    /// How much later than the last byte of every other channel.
+    /// How much later than the last byte of every other channel up to number 15.
     pub behind_others_ns: u64,
 }
 
